@@ -1,0 +1,328 @@
+"""What the compiler makes of every kernel at the paper's sizes, for GPUs that are not here.
+
+    python -m benchmarks.compiled [--target sm_90 ...] [--case SUBSTRING] [--json FILE]
+
+The launchers run on meta tensors of the real sizes while `JITFunction.run` only takes notes: so what is compiled is each
+kernel with just the arguments, specialisations and launch configuration that it would be launched with. Registers, stack
+(spills) and shared memory are read from the cubin, load widths and tensor-core instructions from its disassembly, with
+the tools in Triton's own package; for AMD from the assembly.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One launch of the package at one configuration."""
+
+    name: str
+    run: Callable[[], Any]
+    #: Kernel → least number of 128-bit loads in it: the bytes of the table rows of one program, over its threads.
+    row_loads: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel and everything its compilation depends on."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one kernel of one case became on one target."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    #: bytes of stack (NVIDIA) or scratch (AMD) per thread: more than 0 means spills
+    stack: int
+    shared: int
+    num_warps: int
+    #: 128-bit loads from device memory
+    wide_loads: int
+    narrow_loads: int
+    tensor_core: int
+    instructions: int
+    seconds: float
+    expected_wide_loads: int
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _slots(*shape: int) -> torch.Tensor:
+    return _meta(*shape, dtype=torch.int64)
+
+
+def _plan(accesses: int) -> list[torch.Tensor]:
+    return [
+        _slots(accesses),
+        _meta(accesses, dtype=torch.int32),
+        _meta(accesses, dtype=torch.int32),
+        _meta(accesses, dtype=torch.int32),
+    ]
+
+
+def cases() -> list[Case]:
+    """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
+    from fwpkm_kernels.kernels import gather, lookup, segments, update
+
+    bf16 = torch.bfloat16
+    result = []
+
+    def add_lookup(
+        name: str, m: int, heads: int, n: int, k: int, width: int, *, idw: bool, q_dtype: torch.dtype
+    ) -> None:
+        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads, 2, n, width // 2)
+        grad, slots = _meta(m, heads, k), _slots(m, heads, k)
+        result.append(
+            Case(
+                f"lookup/{name}",
+                lambda: lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision="tf32x3"),
+            )
+        )
+        result.append(
+            Case(
+                f"lookup_backward/{name}",
+                lambda: (
+                    lookup.query_grad(grad, queries, keys, slots, idw=idw, eps=1e-3),
+                    segments.segment_rows(
+                        _meta(heads * 2 * n, width // 2),
+                        _meta(m * heads * 2, width // 2, dtype=q_dtype),
+                        _meta(m * heads * 2 * k),
+                        *_plan(m * heads * 2 * k),
+                        table=_meta(heads * 2 * n, width // 2),
+                        centered=idw,
+                    ),
+                ),
+                {"query_grad_kernel": 1, "segment_kernel": 1},
+            )
+        )
+
+    add_lookup("paper", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float32)
+    add_lookup("paper-bf16-queries", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16)
+    add_lookup("paper-dot", 4096, 1, 512, 8, 512, idw=False, q_dtype=torch.float32)
+    add_lookup("static-pkm", 512, 4, 512, 32, 512, idw=False, q_dtype=torch.float32)
+    add_lookup("n4096", 4096, 1, 4096, 8, 512, idw=True, q_dtype=torch.float32)
+    add_lookup("n4096-K64", 4096, 1, 4096, 64, 512, idw=True, q_dtype=torch.float32)
+
+    for name, m, j, n, width, dtype in (
+        ("paper", 4096, 8, 512, 512, torch.float32),
+        ("paper-bf16-table", 4096, 8, 512, 512, bf16),
+        ("static-pkm", 512, 128, 512, 512, torch.float32),
+        ("D1024", 4096, 8, 512, 1024, torch.float32),
+        ("D256", 4096, 8, 512, 256, torch.float32),
+        ("n4096", 4096, 8, 4096, 512, torch.float32),
+    ):
+        table = _meta(n * n, width, dtype=dtype)
+        vectors, coefficients, slots = _meta(m, width), _meta(m, j), _slots(m, j)
+        grad_out = _meta(m, width, dtype=dtype)
+        threads = 32 * gather.row_warps(gather.next_power_of_2(width))
+        row_loads = width * dtype.itemsize // (16 * threads)
+        loads = {"gather_kernel": min(j, 8) * row_loads}
+
+        def forward(table=table, slots=slots, coefficients=coefficients):  # type: ignore[no-untyped-def]
+            gather.gather(table, slots, weights=coefficients, sum_dtype=table.dtype)
+
+        def backward(table=table, slots=slots, grad_out=grad_out, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
+            gather.gather(table, slots, vectors=grad_out)
+            segments.segment_rows(table, grad_out, coefficients, *_plan(m * j))
+
+        def write(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
+            update.update(
+                table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.0, clip=None
+            )
+
+        def write_decay_clip(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
+            update.update(table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.1, clip=1.0)
+
+        def write_backward(table=table, vectors=vectors, coefficients=coefficients, slots=slots, m=m, j=j):  # type: ignore[no-untyped-def]
+            for clip in (None, 1.0):
+                update.update_grad(table, vectors, coefficients, slots, *_plan(m * j), lr=1.0, clip=clip)
+
+        result.append(Case(f"gather/{name}", forward, loads))
+        result.append(Case(f"gather_backward/{name}", backward, {**loads, "segment_kernel": row_loads}))
+        result.append(Case(f"update/{name}", write, {"segment_kernel": row_loads}))
+        result.append(Case(f"update_backward/{name}", write_backward, loads))
+        if name.startswith("paper"):
+            result.append(Case(f"update_decay_clip/{name}", write_decay_clip, {"segment_kernel": row_loads}))
+    return result
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Within the context kernels do not run; their launches are noted in the list."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def note(self: Any, *args: Any, grid: Any, warmup: Any, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        options = {}
+        for name, value in kwargs.items():
+            (arguments if name in self.arg_names else options)[name] = value
+        launches.append(Launch(self, arguments, options))
+
+    JITFunction.run = note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Compile one noted launch for `target`, specialised as Triton would specialise it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = parameter.annotation_type
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=gpu, options=launch.options)
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia
+
+    return os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
+
+
+def _examine(compiled: Any, target: str) -> dict[str, int]:
+    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
+    if not target.startswith("sm_"):
+        text = compiled.asm["amdgcn"]
+        lines = [line.strip() for line in text.splitlines() if line.startswith("\t") and not line.startswith("\t.")]
+        return {
+            "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
+            "stack": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),  # type: ignore[index]
+            "shared": compiled.metadata.shared,
+            "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+            "narrow_loads": len(re.findall(r"(?:global|buffer)_load_(?!dwordx4)\w+", text)),
+            "tensor_core": len(re.findall(r"v_mfma", text)),
+            "instructions": len(lines),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([_tool("cuobjdump"), flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "shared": compiled.metadata.shared,
+        "wide_loads": sum(i.startswith(("LDG.E.128", "LDG.E.EF.128", "LDG.E.EL.128")) for i in instructions)
+        + sum(i.startswith("LDGSTS") and ".128" in i for i in instructions),
+        "narrow_loads": sum(i.startswith("LDG") and ".128" not in i for i in instructions),
+        "tensor_core": sum("MMA" in i for i in instructions),
+        "instructions": len(instructions),
+    }
+
+
+def report_case(name: str, target: str) -> list[Report]:
+    """Compile and examine every kernel that case `name` launches."""
+    case = next(case for case in cases() if case.name == name)
+    with recorded_launches() as launches:
+        case.run()
+    reports = []
+    for launch in launches:
+        begin = time.perf_counter()
+        compiled = compile_launch(launch, target)
+        kernel = launch.kernel.__name__
+        reports.append(
+            Report(
+                case=name,
+                kernel=kernel,
+                target=target,
+                num_warps=compiled.metadata.num_warps,
+                seconds=round(time.perf_counter() - begin, 2),
+                expected_wide_loads=case.row_loads.get(kernel, 0),
+                **_examine(compiled, target),
+            )
+        )
+    return reports
+
+
+def main() -> None:
+    """Print the table; with --json also write one line per kernel."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", help="write JSON lines to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile this many cases at a time")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    names = [case.name for case in cases() if arguments.case in case.name]
+    work = [(name, target) for target in arguments.target or ["sm_90"] for name in names]
+    columns = ("target", "case", "kernel", "registers", "stack", "shared", "num_warps", "wide_loads", "narrow_loads")
+    columns += ("tensor_core", "instructions", "seconds")
+    template = "{:7} {:28} {:20} " + " ".join(["{:>6}"] * (len(columns) - 3))
+    print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
+    output = open(arguments.json, "w") if arguments.json else contextlib.nullcontext()
+    with ProcessPoolExecutor(arguments.jobs) as pool, output as file:
+        for reports in pool.map(report_case, *zip(*work, strict=True)):
+            for report in reports:
+                row = dataclasses.asdict(report)
+                print(template.format(*(row[c] for c in columns)), flush=True)
+                if file is not None:
+                    print(json.dumps(row), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

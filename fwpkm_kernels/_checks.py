@@ -1,0 +1,134 @@
+"""Argument checks and the choice of a backend, shared by every operation.
+
+Each check raises TypeError or ValueError that names the argument in backticks, what was expected and what came.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+SCORES = ("idw", "dot")
+
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
+
+
+def shape(x: Tensor) -> list[int]:
+    """A shape as an error message shows it."""
+    return list(x.shape)
+
+
+def check_tensor(name: str, x: object, rank: int | None = None, layout: str = "") -> None:
+    """`x` is a dense tensor, of rank `rank` if given; `layout` says in words what its dimensions are."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense (strided) tensor, got layout {x.layout}")
+    if rank is not None and x.dim() != rank:
+        raise ValueError(f"`{name}` must have {rank} dimensions {layout}, got shape {shape(x)}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """`x` holds float32, float64, float16 or bfloat16."""
+    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise TypeError(f"`{name}` must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def check_slots(name: str, x: Tensor) -> None:
+    """`x` holds int64 or int32. Its range is checked on CPU tensors only, where that costs no synchronisation."""
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`{name}` must be int64 or int32, got {x.dtype}")
+
+
+def check_slot_range(name: str, x: Tensor, num_slots: int) -> None:
+    """On CPU tensors: every entry of `x` lies in [0, num_slots)."""
+    if x.device.type == "cpu" and x.numel() > 0:
+        low, high = (int(v) for v in torch.aminmax(x))
+        if low < 0 or high >= num_slots:
+            raise ValueError(f"`{name}` must lie in [0, {num_slots}), got values from {low} to {high}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` has the shape of `other`."""
+    if x.shape != other.shape:
+        raise ValueError(f"`{name}` must have the shape of `{other_name}`, got {shape(x)} against {shape(other)}")
+
+
+def check_together(**tensors: Tensor | None) -> None:
+    """All on one device; float64 mixes with no other float. None stands for an argument that was not given."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first_name, first = next(iter(given.items()))
+    for name, x in given.items():
+        if x.device != first.device:
+            raise ValueError(f"`{name}` must be on the device of `{first_name}`, got {x.device} against {first.device}")
+    floats = {name: x for name, x in given.items() if x.is_floating_point()}
+    first_name, first = next(iter(floats.items()))
+    for name, x in floats.items():
+        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(
+                f"`{name}` and `{first_name}` must both be float64 or neither, got {x.dtype} against {first.dtype}"
+            )
+
+
+def check_number(
+    name: str, x: object, *, minimum: float | None = None, above: float | None = None, kind: str = "number"
+) -> None:
+    """`x` is a finite real number, at least `minimum` or greater than `above` if given."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"`{name}` must be a {kind}, got {type(x).__name__}")
+    if not isinstance(x, (torch.SymInt, torch.SymFloat)) and not math.isfinite(x):
+        raise ValueError(f"`{name}` must be finite, got {x}")
+    if minimum is not None and x < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
+    if above is not None and x <= above:
+        raise ValueError(f"`{name}` must be greater than {above}, got {x}")
+
+
+def check_flag(name: str, x: object) -> None:
+    """`x` is True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(f"`{name}` must be a bool, got {type(x).__name__}")
+
+
+def check_choice(name: str, x: object, choices: tuple[str, ...]) -> None:
+    """`x` is one of `choices`."""
+    if not isinstance(x, str):
+        raise TypeError(f"`{name}` must be a str, one of {', '.join(map(repr, choices))}; got {type(x).__name__}")
+    if x not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {x!r}")
+
+
+def use_triton(backend: str, x: Tensor) -> bool:
+    """Whether `backend` means the Triton kernels for tensors like `x`; the answer is never a silent second choice.
+
+    Raises:
+        ValueError: "triton" for a CPU tensor, unless Triton's interpreter was on when Python started.
+        ImportError: Triton is needed and not installed.
+    """
+    on_cpu = x.device.type == "cpu"
+    if backend == "torch" or (backend == "auto" and on_cpu):
+        return False
+    from .kernels import _common
+
+    if on_cpu and not _common.INTERPRETED:
+        raise ValueError(
+            '`backend`="triton" on CPU tensors needs Triton\'s interpreter: set TRITON_INTERPRET=1 in the environment'
+            " before Python starts, or use backend='torch'"
+        )
+    return True
+
+
+def without_autocast(function: _Callable) -> _Callable:
+    """Run `function` with autocast off: an operation's precision is what its own arguments say."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return wrapper  # type: ignore[return-value]

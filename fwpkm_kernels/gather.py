@@ -1,0 +1,222 @@
+"""Sparse value gather: weighted sums of a few rows of a large table (DESIGN: gather, kernels/gather.py)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _checks as checks
+from .kernels import compute_dtype
+from .plan import Plan, plan_segments, segment_totals
+
+# Gathered rows that the PyTorch path holds at a time, in elements: 64 MiB of float32.
+_BLOCK_ELEMENTS = 2**24
+
+
+def _gather_torch(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    dtype = compute_dtype(values.dtype)
+    if values.dtype == dtype and slots.numel() > 0:
+        return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(dtype).contiguous())
+    out = torch.empty(slots.shape[0], values.shape[1], dtype=values.dtype, device=values.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
+    for begin in range(0, slots.shape[0], step):
+        block = slice(begin, begin + step)
+        rows = values[slots[block]].to(dtype)  # [block, J, D]
+        out[block] = torch.einsum("mj,mjd->md", weights[block].to(dtype), rows).to(out.dtype)
+    return out
+
+
+@torch.library.custom_op("fwpkm_kernels::sparse_value_gather", mutates_args=())
+def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    checks.check_slot_range("slots", slots, values.shape[0])
+    if checks.use_triton(backend, values):
+        from .kernels.gather import gather
+
+        return gather(values, slots, weights=weights, sum_dtype=values.dtype)[0]
+    return checks.without_autocast(_gather_torch)(values, slots, weights)
+
+
+@_gather_op.register_fake
+def _(values, slots, weights, backend):  # type: ignore[no-untyped-def]
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_weights", mutates_args=())
+def _weights_grad_op(grad_out: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    if checks.use_triton(backend, values):
+        from .kernels.gather import gather
+
+        return gather(values, slots, vectors=grad_out, dots_dtype=dtype)[1]
+    return checks.without_autocast(row_dots)(values, slots, grad_out).to(dtype)
+
+
+@_weights_grad_op.register_fake
+def _(grad_out, values, slots, dtype, backend):  # type: ignore[no-untyped-def]
+    return slots.new_empty(slots.shape, dtype=dtype)
+
+
+def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
+    """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
+    dtype = compute_dtype(values.dtype)
+    out = torch.empty(slots.shape, dtype=dtype, device=values.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
+    for begin in range(0, slots.shape[0], step):
+        block = slice(begin, begin + step)
+        out[block] = torch.einsum("mjd,md->mj", values[slots[block]].to(dtype), vectors[block].to(dtype))
+    return out
+
+
+@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_values", mutates_args=())
+def _values_grad_op(
+    grad_out: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
+    num_slots: int,
+    dtype: torch.dtype,
+    compact: bool,
+    backend: str,
+) -> Tensor:
+    """Σ weights·grad_out over each segment: in rows of an [N, D] table of zeros, or (compact) of an [accesses, D] one."""
+    size = order.numel() if compact else num_slots
+    out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
+    plan = Plan(order, rows, start, end)
+    weights = weights.to(compute_dtype(dtype)).contiguous()
+    if checks.use_triton(backend, grad_out):
+        from .kernels.segments import segment_rows
+
+        segment_rows(out, grad_out, weights, *plan, compact=compact)
+    else:
+        positions, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
+        out[positions if compact else touched] = totals.to(dtype)
+    return out
+
+
+@_values_grad_op.register_fake
+def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, backend):  # type: ignore[no-untyped-def]
+    return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
+
+
+class _SparseValueGatherBackward(Function):
+    """First derivatives; differentiating them again raises."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_out: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        sparse_grad: bool,
+        needs_values: bool,
+        needs_weights: bool,
+        backend: str,
+    ) -> Any:
+        grad_values = grad_weights = None
+        if needs_weights:
+            grad_weights = _weights_grad_op(grad_out, values, slots, weights.dtype, backend)
+        if needs_values:
+            plan = plan_segments(slots, values.shape[0])
+            grad_values = _values_grad_op(
+                grad_out, weights, *plan, values.shape[0], values.dtype, sparse_grad, backend
+            )
+            if sparse_grad:
+                # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
+                # of a slot's accesses stands at the first of its entries; the others are zero.
+                grad_values = torch.sparse_coo_tensor(
+                    plan.rows.long().unsqueeze(0), grad_values, values.shape, check_invariants=False
+                )
+        return grad_values, grad_weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("sparse_value_gather cannot be differentiated twice")
+
+
+class SparseValueGather(Function):
+    """`sparse_value_gather` as an autograd Function: apply(values, slots, weights, sparse_grad, backend)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool = False, backend: str = "auto"
+    ) -> Tensor:
+        """Validate, gather, and keep the three inputs for backward."""
+        _check_gather(values, slots, weights, sparse_grad, backend)
+        picks = slots.shape[-1]
+        flat = slots.numel() // picks if picks else slots.shape[:-1].numel()
+        out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)
+        ctx.save_for_backward(values, slots, weights)
+        ctx.set_materialize_grads(False)
+        ctx.options = (sparse_grad, backend)
+        return out.view(*slots.shape[:-1], values.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> Any:
+        """Dots of the incoming gradient with the rows for the weights; a row-owned scatter for the table."""
+        needs_values, _, needs_weights = ctx.needs_input_grad[:3]
+        if grad_out is None or not (needs_values or needs_weights):
+            return (None,) * 5
+        values, slots, weights = ctx.saved_tensors
+        sparse_grad, backend = ctx.options
+        picks = slots.shape[-1]
+        flat = slots.shape[:-1].numel()
+        grad_values, grad_weights = _SparseValueGatherBackward.apply(
+            grad_out.reshape(flat, values.shape[1]),
+            values,
+            slots.reshape(flat, picks),
+            weights.reshape(flat, picks),
+            sparse_grad,
+            needs_values,
+            needs_weights,
+            backend,
+        )
+        return grad_values, None, grad_weights.view(slots.shape) if needs_weights else None, None, None
+
+
+def _check_gather(values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool, backend: str) -> None:
+    checks.check_tensor("values", values, 2, "[N, D]")
+    checks.check_tensor("slots", slots)
+    checks.check_tensor("weights", weights)
+    checks.check_float("values", values)
+    checks.check_slots("slots", slots)
+    checks.check_float("weights", weights)
+    if slots.dim() < 1:
+        raise ValueError("`slots` must have at least 1 dimension [..., J], got a scalar")
+    checks.check_like("weights", weights, "slots", slots)
+    checks.check_together(values=values, slots=slots, weights=weights)
+    checks.check_flag("sparse_grad", sparse_grad)
+    checks.check_choice("backend", backend, checks.BACKENDS)
+
+
+def sparse_value_gather(
+    values: Tensor, slots: Tensor, weights: Tensor, *, sparse_grad: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Read the table: out[t] = Σ_j weights[t, j] · values[slots[t, j]].
+
+    Sums are accumulated in float32 (float64 for float64) whatever the table holds. Duplicate slots count each time.
+    The table's gradient is summed slot by slot in a fixed order: deterministic, without atomics. Source: FwPKM, arXiv
+    2601.00671, the read; the same as torch.nn.functional.embedding_bag(mode="sum", per_sample_weights=weights).
+
+    Args:
+        values: the table, [N, D], any strides; float32, float64, float16 or bfloat16.
+        slots: [..., J], int64 or int32, in [0, N). The range is checked on CPU tensors only: on a GPU a check would
+            synchronise.
+        weights: [..., J], any float dtype (float64 exactly if the table is).
+        sparse_grad: give the table's gradient as an uncoalesced sparse COO tensor with one entry per access, as
+            torch.nn.Embedding(sparse=True) does: no dense [N, D] gradient. Not with torch.compile, which has no sparse
+            gradients.
+        backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    Returns:
+        out [..., D] in the table's dtype, differentiable in values and weights. NaN in a row or weight reaches only
+        the tokens that read it. No tokens give an empty result; J = 0 gives zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    out: Tensor = SparseValueGather.apply(values, slots, weights, sparse_grad, backend)
+    return out

@@ -1,0 +1,8 @@
+"""Triton kernels and their launchers. The modules here import torch and triton only, and are imported on first use."""
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are accumulated in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,71 @@
+"""What every kernel file shares: order-preserving integers for top-k, and the launch of a kernel on a tensor's device."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_ordered(x):
+    """Map floats to integers of the same width that sort the same way: NaN highest, -0.0 equal to 0.0.
+
+    No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k.
+    """
+    x = tl.where(x == 0, 0.0, x)
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+        return tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        return tl.where(x != x, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def from_ordered(bits):
+    """Inverse of `to_ordered`, up to the sign of zero and the payload of NaN."""
+    if bits.dtype == tl.int64:
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits).to(tl.float64, bitcast=True)
+    else:
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lowest(bits):
+    """The value, one per tensor of ordered integers, that `to_ordered` never returns."""
+    if bits.dtype == tl.int64:
+        return -0x8000000000000000
+    else:
+        return -0x80000000
+
+
+@triton.jit
+def take_best(bits, offs):
+    """Largest entry of each row, the lowest column among equals: (its bits, its column, the rows without it)."""
+    best = tl.max(bits, axis=1)  # [ROWS]
+    column = tl.min(tl.where(bits == best[:, None], offs[None, :], 0x7FFFFFFF), axis=1)  # [ROWS]
+    return best, column, tl.where(offs[None, :] == column[:, None], lowest(bits), bits)
+
+
+def row_warps(block_d: int) -> int:
+    """Warps for a kernel whose tiles are whole rows: 4 keeps every load 128 bits wide at the paper's 512 columns."""
+    return 8 if block_d > 2048 else 4 if block_d >= 512 else 2 if block_d >= 256 else 1
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
+    """Run `kernel` on the device of tensor `on`, which need not be the current one."""
+    guard: contextlib.AbstractContextManager[Any] = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **options)
+
+
+next_power_of_2: Callable[[int], int] = triton.next_power_of_2
+cdiv: Callable[[int, int], int] = triton.cdiv
+
+#: Whether the kernels run in Triton's interpreter, on CPU tensors: decided once, when Triton is imported.
+INTERPRETED = not isinstance(to_ordered, triton.JITFunction)

@@ -1,0 +1,376 @@
+"""Product-key lookup: scores of the sub-keys, the best of each half, the best of their sums, and the gradient of that.
+
+Forward is two launches. `half_topk_kernel` scores one tile of queries against one tile of sub-keys and keeps the best K
+of the tile: full score matrices never reach device memory. `pair_topk_kernel` merges the tiles of a half, forms the sums
+of the two halves and keeps the best K. Backward of a query row is `query_grad_kernel`; the gradient of the sub-keys is a
+sum over the rows that picked them, which `kernels/segments.py` does for every table of the package.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import compute_dtype
+from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_best, to_ordered
+
+
+class LookupConfig(NamedTuple):
+    """Tile of `half_topk_kernel`: BLOCK_M query rows by BLOCK_N sub-keys, BLOCK_D columns of the dot at a time."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+
+
+def lookup_config(num_keys: int, top_k: int, half: int, dtype: torch.dtype) -> LookupConfig:
+    """Launch table, keyed by the model's constants only: a token's result never depends on how many come with it."""
+    if dtype == torch.float64:
+        return LookupConfig(16, max(16, min(64, next_power_of_2(num_keys))), max(16, min(32, next_power_of_2(half))), 4)
+    block_n = max(16, min(128, next_power_of_2(num_keys)))
+    return LookupConfig(32, max(block_n, next_power_of_2(top_k)), max(16, min(32, next_power_of_2(half))), 4)
+
+
+@triton.jit
+def half_topk_kernel(
+    queries_ptr,
+    keys_ptr,
+    candidate_ptr,
+    column_ptr,
+    stride_qm,
+    stride_qh,
+    stride_qd,
+    stride_kh,
+    stride_ka,
+    stride_kn,
+    stride_kd,
+    M,
+    eps: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    IDW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Best TOP_K of BLOCK_N scores, for BLOCK_M rows: s = q·k, or s = -log(eps + |q|² - 2 q·k + |k|²).
+
+    A program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates, best
+    first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    i_split = tl.program_id(1)
+    i_group = tl.program_id(2)
+    i_head = i_group // 2
+    i_half = i_group % 2
+    dtype: tl.constexpr = tl.float64 if candidate_ptr.dtype.element_ty == tl.int64 else tl.float32
+
+    offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = i_split * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < NUM_KEYS
+    q_ptrs = queries_ptr + offs_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd  # [BLOCK_M]
+    k_ptrs = keys_ptr + i_head * stride_kh + i_half * stride_ka + offs_n * stride_kn  # [BLOCK_N]
+
+    dots = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    q_norm = tl.zeros([BLOCK_M], dtype)
+    k_norm = tl.zeros([BLOCK_N], dtype)
+    for start in range(0, HALF, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < HALF
+        q = tl.load(q_ptrs[:, None] + offs_d[None, :] * stride_qd, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & mask_n[None, :], other=0.0)
+        q = q.to(dtype)  # [BLOCK_M, BLOCK_D]
+        k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
+        dots = tl.dot(q, k, dots, input_precision=PRECISION, out_dtype=dtype)
+        if IDW:
+            q_norm += tl.sum(q * q, axis=1)
+            k_norm += tl.sum(k * k, axis=0)
+    if IDW:
+        # Rounding may push a distance below zero; PyTorch's cdist clamps it too.
+        distance = q_norm[:, None] - 2.0 * dots + k_norm[None, :]
+        scores = -tl.log(tl.full([], eps, dtype) + tl.where(distance < 0, 0.0, distance))
+    else:
+        scores = dots
+
+    bits = to_ordered(scores)
+    bits = tl.where(mask_n[None, :], bits, lowest(bits))
+    out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
+    for i_k in range(TOP_K):
+        best, column, bits = take_best(bits, offs_n)
+        tl.store(candidate_ptr + out + i_k, best, mask=mask_m)
+        tl.store(column_ptr + out + i_k, column, mask=mask_m)
+
+
+@triton.jit
+def take_half(bits, base, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS: tl.constexpr):
+    """Rank i_k of one half: its ordered bits and sub-key for each row, and the candidates that remain."""
+    if SPLITS == 1:  # one tile: its candidates are in order already
+        best = tl.load(candidate_ptr + base + i_k, mask=mask_r, other=0)
+        column = tl.load(column_ptr + base + i_k, mask=mask_r, other=0)
+    else:
+        best, position, bits = take_best(bits, offs_c)
+        column = tl.load(column_ptr + base + position, mask=mask_r, other=0)
+    return best, column, bits
+
+
+@triton.jit
+def pair_topk_kernel(
+    candidate_ptr,
+    column_ptr,
+    scores_ptr,
+    slots_ptr,
+    R,
+    NUM_KEYS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Best TOP_K of the sums of two halves, for BLOCK_R rows of (token, head).
+
+    Only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order i·K + j, so the lowest
+    number among equal sums is the lowest flat position. Grid: (row tiles,).
+    """
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_c = tl.arange(0, BLOCK_C)
+
+    # Row i of the K×K square has K // (i + 1) pairs that can win.
+    first = tl.zeros([BLOCK_P], tl.int32)
+    start = tl.zeros([BLOCK_P], tl.int32)
+    end = 0
+    for i in tl.static_range(TOP_K - 1):
+        end += TOP_K // (i + 1)
+        first += (offs_p >= end).to(tl.int32)
+        start = tl.where(offs_p >= end, end, start)
+    second = offs_p - start
+
+    base1 = offs_r * (2 * SPLITS * TOP_K)  # [BLOCK_R]
+    base2 = base1 + SPLITS * TOP_K
+    mask_c = mask_r[:, None] & (offs_c < SPLITS * TOP_K)[None, :]
+    bits1 = tl.load(candidate_ptr + base1[:, None] + offs_c[None, :], mask=mask_c, other=0)  # [BLOCK_R, BLOCK_C]
+    bits2 = tl.load(candidate_ptr + base2[:, None] + offs_c[None, :], mask=mask_c, other=0)
+    bits1 = tl.where(mask_c, bits1, lowest(bits1))
+    bits2 = tl.where(mask_c, bits2, lowest(bits2))
+
+    key1 = tl.zeros([BLOCK_R, BLOCK_P], tl.int32)
+    key2 = tl.zeros([BLOCK_R, BLOCK_P], tl.int32)
+    part1 = tl.zeros([BLOCK_R, BLOCK_P], bits1.dtype)
+    part2 = tl.zeros([BLOCK_R, BLOCK_P], bits1.dtype)
+    for i_k in range(TOP_K):
+        best1, column1, bits1 = take_half(bits1, base1, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS)
+        best2, column2, bits2 = take_half(bits2, base2, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS)
+        is_first = (first == i_k)[None, :]
+        is_second = (second == i_k)[None, :]
+        part1 = tl.where(is_first, best1[:, None], part1)
+        key1 = tl.where(is_first, column1[:, None], key1)
+        part2 = tl.where(is_second, best2[:, None], part2)
+        key2 = tl.where(is_second, column2[:, None], key2)
+
+    bits = to_ordered(from_ordered(part1) + from_ordered(part2))  # [BLOCK_R, BLOCK_P]
+    bits = tl.where((offs_p < NUM_PAIRS)[None, :], bits, lowest(bits))
+    for i_k in range(TOP_K):
+        best, pair, bits = take_best(bits, offs_p)
+        is_pair = offs_p[None, :] == pair[:, None]
+        slot1 = tl.sum(tl.where(is_pair, key1, 0), axis=1).to(tl.int64)
+        slot2 = tl.sum(tl.where(is_pair, key2, 0), axis=1)
+        tl.store(scores_ptr + offs_r * TOP_K + i_k, from_ordered(best), mask=mask_r)
+        tl.store(slots_ptr + offs_r * TOP_K + i_k, slot1 * NUM_KEYS + slot2, mask=mask_r)
+
+
+def lookup(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    top_k: int,
+    idw: bool,
+    eps: float,
+    precision: str,
+    config: LookupConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2]: scores [M, H, K] and slots [M, H, K]."""
+    num_rows, heads, _ = queries.shape
+    num_keys, half = keys.shape[2:]
+    dtype = compute_dtype(keys.dtype)
+    scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
+    slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
+    if scores.numel() == 0:
+        return scores, slots
+    config = config or lookup_config(num_keys, top_k, half, dtype)
+    splits = cdiv(num_keys, config.block_n)
+    # "ieee" also where the hardware has no tf32: float64 everywhere, and AMD, which has no tf32x3.
+    if dtype == torch.float64 or (precision == "tf32x3" and torch.version.hip is not None):
+        precision = "ieee"
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    candidates = torch.empty(num_rows, heads, 2, splits, top_k, dtype=bits, device=queries.device)
+    columns = torch.empty(num_rows, heads, 2, splits, top_k, dtype=torch.int32, device=queries.device)
+    launch(
+        half_topk_kernel,
+        (cdiv(num_rows, config.block_m), splits, 2 * heads),
+        queries,
+        keys,
+        candidates,
+        columns,
+        *queries.stride(),
+        *keys.stride(),
+        num_rows,
+        eps,
+        NUM_KEYS=num_keys,
+        HALF=half,
+        TOP_K=top_k,
+        SPLITS=splits,
+        IDW=idw,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        on=queries,
+    )
+    num_pairs = sum(top_k // (i + 1) for i in range(top_k))
+    block_p = next_power_of_2(num_pairs)
+    block_c = next_power_of_2(splits * top_k)
+    # One warp per row while a row is small; the widest rows (K = 64) take four warps together.
+    warps = 4 if max(block_p, block_c) > 256 else 1
+    block_r = 1
+    launch(
+        pair_topk_kernel,
+        (cdiv(num_rows * heads, block_r),),
+        candidates,
+        columns,
+        scores,
+        slots,
+        num_rows * heads,
+        NUM_KEYS=num_keys,
+        TOP_K=top_k,
+        SPLITS=splits,
+        NUM_PAIRS=num_pairs,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        BLOCK_P=block_p,
+        num_warps=warps,
+        on=queries,
+    )
+    return scores, slots
+
+
+@triton.jit
+def query_grad_kernel(
+    grad_scores_ptr,
+    queries_ptr,
+    keys_ptr,
+    slots_ptr,
+    grad_queries_ptr,
+    factor_ptr,
+    stride_gm,
+    stride_gh,
+    stride_gk,
+    stride_qm,
+    stride_qh,
+    stride_qd,
+    stride_kh,
+    stride_ka,
+    stride_kn,
+    stride_kd,
+    stride_sm,
+    stride_sh,
+    stride_sk,
+    H,
+    eps: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IDW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
+
+    A program owns one half of one (token, head) row; it also writes the factors f (or ds), with which the sub-keys'
+    gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_half = tl.program_id(1)
+    i_m = i_row // H
+    i_head = i_row % H
+    dtype: tl.constexpr = tl.float64 if factor_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HALF
+    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
+    q = tl.load(q_base + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [BLOCK_D]
+    grad_q = tl.zeros([BLOCK_D], dtype)
+    for start in range(0, TOP_K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < TOP_K
+        slot = tl.load(slots_ptr + i_m * stride_sm + i_head * stride_sh + offs_k * stride_sk, mask=mask_k, other=0)
+        factor = tl.load(
+            grad_scores_ptr + i_m * stride_gm + i_head * stride_gh + offs_k * stride_gk, mask=mask_k, other=0.0
+        ).to(dtype)  # [BLOCK_K]
+        column = tl.where(i_half == 0, slot // NUM_KEYS, slot % NUM_KEYS)
+        k = tl.load(
+            keys_ptr + i_head * stride_kh + i_half * stride_ka + column[:, None] * stride_kn + offs_d[None, :] * stride_kd,
+            mask=mask_k[:, None] & mask_d[None, :],
+            other=0.0,
+        ).to(dtype)  # [BLOCK_K, BLOCK_D]
+        if IDW:
+            k = tl.where(mask_k[:, None], k - q[None, :], 0.0)
+            factor = 2.0 * factor / (tl.full([], eps, dtype) + tl.sum(k * k, axis=1))
+        grad_q += tl.sum(factor[:, None] * k, axis=0)
+        tl.store(factor_ptr + (i_row * 2 + i_half) * TOP_K + offs_k, factor, mask=mask_k)
+    out = grad_queries_ptr + (i_row * 2 + i_half) * HALF + offs_d
+    tl.store(out, grad_q.to(grad_queries_ptr.dtype.element_ty), mask=mask_d)
+
+
+def query_grad(
+    grad_scores: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    idw: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient."""
+    num_rows, heads, width = queries.shape
+    num_keys, half = keys.shape[2:]
+    top_k = slots.shape[2]
+    grad_queries = torch.empty(num_rows, heads, width, dtype=queries.dtype, device=queries.device)
+    factors = torch.empty(num_rows, heads, 2, top_k, dtype=compute_dtype(keys.dtype), device=queries.device)
+    if factors.numel() == 0:
+        return grad_queries, factors
+    block_d = next_power_of_2(half)
+    launch(
+        query_grad_kernel,
+        (num_rows * heads, 2),
+        grad_scores,
+        queries,
+        keys,
+        slots,
+        grad_queries,
+        factors,
+        *grad_scores.stride(),
+        *queries.stride(),
+        *keys.stride(),
+        *slots.stride(),
+        heads,
+        eps,
+        NUM_KEYS=num_keys,
+        HALF=half,
+        TOP_K=top_k,
+        IDW=idw,
+        BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
+        BLOCK_D=block_d,
+        num_warps=row_warps(block_d),
+        on=queries,
+    )
+    return grad_queries, factors

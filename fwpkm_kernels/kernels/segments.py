@@ -1,0 +1,327 @@
+"""Sums over the accesses of each row of a table: one owner per row, a fixed order, no atomics.
+
+A plan (`fwpkm_kernels.plan`) lists the accesses of a table sorted by row. The program at sorted position i works if i
+opens a piece of its row's segment, and exits otherwise; so a launch needs no host-side count of the distinct rows.
+
+A segment of at least 2·PIECE accesses ("hot") is cut into len // PIECE pieces of PIECE accesses, the last one taking the
+remainder. Pieces of hot segments start at least PIECE positions apart, so i // PIECE names a private row of the buffer
+of partial sums; `hot_segment_kernel` adds those in order.
+
+What is done with a sum is the EPILOGUE:
+    "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
+    "update"     out[row] = decay·table[row] - lr·clamp(total)              the write
+    "step_grad"  out[row] = lr·table[row] where |total| <= clip, else 0     what the write's backward gathers
+with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import compute_dtype
+from ._common import cdiv, launch, next_power_of_2, row_warps
+
+PIECE = 32
+
+
+class SegmentConfig(NamedTuple):
+    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time."""
+
+    block_a: int
+    num_warps: int
+
+
+def segment_config(width: int) -> SegmentConfig:
+    """Launch table, keyed by the row width."""
+    return SegmentConfig(block_a=2, num_warps=row_warps(next_power_of_2(width)))
+
+
+@triton.jit
+def finish_row(
+    total,
+    row,
+    start,
+    out_ptr,
+    table_ptr,
+    stride_on,
+    stride_od,
+    stride_tn,
+    stride_td,
+    decay,
+    lr,
+    clip,
+    offs_d,
+    mask_d,
+    EPILOGUE: tl.constexpr,
+    CLIP: tl.constexpr,
+    COMPACT: tl.constexpr,
+):
+    """Turn the sum of one segment into one row of the output."""
+    if EPILOGUE == "update":
+        if CLIP:  # comparisons, so that NaN stays NaN
+            total = tl.where(total > clip, clip, tl.where(total < -clip, -clip, total))
+        old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(total.dtype)
+        total = decay * old - lr * total
+    if EPILOGUE == "step_grad":
+        old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(total.dtype)
+        total = tl.where((total <= clip) & (total >= -clip), lr * old, 0.0)
+    out_row = start.to(tl.int64) if COMPACT else row.to(tl.int64)
+    out = out_ptr + out_row * stride_on + offs_d * stride_od
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit
+def segment_kernel(
+    vectors_ptr,
+    coefficients_ptr,
+    table_ptr,
+    out_ptr,
+    partials_ptr,
+    order_ptr,
+    rows_ptr,
+    start_ptr,
+    end_ptr,
+    stride_vm,
+    stride_vd,
+    stride_tn,
+    stride_td,
+    stride_on,
+    stride_od,
+    decay: tl.float64,
+    lr: tl.float64,
+    clip: tl.float64,
+    PER_VECTOR: tl.constexpr,
+    D: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    CENTERED: tl.constexpr,
+    CLIP: tl.constexpr,
+    COMPACT: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
+
+    Access a belongs to vector a // PER_VECTOR. A program owns one piece of one segment. Grid: (accesses,).
+    """
+    i_a = tl.program_id(0)
+    start = tl.load(start_ptr + i_a)
+    end = tl.load(end_ptr + i_a)
+    pieces = (end - start) // PIECE
+    is_hot = pieces >= 2
+    i_piece = (i_a - start) // PIECE
+    opens = tl.where(is_hot, ((i_a - start) % PIECE == 0) & (i_piece < pieces), i_a == start)
+    if opens:
+        dtype: tl.constexpr = partials_ptr.dtype.element_ty
+        last = tl.where(is_hot & (i_piece < pieces - 1), i_a + PIECE, end)
+        row = tl.load(rows_ptr + i_a)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        if CENTERED:
+            center = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+        total = tl.zeros([BLOCK_D], dtype)
+        position = i_a
+        while position < last:
+            offs_a = position + tl.arange(0, BLOCK_A)
+            mask_a = offs_a < last
+            access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
+            coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
+            vector = tl.load(
+                vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
+                mask=mask_a[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(dtype)  # [BLOCK_A, BLOCK_D]
+            if CENTERED:
+                vector = tl.where(mask_a[:, None], vector - center[None, :], 0.0)
+            total += tl.sum(coefficient[:, None] * vector, axis=0)
+            position += BLOCK_A
+        if is_hot:
+            tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
+        else:
+            finish_row(
+                total,
+                row,
+                start,
+                out_ptr,
+                table_ptr,
+                stride_on,
+                stride_od,
+                stride_tn,
+                stride_td,
+                tl.full([], decay, dtype),
+                tl.full([], lr, dtype),
+                tl.full([], clip, dtype),
+                offs_d,
+                mask_d,
+                EPILOGUE,
+                CLIP,
+                COMPACT,
+            )
+
+
+@triton.jit
+def hot_segment_kernel(
+    table_ptr,
+    out_ptr,
+    partials_ptr,
+    rows_ptr,
+    start_ptr,
+    end_ptr,
+    stride_tn,
+    stride_td,
+    stride_on,
+    stride_od,
+    decay: tl.float64,
+    lr: tl.float64,
+    clip: tl.float64,
+    A,
+    D: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    CLIP: tl.constexpr,
+    COMPACT: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add the partial sums of one hot segment in order, then the epilogue.
+
+    At most one hot segment starts within PIECE positions; its program looks for it there. A program owns BLOCK_D
+    columns of one such window. Grid: (accesses / PIECE, column blocks).
+    """
+    i_window = tl.program_id(0)
+    offs_a = i_window * PIECE + tl.arange(0, PIECE)
+    mask_a = offs_a < A
+    starts = tl.load(start_ptr + offs_a, mask=mask_a, other=-1)
+    ends = tl.load(end_ptr + offs_a, mask=mask_a, other=-1)
+    is_hot = (starts == offs_a) & (ends - starts >= 2 * PIECE)
+    start = tl.max(tl.where(is_hot, starts, -1), axis=0)
+    if start >= 0:
+        dtype: tl.constexpr = partials_ptr.dtype.element_ty
+        pieces = (tl.max(tl.where(is_hot, ends, -1), axis=0) - start) // PIECE
+        row = tl.load(rows_ptr + start)
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        total = tl.zeros([BLOCK_D], dtype)
+        first = 0
+        while first < pieces:
+            offs_p = first + tl.arange(0, BLOCK_P)
+            partial = tl.load(
+                partials_ptr + (i_window + offs_p).to(tl.int64)[:, None] * D + offs_d[None, :],
+                mask=(offs_p < pieces)[:, None] & mask_d[None, :],
+                other=0.0,
+            )  # [BLOCK_P, BLOCK_D]
+            total += tl.sum(partial, axis=0)
+            first += BLOCK_P
+        finish_row(
+            total,
+            row,
+            start,
+            out_ptr,
+            table_ptr,
+            stride_on,
+            stride_od,
+            stride_tn,
+            stride_td,
+            tl.full([], decay, dtype),
+            tl.full([], lr, dtype),
+            tl.full([], clip, dtype),
+            offs_d,
+            mask_d,
+            EPILOGUE,
+            CLIP,
+            COMPACT,
+        )
+
+
+def segment_rows(
+    out: torch.Tensor,
+    vectors: torch.Tensor,
+    coefficients: torch.Tensor,
+    order: torch.Tensor,
+    rows: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    epilogue: str = "sum",
+    table: torch.Tensor | None = None,
+    centered: bool = False,
+    compact: bool = False,
+    decay: float = 1.0,
+    lr: float = 1.0,
+    clip: float | None = None,
+    config: SegmentConfig | None = None,
+) -> None:
+    """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
+
+    `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
+    `table` is the table that "update" and "step_grad" read and that `centered` subtracts; it may be `out`.
+    """
+    accesses, width = order.numel(), vectors.shape[1]
+    if accesses == 0 or width == 0:
+        return
+    table = out if table is None else table
+    config = config or segment_config(width)
+    partials = torch.empty(
+        accesses // PIECE + 1, width, dtype=compute_dtype(coefficients.dtype), device=vectors.device
+    )
+    block_d = next_power_of_2(width)
+    # Narrow column blocks: hot segments are few, and their partial sums should come through many programs.
+    hot_block_d = min(block_d, 128)
+    launch(
+        segment_kernel,
+        (accesses,),
+        vectors,
+        coefficients,
+        table,
+        out,
+        partials,
+        order,
+        rows,
+        start,
+        end,
+        *vectors.stride(),
+        *table.stride(),
+        *out.stride(),
+        decay,
+        lr,
+        0.0 if clip is None else clip,
+        PER_VECTOR=accesses // vectors.shape[0],
+        D=width,
+        EPILOGUE=epilogue,
+        CENTERED=centered,
+        CLIP=clip is not None,
+        COMPACT=compact,
+        PIECE=PIECE,
+        BLOCK_A=config.block_a,
+        BLOCK_D=block_d,
+        num_warps=config.num_warps,
+        on=vectors,
+    )
+    if accesses >= 2 * PIECE:
+        launch(
+            hot_segment_kernel,
+            (cdiv(accesses, PIECE), cdiv(width, hot_block_d)),
+            table,
+            out,
+            partials,
+            rows,
+            start,
+            end,
+            *table.stride(),
+            *out.stride(),
+            decay,
+            lr,
+            0.0 if clip is None else clip,
+            accesses,
+            D=width,
+            EPILOGUE=epilogue,
+            CLIP=clip is not None,
+            COMPACT=compact,
+            PIECE=PIECE,
+            BLOCK_P=16,
+            BLOCK_D=hot_block_d,
+            num_warps=4,
+            on=vectors,
+        )

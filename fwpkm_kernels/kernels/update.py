@@ -1,0 +1,134 @@
+"""The chunk write: each addressed row of the table moves once, from its own segment of accesses; and its backward."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import compute_dtype
+from ._common import cdiv, launch, next_power_of_2, row_warps
+from .gather import gather
+from .segments import segment_rows
+
+
+@triton.jit
+def decay_kernel(
+    values_ptr,
+    written_ptr,
+    stride_vn,
+    stride_vd,
+    N,
+    decay: tl.float64,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """values[s] = decay·values[s] for the rows that were not written. A program owns BLOCK_N rows. Grid: (row tiles,)."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    dtype: tl.constexpr = tl.float64 if values_ptr.dtype.element_ty == tl.float64 else tl.float32
+    written = tl.load(written_ptr + offs_n, mask=offs_n < N, other=1)
+    mask = ((written == 0) & (offs_n < N))[:, None] & (offs_d < D)[None, :]
+    pointers = values_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd  # [BLOCK_N, BLOCK_D]
+    rows = tl.full([], decay, dtype) * tl.load(pointers, mask=mask, other=0.0).to(dtype)
+    tl.store(pointers, rows.to(values_ptr.dtype.element_ty), mask=mask)
+
+
+def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> None:
+    """Launch the decay, in place, of the rows of `values` [N, D] where `written` [N] (uint8) is 0."""
+    num_slots, width = values.shape
+    if values.numel() == 0:
+        return
+    block_d = next_power_of_2(width)
+    block_n = max(1, 2048 // block_d)
+    launch(
+        decay_kernel,
+        (cdiv(num_slots, block_n),),
+        values,
+        written,
+        *values.stride(),
+        num_slots,
+        decay,
+        D=width,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=max(4, row_warps(block_d)),
+        on=values,
+    )
+
+
+def update(
+    values: torch.Tensor,
+    out: torch.Tensor,
+    errors: torch.Tensor,
+    write_weights: torch.Tensor,
+    order: torch.Tensor,
+    rows: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    clip: float | None,
+) -> None:
+    """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
+
+    `errors` is [M, D]; `write_weights` is [M, J], contiguous. `out` is `values` itself (the write in place: all other
+    rows decay too) or a table whose other rows are already what they should be.
+    """
+    decay = 1.0 - lr * weight_decay
+    segment_rows(
+        out,
+        errors,
+        write_weights,
+        order,
+        rows,
+        start,
+        end,
+        epilogue="update",
+        table=values,
+        decay=decay,
+        lr=lr,
+        clip=clip,
+    )
+    if out is values and weight_decay != 0.0:
+        written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
+        decay_rows(values, written.index_fill_(0, rows.long(), 1), decay=decay)
+
+
+def update_grad(
+    grad_values: torch.Tensor,
+    errors: torch.Tensor,
+    write_weights: torch.Tensor,
+    slots: torch.Tensor,
+    order: torch.Tensor,
+    rows: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    lr: float,
+    clip: float | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J], with Ĝ' = lr·grad_values where the clamp let go.
+
+    Without a clip Ĝ' is read from `grad_values` itself. With one, the rows' sums are formed again, and the rows of Ĝ' go
+    to a compact array of one row per access.
+    """
+    if clip is None:
+        return gather(grad_values, slots, weights=write_weights, vectors=errors, factor=lr)
+    step_grad = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
+    segment_rows(
+        step_grad,
+        errors,
+        write_weights,
+        order,
+        rows,
+        start,
+        end,
+        epilogue="step_grad",
+        table=grad_values,
+        compact=True,
+        lr=lr,
+        clip=clip,
+    )
+    compact_slots = torch.empty_like(start).scatter_(0, order, start).view_as(slots)
+    return gather(step_grad, compact_slots, weights=write_weights, vectors=errors)

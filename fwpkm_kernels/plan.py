@@ -1,0 +1,77 @@
+"""The plan of a write: slots → segments, by one stable sort.
+
+Every access (token, pick) names a slot. Sorted by slot, the accesses of one slot stand side by side, in their original
+order: one segment, with one owner that adds them up in that order. So sums over accesses are deterministic without
+atomics, and nothing here has the size of the table or a shape that depends on the data.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
+
+    order: Tensor  #: int64: which access stands at this position
+    rows: Tensor  #: the row that it touches, ascending
+    start: Tensor  #: int32: where the segment of that row begins
+    end: Tensor  #: int32: one past where it ends
+
+
+def plan_segments(slots: Tensor, num_slots: int) -> Plan:
+    """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
+
+    Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes.
+    """
+    keys = slots.reshape(-1)
+    if keys.is_cuda and num_slots <= 2**31:
+        keys = keys.to(torch.int32)
+    rows, order = torch.sort(keys, stable=True)
+    start = torch.searchsorted(rows, rows, out_int32=True)
+    end = torch.searchsorted(rows, rows, right=True, out_int32=True)
+    return Plan(order, rows, start, end)
+
+
+def count_accesses(plan: Plan) -> Tensor:
+    """How many accesses each access's slot has in the plan, [A] int32 in the accesses' own order."""
+    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.end - plan.start)
+
+
+def count_among(slots: Tensor, count_slots: Tensor) -> Tensor:
+    """How often each entry of `slots` occurs in `count_slots`: n_s, at least 1, as int32 in the shape of `slots`."""
+    counted = torch.sort(count_slots.reshape(-1)).values
+    slots = slots.contiguous()
+    first = torch.searchsorted(counted, slots, out_int32=True)
+    last = torch.searchsorted(counted, slots, right=True, out_int32=True)
+    return (last - first).clamp_(min=1)
+
+
+def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:
+    """On CPU tensors, raise ValueError if the plan names rows outside [0, num_slots); elsewhere it would synchronise."""
+    if plan.rows.device.type == "cpu" and plan.rows.numel() > 0:
+        low, high = int(plan.rows[0]), int(plan.rows[-1])
+        if low < 0 or high >= num_slots:
+            raise ValueError(f"`{name}` must lie in [0, {num_slots}), got values from {low} to {high}")
+
+
+def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the segments in plain PyTorch: (positions [U], rows [U], totals [U, D]) for the U distinct rows.
+
+    totals[u] = Σ_a coefficients[a]·vectors[a // PER_VECTOR], in order. Its shapes depend on the data: for CPUs.
+    """
+    positions = torch.nonzero(plan.start == torch.arange(plan.start.numel(), device=plan.start.device)).flatten()
+    rows = plan.rows[positions].long()
+    if positions.numel() == 0:
+        return positions, rows, vectors.new_empty(0, vectors.shape[1])
+    per_vector = plan.order.numel() // vectors.shape[0]
+    totals = F.embedding_bag(
+        plan.order // per_vector,
+        vectors.contiguous(),
+        positions,
+        mode="sum",
+        per_sample_weights=coefficients.reshape(-1)[plan.order],
+    )
+    return positions, rows, totals

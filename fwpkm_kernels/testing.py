@@ -1,0 +1,683 @@
+"""Inputs, error budgets and asserts for tests, fuzzing and benchmarks. Needs torch only.
+
+Inputs: :func:`make_lookup_inputs`, :func:`make_gather_inputs`, :func:`make_update_inputs`, :func:`random_cotangent`.
+Numbers are drawn on the CPU, so one seed means the same inputs on every device, and in float64 before the cast to the
+dtype.
+
+Errors: results are judged against the same formula in float64, relative to the error that plain torch makes in the
+precision under test (:func:`assert_within_budget`). Slots, untouched rows and repeated runs are compared bit by bit.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
+SLOT_PATTERNS = ("uniform", "zipf", "one_slot", "distinct")
+KEY_PATTERNS = ("random", "equal", "near")
+MASK_KINDS = ("bool", "int", "real")
+
+Seed = int | torch.Generator
+
+# Unit roundoff of a product of two factors, by the precision of the multiplier.
+_UNIT_ROUNDOFF = {"ieee": 2.0**-24, "tf32x3": 2.0**-22, "tf32": 2.0**-11}
+
+
+class LookupInputs(NamedTuple):
+    queries: Tensor  # [..., H, Dk]
+    keys: Tensor  # [H, 2, n, Dk/2]
+
+
+class GatherInputs(NamedTuple):
+    values: Tensor  # [N, D]
+    slots: Tensor  # [..., J]
+    weights: Tensor  # [..., J]
+
+
+class UpdateInputs(NamedTuple):
+    values: Tensor  # [N, D]
+    slots: Tensor  # [M, J]
+    weights: Tensor  # [M, J]
+    targets: Tensor  # [M, D]
+    predictions: Tensor  # [M, D]
+    gates: Tensor | None  # [M]
+    mask: Tensor | None  # [M]
+
+
+def make_lookup_inputs(
+    rows: int | Sequence[int] = 8,
+    heads: int = 1,
+    sub_keys: int = 16,
+    key_width: int = 16,
+    *,
+    seed: Seed = 0,
+    key_pattern: str = "random",
+    dtype: torch.dtype = torch.float32,
+    keys_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layout: str | Mapping[str, str] = "contiguous",
+) -> LookupInputs:
+    """Queries [*rows, heads, key_width] in ``dtype`` and keys [heads, 2, sub_keys, key_width/2] in ``keys_dtype``.
+
+    ``keys_dtype`` defaults to float32, or float64 beside float64 queries. ``layout`` is one of LAYOUTS for all tensors,
+    or a mapping from a tensor's name to its layout. ``key_pattern``:
+
+    - "random": standard normal queries and keys.
+    - "equal": small integers. A half of a key is a common vector plus 0 or 1 in up to four coordinates, so sub-keys
+      repeat and many more are equally far. Dot products and squared distances are exact in every precision and every
+      order of summation, and sums of half scores are equal or well apart: slots can be compared bit by bit.
+    - "near": keys in tight clusters far from the origin, each query next to one of them. Squared distances are far
+      smaller than the norms, so ‖q‖² − 2 q·k + ‖k‖² cancels.
+    """
+    generator = _generator(seed)
+    leading = _leading(rows)
+    half = key_width // 2
+    queries_shape = (*leading, heads, 2, half)
+    if key_pattern == "random":
+        queries = _normal(queries_shape, generator)
+        keys = _normal((heads, 2, sub_keys, half), generator)
+    elif key_pattern == "equal":
+        common = _integers(-3, 4, (half,), generator).double()
+        varied = torch.randperm(half, generator=generator)[:4]
+        queries = common.repeat(*queries_shape[:-1], 1)
+        queries[..., varied] += _integers(0, 2, (*queries_shape[:-1], len(varied)), generator)
+        keys = common.repeat(heads, 2, sub_keys, 1)
+        keys[..., varied] += _integers(0, 2, (heads, 2, sub_keys, len(varied)), generator)
+    elif key_pattern == "near":
+        clusters = 4 + _normal((heads, 2, max(1, sub_keys // 8), half), generator)
+        member = torch.arange(sub_keys) % clusters.shape[2]
+        keys = clusters[:, :, member] + 0.01 * _normal((heads, 2, sub_keys, half), generator)
+        chosen = _integers(0, sub_keys, queries_shape[:-1], generator)
+        head, side = torch.arange(heads).unsqueeze(-1), torch.arange(2)
+        queries = keys[head, side, chosen] + 0.01 * _normal(queries_shape, generator)
+    else:
+        raise ValueError(f"`key_pattern` must be one of {KEY_PATTERNS}, got {key_pattern!r}")
+    if keys_dtype is None:
+        keys_dtype = torch.promote_types(dtype, torch.float32)
+    return LookupInputs(
+        queries=_finish(queries.flatten(-2), dtype, device, layout, "queries"),
+        keys=_finish(keys, keys_dtype, device, layout, "keys"),
+    )
+
+
+def make_slots(shape: Sequence[int], slot_count: int, pattern: str = "uniform", *, seed: Seed = 0) -> Tensor:
+    """Int64 slots in [0, slot_count) on the CPU, by pattern.
+
+    - "uniform": independent, so a slot may occur twice in a row.
+    - "zipf": a slot's frequency is about inversely proportional to its rank; the hot slots lie anywhere.
+    - "one_slot": every access goes to the same slot.
+    - "distinct": no slot twice; needs as many slots as accesses.
+    """
+    generator = _generator(seed)
+    shape = tuple(shape)
+    accesses = math.prod(shape)
+    if pattern == "uniform":
+        return _integers(0, slot_count, shape, generator)
+    if pattern == "zipf":
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        rank = (slot_count**uniform).long().clamp(max=slot_count) - 1  # log-uniform ranks have a density of 1/rank
+        return torch.randperm(slot_count, generator=generator)[rank]
+    if pattern == "one_slot":
+        return _integers(0, slot_count, (), generator).repeat(shape)
+    if pattern == "distinct":
+        if accesses > slot_count:
+            raise ValueError(f"`pattern` 'distinct' needs {accesses} slots for `shape` {shape}, got {slot_count}")
+        return torch.randperm(slot_count, generator=generator)[:accesses].reshape(shape)
+    raise ValueError(f"`pattern` must be one of {SLOT_PATTERNS}, got {pattern!r}")
+
+
+def make_gather_inputs(
+    rows: int | Sequence[int] = 8,
+    picks: int = 4,
+    slot_count: int = 64,
+    width: int = 16,
+    *,
+    seed: Seed = 0,
+    slot_pattern: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layout: str | Mapping[str, str] = "contiguous",
+) -> GatherInputs:
+    """A table [slot_count, width] in ``dtype``, slots [*rows, picks] and weights of both signs [*rows, picks].
+
+    ``weights_dtype`` defaults to float32, or float64 beside a float64 table. ``layout`` as in
+    :func:`make_lookup_inputs`.
+    """
+    generator = _generator(seed)
+    shape = (*_leading(rows), picks)
+    values = _normal((slot_count, width), generator)
+    slots = make_slots(shape, slot_count, slot_pattern, seed=generator)
+    weights = _normal(shape, generator) / math.sqrt(max(1, picks))
+    if weights_dtype is None:
+        weights_dtype = torch.promote_types(dtype, torch.float32)
+    return GatherInputs(
+        values=_finish(values, dtype, device, layout, "values"),
+        slots=_finish(slots, torch.int64, device, layout, "slots"),
+        weights=_finish(weights, weights_dtype, device, layout, "weights"),
+    )
+
+
+def make_update_inputs(
+    rows: int = 8,
+    picks: int = 4,
+    slot_count: int = 64,
+    width: int = 16,
+    *,
+    seed: Seed = 0,
+    slot_pattern: str = "uniform",
+    gates: bool = False,
+    mask: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    activations_dtype: torch.dtype | None = None,
+    weights_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layout: str | Mapping[str, str] = "contiguous",
+) -> UpdateInputs:
+    """A table in ``dtype``, slots, weights of both signs, targets, predictions and, on request, gates in (0, 1) and a
+    mask.
+
+    ``activations_dtype`` is the dtype of targets and gates and defaults to ``dtype``. Weights and predictions are
+    float32 (float64 beside float64) unless ``weights_dtype`` says otherwise for both. ``mask`` is None or one of
+    MASK_KINDS; about a third of the rows are masked, and the others are 1, or anything in (0, 2) for "real". ``layout``
+    as in :func:`make_lookup_inputs`.
+    """
+    generator = _generator(seed)
+    values, slots, weights = make_gather_inputs(
+        rows, picks, slot_count, width, seed=generator, slot_pattern=slot_pattern, dtype=torch.float64
+    )
+    targets = _normal((rows, width), generator)
+    predictions = _normal((rows, width), generator)
+    gate_values = torch.sigmoid(_normal((rows,), generator))
+    unmasked = torch.rand((rows,), generator=generator) > 1 / 3
+    if mask not in (None, *MASK_KINDS):
+        raise ValueError(f"`mask` must be None or one of {MASK_KINDS}, got {mask!r}")
+    mask_dtype = {"bool": torch.bool, "int": torch.int64}.get(mask or "", torch.float32)
+    mask_values = unmasked * (2 * torch.rand((rows,), generator=generator) if mask == "real" else 1)
+    if activations_dtype is None:
+        activations_dtype = dtype
+    if weights_dtype is None:
+        weights_dtype = torch.promote_types(dtype, torch.float32)
+    return UpdateInputs(
+        values=_finish(values, dtype, device, layout, "values"),
+        slots=_finish(slots, torch.int64, device, layout, "slots"),
+        weights=_finish(weights, weights_dtype, device, layout, "weights"),
+        targets=_finish(targets, activations_dtype, device, layout, "targets"),
+        predictions=_finish(predictions, weights_dtype, device, layout, "predictions"),
+        gates=_finish(gate_values, activations_dtype, device, layout, "gates") if gates else None,
+        mask=_finish(mask_values, mask_dtype, device, layout, "mask") if mask else None,
+    )
+
+
+def random_cotangent(like: Tensor, *, seed: Seed = 1, layout: str = "contiguous") -> Tensor:
+    """A normal incoming gradient for ``like``, of its shape, dtype and device.
+
+    "expanded" is one number with all strides 0, as ``like.sum().backward()`` sends; the other layouts are those of
+    :func:`with_layout`.
+    """
+    generator = _generator(seed)
+    if layout == "expanded":
+        return _normal((), generator).to(like.device, like.dtype).expand(like.shape)
+    return _finish(_normal(like.shape, generator), like.dtype, like.device, layout, "cotangent")
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """A copy with the same numbers and other strides; only "expanded" changes the numbers.
+
+    - "contiguous".
+    - "transposed": the last two dimensions are swapped in memory.
+    - "sliced": a slice of a wider tensor: rows are contiguous, but start at odd offsets.
+    - "strided": every second element of a wider tensor.
+    - "expanded": the first entry of the first dimension, repeated with stride 0.
+
+    What lies between the elements of "sliced" and "strided" is NaN, −1 or True, so a read that ignores the strides
+    shows. A tensor with too few dimensions for its layout comes back contiguous.
+    """
+    size = tensor.shape[-1] if tensor.dim() else 0
+    if layout == "transposed" and tensor.dim() >= 2:
+        return tensor.mT.clone(memory_format=torch.contiguous_format).mT
+    if layout == "sliced" and tensor.dim():
+        wide = _poison(tensor, (*tensor.shape[:-1], size + 2))
+        return wide[..., 1 : 1 + size].copy_(tensor)
+    if layout == "strided" and tensor.dim():
+        wide = _poison(tensor, (*tensor.shape[:-1], 2 * size + 1))
+        return wide[..., 1::2].copy_(tensor)
+    if layout == "expanded" and tensor.dim():
+        return tensor[:1].clone(memory_format=torch.contiguous_format).expand(tensor.shape)
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}")
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def as_float64(value: Any) -> Any:
+    """The float tensors of a tensor, (named) tuple, list or mapping, detached and in float64; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: as_float64(entry) for name, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(as_float64(entry) for entry in value))
+    if isinstance(value, tuple | list):
+        return type(value)(as_float64(entry) for entry in value)
+    return value
+
+
+def forward_and_gradients(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    wrt: Sequence[str] = (),
+    cotangent: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Call ``function(**inputs)`` and differentiate its first output.
+
+    Args:
+        inputs: arguments by name; tensors keep their strides.
+        wrt: the names of the inputs to differentiate with respect to.
+        cotangent: the incoming gradient, cast to the output's dtype; None is an expanded 1, as from ``output.sum()``.
+
+    Returns:
+        All outputs, detached, as a tuple; and the gradients by name.
+    """
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wrt}
+    result = function(**{**inputs, **leaves})
+    outputs = result if isinstance(result, tuple) else (result,)
+    gradients: tuple[Tensor, ...] = ()
+    if wrt:
+        incoming = torch.ones((), dtype=outputs[0].dtype, device=outputs[0].device).expand(outputs[0].shape)
+        if cotangent is not None:
+            # .to() keeps the tensor itself, strides included, where dtype and device agree already
+            incoming = cotangent.to(outputs[0])
+        gradients = torch.autograd.grad(outputs[0], [leaves[name] for name in wrt], incoming)
+    return tuple(output.detach() for output in outputs), dict(zip(wrt, gradients, strict=True))
+
+
+def assert_matches_reference(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    wrt: Sequence[str] = (),
+    cotangent: Tensor | None = None,
+    name: str = "function",
+    factor: float = 3.0,
+    reduction_length: int = 1,
+) -> None:
+    """Outputs and gradients of ``function`` against ``reference``, within the error budget.
+
+    Both are called with ``inputs`` by name, the reference in float64 (``exact``) and as it is (``baseline``). Float
+    outputs and the gradients of the first output with respect to ``wrt`` go through :func:`assert_within_budget`; other
+    outputs must be equal.
+    """
+    outputs, gradients = forward_and_gradients(function, inputs, wrt=wrt, cotangent=cotangent)
+    exact, exact_gradients = forward_and_gradients(
+        reference, as_float64(inputs), wrt=wrt, cotangent=as_float64(cotangent)
+    )
+    baseline, baseline_gradients = forward_and_gradients(reference, inputs, wrt=wrt, cotangent=cotangent)
+    _check(len(outputs) == len(baseline), f"{name}: {len(outputs)} outputs, expected {len(baseline)}")
+    for i, output in enumerate(outputs):
+        label = f"{name}: output {i}"
+        if output.is_floating_point():
+            assert_within_budget(
+                output, exact[i], baseline[i], name=label, factor=factor, reduction_length=reduction_length
+            )
+        else:
+            assert_bitwise_equal(output, exact[i], label)
+    for key, gradient in gradients.items():
+        assert_within_budget(
+            gradient,
+            exact_gradients[key],
+            baseline_gradients[key],
+            name=f"{name}: gradient of {key}",
+            factor=factor,
+            reduction_length=reduction_length,
+        )
+
+
+def assert_within_budget(
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    *,
+    name: str,
+    factor: float = 3.0,
+    reduction_length: int = 1,
+    scale: float | None = None,
+) -> None:
+    """``actual`` is as near to the float64 result as plain torch in the same precision, up to a factor.
+
+    With r the RMS of ``exact`` (or ``scale``), both of
+        rms(actual − exact) / r  ≤  factor · rms(baseline − exact) / r  +  ulps
+        max|actual − exact| / r  ≤  factor · max|baseline − exact| / r  +  ulps · max(1, max|exact| / r)
+    must hold. Dividing by r makes the bounds independent of the magnitude of the numbers; for an all-zero ``exact`` r
+    is 1 and ulps is 0. The second bound sees a single wrong element, which the first would average away. Where the
+    baseline is exact by luck, as in sums of few terms, the last terms remain:
+        ulps = 2 eps(dtype of the result) + 2 eps(float32, or float64 for float64) · √reduction_length
+    which is the rounding of the result and of that many additions of numbers as large as it.
+
+    NaN and infinities must be where ``exact``, rounded to the dtype of ``actual``, has them; they are left out of the
+    errors.
+
+    Args:
+        actual: the result under test.
+        exact: the reference's result in float64.
+        baseline: the reference's result in the precision of ``actual``, and with its dtype.
+        name: what the message calls it.
+        factor: how many times the baseline's error is allowed.
+        reduction_length: about how many terms are added up for one element.
+        scale: replaces r where an RMS of ``exact`` says nothing, as for gradients that vanish analytically.
+    """
+    _check(exact.dtype == torch.float64, f"{name}: `exact` must be float64, got {exact.dtype}")
+    _check(actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, expected {baseline.dtype}")
+    _check(
+        actual.shape == exact.shape == baseline.shape,
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)} (baseline {tuple(baseline.shape)})",
+    )
+    if actual.numel() == 0:
+        return
+    actual, exact, baseline = actual.detach(), exact.detach().to(actual.device), baseline.detach().to(actual.device)
+    rounded = exact.to(actual.dtype)
+    finite = rounded.isfinite()
+    special = ~finite & ~(actual.isnan() & rounded.isnan()) & (actual != rounded)
+    misplaced = special | (finite & ~actual.isfinite())
+    if misplaced.any():
+        raise AssertionError(
+            f"{name}: {int(misplaced.sum())} of {actual.numel()} elements are NaN or infinite in one result only, "
+            + _coordinates(misplaced.double(), {"actual": actual, "exact": exact})
+        )
+    _check(bool(baseline[finite].isfinite().all()), f"{name}: the baseline is not finite where the exact result is")
+
+    zero = torch.zeros((), dtype=torch.float64, device=actual.device)
+    exact = torch.where(finite, exact, zero)
+    error = torch.where(finite, actual.double(), zero) - exact
+    baseline_error = torch.where(finite, baseline.double(), zero) - exact
+    count = max(1, int(finite.sum()))
+    rms = math.sqrt(float(exact.square().sum()) / count)
+    if scale is None:
+        scale = rms
+    ulps = 0.0
+    if scale > 0:
+        accumulator = torch.promote_types(actual.dtype, torch.float32)
+        ulps = 2 * torch.finfo(actual.dtype).eps + 2 * torch.finfo(accumulator).eps * math.sqrt(reduction_length)
+    else:
+        scale = 1.0
+
+    def rms_and_max(difference: Tensor) -> tuple[float, float]:
+        return math.sqrt(float(difference.square().sum()) / count) / scale, float(difference.abs().max()) / scale
+
+    rms_error, max_error = rms_and_max(error)
+    baseline_rms, baseline_max = rms_and_max(baseline_error)
+    rms_budget = factor * baseline_rms + ulps
+    max_budget = factor * baseline_max + ulps * max(1.0, float(exact.abs().max()) / scale)
+    if rms_error > rms_budget or max_error > max_budget:
+        raise AssertionError(
+            f"{name}: error over budget (relative to {scale:.3g})\n"
+            f"  rms {rms_error:.3g}, budget {rms_budget:.3g} = {factor:g} × baseline {baseline_rms:.3g} + {ulps:.3g}\n"
+            f"  max {max_error:.3g}, budget {max_budget:.3g}, baseline {baseline_max:.3g}\n  "
+            + _coordinates(error.abs(), {"actual": actual, "exact": exact, "baseline": baseline})
+        )
+
+
+def assert_lookup_matches(
+    scores: Tensor,
+    slots: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    exact_slots: Tensor,
+    *,
+    score: str = "idw",
+    eps: float = 1e-3,
+    precision: str = "ieee",
+    max_different: float = 1.0,
+    name: str = "lookup",
+) -> int:
+    """A lookup's scores and slots against the exact ones, up to what rounding excuses.
+
+    Slots are compared with ``exact_slots`` for equality. In a row where they differ, some half scores within their
+    rounding bands of the exact (float64) ones must explain the choice: no slot that was not picked lies above a picked
+    one, and no later pick above an earlier one, by more than the two bands. Every score must lie within its slot's
+    band.
+
+    The band of a half score, with u the unit roundoff of ``precision`` and c = max(4, 2·√(Dk/2)) for the length of the
+    sum:
+        dot:  c·u·‖q‖·‖k‖
+        idw:  log((eps + d² + δ) / (eps + max(d² − δ, 0))),  d² = ‖q − k‖²,  δ = c·u·(‖q‖² + ‖k‖²)
+    since an implementation may expand d² as ‖q‖² − 2 q·k + ‖k‖², whose error is relative to the norms, not to d². To
+    first order the idw band is 2δ / (eps + d²). A slot's band is the sum of its two, plus 4·u·(|s¹| + |s²|).
+
+    Whatever rounding does: slots are in range, none repeats in a row, scores descend. Rows with NaN or infinite scores
+    must have ``exact_slots``. Exact ties are within any band: test the tie rule by comparing slots bit by bit.
+
+    Args:
+        scores: [..., H, K].
+        slots: [..., H, K].
+        queries: [..., H, Dk] and keys [H, 2, n, Dk/2], as the lookup got them.
+        exact_slots: [..., H, K], the slots found in float64.
+        precision: "ieee", "tf32x3" or "tf32"; float64 inputs have u = 2⁻⁵³ whatever it says.
+        max_different: the largest allowed share of rows whose slots differ.
+
+    Returns:
+        How many rows have other slots than ``exact_slots``.
+    """
+    n = keys.shape[2]
+    top_k = exact_slots.shape[-1]
+    expected = (*queries.shape[:-1], top_k)
+    _check(tuple(scores.shape) == expected, f"{name}: scores have shape {tuple(scores.shape)}, expected {expected}")
+    _check(tuple(slots.shape) == expected, f"{name}: slots have shape {tuple(slots.shape)}, expected {expected}")
+    _check(slots.dtype == torch.int64, f"{name}: slots are {slots.dtype}, expected torch.int64")
+    wanted = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    _check(scores.dtype == wanted, f"{name}: scores are {scores.dtype}, expected {wanted}")
+    if slots.numel() == 0:
+        return 0
+
+    def check_rows(bad: Tensor, what: str) -> None:
+        """``bad`` is [R, K]; R counts rows and heads together."""
+        if bad.any():
+            rows = bad.any(-1).nonzero()[:, 0]
+            shown = rows[:3].tolist()
+            raise AssertionError(
+                f"{name}: {what} in {len(rows)} of {len(bad)} rows; first rows (row·H + head) {shown}: "
+                f"slots {picked[shown].tolist()}, exact {exact_picked[shown].tolist()}, scores {given[shown].tolist()}"
+            )
+
+    given = scores.detach().reshape(-1, top_k).double()  # [R, K]
+    picked = slots.reshape(-1, top_k)
+    exact_picked = exact_slots.to(slots.device).reshape(-1, top_k)
+    check_rows((picked < 0) | (picked >= n * n), f"slots outside [0, {n * n})")
+    ordered = picked.sort(-1).values
+    check_rows(ordered[:, 1:] == ordered[:, :-1], "a slot repeats")
+    check_rows(given[:, 1:] > given[:, :-1], "scores ascend")
+
+    unit = 2.0**-53 if wanted == torch.float64 else _UNIT_ROUNDOFF[precision]
+    half, band = _half_scores_and_bands(queries, keys, score, eps, unit)  # [R, 2, n]
+    picked_exact = _of_slots(half, picked)  # float64 scores of the picked slots
+    picked_band = _of_slots(band + 4 * unit * half.abs(), picked)
+    different = (picked != exact_picked).any(-1)
+
+    regular = half.isfinite().all(-1).all(-1)
+    special_rows = (~regular).unsqueeze(-1)
+    check_rows(special_rows & (picked != exact_picked), "other slots beside NaN or infinite scores")
+    agrees = (given == picked_exact) | (given.isnan() & picked_exact.isnan())
+    check_rows(special_rows & ~agrees & ~picked_exact.isfinite(), "NaN or infinite scores differ")
+
+    near = (given - picked_exact).abs() <= picked_band
+    check_rows(~near & picked_exact.isfinite(), "scores outside the rounding band of their slots")
+
+    # The largest lower bound among slots that were not picked: it is one of the K+1 best sums of lower bounds.
+    lower = half - band - 4 * unit * half.abs()
+    keep = min(n, top_k + 1)
+    best, index = lower.topk(keep, dim=-1)
+    sums = (best[:, 0].unsqueeze(-1) + best[:, 1].unsqueeze(-2)).flatten(-2)
+    sum_slots = (index[:, 0].unsqueeze(-1) * n + index[:, 1].unsqueeze(-2)).flatten(-2)
+    is_picked = (sum_slots.unsqueeze(-1) == picked.unsqueeze(-2)).any(-1)
+    bound = sums.masked_fill(is_picked, -torch.inf).amax(-1, keepdim=True)
+    suspect = (different & regular).unsqueeze(-1)
+    check_rows(suspect & (picked_exact + picked_band < bound), "a better slot was missed")
+    later = (picked_exact - picked_band).flip(-1).cummax(-1).values.flip(-1)  # largest lower bound from each rank on
+    check_rows(suspect & (picked_exact + picked_band < later), "slots are out of order")
+
+    count = int(different.sum())
+    _check(
+        count <= max_different * len(picked),
+        f"{name}: {count} of {len(picked)} rows have other slots, at most {max_different:.3%} may",
+    )
+    return count
+
+
+def assert_untouched_rows_equal(before: Tensor, after: Tensor, slots: Tensor, name: str = "values") -> None:
+    """The rows [N, D] that ``slots`` does not name are bitwise the same."""
+    _check(before.shape == after.shape, f"{name}: shape {tuple(after.shape)}, expected {tuple(before.shape)}")
+    untouched = torch.ones(before.shape[0], dtype=torch.bool, device=before.device)
+    untouched[slots.reshape(-1).to(before.device)] = False
+    rows = untouched.nonzero()[:, 0]
+    changed = (_bits(before) != _bits(after))[rows].reshape(len(rows), -1).any(-1)
+    if changed.any():
+        wrong = rows[changed]
+        raise AssertionError(
+            f"{name}: {len(wrong)} of {len(rows)} untouched rows changed, first rows {wrong[:5].tolist()}"
+        )
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "tensor") -> None:
+    """Same shape, dtype and bits: NaN equals the same NaN, and −0.0 is not 0.0."""
+    _check(actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}")
+    _check(actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    actual, expected = actual.detach(), expected.detach().to(actual.device)
+    different = _bits(actual) != _bits(expected)
+    if different.any():
+        raise AssertionError(
+            f"{name}: {int(different.sum())} of {actual.numel()} elements differ in their bits, "
+            + _coordinates(different.double(), {"actual": actual, "expected": expected})
+        )
+
+
+def assert_deterministic(function: Callable[[], Any], *, runs: int = 2, name: str = "function") -> None:
+    """Every call of ``function()`` returns the same bits: a tensor, or nested tuples, lists and mappings of tensors."""
+    first = list(_tensors(function()))
+    for run in range(1, runs):
+        again = list(_tensors(function()))
+        _check(len(again) == len(first), f"{name}: run {run} returned {len(again)} tensors, run 0 {len(first)}")
+        for i, (one, other) in enumerate(zip(again, first, strict=True)):
+            assert_bitwise_equal(one, other, f"{name}: tensor {i} of run {run}")
+
+
+@contextmanager
+def assert_unchanged(*values: Any) -> Iterator[None]:
+    """All tensors in ``values``, nested or not, have the same bits after the block as before."""
+    tensors = list(_tensors(values))
+    before = [tensor.detach().clone() for tensor in tensors]
+    yield
+    for i, (tensor, old) in enumerate(zip(tensors, before, strict=True)):
+        assert_bitwise_equal(tensor, old, f"input {i}")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block torch.empty and its kin return NaN (integers: the largest number), so unwritten outputs show.
+
+    This is torch's deterministic mode with ``fill_uninitialized_memory``; operations without a deterministic form only
+    warn.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _generator(seed: Seed) -> torch.Generator:
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+
+
+def _leading(rows: int | Sequence[int]) -> tuple[int, ...]:
+    return (rows,) if isinstance(rows, int) else tuple(rows)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+def _integers(low: int, high: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(low, high, tuple(shape), generator=generator)
+
+
+def _finish(
+    tensor: Tensor, dtype: torch.dtype, device: torch.device | str, layout: str | Mapping[str, str], name: str
+) -> Tensor:
+    if not isinstance(layout, str):
+        layout = layout.get(name, "contiguous")
+    return with_layout(tensor.to(device, dtype), layout)
+
+
+def _poison(like: Tensor, shape: Sequence[int]) -> Tensor:
+    fill = math.nan if like.is_floating_point() else True if like.dtype == torch.bool else -1
+    return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _coordinates(badness: Tensor, shown: Mapping[str, Tensor], count: int = 5) -> str:
+    """The worst few elements, with their coordinates and their numbers."""
+    worst = badness.reshape(-1).topk(min(count, badness.numel()))
+    lines = []
+    for amount, flat in zip(worst.values.tolist(), worst.indices.tolist(), strict=True):
+        if amount > 0:
+            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), badness.shape))
+            lines.append(f"{where}: " + ", ".join(f"{name} {tensor[where].item()!r}" for name, tensor in shown.items()))
+    return "worst at\n    " + "\n    ".join(lines)
+
+
+def _half_scores_and_bands(queries: Tensor, keys: Tensor, score: str, eps: float, unit: float) -> tuple[Tensor, Tensor]:
+    """Float64 scores of all sub-keys and their rounding bands, both [R, 2, n] with R = rows · H."""
+    heads, _, n, half = keys.shape
+    q = queries.detach().double().reshape(-1, heads, 2, half).permute(1, 2, 0, 3)  # [H, 2, rows, Dk/2]
+    k = keys.detach().double().to(queries.device)
+    c = max(4.0, 2 * math.sqrt(half))
+    q_norm = q.norm(dim=-1).unsqueeze(-1)
+    k_norm = k.norm(dim=-1).unsqueeze(-2)
+    if score == "dot":
+        scores = q @ k.mT
+        band = c * unit * q_norm * k_norm
+    else:
+        distance = torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").square()
+        delta = c * unit * (q_norm.square() + k_norm.square())
+        scores = -torch.log(eps + distance)
+        band = torch.log((eps + distance + delta) / (eps + (distance - delta).clamp(min=0)))
+    scores, band = (t.permute(2, 0, 1, 3).reshape(-1, 2, n) for t in (scores, band))
+    return scores, band
+
+
+def _of_slots(half: Tensor, slots: Tensor) -> Tensor:
+    """Sums of two halves [R, 2, n] for slots [R, K]."""
+    n = half.shape[-1]
+    return half[:, 0].gather(-1, slots // n) + half[:, 1].gather(-1, slots % n)
