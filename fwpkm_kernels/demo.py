@@ -181,3 +181,92 @@ def make_sentences(count: int, text: bytes, rng: random.Random) -> list[bytes]:
     if len(sentences) < count:
         raise DemoError(f"could not draw {count} different needles; ask for fewer with --needles")
     return sentences
+
+
+class Stream(NamedTuple):
+    """What every pass reads: the text with the needles hidden in it."""
+
+    data: bytes
+    is_text: list[bool]
+    needles: list[Needle]
+
+
+def make_stream(text: bytes, options: Options) -> Stream:
+    """Hide the needles in the text, one at the end of a chunk, each so early that its depth still fits in the pass.
+
+    The text is repeated where it is too short, and cut where the last chunk is full.
+    """
+    size, rng = options.chunk_size, random.Random(options.seed)
+    sentences = make_sentences(2 * options.needles * len(options.depths), text, rng)
+    length = len(sentences[0])
+    deepest_first = sorted(options.depths, reverse=True)
+    hidden_bytes = options.needles * len(options.depths) * length
+    chunks = max(
+        math.ceil((options.bytes + hidden_bytes) / size),
+        *(depth // size + options.needles * rank for rank, depth in enumerate(deepest_first, 1)),
+    )
+    needles: dict[int, Needle] = {}
+    for depth in deepest_first:
+        free = [chunk for chunk in range(chunks - depth // size) if chunk not in needles]
+        for chunk in sorted(rng.sample(free, options.needles)):
+            needles[chunk] = Needle(sentences.pop(), sentences.pop(), depth, chunk)
+
+    endless_text = itertools.cycle(text)
+    data, is_text = bytearray(), []
+    for chunk in range(chunks):
+        hidden = needles[chunk].text if chunk in needles else b""
+        data += bytes(itertools.islice(endless_text, size - len(hidden))) + hidden
+        is_text += [True] * (size - len(hidden)) + [False] * len(hidden)
+    return Stream(bytes(data), is_text, [needles[chunk] for chunk in sorted(needles)])
+
+
+def to_tensor(contexts: Iterable[bytes], device: str) -> Tensor:
+    """Byte strings of one length as a uint8 tensor with a row for each."""
+    return torch.tensor([list(context) for context in contexts], dtype=torch.uint8, device=device)
+
+
+def is_found(memory: EpisodicMemory, sentences: Sequence[bytes]) -> list[bool]:
+    """For each sentence whether every digit of its code is predicted, each from the true eight bytes before it."""
+    contexts = [context for sentence in sentences for context in code_contexts(sentence)]
+    predicted = memory.nearest_bytes(memory.read(to_tensor(contexts, memory.options.device)))
+    digits = to_tensor([sentence[-CODE_DIGITS:] for sentence in sentences], memory.options.device)
+    return (predicted.view_as(digits) == digits).all(-1).tolist()
+
+
+def read_pass(memory: EpisodicMemory, stream: Stream, progress: Callable[[int], object]) -> PassResult:
+    """Read and write the stream once, chunk by chunk, and probe each needle when its depth is reached."""
+    o = memory.options
+    started = time.perf_counter()
+    data = to_tensor([b"\n" * CONTEXT + stream.data], o.device)[0]
+    contexts, next_bytes = data.unfold(0, CONTEXT, 1)[:-1], data[CONTEXT:]
+    is_text = torch.tensor(stream.is_text, device=o.device)
+    right = torch.zeros((), dtype=torch.int64, device=o.device)
+    due: dict[int, list[Needle]] = {}
+    for needle in stream.needles:
+        due.setdefault(needle.chunk + needle.depth // o.chunk_size, []).append(needle)
+    found, controls_found = dict.fromkeys(o.depths, 0), dict.fromkeys(o.depths, 0)
+    for chunk, start in enumerate(range(0, len(stream.data), o.chunk_size)):
+        part = slice(start, start + o.chunk_size)
+        read = memory.read(contexts[part])
+        right += ((memory.nearest_bytes(read) == next_bytes[part]) & is_text[part]).sum()
+        memory.write(read, next_bytes[part])
+        for needle in due.get(chunk, ()):
+            hit, control_hit = is_found(memory, [needle.text, needle.control])
+            found[needle.depth] += hit
+            controls_found[needle.depth] += control_hit
+        progress(o.chunk_size)
+    accuracy = right.item() / sum(stream.is_text)
+    seconds = time.perf_counter() - started
+    return PassResult(
+        accuracy,
+        seconds,
+        len(stream.data) / seconds,
+        [found[depth] for depth in o.depths],
+        [controls_found[depth] for depth in o.depths],
+    )
+
+
+def run(stream: Stream, options: Options, progress: Callable[[int], object] = lambda count: None) -> list[PassResult]:
+    """All passes over the stream with one memory; ``progress`` is called with the bytes read since its last call."""
+    memory = EpisodicMemory(options)
+    return [read_pass(memory, stream, progress) for _ in range(options.passes)]

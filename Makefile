@@ -1,0 +1,52 @@
+# Needs Python 3.10 or newer, git and make; every target but `gpu` installs the rest into .venv by itself.
+# Options go through ARGS: make demo ARGS="book.txt --passes 2", make test ARGS="-k lookup".
+
+PYTHON ?= python3
+WORKERS ?= 2
+OUT ?= gpu-results
+MINUTES ?= 9
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# The test processes already share the cores; more threads in each would only get in each other's way.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench gpu clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## let the memory read a text and recall it
+	$(BIN)/python -m fwpkm_kernels.demo $(ARGS)
+
+test: $(STAMP) ## run the test suite without its slow cases
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run the slow cases: every kernel for every target, long interpreter runs
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## run the benchmarks
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Straight from the checkout with the Python it is given: a GPU machine brings its own torch and may have no network.
+gpu: ## run tests and timings on a GPU, results in OUT=; installs nothing, uses PYTHON=
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(ARGS)
+
+clean: ## remove .venv, caches and build leftovers
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# setuptools comes first, by itself: pip's isolated builds would fetch one that no constraint pins.
+# The stamp is touched last, so a set-up that was interrupted is taken up again.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,bench]'
+	touch $(STAMP)

@@ -1,0 +1,36 @@
+"""Where the tests run: the Triton backend on the GPU if there is one, else in Triton's interpreter on the CPU."""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
+
+
+class Place(NamedTuple):
+    """A backend and the device whose tensors it is tested with."""
+
+    backend: str
+    device: str
+
+
+PLACES = [Place("torch", "cpu"), Place("triton", "cuda" if HAS_GPU else "cpu")]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: place.backend)
+def place(request: pytest.FixtureRequest) -> Place:
+    return request.param
+
+
+@pytest.fixture
+def triton_place() -> Place:
+    return PLACES[1]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("needs a GPU")

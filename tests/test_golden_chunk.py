@@ -1,0 +1,190 @@
+"""The golden cases, chunk by chunk, through the three operations: lookup, gather and chunk update."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = [
+    "allgrad_me", "clip", "dot_relu", "dot_softmax", "heads2", "heads2_b3_top8", "idw_silu", "idw_t07",
+    "look0", "look2", "lr05_wd", "mask_leftpad", "mask_nogates", "mask_rand", "me03", "paper_a", "paper_b",
+    "paper_d_b3", "paper_e_officialinit", "paper_g_tail_partial", "paper_h_tail_one", "paper_i_single_chunk",
+    "paper_j_short", "paper_l_near_keys", "paper_m_topk1", "paper_n_topk2", "paper_o_topk_eq_n",
+    "paper_p_collisions", "wd",
+]  # fmt: skip
+
+
+class Implementation(NamedTuple):
+    """The three operations, called with the arguments of the reference functions."""
+
+    product_key_lookup: Callable[..., tuple[Tensor, Tensor]]
+    sparse_value_gather: Callable[..., Tensor]
+    chunk_value_update: Callable[..., Tensor]
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(
+        reference.product_key_lookup, reference.sparse_value_gather, reference.chunk_value_update
+    ),
+}
+
+
+class Case(NamedTuple):
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # the inputs in the dtype under test, the answers in float64
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    return IMPLEMENTATIONS[request.param]
+
+
+def load(name: str, dtype: torch.dtype) -> Case:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        config = json.loads(str(arrays["config"]))
+        tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "config"}
+    # The inputs are stored in float32, the answers in float64.
+    tensors = {key: t.to(dtype) if t.dtype == torch.float32 else t for key, t in tensors.items()}
+    return Case(config, tensors)
+
+
+def weigh(scores: Tensor, weighting: str, temperature: float) -> Tensor:
+    """Weights [..., J] of the scores [..., H, K] of a token, all heads together."""
+    function = {"softmax": lambda s: s.softmax(-1), "silu": torch.nn.functional.silu, "relu": torch.relu}[weighting]
+    return function(scores.flatten(-2) / temperature)
+
+
+def value_scan(
+    implementation: Implementation, case: Case, values: Tensor, targets: Tensor, gates: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output and final values for given slots and weights, under ``boundary="drop"``.
+
+    Each chunk is read; then its pairs (t, t + lookahead) that lie within it are written, from the predictions read.
+    Counts n_s are over all its accesses; the step size is J·S/E, with E written positions and S those to be counted.
+    """
+    config, slots, mask = case.config, case.tensors["slots"], case.tensors.get("mask")
+    batch, length, picks = slots.shape
+    outputs = []
+    for start in range(0, length, config["chunk_size"]):
+        stop = min(start + config["chunk_size"], length)
+        predictions = implementation.sparse_value_gather(values, slots[:, start:stop], weights[:, start:stop])
+        outputs.append(predictions)
+        last = max(start, stop - config["lookahead"])  # one past the last written position
+        written = slice(start, last)
+        counted = batch * (stop - start) if mask is None else int((mask[:, written] > 0).sum())
+        values = implementation.chunk_value_update(
+            values,
+            slots[:, written].reshape(-1, picks),
+            weights[:, written].reshape(-1, picks),
+            targets[:, start + config["lookahead"] : last + config["lookahead"]].flatten(0, 1),
+            predictions[:, : last - start].flatten(0, 1),
+            gates=None if gates is None else gates[:, written].flatten(),
+            mask=None if mask is None else mask[:, written].flatten(),
+            count_slots=slots[:, start:stop],
+            lr=config["lr"],
+            scale=picks * counted / max(1, batch * (last - start)),
+            weight_decay=config["weight_decay"],
+            clip=config["clip"],
+        )
+    return torch.cat(outputs, dim=1), values
+
+
+def assert_near(actual: Tensor, exact: Tensor, tolerance: float, name: str) -> None:
+    """Relative in norm."""
+    error, norm = float((actual.detach().double() - exact).norm()), float(exact.norm())
+    assert error <= tolerance * norm, f"{name}: error {error:.3g} over {tolerance:.3g} of {norm:.3g}"
+
+
+def tolerance(name: str, dtype: torch.dtype) -> float:
+    """The agreement that tests/golden/README.md promises."""
+    if dtype == torch.float64:
+        return 1e-12
+    return 6e-5 if name == "paper_l_near_keys" else 3e-6
+
+
+CASES = pytest.mark.parametrize("name", NAMES)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+def test_no_golden_file_is_left_out():
+    assert sorted(path.stem for path in GOLDEN.glob("*.npz")) == sorted(NAMES)
+
+
+@DTYPES
+@CASES
+def test_first_chunk(implementation: Implementation, name: str, dtype: torch.dtype):
+    """Its keys are the initial ones: lookup and gather alone give slots, weights and output."""
+    config, tensors = load(name, dtype)
+    chunk = slice(0, config["chunk_size"])
+    scores, slots = implementation.product_key_lookup(
+        tensors["queries"][:, chunk], tensors["keys"], config["top_k"], score=config["score"]
+    )
+    # In float32 too: no two scores at a top-k border are within its rounding.
+    assert torch.equal(slots.flatten(-2), tensors["slots"][:, chunk])
+    weights = weigh(scores, config["weighting"], config["temperature"])
+    assert_near(weights, tensors["weights"][:, chunk], tolerance(name, dtype), "weights")
+    output = implementation.sparse_value_gather(tensors["values"], slots.flatten(-2), weights)
+    assert_near(output, tensors["output"][:, chunk], tolerance(name, dtype), "output")
+
+
+@DTYPES
+@CASES
+def test_value_scan(implementation: Implementation, name: str, dtype: torch.dtype):
+    """With the golden slots and weights of all chunks, gather and update give every output and the final values."""
+    case = load(name, dtype)
+    tensors = case.tensors
+    output, final_values = value_scan(
+        implementation, case, tensors["values"], tensors["targets"], tensors.get("gates"), tensors["weights"].to(dtype)
+    )
+    assert_near(output, tensors["output"], tolerance(name, dtype), "output")
+    assert_near(final_values, tensors["final_values"], tolerance(name, dtype), "final_values")
+
+
+@DTYPES
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "allgrad_me"])
+def test_value_scan_gradients(implementation: Implementation, name: str, dtype: torch.dtype):
+    """Values, targets and gates reach the loss through the value scan alone.
+
+    Not so in allgrad_me (``key_gradient="all"``), where the memorisation loss moves the keys.
+    """
+    case = load(name, dtype)
+    tensors = case.tensors
+    leaves = {key: tensors[key].requires_grad_() for key in ("values", "targets", "gates") if key in tensors}
+    output, _ = value_scan(
+        implementation, case, leaves["values"], leaves["targets"], leaves.get("gates"), tensors["weights"].to(dtype)
+    )
+    # In a single chunk targets and gates move nothing that is read.
+    gradients = torch.autograd.grad(
+        output, list(leaves.values()), tensors["cotangent"].to(dtype), allow_unused=True, materialize_grads=True
+    )
+    for key, gradient in zip(leaves, gradients, strict=True):
+        assert_near(gradient, tensors[f"d_{key}"], tolerance(name, dtype), f"d_{key}")
+
+
+def test_single_chunk_from_inputs(implementation: Implementation):
+    """The one case of a single chunk, from its inputs alone: all three operations, and the gradients through them."""
+    config, tensors = case = load("paper_i_single_chunk", torch.float64)
+    assert config["T"] <= config["chunk_size"]
+    names = ["queries", "keys", "values"]
+    leaves = {key: tensors[key].requires_grad_() for key in names}
+    scores, slots = implementation.product_key_lookup(
+        leaves["queries"], leaves["keys"], config["top_k"], score=config["score"]
+    )
+    assert torch.equal(slots.flatten(-2), tensors["slots"])
+    weights = weigh(scores, config["weighting"], config["temperature"])
+    output, final_values = value_scan(
+        implementation, case, leaves["values"], tensors["targets"], tensors["gates"], weights
+    )
+    assert_near(output, tensors["output"], 1e-12, "output")
+    assert_near(final_values, tensors["final_values"], 1e-12, "final_values")
+    gradients = torch.autograd.grad(output, list(leaves.values()), tensors["cotangent"])
+    for key, gradient in zip(names, gradients, strict=True):
+        assert_near(gradient, tensors[f"d_{key}"], 1e-12, f"d_{key}")

@@ -1,0 +1,210 @@
+"""The house itself: what is installed, what a bare machine can import, what a bug report says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import fwpkm_kernels
+from fwpkm_kernels import env_report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Makes packages look as if they were not installed: find_spec answers None, import raises ModuleNotFoundError.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+
+def run_hidden(code: str, *hidden: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Run code in a new Python that cannot find the hidden packages; its standard output."""
+    script = f"HIDDEN = {hidden!r}\n{HIDE}\n{code}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_cpu_path_works_without_triton():
+    run_hidden(
+        """
+import importlib.util
+import torch
+import fwpkm_kernels as fwpkm
+assert importlib.util.find_spec("triton") is None
+queries, keys = torch.randn(5, 1, 6), torch.randn(1, 2, 4, 3)
+scores, slots = fwpkm.product_key_lookup(queries, keys, 2)
+values = torch.randn(16, 7, requires_grad=True)
+weights = scores.flatten(1).softmax(-1)
+out = fwpkm.sparse_value_gather(values, slots.flatten(1), weights)
+new = fwpkm.chunk_value_update(values, slots.flatten(1), weights, torch.randn(5, 7), out)
+new.sum().backward()
+try:
+    fwpkm.product_key_lookup(queries, keys, 2, backend="triton")
+except (ImportError, ValueError) as error:
+    assert "triton" in str(error), error
+else:
+    raise AssertionError("backend='triton' ran without Triton")
+""",
+        "triton",
+    )
+
+
+def test_import_asks_for_no_gpu():
+    run_hidden("import torch, fwpkm_kernels; assert not torch.cuda.is_initialized()")
+
+
+def test_env_report_runs_on_a_bare_machine():
+    code = "from fwpkm_kernels import env_report; assert env_report.main(['--json']) == 0"
+    report = json.loads(run_hidden(code, "triton", CUDA_VISIBLE_DEVICES="", TRITON_CACHE_DIR="somewhere"))
+    assert report["triton"] is None
+    assert report["gpus"] == []
+    assert report["environment"]["TRITON_CACHE_DIR"] == "somewhere"
+
+
+def test_env_report_text_and_collect(capsys):
+    report = env_report.collect()
+    assert report == json.loads(json.dumps(report))
+    assert report["fwpkm_kernels"] == fwpkm_kernels.__version__
+    assert report["torch"]["version"] == torch.__version__
+    assert report["auto_backend"]["cpu_tensors"] == "torch"
+    assert env_report.main([]) == 0
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^(\w+):", text, re.M)) == set(report)
+    assert f"  version: {torch.__version__}\n" in text
+
+
+DRIVER_LINES = [
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (builder@host)",
+]
+
+
+class FakeProperties:
+    name, major, minor, total_memory, multi_processor_count = "NVIDIA H100", 9, 0, 80 * 2**30, 132
+
+
+def test_env_report_lists_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: FakeProperties)
+    monkeypatch.setattr(env_report, "_read", lambda path: DRIVER_LINES[0] if "nvidia" in path else "")
+    report = env_report.collect()
+    gpu = {"name": "NVIDIA H100", "capability": "9.0", "memory_gib": 80.0, "multiprocessors": 132}
+    assert report["gpus"] == [gpu, gpu]
+    assert report["driver"] == "550.54.15"
+    assert env_report.main([]) == 0
+    assert "  1:\n    name: NVIDIA H100\n    capability: 9.0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", DRIVER_LINES)
+def test_env_report_reads_the_driver_version(monkeypatch, line):
+    monkeypatch.setattr(env_report, "_read", lambda path: line if "nvidia" in path else "")
+    assert env_report._driver() == "550.54.15"
+
+
+def test_env_report_survives_a_broken_import(monkeypatch, tmp_path):
+    (tmp_path / "broken_module_of_this_test.py").write_text("raise OSError('libfoo.so not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert env_report._version("broken_module_of_this_test") == "import failed: OSError: libfoo.so not found"
+    assert env_report._version("absent_module_of_this_test") is None
+
+
+def test_env_report_commit(monkeypatch, tmp_path):
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("needs git")
+    # An installed copy below another project's checkout must not report that project's commit.
+    inner = tmp_path / "site-packages" / "fwpkm_kernels"
+    inner.mkdir(parents=True)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+    subprocess.run([git, "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([git, "-C", str(tmp_path), "add", "file"], check=True)
+    subprocess.run([git, "-C", str(tmp_path), *identity, "commit", "-qm", "x"], check=True)
+    monkeypatch.setattr(env_report, "__file__", str(inner / "env_report.py"))
+    assert env_report._commit() is None
+    monkeypatch.setattr(env_report, "__file__", str(tmp_path / "fwpkm_kernels" / "env_report.py"))
+    commit = env_report._commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "file").write_text("2")
+    assert env_report._commit() == f"{commit}-dirty"
+
+
+def test_setup_installs_only_the_package(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("fwpkm_kernels", "reference", "tests", "benchmarks"):
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "golden")
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+            (tmp_path / name / "__init__.py").touch()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    # It must build where nothing is installed yet.
+    run_hidden(
+        "sys.argv = ['setup.py', '-q', 'bdist_wheel']; import runpy; runpy.run_path('setup.py', run_name='__main__')",
+        *("torch", "triton", "numpy", "fwpkm_kernels"),
+        cwd=tmp_path,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = archive.namelist()
+        info = f"fwpkm_kernels-{fwpkm_kernels.__version__}.dist-info"
+        about = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+    assert {name.split("/")[0] for name in files} == {"fwpkm_kernels", info}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fwpkm_kernels").rglob("*.py")}
+    assert sources | {"fwpkm_kernels/py.typed"} <= set(files)
+    assert about["Version"] == fwpkm_kernels.__version__
+    assert about["Requires-Python"] == ">=3.10"
+    assert about["License-Expression"] == "MIT"
+    needed = sorted(text for text in about.get_all("Requires-Dist") if "extra ==" not in text)
+    assert needed == ["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"']
+    assert {"dev", "bench", "demo"} <= set(about.get_all("Provides-Extra"))
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_everything_that_make_installs_is_pinned():
+    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / ".installed").exists():
+        pytest.skip("not the environment that make created")
+    packaging = pytest.importorskip("packaging.requirements")
+    pins = set()
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = packaging.Requirement(line)
+            assert re.fullmatch(r"==[^,*]+", str(pin.specifier)), line
+            if pin.marker is None or pin.marker.evaluate():
+                assert canonical(pin.name) not in pins, f"two pins for {pin.name} on this Python"
+                pins.add(canonical(pin.name))
+    todo = {("fwpkm_kernels", extra) for extra in ("", "dev", "bench")}
+    seen = set()
+    while todo:
+        name, extra = todo.pop()
+        seen.add((name, extra))
+        for text in metadata.requires(name) or []:
+            need = packaging.Requirement(text)
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                todo |= {(need.name, one) for one in ("", *need.extras)} - seen
+    loose = {canonical(name) for name, _ in seen} - pins - {"fwpkm-kernels"}
+    assert not loose, f"not in constraints.txt: {loose}"

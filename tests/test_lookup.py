@@ -1,0 +1,249 @@
+"""product_key_lookup: both backends, forward and backward, against the reference."""
+
+import functools
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import reference
+from fwpkm_kernels import ProductKeyLookup, product_key_lookup, testing
+from tests.conftest import Place
+
+# rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column, more than one tile of sub-keys with a
+# last tile narrower than K, K beyond 32.
+SHAPES = [
+    (5, 2, 21, 6, 14),
+    (1, 1, 1, 1, 2),
+    (3, 1, 7, 7, 10),
+    (18, 1, 40, 1, 6),
+    (4, 2, 130, 9, 70),
+    (3, 1, 33, 32, 16),
+    (2, 1, 300, 64, 4),
+]
+DTYPES = {  # queries, keys
+    "float32": (torch.float32, torch.float32),
+    "bfloat16-queries": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16-queries": (torch.float16, torch.float32),
+    "float64": (torch.float64, torch.float64),
+}
+
+
+def check(inputs: testing.LookupInputs, top_k: int, place: Place, *, score="idw", cotangent="contiguous"):
+    """Slots and scores inside their rounding band; gradients, with the picked slots held, inside the error budget."""
+    options = {"top_k": top_k, "score": score}
+    exact_scores, exact_slots = reference.product_key_lookup(*testing.as_float64(inputs), **options)
+    grad = testing.random_cotangent(exact_scores.to(inputs.keys.dtype), layout=cotangent)
+    run = {**inputs._asdict(), **options}
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        (scores, slots), gradients = testing.forward_and_gradients(
+            functools.partial(product_key_lookup, backend=place.backend),
+            run,
+            wrt=("queries", "keys"),
+            cotangent=grad,
+        )
+    different = testing.assert_lookup_matches(
+        scores, slots, *inputs, exact_slots, score=score, precision="tf32x3" if place.device == "cuda" else "ieee"
+    )
+    assert different == 0  # fixed seeds, and no near ties among them
+    compare = functools.partial(testing.forward_and_gradients, reference.product_key_lookup, wrt=("queries", "keys"))
+    _, exact = compare(testing.as_float64(run), cotangent=grad.double())
+    _, baseline = compare(run, cotangent=grad)
+    for name, gradient in gradients.items():
+        testing.assert_within_budget(
+            gradient, exact[name], baseline[name], name=name, reduction_length=max(inputs.queries.shape)
+        )
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, score, place):
+    rows, heads, n, top_k, width = shape
+    check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_dtypes(dtypes, place):
+    queries, keys = DTYPES[dtypes]
+    inputs = testing.make_lookup_inputs(5, 2, 21, 14, dtype=queries, keys_dtype=keys, device=place.device)
+    check(inputs, 6, place)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "expanded"])
+def test_strides_of_inputs_and_of_incoming_gradients(layout, place):
+    inputs = testing.make_lookup_inputs((2, 3), 2, 21, 14, device=place.device, layout=layout)
+    check(inputs, 6, place, cotangent=layout)
+
+
+def test_near_keys(place):
+    inputs = testing.make_lookup_inputs(6, 1, 24, 32, key_pattern="near", device=place.device)
+    scores, slots = product_key_lookup(*inputs, 4, backend=place.backend)
+    _, exact = reference.product_key_lookup(*testing.as_float64(inputs), 4)
+    testing.assert_lookup_matches(scores, slots, *inputs, exact, precision="tf32x3")
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+@pytest.mark.parametrize("shape", [(20, 2, 21, 6, 14), (9, 1, 150, 16, 6), (4, 1, 9, 9, 8)], ids=str)
+def test_exact_ties_go_to_the_lowest_index(shape, precision, score, place):
+    rows, heads, n, top_k, width = shape
+    inputs = testing.make_lookup_inputs(rows, heads, n, width, key_pattern="equal", device=place.device)
+    _, slots = product_key_lookup(*inputs, top_k, score=score, precision=precision, backend=place.backend)
+    _, expected = reference.product_key_lookup(*testing.as_float64(inputs), top_k, score=score)
+    testing.assert_bitwise_equal(slots, expected, "slots")
+
+
+def test_all_keys_equal(place):
+    queries = torch.ones(2, 1, 4, device=place.device)
+    _, slots = product_key_lookup(queries, torch.ones(1, 2, 200, 2, device=place.device), 5, backend=place.backend)
+    # (0, 0) then (0, 1), (0, 2), ... : the lower pair position among equal sums
+    assert slots.tolist() == [[[0, 1, 2, 3, 4]]] * 2
+
+
+def test_every_tile_gives_the_same_slots(triton_place):
+    from fwpkm_kernels.kernels.lookup import LookupConfig, lookup
+
+    inputs = testing.make_lookup_inputs(40, 1, 70, 24, device=triton_place.device)
+    _, expected = reference.product_key_lookup(*testing.as_float64(inputs), 5)
+    for config in (LookupConfig(16, 16, 16, 4), LookupConfig(16, 128, 16, 4), LookupConfig(64, 32, 32, 8)):
+        _, slots = lookup(*inputs, top_k=5, idw=True, eps=1e-3, precision="tf32x3", config=config)
+        testing.assert_bitwise_equal(slots, expected, str(config))
+
+
+def test_a_token_does_not_depend_on_its_batch(place):
+    queries, keys = testing.make_lookup_inputs(37, 2, 40, 16, device=place.device)
+    scores, slots = product_key_lookup(queries, keys, 5, backend=place.backend)
+    if place.backend == "triton":  # a BLAS may choose another algorithm for another batch
+        one_scores, one_slots = product_key_lookup(queries[20:21], keys, 5, backend=place.backend)
+        testing.assert_bitwise_equal(one_scores, scores[20:21], "scores")
+        testing.assert_bitwise_equal(one_slots, slots[20:21], "slots")
+
+
+def test_nan_stays_in_its_row(place):
+    queries, keys = testing.make_lookup_inputs(6, 1, 21, 8, device=place.device)
+    expected, expected_slots = product_key_lookup(queries, keys, 4, backend=place.backend)
+    queries[2, 0, 1] = torch.nan  # the first half
+    scores, slots = product_key_lookup(queries, keys, 4, backend=place.backend)
+    others = torch.arange(6, device=place.device) != 2
+    testing.assert_bitwise_equal(scores[others], expected[others], "scores")
+    testing.assert_bitwise_equal(slots[others], expected_slots[others], "slots")
+    assert scores[2].isnan().all()
+    reference_slots = reference.product_key_lookup(queries, keys, 4)[1]
+    testing.assert_bitwise_equal(slots[2], reference_slots[2], "slots of the NaN row")
+
+
+def test_only_winners_get_gradients(place):
+    queries, keys = testing.make_lookup_inputs(2, 1, 30, 8, device=place.device)
+    keys.requires_grad_()
+    scores, slots = product_key_lookup(queries, keys, 3, backend=place.backend)
+    scores.sum().backward()
+    touched = keys.grad.abs().sum(-1)[0] > 0
+    expected = torch.zeros_like(touched)
+    expected[0, slots.flatten() // 30] = True
+    expected[1, slots.flatten() % 30] = True
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("wrt", ["queries", "keys"])
+def test_gradient_of_one_input_only(wrt, place):
+    inputs = testing.make_lookup_inputs(3, 1, 20, 8, device=place.device)._asdict()
+    run = functools.partial(product_key_lookup, top_k=3, backend=place.backend)
+    _, both = testing.forward_and_gradients(run, inputs, wrt=("queries", "keys"))
+    _, one = testing.forward_and_gradients(run, inputs, wrt=(wrt,))
+    testing.assert_bitwise_equal(one[wrt], both[wrt], wrt)
+
+
+def test_two_runs_are_bitwise_equal(place):
+    inputs = testing.make_lookup_inputs(12, 1, 20, 8, device=place.device)._asdict()
+    run = functools.partial(product_key_lookup, top_k=8, backend=place.backend)
+    testing.assert_deterministic(lambda: testing.forward_and_gradients(run, inputs, wrt=("queries", "keys")))
+
+
+def test_empty(place):
+    queries, keys = testing.make_lookup_inputs((2, 0), 3, 9, 8, device=place.device)
+    queries.requires_grad_(), keys.requires_grad_()
+    scores, slots = product_key_lookup(queries, keys, 4, backend=place.backend)
+    assert scores.shape == slots.shape == (2, 0, 3, 4)
+    scores.sum().backward()
+    assert queries.grad.shape == queries.shape
+    assert keys.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+def test_gradcheck(score):
+    inputs = testing.make_lookup_inputs(3, 2, 6, 6, dtype=torch.float64)
+    assert gradcheck(lambda q, k: ProductKeyLookup.apply(q, k, 3, score)[0], [x.requires_grad_() for x in inputs])
+
+
+def test_second_derivatives_raise(place):
+    queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(3, 1, 6, 6, device=place.device))
+    # the incoming gradient of a sum needs no gradient itself, and still this must not pass for a constant
+    (grad,) = torch.autograd.grad(
+        product_key_lookup(queries, keys, 3, backend=place.backend)[0].sum(), [queries], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_opcheck(with_keys, place):
+    queries, keys = testing.make_lookup_inputs(4, 2, 9, 8, device=place.device)
+    ops = torch.ops.fwpkm_kernels
+    arguments = (queries, keys, 3, "idw", 1e-3, "ieee", place.backend)
+    torch.library.opcheck(ops.product_key_lookup.default, arguments)
+    scores, slots = ops.product_key_lookup(*arguments)
+    arguments = (torch.ones_like(scores), queries, keys, slots, "idw", 1e-3, with_keys, place.backend)
+    torch.library.opcheck(ops.product_key_lookup_backward.default, arguments)
+
+
+BAD = {
+    "queries not a tensor": (TypeError, "`queries`", lambda q, k: ([1.0], k, 3)),
+    "integer queries": (TypeError, "`queries`.*int64", lambda q, k: (q.long(), k, 3)),
+    "keys of rank 3": (ValueError, r"`keys`.*\[2, 9, 4\]", lambda q, k: (q, k[0], 3)),
+    "three halves": (ValueError, "`keys`.*two halves", lambda q, k: (q, k.new_zeros(1, 3, 9, 4), 3)),
+    "odd width": (ValueError, "`queries`.*even", lambda q, k: (q[..., :7], k, 3)),
+    "queries against keys": (
+        ValueError,
+        r"`queries`.*`keys`.*\[5, 1, 6\].*\[1, 2, 9, 4\]",
+        lambda q, k: (q[..., :6], k, 3),
+    ),
+    "heads": (ValueError, r"`queries`.*`keys`", lambda q, k: (q.expand(5, 2, 8), k, 3)),
+    "float64 beside float32": (TypeError, "`keys`.*`queries`.*float32.*float64", lambda q, k: (q.double(), k, 3)),
+    "top_k of 0": (ValueError, "`top_k`.*got 0", lambda q, k: (q, k, 0)),
+    "top_k beyond n": (ValueError, "`top_k`.*9.*got 10", lambda q, k: (q, k, 10)),
+    "top_k not an int": (TypeError, "`top_k`.*float", lambda q, k: (q, k, 3.0)),
+}
+BAD_OPTIONS = {
+    "score": (ValueError, "cosine"),
+    "eps": (ValueError, 0.0),
+    "precision": (ValueError, "bf16"),
+    "backend": (ValueError, "cuda"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    error, message, make = BAD[case]
+    with pytest.raises(error, match=message):
+        product_key_lookup(*make(*testing.make_lookup_inputs(5, 1, 9, 8)))
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name):
+    error, value = BAD_OPTIONS[name]
+    with pytest.raises(error, match=f"`{name}`.*{value}"):
+        product_key_lookup(*testing.make_lookup_inputs(5, 1, 9, 8), 3, **{name: value})
+    with pytest.raises(TypeError, match=f"`{name}`.*NoneType"):
+        product_key_lookup(*testing.make_lookup_inputs(5, 1, 9, 8), 3, **{name: None})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(512, 1, 512, 8, 512), (128, 4, 512, 32, 512), (64, 1, 4096, 64, 512)], ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_real_sizes_on_a_gpu(shape, precision):
+    rows, heads, n, top_k, width = shape
+    inputs = testing.make_lookup_inputs(rows, heads, n, width, device="cuda")
+    scores, slots = product_key_lookup(*inputs, top_k, precision=precision)
+    _, exact = reference.product_key_lookup(*testing.as_float64(inputs), top_k)
+    testing.assert_lookup_matches(scores, slots, *inputs, exact, precision=precision, max_different=0.01)

@@ -1,0 +1,284 @@
+"""chunk_value_update and chunk_value_update_: both backends, forward and backward, against the reference."""
+
+import functools
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import reference
+from fwpkm_kernels import ChunkValueUpdate, chunk_value_update, chunk_value_update_, testing
+from tests.conftest import Place
+
+# M, J, N, D
+SHAPES = [(7, 3, 50, 13), (1, 1, 1, 1), (5, 4, 9, 1), (40, 8, 3, 20), (2, 3, 12, 1030)]
+DTYPES = {  # table, activations (targets, gates), weights and predictions
+    "float32": (torch.float32, torch.float32, torch.float32),
+    "float32-bfloat16-activations": (torch.float32, torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "bfloat16-table": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "float16-table": (torch.float16, torch.float32, torch.float32),
+    "float64": (torch.float64, torch.float64, torch.float64),
+}
+OPTIONS = {
+    "plain": {},
+    "lr": {"lr": 0.3},
+    "scale": {"scale": 0.7},
+    "decay": {"lr": 0.5, "weight_decay": 0.1},
+    "clip": {"clip": 0.2},
+    "clip-decay": {"lr": 1.7, "clip": 0.2, "weight_decay": 0.05},
+    "clip-zero": {"clip": 0.0, "weight_decay": 0.05},
+    "lr-zero": {"lr": 0},
+}
+
+
+def check(inputs: testing.UpdateInputs, place: Place, *, cotangent: str = "contiguous", **options):
+    """The new table and all gradients inside the error budget; the write in place gives the same bits."""
+    wrt = [n for n in ("values", "weights", "targets", "predictions", "gates") if getattr(inputs, n) is not None]
+    if isinstance(options.get("scale"), torch.Tensor):
+        wrt.append("scale")
+    arguments = {**inputs._asdict(), **options}
+    update = functools.partial(chunk_value_update, backend=place.backend)
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        testing.assert_matches_reference(
+            update,
+            reference.chunk_value_update,
+            arguments,
+            wrt=wrt,
+            cotangent=testing.random_cotangent(inputs.values, layout=cotangent),
+            reduction_length=max(inputs.slots.numel(), inputs.values.shape[1]),
+        )
+        new_values = update(**arguments)
+    table = inputs.values.clone()
+    with testing.poisoned_memory():
+        assert chunk_value_update_(**{**arguments, "values": table}, backend=place.backend) is None
+    if not options.get("weight_decay"):
+        testing.assert_untouched_rows_equal(inputs.values, table, inputs.slots)
+        testing.assert_untouched_rows_equal(inputs.values, new_values, inputs.slots)
+    testing.assert_bitwise_equal(table, new_values, "in place")
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "zipf", "one_slot"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, pattern, place):
+    check(testing.make_update_inputs(*shape, slot_pattern=pattern, gates=True, device=place.device), place)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, place):
+    inputs = testing.make_update_inputs(30, 4, 20, 6, slot_pattern="zipf", mask="bool", device=place.device)
+    check(inputs, place, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("mask", testing.MASK_KINDS)
+@pytest.mark.parametrize("gates", [True, False])
+def test_masks_and_gates(gates, mask, place):
+    check(testing.make_update_inputs(20, 4, 15, 6, gates=gates, mask=mask, device=place.device), place)
+
+
+def test_scale_for_each_row(place):
+    inputs = testing.make_update_inputs(20, 4, 15, 6, gates=True, mask="real", device=place.device)
+    check(inputs, place, scale=torch.linspace(-1, 2, 20, device=place.device))
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_counts_over_other_slots(clip, place):
+    inputs = testing.make_update_inputs(20, 4, 15, 6, mask="bool", device=place.device)
+    counted = testing.make_slots((3, 5, 7), 15, "zipf", seed=3).to(place.device)  # not every slot is among them
+    check(inputs, place, count_slots=counted, clip=clip)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"clip": 0.2, "weight_decay": 0.05}], ids=["plain", "clip-decay"])
+def test_dtypes(options, dtypes, place):
+    table, activations, weights = DTYPES[dtypes]
+    inputs = testing.make_update_inputs(
+        20,
+        8,
+        30,
+        24,
+        gates=True,
+        dtype=table,
+        activations_dtype=activations,
+        weights_dtype=weights,
+        device=place.device,
+    )
+    check(inputs, place, **options)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "expanded"])
+def test_strides_of_inputs_and_of_incoming_gradients(layout, place):
+    inputs = testing.make_update_inputs(9, 5, 30, 7, gates=True, mask="real", device=place.device, layout=layout)
+    check(inputs, place, cotangent=layout)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}], ids=["plain", "decay"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
+def test_in_place_keeps_strides(layout, options, place):
+    inputs = testing.make_update_inputs(9, 5, 30, 7, device=place.device, layout={"values": layout})
+    expected = chunk_value_update(*inputs[:5], **options, backend=place.backend)
+    storage = inputs.values.untyped_storage().data_ptr()
+    chunk_value_update_(*inputs[:5], **options, backend=place.backend)
+    testing.assert_bitwise_equal(inputs.values, expected)
+    assert inputs.values.untyped_storage().data_ptr() == storage
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("length", [63, 64, 65, 96, 200])
+def test_hot_slots(length, clip, place):
+    """A hot slot between cold ones, and a second hot one right behind it."""
+    slots = torch.cat((torch.arange(5), torch.full((length,), 40), torch.full((70,), 41), torch.tensor([50])))
+    inputs = testing.make_update_inputs(len(slots), 1, 60, 6, device=place.device)
+    order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(length))
+    check(inputs._replace(slots=slots[order].unsqueeze(1).to(place.device)), place, clip=clip)
+
+
+def test_every_row_masked(place):
+    inputs = testing.make_update_inputs(6, 3, 20, 5, mask="bool", device=place.device)
+    inputs = inputs._replace(mask=torch.zeros_like(inputs.mask))
+    check(inputs, place)
+    testing.assert_bitwise_equal(chunk_value_update(**inputs._asdict(), backend=place.backend), inputs.values)
+
+
+def test_a_slot_alone_is_rewritten_by_uniform_weights(place):
+    """One token, J slots of its own, w = 1/J and α = J: the read after the write is the target (paper's step)."""
+    values, slots, weights, targets, _, _, _ = testing.make_update_inputs(
+        1, 4, 20, 5, slot_pattern="distinct", device=place.device
+    )
+    weights = torch.full_like(weights, 0.25)
+    predictions = reference.sparse_value_gather(values, slots, weights)
+    chunk_value_update_(values, slots, weights, targets, predictions, backend=place.backend)
+    torch.testing.assert_close(reference.sparse_value_gather(values, slots, weights), targets)
+
+
+@pytest.mark.parametrize("pattern", ["zipf", "one_slot"])
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_two_runs_are_bitwise_equal(clip, pattern, place):
+    inputs = testing.make_update_inputs(40, 4, 30, 8, gates=True, slot_pattern=pattern, device=place.device)._asdict()
+    run = functools.partial(chunk_value_update, clip=clip, backend=place.backend)
+    wrt = ("values", "weights", "targets", "predictions", "gates")
+    testing.assert_deterministic(lambda: testing.forward_and_gradients(run, inputs, wrt=wrt))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 10, 6), (4, 0, 10, 6)], ids=["no tokens", "no picks"])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clip": 1.0}], ids=["plain", "clip-decay"])
+def test_empty(options, shape, place):
+    inputs = testing.make_update_inputs(*shape, gates=True, device=place.device)
+    new_values = chunk_value_update(**inputs._asdict(), **options, backend=place.backend)
+    assert new_values.data_ptr() != inputs.values.data_ptr()
+    check(inputs, place, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 0.3, "weight_decay": 0.1, "lr": 0.4}], ids=["plain", "clip-decay"])
+def test_gradcheck(options):
+    inputs = testing.make_update_inputs(6, 3, 5, 4, gates=True, mask="real", dtype=torch.float64)
+    values, slots, weights, targets, predictions, gates, mask = inputs
+    scale = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+
+    def run(values, weights, targets, predictions, gates, scale):
+        rest = (options.get("lr", 1.0), scale, options.get("weight_decay", 0.0), options.get("clip"))
+        return ChunkValueUpdate.apply(values, slots, weights, targets, predictions, gates, mask, None, *rest)
+
+    leaves = [x.requires_grad_() for x in (values, weights, targets, predictions, gates, scale)]
+    assert gradcheck(run, leaves)
+
+
+def test_the_backward_keeps_no_table():
+    """What is saved for backward is small whatever N is: no table is among it."""
+    inputs = testing.make_update_inputs(4, 2, 1000, 8, gates=True)
+    saved = []
+    leaves = inputs._replace(values=inputs.values.requires_grad_(), weights=inputs.weights.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        chunk_value_update(**leaves._asdict(), clip=1.0)
+    assert saved
+    assert all(1000 not in shape for shape in saved)
+
+
+def test_second_derivatives_raise(place):
+    inputs = testing.make_update_inputs(device=place.device)
+    leaves = {"weights": inputs.weights.requires_grad_(), "values": inputs.values.requires_grad_()}
+    out = chunk_value_update(**{**inputs._asdict(), **leaves}, backend=place.backend)
+    (grad,) = torch.autograd.grad(out.sum(), [leaves["weights"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_opcheck(weight_decay, clip, place):
+    from fwpkm_kernels.plan import plan_segments
+
+    values, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
+    ops = torch.ops.fwpkm_kernels
+    plan = plan_segments(slots, 64)
+    errors = predictions - targets
+    arguments = (values, errors, weights, *plan, 1.0, weight_decay, clip, place.backend)
+    torch.library.opcheck(ops.chunk_value_update.default, arguments)
+    torch.library.opcheck(ops.chunk_value_update_.default, arguments)
+    arguments = (values, errors, weights, slots, *plan, 1.0, clip, place.backend)
+    torch.library.opcheck(ops.chunk_value_update_backward.default, arguments)
+
+
+BAD = {
+    "table of rank 3": (ValueError, r"`values`.*\[1, 64, 16\]", {"values": lambda i: i.values[None]}),
+    "slots of rank 1": (ValueError, r"`slots`.*\[8\]", {"slots": lambda i: i.slots[:, 0]}),
+    "float slots": (TypeError, "`slots`.*float32", {"slots": lambda i: i.slots.float()}),
+    "weights against slots": (ValueError, "`weights`.*`slots`", {"weights": lambda i: i.weights[:, :2]}),
+    "predictions against targets": (
+        ValueError,
+        r"`predictions`.*`targets`.*\[7, 16\].*\[8, 16\]",
+        {"predictions": lambda i: i.predictions[:7]},
+    ),
+    "targets against slots": (
+        ValueError,
+        r"`targets`.*rows.*`slots`.*\[7, 16\].*\[8, 4\]",
+        {"targets": lambda i: i.targets[:7], "predictions": lambda i: i.predictions[:7]},
+    ),
+    "targets against values": (
+        ValueError,
+        r"`targets`.*width.*`values`.*\[8, 3\].*\[64, 16\]",
+        {"targets": lambda i: i.targets[:, :3], "predictions": lambda i: i.predictions[:, :3]},
+    ),
+    "gates against slots": (ValueError, r"`gates`.*`slots`.*\[3\]", {"gates": lambda i: torch.ones(3)}),
+    "gates of rank 2": (ValueError, r"`gates`.*\[8, 1\]", {"gates": lambda i: torch.ones(8, 1)}),
+    "integer gates": (TypeError, "`gates`.*int64", {"gates": lambda i: torch.ones(8).long()}),
+    "complex mask": (TypeError, "`mask`.*complex", {"mask": lambda i: torch.ones(8).cfloat()}),
+    "mask against slots": (ValueError, "`mask`.*`slots`", {"mask": lambda i: torch.ones(9)}),
+    "float count_slots": (TypeError, "`count_slots`.*float32", {"count_slots": lambda i: torch.ones(9)}),
+    "float64 beside float32": (TypeError, "`targets`.*`values`", {"targets": lambda i: i.targets.double()}),
+    "negative slots": (ValueError, r"`slots`.*\[0, 64\)", {"slots": lambda i: i.slots - 64}),
+    "slots of N": (ValueError, r"`slots`.*\[0, 64\)", {"slots": lambda i: i.slots + 64}),
+    "lr": (ValueError, "`lr`.*nan", {"lr": lambda i: float("nan")}),
+    "lr a tensor": (TypeError, "`lr`.*Tensor", {"lr": lambda i: torch.ones(())}),
+    "scale": (ValueError, "`scale`.*inf", {"scale": lambda i: float("inf")}),
+    "weight_decay": (ValueError, "`weight_decay`.*-0.1", {"weight_decay": lambda i: -0.1}),
+    "clip": (ValueError, "`clip`.*-1", {"clip": lambda i: -1}),
+    "backend": (ValueError, "`backend`.*'cuda'", {"backend": lambda i: "cuda"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_nothing_is_written(case):
+    error, message, changes = BAD[case]
+    inputs = testing.make_update_inputs()
+    arguments = {**inputs._asdict(), **{name: make(inputs) for name, make in changes.items()}}
+    with testing.assert_unchanged(inputs):
+        for function in (chunk_value_update, chunk_value_update_):
+            with pytest.raises(error, match=message):
+                function(**arguments)
+
+
+def test_in_place_refuses_a_table_that_requires_grad():
+    inputs = testing.make_update_inputs()
+    with pytest.raises(ValueError, match="`values` must not require grad"):
+        chunk_value_update_(**inputs._replace(values=inputs.values.requires_grad_())._asdict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["uniform", "zipf", "one_slot"])
+def test_real_sizes_on_a_gpu(pattern, dtype, triton_place):
+    inputs = testing.make_update_inputs(
+        4096, 8, 2**16, 512, gates=True, mask="bool", slot_pattern=pattern, dtype=dtype, device="cuda"
+    )
+    check(inputs, triton_place)
