@@ -81,7 +81,7 @@ def _values_grad_op(
     compact: bool,
     backend: str,
 ) -> Tensor:
-    """Σ weights·grad_out over each segment: in rows of an [N, D] table of zeros, or (compact) of an [accesses, D] one."""
+    """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
     size = order.numel() if compact else num_slots
     out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
     plan = Plan(order, rows, start, end)
@@ -121,9 +121,7 @@ class _SparseValueGatherBackward(Function):
             grad_weights = _weights_grad_op(grad_out, values, slots, weights.dtype, backend)
         if needs_values:
             plan = plan_segments(slots, values.shape[0])
-            grad_values = _values_grad_op(
-                grad_out, weights, *plan, values.shape[0], values.dtype, sparse_grad, backend
-            )
+            grad_values = _values_grad_op(grad_out, weights, *plan, values.shape[0], values.dtype, sparse_grad, backend)
             if sparse_grad:
                 # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
                 # of a slot's accesses stands at the first of its entries; the others are zero.

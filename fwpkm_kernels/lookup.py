@@ -132,7 +132,7 @@ def _lookup_grad_op(
     from .kernels.lookup import query_grad
     from .kernels.segments import segment_rows
 
-    heads, _, num_keys, half = keys.shape
+    num_keys, half = keys.shape[2:]
     grad_queries, factors = query_grad(grad_scores, queries, keys, slots, idw=score == "idw", eps=eps)
     if not with_keys:
         return grad_queries, keys.new_empty(0)

@@ -50,7 +50,7 @@ def count_among(slots: Tensor, count_slots: Tensor) -> Tensor:
 
 
 def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:
-    """On CPU tensors, raise ValueError if the plan names rows outside [0, num_slots); elsewhere it would synchronise."""
+    """On CPU tensors, where it costs no synchronisation: the plan names rows in [0, num_slots) only."""
     if plan.rows.device.type == "cpu" and plan.rows.numel() > 0:
         low, high = int(plan.rows[0]), int(plan.rows[-1])
         if low < 0 or high >= num_slots:

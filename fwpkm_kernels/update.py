@@ -93,7 +93,7 @@ def _update_grad_op(
     clip: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J], where Ĝ' = lr·G', and 0 where the clamp was active."""
+    """r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J]; Ĝ' = lr·G', and 0 where the clamp was active."""
     plan = Plan(order, rows, start, end)
     if checks.use_triton(backend, grad_values):
         from .kernels.update import update_grad
@@ -233,7 +233,19 @@ class ChunkValueUpdate(Function):
     ) -> Tensor:
         """Validate and write into a new table; backward keeps small inputs and neither of the two tables."""
         _check_update(
-            values, slots, weights, targets, predictions, gates, mask, count_slots, lr, scale, weight_decay, clip, backend
+            values,
+            slots,
+            weights,
+            targets,
+            predictions,
+            gates,
+            mask,
+            count_slots,
+            lr,
+            scale,
+            weight_decay,
+            clip,
+            backend,
         )
         scale = float(slots.shape[1]) if scale is None else scale
         write = _fold_write(
@@ -436,8 +448,8 @@ def chunk_value_update_(
 ) -> None:
     """Write a chunk into `values` itself: `chunk_value_update` in place, moving only the rows that are addressed.
 
-    Arguments are those of `chunk_value_update`. No autograd: nothing here is differentiable. With weight_decay > 0 every
-    row moves.
+    Arguments are those of `chunk_value_update`. No autograd: nothing here is differentiable. With weight_decay > 0
+    every row moves.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import fwpkm_kernels
 import reference
+from tests.conftest import PLACES, Place
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [
@@ -30,11 +32,29 @@ class Implementation(NamedTuple):
     chunk_value_update: Callable[..., Tensor]
 
 
+def package(place: Place) -> Implementation:
+    """The package's own operations, called with CPU tensors wherever they run."""
+
+    def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            args = tuple(x.to(place.device) if isinstance(x, Tensor) else x for x in args)
+            options = {name: x.to(place.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+            result = function(*args, **options, backend=place.backend)
+            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+        return call
+
+    names = Implementation._fields
+    return Implementation(*(moved(getattr(fwpkm_kernels, name)) for name in names))
+
+
 IMPLEMENTATIONS = {
-    "reference": Implementation(
-        reference.product_key_lookup, reference.sparse_value_gather, reference.chunk_value_update
-    ),
+    "reference": Implementation(*(getattr(reference, name) for name in Implementation._fields)),
+    **{place.backend: package(place) for place in PLACES},
 }
+#: Cases that the interpreter runs in `make test`: few tokens, the smallest tables, most collisions, decay, a clip. The
+#: others run in `make test-all`.
+QUICK = ("paper_i_single_chunk", "paper_j_short", "paper_n_topk2", "paper_o_topk_eq_n", "heads2", "lr05_wd", "clip")
 
 
 class Case(NamedTuple):
@@ -42,9 +62,21 @@ class Case(NamedTuple):
     tensors: dict[str, Tensor]  # the inputs in the dtype under test, the answers in float64
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Implementation:
-    return IMPLEMENTATIONS[request.param]
+def cases(names: list[str]) -> pytest.MarkDecorator:
+    """Parametrise a test with every implementation and every case of `names`."""
+    return pytest.mark.parametrize(
+        ("implementation", "name"),
+        [
+            pytest.param(
+                implementation,
+                name,
+                id=f"{label}-{name}",
+                marks=[pytest.mark.slow] if label == "triton" and name not in QUICK else [],
+            )
+            for label, implementation in IMPLEMENTATIONS.items()
+            for name in names
+        ],
+    )
 
 
 def load(name: str, dtype: torch.dtype) -> Case:
@@ -110,7 +142,6 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
     return 6e-5 if name == "paper_l_near_keys" else 3e-6
 
 
-CASES = pytest.mark.parametrize("name", NAMES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
@@ -119,7 +150,7 @@ def test_no_golden_file_is_left_out():
 
 
 @DTYPES
-@CASES
+@cases(NAMES)
 def test_first_chunk(implementation: Implementation, name: str, dtype: torch.dtype):
     """Its keys are the initial ones: lookup and gather alone give slots, weights and output."""
     config, tensors = load(name, dtype)
@@ -136,7 +167,7 @@ def test_first_chunk(implementation: Implementation, name: str, dtype: torch.dty
 
 
 @DTYPES
-@CASES
+@cases(NAMES)
 def test_value_scan(implementation: Implementation, name: str, dtype: torch.dtype):
     """With the golden slots and weights of all chunks, gather and update give every output and the final values."""
     case = load(name, dtype)
@@ -149,7 +180,7 @@ def test_value_scan(implementation: Implementation, name: str, dtype: torch.dtyp
 
 
 @DTYPES
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "allgrad_me"])
+@cases([name for name in NAMES if name != "allgrad_me"])
 def test_value_scan_gradients(implementation: Implementation, name: str, dtype: torch.dtype):
     """Values, targets and gates reach the loss through the value scan alone.
 
@@ -169,9 +200,10 @@ def test_value_scan_gradients(implementation: Implementation, name: str, dtype: 
         assert_near(gradient, tensors[f"d_{key}"], tolerance(name, dtype), f"d_{key}")
 
 
-def test_single_chunk_from_inputs(implementation: Implementation):
+@cases(["paper_i_single_chunk"])
+def test_single_chunk_from_inputs(implementation: Implementation, name: str):
     """The one case of a single chunk, from its inputs alone: all three operations, and the gradients through them."""
-    config, tensors = case = load("paper_i_single_chunk", torch.float64)
+    config, tensors = case = load(name, torch.float64)
     assert config["T"] <= config["chunk_size"]
     names = ["queries", "keys", "values"]
     leaves = {key: tensors[key].requires_grad_() for key in names}

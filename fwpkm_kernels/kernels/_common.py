@@ -1,4 +1,4 @@
-"""What every kernel file shares: order-preserving integers for top-k, and the launch of a kernel on a tensor's device."""
+"""What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
 
 import contextlib
 from collections.abc import Callable
@@ -52,15 +52,15 @@ def take_best(bits, offs):
     return best, column, tl.where(offs[None, :] == column[:, None], lowest(bits), bits)
 
 
-def row_warps(block_d: int) -> int:
-    """Warps for a kernel whose tiles are whole rows: 4 keeps every load 128 bits wide at the paper's 512 columns."""
-    return 8 if block_d > 2048 else 4 if block_d >= 512 else 2 if block_d >= 256 else 1
+def row_warps(block_d: int, dtype: torch.dtype) -> int:
+    """Warps for a kernel whose tiles are whole rows of `dtype`: as many as keep 128 bits of a row for every lane."""
+    lanes = 64 if torch.version.hip is not None else 32
+    return max(1, min(8, block_d * dtype.itemsize // (16 * lanes)))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
-    guard: contextlib.AbstractContextManager[Any] = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
-    with guard:
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **options)
 
 

@@ -32,7 +32,7 @@ def gather_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[m] = factor · Σ_j weights[m, j]·values[slots[m, j]];  dots[m, j] = factor · <vectors[m], values[slots[m, j]]>.
+    """out[m] = factor·Σ_j weights[m, j]·values[slots[m, j]];  dots[m, j] = factor·<vectors[m], values[slots[m, j]]>.
 
     A program owns one token m and reads each of its rows once for both. Grid: (tokens,).
     """
@@ -72,18 +72,18 @@ def gather(
     sum_dtype: torch.dtype | None = None,
     dots_dtype: torch.dtype | None = None,
     factor: float = 1.0,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Launch the weighted sums [M, D] (if `weights` [M, J]) and the dots [M, J] (if `vectors` [M, D]) of `slots` [M, J].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the weighted sums [M, D] (given `weights` [M, J]) and the dots [M, J] (given `vectors` [M, D]).
 
-    Results are in the compute dtype of the table unless `sum_dtype` or `dots_dtype` says otherwise.
+    Results are in the compute dtype of the table unless `sum_dtype` or `dots_dtype` says otherwise; what was not asked
+    for is empty.
     """
     (num_rows, picks), width = slots.shape, values.shape[1]
     dtype = compute_dtype(values.dtype)
-    out = dots = None
-    if weights is not None:
-        out = torch.empty(num_rows, width, dtype=sum_dtype or dtype, device=values.device)
-    if vectors is not None:
-        dots = torch.empty(num_rows, picks, dtype=dots_dtype or dtype, device=values.device)
+    sum_size = (0,) if weights is None else (num_rows, width)
+    dots_size = (0,) if vectors is None else (num_rows, picks)
+    out = torch.empty(sum_size, dtype=sum_dtype or dtype, device=values.device)
+    dots = torch.empty(dots_size, dtype=dots_dtype or dtype, device=values.device)
     if num_rows == 0:
         return out, dots
     block_d = next_power_of_2(max(width, 1))
@@ -94,8 +94,8 @@ def gather(
         slots,
         values if weights is None else weights,
         values if vectors is None else vectors,
-        values if out is None else out,
-        values if dots is None else dots,
+        out,
+        dots,
         *values.stride(),
         *slots.stride(),
         *((0, 0) if weights is None else weights.stride()),
@@ -107,7 +107,7 @@ def gather(
         HAS_DOTS=vectors is not None,
         BLOCK_J=max(1, min(next_power_of_2(max(picks, 1)), 8, 8192 // block_d)),
         BLOCK_D=block_d,
-        num_warps=row_warps(block_d),
+        num_warps=row_warps(block_d, values.dtype),
         on=values,
     )
     return out, dots

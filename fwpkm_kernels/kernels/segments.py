@@ -3,9 +3,9 @@
 A plan (`fwpkm_kernels.plan`) lists the accesses of a table sorted by row. The program at sorted position i works if i
 opens a piece of its row's segment, and exits otherwise; so a launch needs no host-side count of the distinct rows.
 
-A segment of at least 2·PIECE accesses ("hot") is cut into len // PIECE pieces of PIECE accesses, the last one taking the
-remainder. Pieces of hot segments start at least PIECE positions apart, so i // PIECE names a private row of the buffer
-of partial sums; `hot_segment_kernel` adds those in order.
+A segment of at least 2·PIECE accesses ("hot") is cut into len // PIECE pieces of PIECE accesses, the last one taking
+the remainder. Pieces of hot segments start at least PIECE positions apart, so i // PIECE names a private row of the
+buffer of partial sums; `hot_segment_kernel` adds those in order.
 
 What is done with a sum is the EPILOGUE:
     "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
@@ -33,9 +33,9 @@ class SegmentConfig(NamedTuple):
     num_warps: int
 
 
-def segment_config(width: int) -> SegmentConfig:
-    """Launch table, keyed by the row width."""
-    return SegmentConfig(block_a=2, num_warps=row_warps(next_power_of_2(width)))
+def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
+    """Launch table, keyed by the width of a row and the narrowest dtype among those read."""
+    return SegmentConfig(block_a=2, num_warps=row_warps(next_power_of_2(width), dtype))
 
 
 @triton.jit
@@ -262,10 +262,8 @@ def segment_rows(
     if accesses == 0 or width == 0:
         return
     table = out if table is None else table
-    config = config or segment_config(width)
-    partials = torch.empty(
-        accesses // PIECE + 1, width, dtype=compute_dtype(coefficients.dtype), device=vectors.device
-    )
+    config = config or segment_config(width, min(vectors.dtype, table.dtype, key=lambda dtype: dtype.itemsize))
+    partials = torch.empty(accesses // PIECE + 1, width, dtype=compute_dtype(coefficients.dtype), device=vectors.device)
     block_d = next_power_of_2(width)
     # Narrow column blocks: hot segments are few, and their partial sums should come through many programs.
     hot_block_d = min(block_d, 128)

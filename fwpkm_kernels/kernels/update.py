@@ -22,7 +22,7 @@ def decay_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """values[s] = decay·values[s] for the rows that were not written. A program owns BLOCK_N rows. Grid: (row tiles,)."""
+    """values[s] = decay·values[s] for rows that were not written. A program owns BLOCK_N rows. Grid: (row tiles,)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     dtype: tl.constexpr = tl.float64 if values_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -51,7 +51,7 @@ def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> 
         D=width,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        num_warps=max(4, row_warps(block_d)),
+        num_warps=max(4, row_warps(block_d, values.dtype)),
         on=values,
     )
 
@@ -107,11 +107,11 @@ def update_grad(
     *,
     lr: float,
     clip: float | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J], with Ĝ' = lr·grad_values where the clamp let go.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J].
 
-    Without a clip Ĝ' is read from `grad_values` itself. With one, the rows' sums are formed again, and the rows of Ĝ' go
-    to a compact array of one row per access.
+    Ĝ' = lr·grad_values, and 0 where the clamp was active. Without a clip it is read from `grad_values` itself. With
+    one, the rows' sums are formed again, and the rows of Ĝ' go to a compact array of one row per access.
     """
     if clip is None:
         return gather(grad_values, slots, weights=write_weights, vectors=errors, factor=lr)

@@ -1,0 +1,387 @@
+"""One measurement: the provider's numbers are checked against the reference, then timed. Wrong numbers get no time."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from benchmarks.registry import PACKAGE, Cost, Inputs, Provider, Row
+from fwpkm_kernels import env_report, testing
+
+#: Lookups are compared with the reference in as many rows as keep its differences [rows, H, n, Dk] at this size.
+_SAMPLE_ELEMENTS = 2**24
+#: Larger than the L2 cache of any GPU: overwritten before each timed call.
+_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass
+class Result:
+    """One line of the results: a row, a provider, its time and the floor. Times are in microseconds."""
+
+    operation: str
+    direction: str
+    configuration: str
+    provider: str
+    device: str
+    dtype: str
+    shapes: dict[str, list[int]]
+    bytes: int
+    flops: int
+    floor_us: float
+    bandwidth_gb_s: float
+    matmul_tflop_s: float
+    #: "ok"; "wrong" if the check against the reference failed; "error" if it raised
+    status: str = "ok"
+    message: str = ""
+    median_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    min_us: float | None = None
+    repeats: int = 0
+    #: per call when calls on changing inputs are replayed from one CUDA graph: device time without launches
+    graph_us: float | None = None
+    #: median / floor, and the same for graph_us
+    ratio: float | None = None
+    graph_ratio: float | None = None
+    #: device memory that a call needs on top of its inputs, results included
+    peak_bytes: int | None = None
+    commit: str | None = None
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        return f"{self.operation}/{self.direction}/{self.configuration}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where it runs, and the two ceilings that were measured there."""
+
+    kind: str  # "cpu" or "cuda"
+    name: str
+    bandwidth: float  #: bytes/s of a large copy, read and written
+    matmul: float  #: flop/s of a large matrix product: tf32 on GPUs, float32 on CPUs
+    commit: str | None
+    versions: dict[str, str | None]
+
+    def floor_us(self, cost: Cost) -> float:
+        flops = cost.flops * (cost.passes if self.kind == "cuda" else 1)
+        return 1e6 * max(cost.bytes / self.bandwidth, flops / self.matmul)
+
+
+def measure_machine(kind: str, *, quick: bool = False) -> Machine:
+    """Measure the ceilings of `kind`, "cpu" or "cuda"; `quick` uses small arrays, whose numbers mean nothing."""
+    report = env_report.collect()
+    on_gpu = kind == "cuda"
+    size = 2**20 if quick else 2**30 if on_gpu else 2**28
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=kind)
+    target = torch.empty_like(source)
+    n = 256 if quick else 8192 if on_gpu else 2048
+    a, b = torch.randn(2, n, n, device=kind)
+    repeats, clock = 10, time_cuda if on_gpu else time_cpu
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if on_gpu else "highest")
+        copy_us = min(clock([lambda: target.copy_(source)], 2.0, least=repeats))
+        matmul_us = min(clock([lambda: a @ b], 2.0, least=repeats))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return Machine(
+        kind=kind,
+        name=torch.cuda.get_device_name() if on_gpu else report["cpu"]["model"],
+        bandwidth=2 * size / copy_us * 1e6,
+        matmul=2 * n**3 / matmul_us * 1e6,
+        commit=report["commit"],
+        versions={
+            "python": report["python"],
+            "torch": report["torch"]["version"],
+            "triton": report["triton"],
+            "cuda": report["torch"]["cuda"],
+            "hip": report["torch"]["hip"],
+            "driver": report["driver"],
+            "fwpkm_kernels": report["fwpkm_kernels"],
+        },
+    )
+
+
+# ---- correctness ----
+
+
+def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
+    """Raise AssertionError unless the provider agrees with the reference on `inputs`, within the error budget."""
+    if row.operation.name == "lookup":
+        _verify_lookup(row, provider, inputs)
+    else:
+        _verify_table(row, provider, inputs, expected)
+
+
+class Expected:
+    """What the reference says of a row whose inputs have a table: computed once, for all providers.
+
+    The reference is dense in the table, so it is given only the distinct rows that are addressed, which changes nothing
+    else; that the other rows stay as they are is checked on the whole table.
+    """
+
+    def __init__(self, row: Row, inputs: Inputs):
+        self.row = row
+        self.inputs = inputs
+
+    @functools.cached_property
+    def addressed(self) -> Tensor:
+        return torch.unique(self.inputs["slots"])
+
+    @functools.cached_property
+    def results(self) -> tuple[Any, Any]:
+        """Outputs and gradients of the reference in float64, and in the precision of the inputs."""
+        compact = dict(self.inputs)
+        compact["values"] = self.inputs["values"][self.addressed]
+        compact["slots"] = torch.searchsorted(self.addressed, self.inputs["slots"])
+        cotangent, wrt = None, ()
+        if self.row.direction == "backward":
+            wrt = self.row.operation.wrt
+            cotangent = self.row.cotangent(self.inputs)
+            if self.row.operation.name == "update":
+                cotangent = cotangent[self.addressed]
+        compare = functools.partial(testing.forward_and_gradients, self.row.operation.reference, wrt=wrt)
+        exact = compare(testing.as_float64(compact), cotangent=testing.as_float64(cotangent))
+        return exact, compare(compact, cotangent=cotangent)
+
+
+def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
+    name = f"{row.name}: {provider.name}"
+    values, addressed = inputs["values"], expected.addressed
+    (exact, exact_gradients), (baseline, baseline_gradients) = expected.results
+    length = max(inputs["slots"].numel(), values.shape[1])
+    within_budget = functools.partial(testing.assert_within_budget, reduction_length=length)
+    if row.operation.in_place:
+        out = values.clone()
+        provider.run(**{**inputs, "values": out})
+        gradients = {}
+    elif row.direction == "backward":
+        (out,), gradients = testing.forward_and_gradients(
+            provider.run, inputs, wrt=row.operation.wrt, cotangent=row.cotangent(inputs)
+        )
+    else:
+        out = provider.run(**inputs)
+    if out.shape == values.shape and row.operation.name != "gather":
+        testing.assert_untouched_rows_equal(values, out, addressed, name)
+        out = out[addressed]
+    within_budget(out, exact[0], baseline[0], name=f"{name}: output")
+    for key, gradient in gradients.items():
+        if key == "values" and row.operation.name != "update":
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            others = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
+            others[addressed] = False
+            if ((gradient != 0).any(1) & others).any():
+                raise AssertionError(f"{name}: the gradient of rows that were not addressed is not 0")
+        if key == "values":
+            gradient = gradient[addressed]
+        within_budget(gradient, exact_gradients[key], baseline_gradients[key], name=f"{name}: gradient of {key}")
+
+
+def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
+    """All tokens are looked up; every so many of them are compared. For backward the others get no incoming gradient."""
+    name = f"{row.name}: {provider.name}"
+    queries, keys = inputs["queries"], inputs["keys"]
+    rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
+    sample = torch.arange(0, len(queries), max(1, len(queries) // rows), device=queries.device)
+    part = {**inputs, "queries": queries[sample]}
+    precision = "tf32x3" if queries.is_cuda and provider.name == PACKAGE else "ieee"
+
+    exact_slots = row.operation.reference(**testing.as_float64(part))[1]
+    scores, slots = provider.run(**inputs)
+    testing.assert_lookup_matches(
+        scores[sample], slots[sample], part["queries"], keys, exact_slots, score=inputs["score"], precision=precision
+    )
+    if row.direction == "forward":
+        return
+    # Where rounding picked other slots, or the same in another order, gradients are those of other scores.
+    agrees = (slots[sample] == exact_slots).flatten(1).all(1)
+    if agrees.float().mean() < 0.9:
+        raise AssertionError(f"{name}: {int((~agrees).sum())} of {len(sample)} tokens have other slots")
+    cotangent = torch.zeros_like(scores)
+    cotangent[sample[agrees]] = row.cotangent(inputs)[sample[agrees]].to(cotangent.dtype)
+    compare = functools.partial(testing.forward_and_gradients, wrt=row.operation.wrt)
+    _, gradients = compare(provider.run, inputs, cotangent=cotangent)
+    reference = row.operation.reference
+    _, exact = compare(reference, testing.as_float64(part), cotangent=cotangent[sample].double())
+    _, baseline = compare(reference, part, cotangent=cotangent[sample])
+    gradients["queries"] = gradients["queries"][sample]
+    for key, gradient in gradients.items():
+        testing.assert_within_budget(
+            gradient, exact[key], baseline[key], name=f"{name}: gradient of {key}", reduction_length=max(queries.shape)
+        )
+
+
+# ---- time ----
+
+
+def prepare(row: Row, provider: Provider, inputs: Inputs) -> Callable[[], Any]:
+    """The call that is timed. Backward keeps its graph, so that it can run again; what it needs of forward is ready."""
+    if row.direction == "forward":
+        return lambda: provider.run(**inputs)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in row.operation.wrt}
+    result = provider.run(**{**inputs, **leaves})
+    out = result[0] if isinstance(result, tuple) else result
+    cotangent = row.cotangent(inputs).to(out.dtype)
+    edge = get_gradient_edge(out)  # keeps the graph without the output, which may be a whole table
+    return lambda: torch.autograd.grad([edge], list(leaves.values()), [cotangent], retain_graph=True)
+
+
+def _repeats(seconds: float, once_us: float, least: int) -> int:
+    return int(max(least, min(1000, seconds * 1e6 / max(once_us, 1.0))))
+
+
+def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 3) -> list[float]:
+    """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
+    samples: list[float] = []
+    for call in calls:
+        call()
+    begin = time.perf_counter()
+    while len(samples) < least or (time.perf_counter() - begin < seconds and len(samples) < 1000):
+        call = calls[len(samples) % len(calls)]
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return samples
+
+
+def time_cuda(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 10) -> list[float]:
+    """Microseconds between device events around single calls, each with a cold L2 cache, going round `calls`."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def run(count: int) -> list[float]:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for i, (start, end) in enumerate(pairs):
+            flush.zero_()
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in pairs]
+
+    for call in calls:  # compiles, and fills the allocator's cache
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(3)
+    return run(_repeats(seconds, (time.perf_counter() - begin) / 3 * 1e6, least))
+
+
+def time_graph(calls: Sequence[Callable[[], Any]], seconds: float, stream: "torch.cuda.Stream") -> float:
+    """Microseconds per call when all of `calls` are replayed from one CUDA graph: the median over replays."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    samples = time_cuda([graph.replay], seconds, least=5)
+    return quantile(samples, 0.5) / len(calls)
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+
+def measure(
+    row: Row,
+    provider: Provider,
+    machine: Machine,
+    *,
+    seconds: float = 0.5,
+    inputs: Inputs | None = None,
+    expected: Expected | None = None,
+) -> Result:
+    """Check, then time. Never raises for what a provider does: the result says "wrong" or "error" and why.
+
+    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers.
+    """
+    inputs = row.inputs(machine.kind) if inputs is None else inputs
+    expected = Expected(row, inputs) if expected is None else expected
+    cost = row.cost(inputs)
+    result = Result(
+        operation=row.operation.name,
+        direction=row.direction,
+        configuration=row.configuration.name,
+        provider=provider.name,
+        device=machine.name,
+        dtype=str(row.configuration.dtype).removeprefix("torch."),
+        shapes={name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)},
+        bytes=cost.bytes,
+        flops=cost.flops,
+        floor_us=machine.floor_us(cost),
+        bandwidth_gb_s=machine.bandwidth / 1e9,
+        matmul_tflop_s=machine.matmul / 1e12,
+        commit=machine.commit,
+        versions=machine.versions,
+    )
+    try:
+        if machine.kind == "cuda":
+            _measure_cuda(result, row, provider, inputs, expected, seconds)
+        else:
+            verify(row, provider, inputs, expected)
+            calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, 2)]
+            _summarise(result, time_cpu(calls, seconds))
+    except AssertionError as error:
+        result.status, result.message = "wrong", str(error)
+    except Exception as error:  # whatever it is, the other rows can still be measured
+        result.status, result.message = "error", f"{type(error).__name__}: {error}"
+    return result
+
+
+def _input_sets(row: Row, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
+    """Inputs on other tokens and slots, but on the same table: a memory-bound call must not find its rows in a cache."""
+    sets = [inputs]
+    for seed in range(1, count):
+        other = row.inputs(kind, seed)
+        sets.append({**other, "values": inputs["values"]} if "values" in other else other)
+    if row.operation.in_place:
+        work = inputs["values"].clone()  # the table of the other rows stays as it is
+        sets = [{**one, "values": work} for one in sets]
+    return sets
+
+
+def _summarise(result: Result, samples: Sequence[float]) -> None:
+    result.repeats = len(samples)
+    result.min_us = min(samples)
+    result.p10_us, result.median_us, result.p90_us = (quantile(samples, q) for q in (0.1, 0.5, 0.9))
+    result.ratio = result.median_us / result.floor_us
+
+
+def _measure_cuda(
+    result: Result, row: Row, provider: Provider, inputs: Inputs, expected: Expected, seconds: float
+) -> None:
+    # Backward runs on the stream of its forward, and a graph is captured on a stream of its own: so all on that one.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        verify(row, provider, inputs, expected)
+        calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, "cuda", 8)]
+        calls[0]()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        calls[0]()
+        torch.cuda.synchronize()
+        result.peak_bytes = torch.cuda.max_memory_allocated() - before
+        _summarise(result, time_cuda(calls, seconds))
+        if provider.capturable:
+            try:
+                result.graph_us = time_graph(calls, seconds / 2, stream)
+                result.graph_ratio = result.graph_us / result.floor_us
+            except RuntimeError as error:
+                result.message = f"no CUDA graph: {error}"
+    torch.cuda.synchronize()
+
+
+def release(machine: Machine) -> None:
+    """Return cached device memory, so that one row's leftovers are not another's out-of-memory error."""
+    if machine.kind == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

@@ -1,0 +1,52 @@
+"""Every kernel compiles at the paper's sizes, without spills and with 128-bit loads of table rows; no GPU is needed.
+
+The compiler runs in other processes: in this one the kernels may belong to Triton's interpreter.
+"""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.compiled import TARGETS
+
+
+@pytest.fixture(scope="module")
+def reports(request, tmp_path_factory):
+    """What became of every kernel on one target."""
+    path = tmp_path_factory.mktemp("compiled") / "reports.jsonl"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A cache of its own: what is examined is what today's compiler makes of today's code.
+    environment["TRITON_CACHE_DIR"] = str(path.parent / "cache")
+    command = [sys.executable, "-m", "benchmarks.compiled", "--target", request.param, "--json", str(path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SM_90 = pytest.param("sm_90")
+OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in TARGETS if target != "sm_90"]
+
+
+@pytest.mark.parametrize("reports", [SM_90, *OTHERS], indirect=True)
+def test_no_spills_and_wide_loads_of_rows(reports):
+    kernels = collections.Counter(report["kernel"] for report in reports)
+    assert set(kernels) == {
+        "half_topk_kernel",
+        "pair_topk_kernel",
+        "query_grad_kernel",
+        "gather_kernel",
+        "segment_kernel",
+        "hot_segment_kernel",
+        "decay_kernel",
+    }
+    spilled = [report for report in reports if report["stack"] > 0]
+    assert not spilled
+    narrow = [report for report in reports if report["wide_loads"] < report["expected_wide_loads"]]
+    assert not narrow
+    assert any(report["expected_wide_loads"] for report in reports)
+    lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
+    assert all(report["tensor_core"] > 0 for report in lookups)
