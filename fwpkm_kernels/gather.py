@@ -1,4 +1,4 @@
-"""Sparse value gather: weighted sums of a few rows of a large table (DESIGN: gather, kernels/gather.py)."""
+"""Sparse value gather: weighted sums of a few rows of a large table."""
 
 from typing import Any
 

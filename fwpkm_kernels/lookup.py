@@ -1,4 +1,4 @@
-"""Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys (DESIGN: lookup, kernels/lookup.py)."""
+"""Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys."""
 
 from typing import Any
 

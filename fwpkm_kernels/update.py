@@ -1,4 +1,4 @@
-"""The chunk write: one gradient step on the rows that a chunk addressed (DESIGN: write, kernels/update.py)."""
+"""The chunk write: one gradient step on the rows that a chunk addressed."""
 
 from typing import Any, NamedTuple
 

@@ -208,3 +208,12 @@ def test_everything_that_make_installs_is_pinned():
                 todo |= {(need.name, one) for one in ("", *need.extras)} - seen
     loose = {canonical(name) for name, _ in seen} - pins - {"fwpkm-kernels"}
     assert not loose, f"not in constraints.txt: {loose}"
+
+
+def test_the_example_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    names: dict[str, object] = {}
+    exec(blocks[0], names)
+    assert names["keys"].grad.count_nonzero() > 0
+    assert names["values"].grad.count_nonzero() > 0
