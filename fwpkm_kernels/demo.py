@@ -329,14 +329,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write options and results as JSON too")
     choices = {"score": ("idw", "dot"), "backend": ("auto", "torch", "triton")}
     for field in dataclasses.fields(Options):
-        many = isinstance(field.default, tuple)
-        shown = " ".join(map(str, field.default)) if many else field.default
+        default: Any = field.default
+        many = isinstance(default, tuple)
+        shown = " ".join(map(str, default)) if many else default
         parser.add_argument(
             _flag(field.name),
-            type=int if many else type(field.default),
+            type=int if many else type(default),
             nargs="+" if many else None,
             choices=choices.get(field.name),
-            default=field.default,
+            default=default,
             help=f"{field.metadata['help']} (default: {shown})",
         )
     arguments = parser.parse_args(argv)
@@ -396,13 +397,14 @@ def plot(results: Sequence[PassResult], options: Options, commonest: float, path
     left.axhline(100 * commonest, color="black", linestyle="--", label=f"commonest byte: {100 * commonest:.1f} %")
     left.set(title="Bytes predicted before they are written", xlabel="pass", ylabel="% of bytes", xticks=passes)
 
+    groups: list[tuple[str, Any, Sequence[float]]]
     groups = [(f"read {number}×", shade, r.found) for number, shade, r in zip(passes, shades, results, strict=True)]
     groups.append(("never read (chance)", "crimson", chance(results)))
     width = 0.85 / len(groups)
     for index, (label, colour, found) in enumerate(groups):
         places = [i + (index + 0.5) * width - 0.425 for i in range(len(options.depths))]
         bars = right.bar(places, [100 * f / options.needles for f in found], 0.94 * width, color=colour, label=label)
-        right.bar_label(bars, fmt="%.0f", fontsize=8)
+        right.bar_label(bars, fmt="%.0f", fontsize=8, color="crimson" if colour == "crimson" else "black")
     right.set(title="Needles found", xlabel="other bytes read and written since the needle", ylabel="% of needles")
     right.set_xticks(range(len(options.depths)), [depth_label(depth) for depth in options.depths])
     for axes, columns in ((left, 1), (right, 5)):
@@ -430,7 +432,7 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
     try:
         memory = EpisodicMemory(options)
     except (ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise DemoError(f"cannot set up the memory: {str(error).splitlines()[0]}") from error
+        raise DemoError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
     results: list[PassResult] = []
     total = options.passes * len(stream.data)
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5) as bar:

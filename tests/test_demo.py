@@ -1,0 +1,257 @@
+"""The demo: its protocol (predict, then write; probe each needle at its depth), its repeatability, its messages."""
+
+import dataclasses
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+from fwpkm_kernels import demo
+
+SMALL = demo.Options(
+    passes=2,
+    device="cpu",
+    text_bytes=4096,
+    needles=3,
+    depths=(128, 1024),
+    sub_keys=64,
+    query_width=128,
+    value_width=64,
+    chunk_size=64,
+)
+SMALL_ARGUMENTS = ["--depths", "128", "1024"]
+SMALL_ARGUMENTS += ["--device=cpu", "--passes=2", "--text-bytes=4096", "--needles=3", "--chunk-size=64"]
+SMALL_ARGUMENTS += ["--sub-keys=64", "--query-width=128", "--value-width=64"]
+
+
+def prose(size=6000, seed=0):
+    """Words of a small vocabulary: short contexts repeat, long ones less often."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choice("abcdefghijklmnopqrst") for _ in range(rng.randint(2, 8))) for _ in range(60)]
+    return " ".join(rng.choice(words) for _ in range(size // 3)).encode()[:size]
+
+
+def run(options, text=None):
+    """A memory, and the results of its passes over a text."""
+    stream = demo.make_stream(prose() if text is None else text, options)
+    memory = demo.EpisodicMemory(options)
+    return memory, [demo.read_pass(memory, stream, lambda count: None) for _ in range(options.passes)]
+
+
+def numbers(results):
+    return [(r.accuracy, r.found, r.controls_found) for r in results]
+
+
+def test_same_seed_gives_the_same_numbers_bitwise():
+    memory, results = run(SMALL)
+    again, results_again = run(SMALL)
+    assert numbers(results) == numbers(results_again)
+    assert torch.equal(memory.values, again.values)
+    other, results_other = run(dataclasses.replace(SMALL, seed=1))
+    assert numbers(results) != numbers(results_other)
+    assert not torch.equal(memory.keys, other.keys)
+
+
+def test_a_second_pass_knows_more_and_the_needles():
+    _, (first, second) = run(SMALL)
+    assert 0.3 < first.accuracy < second.accuracy
+    assert sum(second.found) >= 5  # of 6
+    assert first.controls_found == second.controls_found == [0, 0]
+
+
+def test_every_byte_is_predicted_before_it_is_written():
+    # Nobody can predict random bytes that are read for the first time; a read after the write could.
+    rng = random.Random(3)
+    text = bytes(rng.randrange(1, 256) for _ in range(SMALL.text_bytes * 2))
+    _, (first, second) = run(dataclasses.replace(SMALL, sub_keys=128), text)
+    assert first.accuracy < 0.02
+    assert second.accuracy > 0.5
+
+
+def test_memory_starts_knowing_nothing():
+    memory = demo.EpisodicMemory(SMALL)
+    assert not memory.values.any()
+    contexts = demo.to_tensor([b"whatever", b"anything"], "cpu")
+    assert memory.nearest_bytes(memory.read(contexts)).tolist() == [0, 0]
+
+
+def test_a_written_needle_is_found_and_one_never_written_is_not():
+    memory = demo.EpisodicMemory(SMALL)
+    hidden, control = demo.make_sentences(2, b"", random.Random(0))
+    assert demo.is_found(memory, [hidden, control]) == [False, False]
+    before = memory.values.clone()
+    read = memory.read(demo.to_tensor(demo.code_contexts(hidden), "cpu"))
+    assert torch.equal(memory.values, before)  # reading changes nothing
+    memory.write(read, demo.to_tensor([hidden[-demo.CODE_DIGITS :]], "cpu")[0])
+    assert demo.is_found(memory, [hidden, control]) == [True, False]
+
+
+def test_one_wrong_digit_is_not_found():
+    memory = demo.EpisodicMemory(SMALL)
+    (hidden,) = demo.make_sentences(1, b"", random.Random(0))
+    wrong = bytearray(hidden[-demo.CODE_DIGITS :])
+    wrong[-1] = ord("0") + (wrong[-1] - ord("0") + 1) % 10
+    memory.write(memory.read(demo.to_tensor(demo.code_contexts(hidden), "cpu")), torch.tensor(list(wrong)))
+    assert demo.is_found(memory, [hidden]) == [False]
+
+
+def test_contexts_are_the_true_eight_bytes_before_each_digit():
+    sentence = b"\nthe access code of banana is 123456"
+    assert demo.code_contexts(sentence)[0] == b"nana is "
+    assert demo.code_contexts(sentence)[-1] == b"is 12345"
+
+
+def test_needles_are_hidden_once_and_their_contexts_are_unique():
+    text = prose()
+    stream = demo.make_stream(text, SMALL)
+    assert len(stream.needles) == 6
+    assert len(stream.data) == len(stream.is_text) == demo.chunks_in_pass(SMALL) * SMALL.chunk_size
+    shown = bytes(byte for byte, is_text in zip(stream.data, stream.is_text, strict=True) if is_text)
+    assert shown == (text + text)[: len(shown)]
+    assert len(shown) >= SMALL.text_bytes
+    for needle in stream.needles:
+        end = (needle.chunk + 1) * SMALL.chunk_size
+        assert stream.data[:end].endswith(needle.text)
+        assert end + needle.depth <= len(stream.data)
+        contexts, control_contexts = map(demo.code_contexts, (needle.text, needle.control))
+        assert all(stream.data.count(context) == 1 for context in contexts)
+        assert not any(context in stream.data for context in control_contexts)
+
+
+def test_needles_are_probed_when_exactly_their_depth_has_been_written(monkeypatch):
+    written, probes = [0], []
+    write = demo.EpisodicMemory.write
+
+    def counting_write(self, read, next_bytes):
+        written[0] += len(next_bytes)
+        write(self, read, next_bytes)
+
+    def recording_is_found(memory, sentences):
+        probes.append((sentences, written[0]))
+        return [True, False]
+
+    monkeypatch.setattr(demo.EpisodicMemory, "write", counting_write)
+    monkeypatch.setattr(demo, "is_found", recording_is_found)
+    stream = demo.make_stream(prose(), SMALL)
+    result = demo.read_pass(demo.EpisodicMemory(SMALL), stream, lambda count: None)
+    assert result.found == [3, 3]
+    assert result.controls_found == [0, 0]
+    depths = {(needle.text, needle.control): needle.depth for needle in stream.needles}
+    assert len(probes) == len(depths)
+    for sentences, at in probes:
+        end_of_needle = stream.data.index(sentences[0]) + len(sentences[0])
+        assert at - end_of_needle == depths[tuple(sentences)]
+
+
+def test_a_short_text_is_repeated():
+    stream = demo.make_stream(b"abc", SMALL)
+    assert stream.data.startswith(b"abcabc")
+    assert sum(stream.is_text) >= SMALL.text_bytes
+
+
+def test_default_text_is_long_enough_and_defaults_are_the_papers_memory():
+    options = demo.Options()
+    text = demo.default_text()
+    stream = demo.make_stream(text, options)
+    assert len(text) > sum(stream.is_text) >= 131072
+    assert {needle.depth for needle in stream.needles} == {4096, 16384, 65536, 131072}
+    assert (options.sub_keys, options.top_k, options.query_width, options.value_width, options.chunk_size) == (
+        512,
+        8,
+        512,
+        512,
+        512,
+    )
+
+
+def failure(capsys, *argv):
+    """The one line that the demo says when it refuses its command line."""
+    assert demo.main([str(argument) for argument in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("demo: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"some text\0 and more", "binary file: byte 9"),
+        (b"\x89PNG\r\n", "not UTF-8 text: byte 0 is 0x89"),
+        ("déjà vu".encode("latin-1"), "not UTF-8 text: byte 1"),
+        ("cut é".encode()[:-1], "not UTF-8 text: byte 4"),
+    ],
+)
+def test_unreadable_files_get_one_clear_line(tmp_path, capsys, content, message):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    line = failure(capsys, path)
+    assert message in line
+    assert str(path) in line
+
+
+def test_a_directory_gets_one_clear_line(tmp_path, capsys):
+    assert "Is a directory" in failure(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--passes=0"], "--passes must be positive"),
+        (["--lr=nan"], "--lr must be positive"),
+        (["--chunk-size=20"], "--chunk-size must hold a needle"),
+        (["--depths", "1000"], "--depths must be different multiples of --chunk-size 512"),
+        (["--top-k=9", "--sub-keys=8"], "--top-k at most --sub-keys"),
+        (["--device=abacus"], "cannot set up the memory"),
+        (["--plot=missing/demo.png"], "cannot write missing/demo.png"),
+    ],
+)
+def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+
+
+def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert "pip install 'fwpkm_kernels[demo]'" in failure(capsys)
+
+
+def test_a_character_cut_by_the_limit_is_no_error(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("ééé".encode())
+    assert demo.read_text(path, 3) == "ééé".encode()[:3]
+
+
+def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, monkeypatch):
+    for module in ("matplotlib", "rich", "tqdm"):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(prose())
+    assert demo.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
+    shown = capsys.readouterr()
+    for words in ("Accuracy by pass", "bytes/s", "Needles found", "after 1K", "never (chance)", "sub_keys=64"):
+        assert words in shown.out
+    assert "100%" in shown.err  # the progress bar
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "result.json").read_text())
+    _, results = run(SMALL)
+    assert [(p["accuracy"], p["found"], p["controls_found"]) for p in report["passes"]] == numbers(results)
+
+
+@pytest.mark.slow
+def test_the_papers_memory_on_the_default_text():
+    _, results = run(demo.Options(device="cpu"), demo.default_text())
+    assert results[0].accuracy > 0.55
+    assert results[3].accuracy > 0.80
+    assert all(found >= 10 for found in results[0].found)  # of 16, read once
+    assert all(found >= 15 for found in results[3].found)
+    assert sum(sum(result.controls_found) for result in results) == 0
