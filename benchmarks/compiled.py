@@ -93,14 +93,25 @@ def cases() -> list[Case]:
     result = []
 
     def add_lookup(
-        name: str, m: int, heads: int, n: int, k: int, width: int, *, idw: bool, q_dtype: torch.dtype
+        name: str,
+        m: int,
+        heads: int,
+        n: int,
+        k: int,
+        width: int,
+        *,
+        idw: bool,
+        q_dtype: torch.dtype = torch.float32,
+        k_dtype: torch.dtype = torch.float32,
+        precision: str = "tf32x3",
     ) -> None:
-        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads, 2, n, width // 2)
-        grad, slots = _meta(m, heads, k), _slots(m, heads, k)
+        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads, 2, n, width // 2, dtype=k_dtype)
+        exact = torch.promote_types(k_dtype, torch.float32)
+        grad, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
         result.append(
             Case(
                 f"lookup/{name}",
-                lambda: lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision="tf32x3"),
+                lambda: lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision=precision),
             )
         )
         result.append(
@@ -109,11 +120,11 @@ def cases() -> list[Case]:
                 lambda: (
                     lookup.query_grad(grad, queries, keys, slots, idw=idw, eps=1e-3),
                     segments.segment_rows(
-                        _meta(heads * 2 * n, width // 2),
+                        _meta(heads * 2 * n, width // 2, dtype=k_dtype),
                         _meta(m * heads * 2, width // 2, dtype=q_dtype),
-                        _meta(m * heads * 2 * k),
+                        _meta(m * heads * 2 * k, dtype=exact),
                         *_plan(m * heads * 2 * k),
-                        table=_meta(heads * 2 * n, width // 2),
+                        table=_meta(heads * 2 * n, width // 2, dtype=k_dtype),
                         centered=idw,
                     ),
                 ),
@@ -121,12 +132,16 @@ def cases() -> list[Case]:
             )
         )
 
-    add_lookup("paper", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float32)
+    add_lookup("paper", 4096, 1, 512, 8, 512, idw=True)
     add_lookup("paper-bf16-queries", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16)
-    add_lookup("paper-dot", 4096, 1, 512, 8, 512, idw=False, q_dtype=torch.float32)
-    add_lookup("static-pkm", 512, 4, 512, 32, 512, idw=False, q_dtype=torch.float32)
-    add_lookup("n4096", 4096, 1, 4096, 8, 512, idw=True, q_dtype=torch.float32)
-    add_lookup("n4096-K64", 4096, 1, 4096, 64, 512, idw=True, q_dtype=torch.float32)
+    add_lookup("paper-bf16", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16, k_dtype=bf16)
+    add_lookup("paper-float64", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float64, k_dtype=torch.float64)
+    for precision in ("tf32", "ieee"):
+        add_lookup(f"paper-{precision}", 4096, 1, 512, 8, 512, idw=True, precision=precision)
+    add_lookup("paper-dot", 4096, 1, 512, 8, 512, idw=False)
+    add_lookup("static-pkm", 512, 4, 512, 32, 512, idw=False)
+    add_lookup("n4096", 4096, 1, 4096, 8, 512, idw=True)
+    add_lookup("n4096-K64", 4096, 1, 4096, 64, 512, idw=True)
 
     for name, m, j, n, width, dtype in (
         ("paper", 4096, 8, 512, 512, torch.float32),
@@ -134,10 +149,13 @@ def cases() -> list[Case]:
         ("static-pkm", 512, 128, 512, 512, torch.float32),
         ("D1024", 4096, 8, 512, 1024, torch.float32),
         ("D256", 4096, 8, 512, 256, torch.float32),
+        ("D4096", 4096, 8, 512, 4096, torch.float32),
+        ("paper-float64", 4096, 8, 512, 512, torch.float64),
         ("n4096", 4096, 8, 4096, 512, torch.float32),
     ):
         table = _meta(n * n, width, dtype=dtype)
-        vectors, coefficients, slots = _meta(m, width), _meta(m, j), _slots(m, j)
+        exact = torch.promote_types(dtype, torch.float32)
+        vectors, coefficients, slots = _meta(m, width, dtype=exact), _meta(m, j, dtype=exact), _slots(m, j)
         grad_out = _meta(m, width, dtype=dtype)
         loads = {"gather_kernel": min(j, 8)}
 
@@ -162,7 +180,7 @@ def cases() -> list[Case]:
         result.append(Case(f"gather_backward/{name}", backward, {**loads, "segment_kernel": 2}))
         result.append(Case(f"update/{name}", write, {"segment_kernel": 3}))
         result.append(Case(f"update_backward/{name}", write_backward, loads))
-        if name.startswith("paper"):
+        if name.startswith(("paper", "D4096")):
             result.append(Case(f"update_decay_clip/{name}", write_decay_clip, {"segment_kernel": 3}))
     return result
 

@@ -28,6 +28,7 @@ class Result:
     direction: str
     configuration: str
     provider: str
+    kind: str
     device: str
     dtype: str
     shapes: dict[str, list[int]]
@@ -46,7 +47,7 @@ class Result:
     repeats: int = 0
     #: per call when calls on changing inputs are replayed from one CUDA graph: device time without launches
     graph_us: float | None = None
-    #: median / floor, and the same for graph_us
+    #: time / floor, and graph_us / floor
     ratio: float | None = None
     graph_ratio: float | None = None
     #: device memory that a call needs on top of its inputs, results included
@@ -57,6 +58,11 @@ class Result:
     @property
     def row(self) -> str:
         return f"{self.operation}/{self.direction}/{self.configuration}"
+
+    @property
+    def time_us(self) -> float | None:
+        """What is compared: the median on GPUs; the minimum on CPUs, whose other work only ever adds to a time."""
+        return self.median_us if self.kind == "cuda" else self.min_us
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +165,10 @@ def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expect
     (exact, exact_gradients), (baseline, baseline_gradients) = expected.results
     length = max(inputs["slots"].numel(), values.shape[1])
     within_budget = functools.partial(testing.assert_within_budget, reduction_length=length)
+    gradients: dict[str, Tensor] = {}
     if row.operation.in_place:
         out = values.clone()
         provider.run(**{**inputs, "values": out})
-        gradients = {}
     elif row.direction == "backward":
         (out,), gradients = testing.forward_and_gradients(
             provider.run, inputs, wrt=row.operation.wrt, cotangent=row.cotangent(inputs)
@@ -186,7 +192,7 @@ def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expect
 
 
 def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
-    """All tokens are looked up; every so many of them are compared. For backward the others get no incoming gradient."""
+    """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
     name = f"{row.name}: {provider.name}"
     queries, keys = inputs["queries"], inputs["keys"]
     rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
@@ -241,8 +247,11 @@ def _repeats(seconds: float, once_us: float, least: int) -> int:
 def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 3) -> list[float]:
     """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
     samples: list[float] = []
-    for call in calls:
+    begin = time.perf_counter()
+    for call in calls:  # the first touch of a page of a new table costs more than the row on it
         call()
+        if time.perf_counter() - begin > 2 * seconds:
+            break
     begin = time.perf_counter()
     while len(samples) < least or (time.perf_counter() - begin < seconds and len(samples) < 1000):
         call = calls[len(samples) % len(calls)]
@@ -310,6 +319,7 @@ def measure(
         direction=row.direction,
         configuration=row.configuration.name,
         provider=provider.name,
+        kind=machine.kind,
         device=machine.name,
         dtype=str(row.configuration.dtype).removeprefix("torch."),
         shapes={name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)},
@@ -326,7 +336,9 @@ def measure(
             _measure_cuda(result, row, provider, inputs, expected, seconds)
         else:
             verify(row, provider, inputs, expected)
-            calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, 2)]
+            # Each set that is prepared for backward costs a forward, of seconds where it is dense.
+            count = 2 if row.direction == "backward" else 8
+            calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, count)]
             _summarise(result, time_cpu(calls, seconds))
     except AssertionError as error:
         result.status, result.message = "wrong", str(error)
@@ -336,7 +348,7 @@ def measure(
 
 
 def _input_sets(row: Row, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
-    """Inputs on other tokens and slots, but on the same table: a memory-bound call must not find its rows in a cache."""
+    """Inputs with other tokens and slots, on the same table: a memory-bound call must not find its rows in a cache."""
     sets = [inputs]
     for seed in range(1, count):
         other = row.inputs(kind, seed)
@@ -351,7 +363,7 @@ def _summarise(result: Result, samples: Sequence[float]) -> None:
     result.repeats = len(samples)
     result.min_us = min(samples)
     result.p10_us, result.median_us, result.p90_us = (quantile(samples, q) for q in (0.1, 0.5, 0.9))
-    result.ratio = result.median_us / result.floor_us
+    result.ratio = (result.time_us or 0.0) / result.floor_us
 
 
 def _measure_cuda(

@@ -40,6 +40,7 @@ class Configuration:
     dtype: torch.dtype = torch.float32
     pattern: str = "uniform"
     score: str = "idw"
+    directions: tuple[str, ...] = ("forward", "backward")
 
     @property
     def slots(self) -> int:
@@ -69,7 +70,7 @@ class Cost:
     bytes: int
     #: as the mathematics has it
     flops: int
-    #: tensor-core products for each product of the mathematics on a GPU: three in tf32x3, whose error is that of float32
+    #: tensor-core products for each product of the mathematics on a GPU: three in tf32x3, which is as exact as float32
     passes: int = 1
 
 
@@ -135,7 +136,9 @@ def rows(device: str | None = None, name_contains: str = "") -> list[Row]:
         for operation in OPERATIONS:
             for configuration in CONFIGURATIONS:
                 if operation.name in configuration.operations and (device in (None, *configuration.devices)):
-                    yield from (Row(operation, direction, configuration) for direction in operation.directions)
+                    for direction in operation.directions:
+                        if direction in configuration.directions:
+                            yield Row(operation, direction, configuration)
 
     return [row for row in every() if name_contains in row.name]
 
@@ -149,7 +152,7 @@ def _normal(device: Any, seed: int, *shape: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def table(slots: int, width: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """A value table [slots, width], drawn on the device: at 537 MB it is worth sharing between rows. Not to be written."""
+    """A value table [slots, width], drawn on the device; shared, since it may have 537 MB, so never to be written."""
     return _normal(device, seed, slots, width).to(dtype)
 
 
@@ -201,8 +204,8 @@ def _lookup_cost(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     if direction == "forward":
         # scores float32 and slots int64 go out; a product with every sub-key
         return Cost(_size(queries, keys) + 12 * winners, 2 * c.tokens * c.heads * c.sub_keys * c.key_width, passes=3)
-    # gradients have the sizes of queries and keys; a multiplication and an addition for each of the two, and, for idw, a
-    # subtraction and a squared norm
+    # gradients have the sizes of queries and keys; a multiplication and an addition for each of the two, and, for idw,
+    # a subtraction and a squared norm
     return Cost(2 * _size(queries, keys) + 12 * winners, winners * c.key_width * (7 if c.score == "idw" else 4))
 
 
@@ -307,6 +310,11 @@ def _plain_access(configuration: Configuration) -> bool:
     return configuration.pattern == "uniform" and configuration.dtype == torch.float32
 
 
+def _is_float32(configuration: Configuration) -> bool:
+    """embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that."""
+    return configuration.dtype == torch.float32
+
+
 OPERATIONS = (
     Operation(
         "lookup",
@@ -326,7 +334,7 @@ OPERATIONS = (
         (
             Provider(PACKAGE, fwpkm.sparse_value_gather),
             Provider("pytorch", torch_gather),
-            Provider("embedding_bag", embedding_bag, capturable=False),
+            Provider("embedding_bag", embedding_bag, _is_float32, capturable=False),
         ),
         wrt=("values", "weights"),
     ),
@@ -380,13 +388,15 @@ CONFIGURATIONS = (
     Configuration("training", 4096, _ALL, _GPU),
     Configuration("training-bf16", 4096, ("lookup", *_VALUES), _GPU, dtype=torch.bfloat16),
     Configuration("inference", 512, _ALL, _BOTH),
-    Configuration("inference-bf16", 512, _VALUES, _CPU, dtype=torch.bfloat16),
+    Configuration("inference-bf16", 512, ("gather", "update_"), _CPU, dtype=torch.bfloat16),
     # A product-key memory that is not written: four heads of 32.
-    Configuration("static-pkm", 512, ("lookup", "gather"), _BOTH, heads=4, picks=32, score="dot"),
+    Configuration("static-pkm", 512, ("lookup", "gather"), _GPU, heads=4, picks=32, score="dot"),
+    Configuration("static-pkm", 512, ("lookup",), _CPU, heads=4, picks=32, score="dot"),
+    Configuration("static-pkm", 512, ("gather",), _CPU, heads=4, picks=32, score="dot", directions=("forward",)),
     Configuration("n4096", 4096, ("lookup",), _GPU, sub_keys=4096),
     Configuration("inference-n4096", 512, ("lookup",), _CPU, sub_keys=4096),
     Configuration("training-zipf", 4096, _WRITES, _GPU, pattern="zipf"),
     Configuration("training-one-slot", 4096, _WRITES, _GPU, pattern="one_slot"),
-    Configuration("inference-zipf", 512, _WRITES, _CPU, pattern="zipf"),
-    Configuration("inference-one-slot", 512, _WRITES, _CPU, pattern="one_slot"),
+    Configuration("inference-zipf", 512, ("update_",), _CPU, pattern="zipf"),
+    Configuration("inference-one-slot", 512, ("update_",), _CPU, pattern="one_slot"),
 )

@@ -29,11 +29,11 @@ def to_json(result: Result) -> str:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The results in a file of JSON lines; a last line that was cut off is left out."""
+    """The results in a file of JSON lines, without a line that was cut off or that another version wrote."""
     results = []
     if os.path.exists(path):
         for line in Path(path).read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, TypeError):
                 results.append(Result(**json.loads(line)))
     return results
 
@@ -94,8 +94,8 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         for other in others:
             theirs = found.get(other)
             ratio = "-"
-            if ours and theirs and ours.median_us and theirs.median_us:
-                ratio = f"{theirs.median_us / ours.median_us:.2f}"
+            if ours and theirs and ours.time_us and theirs.time_us:
+                ratio = f"{theirs.time_us / ours.time_us:.2f}"
             line += [_time_and_ratio(theirs)[0], ratio]
         lines.append(line)
     return header, lines
@@ -106,13 +106,16 @@ def _time_and_ratio(result: Result | None) -> list[str]:
         return ["-", "-"]
     if result.status != "ok":
         return [result.status, "-"]
-    return [show_us(result.median_us), f"{result.ratio:.2f}"]
+    return [show_us(result.time_us), f"{result.ratio:.2f}"]
 
 
 def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in (header, *lines)
     )
 
@@ -120,12 +123,13 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def describe(machine_results: Sequence[Result]) -> str:
     """The machine and its ceilings, and how to read the table."""
     r = machine_results[-1]
-    kind = "float32" if not r.versions.get("driver") or "cpu" in str(r.versions["torch"]) else "tf32"
+    precision, kind_of_time = ("tf32", "medians") if r.kind == "cuda" else ("float32", "minima")
     versions = ", ".join(f"{name} {version}" for name, version in r.versions.items() if version)
     return (
-        f"{r.device}: copies at {r.bandwidth_gb_s:.4g} GB/s, matrix products in {kind} at {r.matmul_tflop_s:.3g} TFLOP/s\n"
+        f"{r.device}: copies at {r.bandwidth_gb_s:.4g} GB/s, "
+        f"matrix products in {precision} at {r.matmul_tflop_s:.3g} TFLOP/s\n"
         f"{versions}, commit {r.commit}\n"
-        "Times are medians. ratio = the other's time / this package's: above 1, this package is faster."
+        f"Times are {kind_of_time}. ratio = the other's time / this package's: above 1, this package is faster."
     )
 
 
@@ -171,7 +175,9 @@ class Progress:
             self.bar.update()
             return
         time_text, ratio = _time_and_ratio(result)
-        print(f"{result.row} {result.provider}: {time_text}" + (f", {ratio} x floor" if ratio != "-" else ""), flush=True)
+        print(
+            f"{result.row} {result.provider}: {time_text}" + (f", {ratio} x floor" if ratio != "-" else ""), flush=True
+        )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -182,7 +188,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--op", default="", metavar="SUBSTRING", help="only rows whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--seconds-per-row", type=float, default=0.5, metavar="S", help="time for each provider of a row")
+    parser.add_argument(
+        "--seconds-per-row", type=float, default=0.5, metavar="S", help="time for each provider of a row"
+    )
     parser.add_argument("--json", metavar="FILE", help="write a JSON line for each result, as it comes")
     parser.add_argument("--resume", action="store_true", help="keep the results in FILE, measure only what it lacks")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")

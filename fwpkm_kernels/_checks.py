@@ -81,7 +81,8 @@ def check_number(
     """`x` is a finite real number, at least `minimum` or greater than `above` if given."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"`{name}` must be a {kind}, got {type(x).__name__}")
-    if not abs(x) < math.inf:  # NaN fails too; math.isfinite would break a graph that torch.compile made with x symbolic
+    # NaN fails too. math.isfinite would break the graphs of torch.compile in which x is symbolic.
+    if not -math.inf < x < math.inf:
         raise ValueError(f"`{name}` must be finite, got {x}")
     if minimum is not None and x < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {x}")

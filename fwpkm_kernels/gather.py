@@ -15,16 +15,18 @@ from .plan import Plan, plan_segments, segment_totals
 _BLOCK_ELEMENTS = 2**24
 
 
-def _gather_torch(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+@checks.without_autocast
+def gather_torch(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Weighted sums of rows in plain PyTorch: [M, D]."""
     dtype = compute_dtype(values.dtype)
-    if values.dtype == dtype and slots.numel() > 0:
+    if values.dtype == out_dtype == dtype and slots.numel() > 0:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(dtype).contiguous())
-    out = torch.empty(slots.shape[0], values.shape[1], dtype=values.dtype, device=values.device)
+    out = torch.empty(slots.shape[0], values.shape[1], dtype=out_dtype, device=values.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
     for begin in range(0, slots.shape[0], step):
         block = slice(begin, begin + step)
         rows = values[slots[block]].to(dtype)  # [block, J, D]
-        out[block] = torch.einsum("mj,mjd->md", weights[block].to(dtype), rows).to(out.dtype)
+        out[block] = torch.einsum("mj,mjd->md", weights[block].to(dtype), rows).to(out_dtype)
     return out
 
 
@@ -35,7 +37,7 @@ def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> 
         from .kernels.gather import gather
 
         return gather(values, slots, weights=weights, sum_dtype=values.dtype)[0]
-    return checks.without_autocast(_gather_torch)(values, slots, weights)
+    return gather_torch(values, slots, weights, values.dtype)
 
 
 @_gather_op.register_fake
@@ -49,7 +51,7 @@ def _weights_grad_op(grad_out: Tensor, values: Tensor, slots: Tensor, dtype: tor
         from .kernels.gather import gather
 
         return gather(values, slots, vectors=grad_out, dots_dtype=dtype)[1]
-    return checks.without_autocast(row_dots)(values, slots, grad_out).to(dtype)
+    return row_dots(values, slots, grad_out).to(dtype)
 
 
 @_weights_grad_op.register_fake
@@ -57,6 +59,7 @@ def _(grad_out, values, slots, dtype, backend):  # type: ignore[no-untyped-def]
     return slots.new_empty(slots.shape, dtype=dtype)
 
 
+@checks.without_autocast
 def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
     dtype = compute_dtype(values.dtype)
@@ -144,24 +147,19 @@ class SparseValueGather(Function):
     ) -> Tensor:
         """Validate, gather, and keep the three inputs for backward."""
         _check_gather(values, slots, weights, sparse_grad, backend)
-        picks = slots.shape[-1]
-        flat = slots.numel() // picks if picks else slots.shape[:-1].numel()
+        flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
         out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)
         ctx.save_for_backward(values, slots, weights)
-        ctx.set_materialize_grads(False)
         ctx.options = (sparse_grad, backend)
         return out.view(*slots.shape[:-1], values.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         """Dots of the incoming gradient with the rows for the weights; a row-owned scatter for the table."""
         needs_values, _, needs_weights = ctx.needs_input_grad[:3]
-        if grad_out is None or not (needs_values or needs_weights):
-            return (None,) * 5
         values, slots, weights = ctx.saved_tensors
         sparse_grad, backend = ctx.options
-        picks = slots.shape[-1]
-        flat = slots.shape[:-1].numel()
+        flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
         grad_values, grad_weights = _SparseValueGatherBackward.apply(
             grad_out.reshape(flat, values.shape[1]),
             values,

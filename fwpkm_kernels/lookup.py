@@ -51,7 +51,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: fl
     first, second = torch.tensor(pairs, device=queries.device).unbind(1)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    step = max(1, _BLOCK_ELEMENTS // (2 * heads * num_keys))
+    step = max(1, _BLOCK_ELEMENTS // max(1, 2 * heads * num_keys))
     for begin in range(0, num_rows, step):
         block = slice(begin, begin + step)
         rows = queries[block].to(dtype).unflatten(-1, (2, width // 2))
@@ -155,6 +155,11 @@ def _(grad_scores, queries, keys, slots, score, eps, with_keys, backend):  # typ
     return queries.new_empty(queries.shape), grad_keys
 
 
+def _flat(x: Tensor) -> Tensor:
+    """[..., a, b] as [rows, a, b]."""
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
 class _ProductKeyLookupBackward(Function):
     """First derivatives; differentiating them again raises."""
 
@@ -183,30 +188,25 @@ class ProductKeyLookup(Function):
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
         _check_lookup(queries, keys, top_k, score, eps, precision, backend)
-        scores, slots = _lookup_op(
-            queries.reshape(-1, *queries.shape[-2:]), keys, top_k, score, float(eps), precision, backend
-        )
+        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
         size = (*queries.shape[:-1], top_k)
         scores, slots = scores.view(size), slots.view(size)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
-        ctx.set_materialize_grads(False)
         ctx.options = (score, float(eps), backend)
         return scores, slots
 
     @staticmethod
-    def backward(ctx: Any, grad_scores: Tensor | None, _: Any) -> Any:
+    def backward(ctx: Any, grad_scores: Tensor, _: Any) -> Any:
         """Gradients of the K winners' scores, to queries and to the sub-keys that won."""
         needs_queries, needs_keys = ctx.needs_input_grad[:2]
-        if grad_scores is None or not (needs_queries or needs_keys):
-            return (None,) * 7
         queries, keys, slots = ctx.saved_tensors
         score, eps, backend = ctx.options
         grad_queries, grad_keys = _ProductKeyLookupBackward.apply(
-            grad_scores.reshape(-1, *grad_scores.shape[-2:]),
-            queries.reshape(-1, *queries.shape[-2:]),
+            _flat(grad_scores),
+            _flat(queries),
             keys,
-            slots.reshape(-1, *slots.shape[-2:]),
+            _flat(slots),
             score,
             eps,
             needs_keys,
@@ -241,7 +241,8 @@ def _check_lookup(
     if not 1 <= top_k <= num_keys:
         raise ValueError(f"`top_k` must be from 1 to the {num_keys} sub-keys of a half, got {top_k}")
     checks.check_choice("score", score, checks.SCORES)
-    checks.check_number("eps", eps, above=0)
+    tiny = torch.finfo(compute_dtype(keys.dtype)).tiny  # below it eps would be 0 to the kernels
+    checks.check_number("eps", eps, minimum=tiny)
     checks.check_choice("precision", precision, checks.PRECISIONS)
     checks.check_choice("backend", backend, checks.BACKENDS)
 
@@ -263,14 +264,15 @@ def product_key_lookup(
     FwPKM, arXiv 2601.00671; product keys, arXiv 1907.05242.
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
-    as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone.
+    as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone. So does a query
+    with infinities, whose scores may be NaN.
 
     Args:
         queries: [..., H, Dk], any strides. Half precision is cast to float32 on load.
         keys: [H, 2, n, Dk/2], any strides.
         top_k: K, from 1 to n.
         score: "idw" or "dot".
-        eps: added to the squared distance, in its units; > 0. Only idw uses it.
+        eps: added to the squared distance, in its units; > 0 in the scores' dtype. Only idw uses it.
         precision: of the dot products on GPUs: "ieee", "tf32x3" (error like float32) or "tf32" (other neighbours in
             0.2 to 0.4 % of rows). AMD has no tf32x3: there it means ieee. float64 is always ieee.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".

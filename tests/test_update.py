@@ -7,8 +7,8 @@ import torch
 from torch.autograd import gradcheck
 
 import reference
-from fwpkm_kernels import ChunkValueUpdate, chunk_value_update, chunk_value_update_, testing
-from tests.conftest import Place
+from fwpkm_kernels import ChunkValueUpdate, chunk_value_update, chunk_value_update_, sparse_value_gather, testing
+from tests.conftest import HAS_GPU, Place
 
 # M, J, N, D
 SHAPES = [(7, 3, 50, 13), (1, 1, 1, 1), (5, 4, 9, 1), (40, 8, 3, 20), (2, 3, 12, 1030)]
@@ -55,7 +55,11 @@ def check(inputs: testing.UpdateInputs, place: Place, *, cotangent: str = "conti
     if not options.get("weight_decay"):
         testing.assert_untouched_rows_equal(inputs.values, table, inputs.slots)
         testing.assert_untouched_rows_equal(inputs.values, new_values, inputs.slots)
-    testing.assert_bitwise_equal(table, new_values, "in place")
+    if table.dtype == torch.bfloat16 and options.get("weight_decay") and not HAS_GPU:
+        # Triton's interpreter truncates where PyTorch, which decays the other rows of a new table, rounds.
+        torch.testing.assert_close(table, new_values, rtol=2**-7, atol=0)
+    else:
+        testing.assert_bitwise_equal(table, new_values, "in place")
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "zipf", "one_slot"])
@@ -131,6 +135,22 @@ def test_hot_slots(length, clip, place):
     inputs = testing.make_update_inputs(len(slots), 1, 60, 6, device=place.device)
     order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(length))
     check(inputs._replace(slots=slots[order].unsqueeze(1).to(place.device)), place, clip=clip)
+
+
+@pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**30)], ids=["rows", "columns"])
+def test_offsets_beyond_32_bits(strides, place):
+    """A table of 3×3 whose last row, or column, lies 2³¹ elements from the first; slots of 32 bits."""
+    values = torch.empty(2**31 + 8, dtype=torch.float16, device=place.device).as_strided((3, 3), strides)
+    values.copy_(torch.arange(9.0).view(3, 3))
+    inputs = testing.make_update_inputs(40, 2, 3, 3, dtype=torch.float16, device=place.device)
+    slots, weights, targets, predictions = inputs[1].int(), *inputs[2:5]
+    assert slots.max() == 2
+    small = values.clone(memory_format=torch.contiguous_format)
+    out = sparse_value_gather(values, slots, weights, backend=place.backend)
+    testing.assert_bitwise_equal(out, sparse_value_gather(small, slots, weights, backend=place.backend))
+    expected = chunk_value_update(small, slots, weights, targets, predictions, backend=place.backend)
+    chunk_value_update_(values, slots, weights, targets, predictions, backend=place.backend)
+    testing.assert_bitwise_equal(values.contiguous(), expected)
 
 
 def test_every_row_masked(place):
@@ -266,6 +286,14 @@ def test_bad_input_is_named_and_nothing_is_written(case):
         for function in (chunk_value_update, chunk_value_update_):
             with pytest.raises(error, match=message):
                 function(**arguments)
+
+
+def test_in_place_refuses_an_expanded_table():
+    inputs = testing.make_update_inputs()
+    table = torch.zeros(1, 16).expand(64, 16)
+    with pytest.raises(ValueError, match="`values` must not be an expanded tensor"):
+        chunk_value_update_(**inputs._replace(values=table)._asdict())
+    assert table.count_nonzero() == 0
 
 
 def test_in_place_refuses_a_table_that_requires_grad():

@@ -61,7 +61,8 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        kernel[grid](*args, **options)
+        # Said explicitly because Triton's default is about to change, and with it the bits of every result.
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 next_power_of_2: Callable[[int], int] = triton.next_power_of_2

@@ -38,7 +38,7 @@ def gather_kernel(
     """
     i_m = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if values_ptr.dtype.element_ty == tl.float64 else tl.float32
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < D
     scale = tl.full([], factor, dtype)
     total = tl.zeros([BLOCK_D], dtype)

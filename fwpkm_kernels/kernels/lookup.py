@@ -25,13 +25,19 @@ class LookupConfig(NamedTuple):
     num_warps: int
 
 
-def lookup_config(num_keys: int, top_k: int, half: int, dtype: torch.dtype) -> LookupConfig:
-    """Launch table, keyed by the model's constants only: a token's result never depends on how many come with it."""
+def lookup_config(num_keys: int, top_k: int, dtype: torch.dtype) -> LookupConfig:
+    """Launch table, keyed by the model's constants only: a token's result never depends on how many come with it.
+
+    Tiles are as high as 16 rows for each warp: so the matrix units leave a row in one warp, and the K reductions over
+    it need no shared memory. With few picks narrow tiles leave room for 4 of them on a multiprocessor (125 registers on
+    sm_90); with many, wide ones leave fewer candidates to merge.
+    """
     if dtype == torch.float64:
-        return LookupConfig(16, max(16, min(64, next_power_of_2(num_keys))), max(16, min(32, next_power_of_2(half))), 4)
-    # 8 warps: half the registers of 4 on sm_90 (126 against 221), so twice as many warps share a multiprocessor.
-    block_n = max(16, min(128, next_power_of_2(num_keys)), next_power_of_2(top_k))
-    return LookupConfig(32, block_n, max(16, min(32, next_power_of_2(half))), 8)
+        return LookupConfig(16, max(16, next_power_of_2(top_k), min(64, next_power_of_2(num_keys))), 1, 4)
+    block_m, block_n, num_warps = (64, 64, 4) if top_k <= 16 else (128, 128, 8)
+    return LookupConfig(
+        block_m, max(16, min(block_n, next_power_of_2(num_keys)), next_power_of_2(top_k)), 16, num_warps
+    )
 
 
 @triton.jit
@@ -67,8 +73,8 @@ def half_topk_kernel(
     i_m = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
     i_group = tl.program_id(2)
-    i_head = i_group // 2
-    i_half = i_group % 2
+    i_head = (i_group // 2).to(tl.int64)
+    i_half = (i_group % 2).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if candidate_ptr.dtype.element_ty == tl.int64 else tl.float32
 
     offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,22 +82,33 @@ def half_topk_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < NUM_KEYS
     q_ptrs = queries_ptr + offs_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd  # [BLOCK_M]
-    k_ptrs = keys_ptr + i_head * stride_kh + i_half * stride_ka + offs_n * stride_kn  # [BLOCK_N]
+    k_ptrs = keys_ptr + i_head * stride_kh + i_half * stride_ka + offs_n.to(tl.int64) * stride_kn  # [BLOCK_N]
 
     dots = tl.zeros([BLOCK_M, BLOCK_N], dtype)
     q_norm = tl.zeros([BLOCK_M], dtype)
     k_norm = tl.zeros([BLOCK_N], dtype)
-    for start in range(0, HALF, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < HALF
-        q = tl.load(q_ptrs[:, None] + offs_d[None, :] * stride_qd, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-        k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & mask_n[None, :], other=0.0)
-        q = q.to(dtype)  # [BLOCK_M, BLOCK_D]
-        k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
-        dots = tl.dot(q, k, dots, input_precision=PRECISION, out_dtype=dtype)
-        if IDW:
-            q_norm += tl.sum(q * q, axis=1)
-            k_norm += tl.sum(k * k, axis=0)
+    if dtype == tl.float64:
+        # Column by column: tl.dot takes no float64 before Triton 3.6.
+        for i_d in range(HALF):
+            q = tl.load(q_ptrs + i_d * stride_qd, mask=mask_m, other=0.0)  # [BLOCK_M]
+            k = tl.load(k_ptrs + i_d * stride_kd, mask=mask_n, other=0.0)  # [BLOCK_N]
+            dots += q[:, None] * k[None, :]
+            q_norm += q * q
+            k_norm += k * k
+    else:
+        for start in range(0, HALF, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+            mask_d = offs_d < HALF
+            q_mask = mask_m[:, None] & mask_d[None, :]
+            k_mask = mask_d[:, None] & mask_n[None, :]
+            q = tl.load(q_ptrs[:, None] + offs_d[None, :] * stride_qd, mask=q_mask, other=0.0)
+            k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_kd, mask=k_mask, other=0.0)
+            q = q.to(dtype)  # [BLOCK_M, BLOCK_D]
+            k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
+            dots = tl.dot(q, k, dots, input_precision=PRECISION)
+            if IDW:
+                q_norm += tl.sum(q * q, axis=1)
+                k_norm += tl.sum(k * k, axis=0)
     if IDW:
         # Rounding may push a distance below zero; PyTorch's cdist clamps it too.
         distance = q_norm[:, None] - 2.0 * dots + k_norm[None, :]
@@ -206,11 +223,13 @@ def lookup(
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
     if scores.numel() == 0:
         return scores, slots
-    config = config or lookup_config(num_keys, top_k, half, dtype)
+    config = config or lookup_config(num_keys, top_k, dtype)
     splits = cdiv(num_keys, config.block_n)
-    # "ieee" also where the hardware has no tf32: float64 everywhere, and AMD, which has no tf32x3.
-    if dtype == torch.float64 or (precision == "tf32x3" and torch.version.hip is not None):
-        precision = "ieee"
+    if precision == "tf32x3":
+        if torch.version.hip is not None:
+            precision = "ieee"  # AMD has no tf32x3
+        elif queries.dtype.itemsize == keys.dtype.itemsize == 2:
+            precision = "tf32"  # one product is exact: tf32 holds every bit of both half-precision formats
     bits = torch.int64 if dtype == torch.float64 else torch.int32
     candidates = torch.empty(num_rows, heads, 2, splits, top_k, dtype=bits, device=queries.device)
     columns = torch.empty(num_rows, heads, 2, splits, top_k, dtype=torch.int32, device=queries.device)
@@ -305,9 +324,9 @@ def query_grad_kernel(
     i_head = i_row % H
     dtype: tl.constexpr = tl.float64 if factor_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HALF
-    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
+    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half.to(tl.int64) * HALF * stride_qd
     k_base = keys_ptr + i_head * stride_kh + i_half * stride_ka
     q = tl.load(q_base + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [BLOCK_D]
     grad_q = tl.zeros([BLOCK_D], dtype)

@@ -35,41 +35,23 @@ class SegmentConfig(NamedTuple):
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
     """Launch table, keyed by the width of a row and the narrowest dtype among those read."""
-    return SegmentConfig(block_a=2, num_warps=row_warps(next_power_of_2(width), dtype))
+    # Two accesses at a time hide half the latency of a long segment; of a very wide row one fills the registers.
+    return SegmentConfig(block_a=2 if width <= 2048 else 1, num_warps=row_warps(next_power_of_2(width), dtype))
 
 
 @triton.jit
-def finish_row(
-    total,
-    row,
-    start,
-    out_ptr,
-    table_ptr,
-    stride_on,
-    stride_od,
-    stride_tn,
-    stride_td,
-    decay,
-    lr,
-    clip,
-    offs_d,
-    mask_d,
-    EPILOGUE: tl.constexpr,
-    CLIP: tl.constexpr,
-    COMPACT: tl.constexpr,
-):
-    """Turn the sum of one segment into one row of the output."""
+def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.constexpr):
+    """Turn the sum of one segment, and the table's row `old`, into one row of the output."""
+    decay = tl.full([], decay, total.dtype)
+    lr = tl.full([], lr, total.dtype)
+    clip = tl.full([], clip, total.dtype)
     if EPILOGUE == "update":
         if CLIP:  # comparisons, so that NaN stays NaN
             total = tl.where(total > clip, clip, tl.where(total < -clip, -clip, total))
-        old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(total.dtype)
         total = decay * old - lr * total
     if EPILOGUE == "step_grad":
-        old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(total.dtype)
         total = tl.where((total <= clip) & (total >= -clip), lr * old, 0.0)
-    out_row = start.to(tl.int64) if COMPACT else row.to(tl.int64)
-    out = out_ptr + out_row * stride_on + offs_d * stride_od
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+    return total
 
 
 @triton.jit
@@ -116,11 +98,13 @@ def segment_kernel(
     if opens:
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
         last = tl.where(is_hot & (i_piece < pieces - 1), i_a + PIECE, end)
-        row = tl.load(rows_ptr + i_a)
-        offs_d = tl.arange(0, BLOCK_D)
+        row = tl.load(rows_ptr + i_a).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
         mask_d = offs_d < D
-        if CENTERED:
-            center = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+        # Read before the accesses, on which it does not depend: two trips to memory at once.
+        old = tl.zeros([BLOCK_D], dtype)
+        if CENTERED or EPILOGUE != "sum":
+            old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
         position = i_a
         while position < last:
@@ -134,31 +118,16 @@ def segment_kernel(
                 other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
             if CENTERED:
-                vector = tl.where(mask_a[:, None], vector - center[None, :], 0.0)
+                vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
             total += tl.sum(coefficient[:, None] * vector, axis=0)
             position += BLOCK_A
         if is_hot:
             tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
         else:
-            finish_row(
-                total,
-                row,
-                start,
-                out_ptr,
-                table_ptr,
-                stride_on,
-                stride_od,
-                stride_tn,
-                stride_td,
-                tl.full([], decay, dtype),
-                tl.full([], lr, dtype),
-                tl.full([], clip, dtype),
-                offs_d,
-                mask_d,
-                EPILOGUE,
-                CLIP,
-                COMPACT,
-            )
+            total = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+            out_row = start.to(tl.int64) if COMPACT else row
+            out = out_ptr + out_row * stride_on + offs_d * stride_od
+            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
@@ -200,9 +169,12 @@ def hot_segment_kernel(
     if start >= 0:
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
         pieces = (tl.max(tl.where(is_hot, ends, -1), axis=0) - start) // PIECE
-        row = tl.load(rows_ptr + start)
-        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        row = tl.load(rows_ptr + start).to(tl.int64)
+        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
+        old = tl.zeros([BLOCK_D], dtype)
+        if EPILOGUE != "sum":
+            old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
         first = 0
         while first < pieces:
@@ -214,25 +186,10 @@ def hot_segment_kernel(
             )  # [BLOCK_P, BLOCK_D]
             total += tl.sum(partial, axis=0)
             first += BLOCK_P
-        finish_row(
-            total,
-            row,
-            start,
-            out_ptr,
-            table_ptr,
-            stride_on,
-            stride_od,
-            stride_tn,
-            stride_td,
-            tl.full([], decay, dtype),
-            tl.full([], lr, dtype),
-            tl.full([], clip, dtype),
-            offs_d,
-            mask_d,
-            EPILOGUE,
-            CLIP,
-            COMPACT,
-        )
+        total = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+        out_row = start.to(tl.int64) if COMPACT else row
+        out = out_ptr + out_row * stride_on + offs_d * stride_od
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 def segment_rows(

@@ -24,7 +24,7 @@ def decay_kernel(
 ):
     """values[s] = decay·values[s] for rows that were not written. A program owns BLOCK_N rows. Grid: (row tiles,)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if values_ptr.dtype.element_ty == tl.float64 else tl.float32
     written = tl.load(written_ptr + offs_n, mask=offs_n < N, other=1)
     mask = ((written == 0) & (offs_n < N))[:, None] & (offs_d < D)[None, :]

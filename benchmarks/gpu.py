@@ -1,0 +1,231 @@
+"""The test suite, then the benchmarks, on a GPU; everything it finds as files in one folder.
+
+    python -m benchmarks.gpu --out DIR --minutes M [--device cpu]
+
+Installs nothing, and ends before M minutes are over: what it has by then is kept. Files, none of them in a subfolder:
+environment.json, tests.txt (pytest), results.jsonl (one line per measurement, as they come), time.png, ratio.png, and
+summary.txt, which is also printed last. Exit status: 0 if all that ran is right, 1 if a test failed or a number is
+wrong, 2 if there is no GPU.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.run import DEVICE_LOST, read_results, report, rows
+from fwpkm_kernels import env_report
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS_SHARE, BENCHMARKS_END, ALARM = 0.6, 0.88, 0.96  # of the whole time
+
+
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in the main program by SIGTERM, SIGINT or the alarm."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _raise_stopped(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def signals_raise(seconds: float) -> Iterator[None]:
+    """Within the block signals raise Stopped, and so does the clock after `seconds`."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = [signal.signal(number, _raise_stopped) for number in numbers]
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_child(arguments: Sequence[str], seconds: float, *, grace: float = 10.0, **options: Any) -> int | None:
+    """Run this Python with `arguments`, at most so long; its exit status, or None if it had to be stopped.
+
+    It is asked to stop first (SIGINT: pytest then still reports its failures), and killed with its children after
+    `grace`, or at once if this program is being stopped itself.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options
+    )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, seconds))
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_tests(path: Path, seconds: float) -> str:
+    """pytest, its output to `path`; how it ended, in words."""
+    arguments = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-m", "not slow"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(4, cores)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if importlib.util.find_spec("xdist") and workers > 1:
+        arguments += ["-n", str(workers)]
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    with path.open("w", encoding="utf-8") as file:
+        status = run_child(arguments, seconds, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return f"stopped at their time limit of {seconds:.0f} s" if status is None else f"finished, exit status {status}"
+
+
+def count_tests(text: str) -> str:
+    """pytest's own counts, or, where it was killed before it gave them, the letters of its progress lines."""
+    counts = re.findall(r"^=*\s*((?:no tests ran|\d+ \w+(?:, \d+ \w+)*) in [\d.]+s.*?)=*$", text, re.M)
+    if counts:
+        return str(counts[-1]).strip()
+    letters = "".join(re.findall(r"^([.FEsxX]+)(?:\s+\[\s*\d+%\])?$", text, re.M))
+    names = {".": "passed", "F": "failed", "E": "errors", "s": "skipped", "x": "xfailed", "X": "xpassed"}
+    return ", ".join(f"{letters.count(c)} {name}" for c, name in names.items() if c in letters) or "none finished"
+
+
+def tests_failed(text: str) -> bool:
+    return bool(re.search(r"[1-9]\d* (failed|error)", count_tests(text)))
+
+
+def planned_measurements(device: str) -> int:
+    return sum(len(row.providers()) for row in rows(device))
+
+
+def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: float) -> str:
+    """benchmarks.run in processes of its own: one that lost its GPU is followed by another that goes on after it."""
+    begin = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - begin)
+        if left <= 0:
+            return "stopped at their time limit"
+        arguments = ["-m", "benchmarks.run", "--device", device, "--json", str(path), "--resume", "--no-table"]
+        arguments += ["--seconds-per-row", str(seconds_per_row), "--minutes", str(max(0.0, left - 5) / 60)]
+        known = len(read_results(path))
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+            status = run_child(arguments, left, grace=3.0, stderr=errors)
+            errors.seek(0)
+            tail = "\n".join(errors.read().splitlines()[-15:])
+        if status in (0, 1, None):
+            complete = len(read_results(path)) == planned_measurements(device)
+            return "finished" if complete else "stopped at their time limit"
+        if status != DEVICE_LOST or len(read_results(path)) == known:
+            return f"ended with exit status {status}:\n{tail}"
+
+
+def write_summary(out: Path, device: str, notes: dict[str, str], environment: dict[str, Any]) -> bool:
+    """Write and print summary.txt; whether everything in it is right."""
+    tests_file = out / "tests.txt"
+    text = tests_file.read_text("utf-8", "replace") if tests_file.exists() else ""
+    results = read_results(out / "results.jsonl")
+    planned = planned_measurements(device)
+    failures = re.findall(r"^(?:FAILED|ERROR) .*$", text, re.M)
+    gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or environment["cpu"]["model"]
+    parts = [
+        f"fwpkm_kernels {environment['fwpkm_kernels']}, commit {environment['commit']}, on {gpus}",
+        f"{environment['python']}, torch {environment['torch']['version']}, triton {environment['triton']}, "
+        f"driver {environment['driver']}",
+        "",
+        f"tests: {count_tests(text) if text else 'none'} ({notes.get('tests', 'stopped')})",
+        *failures[:30],
+        *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
+        "",
+        f"benchmarks: {len(results)} of {planned} measurements ({notes.get('benchmarks', 'stopped')})",
+        "",
+        str(report(results)),
+        *([f"\nplots: {notes['plots']}"] if "plots" in notes else []),
+        *(
+            [f"\nwhat is above is what there was when it was stopped by {notes['stopped']}"]
+            if "stopped" in notes
+            else []
+        ),
+    ]
+    summary = "\n".join(parts) + "\n"
+    (out / "summary.txt").write_text(summary, "utf-8")
+    print("\n" + summary, flush=True)
+    return not tests_failed(text) and all(result.status == "ok" for result in results)
+
+
+def draw_plots(out: Path) -> str | None:
+    """None, or why there are none."""
+    try:
+        from benchmarks.plots import plot
+
+        plot(read_results(out / "results.jsonl"), out)
+    except ImportError as error:
+        return f"none: {error}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything; `argv` replaces the command line. Returns the exit status."""
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="gpu-results", metavar="DIR", help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="ends before this time is over")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out without a GPU")
+    parser.add_argument(
+        "--seconds-per-row", type=float, default=0.3, metavar="S", help="time for each provider of a row"
+    )
+    options = parser.parse_args(argv)
+    if options.minutes <= 0:
+        parser.error("--minutes must be greater than 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU is visible to torch; --device cpu runs the same on the CPU", file=sys.stderr)
+        return 2
+
+    total = 60 * options.minutes
+    out = Path(options.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "time.png", "ratio.png"):
+        (out / name).unlink(missing_ok=True)
+    environment = env_report.collect()
+    (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", "utf-8")
+    (out / "results.jsonl").touch()
+
+    notes: dict[str, str] = {}
+    stopped = 0
+    try:
+        with signals_raise(ALARM * total - (time.monotonic() - begin)):
+            print(f"tests, for at most {TESTS_SHARE * total:.0f} s, to {out.name}/tests.txt", flush=True)
+            notes["tests"] = run_tests(out / "tests.txt", TESTS_SHARE * total)
+            print(f"tests: {count_tests((out / 'tests.txt').read_text('utf-8', 'replace'))}", flush=True)
+            left = BENCHMARKS_END * total - (time.monotonic() - begin)
+            print(f"benchmarks, for at most {left:.0f} s", flush=True)
+            notes["benchmarks"] = run_benchmarks(out / "results.jsonl", options.device, left, options.seconds_per_row)
+            missing_plots = draw_plots(out)
+            if missing_plots:
+                notes["plots"] = missing_plots
+    except Stopped as reason:
+        notes["stopped"] = "its time limit" if reason.number == signal.SIGALRM else str(reason)
+        stopped = 0 if reason.number == signal.SIGALRM else 128 + reason.number
+    except Exception:  # the summary of what there is must still come out
+        notes["stopped"] = f"an error:\n{traceback.format_exc()}"
+        stopped = 1
+    all_right = write_summary(out, options.device, notes, environment)
+    return stopped or int(not all_right)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The benchmarks: formulas, the check before every timing, result files, and the GPU run where there is no GPU."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, registry, run
+from benchmarks.measure import Expected, Machine, Result, measure, verify
+from fwpkm_kernels import chunk_value_update, product_key_lookup, sparse_value_gather
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
+
+
+def shrunk(row: registry.Row) -> registry.Row:
+    return dataclasses.replace(row, configuration=row.configuration.shrunk())
+
+
+# The same row can be there for CPUs and for GPUs.
+ROWS = {row.name: shrunk(row) for row in registry.rows()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tables_are_dropped():
+    yield
+    registry.table.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_rows_are_unique_and_every_operation_is_there(device):
+    names = [row.name for row in registry.rows(device)]
+    assert len(names) == len(set(names))
+    for operation in registry.OPERATIONS:
+        for direction in operation.directions:
+            assert any(name.startswith(f"{operation.name}/{direction}/") for name in names)
+    assert len(registry.rows(device, "lookup/forward")) == sum("lookup/forward" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_provider_agrees_with_the_reference(name):
+    row = ROWS[name]
+    inputs = row.inputs("cpu")
+    cost = row.cost(inputs)
+    assert cost.bytes > 0
+    assert cost.flops > 0
+    expected = Expected(row, inputs)
+    providers = row.providers()
+    assert providers[0].name == registry.PACKAGE
+    assert len(providers) > 1
+    for provider in providers:
+        verify(row, provider, inputs, expected)
+
+
+def test_bytes_and_flops_by_hand():
+    """One token, one pick of four slots, rows of three float32: each case is small enough to count."""
+    c = registry.Configuration("by hand", 1, (), (), sub_keys=2, picks=1, key_width=4, width=3)
+    operations = {operation.name: operation for operation in registry.OPERATIONS}
+
+    def cost(name, direction):
+        operation = operations[name]
+        cost = operation.cost(c, direction, operation.make_inputs(c, "cpu", 0))
+        return cost.bytes, cost.flops
+
+    row, access = 3 * 4, 8 + 4  # a table row; a slot with its weight
+    keys, query, found = 2 * 2 * 2 * 4, 4 * 4, 4 + 8  # found: a score and a slot
+    assert cost("lookup", "forward") == (query + keys + found, 2 * 2 * 2 * 2)  # 2 halves × 2 sub-keys × 2 columns × 2
+    assert cost("lookup", "backward") == (found + 2 * (query + keys), 7 * 4)
+    assert cost("gather", "forward") == (row + access + row, 2 * 3)
+    assert cost("gather", "backward") == (row + access + row + 4 * row + 4, 4 * 3)
+    assert cost("gather-sparse-grad", "backward") == (row + access + row + row + 4, 4 * 3)
+    assert cost("update", "forward") == (8 * row + access + 2 * row, 2 * 3)
+    assert cost("update", "backward") == (row + access + 2 * row + 4 + 2 * row, 4 * 3)
+    assert cost("update_", "forward") == (2 * row + access + 2 * row, 2 * 3)
+
+
+def wrong_lookup(**inputs):
+    scores, slots = product_key_lookup(**inputs)
+    return scores + 1e-3, slots
+
+
+def wrong_lookup_gradient(**inputs):
+    scores, slots = product_key_lookup(**inputs)
+    return scores.detach() + 1.001 * (scores - scores.detach()), slots
+
+
+def wrong_gather(**inputs):
+    out = sparse_value_gather(**inputs)
+    out[3] *= 1.001
+    return out
+
+
+def wrong_gather_gradient(values, slots, weights):
+    return sparse_value_gather(values, slots, weights) + 1e-3 * (values - values.detach()).sum()
+
+
+def wrong_untouched_row(**inputs):
+    out = chunk_value_update(**inputs)
+    untouched = torch.ones(len(out), dtype=torch.bool)
+    untouched[inputs["slots"]] = False
+    out[untouched.nonzero()[0]] += 1e-6
+    return out
+
+
+def wrong_write_(values, **inputs):
+    values.copy_(chunk_value_update(values, **inputs, lr=1.001))
+
+
+@pytest.mark.parametrize(
+    "name, planted",
+    [
+        ("lookup/forward/inference", wrong_lookup),
+        ("lookup/backward/inference", wrong_lookup_gradient),
+        ("gather/forward/inference", wrong_gather),
+        ("gather/backward/inference", wrong_gather_gradient),
+        ("update/forward/inference", wrong_untouched_row),
+        ("update_/forward/inference", wrong_write_),
+    ],
+)
+def test_wrong_numbers_are_refused_and_not_timed(name, planted):
+    result = measure(ROWS[name], registry.Provider("planted", planted), MACHINE, seconds=0.001)
+    assert result.status == "wrong"
+    assert result.message
+    assert result.median_us is None
+    assert result.repeats == 0
+    assert "wrong" in run.report([result])
+
+
+def test_a_provider_that_raises_is_recorded():
+    def broken(**inputs):
+        raise RuntimeError("out of order")
+
+    result = measure(ROWS["gather/forward/inference"], registry.Provider("broken", broken), MACHINE, seconds=0.001)
+    assert result.status == "error"
+    assert result.message == "RuntimeError: out of order"
+    assert result.median_us is None
+
+
+@pytest.mark.parametrize("name", ["lookup/backward/inference", "gather/forward/inference", "update_/forward/inference"])
+def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
+    row = ROWS[name]
+    inputs = row.inputs("cpu")
+    before = {key: x.clone() for key, x in inputs.items() if isinstance(x, torch.Tensor)}
+    results = [measure(row, provider, MACHINE, seconds=0.001, inputs=inputs) for provider in row.providers()]
+    for result in results:
+        assert result.status == "ok", result.message
+        assert 0 < result.min_us <= result.p10_us <= result.median_us <= result.p90_us
+        assert result.ratio == result.min_us / result.floor_us
+        cost = row.cost(inputs)
+        assert result.floor_us == pytest.approx(max(cost.bytes / 1e4, cost.flops / 1e5))
+    assert all(torch.equal(inputs[key], x) for key, x in before.items())  # the next provider gets the same inputs
+
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(map(run.to_json, results)) + '\n{"operation": "cut o', "utf-8")
+    assert run.read_results(file) == results
+    table = run.report(results)
+    assert name in table
+    assert "pytorch" in table
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    """A run with shrunk rows: a table, a file, and nothing measured twice with --resume."""
+    rows = [ROWS["gather/forward/inference"], ROWS["update_/forward/inference"]]
+    monkeypatch.setattr(run, "rows", lambda device, name="": [row for row in rows if name in row.name])
+    monkeypatch.setattr(run, "measure_machine", lambda device: MACHINE)
+    arguments = ["--device", "cpu", "--seconds-per-row", "0.001", "--json", str(tmp_path / "out.jsonl")]
+    assert run.main([*arguments, "--op", "gather"]) == 0
+    first = run.read_results(tmp_path / "out.jsonl")
+    assert {r.provider for r in first} == {"fwpkm_kernels", "pytorch", "embedding_bag"}
+    assert run.main([*arguments, "--resume"]) == 0
+    second = run.read_results(tmp_path / "out.jsonl")
+    assert second[: len(first)] == first
+    assert len(second) == len(first) + 3
+    assert run.main([*arguments, "--op", "no such row"]) == 2
+    captured = capsys.readouterr()
+    assert "update_/forward/inference" in captured.out
+    assert "no such row" in captured.err
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import plot
+
+    row = ROWS["gather/forward/inference"]
+    results = [measure(row, provider, MACHINE, seconds=0.001) for provider in row.providers()]
+    assert [path.name for path in plot(results, tmp_path)] == ["time.png", "ratio.png"]
+    assert plot([], tmp_path) == []
+
+
+def test_gpu_run_without_a_gpu_says_so(tmp_path):
+    for module in ("benchmarks.gpu", "benchmarks.run"):
+        out = ["--out", str(tmp_path / "out")] if module == "benchmarks.gpu" else ["--device", "cuda"]
+        done = subprocess.run(
+            [sys.executable, "-m", module, *out],
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert "no GPU" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def fake_steps(monkeypatch, **steps):
+    """A GPU run whose two long steps are replaced."""
+    fakes = {
+        "run_tests": lambda path, seconds: (
+            path.write_text("3 passed, 1 skipped in 0.10s\n") and "finished, exit status 0"
+        ),
+        "run_benchmarks": lambda path, *_: "finished",
+        **steps,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(gpu, name, fake)
+
+
+def some_result(**fields) -> Result:
+    row = ROWS["gather/forward/inference"]
+    return dataclasses.replace(measure(row, row.providers()[0], MACHINE, seconds=0.001), **fields)
+
+
+def test_gpu_run_writes_its_files(monkeypatch, tmp_path, capsys):
+    line = run.to_json(some_result()) + "\n"
+    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"results.jsonl", "summary.txt", "environment.json", "tests.txt"} <= names
+    assert all(path.is_file() for path in tmp_path.iterdir())
+    assert len(names) <= 8
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "tests: 3 passed, 1 skipped in 0.10s (finished, exit status 0)" in summary
+    assert "gather/forward/inference" in summary
+    assert summary in capsys.readouterr().out
+
+
+def test_gpu_run_reports_failures(monkeypatch, tmp_path):
+    failed = "FAILED tests/test_x.py::test_y - assert 0\n1 failed, 2 passed in 3.00s\n"
+    fake_steps(monkeypatch, run_tests=lambda path, seconds: path.write_text(failed) and "finished, exit status 1")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "FAILED tests/test_x.py::test_y - assert 0" in summary
+
+    line = run.to_json(some_result(status="wrong", message="over budget")) + "\n"
+    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("reason", ["clock", "signal"])
+def test_gpu_run_keeps_what_it_has_when_stopped(reason, monkeypatch, tmp_path):
+    line = run.to_json(some_result()) + "\n"
+
+    def endless(path, *_):
+        path.write_text(line, "utf-8")
+        if reason == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    fake_steps(monkeypatch, run_benchmarks=endless)
+    begin = time.monotonic()
+    minutes = "0.05" if reason == "clock" else "9"
+    status = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", minutes])
+    assert status == (0 if reason == "clock" else 128 + signal.SIGTERM)
+    assert time.monotonic() - begin < 10
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "3 passed" in summary
+    assert "benchmarks: 1 of" in summary
+    assert "stopped by" in summary
+
+
+def test_a_child_that_does_not_end_is_ended(tmp_path):
+    begin = time.monotonic()
+    assert gpu.run_child(["-c", "import time; time.sleep(60)"], 0.5, grace=5, stderr=subprocess.DEVNULL) is None
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert gpu.run_child(["-c", stubborn], 0.5, grace=0.5) is None
+    assert gpu.run_child(["-c", "raise SystemExit(5)"], 30) == 5
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "text, counts, failed",
+    [
+        (
+            "..F [100%]\n=== short test summary info ===\n1 failed, 2 passed in 3.21s\n",
+            "1 failed, 2 passed in 3.21s",
+            True,
+        ),
+        ("= 2 passed, 1 skipped, 3 warnings in 65.00s (0:01:05) =", "2 passed, 1 skipped, 3 warnings in 65.00s", False),
+        ("2 passed, 1 error in 1.00s\n", "2 passed, 1 error in 1.00s", True),
+        ("..s.x [ 50%]\n.F.\n", "5 passed, 1 failed, 1 skipped, 1 xfailed", True),
+        ("", "none finished", False),
+    ],
+)
+def test_counts_of_tests(text, counts, failed):
+    assert gpu.count_tests(text).startswith(counts)
+    assert gpu.tests_failed(text) == failed
