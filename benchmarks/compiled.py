@@ -34,8 +34,6 @@ class Case:
 
     name: str
     run: Callable[[], Any]
-    #: Kernel → least number of 128-bit loads in it: one for each row that a program reads at a time.
-    row_loads: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Report:
     tensor_core: int
     instructions: int
     seconds: float
+    #: how many 128-bit loads the rows that a program reads at a time come to
     expected_wide_loads: int
 
 
@@ -128,7 +127,6 @@ def cases() -> list[Case]:
                         centered=idw,
                     ),
                 ),
-                {"query_grad_kernel": min(k, 8), "segment_kernel": idw + 2 * (q_dtype is torch.float32)},
             )
         )
 
@@ -157,7 +155,6 @@ def cases() -> list[Case]:
         exact = torch.promote_types(dtype, torch.float32)
         vectors, coefficients, slots = _meta(m, width, dtype=exact), _meta(m, j, dtype=exact), _slots(m, j)
         grad_out = _meta(m, width, dtype=dtype)
-        loads = {"gather_kernel": min(j, 8)}
 
         def forward(table=table, slots=slots, coefficients=coefficients):  # type: ignore[no-untyped-def]
             gather.gather(table, slots, weights=coefficients, sum_dtype=table.dtype)
@@ -176,12 +173,12 @@ def cases() -> list[Case]:
             for clip in (None, 1.0):
                 update.update_grad(table, vectors, coefficients, slots, *_plan(m * j), lr=1.0, clip=clip)
 
-        result.append(Case(f"gather/{name}", forward, loads))
-        result.append(Case(f"gather_backward/{name}", backward, {**loads, "segment_kernel": 2}))
-        result.append(Case(f"update/{name}", write, {"segment_kernel": 3}))
-        result.append(Case(f"update_backward/{name}", write_backward, loads))
+        result.append(Case(f"gather/{name}", forward))
+        result.append(Case(f"gather_backward/{name}", backward))
+        result.append(Case(f"update/{name}", write))
+        result.append(Case(f"update_backward/{name}", write_backward))
         if name.startswith(("paper", "D4096")):
-            result.append(Case(f"update_decay_clip/{name}", write_decay_clip, {"segment_kernel": 3}))
+            result.append(Case(f"update_decay_clip/{name}", write_decay_clip))
     return result
 
 
@@ -289,6 +286,19 @@ def _examine(compiled: Any, target: str) -> dict[str, int]:
     }
 
 
+def _row_bytes(launch: Launch) -> int:
+    """Bytes of the rows that one program of a row kernel reads at a time; 0 for other kernels."""
+    sizes = {name: x.element_size() if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
+    if launch.kernel.__name__ == "gather_kernel":
+        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
+    if launch.kernel.__name__ == "query_grad_kernel":
+        return min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * sizes["keys_ptr"]
+    if launch.kernel.__name__ == "segment_kernel":
+        reads_table = sizes["CENTERED"] or sizes["EPILOGUE"] != "sum"
+        return sizes["D"] * (sizes["BLOCK_A"] * sizes["vectors_ptr"] + reads_table * sizes["table_ptr"])
+    return 0
+
+
 def report_case(name: str, target: str) -> list[Report]:
     """Compile and examine every kernel that case `name` launches."""
     # Launchers ask torch which vendor's GPUs it was built for.
@@ -300,15 +310,15 @@ def report_case(name: str, target: str) -> list[Report]:
     for launch in launches:
         begin = time.perf_counter()
         compiled = compile_launch(launch, target)
-        kernel = launch.kernel.__name__
+        threads = compiled.metadata.num_warps * (32 if target.startswith("sm_") else 64)
         reports.append(
             Report(
                 case=name,
-                kernel=kernel,
+                kernel=launch.kernel.__name__,
                 target=target,
                 num_warps=compiled.metadata.num_warps,
                 seconds=round(time.perf_counter() - begin, 2),
-                expected_wide_loads=case.row_loads.get(kernel, 0),
+                expected_wide_loads=_row_bytes(launch) // (16 * threads),
                 **_examine(compiled, target),
             )
         )

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fwpkm_kernels import __version__, chunk_value_update_, product_key_lookup, sparse_value_gather
@@ -108,8 +109,8 @@ class EpisodicMemory:
         lengths = torch.tensor([length for lengths in SUFFIXES for length in lengths])
         hashes = torch.randint(2**63 - 1, (len(lengths), CONTEXT), generator=generator)
         hashes[torch.arange(CONTEXT) < CONTEXT - lengths.unsqueeze(1)] = 0  # bytes before the suffix do not count
-        self.keys = torch.nn.functional.normalize(keys, dim=-1).to(options.device)
-        self.codes = torch.nn.functional.normalize(codes, dim=-1).to(options.device)  # [256, D]
+        self.keys = F.normalize(keys, dim=-1).to(options.device)
+        self.codes = F.normalize(codes, dim=-1).to(options.device)  # [256, D]
         self.hashes = hashes.to(options.device)  # [suffixes, 8]
         self.values = torch.zeros(n * n, options.value_width, device=options.device)
         # The first calls may compile kernels, which is not to be timed. A write without error changes nothing.
@@ -121,7 +122,8 @@ class EpisodicMemory:
         products = ((contexts.long() + 1).unsqueeze(1) * self.hashes).sum(-1)  # [M, suffixes], modulo 2⁶⁴
         named = (products >> 40) % self.options.sub_keys
         halves = named.split([len(lengths) for lengths in SUFFIXES], dim=1)
-        return torch.cat([self.keys[0, a][halves[a]].sum(1) for a in range(2)], dim=-1).unsqueeze(1)
+        sums = (F.embedding_bag(halves[a], self.keys[0, a], mode="sum") for a in range(2))
+        return torch.cat(tuple(sums), dim=-1).unsqueeze(1)
 
     def read(self, contexts: Tensor) -> Read:
         """Look up and gather for contexts [M, 8]; changes nothing."""

@@ -17,17 +17,18 @@ _BLOCK_ELEMENTS = 2**24
 def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best k of the last dimension, descending, the lowest index first among equals; NaN counts as largest.
 
-    torch.topk promises no order among equals, and a stable sort of everything costs many times more. One entry beyond
-    the k shows every tie that matters; only rows with one are sorted.
+    torch.topk promises no order among equals, and a stable sort of everything costs many times more: so the k are put
+    in order, and only rows whose k-th score has equals that were left out, or with NaN, are sorted whole.
     """
-    values, indices = torch.topk(scores, min(k + 1, scores.shape[-1]))
-    above, below = values[..., :-1], values[..., 1:]
-    tied = ((above == below) | (above.isnan() & below.isnan())).any(-1)
-    values, indices = values[..., :k], indices[..., :k]
-    if tied.any():
-        sorted_values, sorted_indices = torch.sort(scores[tied], dim=-1, descending=True, stable=True)
-        values, indices = values.clone(), indices.clone()
-        values[tied], indices[tied] = sorted_values[..., :k], sorted_indices[..., :k]
+    values, indices = torch.topk(scores, k)
+    incomplete = (scores >= values[..., -1:]).sum(-1, dtype=torch.int32) > k
+    incomplete |= values[..., 0].isnan()
+    indices, by_index = torch.sort(indices, dim=-1)
+    values, by_value = torch.sort(values.gather(-1, by_index), dim=-1, descending=True, stable=True)
+    indices = indices.gather(-1, by_value)
+    if incomplete.any():
+        sorted_values, sorted_indices = torch.sort(scores[incomplete], dim=-1, descending=True, stable=True)
+        values[incomplete], indices[incomplete] = sorted_values[..., :k], sorted_indices[..., :k]
     return values, indices
 
 
@@ -57,7 +58,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: fl
         rows = queries[block].to(dtype).unflatten(-1, (2, width // 2))
         half_scores, half_columns = _stable_topk(_half_scores(rows, keys, score, eps), top_k)  # [H, 2, rows, K]
         sums = half_scores[:, 0, :, first] + half_scores[:, 1, :, second]  # [H, rows, pairs], in flat order i·K + j
-        best, pair = _stable_topk(sums, top_k)
+        best, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
         column1 = half_columns[:, 0].gather(-1, first[pair])
         column2 = half_columns[:, 1].gather(-1, second[pair])
         scores[block] = best.transpose(0, 1)
