@@ -114,7 +114,10 @@ def use_triton(backend: str, x: Tensor) -> bool:
     on_cpu = x.device.type == "cpu"
     if backend == "torch" or (backend == "auto" and on_cpu):
         return False
-    from .kernels import _common
+    try:
+        from .kernels import _common
+    except ImportError as error:
+        raise ImportError(f'`backend`="{backend}" needs Triton for tensors on {x.device.type}: {error}') from error
 
     if on_cpu and not _common.INTERPRETED:
         raise ValueError(
