@@ -63,6 +63,14 @@ def test_matches_reference(shape, score, place):
     check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("shape", [(2, 1, 4096, 64, 32), (2, 1, 4096, 8, 32), (20, 1, 512, 8, 512)], ids=str)
+def test_matches_reference_at_real_sizes(shape, score, place):
+    rows, heads, n, top_k, width = shape
+    check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_dtypes(dtypes, place):
     queries, keys = DTYPES[dtypes]
