@@ -5,8 +5,17 @@ name, the arguments and the results of the package's own, less the options that 
 ``precision``, ``sparse_grad``). Float64 tensors are computed in float64, all others in float32.
 """
 
+from reference.addressing import product_key_update
 from reference.gather import sparse_value_gather
 from reference.lookup import brute_force_lookup, product_key_lookup
+from reference.memory import fast_weight_memory
 from reference.update import chunk_value_update
 
-__all__ = ["brute_force_lookup", "chunk_value_update", "product_key_lookup", "sparse_value_gather"]
+__all__ = [
+    "brute_force_lookup",
+    "chunk_value_update",
+    "fast_weight_memory",
+    "product_key_lookup",
+    "product_key_update",
+    "sparse_value_gather",
+]
