@@ -331,7 +331,9 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", help="append JSON lines to this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compile this many cases at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile this many cases at a time"
+    )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")

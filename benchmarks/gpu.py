@@ -4,8 +4,8 @@
 
 Installs nothing, and ends before M minutes are over: what it has by then is kept. Files, none of them in a subfolder:
 environment.json, tests.txt (pytest), results.jsonl (one line per measurement, as they come), time.png, ratio.png, and
-summary.txt, which is also printed last. Exit status: 0 if all that ran is right, 1 if a test failed or a number is
-wrong, 2 if there is no GPU.
+summary.txt, which is also printed last. Exit status: 0 if tests and benchmarks ran and all that ran is right, 1 if not
+(a test failed, a number of this package is wrong, or one of the two could not run), 2 if there is no GPU.
 """
 
 import argparse
@@ -26,11 +26,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.registry import PACKAGE
 from benchmarks.run import DEVICE_LOST, read_results, report, rows
 from fwpkm_kernels import env_report
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Run first: what a GPU is needed for. The rest of the suite follows, the compiler's cases last.
+KERNEL_TESTS = ("lookup", "update", "gather", "plan", "golden_chunk", "torch")
 TESTS_SHARE, BENCHMARKS_END, ALARM = 0.6, 0.88, 0.96  # of the whole time
+
+
+FINISHED, STOPPED = "finished", "stopped"  #: how the note on a step begins
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong
@@ -81,18 +87,27 @@ def run_child(arguments: Sequence[str], seconds: float, *, grace: float = 10.0, 
         process.wait()
 
 
+def compiled_environment() -> dict[str, str]:
+    """The environment less what would send the kernels to Triton's interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def run_tests(path: Path, seconds: float) -> str:
     """pytest, its output to `path`; how it ended, in words."""
-    arguments = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-m", "not slow"]
+    first = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
+    others = sorted(f"tests/{file.name}" for file in (ROOT / "tests").glob("test_*.py"))
+    others.sort(key=lambda name: name == "tests/test_compiled.py")
+    files = [*first, *(name for name in others if name not in first)]
+    arguments = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-m", "not slow", *files]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(4, cores)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**compiled_environment(), "PYTHONUNBUFFERED": "1"}
     if importlib.util.find_spec("xdist") and workers > 1:
         arguments += ["-n", str(workers)]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     with path.open("w", encoding="utf-8") as file:
         status = run_child(arguments, seconds, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    return f"stopped at their time limit of {seconds:.0f} s" if status is None else f"finished, exit status {status}"
+    return f"{STOPPED} at their time limit of {seconds:.0f} s" if status is None else f"{FINISHED}, status {status}"
 
 
 def count_tests(text: str) -> str:
@@ -119,17 +134,17 @@ def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: flo
     while True:
         left = seconds - (time.monotonic() - begin)
         if left <= 0:
-            return "stopped at their time limit"
+            return f"{STOPPED} at their time limit"
         arguments = ["-m", "benchmarks.run", "--device", device, "--json", str(path), "--resume", "--no-table"]
         arguments += ["--seconds-per-row", str(seconds_per_row), "--minutes", str(max(0.0, left - 5) / 60)]
         known = len(read_results(path))
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            status = run_child(arguments, left, grace=3.0, stderr=errors)
+            status = run_child(arguments, left, grace=3.0, stderr=errors, env=compiled_environment())
             errors.seek(0)
             tail = "\n".join(errors.read().splitlines()[-15:])
         if status in (0, 1, None):
             complete = len(read_results(path)) == planned_measurements(device)
-            return "finished" if complete else "stopped at their time limit"
+            return FINISHED if complete else f"{STOPPED} at their time limit"
         if status != DEVICE_LOST or len(read_results(path)) == known:
             return f"ended with exit status {status}:\n{tail}"
 
@@ -141,17 +156,24 @@ def write_summary(out: Path, device: str, notes: dict[str, str], environment: di
     results = read_results(out / "results.jsonl")
     planned = planned_measurements(device)
     failures = re.findall(r"^(?:FAILED|ERROR) .*$", text, re.M)
+    tests_note, benchmarks_note = notes.get("tests", STOPPED), notes.get("benchmarks", STOPPED)
+    tests_right = tests_note.endswith("status 0") or (tests_note.startswith(STOPPED) and not tests_failed(text))
+    benchmarks_right = benchmarks_note.startswith((FINISHED, STOPPED)) and bool(results)
+    wrong = [result for result in results if result.provider == PACKAGE and result.status != "ok"]
+    all_right = tests_right and benchmarks_right and not wrong
+    complete = tests_note.startswith(FINISHED) and benchmarks_note.startswith(FINISHED)
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or environment["cpu"]["model"]
     parts = [
+        ("all right" if all_right else "NOT RIGHT") + ("" if complete else ", but incomplete"),
         f"fwpkm_kernels {environment['fwpkm_kernels']}, commit {environment['commit']}, on {gpus}",
         f"{environment['python']}, torch {environment['torch']['version']}, triton {environment['triton']}, "
         f"driver {environment['driver']}",
         "",
-        f"tests: {count_tests(text) if text else 'none'} ({notes.get('tests', 'stopped')})",
+        f"tests: {count_tests(text) if text else 'none'} ({tests_note})",
         *failures[:30],
         *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
         "",
-        f"benchmarks: {len(results)} of {planned} measurements ({notes.get('benchmarks', 'stopped')})",
+        f"benchmarks: {len(results)} of {planned} measurements ({benchmarks_note})",
         "",
         str(report(results)),
         *([f"\nplots: {notes['plots']}"] if "plots" in notes else []),
@@ -164,7 +186,7 @@ def write_summary(out: Path, device: str, notes: dict[str, str], environment: di
     summary = "\n".join(parts) + "\n"
     (out / "summary.txt").write_text(summary, "utf-8")
     print("\n" + summary, flush=True)
-    return not tests_failed(text) and all(result.status == "ok" for result in results)
+    return all_right
 
 
 def draw_plots(out: Path) -> str | None:

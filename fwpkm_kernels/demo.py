@@ -30,7 +30,6 @@ seed gives the same numbers, bit for bit, on the same machine with the same vers
 from __future__ import annotations
 
 import argparse
-import codecs
 import dataclasses
 import importlib
 import itertools
@@ -55,6 +54,7 @@ NEEDLE = "\nthe access code of {} is {}"
 NAME_LETTERS, CODE_DIGITS = 6, 6
 NEEDLE_LENGTH = len(NEEDLE.format("", "")) + NAME_LETTERS + CODE_DIGITS
 DEPTHS = (4096, 16384, 65536, 131072)
+CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\v\f\r\x1b")  #: no text has these
 DEFAULT_TEXT = "Python's documentation topics"
 
 
@@ -283,7 +283,10 @@ def default_text() -> bytes:
 
 
 def read_text(path: Path, limit: int) -> bytes:
-    """At most ``limit`` bytes of a UTF-8 text file; DemoError says what is wrong with any other file."""
+    """At most ``limit`` bytes of a text file in any encoding that has no control bytes but white space.
+
+    DemoError says what is wrong with any other file.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(limit)
@@ -291,13 +294,9 @@ def read_text(path: Path, limit: int) -> bytes:
         raise DemoError(f"cannot read {path}: {error.strerror}") from None
     if not data:
         raise DemoError(f"{path} is empty; the demo needs a text to read")
-    try:
-        # The limit may cut a character in two.
-        codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < limit)
-    except UnicodeDecodeError as error:
-        raise DemoError(f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
-    if b"\0" in data:
-        raise DemoError(f"{path} is a binary file: byte {data.index(0)} is 0x00")
+    for position, byte in enumerate(data):
+        if byte in CONTROL_BYTES:
+            raise DemoError(f"{path} is a binary file: byte {position} is 0x{byte:02x}")
     return data
 
 
@@ -326,7 +325,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
         description="FwPKM as an episodic memory without training: it reads a text, predicts every byte from the eight "
         "before it, and recalls access codes hidden in the text.",
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"a UTF-8 text (default: {DEFAULT_TEXT})")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"a text (default: {DEFAULT_TEXT})")
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), metavar="PNG", help="(default: demo.png)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write options and results as JSON too")
     choices = {"score": ("idw", "dot"), "backend": ("auto", "torch", "triton")}
@@ -418,11 +417,11 @@ def plot(results: Sequence[PassResult], options: Options, commonest: float, path
 
 def demo(arguments: argparse.Namespace, options: Options) -> None:
     """Read the text, run all passes, and show, plot and save what came out."""
-    tqdm, _, _ = map(_import, ("tqdm", "rich", "matplotlib"))  # what is missing shows before the work, not after it
     for path in filter(None, (arguments.plot, arguments.json)):
         if path.is_dir() or not path.parent.is_dir():
             raise DemoError(f"cannot write {path}: it is a directory, or its directory is missing")
     text = read_text(arguments.file, chunks_in_pass(options) * options.chunk_size) if arguments.file else default_text()
+    tqdm, _, _ = map(_import, ("tqdm", "rich", "matplotlib"))  # what is missing shows before the work, not after it
     stream = make_stream(text, options)
     commonest = max(map(stream.data.count, set(stream.data))) / len(stream.data)
     print(f"text: {arguments.file or DEFAULT_TEXT}, {sum(stream.is_text):,} bytes a pass")

@@ -19,7 +19,7 @@ _BLOCK_ELEMENTS = 2**24
 def gather_torch(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Weighted sums of rows in plain PyTorch: [M, D]."""
     dtype = compute_dtype(values.dtype)
-    if values.dtype == out_dtype == dtype and slots.numel() > 0:
+    if values.dtype == out_dtype == dtype and slots.numel() > 0 and values.shape[1] > 0:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(dtype).contiguous())
     out = torch.empty(slots.shape[0], values.shape[1], dtype=out_dtype, device=values.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))

@@ -266,7 +266,8 @@ def product_key_lookup(
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
     as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone. So does a query
-    with infinities, whose scores may be NaN.
+    with infinities, whose scores may be NaN. Under "idw" a sub-key that is infinite, or whose square overflows, gives
+    every query NaN scores for it, since |q - k|² is formed as |q|² - 2 q·k + |k|².
 
     Args:
         queries: [..., H, Dk], any strides. Half precision is cast to float32 on load.
@@ -274,8 +275,9 @@ def product_key_lookup(
         top_k: K, from 1 to n.
         score: "idw" or "dot".
         eps: added to the squared distance, in its units; > 0 in the scores' dtype. Only idw uses it.
-        precision: of the dot products on GPUs: "ieee", "tf32x3" (error like float32) or "tf32" (other neighbours in
-            0.2 to 0.4 % of rows). AMD has no tf32x3: there it means ieee. float64 is always ieee.
+        precision: of the dot products on GPUs: "ieee", "tf32x3" (error like float32; one product, which is exact,
+            where queries and keys are both half precision) or "tf32" (other neighbours in 0.2 to 0.4 % of rows). AMD
+            has no tf32x3: there it means ieee. float64 is always ieee.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Returns:

@@ -71,8 +71,8 @@ def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[T
     """
     positions = torch.nonzero(plan.start == torch.arange(plan.start.numel(), device=plan.start.device)).flatten()
     rows = plan.rows[positions].long()
-    if positions.numel() == 0:
-        return positions, rows, vectors.new_empty(0, vectors.shape[1])
+    if positions.numel() == 0 or vectors.shape[1] == 0:
+        return positions, rows, vectors.new_empty(positions.numel(), vectors.shape[1])
     per_vector = plan.order.numel() // vectors.shape[0]
     totals = F.embedding_bag(
         plan.order // per_vector,

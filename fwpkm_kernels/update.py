@@ -32,7 +32,10 @@ def _write_torch(
         if weight_decay != 0.0:
             values.mul_(decay)
         # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
-        values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
+        if values.is_cuda:  # where scatter_add_ has no deterministic form
+            values.index_add_(0, touched, steps)
+        else:
+            values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
     else:  # half precision: each row is rounded once
         new_rows = values[touched].to(steps.dtype).mul_(decay).add_(steps)
         if weight_decay != 0.0:
@@ -258,7 +261,7 @@ class ChunkValueUpdate(Function):
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_values = grad_out if weight_decay == 0.0 else grad_out * (1.0 - lr * weight_decay)
-        if any(ctx.needs_input_grad[1:]):
+        if any(ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 9)):
             grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = _ChunkValueUpdateBackward.apply(
                 grad_out,
                 slots,
@@ -377,13 +380,16 @@ def chunk_value_update(
         targets: y, [M, D].
         predictions: p, [M, D], what was read with these slots and weights.
         gates: g, [M]; None means 1.
-        mask: m >= 0, [M], bool, integer or real; it multiplies. None means 1.
+        mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1.
         count_slots: the accesses that n_s is counted over, any shape; default: the slots of the rows with m > 0.
         lr: the step size, a finite number.
         scale: α, a finite number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
         clip: bound of each element of G, >= 0; None means no bound.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    NaN in a target, prediction, weight or gate of a row goes to the slots of that row, also where its mask is 0: a
+    factor of 0 does not hide it.
 
     Returns:
         A new table like `values`, also when M = 0; differentiable in values, weights, targets, predictions, gates and a
@@ -416,8 +422,8 @@ def chunk_value_update_(
 ) -> None:
     """Write a chunk into `values` itself: `chunk_value_update` in place, moving only the rows that are addressed.
 
-    Arguments are those of `chunk_value_update`. No autograd: nothing here is differentiable. With weight_decay > 0
-    every row moves.
+    Arguments are those of `chunk_value_update`; rows of the table must not overlap in memory. No autograd: nothing here
+    is differentiable. With weight_decay > 0 every row moves.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that

@@ -2,7 +2,8 @@
 
 Nothing here is fast and nothing here imports ``fwpkm_kernels``; the package is tested against it. Each function has the
 name, the arguments and the results of the package's own, less the options that say how to compute (``backend``,
-``precision``, ``sparse_grad``). Float64 tensors are computed in float64, all others in float32.
+``precision``, ``sparse_grad``); ``product_key_update`` and ``fast_weight_memory`` define what the package does not have
+yet. Float64 tensors are computed in float64, all others in float32.
 """
 
 from reference.addressing import product_key_update

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
+# Triton reads it once, when it is first imported.
+if HAS_GPU:
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+#: Marks of a test that only the interpreter makes slow: a GPU runs it with the others.
+SLOW_IN_INTERPRETER = [] if HAS_GPU else [pytest.mark.slow]
 
 
 class Place(NamedTuple):

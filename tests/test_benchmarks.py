@@ -213,9 +213,7 @@ def test_gpu_run_without_a_gpu_says_so(tmp_path):
 def fake_steps(monkeypatch, **steps):
     """A GPU run whose two long steps are replaced."""
     fakes = {
-        "run_tests": lambda path, seconds: (
-            path.write_text("3 passed, 1 skipped in 0.10s\n") and "finished, exit status 0"
-        ),
+        "run_tests": lambda path, seconds: path.write_text("3 passed, 1 skipped in 0.10s\n") and "finished, status 0",
         "run_benchmarks": lambda path, *_: "finished",
         **steps,
     }
@@ -237,14 +235,20 @@ def test_gpu_run_writes_its_files(monkeypatch, tmp_path, capsys):
     assert all(path.is_file() for path in tmp_path.iterdir())
     assert len(names) <= 8
     summary = (tmp_path / "summary.txt").read_text("utf-8")
-    assert "tests: 3 passed, 1 skipped in 0.10s (finished, exit status 0)" in summary
+    assert "tests: 3 passed, 1 skipped in 0.10s (finished, status 0)" in summary
     assert "gather/forward/inference" in summary
     assert summary in capsys.readouterr().out
 
 
 def test_gpu_run_reports_failures(monkeypatch, tmp_path):
     failed = "FAILED tests/test_x.py::test_y - assert 0\n1 failed, 2 passed in 3.00s\n"
-    fake_steps(monkeypatch, run_tests=lambda path, seconds: path.write_text(failed) and "finished, exit status 1")
+    line = run.to_json(some_result()) + "\n"
+    measured = lambda path, *_: path.write_text(line, "utf-8") and "finished"  # noqa: E731
+    fake_steps(
+        monkeypatch,
+        run_tests=lambda path, seconds: path.write_text(failed) and "finished, status 1",
+        run_benchmarks=measured,
+    )
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     summary = (tmp_path / "summary.txt").read_text("utf-8")
     assert "FAILED tests/test_x.py::test_y - assert 0" in summary
@@ -253,6 +257,19 @@ def test_gpu_run_reports_failures(monkeypatch, tmp_path):
     fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("broken", ["tests", "benchmarks"])
+def test_gpu_run_is_not_right_where_a_step_could_not_run(broken, monkeypatch, tmp_path):
+    line = run.to_json(some_result()) + "\n"
+    steps = {"run_benchmarks": lambda path, *_: path.write_text(line, "utf-8") and "finished"}
+    if broken == "tests":
+        steps["run_tests"] = lambda path, seconds: path.write_text("No module named pytest\n") and "finished, status 1"
+    else:
+        steps["run_benchmarks"] = lambda path, *_: "ended with exit status 2:\nImportError"
+    fake_steps(monkeypatch, **steps)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "summary.txt").read_text("utf-8").startswith("NOT RIGHT")
 
 
 @pytest.mark.parametrize("reason", ["clock", "signal"])

@@ -145,12 +145,12 @@ def test_nan_reaches_only_the_tokens_that_read_it(place):
     testing.assert_bitwise_equal(out[~readers], expected[~readers])
 
 
-@pytest.mark.parametrize(("shape", "picks"), [((0,), 3), ((2, 0), 3), ((4,), 0)])
-def test_empty(shape, picks, place):
-    values, slots, weights = testing.make_gather_inputs(shape, picks, 10, 6, device=place.device)
+@pytest.mark.parametrize(("shape", "picks", "width"), [((0,), 3, 6), ((2, 0), 3, 6), ((4,), 0, 6), ((4,), 3, 0)])
+def test_empty(shape, picks, width, place):
+    values, slots, weights = testing.make_gather_inputs(shape, picks, 10, width, device=place.device)
     values.requires_grad_(), weights.requires_grad_()
     out = sparse_value_gather(values, slots, weights, backend=place.backend)
-    testing.assert_bitwise_equal(out.detach(), torch.zeros(*shape, 6, device=place.device))
+    testing.assert_bitwise_equal(out.detach(), torch.zeros(*shape, width, device=place.device))
     out.sum().backward()
     assert values.grad.count_nonzero() == 0
     assert weights.grad.shape == weights.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from tests.conftest import PLACES, Place
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [
@@ -71,7 +71,7 @@ def cases(names: list[str]) -> pytest.MarkDecorator:
                 implementation,
                 name,
                 id=f"{label}-{name}",
-                marks=[pytest.mark.slow] if label == "triton" and name not in QUICK else [],
+                marks=SLOW_IN_INTERPRETER if label == "triton" and name not in QUICK else [],
             )
             for label, implementation in IMPLEMENTATIONS.items()
             for name in names

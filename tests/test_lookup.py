@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ProductKeyLookup, product_key_lookup, testing
-from tests.conftest import Place
+from tests.conftest import SLOW_IN_INTERPRETER, Place
 
 # rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column, more than one tile of sub-keys with a
 # last tile narrower than K, K beyond 32.
@@ -63,9 +63,11 @@ def test_matches_reference(shape, score, place):
     check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
 
 
-@pytest.mark.slow
+REAL_SHAPES = [(2, 1, 4096, 64, 32), (2, 1, 4096, 8, 32), (20, 1, 512, 8, 512)]
+
+
 @pytest.mark.parametrize("score", ["idw", "dot"])
-@pytest.mark.parametrize("shape", [(2, 1, 4096, 64, 32), (2, 1, 4096, 8, 32), (20, 1, 512, 8, 512)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=SLOW_IN_INTERPRETER, id=str(s)) for s in REAL_SHAPES])
 def test_matches_reference_at_real_sizes(shape, score, place):
     rows, heads, n, top_k, width = shape
     check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
@@ -117,6 +119,17 @@ def test_every_tile_gives_the_same_slots(triton_place):
     for config in (LookupConfig(16, 16, 16, 4), LookupConfig(16, 128, 16, 4), LookupConfig(64, 32, 32, 8)):
         _, slots = lookup(*inputs, top_k=5, idw=True, eps=1e-3, precision="tf32x3", config=config)
         testing.assert_bitwise_equal(slots, expected, str(config))
+
+
+def test_rows_in_slabs(triton_place, monkeypatch):
+    """Candidates that would not fit the cache are made and merged some rows at a time; nothing else changes."""
+    from fwpkm_kernels.kernels import lookup
+
+    queries, keys = testing.make_lookup_inputs(150, 1, 20, 6, device=triton_place.device)
+    expected = product_key_lookup(queries, keys, 4, backend="triton")
+    monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)
+    for actual, whole in zip(product_key_lookup(queries, keys, 4, backend="triton"), expected, strict=True):
+        testing.assert_bitwise_equal(actual, whole)
 
 
 def test_a_token_does_not_depend_on_its_batch(triton_place):

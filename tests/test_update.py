@@ -180,12 +180,15 @@ def test_two_runs_are_bitwise_equal(clip, pattern, place):
     testing.assert_deterministic(lambda: testing.forward_and_gradients(run, inputs, wrt=wrt))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 10, 6), (4, 0, 10, 6)], ids=["no tokens", "no picks"])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 10, 6), (4, 0, 10, 6), (4, 3, 10, 0)], ids=["no tokens", "no picks", "no width"]
+)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clip": 1.0}], ids=["plain", "clip-decay"])
 def test_empty(options, shape, place):
     inputs = testing.make_update_inputs(*shape, gates=True, device=place.device)
     new_values = chunk_value_update(**inputs._asdict(), **options, backend=place.backend)
-    assert new_values.data_ptr() != inputs.values.data_ptr()
+    assert new_values is not inputs.values
+    assert new_values.numel() == 0 or new_values.data_ptr() != inputs.values.data_ptr()
     check(inputs, place, **options)
 
 

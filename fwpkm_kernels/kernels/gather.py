@@ -47,14 +47,16 @@ def gather_kernel(
     for start in range(0, J, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < J
-        slot = tl.load(slots_ptr + i_m * stride_sm + offs_j * stride_sj, mask=mask_j, other=0)  # [BLOCK_J]
+        slot = tl.load(slots_ptr + i_m * stride_sm + offs_j.to(tl.int64) * stride_sj, mask=mask_j, other=0)  # [BLOCK_J]
         rows = tl.load(
             values_ptr + slot.to(tl.int64)[:, None] * stride_vn + offs_d[None, :] * stride_vd,
             mask=mask_j[:, None] & mask_d[None, :],
             other=0.0,
         ).to(dtype)  # [BLOCK_J, BLOCK_D]
         if HAS_SUM:
-            weight = tl.load(weights_ptr + i_m * stride_wm + offs_j * stride_wj, mask=mask_j, other=0.0).to(dtype)
+            weight = tl.load(
+                weights_ptr + i_m * stride_wm + offs_j.to(tl.int64) * stride_wj, mask=mask_j, other=0.0
+            ).to(dtype)
             total += tl.sum(weight[:, None] * rows, axis=0)
         if HAS_DOTS:
             dot = scale * tl.sum(rows * vector[None, :], axis=1)  # [BLOCK_J]

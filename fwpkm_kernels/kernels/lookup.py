@@ -15,6 +15,9 @@ import triton.language as tl
 from . import compute_dtype
 from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_best, to_ordered
 
+#: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
+CANDIDATE_BYTES = 2**25
+
 
 class LookupConfig(NamedTuple):
     """Tile of `half_topk_kernel`: BLOCK_M query rows by BLOCK_N sub-keys, BLOCK_D columns of the dot at a time."""
@@ -89,9 +92,11 @@ def half_topk_kernel(
     k_norm = tl.zeros([BLOCK_N], dtype)
     if dtype == tl.float64:
         # Column by column: tl.dot takes no float64 before Triton 3.6.
-        for i_d in range(HALF):
-            q = tl.load(q_ptrs + i_d * stride_qd, mask=mask_m, other=0.0)  # [BLOCK_M]
-            k = tl.load(k_ptrs + i_d * stride_kd, mask=mask_n, other=0.0)  # [BLOCK_N]
+        for _ in range(HALF):
+            q = tl.load(q_ptrs, mask=mask_m, other=0.0)  # [BLOCK_M]
+            k = tl.load(k_ptrs, mask=mask_n, other=0.0)  # [BLOCK_N]
+            q_ptrs += stride_qd
+            k_ptrs += stride_kd
             dots += q[:, None] * k[None, :]
             q_norm += q * q
             k_norm += k * k
@@ -126,14 +131,14 @@ def half_topk_kernel(
 
 
 @triton.jit
-def take_half(bits, base, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS: tl.constexpr):
-    """Rank i_k of one half: its ordered bits and sub-key for each row, and the candidates that remain."""
+def take_half(bits, base, candidate_ptr, column_ptr, offs_c, i_k, SPLITS: tl.constexpr):
+    """Rank i_k of one half: its ordered bits and sub-key, each [1], and the candidates that remain."""
     if SPLITS == 1:  # one tile: its candidates are in order already
-        best = tl.load(candidate_ptr + base + i_k, mask=mask_r, other=0)
-        column = tl.load(column_ptr + base + i_k, mask=mask_r, other=0)
+        best = tl.load(candidate_ptr + base + i_k)
+        column = tl.load(column_ptr + base + i_k)
     else:
         best, position, bits = take_best(bits, offs_c)
-        column = tl.load(column_ptr + base + position, mask=mask_r, other=0)
+        column = tl.load(column_ptr + base + position)
     return best, column, bits
 
 
@@ -143,22 +148,19 @@ def pair_topk_kernel(
     column_ptr,
     scores_ptr,
     slots_ptr,
-    R,
     NUM_KEYS: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLITS: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Best TOP_K of the sums of two halves, for BLOCK_R rows of (token, head).
+    """Best TOP_K of the sums of two halves.
 
     Only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order i·K + j, so the
-    lowest number among equal sums is the lowest flat position. Grid: (row tiles,).
+    lowest number among equal sums is the lowest flat position. A program owns one (token, head) row. Grid: (rows,).
     """
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
+    offs_r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]: tiles of one row
     offs_p = tl.arange(0, BLOCK_P)
     offs_c = tl.arange(0, BLOCK_C)
 
@@ -172,21 +174,21 @@ def pair_topk_kernel(
         start = tl.where(offs_p >= end, end, start)
     second = offs_p - start
 
-    base1 = offs_r * (2 * SPLITS * TOP_K)  # [BLOCK_R]
+    base1 = offs_r * (2 * SPLITS * TOP_K)  # [1]
     base2 = base1 + SPLITS * TOP_K
-    mask_c = mask_r[:, None] & (offs_c < SPLITS * TOP_K)[None, :]
-    bits1 = tl.load(candidate_ptr + base1[:, None] + offs_c[None, :], mask=mask_c, other=0)  # [BLOCK_R, BLOCK_C]
+    mask_c = (offs_c < SPLITS * TOP_K)[None, :]
+    bits1 = tl.load(candidate_ptr + base1[:, None] + offs_c[None, :], mask=mask_c, other=0)  # [1, BLOCK_C]
     bits2 = tl.load(candidate_ptr + base2[:, None] + offs_c[None, :], mask=mask_c, other=0)
     bits1 = tl.where(mask_c, bits1, lowest(bits1))
     bits2 = tl.where(mask_c, bits2, lowest(bits2))
 
-    key1 = tl.zeros([BLOCK_R, BLOCK_P], tl.int32)
-    key2 = tl.zeros([BLOCK_R, BLOCK_P], tl.int32)
-    part1 = tl.zeros([BLOCK_R, BLOCK_P], bits1.dtype)
-    part2 = tl.zeros([BLOCK_R, BLOCK_P], bits1.dtype)
+    key1 = tl.zeros([1, BLOCK_P], tl.int32)
+    key2 = tl.zeros([1, BLOCK_P], tl.int32)
+    part1 = tl.zeros([1, BLOCK_P], bits1.dtype)
+    part2 = tl.zeros([1, BLOCK_P], bits1.dtype)
     for i_k in range(TOP_K):
-        best1, column1, bits1 = take_half(bits1, base1, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS)
-        best2, column2, bits2 = take_half(bits2, base2, candidate_ptr, column_ptr, offs_c, i_k, mask_r, SPLITS)
+        best1, column1, bits1 = take_half(bits1, base1, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
+        best2, column2, bits2 = take_half(bits2, base2, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
         is_first = (first == i_k)[None, :]
         is_second = (second == i_k)[None, :]
         part1 = tl.where(is_first, best1[:, None], part1)
@@ -194,15 +196,15 @@ def pair_topk_kernel(
         part2 = tl.where(is_second, best2[:, None], part2)
         key2 = tl.where(is_second, column2[:, None], key2)
 
-    bits = to_ordered(from_ordered(part1) + from_ordered(part2))  # [BLOCK_R, BLOCK_P]
+    bits = to_ordered(from_ordered(part1) + from_ordered(part2))  # [1, BLOCK_P]
     bits = tl.where((offs_p < NUM_PAIRS)[None, :], bits, lowest(bits))
     for i_k in range(TOP_K):
         best, pair, bits = take_best(bits, offs_p)
         is_pair = offs_p[None, :] == pair[:, None]
         slot1 = tl.sum(tl.where(is_pair, key1, 0), axis=1).to(tl.int64)
         slot2 = tl.sum(tl.where(is_pair, key2, 0), axis=1)
-        tl.store(scores_ptr + offs_r * TOP_K + i_k, from_ordered(best), mask=mask_r)
-        tl.store(slots_ptr + offs_r * TOP_K + i_k, slot1 * NUM_KEYS + slot2, mask=mask_r)
+        tl.store(scores_ptr + offs_r * TOP_K + i_k, from_ordered(best))
+        tl.store(slots_ptr + offs_r * TOP_K + i_k, slot1 * NUM_KEYS + slot2)
 
 
 def lookup(
@@ -231,55 +233,55 @@ def lookup(
         elif queries.dtype.itemsize == keys.dtype.itemsize == 2:
             precision = "tf32"  # one product is exact: tf32 holds every bit of both half-precision formats
     bits = torch.int64 if dtype == torch.float64 else torch.int32
-    candidates = torch.empty(num_rows, heads, 2, splits, top_k, dtype=bits, device=queries.device)
-    columns = torch.empty(num_rows, heads, 2, splits, top_k, dtype=torch.int32, device=queries.device)
-    launch(
-        half_topk_kernel,
-        (cdiv(num_rows, config.block_m), splits, 2 * heads),
-        queries,
-        keys,
-        candidates,
-        columns,
-        *queries.stride(),
-        *keys.stride(),
-        num_rows,
-        eps,
-        NUM_KEYS=num_keys,
-        HALF=half,
-        TOP_K=top_k,
-        SPLITS=splits,
-        IDW=idw,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        on=queries,
-    )
+    row_bytes = heads * 2 * splits * top_k * (bits.itemsize + torch.int32.itemsize)
+    slab = min(num_rows, cdiv(max(1, CANDIDATE_BYTES // row_bytes), config.block_m) * config.block_m)
+    candidates = torch.empty(slab, heads, 2, splits, top_k, dtype=bits, device=queries.device)
+    columns = torch.empty(slab, heads, 2, splits, top_k, dtype=torch.int32, device=queries.device)
     num_pairs = sum(top_k // (i + 1) for i in range(top_k))
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
-    # One warp per row while a row is small; the widest rows (K = 64) take four warps together.
-    warps = 4 if max(block_p, block_c) > 256 else 1
-    block_r = 1
-    launch(
-        pair_topk_kernel,
-        (cdiv(num_rows * heads, block_r),),
-        candidates,
-        columns,
-        scores,
-        slots,
-        num_rows * heads,
-        NUM_KEYS=num_keys,
-        TOP_K=top_k,
-        SPLITS=splits,
-        NUM_PAIRS=num_pairs,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        BLOCK_P=block_p,
-        num_warps=warps,
-        on=queries,
-    )
+    for begin in range(0, num_rows, slab):
+        rows = min(slab, num_rows - begin)
+        launch(
+            half_topk_kernel,
+            (cdiv(rows, config.block_m), splits, 2 * heads),
+            queries[begin : begin + rows],
+            keys,
+            candidates,
+            columns,
+            *queries.stride(),
+            *keys.stride(),
+            rows,
+            eps,
+            NUM_KEYS=num_keys,
+            HALF=half,
+            TOP_K=top_k,
+            SPLITS=splits,
+            IDW=idw,
+            PRECISION=precision,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+            on=queries,
+        )
+        launch(
+            pair_topk_kernel,
+            (rows * heads,),
+            candidates,
+            columns,
+            scores[begin : begin + rows],
+            slots[begin : begin + rows],
+            NUM_KEYS=num_keys,
+            TOP_K=top_k,
+            SPLITS=splits,
+            NUM_PAIRS=num_pairs,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            # One warp while a row is small; the widest (K = 64) take four together.
+            num_warps=4 if max(block_p, block_c) > 256 else 1,
+            on=queries,
+        )
     return scores, slots
 
 
@@ -333,9 +335,13 @@ def query_grad_kernel(
     for start in range(0, TOP_K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < TOP_K
-        slot = tl.load(slots_ptr + i_m * stride_sm + i_head * stride_sh + offs_k * stride_sk, mask=mask_k, other=0)
+        slot = tl.load(
+            slots_ptr + i_m * stride_sm + i_head * stride_sh + offs_k.to(tl.int64) * stride_sk, mask=mask_k, other=0
+        )
         factor = tl.load(
-            grad_scores_ptr + i_m * stride_gm + i_head * stride_gh + offs_k * stride_gk, mask=mask_k, other=0.0
+            grad_scores_ptr + i_m * stride_gm + i_head * stride_gh + offs_k.to(tl.int64) * stride_gk,
+            mask=mask_k,
+            other=0.0,
         ).to(dtype)  # [BLOCK_K]
         column = tl.where(i_half == 0, slot // NUM_KEYS, slot % NUM_KEYS)
         k = tl.load(
