@@ -60,7 +60,7 @@ def chunk_value_update(
     counts = torch.bincount(count_slots.reshape(-1), minlength=N).clamp(min=1)  # n_s
 
     terms = factors.unsqueeze(-1) * errors.unsqueeze(-2)  # [M, J, D]
-    gradient = torch.zeros_like(table).index_add(0, slots.reshape(-1), terms.reshape(-1, D))
+    gradient = torch.zeros_like(table).index_add(0, slots.reshape(-1), terms.flatten(0, 1))
     gradient = gradient / counts.unsqueeze(-1)
     if clip is not None:
         gradient = gradient.clamp(-clip, clip)
