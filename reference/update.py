@@ -42,7 +42,7 @@ def chunk_value_update(
         A new [N, D] in the dtype of ``values``: computed in float32 (float64 for float64), rounded once. Differentiable
         in values, weights, targets, predictions, gates and a tensor scale.
     """
-    N, D = values.shape
+    N = values.shape[0]
     M, J = slots.shape
     dtype = torch.promote_types(values.dtype, torch.float32)
     table = values.to(dtype)
