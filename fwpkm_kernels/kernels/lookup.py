@@ -3,9 +3,10 @@
 Forward is two launches. `half_topk_kernel` scores one tile of queries against one tile of sub-keys and keeps the best
 K of the tile: full score matrices never reach device memory. `pair_topk_kernel` merges the tiles of a half, forms the
 sums of the two halves and keeps the best K. (A single launch would hold all scores of a row in one program: a tile of
-16 rows by 512 sub-keys takes 255 registers a thread on sm_90, and no tile holds a larger n.) The gradient of a query row
-is `query_grad_kernel`; that of the sub-keys is a sum over the rows that picked them, which `kernels/segments.py` does
-for every table of the package.
+16 rows by 512 sub-keys takes 255 registers a thread on sm_90, and no tile holds a larger n.)
+
+The gradient of a query row is `query_grad_kernel`; that of the sub-keys is a sum over the rows that picked them, which
+`kernels/segments.py` does for every table of the package.
 """
 
 from typing import NamedTuple
