@@ -40,7 +40,7 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_slots(name: str, x: Tensor) -> None:
-    """`x` holds int64 or int32. Its range is checked on CPU tensors only, where that costs no synchronisation."""
+    """`x` holds int64 or int32."""
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`{name}` must be int64 or int32, got {x.dtype}")
 
@@ -59,14 +59,13 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"`{name}` must have the shape of `{other_name}`, got {shape(x)} against {shape(other)}")
 
 
-def check_together(**tensors: Tensor | None) -> None:
-    """All on one device; float64 mixes with no other float. None stands for an argument that was not given."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first_name, first = next(iter(given.items()))
-    for name, x in given.items():
+def check_together(**tensors: Tensor) -> None:
+    """All on one device; float64 mixes with no other float."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
         if x.device != first.device:
             raise ValueError(f"`{name}` must be on the device of `{first_name}`, got {x.device} against {first.device}")
-    floats = {name: x for name, x in given.items() if x.is_floating_point()}
+    floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
     first_name, first = next(iter(floats.items()))
     for name, x in floats.items():
         if (x.dtype == torch.float64) != (first.dtype == torch.float64):
@@ -75,19 +74,15 @@ def check_together(**tensors: Tensor | None) -> None:
             )
 
 
-def check_number(
-    name: str, x: object, *, minimum: float | None = None, above: float | None = None, kind: str = "number"
-) -> None:
-    """`x` is a finite real number, at least `minimum` or greater than `above` if given."""
+def check_number(name: str, x: object, *, minimum: float | None = None) -> None:
+    """`x` is a finite real number, at least `minimum` if given."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"`{name}` must be a {kind}, got {type(x).__name__}")
+        raise TypeError(f"`{name}` must be a number, got {type(x).__name__}")
     # NaN fails too. math.isfinite would break the graphs of torch.compile in which x is symbolic.
     if not -math.inf < x < math.inf:
         raise ValueError(f"`{name}` must be finite, got {x}")
     if minimum is not None and x < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
-    if above is not None and x <= above:
-        raise ValueError(f"`{name}` must be greater than {above}, got {x}")
 
 
 def check_flag(name: str, x: object) -> None:

@@ -276,8 +276,8 @@ def product_key_lookup(
         score: "idw" or "dot".
         eps: added to the squared distance, in its units; > 0 in the scores' dtype. Only idw uses it.
         precision: of the dot products on GPUs: "ieee", "tf32x3" (error like float32; one product, which is exact,
-            where queries and keys are both half precision) or "tf32" (other neighbours in 0.2 to 0.4 % of rows). AMD
-            has no tf32x3: there it means ieee. float64 is always ieee.
+            where queries and keys are both half precision) or "tf32" (other neighbours in a few rows of a thousand).
+            AMD has no tf32x3: there it means ieee. float64 is always ieee.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Returns:
