@@ -86,7 +86,7 @@ def _plan(accesses: int) -> list[torch.Tensor]:
 
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
-    from fwpkm_kernels.kernels import gather, lookup, segments, update
+    from fwpkm_kernels.kernels import addressing, gather, lookup, memory, segments, update
 
     bf16 = torch.bfloat16
     result = []
@@ -106,26 +106,71 @@ def cases() -> list[Case]:
     ) -> None:
         queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads, 2, n, width // 2, dtype=k_dtype)
         exact = torch.promote_types(k_dtype, torch.float32)
-        grad, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
+        grad = _meta(m, heads, 1, k, dtype=exact).expand(-1, -1, 2, -1)
+        table, sub_keys = keys.view(-1, width // 2), _slots(m, heads, 2, k)
         result.append(
             Case(
                 f"lookup/{name}",
-                lambda: lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision=precision),
+                lambda: [
+                    lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision=precision, halves=halves)
+                    for halves in (False, True)
+                ],
             )
         )
         result.append(
             Case(
                 f"lookup_backward/{name}",
                 lambda: (
-                    lookup.query_grad(grad, queries, keys, slots, idw=idw, eps=1e-3),
+                    lookup.half_grad(grad, queries, table, sub_keys, idw=idw, eps=1e-3),
                     segments.segment_rows(
-                        _meta(heads * 2 * n, width // 2, dtype=k_dtype),
-                        _meta(m * heads * 2, width // 2, dtype=q_dtype),
+                        torch.empty_like(table),
+                        queries.view(-1, width // 2),
                         _meta(m * heads * 2 * k, dtype=exact),
                         *_plan(m * heads * 2 * k),
-                        table=_meta(heads * 2 * n, width // 2, dtype=k_dtype),
+                        table=table,
                         centered=idw,
                     ),
+                ),
+            )
+        )
+
+    def add_key_step(
+        name: str,
+        m: int,
+        heads: int,
+        n: int,
+        k: int,
+        width: int,
+        *,
+        idw: bool,
+        clip: float | None = None,
+        q_dtype: torch.dtype = torch.float32,
+        k_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        exact = torch.promote_types(k_dtype, torch.float32)
+        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
+        probabilities, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
+        picks, plan = (queries, probabilities, sub_keys), tuple(_plan(sub_keys.numel()))
+        scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
+        options: dict[str, Any] = {
+            "idw": idw,
+            "eps": 1e-3,
+            "lr": 1.0,
+            "weight": 1.0,
+            "weight_decay": 0.0,
+            "clip": clip,
+        }
+        result.append(
+            Case(
+                f"key_step/{name}",
+                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, **options),
+            )
+        )
+        result.append(
+            Case(
+                f"key_step_backward/{name}",
+                lambda: addressing.address_grad(
+                    _meta(*keys.shape, dtype=exact), keys, *picks, scores, slots, plan, num_rows=m * heads, **options
                 ),
             )
         )
@@ -140,6 +185,13 @@ def cases() -> list[Case]:
     add_lookup("static-pkm", 512, 4, 512, 32, 512, idw=False)
     add_lookup("n4096", 4096, 1, 4096, 8, 512, idw=True)
     add_lookup("n4096-K64", 4096, 1, 4096, 64, 512, idw=True)
+    add_key_step("paper", 4096, 1, 512, 8, 512, idw=True)
+    add_key_step("paper-bf16-queries", 4096, 1, 512, 8, 512, idw=True, clip=1.0, q_dtype=bf16)
+    add_key_step("paper-bf16", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16, k_dtype=bf16)
+    add_key_step("paper-float64", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float64, k_dtype=torch.float64)
+    add_key_step("paper-dot", 4096, 1, 512, 8, 512, idw=False)
+    add_key_step("static-pkm", 512, 4, 512, 32, 512, idw=True)
+    add_key_step("n4096-K64", 4096, 1, 4096, 64, 512, idw=True)
 
     for name, m, j, n, width, dtype in (
         ("paper", 4096, 8, 512, 512, torch.float32),
@@ -179,6 +231,53 @@ def cases() -> list[Case]:
         result.append(Case(f"update_backward/{name}", write_backward))
         if name.startswith(("paper", "D4096")):
             result.append(Case(f"update_decay_clip/{name}", write_decay_clip))
+
+    for name, batch, j, width, dtype, activations in (
+        ("paper", 8, 8, 512, torch.float32, torch.float32),
+        ("paper-bf16-targets", 8, 8, 512, torch.float32, bf16),
+        ("paper-bf16-table", 8, 8, 512, bf16, bf16),
+        ("paper-float64", 8, 8, 512, torch.float64, torch.float64),
+        ("inference", 1, 8, 512, torch.float32, torch.float32),
+        ("J128", 1, 128, 512, torch.float32, torch.float32),
+        ("J128-bf16-table", 1, 128, 512, bf16, bf16),
+        ("D1024", 8, 8, 1024, torch.float32, torch.float32),
+        ("D4096", 8, 8, 4096, torch.float32, torch.float32),
+    ):
+        # One chunk: 512 positions, and one before them that is read again to be written.
+        m, exact = 513 * batch, torch.promote_types(dtype, torch.float32)
+        table, log = _meta(512 * 512, width, dtype=dtype), _meta(m * j, width, dtype=dtype)
+        errors, weights, slots = _meta(m, width, dtype=exact), _meta(m, j, dtype=exact), _slots(m, j)
+        sequence = _meta(batch, 4096, width, dtype=activations).transpose(0, 1)
+        written, read = sequence[511:1023], sequence[512:1024]
+
+        def chunk(  # type: ignore[no-untyped-def]
+            table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
+        ):
+            memory.read(table, slots, weights, written, read)
+            plan = _plan(slots.numel())
+            update.update(table, table, errors, weights, *plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
+
+        def chunk_backward(  # type: ignore[no-untyped-def]
+            table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
+        ):
+            steps = torch.empty_like(table, dtype=errors.dtype)
+            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, written, factor=1.0)
+            segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
+
+        result.append(Case(f"memory/{name}", chunk))
+        result.append(Case(f"memory_backward/{name}", chunk_backward))
+
+        def reset(table=table):  # type: ignore[no-untyped-def]
+            memory.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
+
+        result.append(Case(f"memory_reset/{name}", reset))
+    # A table of width 1 sums scalars by segment.
+    result.append(
+        Case(
+            "memory_scalars/paper",
+            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
+        )
+    )
     return result
 
 
@@ -226,7 +325,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     attributes: dict[tuple[int], Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialized and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -234,7 +334,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialized and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type
@@ -291,8 +391,18 @@ def _row_bytes(launch: Launch) -> int:
     sizes = {name: x.element_size() if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
     if launch.kernel.__name__ == "gather_kernel":
         return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
-    if launch.kernel.__name__ == "query_grad_kernel":
-        return min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * sizes["keys_ptr"]
+    if launch.kernel.__name__ == "half_grad_kernel":
+        row_bytes = sizes["keys_ptr"] + sizes["STEP"] * sizes["grad_totals_ptr"]
+        return min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * row_bytes
+    if launch.kernel.__name__ == "step_kernel":
+        row_bytes = sizes["IDW"] * sizes["keys_ptr"] + sizes["GRAD"] * sizes["grad_totals_ptr"]
+        return sizes["TOP_K"] * min(sizes["BLOCK_D"], sizes["HALF"]) * row_bytes
+    if launch.kernel.__name__ == "read_kernel":
+        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
+    if launch.kernel.__name__ == "read_grad_kernel":
+        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * (sizes["log_ptr"] + sizes["steps_ptr"])
+    if launch.kernel.__name__ == "restore_kernel":
+        return sizes["BLOCK_N"] * sizes["D"] * sizes["initial_ptr"]
     if launch.kernel.__name__ == "segment_kernel":
         reads_table = sizes["CENTERED"] or sizes["EPILOGUE"] != "sum"
         return sizes["D"] * (sizes["BLOCK_A"] * sizes["vectors_ptr"] + reads_table * sizes["table_ptr"])
@@ -341,7 +451,7 @@ def main() -> None:
     work = [(name, target) for target in arguments.target or ["sm_90"] for name in names]
     columns = ("target", "case", "kernel", "registers", "stack", "shared", "num_warps", "wide_loads", "narrow_loads")
     columns += ("tensor_core", "instructions", "seconds")
-    template = "{:7} {:28} {:20} " + " ".join(["{:>6}"] * (len(columns) - 3))
+    template = "{:7} {:34} {:20} " + " ".join(["{:>6}"] * (len(columns) - 3))
     print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for reports in pool.map(report_case, *zip(*work, strict=True)):

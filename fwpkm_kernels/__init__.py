@@ -1,17 +1,29 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
+from .addressing import ProductKeyUpdate, product_key_update
 from .gather import SparseValueGather, sparse_value_gather
+from .graphs import MemoryGraph
 from .lookup import ProductKeyLookup, product_key_lookup
+from .memory import FastWeightMemory, MemoryOutput, fast_weight_memory
+from .streaming import MemoryState, fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ChunkValueUpdate",
+    "FastWeightMemory",
+    "MemoryGraph",
+    "MemoryOutput",
+    "MemoryState",
     "ProductKeyLookup",
+    "ProductKeyUpdate",
     "SparseValueGather",
     "chunk_value_update",
     "chunk_value_update_",
+    "fast_weight_memory",
+    "fast_weight_memory_step",
     "product_key_lookup",
+    "product_key_update",
     "sparse_value_gather",
 ]

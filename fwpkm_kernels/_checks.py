@@ -85,6 +85,14 @@ def check_number(name: str, x: object, *, minimum: float | None = None) -> None:
         raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
 
 
+def check_int(name: str, x: object, *, minimum: int) -> None:
+    """`x` is an int, at least `minimum`."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an int, got {type(x).__name__}")
+    if x < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
+
+
 def check_flag(name: str, x: object) -> None:
     """`x` is True or False."""
     if not isinstance(x, bool):
@@ -126,8 +134,8 @@ def without_autocast(function: _Callable) -> _Callable:
     """Run `function` with autocast off: an operation's precision is what its own arguments say."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any) -> Any:
+    def wrapper(*args: Any, **options: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args)
+            return function(*args, **options)
 
     return wrapper  # type: ignore[return-value]

@@ -1,27 +1,40 @@
 """FwPKM as an episodic memory that needs no training: ``python -m fwpkm_kernels.demo [FILE]``.
 
-A memory of n² value rows reads a text byte by byte and predicts each byte from the eight before it. It is built from
-the package's public functions alone: product_key_lookup, softmax, sparse_value_gather, chunk_value_update_. There is
-no network, no training, no other table, no n-gram count.
+Memories of n² value rows read a text byte by byte, and after each byte predict the next. They are built from the
+package's public functions alone: a MemoryState, fast_weight_memory_step to read and write, and product_key_lookup,
+softmax and sparse_value_gather to probe. There is no network, no training, no other table, no n-gram count.
 
 Queries
-    Fixed random features of the last eight bytes. Six hashed suffixes of these bytes each name one of the n sub-keys
-    of a half, and the query half is the sum of the sub-keys so named: suffixes of 3 and 8 bytes in the first half, of
-    2, 4, 5 and 8 in the second. The lookup finds them again by score, and their 2·4 pairs are the slots: one that
-    depends on the last 3 bytes only, one on 4, one on 5, and five on all 8, so that a known short suffix answers
-    where the long one is new. Sub-keys and hashes are random; nothing here depends on the text.
+    Fixed random features of the last eight bytes that were read. Six hashed suffixes of these bytes each name one of n
+    random vectors of a half, and the query half is the sum of the vectors so named: suffixes of 3 and 8 bytes in the
+    first half, of 2, 4, 5 and 8 in the second. These vectors are also the sub-keys that a memory starts with. So the
+    lookup finds them again by score, and their 2·4 pairs are the slots: one that depends on the last 3 bytes only, one
+    on 4, one on 5, and five on all 8, so that a known short suffix answers where the long one is new. Vectors and
+    hashes are random; nothing here depends on the text.
 Targets
     A fixed random unit vector, the code, for each byte value. The predicted byte is the code nearest to the read.
-Memory
-    Values start at zero, which predicts byte 0. The text is read in chunks; in each: look up, gather, predict every
-    byte from that read, and only then write the chunk. Passes read the same text again, with the memory kept.
+Reading
+    Token t is byte t: its query is made of the eight bytes up to it, its target is its own code. With lookahead=1 the
+    memory pairs each query with the next target, so that a token's output predicts the byte after it, and is read
+    before that byte is seen. Each step reads a chunk and then writes the pairs whose targets lie in it; the pair of the
+    last byte read waits for the next chunk. Values start at zero, which predicts byte 0. Passes read the same stream
+    again, one after the other, with the memory kept. A pass's first byte is predicted outside it, and is not counted.
+Memories
+    Three memories read the same stream, one after the other, and differ in one thing from the first:
+
+    - plain: step="paper", and no key step.
+    - key-step: with the key step, of weight ``--addressing-weight``, which moves sub-keys toward being used evenly. The
+      queries do not follow them.
+    - normalized: step="normalized", and no key step.
+
+    All else is the same: stream, queries, codes, initial memory, chunks, and the step size ``--lr`` of values and keys.
 Needles
     ``the access code of NAME is 123456``, with random names and codes. Each has a depth d, and is hidden in the text so
-    that its last digit ends a chunk. When exactly d other bytes have been read and written since, it is probed, which
-    writes nothing: each digit is predicted from the true eight bytes before it, and the needle is found if all are
-    right. These eight bytes are nowhere else in the text or the needles. In pass p a needle has been read p times.
-    Chance is measured beside it: a control, a sentence of the same form that is never read, is probed at the same
-    moments. Guessing digits would find one code in 10⁶.
+    that its last digit ends a chunk: all its digits are written with that chunk. When exactly d other bytes have been
+    read since, it is probed, which writes nothing: each digit is predicted from the true eight bytes before it, and the
+    needle is found if all are right. These eight bytes are nowhere else in the text or the needles. In pass p a needle
+    has been read p times. Chance is measured beside it: a control, a sentence of the same form that is never read, is
+    probed at the same moments. Guessing digits would find one code in 10⁶.
 
 Accuracy counts the bytes of the text, not those of the needles. A text too short for one pass is repeated. The same
 seed gives the same numbers, bit for bit, on the same machine with the same versions and number of threads.
@@ -38,7 +51,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,16 +59,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwpkm_kernels import __version__, chunk_value_update_, product_key_lookup, sparse_value_gather
+from fwpkm_kernels import (
+    MemoryState,
+    __version__,
+    fast_weight_memory_step,
+    product_key_lookup,
+    sparse_value_gather,
+)
 
 CONTEXT = 8
-SUFFIXES = ((3, 8), (2, 4, 5, 8))  #: lengths of the suffixes that name sub-keys, for each half of the query
+SUFFIXES = ((3, 8), (2, 4, 5, 8))  #: lengths of the suffixes that name vectors, for each half of the query
 NEEDLE = "\nthe access code of {} is {}"
 NAME_LETTERS, CODE_DIGITS = 6, 6
 NEEDLE_LENGTH = len(NEEDLE.format("", "")) + NAME_LETTERS + CODE_DIGITS
 DEPTHS = (4096, 16384, 65536, 131072)
 CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\v\f\r\x1b")  #: no text has these
 DEFAULT_TEXT = "Python's documentation topics"
+
+
+class Kind(NamedTuple):
+    """What sets a memory apart from the others."""
+
+    step: str
+    has_key_step: bool
+    colour: str  #: in the plot
+
+
+MEMORIES = {
+    "plain": Kind("paper", False, "#4477aa"),
+    "key-step": Kind("paper", True, "#cc6633"),
+    "normalized": Kind("normalized", False, "#228833"),
+}
 
 
 class DemoError(Exception):
@@ -71,9 +105,10 @@ def _option(default: Any, text: str) -> Any:
 class Options:
     """What a run depends on besides the text; the defaults are the paper's memory."""
 
-    passes: int = _option(4, "how often the text is read")
+    memories: tuple[str, ...] = _option(tuple(MEMORIES), f"some of {', '.join(MEMORIES)}")
+    passes: int = _option(4, "how often each memory reads the text")
     seed: int = _option(0, "of sub-keys, hashes, codes and needles")
-    device: str = _option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the memory")
+    device: str = _option("cuda" if torch.cuda.is_available() else "cpu", "torch device of the memories")
     backend: str = _option("auto", "auto, torch or triton")
     text_bytes: int = _option(131072, "bytes of text to read in a pass; more where the deepest needles need it")
     needles: int = _option(16, "needles for each depth")
@@ -82,68 +117,78 @@ class Options:
     top_k: int = _option(8, "slots K that a byte reads and writes")
     query_width: int = _option(512, "width Dk of a query")
     value_width: int = _option(512, "width D of a value row")
-    chunk_size: int = _option(512, "bytes C that are read before they are written")
+    chunk_size: int = _option(512, "bytes C of a chunk, which is read, then written")
     score: str = _option("idw", "idw or dot")
     temperature: float = _option(1.0, "of the softmax over the K scores")
-    lr: float = _option(0.5, "step size of a write")
-
-
-class Read(NamedTuple):
-    """One read of the memory for M contexts: what it predicts, and what a write needs to know of it."""
-
-    slots: Tensor  # [M, K]
-    weights: Tensor  # [M, K]
-    predictions: Tensor  # [M, D]
+    lr: float = _option(0.5, "step size of a write and of the key step")
+    addressing_weight: float = _option(1.0, "weight of the key step, in the memory that has one")
 
 
 class EpisodicMemory:
     """Product-key slots addressed by random features of eight bytes, holding codes of the byte that comes next."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        n, half = options.sub_keys, options.query_width // 2
+    def __init__(self, options: Options, name: str) -> None:
+        self.options, self.name = options, name
+        n, half, width = options.sub_keys, options.query_width // 2, options.value_width
         # Drawn on the CPU: the same seed means the same features on every device.
         generator = torch.Generator().manual_seed(options.seed)
-        keys = torch.randn(1, 2, n, half, generator=generator)
-        codes = torch.randn(256, options.value_width, generator=generator)
+        features = torch.randn(1, 2, n, half, generator=generator)
+        codes = torch.randn(256, width, generator=generator)
         lengths = torch.tensor([length for lengths in SUFFIXES for length in lengths])
         hashes = torch.randint(2**63 - 1, (len(lengths), CONTEXT), generator=generator)
         hashes[torch.arange(CONTEXT) < CONTEXT - lengths.unsqueeze(1)] = 0  # bytes before the suffix do not count
-        self.keys = F.normalize(keys, dim=-1).to(options.device)
+        self.features = F.normalize(features, dim=-1).to(options.device)
         self.codes = F.normalize(codes, dim=-1).to(options.device)  # [256, D]
         self.hashes = hashes.to(options.device)  # [suffixes, 8]
-        self.values = torch.zeros(n * n, options.value_width, device=options.device)
-        # The first calls may compile kernels, which is not to be timed. A write without error changes nothing.
-        read = self.read(torch.zeros(options.chunk_size, CONTEXT, dtype=torch.uint8, device=options.device))
-        self._write(read, read.predictions)
+        no_values = torch.zeros(1, 1, device=options.device).expand(n * n, width)  # takes no room
+        self.state = MemoryState(self.features, no_values)
+        # The first calls may compile kernels, which is not to be timed.
+        self.recent = torch.full((CONTEXT - 1,), ord("\n"), dtype=torch.uint8, device=options.device)
+        recent = self.recent
+        self.read(torch.zeros(2 * options.chunk_size, dtype=torch.uint8, device=options.device))
+        self.recall(torch.zeros(1, CONTEXT, dtype=torch.uint8, device=options.device))
+        self.recent = recent
+        self.state.reset()
 
     def queries(self, contexts: Tensor) -> Tensor:
-        """Contexts [M, 8] to queries [M, 1, Dk]: each half the sum of the sub-keys that its suffixes name."""
+        """Contexts [M, 8] to queries [M, 1, Dk]: each half the sum of the vectors that its suffixes name."""
         products = ((contexts.long() + 1).unsqueeze(1) * self.hashes).sum(-1)  # [M, suffixes], modulo 2⁶⁴
         named = (products >> 40) % self.options.sub_keys
         halves = named.split([len(lengths) for lengths in SUFFIXES], dim=1)
-        sums = (F.embedding_bag(halves[a], self.keys[0, a], mode="sum") for a in range(2))
+        sums = (F.embedding_bag(halves[a], self.features[0, a], mode="sum") for a in range(2))
         return torch.cat(tuple(sums), dim=-1).unsqueeze(1)
 
-    def read(self, contexts: Tensor) -> Read:
-        """Look up and gather for contexts [M, 8]; changes nothing."""
-        o = self.options
-        scores, slots = product_key_lookup(self.queries(contexts), self.keys, o.top_k, score=o.score, backend=o.backend)
+    def nearest_bytes(self, reads: Tensor) -> Tensor:
+        """The byte whose code is nearest to each read [M, D]; byte 0 for a read of nothing. All codes have length 1."""
+        return (reads @ self.codes.T).argmax(-1)
+
+    def read(self, data: Tensor) -> Tensor:
+        """Read the next bytes [t] and write every chunk that they fill; the byte predicted after each of them, [t]."""
+        o, kind = self.options, MEMORIES[self.name]
+        window = torch.cat((self.recent, data))
+        self.recent = window[len(data) :]
+        output = fast_weight_memory_step(
+            self.state,
+            self.queries(window.unfold(0, CONTEXT, 1)).unsqueeze(0),
+            self.codes[data.long()].unsqueeze(0),
+            chunk_size=o.chunk_size,
+            top_k=o.top_k,
+            lookahead=1,
+            score=o.score,
+            temperature=o.temperature,
+            lr=o.lr,
+            addressing_weight=o.addressing_weight if kind.has_key_step else 0.0,
+            step=kind.step,
+            backend=o.backend,
+        )
+        return self.nearest_bytes(output[0])
+
+    def recall(self, contexts: Tensor) -> Tensor:
+        """The byte predicted after each of the contexts [M, 8]; changes nothing."""
+        o, queries, state = self.options, self.queries(contexts), self.state
+        scores, slots = product_key_lookup(queries, state.keys, o.top_k, score=o.score, backend=o.backend)
         weights = torch.softmax(scores.flatten(1) / o.temperature, dim=-1)
-        slots = slots.flatten(1)
-        return Read(slots, weights, sparse_value_gather(self.values, slots, weights, backend=o.backend))
-
-    def nearest_bytes(self, read: Read) -> Tensor:
-        """The byte whose code is nearest to each read, [M]; byte 0 for a read of nothing. All codes have length 1."""
-        return (read.predictions @ self.codes.T).argmax(-1)
-
-    def write(self, read: Read, next_bytes: Tensor) -> None:
-        """Write the codes of the bytes [M] that came next into the slots that were read."""
-        self._write(read, self.codes[next_bytes.long()])
-
-    def _write(self, read: Read, targets: Tensor) -> None:
-        lr, backend = self.options.lr, self.options.backend
-        chunk_value_update_(self.values, read.slots, read.weights, targets, read.predictions, lr=lr, backend=backend)
+        return self.nearest_bytes(sparse_value_gather(state.values, slots.flatten(1), weights, backend=o.backend))
 
 
 class Needle(NamedTuple):
@@ -156,7 +201,7 @@ class Needle(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What one pass showed; the lists have one entry per depth."""
+    """What one pass of a memory showed; the lists have one entry per depth."""
 
     accuracy: float
     seconds: float
@@ -238,34 +283,31 @@ def to_tensor(contexts: Iterable[bytes], device: str) -> Tensor:
 def is_found(memory: EpisodicMemory, sentences: Sequence[bytes]) -> list[bool]:
     """For each sentence whether every digit of its code is predicted, each from the true eight bytes before it."""
     contexts = [context for sentence in sentences for context in code_contexts(sentence)]
-    predicted = memory.nearest_bytes(memory.read(to_tensor(contexts, memory.options.device)))
+    predicted = memory.recall(to_tensor(contexts, memory.options.device))
     digits = to_tensor([sentence[-CODE_DIGITS:] for sentence in sentences], memory.options.device)
     return (predicted.view_as(digits) == digits).all(-1).tolist()
 
 
 def read_pass(memory: EpisodicMemory, stream: Stream, progress: Callable[[int], object]) -> PassResult:
-    """Read and write the stream once, chunk by chunk, and probe each needle when its depth is reached."""
+    """Read the stream once more, chunk by chunk, and probe each needle when its depth is reached."""
     o = memory.options
     started = time.perf_counter()
-    data = to_tensor([b"\n" * CONTEXT + stream.data], o.device)[0]
-    contexts, next_bytes = data.unfold(0, CONTEXT, 1)[:-1], data[CONTEXT:]
-    is_text = torch.tensor(stream.is_text, device=o.device)
-    right = torch.zeros((), dtype=torch.int64, device=o.device)
+    data = to_tensor([stream.data], o.device)[0]
     due: dict[int, list[Needle]] = {}
     for needle in stream.needles:
         due.setdefault(needle.chunk + needle.depth // o.chunk_size, []).append(needle)
     found, controls_found = dict.fromkeys(o.depths, 0), dict.fromkeys(o.depths, 0)
-    for chunk, start in enumerate(range(0, len(stream.data), o.chunk_size)):
-        part = slice(start, start + o.chunk_size)
-        read = memory.read(contexts[part])
-        right += ((memory.nearest_bytes(read) == next_bytes[part]) & is_text[part]).sum()
-        memory.write(read, next_bytes[part])
+    predicted = []
+    for chunk, part in enumerate(data.split(o.chunk_size)):
+        predicted.append(memory.read(part))
         for needle in due.get(chunk, ()):
             hit, control_hit = is_found(memory, [needle.text, needle.control])
             found[needle.depth] += hit
             controls_found[needle.depth] += control_hit
-        progress(o.chunk_size)
-    accuracy = right.item() / sum(stream.is_text)
+        progress(len(part))
+    is_right = torch.cat(predicted)[:-1] == data[1:]
+    counted = torch.tensor(stream.is_text[1:], device=o.device)
+    accuracy = int((is_right & counted).sum()) / int(counted.sum())
     seconds = time.perf_counter() - started
     return PassResult(
         accuracy,
@@ -310,6 +352,8 @@ def check(options: Options) -> None:
         raise DemoError(f"--chunk-size must hold a needle of {NEEDLE_LENGTH} bytes, got {options.chunk_size}")
     if len(set(options.depths)) < len(options.depths) or any(d < 1 or d % options.chunk_size for d in options.depths):
         raise DemoError(f"--depths must be different multiples of --chunk-size {options.chunk_size}")
+    if len(set(options.memories)) < len(options.memories):
+        raise DemoError(f"--memories must be different, got {' '.join(options.memories)}")
     if options.query_width % 2 or options.top_k > options.sub_keys:
         raise DemoError("--query-width must be even and --top-k at most --sub-keys")
 
@@ -323,27 +367,29 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(
         prog="python -m fwpkm_kernels.demo",
         description="FwPKM as an episodic memory without training: it reads a text, predicts every byte from the eight "
-        "before it, and recalls access codes hidden in the text.",
+        "before it, and recalls access codes hidden in the text. Memories with and without the key step, and with the "
+        "normalized step, are compared.",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"a text (default: {DEFAULT_TEXT})")
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), metavar="PNG", help="(default: demo.png)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write options and results as JSON too")
-    choices = {"score": ("idw", "dot"), "backend": ("auto", "torch", "triton")}
+    choices = {"memories": tuple(MEMORIES), "score": ("idw", "dot"), "backend": ("auto", "torch", "triton")}
     for field in dataclasses.fields(Options):
         default: Any = field.default
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else default
         parser.add_argument(
             _flag(field.name),
-            type=int if many else type(default),
+            type=type(default[0]) if many else type(default),
             nargs="+" if many else None,
             choices=choices.get(field.name),
             default=default,
+            metavar="NAME" if field.name == "memories" else None,
             help=f"{field.metadata['help']} (default: {shown})",
         )
     arguments = parser.parse_args(argv)
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    options = Options(**{**values, "depths": tuple(values["depths"])})
+    options = Options(**{**values, "memories": tuple(values["memories"]), "depths": tuple(values["depths"])})
     check(options)
     return arguments, options
 
@@ -366,19 +412,29 @@ def chance(results: Sequence[PassResult]) -> list[float]:
     return [sum(found) / len(results) for found in zip(*(r.controls_found for r in results), strict=True)]
 
 
-def show(results: Sequence[PassResult], stream: Stream, options: Options, commonest: float) -> None:
+def span(values: Iterable[float], form: str) -> str:
+    """The least and the greatest, or the one if they look alike."""
+    low, high = format(min(values := list(values)), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float) -> None:
     """Print the tables of accuracy and of needles."""
     console, table = _import("rich.console"), _import("rich.table")
     out = console.Console()
-    accuracy = table.Table("pass", "bytes predicted", "seconds", "bytes/s", title="Accuracy by pass")
-    needles = table.Table("read", title=f"Needles found, of {options.needles} at each depth")
+    numbers = range(1, options.passes + 1)
+    columns = ("memory", *(f"pass {number}" for number in numbers), "seconds a pass", "bytes/s")
+    accuracy = table.Table(*columns, title="Accuracy by pass: bytes predicted before they are read")
+    needles = table.Table("memory", "needle read", title=f"Needles found, of {options.needles} at each depth")
     for depth in options.depths:
         needles.add_column(f"after {depth_label(depth)}", justify="right")
-    for number, result in enumerate(results, 1):
-        speed = f"{result.bytes_per_second:,.0f}"
-        accuracy.add_row(str(number), f"{result.accuracy:.1%}", f"{result.seconds:.2f}", speed)
-        needles.add_row("once" if number == 1 else f"{number} times", *map(str, result.found))
-    needles.add_row("never (chance)", *(f"{mean:g}" for mean in chance(results)))
+    for name, passes in results.items():
+        seconds, speed = span((r.seconds for r in passes), ".2f"), span((r.bytes_per_second for r in passes), ",.0f")
+        accuracy.add_row(name, *(f"{r.accuracy:.1%}" for r in passes), seconds, speed)
+        for number, result in zip(numbers, passes, strict=True):
+            read = "once" if number == 1 else f"{number} times"
+            needles.add_row(name if number == 1 else "", read, *map(str, result.found))
+        needles.add_row("", "never (chance)", *(f"{mean:g}" for mean in chance(passes)), end_section=True)
     out.print(accuracy)
     out.print(
         f"Always the commonest byte: {commonest:.1%}. bytes/s count {len(stream.data):,} bytes, needles included.\n"
@@ -387,36 +443,56 @@ def show(results: Sequence[PassResult], stream: Stream, options: Options, common
     out.print(f"Guessing all {CODE_DIGITS} digits finds {10.0**-CODE_DIGITS * options.needles:g} of {options.needles}.")
 
 
-def plot(results: Sequence[PassResult], options: Options, commonest: float, path: Path) -> None:
-    """Draw accuracy by pass, and needle recall by depth and pass."""
-    figure = _import("matplotlib.figure").Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    colours = _import("matplotlib").colormaps["viridis"]
-    shades = [colours(0.85 - 0.7 * i / len(results)) for i in range(len(results))]
-    passes = range(1, len(results) + 1)
-    left.bar_label(left.bar(passes, [100 * r.accuracy for r in results], color=shades), fmt="%.1f")
-    left.axhline(100 * commonest, color="black", linestyle="--", label=f"commonest byte: {100 * commonest:.1f} %")
-    left.set(title="Bytes predicted before they are written", xlabel="pass", ylabel="% of bytes", xticks=passes)
+def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commonest: float, path: Path) -> None:
+    """Draw accuracy by pass for all memories, and for each one needle recall by depth and pass."""
+    figure = _import("matplotlib.figure").Figure(figsize=(12, 8), layout="constrained", dpi=150)
+    to_rgb = _import("matplotlib.colors").to_rgb
+    panels = figure.subplot_mosaic([["accuracy"] * len(results), list(results)], height_ratios=(1, 1.1))
+    passes = range(1, options.passes + 1)
 
-    groups: list[tuple[str, Any, Sequence[float]]]
-    groups = [(f"read {number}×", shade, r.found) for number, shade, r in zip(passes, shades, results, strict=True)]
-    groups.append(("never read (chance)", "crimson", chance(results)))
-    width = 0.85 / len(groups)
-    for index, (label, colour, found) in enumerate(groups):
-        places = [i + (index + 0.5) * width - 0.425 for i in range(len(options.depths))]
-        bars = right.bar(places, [100 * f / options.needles for f in found], 0.94 * width, color=colour, label=label)
-        right.bar_label(bars, fmt="%.0f", fontsize=8, color="crimson" if colour == "crimson" else "black")
-    right.set(title="Needles found", xlabel="other bytes read and written since the needle", ylabel="% of needles")
-    right.set_xticks(range(len(options.depths)), [depth_label(depth) for depth in options.depths])
-    for axes, columns in ((left, 1), (right, 5)):
-        axes.set(ylim=(0, 108), yticks=range(0, 101, 20))
+    def draw(axes: Any, groups: Sequence[tuple[str, Any, Sequence[float]]], labels: Sequence[str], form: str) -> None:
+        """Bars side by side at each label: one of each group."""
+        width = 0.86 / len(groups)
+        for index, (label, colour, heights) in enumerate(groups):
+            places = [i + (index + 0.5) * width - 0.43 for i in range(len(labels))]
+            bars = axes.bar(places, heights, 0.94 * width, color=colour, label=label)
+            axes.bar_label(bars, fmt=form, fontsize=8, padding=1)
+        axes.set_xticks(range(len(labels)), labels)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize=9)
+
+    top = panels["accuracy"]
+    groups: list[tuple[str, Any, Sequence[float]]]
+    groups = [(name, MEMORIES[name].colour, [100 * r.accuracy for r in rows]) for name, rows in results.items()]
+    draw(top, groups, [f"pass {number}" for number in passes], "%.1f")
+    top.axhline(100 * commonest, color="black", linestyle="--", label=f"commonest byte: {100 * commonest:.1f} %")
+    top.set(title="Bytes predicted before they are read", ylabel="% of bytes", ylim=(0, 105), yticks=range(0, 101, 20))
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+    for name, rows in results.items():
+        axes, (red, green, blue) = panels[name], to_rgb(MEMORIES[name].colour)
+        groups = []
+        for number, result in zip(passes, rows, strict=True):
+            light = 0.65 * (1 - number / options.passes)  # the first pass is the lightest
+            shade = tuple(part + light * (1 - part) for part in (red, green, blue))
+            groups.append((f"read {number}×", shade, result.found))
+        groups.append(("never read (chance)", "black", chance(rows)))
+        draw(axes, groups, [depth_label(depth) for depth in options.depths], "%.3g")
+        axes.set(title=f"{name}: needles found, of {options.needles}", ylim=(0, 1.05 * options.needles))
+        axes.set(xlabel="other bytes read since the needle")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, format="png")
 
 
+def set_up(options: Options, name: str) -> EpisodicMemory:
+    """A new memory; DemoError if the device or the backend cannot have it."""
+    try:
+        return EpisodicMemory(options, name)
+    except (ValueError, RuntimeError, AssertionError, ImportError) as error:
+        raise DemoError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
+
+
 def demo(arguments: argparse.Namespace, options: Options) -> None:
-    """Read the text, run all passes, and show, plot and save what came out."""
+    """Let every memory read the text, and show, plot and save what came out."""
     for path in filter(None, (arguments.plot, arguments.json)):
         if path.is_dir() or not path.parent.is_dir():
             raise DemoError(f"cannot write {path}: it is a directory, or its directory is missing")
@@ -427,20 +503,22 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
     print(f"text: {arguments.file or DEFAULT_TEXT}, {sum(stream.is_text):,} bytes a pass")
     if len(text) < sum(stream.is_text):
         print(f"note: the text has only {len(text):,} bytes, so each pass repeats it")
-    print("options:", *(f"{name}={value}" for name, value in dataclasses.asdict(options).items()))
+    shown = {k: ",".join(map(str, x)) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(options).items()}
+    print("options:", *(f"{name}={value}" for name, value in shown.items()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"a needle: {stream.needles[0].text.decode().strip()}", flush=True)
-    try:
-        memory = EpisodicMemory(options)
-    except (ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise DemoError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
-    results: list[PassResult] = []
-    total = options.passes * len(stream.data)
+    set_up(options, options.memories[0])  # what cannot be set up shows before the progress bar does
+    results: dict[str, list[PassResult]] = {}
+    total = len(options.memories) * options.passes * len(stream.data)
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5) as bar:
-        for number in range(1, options.passes + 1):
-            bar.set_description(f"pass {number}")
-            results.append(read_pass(memory, stream, bar.update))
-            bar.set_postfix_str(f"{results[-1].accuracy:.1%} predicted")
+        for name in options.memories:
+            results[name] = []
+            memory = set_up(options, name)
+            for number in range(1, options.passes + 1):
+                bar.set_description(f"{name}, pass {number}")
+                results[name].append(read_pass(memory, stream, bar.update))
+                bar.set_postfix_str(f"{results[name][-1].accuracy:.1%} predicted")
+            del memory  # before the next one: a table is large
     show(results, stream, options, commonest)
     plot(results, options, commonest, arguments.plot)
     print(f"plot: {arguments.plot}")
@@ -452,7 +530,14 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
             "text_bytes": sum(stream.is_text),
             "options": dataclasses.asdict(options),
             "commonest_byte": commonest,
-            "passes": [result._asdict() for result in results],
+            "memories": {
+                name: {
+                    "step": MEMORIES[name].step,
+                    "addressing_weight": options.addressing_weight if MEMORIES[name].has_key_step else 0.0,
+                    "passes": [result._asdict() for result in passes],
+                }
+                for name, passes in results.items()
+            },
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -30,14 +30,19 @@ def gather_torch(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torc
     return out
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather", mutates_args=())
-def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
-    checks.check_slot_range("slots", slots, values.shape[0])
+def gather_rows(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+    """Weighted sums of rows, [M, D], for slots and weights [M, J]; trusts its input."""
     if checks.use_triton(backend, values):
         from .kernels.gather import gather
 
-        return gather(values, slots, weights=weights, sum_dtype=values.dtype)[0]
-    return gather_torch(values, slots, weights, values.dtype)
+        return gather(values, slots, weights=weights, sum_dtype=out_dtype)[0]
+    return gather_torch(values, slots, weights, out_dtype)
+
+
+@torch.library.custom_op("fwpkm_kernels::sparse_value_gather", mutates_args=())
+def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    checks.check_slot_range("slots", slots, values.shape[0])
+    return gather_rows(values, slots, weights, values.dtype, backend)
 
 
 @_gather_op.register_fake

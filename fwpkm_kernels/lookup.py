@@ -1,5 +1,6 @@
 """Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,10 +9,19 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from .kernels import compute_dtype
-from .plan import plan_segments, segment_totals
+from .plan import Plan, plan_segments, segment_totals
 
-# Rows of the half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
+# Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
+# The same of picked sub-keys: 8 MiB, which the allocator keeps from one block to the next.
+_PICK_ELEMENTS = 2**21
+
+
+def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slice]:
+    """Slices of the rows, with at most `elements` where every row has `row_elements`."""
+    step = max(1, elements // max(1, row_elements))
+    for begin in range(0, num_rows, step):
+        yield slice(begin, begin + step)
 
 
 def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +53,10 @@ def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tenso
 
 
 @checks.without_autocast
-def _lookup_torch(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
+def _lookup_torch(
+    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `lookup_halves` returns, in plain PyTorch."""
     num_rows, heads, width = queries.shape
     num_keys = keys.shape[2]
     dtype = compute_dtype(keys.dtype)
@@ -52,18 +65,45 @@ def _lookup_torch(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: fl
     first, second = torch.tensor(pairs, device=queries.device).unbind(1)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, 2 * heads * num_keys))
-    for begin in range(0, num_rows, step):
-        block = slice(begin, begin + step)
+    half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
+    half_columns = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    for block in row_blocks(num_rows, 2 * heads * num_keys, _BLOCK_ELEMENTS):
         rows = queries[block].to(dtype).unflatten(-1, (2, width // 2))
-        half_scores, half_columns = _stable_topk(_half_scores(rows, keys, score, eps), top_k)  # [H, 2, rows, K]
-        sums = half_scores[:, 0, :, first] + half_scores[:, 1, :, second]  # [H, rows, pairs], in flat order i·K + j
-        best, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
-        column1 = half_columns[:, 0].gather(-1, first[pair])
-        column2 = half_columns[:, 1].gather(-1, second[pair])
-        scores[block] = best.transpose(0, 1)
+        best, columns = _stable_topk(_half_scores(rows, keys, score, eps), top_k)  # [H, 2, rows, K]
+        half_scores[block], half_columns[block] = best.permute(2, 0, 1, 3), columns.permute(2, 0, 1, 3)
+        sums = best[:, 0, :, first] + best[:, 1, :, second]  # [H, rows, pairs], in flat order i·K + j
+        best_sums, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
+        column1 = columns[:, 0].gather(-1, first[pair])
+        column2 = columns[:, 1].gather(-1, second[pair])
+        scores[block] = best_sums.transpose(0, 1)
         slots[block] = (column1 * num_keys + column2).transpose(0, 1)
-    return scores, slots
+    return scores, slots, half_scores, half_columns.add_(_first_rows(heads, num_keys, half_columns))
+
+
+def lookup_halves(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    top_k: int,
+    score: str,
+    eps: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Look up queries [M, H, Dk], and tell what won in each half too; trusts its input.
+
+    Returns:
+        scores and slots, [M, H, K]; half scores, [M, H, 2, K], descending, in the compute dtype; and the sub-keys that
+        these belong to, [M, H, 2, K], int32, as rows of keys.view(H·2·n, Dk/2).
+    """
+    if checks.use_triton(backend, queries):
+        from .kernels.lookup import lookup
+
+        scores, slots, half_scores, sub_keys = lookup(
+            queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision, halves=True
+        )
+        return scores, slots, half_scores, sub_keys
+    return _lookup_torch(queries, keys, top_k, score, eps)
 
 
 @torch.library.custom_op("fwpkm_kernels::product_key_lookup", mutates_args=())
@@ -73,8 +113,10 @@ def _lookup_op(
     if checks.use_triton(backend, queries):
         from .kernels.lookup import lookup
 
-        return lookup(queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision)
-    return _lookup_torch(queries, keys, top_k, score, eps)
+        scores, slots = lookup(queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision)
+    else:
+        scores, slots, _, _ = _lookup_torch(queries, keys, top_k, score, eps)
+    return scores, slots
 
 
 @_lookup_op.register_fake
@@ -83,38 +125,98 @@ def _(queries, keys, top_k, score, eps, precision, backend):  # type: ignore[no-
     return queries.new_empty(size, dtype=compute_dtype(keys.dtype)), queries.new_empty(size, dtype=torch.int64)
 
 
+def _first_rows(heads: int, num_keys: int, like: Tensor) -> Tensor:
+    """Where each half of each head begins in keys.view(H·2·n, Dk/2): [H, 2, 1], with the dtype and device of `like`."""
+    return torch.arange(0, heads * 2 * num_keys, num_keys, dtype=like.dtype, device=like.device).view(heads, 2, 1)
+
+
 def _sub_key_rows(slots: Tensor, num_keys: int) -> Tensor:
     """Rows of keys.view(H·2·n, Dk/2) that slots [M, H, K] are made of: [M, H, 2, K]."""
     columns = torch.stack((slots // num_keys, slots % num_keys), dim=2)
-    halves = torch.arange(2 * slots.shape[1], device=slots.device).view(-1, 2, 1)
-    return columns + halves * num_keys
+    return columns + _first_rows(slots.shape[1], num_keys, slots)
+
+
+def _of_halves(grad_scores: Tensor) -> Tensor:
+    """Gradients [M, H, K] of the sums of two half scores, as those of the half scores: [M, H, 2, K], expanded."""
+    return grad_scores.unsqueeze(2).expand(-1, -1, 2, -1)
+
+
+def half_differences(
+    queries: Tensor, keys: Tensor, sub_keys: Tensor, score: str, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The vectors v with which a half score moves its sub-key, ds/dk = 2·v/E or v, and E, in plain PyTorch.
+
+    For queries [M, H, Dk] and keys [H·2·n, Dk/2], both in the compute dtype: v = q - k, [M, H, 2, K, Dk/2], and
+    E = eps + |q - k|² from that difference (the score's own has cancelled); under "dot" v = q, expanded, and no E.
+    """
+    rows = queries.unflatten(-1, (2, 1, keys.shape[1]))  # [M, H, 2, 1, Dk/2]
+    if score == "dot":
+        return rows.expand(*sub_keys.shape, -1), None
+    vectors = pick_rows(keys, sub_keys)
+    torch.sub(rows, vectors, out=vectors)
+    return vectors, torch.linalg.vector_norm(vectors, dim=-1).square_().add_(eps)
+
+
+def pick_blocks(picks: Tensor, width: int) -> Iterator[slice]:
+    """Slices of the rows of `picks` [M, ...] for which the picked rows, of `width`, may be held at a time."""
+    return row_blocks(picks.shape[0], picks.shape[1:].numel() * width, _PICK_ELEMENTS)
+
+
+def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table[rows], of a table [N, D]; several times as fast on a CPU."""
+    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
 
 
 @checks.without_autocast
-def _lookup_grad_torch(
-    grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, score: str, eps: float, with_keys: bool
+def half_grad_torch(
+    grad_halves: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    sub_keys: Tensor,
+    *,
+    score: str,
+    eps: float,
+    with_queries: bool = True,
+    with_keys: bool = True,
+    step_factors: Tensor | None = None,
+    grad_totals: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    heads, _, num_keys, half = keys.shape
+    """`kernels.lookup.half_grad` in plain PyTorch, and the sums over the picks of each sub-key.
+
+    `plan` is the plan of `sub_keys` where there is one already.
+
+    Returns:
+        The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2], in the compute dtype; [0] if not asked for.
+    """
     dtype = compute_dtype(keys.dtype)
-    sub_keys = _sub_key_rows(slots, num_keys)
-    picked = keys.reshape(-1, half)[sub_keys].to(dtype)  # [M, H, 2, K, Dk/2]
-    rows = queries.to(dtype).unflatten(-1, (2, 1, half))  # [M, H, 2, 1, Dk/2]
-    factors = grad_scores.to(dtype).unsqueeze(2).expand(sub_keys.shape)
-    if score == "idw":
-        difference = rows - picked
-        factors = 2.0 * factors / (eps + difference.square().sum(-1))
-        grad_queries = -torch.einsum("mhak,mhakd->mhad", factors, difference)
-        vectors = difference.reshape(-1, half)
-    else:
-        grad_queries = torch.einsum("mhak,mhakd->mhad", factors, picked)
-        vectors = rows.reshape(-1, half)
-    grad_queries = grad_queries.reshape(queries.shape).to(queries.dtype)
-    if not with_keys:
-        return grad_queries, keys.new_empty(0)
-    grad_keys = torch.zeros(heads * 2 * num_keys, half, dtype=dtype, device=keys.device)
-    _, touched, totals = segment_totals(plan_segments(sub_keys, grad_keys.shape[0]), vectors, factors)
-    grad_keys[touched] = totals
-    return grad_queries, grad_keys.view(keys.shape).to(keys.dtype)
+    half = keys.shape[-1]
+    table = keys.reshape(-1, half).to(dtype)
+    grad_queries = torch.empty(queries.shape if with_queries else 0, dtype=dtype, device=queries.device)
+    grad_keys = torch.zeros(keys.shape if with_keys else 0, dtype=dtype, device=keys.device)
+    for block in pick_blocks(sub_keys, half):
+        picked = sub_keys[block]
+        vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+        factors = grad_halves[block].to(dtype)
+        if distances is not None:
+            factors = 2.0 * factors / distances
+        if with_queries:
+            if distances is not None:
+                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_()
+            else:
+                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, pick_rows(table, picked))
+            if step_factors is not None and grad_totals is not None:
+                directions = pick_rows(grad_totals.view(-1, half), picked)
+                grad_rows += torch.einsum("mhak,mhakd->mhad", step_factors[block], directions)
+            grad_queries[block] = grad_rows.flatten(-2)
+        if with_keys:
+            if score == "dot":
+                vectors = vectors[..., 0, :]  # one for all picks
+            if plan is None or len(picked) < len(sub_keys):
+                plan = plan_segments(picked, table.shape[0])
+            _, touched, totals = segment_totals(plan, vectors.reshape(-1, half), factors)
+            grad_keys.view(-1, half).index_add_(0, touched, totals)
+    return grad_queries, grad_keys
 
 
 @torch.library.custom_op("fwpkm_kernels::product_key_lookup_backward", mutates_args=())
@@ -128,22 +230,27 @@ def _lookup_grad_op(
     with_keys: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    grad_halves = _of_halves(grad_scores)
+    sub_keys = _sub_key_rows(slots, keys.shape[2])
     if not checks.use_triton(backend, queries):
-        return _lookup_grad_torch(grad_scores, queries, keys, slots, score, eps, with_keys)
-    from .kernels.lookup import query_grad
+        grad_queries, grad_keys = half_grad_torch(
+            grad_halves, queries, keys, sub_keys, score=score, eps=eps, with_keys=with_keys
+        )
+        return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
+    from .kernels.lookup import half_grad
     from .kernels.segments import segment_rows
 
-    num_keys, half = keys.shape[2:]
-    grad_queries, factors = query_grad(grad_scores, queries, keys, slots, idw=score == "idw", eps=eps)
+    half = keys.shape[3]
+    table = keys.reshape(-1, half)
+    grad_queries, factors = half_grad(grad_halves, queries, table, sub_keys, idw=score == "idw", eps=eps)
     if not with_keys:
         return grad_queries, keys.new_empty(0)
     grad_keys = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
-    table = keys.reshape(-1, half)
     segment_rows(
         grad_keys.view(table.shape),
         queries.reshape(-1, half),
         factors,
-        *plan_segments(_sub_key_rows(slots, num_keys), table.shape[0]),
+        *plan_segments(sub_keys, table.shape[0]),
         table=table,
         centered=score == "idw",
     )
@@ -188,7 +295,7 @@ class ProductKeyLookup(Function):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
-        _check_lookup(queries, keys, top_k, score, eps, precision, backend)
+        check_lookup(queries, keys, top_k, score, eps, precision, backend)
         scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
         size = (*queries.shape[:-1], top_k)
         scores, slots = scores.view(size), slots.view(size)
@@ -217,7 +324,7 @@ class ProductKeyLookup(Function):
         return grad_queries, grad_keys if needs_keys else None, None, None, None, None, None
 
 
-def _check_lookup(
+def check_lookup(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
 ) -> None:
     checks.check_tensor("queries", queries)

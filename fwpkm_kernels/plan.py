@@ -27,8 +27,8 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes.
     """
     keys = slots.reshape(-1)
-    if keys.is_cuda and num_slots <= 2**31:
-        keys = keys.to(torch.int32)
+    if keys.is_cuda:
+        keys = keys.to(row_dtype(num_slots))
     rows, order = torch.sort(keys, stable=True)
     start = torch.searchsorted(rows, rows, out_int32=True)
     end = torch.searchsorted(rows, rows, right=True, out_int32=True)
@@ -54,6 +54,23 @@ def count_among(plan: Plan, count_slots: Tensor) -> Tensor:
     first = torch.searchsorted(counted, plan.rows, out_int32=True)
     last = torch.searchsorted(counted, plan.rows, right=True, out_int32=True)
     return torch.empty_like(first).scatter_(0, plan.order, (last - first).clamp_(min=1))
+
+
+def within_chunks(plan: Plan, num_slots: int, chunk: Tensor, first_access: Tensor) -> Plan:
+    """Turn the plan of chunk·num_slots + slot, the accesses being in the order of the chunks, into one for each chunk.
+
+    `chunk` and `first_access` [A] say for each access which chunk it is in, and which access is the first of that one.
+    The accesses of a chunk stand at the same positions before and after the sort; the slice of every field at these
+    positions is then a plan of its own, of that chunk's accesses and of rows of the table.
+    """
+    first = first_access.to(plan.start.dtype)
+    rows = (plan.rows - chunk * num_slots).to(row_dtype(num_slots))
+    return Plan(plan.order - first_access, rows, plan.start - first, plan.end - first)
+
+
+def row_dtype(num_slots: int) -> torch.dtype:
+    """The narrowest dtype, int32 or int64, that numbers so many rows."""
+    return torch.int32 if num_slots <= 2**31 else torch.int64
 
 
 def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:

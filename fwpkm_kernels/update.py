@@ -12,7 +12,7 @@ from .kernels import compute_dtype
 from .plan import Plan, check_rows, count_accesses, count_among, plan_segments, segment_totals
 
 
-def _write_torch(
+def write_torch(
     values: Tensor,
     plan: Plan,
     errors: Tensor,
@@ -20,27 +20,31 @@ def _write_torch(
     lr: float,
     weight_decay: float,
     clip: float | None,
+    log: Tensor | None = None,
 ) -> None:
-    """The write in plain PyTorch, in place."""
+    """The write in plain PyTorch, in place; `log` [accesses, D] keeps each row as it was, where its segment starts."""
     decay = 1.0 - lr * weight_decay
     if clip is None:  # the step size goes with the small tensor
-        _, touched, steps = segment_totals(plan, errors, -lr * write_weights)
+        positions, touched, steps = segment_totals(plan, errors, -lr * write_weights)
     else:
-        _, touched, totals = segment_totals(plan, errors, write_weights)
+        positions, touched, totals = segment_totals(plan, errors, write_weights)
         steps = totals.clamp_(-clip, clip).mul_(-lr)
-    if values.dtype == steps.dtype:
+    if log is not None or values.dtype != steps.dtype:
+        rows = values[touched]
+        if log is not None:
+            log[positions] = rows
         if weight_decay != 0.0:
             values.mul_(decay)
-        # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
-        if values.is_cuda:  # where scatter_add_ has no deterministic form
-            values.index_add_(0, touched, steps)
-        else:
-            values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
-    else:  # half precision: each row is rounded once
-        new_rows = values[touched].to(steps.dtype).mul_(decay).add_(steps)
-        if weight_decay != 0.0:
-            values.mul_(decay)
-        values[touched] = new_rows.to(values.dtype)
+        # Half precision: each row is rounded once.
+        values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
+        return
+    if weight_decay != 0.0:
+        values.mul_(decay)
+    # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
+    if values.is_cuda:  # where scatter_add_ has no deterministic form
+        values.index_add_(0, touched, steps)
+    else:
+        values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
 
 
 @torch.library.custom_op("fwpkm_kernels::chunk_value_update", mutates_args=())
@@ -67,7 +71,7 @@ def _update_op(
         update(values, out, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
     else:
         out = values.clone(memory_format=torch.contiguous_format)
-        _write_torch(out, plan, errors, write_weights, lr, weight_decay, clip)
+        write_torch(out, plan, errors, write_weights, lr, weight_decay, clip)
     return out
 
 
@@ -97,7 +101,28 @@ def _update_inplace_op(
 
         update(values, values, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
     else:
-        _write_torch(values, plan, errors, write_weights, lr, weight_decay, clip)
+        write_torch(values, plan, errors, write_weights, lr, weight_decay, clip)
+
+
+def write_grad_torch(
+    grad_values: Tensor,
+    errors: Tensor,
+    write_weights: Tensor,
+    slots: Tensor,
+    plan: Plan,
+    lr: float,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J], in plain PyTorch."""
+    if slots.numel() == 0:
+        return torch.zeros_like(errors), torch.zeros_like(write_weights)
+    if clip is not None:
+        # Ĝ' for the distinct rows only, and which of these each access touches.
+        positions, touched, totals = segment_totals(plan, errors, write_weights)
+        grad_values = torch.where(totals.abs() <= clip, grad_values[touched].to(totals.dtype), 0.0)
+        segments = torch.searchsorted(positions, plan.start, right=True) - 1
+        slots = torch.empty_like(segments).scatter_(0, plan.order, segments).view(slots.shape)
+    return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
 
 
 @torch.library.custom_op("fwpkm_kernels::chunk_value_update_backward", mutates_args=())
@@ -120,15 +145,7 @@ def _update_grad_op(
         from .kernels.update import update_grad
 
         return update_grad(grad_values, errors, write_weights, slots, *plan, lr=lr, clip=clip)
-    if slots.numel() == 0:
-        return torch.zeros_like(errors), torch.zeros_like(write_weights)
-    if clip is not None:
-        # Ĝ' for the distinct rows only, and which of these each access touches.
-        positions, touched, totals = segment_totals(plan, errors, write_weights)
-        grad_values = torch.where(totals.abs() <= clip, grad_values[touched].to(totals.dtype), 0.0)
-        segments = torch.searchsorted(positions, start, right=True) - 1
-        slots = torch.empty_like(segments).scatter_(0, order, segments).view(slots.shape)
-    return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
+    return write_grad_torch(grad_values, errors, write_weights, slots, plan, lr, clip)
 
 
 @_update_grad_op.register_fake

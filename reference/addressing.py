@@ -27,9 +27,8 @@ def marginal_entropy_loss(
         best, columns = best[..., :top_k], columns[..., :top_k]
         probabilities = torch.zeros_like(scores).scatter(-1, columns, best.softmax(-1))  # [..., H, n]
         rows = probabilities.reshape(-1, keys.shape[2])
-        if len(rows):
-            marginal = rows.mean(0)
-            loss = loss + (marginal * torch.log(marginal + 1e-8)).sum()
+        marginal = rows.sum(0) / max(1, len(rows))
+        loss = loss + (marginal * torch.log(marginal + 1e-8)).sum()
     return loss
 
 

@@ -37,17 +37,30 @@ def test_no_spills_and_wide_loads_of_rows(reports):
     assert set(kernels) == {
         "half_topk_kernel",
         "pair_topk_kernel",
-        "query_grad_kernel",
+        "half_grad_kernel",
+        "step_kernel",
+        "score_grad_kernel",
         "gather_kernel",
         "segment_kernel",
         "hot_segment_kernel",
         "decay_kernel",
+        "read_kernel",
+        "read_grad_kernel",
+        "restore_kernel",
     }
     spilled = [report for report in reports if report["stack"] > 0]
     assert not spilled
     narrow = [report for report in reports if report["wide_loads"] < report["expected_wide_loads"]]
     assert not narrow
-    row_kernels = {"query_grad_kernel", "gather_kernel", "segment_kernel"}
+    row_kernels = {
+        "half_grad_kernel",
+        "step_kernel",
+        "gather_kernel",
+        "segment_kernel",
+        "read_kernel",
+        "read_grad_kernel",
+        "restore_kernel",
+    }
     assert {report["kernel"] for report in reports if report["expected_wide_loads"] > 0} == row_kernels
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
     without = {report["case"] for report in lookups if report["tensor_core"] == 0}

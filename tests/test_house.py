@@ -210,10 +210,11 @@ def test_everything_that_make_installs_is_pinned():
     assert not loose, f"not in constraints.txt: {loose}"
 
 
-def test_the_example_of_the_readme_runs():
+def test_the_examples_of_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    names: dict[str, object] = {}
-    exec(blocks[0], names)
-    assert names["keys"].grad.count_nonzero() > 0
-    assert names["values"].grad.count_nonzero() > 0
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert names["keys"].grad.count_nonzero() > 0
+        assert names["values"].grad.count_nonzero() > 0

@@ -1,12 +1,22 @@
-"""The definition of the whole memory against the golden cases: every output, the final state and every gradient."""
+"""The whole memory: its definition against the golden cases, and both backends against that definition."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 import reference
-from fwpkm_kernels import testing
-from tests.test_golden_chunk import NAMES, assert_near, load
+from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, testing
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
+from tests.test_golden_chunk import NAMES, assert_near, load, tolerance
 
 OPTIONS = (
     "chunk_size",
@@ -21,25 +31,151 @@ OPTIONS = (
     "addressing_weight",
     "key_gradient",
 )
+DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
+#: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
+QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
+#: What it runs in float32 too, in `make test-all`: what rounds most, and each score, weighting and option of the writes.
+FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "paper_j_short", "dot_relu", "idw_silu", "allgrad_me", "clip", "wd")
+#: Instead of the fixture `place`, where the interpreter takes many seconds.
+PLACES_SLOW = pytest.mark.parametrize(
+    "place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=lambda place: place.backend
+)
+BOUNDARIES = pytest.mark.parametrize("boundary", ["carry", "drop"])
+KEY_GRADIENTS = pytest.mark.parametrize("key_gradient", ["addressing", "all"])
+
+
+def make_inputs(
+    batch: int = 2,
+    length: int = 8,
+    heads: int = 1,
+    num_keys: int = 4,
+    key_width: int = 4,
+    width: int = 3,
+    *,
+    gates: bool = True,
+    mask: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    activations_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    layout: str = "contiguous",
+) -> dict[str, Any]:
+    """The tensor arguments by name; ``mask`` is None, one of MASK_KINDS, or "none left", which masks every token."""
+    activations = activations_dtype or dtype
+    lookup = {"seed": seed, "dtype": activations, "keys_dtype": torch.promote_types(dtype, torch.float32)}
+    queries, keys = testing.make_lookup_inputs((batch, length), heads, num_keys, key_width, **lookup)
+    kind = "bool" if mask == "none left" else mask
+    kinds = {"gates": gates, "mask": kind, "dtype": dtype, "activations_dtype": activations}
+    update = testing.make_update_inputs(batch * length, 1, num_keys**2, width, seed=seed + 1, **kinds)
+    by_token = {"targets": update.targets, "gates": update.gates, "mask": update.mask}
+    inputs = {"queries": queries, "targets": update.targets, "keys": keys, "values": update.values}
+    inputs |= {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items() if x is not None}
+    if mask == "none left":
+        inputs["mask"] = torch.zeros_like(inputs["mask"])
+    return {name: testing.with_layout(x.to(device), layout) for name, x in inputs.items()}
+
+
+def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs that gradients are asked of, as leaves."""
+    return {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
+
+
+def cotangents(outputs: MemoryOutput, seed: int = 5) -> list[Tensor]:
+    return [testing.random_cotangent(x, seed=seed + i) for i, x in enumerate(outputs[:3])]
+
+
+def gradients_of(outputs: MemoryOutput, leaves: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Gradients of one loss on output, final keys and final values together."""
+    found = torch.autograd.grad(
+        outputs[:3], list(leaves.values()), cotangents(outputs), allow_unused=True, materialize_grads=True, **options
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> tuple[MemoryOutput, dict[str, Tensor]]:
+    """Outputs and gradients."""
+    leaves = leaves_of(inputs)
+    outputs = function(**{**inputs, **leaves}, **options)
+    return outputs, gradients_of(outputs, leaves)
+
+
+def named(outputs: MemoryOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return outputs._asdict() | {f"gradient of {name}": x for name, x in gradients.items()}
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        testing.assert_bitwise_equal(x, expected[name], name)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-9) -> None:
+    """Relative in norm, beside a gradient that vanishes analytically up to rounding; slots are equal."""
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        wanted = expected[name].detach()
+        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), name
+        if x.is_floating_point():
+            error, norm = float((x.detach() - wanted).norm()), float(wanted.norm())
+            assert error <= bound * max(norm, 1e-3), f"{name}: error {error:.3g} over {bound:.3g} of {norm:.3g}"
+        else:
+            testing.assert_bitwise_equal(x, wanted, name)
+
+
+def check(inputs: dict[str, Any], place: Place, **options: Any) -> None:
+    """Outputs, slots, weights and all gradients are those of the reference, in float64."""
+    inputs = {name: x.to(place.device) for name, x in inputs.items()}
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        actual = named(*run(fast_weight_memory, inputs, **options, backend=place.backend))
+    assert_close(actual, named(*run(reference.fast_weight_memory, inputs, **options)))
+
+
+# --- golden cases ---------------------------------------------------------------------------------------------------
+
+
+def check_golden(function: Callable[..., Any], name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Slots, outputs, weights, the final state and every gradient, to what tests/golden/README.md promises."""
+    config, tensors = load(name, dtype)
+    inputs = {key: tensors[key].to(device) for key in (*DIFFERENTIABLE, "mask") if key in tensors}
+    leaves = leaves_of(inputs)
+    options = {option: config[option] for option in OPTIONS}
+    result = function(**{**inputs, **leaves}, boundary="drop", **options)
+    assert torch.equal(result.slots.cpu(), tensors["slots"])
+    answers = {"output": result.output, "weights": result.weights}
+    answers |= {"final_keys": result.keys, "final_values": result.values}
+    cotangent = tensors["cotangent"].to(device, dtype)
+    gradients = torch.autograd.grad(
+        result.output, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
+    )
+    answers |= {f"d_{key}": gradient for key, gradient in zip(leaves, gradients, strict=True)}
+    for key, answer in answers.items():
+        assert_near(answer.cpu(), tensors[key].double(), tolerance(name, dtype), key)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_golden(name):
-    config, tensors = load(name, torch.float64)
-    names = [key for key in ("queries", "targets", "keys", "values", "gates") if key in tensors]
-    leaves = {key: tensors[key].requires_grad_() for key in names}
-    result = reference.fast_weight_memory(
-        **leaves, mask=tensors.get("mask"), boundary="drop", **{option: config[option] for option in OPTIONS}
-    )
-    assert torch.equal(result.slots, tensors["slots"])
-    answers = {"output": result.output, "weights": result.weights}
-    answers |= {"final_keys": result.keys, "final_values": result.values}
-    gradients = torch.autograd.grad(
-        result.output, list(leaves.values()), tensors["cotangent"], allow_unused=True, materialize_grads=True
-    )
-    answers |= {f"d_{key}": gradient for key, gradient in zip(names, gradients, strict=True)}
-    for key, answer in answers.items():
-        assert_near(answer, tensors[key].double(), 1e-12, key)
+def test_golden_of_the_reference(name):
+    check_golden(reference.fast_weight_memory, name, torch.float64)
+
+
+def golden_cases() -> list[Any]:
+    """Every backend and case in both dtypes, but a choice of cases where the interpreter runs in float32."""
+    cases = []
+    for place in PLACES:
+        interpreted = place == Place("triton", "cpu")
+        for name in NAMES:
+            marks = [pytest.mark.slow] if interpreted and name not in QUICK else []
+            cases.append(pytest.param(place, name, torch.float64, id=f"{place.backend}-{name}-float64", marks=marks))
+            if not interpreted or name in FLOAT32_IN_INTERPRETER:
+                marks = [pytest.mark.slow] if interpreted else []
+                cases.append(
+                    pytest.param(place, name, torch.float32, id=f"{place.backend}-{name}-float32", marks=marks)
+                )
+    return cases
+
+
+@pytest.mark.parametrize(("place", "name", "dtype"), golden_cases())
+def test_golden(place, name, dtype):
+    check_golden(functools.partial(fast_weight_memory, backend=place.backend), name, dtype, place.device)
 
 
 def test_key_step_of_a_single_chunk():
@@ -57,31 +193,737 @@ def test_key_step_of_a_single_chunk():
     assert_near(keys, tensors["final_keys"], 1e-12, "final_keys")
 
 
-@pytest.mark.parametrize("boundary", ["drop", "carry"])
+# --- against the reference ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn, most_tokens: int = 17, most_keys: int = 6) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every option of the public function, drawn jointly: tensors and options."""
+    chunk_size = draw(st.integers(1, 5))
+    num_keys = draw(st.integers(1, most_keys))
+    options = {
+        "chunk_size": chunk_size,
+        "top_k": draw(st.integers(1, num_keys)),
+        "lookahead": draw(st.integers(0, chunk_size)),
+        "score": draw(st.sampled_from(["idw", "dot"])),
+        "eps": draw(st.sampled_from([1e-3, 0.3])),
+        "weighting": draw(st.sampled_from(["softmax", "silu", "relu"])),
+        "temperature": draw(st.sampled_from([1.0, 0.6, 3.0])),
+        "lr": draw(st.sampled_from([1.0, 0.3, 0.0])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.05])),
+        "clip": draw(st.sampled_from([None, 0.0, 0.02, 10.0])),
+        "addressing_weight": draw(st.sampled_from([1.0, 0.2, 0.0])),
+        "key_gradient": draw(st.sampled_from(["addressing", "all"])),
+        "step": draw(st.sampled_from(["paper", "normalized"])),
+        "boundary": draw(st.sampled_from(["carry", "drop"])),
+    }
+    inputs = make_inputs(
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, min(most_tokens, 3 * chunk_size + 2))),
+        draw(st.integers(1, 2)),
+        num_keys,
+        2 * draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        gates=draw(st.booleans()),
+        mask=draw(st.sampled_from([None, *testing.MASK_KINDS, "none left"])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return inputs, options
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(calls())
+def test_all_options_together(call):
+    inputs, options = call
+    check(inputs, PLACES[0], **options)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(calls(most_tokens=4, most_keys=3))
+def test_all_options_together_in_triton(call):
+    inputs, options = call
+    check(inputs, PLACES[1], **options)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(calls(most_tokens=7, most_keys=4))
+def test_many_options_together_in_triton(call):
+    inputs, options = call
+    check(inputs, PLACES[1], **options)
+
+
+#: Shapes and cuts at the edges: (batch, length, heads, num_keys, key_width, width), options.
+EDGES = {
+    "fewer tokens than a chunk": ((2, 3, 1, 4, 4, 3), {"chunk_size": 4, "top_k": 2}),
+    "full chunks": ((2, 6, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
+    "one token more than full chunks": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
+    "lookahead of a chunk": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 3}),
+    "no lookahead": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 0}),
+    "chunks of one token": ((1, 4, 1, 4, 4, 3), {"chunk_size": 1, "top_k": 2}),
+    "all sub-keys": ((1, 5, 2, 3, 4, 3), {"chunk_size": 2, "top_k": 3}),
+    "one slot": ((2, 5, 1, 1, 2, 1), {"chunk_size": 2, "top_k": 1}),
+    "odd sizes": ((1, 5, 2, 7, 10, 13), {"chunk_size": 2, "top_k": 3}),
+}
+
+
+@KEY_GRADIENTS
+@BOUNDARIES
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge, boundary, key_gradient):
+    shape, options = EDGES[edge]
+    check(make_inputs(*shape), PLACES[0], **options, boundary=boundary, key_gradient=key_gradient)
+
+
+@pytest.mark.parametrize("edge", [pytest.param(edge, marks=SLOW_IN_INTERPRETER) for edge in EDGES])
+@BOUNDARIES
+def test_edges_in_triton(edge, boundary, triton_place):
+    shape, options = EDGES[edge]
+    check(make_inputs(*shape), triton_place, **options, boundary=boundary)
+
+
+#: keys and values, activations, options
+BUDGETS = {
+    "float32": (torch.float32, torch.float32, {}),
+    "float32-clip-decay": (torch.float32, torch.float32, {"clip": 0.1, "weight_decay": 0.05, "lr": 0.5}),
+    "float32-normalized-silu-drop": (
+        torch.float32,
+        torch.float32,
+        {"weighting": "silu", "score": "dot", "step": "normalized", "boundary": "drop"},
+    ),
+    "float32-all": (torch.float32, torch.float32, {"key_gradient": "all"}),
+    "bfloat16-activations": (torch.float32, torch.bfloat16, {}),
+    "bfloat16-activations-all": (torch.float32, torch.bfloat16, {"key_gradient": "all", "boundary": "drop"}),
+    "float16-activations": (torch.float32, torch.float16, {"boundary": "drop", "weight_decay": 0.05}),
+    "bfloat16-table": (torch.bfloat16, torch.bfloat16, {}),
+    "float16-table": (torch.float16, torch.float32, {"weight_decay": 0.05}),
+}
+
+
+@PLACES_SLOW
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_precision(place, budget):
+    """Inside the error budget of the same formula in plain PyTorch; what is half precision is cast on load."""
+    table, activations, options = BUDGETS[budget]
+    kinds = {"mask": "real", "dtype": table, "activations_dtype": activations, "device": place.device}
+    inputs = make_inputs(2, 7, 1, 6, 8, 5, **kinds)
+    options = {"chunk_size": 3, "top_k": 3, **options}
+    like = torch.empty(2, 7, 5, dtype=activations, device=place.device)
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        testing.assert_matches_reference(
+            functools.partial(fast_weight_memory, backend=place.backend),
+            reference.fast_weight_memory,
+            inputs | options,
+            wrt=DIFFERENTIABLE,
+            cotangent=testing.random_cotangent(like),
+            reduction_length=64,
+        )
+
+
+@BOUNDARIES
 @pytest.mark.parametrize("step", ["paper", "normalized"])
-def test_gradcheck(step, boundary):
-    queries, keys = testing.make_lookup_inputs((2, 7), 1, 4, 4, dtype=torch.float64)
-    inputs = testing.make_update_inputs(14, 2, 16, 3, gates=True, mask="real", dtype=torch.float64)
-    targets, gates, mask = inputs.targets.view(2, 7, 3), inputs.gates.view(2, 7), inputs.mask.view(2, 7)
+@KEY_GRADIENTS
+def test_gradcheck(key_gradient, step, boundary):
+    leaves = leaves_of(make_inputs(2, 7, num_keys=3, width=2))
+    mask = make_inputs(2, 7, mask="real")["mask"]
+    options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
 
-    def run(queries, targets, keys, values, gates):
-        options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
-        return reference.fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **options)[:3]
+    def outputs(queries, targets, keys, values, gates):
+        tensors = (queries, targets, keys, values)
+        return fast_weight_memory(*tensors, gates=gates, mask=mask, key_gradient=key_gradient, **options)[:3]
 
-    leaves = [x.clone().requires_grad_() for x in (queries, targets, keys, inputs.values, gates)]
-    assert gradcheck(run, leaves)
+    assert gradcheck(outputs, list(leaves.values()))
 
 
-def test_carry_gives_the_same_wherever_a_sequence_is_cut():
-    """The memory after k full chunks, and outputs up to any length, do not depend on what comes later."""
-    queries, keys = testing.make_lookup_inputs((2, 17), 1, 6, 4, dtype=torch.float64)
-    values, _, _, targets, _, _, _ = testing.make_update_inputs(34, 2, 36, 3, dtype=torch.float64)
-    targets = targets.view(2, 17, 3)
-    options = {"chunk_size": 4, "top_k": 3, "lookahead": 3}
-    whole = reference.fast_weight_memory(queries, targets, keys, values, **options)
-    for length in (1, 3, 4, 5, 8, 15, 16):
-        part = reference.fast_weight_memory(queries[:, :length], targets[:, :length], keys, values, **options)
-        testing.assert_bitwise_equal(part.output, whole.output[:, :length], f"output of {length} tokens")
-    state = reference.fast_weight_memory(queries[:, :16], targets[:, :16], keys, values, **options)
-    testing.assert_bitwise_equal(state.values, whole.values, "values")
-    testing.assert_bitwise_equal(state.keys, whole.keys, "keys")
+# --- what a sequence means ------------------------------------------------------------------------------------------
+
+
+@KEY_GRADIENTS
+@BOUNDARIES
+@pytest.mark.parametrize("name", ["queries", "targets", "gates"])
+def test_causality(name, boundary, key_gradient):
+    """A token reaches the outputs of later chunks only, beside its query's own; so do the gradients."""
+    inputs = make_inputs(2, 9, num_keys=3)  # all 9 slots are read in every chunk
+    options = {"chunk_size": 3, "top_k": 3, "lookahead": 2, "boundary": boundary, "key_gradient": key_gradient}
+    leaves = leaves_of(inputs)
+    outputs = fast_weight_memory(**leaves, **options)
+    for token in range(9):
+        place = token % 3
+        chunk_end = token - place + 3
+        # The pair (t, t + 2) is written with the chunk that has both, or not at all.
+        first, is_used = chunk_end, True
+        if name == "targets":
+            is_used = place == 2 if boundary == "drop" else token >= 2
+        elif name == "gates" and place > 0:
+            first, is_used = chunk_end + 3, boundary == "carry"
+        changed = {**inputs, name: inputs[name].clone()}
+        changed[name][0, token] += 0.5
+        difference = (fast_weight_memory(**changed, **options).output != outputs.output).any(2)  # [B, T]
+        if name == "queries":
+            assert difference[0, token]
+            difference[0, token] = False
+        assert not difference[:, :first].any(), f"token {token}"
+        assert difference[:, first:].any() == (is_used and first < 9), f"token {token}"
+
+        (gradient,) = torch.autograd.grad(
+            outputs.output[:, token].sum(), [leaves[name]], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if name == "queries":
+            gradient[:, token] = 0.0
+        assert gradient[:, chunk_end - 3 :].count_nonzero() == 0, f"token {token}"
+
+
+@PLACES_SLOW
+@BOUNDARIES
+@pytest.mark.parametrize("step", ["paper", "normalized"])
+def test_identical_sequences_in_a_batch_are_one_sequence(step, boundary, place):
+    """Accesses and their counts grow alike, and the key step takes a mean."""
+    inputs = make_inputs(1, 7, device=place.device)
+    by_token = ("queries", "targets", "gates")
+    batch = {name: x.expand(3, *x.shape[1:]) if name in by_token else x for name, x in inputs.items()}
+    options = {"chunk_size": 3, "top_k": 2, "step": step, "boundary": boundary, "backend": place.backend}
+    single, packed = fast_weight_memory(**inputs, **options), fast_weight_memory(**batch, **options)
+    copies = {name: getattr(single, name).expand(3, -1, -1) for name in ("output", "slots", "weights")}
+    assert_close(packed._asdict(), single._asdict() | copies, 1e-12)
+
+
+@KEY_GRADIENTS
+@BOUNDARIES
+def test_chunks_that_are_all_masked_still_decay_and_step(boundary, key_gradient, place):
+    inputs = make_inputs(1, 6, mask="none left", device=place.device)
+    inputs["targets"] = torch.full_like(inputs["targets"], 1e3)
+    options = {"chunk_size": 3, "top_k": 2, "boundary": boundary, "backend": place.backend}
+    options |= {"lr": 0.5, "weight_decay": 0.1, "key_gradient": key_gradient}
+    outputs = fast_weight_memory(**inputs, **options)
+    torch.testing.assert_close(outputs.values, inputs["values"] * 0.95**2)
+    keys = inputs["keys"]
+    for start in (0, 3):
+        queries = inputs["queries"][0, start : start + 3]
+        keys = reference.product_key_update(keys, queries, top_k=2, lr=0.5, weight_decay=0.1)
+    torch.testing.assert_close(outputs.keys, keys)
+
+
+@BOUNDARIES
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_rows_that_no_token_reads_keep_their_bits(clip, boundary, place):
+    inputs = make_inputs(1, 7, num_keys=16, dtype=torch.float32, device=place.device)
+    # Keys that stay where they are: the rows read again are those read before.
+    options = {"chunk_size": 3, "top_k": 2, "addressing_weight": 0.0, "clip": clip, "boundary": boundary}
+    outputs = fast_weight_memory(**inputs, **options, backend=place.backend)
+    testing.assert_untouched_rows_equal(inputs["values"], outputs.values, outputs.slots)
+    testing.assert_bitwise_equal(outputs.keys, inputs["keys"])
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0), (0, 0)], ids=str)
+@BOUNDARIES
+def test_empty(boundary, batch, length, key_gradient, place):
+    inputs = make_inputs(batch, length, gates=True, mask="bool", device=place.device)
+    options = {"chunk_size": 3, "top_k": 2, "lr": 0.5, "weight_decay": 0.1, "key_gradient": key_gradient}
+    outputs, gradients = run(fast_weight_memory, inputs, **options, boundary=boundary, backend=place.backend)
+    shapes = [(batch, length, 3), (1, 2, 4, 2), (16, 3), (batch, length, 2), (batch, length, 2)]
+    assert [tuple(x.shape) for x in outputs] == shapes
+    assert outputs.slots.dtype == torch.int64
+    # A chunk of no items is a chunk: it decays.
+    decay = 0.95 ** len(range(0, length - (length % 3 if boundary == "carry" else 0), 3))
+    for name, cotangent in zip(("keys", "values"), cotangents(outputs)[1:], strict=True):
+        final = getattr(outputs, name)
+        assert final.data_ptr() != inputs[name].data_ptr()
+        torch.testing.assert_close(final, decay * inputs[name])
+        torch.testing.assert_close(gradients[name], decay * cotangent)
+    for name in ("queries", "targets", "gates"):
+        assert gradients[name].shape == inputs[name].shape
+
+
+@PLACES_SLOW
+@pytest.mark.parametrize(("boundary", "key_gradient"), [("carry", "addressing"), ("drop", "all")])
+def test_two_runs_are_bitwise_equal(boundary, key_gradient, place):
+    inputs = make_inputs(2, 5, dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "boundary": boundary, "key_gradient": key_gradient}
+    testing.assert_deterministic(lambda: run(fast_weight_memory, inputs, **options, backend=place.backend))
+
+
+@PLACES_SLOW
+@KEY_GRADIENTS
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
+def test_strides_of_inputs_and_of_incoming_gradients(layout, key_gradient, place):
+    """Bits, shapes and contiguous results do not depend on strides."""
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "backend": place.backend}
+    results = []
+    for kind in ("contiguous", layout):
+        inputs = make_inputs(2, 5, mask="real", dtype=torch.float32, device=place.device, layout=kind)
+        leaves = leaves_of(inputs)
+        outputs = fast_weight_memory(**leaves, mask=inputs["mask"], **options)
+        incoming = [testing.with_layout(x, kind) for x in cotangents(outputs)]
+        gradients = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming)
+        results.append(named(outputs, dict(zip(leaves, gradients, strict=True))))
+        assert all(x.is_contiguous() for x in outputs)
+    assert_same_bits(*results)
+
+
+@PLACES_SLOW
+@KEY_GRADIENTS
+def test_expanded_inputs_and_incoming_gradients(key_gradient, place):
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "backend": place.backend}
+    inputs = make_inputs(2, 5, mask="real", dtype=torch.float32, device=place.device)
+    results = []
+    for copy in (lambda x: x, torch.Tensor.contiguous):
+        expanded = {name: copy(x[:1].expand(x.shape)) for name, x in inputs.items() if name != "keys"}
+        leaves = leaves_of(expanded | {"keys": inputs["keys"]})
+        outputs = fast_weight_memory(**leaves, mask=expanded["mask"], **options)
+        incoming = [copy(testing.random_cotangent(x, layout="expanded")) for x in outputs[:3]]
+        gradients = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming)
+        results.append(named(outputs, dict(zip(leaves, gradients, strict=True))))
+    assert_same_bits(*results)
+
+
+@KEY_GRADIENTS
+def test_without_gradients_nothing_is_kept_and_the_bits_are_the_same(key_gradient, place):
+    inputs = make_inputs(2, 3, mask="real", dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "weight_decay": 0.1, "backend": place.backend}
+    leaves = leaves_of(inputs)
+    expected = fast_weight_memory(**{**inputs, **leaves}, **options)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        without_leaves = fast_weight_memory(**inputs, **options)
+        with torch.no_grad():
+            outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
+    assert not saved
+    assert not any(x.requires_grad for x in (*outputs, *without_leaves))
+    assert_same_bits(outputs._asdict(), expected._asdict())
+    assert_same_bits(without_leaves._asdict(), expected._asdict())
+
+
+# --- inside autograd ------------------------------------------------------------------------------------------------
+
+
+def small_call(key_gradient: str = "addressing", **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Leaves and options of a call of three chunks with a mask."""
+    options = {"chunk_size": 3, "top_k": 2, "key_gradient": key_gradient, **options}
+    inputs = make_inputs(2, 8, mask="real", dtype=torch.float32)
+    return leaves_of(inputs), {**options, "mask": inputs["mask"]}
+
+
+@KEY_GRADIENTS
+def test_backward_twice_with_retain_graph(key_gradient, place):
+    """Nothing that backward reads, and no incoming gradient, is spoilt by an earlier backward."""
+    inputs = make_inputs(1, 3, mask="real", dtype=torch.float32, device=place.device)
+    leaves = leaves_of(inputs)
+    options = {"chunk_size": 2, "top_k": 2, "clip": 0.3, "key_gradient": key_gradient, "backend": place.backend}
+    outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
+    incoming = cotangents(outputs)
+    with testing.assert_unchanged(incoming):
+        first = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming, retain_graph=True)
+        second = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming)
+    assert_same_bits(dict(zip(leaves, first, strict=True)), dict(zip(leaves, second, strict=True)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@KEY_GRADIENTS
+def test_checkpointing(key_gradient, use_reentrant):
+    leaves, options = small_call(key_gradient)
+
+    def outputs(queries, targets, keys, values, gates):
+        return tuple(fast_weight_memory(queries, targets, keys, values, gates=gates, **options))
+
+    # A reentrant checkpoint gives leaves their gradients in backward() only.
+    def gradients(result):
+        torch.autograd.backward(result[:3], cotangents(MemoryOutput(*result)))
+        found = {name: x.grad for name, x in leaves.items()}
+        for x in leaves.values():
+            x.grad = None
+        return found
+
+    expected = gradients(outputs(**leaves))
+    assert_same_bits(gradients(checkpoint(outputs, *leaves.values(), use_reentrant=use_reentrant)), expected)
+
+
+def two_calls(function: Callable[..., Any], inputs: dict[str, Any], *, detach: bool = False, **options: Any) -> Any:
+    """The gradients of a loss on both outputs and the final state, the second half of the tokens in a second call."""
+    leaves = leaves_of(inputs)
+    by_token = ("queries", "targets", "gates", "mask")
+    tensors = inputs | leaves
+    first = function(**{k: x[:, :4] if k in by_token else x for k, x in tensors.items()}, **options)
+    state = {"keys": first.keys, "values": first.values}
+    if detach:
+        state = {name: x.detach() for name, x in state.items()}
+    second = function(**{k: x[:, 4:] if k in by_token else x for k, x in tensors.items()} | state, **options)
+    output = torch.cat((first.output, second.output), dim=1)
+    joined = MemoryOutput(output, second.keys, second.values, second.slots, second.weights)
+    return named(joined, gradients_of(joined, leaves))
+
+
+@BOUNDARIES
+@KEY_GRADIENTS
+@pytest.mark.parametrize("detach", [False, True], ids=["through", "detached"])
+def test_two_calls_in_a_row(detach, key_gradient, boundary):
+    inputs = make_inputs(2, 9, mask="bool")
+    options = {"chunk_size": 2, "top_k": 2, "boundary": boundary, "key_gradient": key_gradient, "detach": detach}
+    actual = two_calls(fast_weight_memory, inputs, **options)
+    assert_close(actual, two_calls(reference.fast_weight_memory, inputs, **options))
+    if detach:
+        # No later than the first call's own outputs, the first tokens' targets have no effect.
+        assert actual["gradient of targets"][:, 4:].any()
+        assert not actual["gradient of targets"][:, 3].any()
+        assert not actual["gradient of values"].isnan().any()
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize("result", ["output", "keys", "values"])
+def test_gradient_of_one_result_alone(result, key_gradient):
+    inputs = make_inputs(2, 8, mask="real")
+
+    def gradients(function):
+        leaves = leaves_of(inputs)
+        outputs = function(**inputs | leaves, chunk_size=3, top_k=2, key_gradient=key_gradient)
+        x = getattr(outputs, result)
+        cotangent = testing.random_cotangent(x)
+        found = torch.autograd.grad(x, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    assert_close(gradients(fast_weight_memory), gradients(reference.fast_weight_memory))
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize(
+    "wanted", [("values",), ("gates",), ("keys",), ("queries", "targets"), ("targets", "gates")], ids=str
+)
+def test_gradients_of_some_inputs(wanted, key_gradient):
+    leaves, options = small_call(key_gradient)
+    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
+    some = {name: x.detach().requires_grad_(name in wanted) for name, x in leaves.items()}
+    outputs = fast_weight_memory(**some, **options)
+    actual = gradients_of(outputs, {name: some[name] for name in wanted})
+    assert_same_bits(actual, {name: expected[name] for name in wanted})
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize("wanted", DIFFERENTIABLE)
+def test_second_derivatives_raise(wanted, key_gradient):
+    """Even where the incoming gradient needs none, as from sum()."""
+    leaves, options = small_call(key_gradient)
+    leaves = {name: x.requires_grad_(name == wanted) for name, x in leaves.items()}
+    outputs = fast_weight_memory(**leaves, **options)
+    losses = [outputs.output.square().sum()]
+    if wanted != "values" or key_gradient == "all":  # else the outputs are linear in the values
+        losses.append(outputs.output.sum())
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, [leaves[wanted]], create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("key_gradient", ["addressing", "all"])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "mask"])
+def test_inputs_changed_after_forward(name, key_gradient):
+    """The gradients stay what they were, or autograd notices."""
+    leaves, options = small_call(key_gradient, addressing_weight=0.5)
+    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
+    outputs = fast_weight_memory(**leaves, **options)
+    with torch.no_grad():
+        (leaves | options)[name].mul_(2.0)
+    if name == "values" and key_gradient == "addressing":
+        assert_same_bits(gradients_of(outputs, leaves), expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients_of(outputs, leaves)
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
+def test_results_changed_after_forward(addressing_weight, key_gradient):
+    leaves, options = small_call(key_gradient, addressing_weight=addressing_weight)
+    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
+    outputs = fast_weight_memory(**leaves, **options)
+    with torch.no_grad():
+        for x in outputs:
+            x.zero_()
+    assert_same_bits(gradients_of(outputs, leaves), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 0.1, "weight_decay": 0.1}, {"addressing_weight": 0.0}], ids=str)
+def test_what_is_kept_for_backward(options):
+    """The undo log and small tensors for each read, keys for each chunk, and no table."""
+    length, chunk_size, top_k, width, num_keys = 2048, 512, 8, 64, 256
+    inputs = make_inputs(1, length, 1, num_keys, 16, width, dtype=torch.float32)
+    leaves = leaves_of(inputs)
+    held = {x.untyped_storage().data_ptr() for x in leaves.values()}
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        assert num_keys**2 not in x.shape
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = fast_weight_memory(**leaves, chunk_size=chunk_size, top_k=top_k, **options)
+    assert leaves["values"].untyped_storage().data_ptr() not in saved
+    assert max(saved.values()) < leaves["values"].nbytes // 2
+    kept = sum(size for storage, size in saved.items() if storage not in held)
+    assert 0 < kept <= 2 * length * (top_k + 1) * width * 4 + length // chunk_size * leaves["keys"].nbytes
+    context = outputs.output.grad_fn
+    assert not any(isinstance(x, Tensor) for x in vars(context).values())
+
+
+# --- inside torch.compile -------------------------------------------------------------------------------------------
+
+
+def assert_compiled_equals_eager(compiled: Callable[..., Any], length: int, **options: Any) -> None:
+    """Outputs, and gradients of all inputs, with the number of tokens marked dynamic."""
+    inputs = make_inputs(2, length, heads=2, mask="bool", dtype=torch.float32)
+    leaves = leaves_of(inputs)
+    expected = named(*run(fast_weight_memory, inputs, **options))
+    for name in ("queries", "targets", "gates"):
+        torch._dynamo.mark_dynamic(leaves[name], 1)
+    torch._dynamo.mark_dynamic(inputs["mask"], 1)
+    outputs = compiled(**leaves, mask=inputs["mask"])
+    assert_close(named(outputs, gradients_of(outputs, leaves)), expected, 1e-5)
+
+
+@BOUNDARIES
+def test_compiled_equals_eager(boundary):
+    options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "boundary": boundary}
+
+    def step(**inputs):
+        return fast_weight_memory(**inputs, **options)
+
+    torch._dynamo.reset()
+    assert_compiled_equals_eager(torch.compile(step, fullgraph=True), 8, **options)
+
+
+@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
+@BOUNDARIES
+def test_one_compilation_serves_every_number_of_tokens(boundary, addressing_weight):
+    options = {"chunk_size": 3, "top_k": 2, "boundary": boundary, "addressing_weight": addressing_weight}
+
+    def step(**inputs):
+        return fast_weight_memory(**inputs, **options)
+
+    torch._dynamo.reset()  # the same code with other options counts as a recompilation
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for length in (8, 20, 5, 12):
+        assert_compiled_equals_eager(compiled, length, **options)
+    assert counter.frame_count == 1
+
+
+@KEY_GRADIENTS
+def test_compiled_without_gradients(key_gradient):
+    inputs = make_inputs(dtype=torch.float32)
+
+    def read(**inputs):
+        return fast_weight_memory(**inputs, chunk_size=3, top_k=2, key_gradient=key_gradient)
+
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(**inputs)._asdict(), read(**inputs)._asdict())
+
+
+def op_arguments(inputs: dict[str, Any], keep: bool, **options: Any) -> tuple[Any, ...]:
+    from fwpkm_kernels.memory import Options
+
+    options = Options(chunk_size=3, top_k=2, **options)
+    names = ("queries", "targets", "keys", "values", "gates", "mask")
+    return (*(inputs.get(name) for name in names), keep, *options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("options", [{}, {"addressing_weight": 0.0}, {"key_gradient": "all"}], ids=str)
+@pytest.mark.parametrize("keep", [False, True])
+@BOUNDARIES
+def test_opcheck(boundary, keep, options, layout):
+    # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
+    inputs = make_inputs(2, 7, num_keys=30, mask="real", dtype=torch.float32, layout=layout)
+    arguments = op_arguments(inputs, keep, boundary=boundary, clip=0.1, **options)
+    torch.library.opcheck(torch.ops.fwpkm_kernels.fast_weight_memory.default, arguments)
+
+
+@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
+@pytest.mark.parametrize("gates", [True, False])
+@BOUNDARIES
+def test_opcheck_of_backward(boundary, gates, addressing_weight):
+    inputs = make_inputs(2, 7, gates=gates, dtype=torch.float32)
+    arguments = op_arguments(inputs, True, boundary=boundary, addressing_weight=addressing_weight)
+    results = torch.ops.fwpkm_kernels.fast_weight_memory(*arguments)
+    incoming = cotangents(MemoryOutput(*results[:5]))
+    queries, targets, _, values, gates, mask, _, *options = arguments
+    tensors = (queries, targets, gates, mask, values.shape[0], results[5:])
+    op = torch.ops.fwpkm_kernels.fast_weight_memory_backward.default
+    torch.library.opcheck(op, (*incoming, *tensors, *options))
+    torch.library.opcheck(op, (incoming[0], None, None, *tensors, *options))
+
+
+@PLACES_SLOW
+@KEY_GRADIENTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype, key_gradient, place):
+    inputs = make_inputs(1, 3, dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "backend": place.backend}
+    expected = named(*run(fast_weight_memory, inputs, **options))
+    with torch.autocast(place.device, dtype=dtype):
+        assert_same_bits(named(*run(fast_weight_memory, inputs, **options)), expected)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def test_apply_takes_the_arguments_of_the_function_in_its_order():
+    leaves, _ = small_call()
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 3:] = False
+    tensors = [leaves[name] for name in DIFFERENTIABLE[:4]]
+    positional = (3, 2, 2, "dot", 0.01, "silu", 0.7, leaves["gates"], mask, 0.5, 0.01, 0.2, 0.6, "all", "normalized")
+    outputs = MemoryOutput(*FastWeightMemory.apply(*tensors, *positional, "drop", "ieee", "torch"))
+    expected = fast_weight_memory(
+        **leaves,
+        chunk_size=3,
+        top_k=2,
+        lookahead=2,
+        score="dot",
+        eps=0.01,
+        weighting="silu",
+        temperature=0.7,
+        mask=mask,
+        lr=0.5,
+        weight_decay=0.01,
+        clip=0.2,
+        addressing_weight=0.6,
+        key_gradient="all",
+        step="normalized",
+        boundary="drop",
+        precision="ieee",
+        backend="torch",
+    )
+    actual = named(outputs, gradients_of(outputs, leaves))
+    assert_same_bits(actual, named(expected, gradients_of(expected, leaves)))
+
+
+def test_apply_has_the_defaults_of_the_function():
+    leaves = leaves_of(make_inputs(1, 600, num_keys=9, gates=False, dtype=torch.float32))
+    outputs = MemoryOutput(*FastWeightMemory.apply(*leaves.values()))
+    actual = named(outputs, gradients_of(outputs, leaves))
+    expected = fast_weight_memory(**leaves)
+    assert_same_bits(actual, named(expected, gradients_of(expected, leaves)))
+    assert_close(expected._asdict(), reference.fast_weight_memory(**leaves)._asdict(), 1e-4)
+
+
+# batch 2, 8 tokens, 1 head, 4 sub-keys of width 2, values of width 3
+BAD = {
+    "queries of rank 3": (ValueError, r"`queries`.*\[2, 8, 4\]", {"queries": lambda x: x[:, :, 0]}),
+    "queries a list": (TypeError, "`queries`.*list", {"queries": lambda x: x.tolist()}),
+    "integer queries": (TypeError, "`queries`.*int64", {"queries": lambda x: x.long()}),
+    "sparse queries": (TypeError, "`queries`.*sparse", {"queries": lambda x: x.to_sparse()}),
+    "targets of rank 2": (ValueError, r"`targets`.*\[2, 8\]", {"targets": lambda x: x[..., 0]}),
+    "integer targets": (TypeError, "`targets`.*int64", {"targets": lambda x: x.long()}),
+    "keys of rank 3": (ValueError, r"`keys`.*\[2, 4, 2\]", {"keys": lambda x: x[0]}),
+    "keys of three halves": (ValueError, r"`keys`.*\[1, 3, 4, 2\]", {"keys": lambda x: x[:, [0, 1, 1]]}),
+    "complex keys": (TypeError, "`keys`.*complex", {"keys": lambda x: x.cfloat()}),
+    "values of rank 1": (ValueError, r"`values`.*\[48\]", {"values": lambda x: x.flatten()}),
+    "boolean values": (TypeError, "`values`.*bool", {"values": lambda x: x > 0}),
+    "heads": (ValueError, r"`queries`.*`keys`|`keys`.*`queries`", {"keys": lambda x: x.repeat(2, 1, 1, 1)}),
+    "key width": (ValueError, r"`queries`.*`keys`|`keys`.*`queries`", {"keys": lambda x: x[..., :1]}),
+    "targets against queries": (
+        ValueError,
+        r"`queries`.*`targets`.*\[2, 8, 1, 4\].*\[2, 7, 3\]",
+        {"targets": lambda x: x[:, :7]},
+    ),
+    "batch of targets": (ValueError, r"`queries`.*`targets`.*\[1, 8, 3\]", {"targets": lambda x: x[:1]}),
+    "targets against values": (
+        ValueError,
+        r"`targets`.*width.*`values`.*\[2, 8, 2\].*\[16, 3\]",
+        {"targets": lambda x: x[..., :2]},
+    ),
+    "values of other than n² rows": (
+        ValueError,
+        r"`values`.*n².*`keys`.*\[15, 3\].*\[1, 2, 4, 2\]",
+        {"values": lambda x: x[:15]},
+    ),
+    "gates against queries": (
+        ValueError,
+        r"`gates`.*`queries`.*\[2, 7\].*\[2, 8, 1, 4\]",
+        {"gates": lambda x: x[:, :7]},
+    ),
+    "gates of rank 1": (ValueError, r"`gates`.*\[8\]", {"gates": lambda x: x[0]}),
+    "integer gates": (TypeError, "`gates`.*int64", {"gates": lambda x: x.long()}),
+    "gates a number": (TypeError, "`gates`.*float", {"gates": lambda x: 0.5}),
+    "mask against queries": (ValueError, r"`mask`.*`queries`.*\[1, 8\].*\[2, 8, 1, 4\]", {"mask": lambda x: x[:1]}),
+    "mask of rank 3": (ValueError, r"`mask`.*\[2, 8, 1\]", {"mask": lambda x: x.unsqueeze(2)}),
+    "complex mask": (TypeError, "`mask`.*complex", {"mask": lambda x: x.cfloat()}),
+    "mask elsewhere": (ValueError, "`mask`.*`values`.*meta", {"mask": lambda x: x.to("meta")}),
+    "values elsewhere": (ValueError, "`values`.*meta", {"values": lambda x: x.to("meta")}),
+    **{
+        f"float64 {name}": (TypeError, f"`{name}`.*`.*float64|`.*`{name}`.*float64", {name: lambda x: x.double()})
+        for name in DIFFERENTIABLE
+    },
+}
+BAD_OPTIONS = [
+    (ValueError, "chunk_size", 0),
+    (ValueError, "chunk_size", -3),
+    (TypeError, "chunk_size", 2.0),
+    (TypeError, "chunk_size", True),
+    (ValueError, "top_k", 0),
+    (ValueError, "top_k", 5),
+    (TypeError, "top_k", 2.0),
+    (ValueError, "lookahead", -1),
+    (ValueError, "lookahead", 4),
+    (TypeError, "lookahead", 1.0),
+    (ValueError, "score", "cosine"),
+    (TypeError, "score", 1),
+    (ValueError, "eps", 0.0),
+    (ValueError, "eps", float("nan")),
+    (ValueError, "weighting", "sigmoid"),
+    (TypeError, "weighting", None),
+    (ValueError, "temperature", 0.0),
+    (ValueError, "temperature", -1.0),
+    (ValueError, "temperature", float("inf")),
+    (TypeError, "temperature", "1"),
+    (ValueError, "lr", float("nan")),
+    (TypeError, "lr", torch.ones(())),
+    (TypeError, "lr", None),
+    (ValueError, "weight_decay", -0.1),
+    (ValueError, "weight_decay", float("inf")),
+    (ValueError, "clip", -1),
+    (ValueError, "clip", float("nan")),
+    (TypeError, "clip", True),
+    (ValueError, "addressing_weight", float("inf")),
+    (TypeError, "addressing_weight", "much"),
+    (ValueError, "key_gradient", "none"),
+    (TypeError, "key_gradient", True),
+    (ValueError, "step", "adam"),
+    (ValueError, "boundary", "wrap"),
+    (ValueError, "precision", "fp8"),
+    (ValueError, "backend", "cuda"),
+]
+
+
+def assert_refused(error: type[Exception], message: str, inputs: dict[str, Any], **options: Any) -> None:
+    """With gradients and without."""
+    options = {"chunk_size": 3, "top_k": 2, **options}
+    for differentiable in (False, True):
+        if isinstance(inputs["targets"], Tensor) and inputs["targets"].is_floating_point():
+            inputs["targets"] = inputs["targets"].detach().requires_grad_(differentiable)
+        with pytest.raises(error, match=message):
+            fast_weight_memory(**inputs, **options)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tensors_are_named(case):
+    error, message, changes = BAD[case]
+    inputs = make_inputs(mask="bool", dtype=torch.float32)
+    assert_refused(error, message, inputs | {name: change(inputs[name]) for name, change in changes.items()})
+
+
+@pytest.mark.parametrize(("error", "name", "value"), BAD_OPTIONS, ids=str)
+def test_bad_options_are_named(error, name, value):
+    assert_refused(error, f"`{name}`", make_inputs(dtype=torch.float32), **{name: value})
+
+
+@pytest.mark.gpu
+@KEY_GRADIENTS
+@BOUNDARIES
+def test_the_torch_backend_runs_on_a_gpu(boundary, key_gradient):
+    """It gives what it gives on the CPU, up to rounding."""
+    options = {"chunk_size": 3, "top_k": 2, "boundary": boundary, "key_gradient": key_gradient, "backend": "torch"}
+    with testing.poisoned_memory():
+        on_gpu = named(*run(fast_weight_memory, make_inputs(mask="real", device="cuda"), **options))
+    on_cpu = named(*run(fast_weight_memory, make_inputs(mask="real"), **options))
+    assert_close({name: x.cpu() for name, x in on_gpu.items()}, on_cpu)

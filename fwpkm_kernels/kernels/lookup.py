@@ -5,8 +5,8 @@ K of the tile: full score matrices never reach device memory. `pair_topk_kernel`
 sums of the two halves and keeps the best K. (A single launch would hold all scores of a row in one program: a tile of
 16 rows by 512 sub-keys takes 255 registers a thread on sm_90, and no tile holds a larger n.)
 
-The gradient of a query row is `query_grad_kernel`; that of the sub-keys is a sum over the rows that picked them, which
-`kernels/segments.py` does for every table of the package.
+The gradient of a query row is `half_grad_kernel`, which the key step's backward shares; that of the sub-keys is a sum
+over the rows that picked them, which `kernels/segments.py` does for every table of the package.
 """
 
 from typing import NamedTuple
@@ -151,17 +151,22 @@ def pair_topk_kernel(
     column_ptr,
     scores_ptr,
     slots_ptr,
+    half_scores_ptr,
+    sub_keys_ptr,
+    H,
     NUM_KEYS: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLITS: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Best TOP_K of the sums of two halves.
 
     Only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order i·K + j, so the
-    lowest number among equal sums is the lowest flat position. A program owns one (token, head) row. Grid: (rows,).
+    lowest number among equal sums is the lowest flat position. HALVES: the best TOP_K of each half are written too, and
+    the rows of the table of sub-keys that they are. A program owns one (token, head) row. Grid: (rows,).
     """
     offs_r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]: tiles of one row
     offs_p = tl.arange(0, BLOCK_P)
@@ -192,6 +197,13 @@ def pair_topk_kernel(
     for i_k in range(TOP_K):
         best1, column1, bits1 = take_half(bits1, base1, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
         best2, column2, bits2 = take_half(bits2, base2, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
+        if HALVES:
+            out1 = offs_r * (2 * TOP_K) + i_k  # [1]
+            row1 = (offs_r % H).to(tl.int32) * (2 * NUM_KEYS) + column1
+            tl.store(half_scores_ptr + out1, from_ordered(best1))
+            tl.store(half_scores_ptr + out1 + TOP_K, from_ordered(best2))
+            tl.store(sub_keys_ptr + out1, row1)
+            tl.store(sub_keys_ptr + out1 + TOP_K, row1 - column1 + NUM_KEYS + column2)
         is_first = (first == i_k)[None, :]
         is_second = (second == i_k)[None, :]
         part1 = tl.where(is_first, best1[:, None], part1)
@@ -218,16 +230,25 @@ def lookup(
     idw: bool,
     eps: float,
     precision: str,
+    halves: bool = False,
     config: LookupConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2]: scores [M, H, K] and slots [M, H, K]."""
+) -> tuple[torch.Tensor, ...]:
+    """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2]: scores [M, H, K] and slots [M, H, K].
+
+    With `halves` also the scores of the K best of each half, [M, H, 2, K], and their rows of keys.view(H·2·n, Dk/2),
+    int32.
+    """
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
+    results: tuple[torch.Tensor, ...] = (scores, slots)
+    if halves:
+        half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
+        results = (*results, half_scores, torch.empty(half_scores.shape, dtype=torch.int32, device=queries.device))
     if scores.numel() == 0:
-        return scores, slots
+        return results
     config = config or lookup_config(num_keys, top_k, dtype)
     splits = cdiv(num_keys, config.block_n)
     if precision == "tf32x3":
@@ -273,131 +294,139 @@ def lookup(
             (rows * heads,),
             candidates,
             columns,
-            scores[begin : begin + rows],
-            slots[begin : begin + rows],
+            *(x[begin : begin + rows] for x in (results if halves else (scores, slots, scores, slots))),
+            heads,
             NUM_KEYS=num_keys,
             TOP_K=top_k,
             SPLITS=splits,
             NUM_PAIRS=num_pairs,
+            HALVES=halves,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             # One warp while a row is small; the widest (K = 64) take four together.
             num_warps=4 if max(block_p, block_c) > 256 else 1,
             on=queries,
         )
-    return scores, slots
+    return results
 
 
 @triton.jit
-def query_grad_kernel(
-    grad_scores_ptr,
+def half_grad_kernel(
+    grad_halves_ptr,
     queries_ptr,
     keys_ptr,
-    slots_ptr,
+    sub_keys_ptr,
+    step_factor_ptr,
+    grad_totals_ptr,
     grad_queries_ptr,
     factor_ptr,
     stride_gm,
     stride_gh,
+    stride_ga,
     stride_gk,
     stride_qm,
     stride_qh,
     stride_qd,
-    stride_kh,
-    stride_ka,
     stride_kn,
     stride_kd,
-    stride_sm,
-    stride_sh,
-    stride_sk,
     H,
     eps: tl.float64,
-    NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
     IDW: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
 
-    A program owns one half of one (token, head) row; it also writes the factors f (or ds), with which the sub-keys'
-    gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
+    STEP adds Σ_k step_factor_k·V[k], where V, [H·2·n, Dk/2], is the gradient of the key step's totals. A program owns
+    one half of one (token, head) row; it also writes the factors f (or ds), with which the sub-keys' gradient is
+    f·(q - k) (or ds·q). Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
-    i_half = tl.program_id(1)
+    i_half = tl.program_id(1).to(tl.int64)
     i_m = i_row // H
     i_head = i_row % H
     dtype: tl.constexpr = tl.float64 if factor_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HALF
-    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half.to(tl.int64) * HALF * stride_qd
-    k_base = keys_ptr + i_head * stride_kh + i_half * stride_ka
+    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
+    g_base = grad_halves_ptr + i_m * stride_gm + i_head * stride_gh + i_half * stride_ga
+    pick_base = (i_row * 2 + i_half) * TOP_K
     q = tl.load(q_base + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [BLOCK_D]
     grad_q = tl.zeros([BLOCK_D], dtype)
     for start in range(0, TOP_K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < TOP_K
-        slot = tl.load(
-            slots_ptr + i_m * stride_sm + i_head * stride_sh + offs_k.to(tl.int64) * stride_sk, mask=mask_k, other=0
-        )
-        factor = tl.load(
-            grad_scores_ptr + i_m * stride_gm + i_head * stride_gh + offs_k.to(tl.int64) * stride_gk,
-            mask=mask_k,
-            other=0.0,
-        ).to(dtype)  # [BLOCK_K]
-        column = tl.where(i_half == 0, slot // NUM_KEYS, slot % NUM_KEYS)
+        mask = mask_k[:, None] & mask_d[None, :]
+        row = tl.load(sub_keys_ptr + pick_base + offs_k, mask=mask_k, other=0).to(tl.int64)
+        factor = tl.load(g_base + offs_k.to(tl.int64) * stride_gk, mask=mask_k, other=0.0).to(dtype)  # [BLOCK_K]
         k = tl.load(
-            k_base + column[:, None] * stride_kn + offs_d[None, :] * stride_kd,
-            mask=mask_k[:, None] & mask_d[None, :],
+            keys_ptr + row[:, None] * stride_kn + offs_d[None, :] * stride_kd,
+            mask=mask,
             other=0.0,
         ).to(dtype)  # [BLOCK_K, BLOCK_D]
         if IDW:
             k = tl.where(mask_k[:, None], k - q[None, :], 0.0)
             factor = 2.0 * factor / (tl.full([], eps, dtype) + tl.sum(k * k, axis=1))
         grad_q += tl.sum(factor[:, None] * k, axis=0)
-        tl.store(factor_ptr + (i_row * 2 + i_half) * TOP_K + offs_k, factor, mask=mask_k)
+        if STEP:
+            step_factor = tl.load(step_factor_ptr + pick_base + offs_k, mask=mask_k, other=0.0)  # [BLOCK_K]
+            v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
+            grad_q += tl.sum(step_factor[:, None] * v, axis=0)
+        tl.store(factor_ptr + pick_base + offs_k, factor, mask=mask_k)
     out = grad_queries_ptr + (i_row * 2 + i_half) * HALF + offs_d
     tl.store(out, grad_q.to(grad_queries_ptr.dtype.element_ty), mask=mask_d)
 
 
-def query_grad(
-    grad_scores: torch.Tensor,
+def half_grad(
+    grad_halves: torch.Tensor,
     queries: torch.Tensor,
     keys: torch.Tensor,
-    slots: torch.Tensor,
+    sub_keys: torch.Tensor,
     *,
     idw: bool,
     eps: float,
+    step_factors: torch.Tensor | None = None,
+    grad_totals: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient."""
-    num_rows, heads, width = queries.shape
-    num_keys, half = keys.shape[2:]
-    top_k = slots.shape[2]
-    grad_queries = torch.empty(num_rows, heads, width, dtype=queries.dtype, device=queries.device)
-    factors = torch.empty(num_rows, heads, 2, top_k, dtype=compute_dtype(keys.dtype), device=queries.device)
+    """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient.
+
+    `grad_halves` are gradients of the half scores [M, H, 2, K], of any strides; `keys` is a table [H·2·n, Dk/2], and
+    `sub_keys` [M, H, 2, K], contiguous, names its rows. `step_factors`, like `sub_keys`, and `grad_totals`, like
+    `keys`, contiguous and in the compute dtype, are what the key step adds. The gradient is in `out_dtype`, by default
+    that of the queries.
+    """
+    half = keys.shape[1]
+    top_k = sub_keys.shape[3]
+    grad_queries = torch.empty(queries.shape, dtype=out_dtype or queries.dtype, device=queries.device)
+    factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
     if factors.numel() == 0:
         return grad_queries, factors
     block_d = next_power_of_2(half)
     launch(
-        query_grad_kernel,
-        (num_rows * heads, 2),
-        grad_scores,
+        half_grad_kernel,
+        (queries.shape[0] * queries.shape[1], 2),
+        grad_halves,
         queries,
         keys,
-        slots,
+        sub_keys,
+        factors if step_factors is None else step_factors,
+        keys if grad_totals is None else grad_totals,
         grad_queries,
         factors,
-        *grad_scores.stride(),
+        *grad_halves.stride(),
         *queries.stride(),
         *keys.stride(),
-        *slots.stride(),
-        heads,
+        queries.shape[1],
         eps,
-        NUM_KEYS=num_keys,
         HALF=half,
         TOP_K=top_k,
         IDW=idw,
+        STEP=step_factors is not None,
         BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
         BLOCK_D=block_d,
         num_warps=row_warps(block_d, keys.dtype),

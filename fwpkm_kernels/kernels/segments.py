@@ -11,7 +11,8 @@ What is done with a sum is the EPILOGUE:
     "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
     "update"     out[row] = decay·table[row] - lr·clamp(total)              the write
     "step_grad"  out[row] = lr·table[row] where |total| <= clip, else 0     what the write's backward gathers
-with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one.
+with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one. With a LOG
+the table's row as it was is kept too, in such an array.
 """
 
 from typing import NamedTuple
@@ -35,8 +36,11 @@ class SegmentConfig(NamedTuple):
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
     """Launch table, keyed by the width of a row and the narrowest dtype among those read."""
-    # Two accesses at a time hide half the latency of a long segment; of a very wide row one fills the registers.
-    return SegmentConfig(block_a=2 if width <= 2048 else 1, num_warps=row_warps(next_power_of_2(width), dtype))
+    # Two accesses at a time hide half the latency of a long segment; of a very wide row one fills the registers, and
+    # of narrow rows so many come to no more than two of 256: sums of scalars take a piece at a time.
+    block_d = next_power_of_2(width)
+    block_a = 1 if width > 2048 else min(max(512 // block_d, 2), PIECE)
+    return SegmentConfig(block_a=block_a, num_warps=row_warps(block_d, dtype))
 
 
 @triton.jit
@@ -60,6 +64,7 @@ def segment_kernel(
     coefficients_ptr,
     table_ptr,
     out_ptr,
+    log_ptr,
     partials_ptr,
     order_ptr,
     rows_ptr,
@@ -80,6 +85,7 @@ def segment_kernel(
     CENTERED: tl.constexpr,
     CLIP: tl.constexpr,
     COMPACT: tl.constexpr,
+    LOG: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,12 +134,16 @@ def segment_kernel(
             out_row = start.to(tl.int64) if COMPACT else row
             out = out_ptr + out_row * stride_on + offs_d * stride_od
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+            if LOG:
+                log = log_ptr + start.to(tl.int64) * D + offs_d
+                tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
 def hot_segment_kernel(
     table_ptr,
     out_ptr,
+    log_ptr,
     partials_ptr,
     rows_ptr,
     start_ptr,
@@ -150,6 +160,7 @@ def hot_segment_kernel(
     EPILOGUE: tl.constexpr,
     CLIP: tl.constexpr,
     COMPACT: tl.constexpr,
+    LOG: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -190,6 +201,9 @@ def hot_segment_kernel(
         out_row = start.to(tl.int64) if COMPACT else row
         out = out_ptr + out_row * stride_on + offs_d * stride_od
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+        if LOG:
+            log = log_ptr + start.to(tl.int64) * D + offs_d
+            tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
 
 
 def segment_rows(
@@ -203,6 +217,7 @@ def segment_rows(
     *,
     epilogue: str = "sum",
     table: torch.Tensor | None = None,
+    log: torch.Tensor | None = None,
     centered: bool = False,
     compact: bool = False,
     decay: float = 1.0,
@@ -213,7 +228,9 @@ def segment_rows(
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
     `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
-    `table` is the table that "update" and "step_grad" read and that `centered` subtracts; it may be `out`.
+    `table` is the table that "update" and "step_grad" read and that `centered` subtracts; it may be `out`. "update"
+    also stores its rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other
+    rows of `log` are left as they are.
     """
     accesses, width = order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
@@ -231,6 +248,7 @@ def segment_rows(
         coefficients,
         table,
         out,
+        out if log is None else log,
         partials,
         order,
         rows,
@@ -248,6 +266,7 @@ def segment_rows(
         CENTERED=centered,
         CLIP=clip is not None,
         COMPACT=compact,
+        LOG=log is not None,
         PIECE=PIECE,
         BLOCK_A=config.block_a,
         BLOCK_D=block_d,
@@ -260,6 +279,7 @@ def segment_rows(
             (cdiv(accesses, PIECE), cdiv(width, hot_block_d)),
             table,
             out,
+            out if log is None else log,
             partials,
             rows,
             start,
@@ -274,6 +294,7 @@ def segment_rows(
             EPILOGUE=epilogue,
             CLIP=clip is not None,
             COMPACT=compact,
+            LOG=log is not None,
             PIECE=PIECE,
             BLOCK_P=16,
             BLOCK_D=hot_block_d,

@@ -69,11 +69,13 @@ def update(
     lr: float,
     weight_decay: float,
     clip: float | None,
+    log: torch.Tensor | None = None,
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
 
     `errors` is [M, D]; `write_weights` is [M, J], contiguous. `out` is `values` itself (the write in place: all other
-    rows decay too) or a table whose other rows are already what they should be.
+    rows decay too) or a table whose other rows are already what they should be. `log` [accesses, D] keeps each row as
+    it was, where its segment starts.
     """
     decay = 1.0 - lr * weight_decay
     segment_rows(
@@ -89,10 +91,42 @@ def update(
         decay=decay,
         lr=lr,
         clip=clip,
+        log=log,
     )
     if out is values and weight_decay != 0.0:
         written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
         decay_rows(values, written.index_fill_(0, rows.long(), 1), decay=decay)
+
+
+def step_grad(
+    grad_values: torch.Tensor,
+    errors: torch.Tensor,
+    write_weights: torch.Tensor,
+    order: torch.Tensor,
+    rows: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    lr: float,
+    clip: float,
+) -> torch.Tensor:
+    """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
+    steps = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
+    segment_rows(
+        steps,
+        errors,
+        write_weights,
+        order,
+        rows,
+        start,
+        end,
+        epilogue="step_grad",
+        table=grad_values,
+        compact=True,
+        lr=lr,
+        clip=clip,
+    )
+    return steps
 
 
 def update_grad(
@@ -115,20 +149,6 @@ def update_grad(
     """
     if clip is None:
         return gather(grad_values, slots, weights=write_weights, vectors=errors, factor=lr)
-    step_grad = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
-    segment_rows(
-        step_grad,
-        errors,
-        write_weights,
-        order,
-        rows,
-        start,
-        end,
-        epilogue="step_grad",
-        table=grad_values,
-        compact=True,
-        lr=lr,
-        clip=clip,
-    )
+    steps = step_grad(grad_values, errors, write_weights, order, rows, start, end, lr=lr, clip=clip)
     compact_slots = torch.empty_like(start).scatter_(0, order, start).view_as(slots)
-    return gather(step_grad, compact_slots, weights=write_weights, vectors=errors)
+    return gather(steps, compact_slots, weights=write_weights, vectors=errors)

@@ -1,0 +1,458 @@
+"""The key step: one step of the sub-keys toward being used evenly; and the joint backward of lookup and key step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _checks as checks
+from .kernels import compute_dtype
+from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
+from .plan import Plan, plan_segments, segment_totals
+
+
+def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
+    """The sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, in plain PyTorch: [H, 2·n]."""
+    heads = coefficients.shape[1]
+    sums = coefficients.new_zeros(heads * 2 * num_keys)
+    _, touched, totals = segment_totals(plan, coefficients.new_ones(1, 1), coefficients)
+    sums[touched] = totals.squeeze(1)
+    return sums.view(heads, 2 * num_keys)
+
+
+def _pool_picks(coefficients: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int) -> Tensor:
+    """For each pick, the sum of `coefficients` over all picks of its sub-key, heads pooled: [M, H, 2, K]."""
+    return _sum_picks(coefficients, plan, num_keys).sum(0)[sub_keys % (2 * num_keys)]
+
+
+def _centre(x: Tensor, probabilities: Tensor) -> Tensor:
+    """x - Σ P·x, the sum over the K picks of a half."""
+    return x - (probabilities * x).sum(-1, keepdim=True)
+
+
+def _slope(usage: Tensor, probabilities: Tensor) -> Tensor:
+    """The slope u of P̄·log(P̄ + 1e-8) at P̄ = `usage`, less its mean over the picks of a half."""
+    return _centre(torch.log(usage + 1e-8) + usage / (usage + 1e-8), probabilities)
+
+
+def _step_coefficients(
+    probabilities: Tensor, sub_keys: Tensor, plan: Plan, *, num_keys: int, weight: float, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pick P̄, the centred slope and c, the gradient of its half score, in plain PyTorch: [M, H, 2, K]."""
+    usage = _pool_picks(probabilities, sub_keys, plan, num_keys) / num_rows
+    slope = _slope(usage, probabilities)
+    return usage, slope, weight / num_rows * probabilities * slope
+
+
+@checks.without_autocast
+def _step_keys_torch(
+    keys: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    *,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+) -> Tensor:
+    num_keys = keys.shape[2]
+    plan = plan_segments(sub_keys, keys.shape[0] * 2 * num_keys)
+    _, _, coefficients = _step_coefficients(
+        half_scores.softmax(-1),
+        sub_keys,
+        plan,
+        num_keys=num_keys,
+        weight=weight,
+        num_rows=queries.shape[0] * queries.shape[1],
+    )
+    _, totals = half_grad_torch(
+        coefficients, queries, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
+    )
+    if clip is not None:
+        totals.clamp_(-clip, clip)
+    return totals.mul_(-lr).add_(keys, alpha=1.0 - lr * weight_decay).to(keys.dtype)
+
+
+def step_keys(
+    keys: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    *,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    backend: str,
+) -> Tensor:
+    """New keys after a key step over queries [M, H, Dk], whose lookup gave `half_scores` and `sub_keys` [M, H, 2, K].
+
+    Trusts its input. The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once.
+    """
+    options: dict[str, Any] = {"eps": eps, "lr": lr, "weight": weight, "weight_decay": weight_decay, "clip": clip}
+    stepped = weight != 0.0 and half_scores.numel() > 0
+    if stepped and not checks.use_triton(backend, queries):
+        return _step_keys_torch(keys, queries, half_scores, sub_keys, score=score, **options)
+    out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
+    out.copy_(keys) if weight_decay == 0.0 else torch.mul(keys, 1.0 - lr * weight_decay, out=out)
+    if stepped:
+        from .kernels import addressing
+
+        plan = plan_segments(sub_keys, out.shape[:3].numel())
+        probabilities = half_scores.softmax(-1)
+        tables = (keys.flatten(0, 2), out.flatten(0, 2))
+        addressing.step_keys(*tables, queries, probabilities, sub_keys, plan, idw=score == "idw", **options)
+    return out
+
+
+def _pick_grads(grad_scores: Tensor, slots: Tensor, sub_keys: Tensor, num_keys: int) -> Tensor:
+    """Gradients [M, H, K] of scores as those of the half scores that they are sums of, in plain PyTorch."""
+    grad_halves = torch.empty(sub_keys.shape, dtype=grad_scores.dtype, device=grad_scores.device)
+    columns = sub_keys % num_keys
+    for block in pick_blocks(sub_keys, slots.shape[2]):
+        parts = torch.stack((slots[block] // num_keys, slots[block] % num_keys), dim=2)
+        is_part = columns[block].unsqueeze(-1) == parts.unsqueeze(-2)  # [M, H, 2, K half winners, K winners]
+        grad_halves[block] = torch.where(is_part, grad_scores[block, :, None, None], 0.0).sum(-1)
+    return grad_halves
+
+
+@checks.without_autocast
+def _address_grad_torch(
+    grad_new_keys: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    probabilities: Tensor,
+    sub_keys: Tensor,
+    grad_scores: Tensor | None,
+    slots: Tensor | None,
+    plan: Plan,
+    *,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    num_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.addressing.address_grad` in plain PyTorch."""
+    dtype = compute_dtype(keys.dtype)
+    num_keys, half = keys.shape[2:]
+    if grad_scores is None or slots is None:
+        grad_halves = torch.zeros_like(probabilities)
+    else:
+        grad_halves = _pick_grads(grad_scores.to(dtype), slots, sub_keys, num_keys)
+    factors = grad_totals = None
+    if weight != 0.0 and num_rows > 0:
+        usage, slope, coefficients = _step_coefficients(
+            probabilities, sub_keys, plan, num_keys=num_keys, weight=weight, num_rows=num_rows
+        )
+        grad_totals = grad_new_keys * -lr
+        if clip is not None:  # the totals again, and no gradient where the clamp was active
+            _, totals = half_grad_torch(
+                coefficients, queries, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
+            )
+            grad_totals = torch.where(totals.abs() <= clip, grad_totals, 0.0)
+        table, directions = keys.flatten(0, 2).to(dtype), grad_totals.flatten(0, 2)
+        factors, dots = coefficients, torch.empty_like(probabilities)  # dots: <V, ds/dk>
+        if score == "idw":
+            factors = torch.empty_like(coefficients)
+        for block in pick_blocks(sub_keys, half):
+            picked = sub_keys[block]
+            vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            dots[block] = pick_rows(directions, picked).mul_(vectors).sum(-1)
+            if distances is not None:
+                dots[block] *= 2.0 / distances
+                factors[block] = 2.0 * coefficients[block] / distances
+        shares = probabilities * _centre(dots, probabilities)
+        grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
+        bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
+        # Up to a constant, which P·(dP - Σ P·dP) does not see.
+        grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
+        grad_halves += weight / num_rows * probabilities * _centre(grad_p, probabilities)
+        if score == "idw":
+            grad_halves += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
+    grad_queries, grad_keys = half_grad_torch(
+        grad_halves,
+        queries,
+        keys,
+        sub_keys,
+        score=score,
+        eps=eps,
+        step_factors=factors,
+        grad_totals=grad_totals,
+        plan=plan,
+    )
+    grad_keys.add_(grad_new_keys, alpha=1.0 - lr * weight_decay)
+    if score == "idw" and factors is not None and grad_totals is not None:
+        grad_keys.addcmul_(grad_totals, _sum_picks(factors, plan, num_keys).view(*keys.shape[:3], 1), value=-1.0)
+    return grad_queries, grad_keys
+
+
+def address_grad(
+    grad_new_keys: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    grad_scores: Tensor | None,
+    slots: Tensor | None,
+    *,
+    first_row: int,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The joint backward of a lookup of queries [M, H, Dk] and of a key step over queries[first_row:], same keys.
+
+    Trusts its input. Without a lookup's gradient `grad_scores` and `slots` [M, H, K] are None; without a key step
+    weight and weight_decay are 0. `grad_new_keys` is [H, 2, n, Dk/2], in the compute dtype.
+
+    Returns:
+        The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2], in the compute dtype.
+    """
+    grad_new_keys = grad_new_keys.contiguous()
+    if sub_keys.numel() == 0:
+        return grad_new_keys.new_zeros(queries.shape), grad_new_keys * (1.0 - lr * weight_decay)
+    probabilities = half_scores.softmax(-1)
+    if first_row > 0:
+        probabilities[:first_row] = 0.0
+    plan = plan_segments(sub_keys, keys.shape[:3].numel())
+    picks = (queries, probabilities, sub_keys, grad_scores, slots, plan)
+    options: dict[str, Any] = {
+        "eps": eps,
+        "lr": lr,
+        "weight": weight,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "num_rows": (queries.shape[0] - first_row) * queries.shape[1],
+    }
+    if not checks.use_triton(backend, queries):
+        return _address_grad_torch(grad_new_keys, keys, *picks, score=score, **options)
+    from .kernels import addressing
+
+    grad_queries, grad_keys = addressing.address_grad(
+        grad_new_keys.flatten(0, 2), keys.flatten(0, 2), *picks, idw=score == "idw", **options
+    )
+    return grad_queries, grad_keys.view(keys.shape)
+
+
+@torch.library.custom_op("fwpkm_kernels::product_key_update", mutates_args=())
+def _update_op(
+    keys: Tensor,
+    queries: Tensor,
+    top_k: int,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new keys, and what backward reads: the half scores and sub-keys that won."""
+    _, _, half_scores, sub_keys = lookup_halves(
+        queries, keys, top_k=top_k, score=score, eps=eps, precision=precision, backend=backend
+    )
+    new_keys = step_keys(
+        keys,
+        queries,
+        half_scores,
+        sub_keys,
+        score=score,
+        eps=eps,
+        lr=lr,
+        weight=weight,
+        weight_decay=weight_decay,
+        clip=clip,
+        backend=backend,
+    )
+    return new_keys, half_scores, sub_keys
+
+
+@_update_op.register_fake
+def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend):  # type: ignore[no-untyped-def]
+    size = (*queries.shape[:2], 2, top_k)
+    half_scores = keys.new_empty(size, dtype=compute_dtype(keys.dtype))
+    return keys.new_empty(keys.shape), half_scores, keys.new_empty(size, dtype=torch.int32)
+
+
+@torch.library.custom_op("fwpkm_kernels::product_key_update_backward", mutates_args=())
+def _update_grad_op(
+    grad_new_keys: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_queries, grad_keys = address_grad(
+        grad_new_keys.to(half_scores.dtype),
+        keys,
+        queries,
+        half_scores,
+        sub_keys,
+        None,
+        None,
+        first_row=0,
+        score=score,
+        eps=eps,
+        lr=lr,
+        weight=weight,
+        weight_decay=weight_decay,
+        clip=clip,
+        backend=backend,
+    )
+    return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
+
+
+@_update_grad_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_new_keys, keys, queries, half_scores, sub_keys, score, eps, lr, weight, weight_decay, clip, backend
+):
+    return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+
+
+class _ProductKeyUpdateBackward(Function):
+    """First derivatives; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_new_keys: Tensor, keys: Tensor, queries: Tensor, *rest: Any) -> Any:
+        return _update_grad_op(grad_new_keys, keys, queries, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("product_key_update cannot be differentiated twice")
+
+
+class ProductKeyUpdate(Function):
+    """`product_key_update` as an autograd Function: apply(keys, queries, top_k, score, eps, lr, weight, weight_decay,
+    clip, precision, backend)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keys: Tensor,
+        queries: Tensor,
+        top_k: int,
+        score: str = "idw",
+        eps: float = 1e-3,
+        lr: float = 1.0,
+        weight: float = 1.0,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+        precision: str = "tf32x3",
+        backend: str = "auto",
+    ) -> Tensor:
+        """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
+        _check_update(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
+        eps, lr, weight, weight_decay = float(eps), float(lr), float(weight), float(weight_decay)
+        clip = None if clip is None else float(clip)
+        new_keys, half_scores, sub_keys = _update_op(
+            keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
+        )
+        ctx.save_for_backward(keys, queries, half_scores, sub_keys)
+        ctx.options = (score, eps, lr, weight, weight_decay, clip, backend)
+        return new_keys
+
+    @staticmethod
+    def backward(ctx: Any, grad_new_keys: Tensor) -> Any:
+        """The closed form of the second derivatives of the addressing loss, times the incoming gradient."""
+        needs_keys, needs_queries = ctx.needs_input_grad[:2]
+        grad_queries, grad_keys = _ProductKeyUpdateBackward.apply(grad_new_keys, *ctx.saved_tensors, *ctx.options)
+        grads = (grad_keys if needs_keys else None, grad_queries if needs_queries else None)
+        return (*grads, None, None, None, None, None, None, None, None, None)
+
+
+def _check_update(
+    keys: Tensor,
+    queries: Tensor,
+    top_k: int,
+    score: str,
+    eps: float,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+    precision: str,
+    backend: str,
+) -> None:
+    checks.check_tensor("queries", queries, 3, "[M, H, Dk]")
+    check_lookup(queries, keys, top_k, score, eps, precision, backend)
+    checks.check_number("lr", lr)
+    checks.check_number("weight", weight)
+    checks.check_number("weight_decay", weight_decay, minimum=0)
+    if clip is not None:
+        checks.check_number("clip", clip, minimum=0)
+
+
+def product_key_update(
+    keys: Tensor,
+    queries: Tensor,
+    *,
+    top_k: int,
+    score: str = "idw",
+    eps: float = 1e-3,
+    lr: float = 1.0,
+    weight: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    precision: str = "tf32x3",
+    backend: str = "auto",
+) -> Tensor:
+    """Step the sub-keys once toward being used evenly: gradient descent on the addressing loss.
+
+    Each half of a row picks its K best sub-keys, as `product_key_lookup` does. With P the softmax over their scores, 0
+    for the others, and P̄ its mean over all M·H rows, heads pooled::
+
+        L = weight · Σ_halves Σ_j P̄_j · log(P̄_j + 1e-8)
+        new = keys - lr · ( clamp(dL/dkeys, -clip, clip) + weight_decay · keys )
+
+    The picks are held constant, so only sub-keys that were picked get a gradient of L. Sums over the picks of a sub-key
+    have one owner and a fixed order, in float32 (float64 for float64); half precision keys are rounded once. Source:
+    FwPKM, arXiv 2601.00671, the addressing loss.
+
+    Ties: of equal scores the lower sub-key is picked. NaN in a query goes to the sub-keys that its row picks, and on to
+    those that are picked beside them in other rows.
+
+    Args:
+        keys: [H, 2, n, Dk/2], any strides; float32, float64, float16 or bfloat16. Never changed.
+        queries: [M, H, Dk], any strides. Half precision is cast to float32 on load.
+        top_k: K, from 1 to n.
+        score: "idw" or "dot", as in `product_key_lookup`.
+        eps: added to the squared distance, in its units; > 0 in the scores' dtype. Only idw uses it.
+        lr: the step size, a finite number.
+        weight: λ, a finite number; 0 removes the gradient of L, and not the decay.
+        weight_decay: >= 0; applies to every sub-key, also when M = 0.
+        clip: bound of each element of the gradient of L, >= 0; None means no bound.
+        precision: of the dot products that choose the picks, as in `product_key_lookup`.
+        backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    Returns:
+        New keys, contiguous and like `keys`, also when M = 0; differentiable in keys and queries, the picks being held
+        constant. Sub-keys that no row picks are bitwise those of `keys` unless weight_decay > 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    new_keys: Tensor = ProductKeyUpdate.apply(
+        keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
+    )
+    return new_keys

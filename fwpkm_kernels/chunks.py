@@ -1,0 +1,294 @@
+"""How a sequence is cut into chunks, and the small [rows, J] algebra between scores and what a write does with them.
+
+A chunk of the sequence reads the positions [start, stop) for output. Under ``boundary="carry"`` it first reads the
+``lookahead`` positions before start again, for writing only: they belong to the chunk before, which could not see their
+targets. So a chunk is a window [first, stop) of positions, of which it writes a prefix [first, last).
+
+The reads of a sequence are numbered chunk by chunk, position by position, batch item by batch item. In this order a
+chunk's reads, those it writes, and those it outputs are slices.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import Plan, count_accesses, plan_segments, within_chunks
+
+
+class Chunk(NamedTuple):
+    """One chunk of a sequence, in positions."""
+
+    first: int  #: of the window that it reads
+    start: int  #: of what it reads for output
+    stop: int  #: one past the window
+    last: int  #: one past what it writes; ``first`` if it writes nothing
+    is_written: bool  #: whether decay and key step happen after it
+    offset: int  #: how many positions all chunks before it read
+
+    def rows(self, batch: int) -> slice:
+        """Its reads among those of the sequence."""
+        return slice(self.offset * batch, (self.offset + self.stop - self.first) * batch)
+
+
+def cut(length: int, chunk_size: int, lookahead: int, boundary: str) -> list[Chunk]:
+    """The chunks of a sequence of `length` positions."""
+    chunks: list[Chunk] = []
+    offset = 0
+    for start in range(0, length, chunk_size):
+        stop = min(start + chunk_size, length)
+        is_written = boundary == "drop" or stop - start == chunk_size
+        first = max(0, start - lookahead) if boundary == "carry" and is_written else start
+        last = max(first, stop - lookahead) if is_written else first
+        chunks.append(Chunk(first, start, stop, last, is_written, offset))
+        offset += stop - first
+    return chunks
+
+
+def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary: str) -> int:
+    """How many positions the chunks of a sequence read, re-reads included; `length` may be symbolic."""
+    if boundary == "drop":
+        return length
+    return length + lookahead * torch.sym_max(length // chunk_size - 1, 0)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[B, T, ...] as [T·B, ...], time first: so every chunk is a slice. A copy unless B = 1."""
+    return x.transpose(0, 1).reshape(-1, *x.shape[2:])
+
+
+def items_of(rows: Tensor, length: int, batch: int) -> Tensor:
+    """[T·B, ...] as [B, T, ...], contiguous."""
+    return rows.view(length, batch, *rows.shape[1:]).transpose(0, 1).contiguous()
+
+
+def count_writes(length: int, chunk_size: int, boundary: str) -> int:
+    """How many chunks of a sequence are written; `length` may be symbolic."""
+    return length // chunk_size if boundary == "carry" else (length + chunk_size - 1) // chunk_size
+
+
+class Reads(NamedTuple):
+    """Where each read of a sequence comes from: every field but `output` is [R]."""
+
+    token: Tensor  #: int64: what it reads, as position·B + batch item
+    chunk: Tensor  #: int64: the chunk that reads it
+    first: Tensor  #: int64: the first read of that chunk
+    end: Tensor  #: int64: one past the last read of that chunk
+    written: Tensor  #: bool: whether it is written
+    output: Tensor  #: int64 [T·B]: for each position and batch item, which read is its output
+
+
+def number_reads(
+    length: int, batch: int, chunk_size: int, lookahead: int, boundary: str, device: torch.device
+) -> Reads:
+    """Number the reads of a sequence. Computed on the device: nothing is copied there, and nothing waits for it."""
+    positions = torch.arange(length, device=device)
+    if boundary == "drop":
+        position = positions
+        chunk = positions // chunk_size
+        first = chunk * chunk_size
+        end = (first + chunk_size).clamp(max=length)
+        written = position < end - lookahead
+        output = positions
+    else:
+        full = length // chunk_size
+        reads = torch.arange(count_read_positions(length, chunk_size, lookahead, boundary), device=device)
+        # As if the first chunk had re-reads too; a last chunk that is not full has none.
+        window = chunk_size + lookahead
+        chunk = (reads + lookahead) // window
+        first = (chunk * window - lookahead).clamp(min=0)
+        is_full = chunk < full
+        has_rereads = is_full & (chunk > 0)
+        position = chunk * chunk_size + reads - first - lookahead * has_rereads
+        end = (chunk * window + chunk_size).clamp(max=reads.numel())
+        written = is_full & (position < (chunk + 1) * chunk_size - lookahead)
+        output = positions + lookahead * (positions // chunk_size).clamp(max=max(full - 1, 0))
+
+    items = torch.arange(batch, device=device)
+
+    def for_items(x: Tensor) -> Tensor:
+        return x.unsqueeze(1).expand(-1, batch).reshape(-1)
+
+    return Reads(
+        (position.unsqueeze(1) * batch + items).view(-1),
+        for_items(chunk),
+        for_items(first * batch),
+        for_items(end * batch),
+        for_items(written),
+        (output.unsqueeze(1) * batch + items).view(-1),
+    )
+
+
+#: The fields of `Options` in the schema of an operator.
+OPTIONS_SCHEMA = (
+    "int chunk_size, int top_k, int lookahead, str score, float eps, str weighting, float temperature, float lr, "
+    "float weight_decay, float? clip, float addressing_weight, str key_gradient, str step, str boundary, "
+    "str precision, str backend"
+)
+
+
+class Options(NamedTuple):
+    """The options of `fast_weight_memory`, in its order."""
+
+    chunk_size: int = 512
+    top_k: int = 8
+    lookahead: int = 1
+    score: str = "idw"
+    eps: float = 1e-3
+    weighting: str = "softmax"
+    temperature: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    addressing_weight: float = 1.0
+    key_gradient: str = "addressing"
+    step: str = "paper"
+    boundary: str = "carry"
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+    def cut(self, length: int) -> list[Chunk]:
+        """The chunks of a sequence."""
+        return cut(length, self.chunk_size, self.lookahead, self.boundary)
+
+    def number_reads(self, length: int, batch: int, device: torch.device) -> Reads:
+        """The reads of a sequence."""
+        return number_reads(length, batch, self.chunk_size, self.lookahead, self.boundary, device)
+
+    @property
+    def lookup(self) -> dict[str, Any]:
+        """Those of `lookup_halves`."""
+        names = ("top_k", "score", "eps", "precision", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def key_step(self) -> dict[str, Any]:
+        """Those of `step_keys`."""
+        names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
+        return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+
+    @property
+    def keys_move(self) -> bool:
+        """Whether a key step can change the keys at all."""
+        return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
+
+
+def plan_reads(
+    slots: Tensor, num_slots: int, num_chunks: int, reads: Reads, mask: Tensor | None, boundary: str
+) -> tuple[Plan, Tensor]:
+    """One stable sort for the writes of all chunks: the plan of each (`within_chunks`), and n_s of every access.
+
+    Args:
+        slots: [R, J], of all reads.
+        mask: [R] or None.
+
+    Returns:
+        The plan, and the counts [R, J]: under "drop" of all accesses of a chunk, under "carry" of those written and
+        unmasked.
+    """
+    picks = slots.shape[1]
+    plan = plan_segments(slots + (reads.chunk * num_slots).unsqueeze(1), num_chunks * num_slots)
+    counted = None
+    if boundary == "carry":
+        counted = reads.written if mask is None else reads.written & (mask > 0)
+        counted = counted.repeat_interleave(picks)
+    counts = count_accesses(plan, counted).view(slots.shape)
+    chunk, first = (x.repeat_interleave(picks) for x in (reads.chunk, reads.first * picks))
+    return within_chunks(plan, num_slots, chunk, first), counts
+
+
+def step_ratio(reads: Reads, mask: Tensor | None, lookahead: int, boundary: str, dtype: torch.dtype) -> Tensor | None:
+    """S/E for each read, [R]; None where it is 1.
+
+    Under "drop", E counts what the chunk writes, masked or not, and S what it reads, or the unmasked among the E.
+    """
+    if boundary == "carry" or (mask is None and lookahead == 0):
+        return None
+    size = reads.end - reads.first
+    running = F.pad(torch.cumsum(reads.written, 0), (1, 0))
+    written = running[reads.end] - running[reads.first]
+    if mask is not None:
+        running = F.pad(torch.cumsum(reads.written & (mask > 0), 0), (1, 0))
+        size = running[reads.end] - running[reads.first]
+    return size.to(dtype) / written.clamp(min=1)
+
+
+def weigh(scores: Tensor, weighting: str, temperature: float) -> Tensor:
+    """Weights [..., J] of the J picks of a token together: softmax, silu or relu of scores / temperature."""
+    scaled = scores / temperature
+    if weighting == "softmax":
+        return torch.softmax(scaled, dim=-1)
+    return F.silu(scaled) if weighting == "silu" else torch.relu(scaled)
+
+
+def weigh_grad(grad_weights: Tensor, scores: Tensor, weighting: str, temperature: float) -> Tensor:
+    """Gradient of the scores, differentiable in both arguments."""
+    if weighting == "softmax":
+        weights = weigh(scores, weighting, temperature)
+        grad = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    else:
+        scaled = scores / temperature
+        if weighting == "silu":
+            sigmoid = torch.sigmoid(scaled)
+            grad = grad_weights * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
+        else:
+            grad = torch.where(scaled > 0, grad_weights, 0.0)
+    return grad / temperature
+
+
+def write_scale(weights: Tensor, ratio: Tensor | None, step: str) -> Tensor | float:
+    """α, without what else multiplies e: J·(S/E), or (S/E) / Σⱼ wⱼ² for each read, and 0 where that sum is 0."""
+    if step == "paper":
+        picks = float(weights.shape[-1])
+        return picks if ratio is None else picks * ratio
+    squares = weights.square().sum(-1)
+    is_zero = squares == 0
+    numerator = torch.ones_like(squares) if ratio is None else ratio
+    return torch.where(is_zero, 0.0, numerator / torch.where(is_zero, 1.0, squares))
+
+
+def write_weights(
+    weights: Tensor, counts: Tensor, scale: Tensor | float, factors: list[Tensor], written: Tensor | None = None
+) -> Tensor:
+    """c = α·g·m·w / n_s, [R, J]: everything that multiplies e; 0 for a read that is not written.
+
+    Args:
+        weights: w, [R, J].
+        counts: n_s, [R, J].
+        scale: α, a number or [R].
+        factors: gates g and mask m as far as there are any, each [R], in the dtype of the weights.
+        written: [R], bool; None is all.
+    """
+    result = weights / counts
+    for factor in (scale, *factors):
+        result = result * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
+    # Not a product: what is not written has no effect even if it is NaN.
+    return result if written is None else torch.where(written.unsqueeze(1), result, 0.0)
+
+
+def write_weights_grad(
+    grad: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    ratio: Tensor | None,
+    step: str,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    written: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `write_weights` to the weights, [R, J], and to the gates, [R]."""
+    per_weight = torch.where(written.unsqueeze(1), grad, 0.0) / counts
+    per_read = torch.where(written, (per_weight * weights).sum(1), 0.0)
+    scale = write_scale(weights, ratio, step)
+    for_gates = per_read * scale if mask is None else per_read * scale * mask
+    factor = torch.ones_like(per_read)
+    for x in (gates, mask):
+        factor = factor if x is None else factor * x
+    for_weights = per_weight * (factor * scale).unsqueeze(1)
+    if step == "normalized":
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and S = ρ/α.
+        squares = weights.square().sum(-1)
+        for_scale = torch.where(squares == 0, 0.0, -2.0 * scale / torch.where(squares == 0, 1.0, squares))
+        for_weights = for_weights + (per_read * factor * for_scale).unsqueeze(1) * weights
+    return for_weights, for_gates

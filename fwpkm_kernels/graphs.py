@@ -1,0 +1,176 @@
+"""CUDA graphs of streaming steps: what a step launches, captured once and replayed as one launch."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .chunks import Options
+from .streaming import (
+    MemoryState,
+    Tokens,
+    check_step,
+    close_chunk,
+    fast_weight_memory_step,
+    read_and_close_chunk,
+    read_piece,
+)
+
+
+class Graph(Protocol):
+    """What `torch.cuda.CUDAGraph` has of it."""
+
+    def replay(self) -> None:
+        """Run what was captured again."""
+
+
+def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
+    """Capture `function` in a CUDA graph, after running `warm_up`, which launches the same on other tensors."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warm_up()  # kernels are compiled, and libraries set up, outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+class MemoryGraph:
+    """Streaming steps of a fixed number of tokens, replayed as CUDA graphs.
+
+    A step branches on the host where a chunk ends, which a captured graph would freeze. So there are two graphs: one
+    reads `t` tokens somewhere inside a chunk, one reads the `t` tokens that complete a chunk and writes it; the right
+    one is replayed. With t = chunk_size there is only the second. The first chunk of a sequence carries nothing over
+    from a chunk before, so the step that completes it is not captured but run as `fast_weight_memory_step`.
+
+    All options are frozen into the graphs, also lr, weight_decay, clip and addressing_weight.
+
+    Args:
+        state: the memory, on a GPU; the graphs read and write its tensors in place. Between calls it may be reset,
+            loaded into, and stepped by other means. A copy of it is held while the graphs are captured.
+        queries: [B, t, H, Dk]: only the shape and dtype matter. `t` must divide `chunk_size`.
+        targets: [B, t, D], likewise.
+        gates, mask: [B, t], likewise; None if calls will have none.
+        options: those of `fast_weight_memory_step`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came: a state that is not on a GPU, a
+            number of tokens that does not divide `chunk_size`.
+    """
+
+    def __init__(
+        self,
+        state: MemoryState,
+        queries: Tensor,
+        targets: Tensor,
+        *,
+        gates: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(set(options) - set(Options._fields))
+        if unknown:
+            raise TypeError(f"unknown options {unknown}, expected some of {sorted(Options._fields)}")
+        o = check_step(state, queries, targets, gates, mask, Options(**options))
+        if not state.values.is_cuda:
+            raise ValueError(f"`state` must be on a GPU to be captured, got {state.values.device}")
+        if o.backend == "torch":
+            raise ValueError("`backend` must be 'auto' or 'triton' to be captured: 'torch' waits for the GPU")
+        self._count = queries.shape[1]
+        if self._count == 0 or o.chunk_size % self._count != 0:
+            raise ValueError(
+                f"`queries` [B, t, H, Dk] must have a t that divides `chunk_size`, "
+                f"got {checks.shape(queries)} against {o.chunk_size}"
+            )
+        self._state, self._options = state, o
+        self._queue = state._bind(queries, targets, o)
+        static = (None if x is None else torch.empty_like(x.transpose(0, 1)) for x in (gates, mask))
+        with torch.no_grad():
+            self._tokens = Tokens(
+                torch.zeros_like(queries.transpose(0, 1), memory_format=torch.contiguous_format),
+                torch.zeros_like(targets.transpose(0, 1), memory_format=torch.contiguous_format),
+                *static,
+            )
+            self._output = torch.empty_like(self._tokens.targets)
+            self._where = torch.arange(self._count, device=state.values.device)
+            spare = state.clone()
+            self._close = capture(lambda: self._run_close(state), lambda: self._run_close(spare))
+            self._read = None
+            if self._count < o.chunk_size:
+                self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
+
+    def _run_read(self, state: MemoryState) -> None:
+        """Read the tokens, at a place in the chunk that is known when the graph is replayed."""
+        assert state._queue is not None
+        read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._where, self._options)
+
+    def _run_close(self, state: MemoryState) -> None:
+        """Read the last tokens of a chunk that is not the first, and write it."""
+        assert state._queue is not None
+        memory, o = (state.keys, state.values, state._touched, state._queue), self._options
+        if self._count == o.chunk_size:
+            read_and_close_chunk(*memory, self._tokens, self._output, False, o)
+        else:
+            where = slice(o.chunk_size - self._count, o.chunk_size)
+            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, where, o)
+            close_chunk(*memory, False, o)
+
+    def __call__(
+        self, queries: Tensor, targets: Tensor, *, gates: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Read the next tokens: what `fast_weight_memory_step` does, by replaying graphs.
+
+        Args:
+            queries: [B, m, H, Dk], m a multiple of the captured t.
+            targets: [B, m, D].
+            gates, mask: [B, m], given if and only if they were for the capture.
+
+        Returns:
+            output [B, m, D], a tensor of its own.
+
+        Raises:
+            ValueError: where the graphs would be wrong: m is not a multiple of t, the state's position is not, the
+                state's tensors are not those that were captured, or gates or mask are there and were not, or the
+                reverse. Nothing has been written by then.
+        """
+        o, state = self._options, self._state
+        check_step(state, queries, targets, gates, mask, o)
+        state._bind(queries, targets, o)
+        if state._queue is not self._queue:
+            raise ValueError("`state` has a new queue since the capture; capture it again")
+        for name, x, static in (("gates", gates, self._tokens.gates), ("mask", mask, self._tokens.mask)):
+            if (x is None) != (static is None):
+                raise ValueError(f"`{name}` must be given if and only if it was for the capture")
+        length, count = queries.shape[1], self._count
+        for name, tokens in (("queries", length), ("state", state.position)):
+            if tokens % count != 0:
+                what = "have a t that is" if name == "queries" else "be at a position that is"
+                raise ValueError(f"`{name}` must {what} a multiple of the {count} tokens captured, got {tokens}")
+        given = [None if x is None else x.detach().transpose(0, 1) for x in (queries, targets, gates, mask)]
+        output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
+        for begin in range(0, length, count):
+            part = slice(begin, begin + count)
+            place = state.position % o.chunk_size
+            closes = place + count == o.chunk_size
+            if closes and state.position < o.chunk_size:
+                options = o._asdict() | {
+                    "gates": None if gates is None else gates[:, part],
+                    "mask": None if mask is None else mask[:, part],
+                }
+                output[:, part] = fast_weight_memory_step(state, queries[:, part], targets[:, part], **options)
+                continue
+            for static, x in zip(self._tokens, given, strict=True):
+                if static is not None and x is not None:
+                    static.copy_(x[part])
+            if closes or self._read is None:
+                self._close.replay()
+            else:
+                torch.arange(place, place + count, out=self._where)
+                self._read.replay()
+            output[:, part] = self._output.transpose(0, 1)
+            state._position += count
+        return output

@@ -1,0 +1,542 @@
+"""The whole memory over a sequence: address scan, plan, value scan, and their backward."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _checks as checks
+from .chunks import (
+    OPTIONS_SCHEMA,
+    Options,
+    count_read_positions,
+    count_writes,
+    items_of,
+    plan_reads,
+    rows_of,
+    step_ratio,
+    weigh,
+    weigh_grad,
+    write_scale,
+    write_weights,
+    write_weights_grad,
+)
+from .coupled import coupled_memory
+from .kernels import compute_dtype
+from .lookup import check_lookup
+from .plan import Plan, check_rows, row_dtype
+from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
+
+WEIGHTINGS = ("softmax", "silu", "relu")
+KEY_GRADIENTS = ("addressing", "all")
+STEPS = ("paper", "normalized")
+BOUNDARIES = ("carry", "drop")
+
+
+class MemoryOutput(NamedTuple):
+    """What a sequence leaves behind."""
+
+    output: Tensor  #: [B, T, D], in the targets' dtype
+    keys: Tensor  #: [H, 2, n, Dk/2], after the last write
+    values: Tensor  #: [N, D], after the last write
+    slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
+    weights: Tensor  #: [B, T, J], of the output reads; not differentiable
+
+
+class Kept(NamedTuple):
+    """What the backward of a sequence reads besides its inputs; R reads, A = R·J accesses. No table is among them."""
+
+    scores: Tensor  #: [R, H, K]
+    slots: Tensor  #: int64 [R, H, K]
+    half_scores: Tensor  #: [R, H, 2, K]
+    sub_keys: Tensor  #: int32 [R, H, 2, K]
+    chunk_keys: Tensor  #: [writes + 1, H, 2, n, Dk/2]
+    write_weights: Tensor  #: [R, J]
+    counts: Tensor  #: int32 [R, J]
+    order: Tensor  #: int64 [A]: the plan
+    rows: Tensor  #: int32 [A]
+    start: Tensor  #: int32 [A]
+    end: Tensor  #: int32 [A]
+    log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start
+
+
+@checks.without_autocast
+def _forward(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    keep: bool,
+    o: Options,
+) -> list[Tensor]:
+    """Output, keys, values, slots and weights, and with `keep` what backward reads."""
+    batch, length = queries.shape[:2]
+    num_slots, width = values.shape
+    dtype = compute_dtype(values.dtype)
+    keys = keys.contiguous()  # so are, then, its copies and the final keys
+    reads = o.number_reads(length, batch, values.device)
+    by_token = (None if x is None else rows_of(x).to(dtype) for x in (gates, mask))
+    gates, mask = (None if x is None else x[reads.token] for x in by_token)
+
+    found = address_scan(rows_of(queries), keys, length, batch, o)
+    slots = found.slots.flatten(1)
+    weights = weigh(found.scores.flatten(1), o.weighting, o.temperature)
+    plan, counts = plan_reads(slots, num_slots, len(o.cut(length)), reads, mask, o.boundary)
+    check_rows(plan, num_slots)
+    ratio = step_ratio(reads, mask, o.lookahead, o.boundary, dtype)
+    factors = [x for x in (gates, mask) if x is not None]
+    coefficients = write_weights(weights, counts, write_scale(weights, ratio, o.step), factors, reads.written)
+
+    new_values = values.clone(memory_format=torch.contiguous_format)
+    output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
+    log = torch.empty(slots.numel(), width, dtype=values.dtype, device=values.device) if keep else None
+    value_scan(new_values, targets, slots, weights, coefficients, plan, output, log, o)
+
+    results = [output, found.keys, new_values, *(items_of(x[reads.output], length, batch) for x in (slots, weights))]
+    if log is not None:
+        addresses = (found.scores, found.slots, found.half_scores, found.sub_keys, found.chunk_keys)
+        results += Kept(*addresses, coefficients, counts, *plan, log)
+    return results
+
+
+@torch.library.custom_op(
+    "fwpkm_kernels::fast_weight_memory",
+    mutates_args=(),
+    schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
+    f"{OPTIONS_SCHEMA}) -> Tensor[]",
+)
+def _forward_op(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    keep: bool,
+    *options: Any,
+) -> list[Tensor]:
+    o = Options(*options)
+    if o.key_gradient == "all":
+        return list(coupled_memory(queries, targets, keys, values, gates, mask, o))
+    return _forward(queries, targets, keys, values, gates, mask, keep, o)
+
+
+@_forward_op.register_fake
+def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ignore[no-untyped-def]
+    o = Options(*options)
+    batch, length, heads, _ = queries.shape
+    picks, dtype = heads * o.top_k, compute_dtype(values.dtype)
+
+    def empty(dtype, *size):  # type: ignore[no-untyped-def]
+        return queries.new_empty(size, dtype=dtype)
+
+    results = [
+        empty(targets.dtype, *targets.shape),
+        empty(keys.dtype, *keys.shape),
+        empty(values.dtype, *values.shape),
+        empty(torch.int64, batch, length, picks),
+        empty(dtype, batch, length, picks),
+    ]
+    if keep and o.key_gradient != "all":
+        reads = batch * count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
+        writes = count_writes(length, o.chunk_size, o.boundary) if o.keys_move else 0
+        accesses = reads * picks
+        results += Kept(
+            scores=empty(dtype, reads, heads, o.top_k),
+            slots=empty(torch.int64, reads, heads, o.top_k),
+            half_scores=empty(dtype, reads, heads, 2, o.top_k),
+            sub_keys=empty(torch.int32, reads, heads, 2, o.top_k),
+            chunk_keys=empty(keys.dtype, writes + 1, *keys.shape),
+            write_weights=empty(dtype, reads, picks),
+            counts=empty(torch.int32, reads, picks),
+            order=empty(torch.int64, accesses),
+            rows=empty(row_dtype(values.shape[0]), accesses),
+            start=empty(torch.int32, accesses),
+            end=empty(torch.int32, accesses),
+            log=empty(values.dtype, accesses, values.shape[1]),
+        )
+    return results
+
+
+@torch.library.custom_op(
+    "fwpkm_kernels::fast_weight_memory_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
+    f"Tensor? gates, Tensor? mask, int num_slots, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
+)
+def _backward_op(
+    grad_output: Tensor | None,
+    grad_keys: Tensor | None,
+    grad_values: Tensor | None,
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    num_slots: int,
+    kept: list[Tensor],
+    *options: Any,
+) -> list[Tensor]:
+    grads = (grad_output, grad_keys, grad_values)
+    return _backward(queries, targets, gates, mask, grads, num_slots, Kept(*kept), Options(*options))
+
+
+@checks.without_autocast
+def _backward(
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    num_slots: int,
+    kept: Kept,
+    o: Options,
+) -> list[Tensor]:
+    """Gradients of queries, targets, keys, values, and of the gates if there are any."""
+    batch, length = queries.shape[:2]
+    dtype, device = kept.scores.dtype, queries.device
+    grad_output, grad_keys, grad_values = grads
+    if grad_output is None:
+        grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
+    # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
+    table_grad = torch.empty(num_slots, targets.shape[2], dtype=dtype, device=device)
+    table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
+    keys_shape = kept.chunk_keys.shape[1:]
+    if grad_keys is None:
+        grad_keys = torch.zeros(keys_shape, dtype=dtype, device=device)
+
+    reads = o.number_reads(length, batch, device)
+    gate_reads, mask_reads = (None if x is None else rows_of(x).to(dtype)[reads.token] for x in (gates, mask))
+    scores = kept.scores.flatten(1)
+    weights = weigh(scores, o.weighting, o.temperature)
+    grad_targets, grad_weights, grad_write_weights = value_scan_grad(
+        table_grad,
+        grad_output,
+        targets,
+        kept.slots.flatten(1),
+        weights,
+        kept.write_weights,
+        Plan(kept.order, kept.rows, kept.start, kept.end),
+        kept.log,
+        o,
+    )
+    ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, dtype)
+    through_write, grad_gates = write_weights_grad(
+        grad_write_weights, weights, kept.counts, ratio, o.step, gate_reads, mask_reads, reads.written
+    )
+    grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
+    found = Addresses(kept.scores, kept.slots, kept.half_scores, kept.sub_keys, kept.chunk_keys, kept.chunk_keys)
+    grad_queries, grad_keys = address_scan_grad(
+        grad_keys.to(dtype), grad_scores.view(kept.scores.shape), rows_of(queries), found, length, batch, o
+    )
+    results = [
+        items_of(grad_queries, length, batch).to(queries.dtype),
+        grad_targets,
+        grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format),
+        table_grad.to(kept.log.dtype),
+    ]
+    if gates is not None:
+        # Only one of a token's reads is written, and has a gradient.
+        by_token = torch.zeros(length * batch, dtype=dtype, device=device).index_add_(0, reads.token, grad_gates)
+        results.append(items_of(by_token, length, batch).to(gates.dtype))
+    return results
+
+
+@_backward_op.register_fake
+def _(grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_slots, kept, *options):  # type: ignore[no-untyped-def]
+    kept = Kept(*kept)
+    shapes = [
+        (queries.shape, queries.dtype),
+        (targets.shape, targets.dtype),
+        (kept.chunk_keys.shape[1:], kept.chunk_keys.dtype),
+        ((num_slots, targets.shape[2]), kept.log.dtype),
+    ]
+    if gates is not None:
+        shapes.append((gates.shape, gates.dtype))
+    return [queries.new_empty(size, dtype=kind) for size, kind in shapes]
+
+
+class _FastWeightMemoryBackward(Function):
+    """First derivatives; differentiating them again raises."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        o: Options,
+        num_slots: int,
+        grad_output: Tensor | None,
+        grad_keys: Tensor | None,
+        grad_values: Tensor | None,
+        queries: Tensor,
+        targets: Tensor,
+        keys: Tensor,
+        gates: Tensor | None,
+        mask: Tensor | None,
+        *saved: Tensor,
+    ) -> Any:
+        # The keys are an argument even where only copies of them are read: a second derivative through them must raise.
+        # The values need not be: where nothing else needs gradients, theirs do not depend on them.
+        grads = (grad_output, grad_keys, grad_values)
+        if o.key_gradient == "all":
+            results = _coupled_backward(queries, targets, gates, mask, (keys, *saved), grads, o)
+        else:
+            results = _backward_op(*grads, queries, targets, gates, mask, num_slots, list(saved), *o)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("fast_weight_memory cannot be differentiated twice")
+
+
+@checks.without_autocast
+def _coupled_backward(
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    saved: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    o: Options,
+) -> tuple[Tensor, ...]:
+    """Run the composed path again, this time with autograd, and differentiate it."""
+    leaves = [x.detach().requires_grad_() for x in (queries, targets, *saved, gates) if x is not None]
+    q, y, k, v = leaves[:4]
+    with torch.enable_grad():
+        outputs = coupled_memory(q, y, k, v, None if gates is None else leaves[4], mask, o)[:3]
+    used = [(x, grad.contiguous()) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
+    tensors, incoming = zip(*used, strict=True)
+    return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
+
+
+class FastWeightMemory(Function):
+    """`fast_weight_memory` as an autograd Function: apply(queries, targets, keys, values, chunk_size, top_k, lookahead,
+    score, eps, weighting, temperature, gates, mask, lr, weight_decay, clip, addressing_weight, key_gradient, step,
+    boundary, precision, backend) gives output, keys, values, slots and weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        targets: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        chunk_size: int = 512,
+        top_k: int = 8,
+        lookahead: int = 1,
+        score: str = "idw",
+        eps: float = 1e-3,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        gates: Tensor | None = None,
+        mask: Tensor | None = None,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+        addressing_weight: float = 1.0,
+        key_gradient: str = "addressing",
+        step: str = "paper",
+        boundary: str = "carry",
+        precision: str = "tf32x3",
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
+        o = Options(
+            chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
+            addressing_weight, key_gradient, step, boundary, precision, backend,
+        )  # fmt: skip
+        o = check_memory(queries, targets, keys, values, gates, mask, o)
+        # Else an unused gradient of the final table would come as a table of zeros.
+        ctx.set_materialize_grads(False)
+        results = _forward_op(queries, targets, keys, values, gates, mask, True, *o)
+        output, new_keys, new_values, slots, weights, *kept = results
+        if key_gradient == "all":
+            kept = [values]
+        ctx.save_for_backward(queries, targets, keys, gates, mask, *kept)
+        ctx.mark_non_differentiable(slots, weights)
+        ctx.options, ctx.num_slots = o, values.shape[0]
+        return output, new_keys, new_values, slots, weights
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any, grad_keys: Any, grad_values: Any, *_: Any) -> Any:
+        """The closed form: chunks in reverse, one dense gradient of the table, rows from the undo log."""
+        none = (None,) * 18
+        grads = (grad_output, grad_keys, grad_values)
+        if all(grad is None for grad in grads):
+            return (None, None, None, None, *none)
+        queries, targets, keys, gates, mask, *saved = ctx.saved_tensors
+        results = _FastWeightMemoryBackward.apply(
+            ctx.options, ctx.num_slots, *grads, queries, targets, keys, gates, mask, *saved
+        )
+        grad_gates = results[4] if gates is not None else None
+        return (*results[:4], *none[:7], grad_gates, *none[8:])
+
+
+def check_memory(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    o: Options,
+) -> Options:
+    """Validate the arguments of the whole memory; returns the options with their numbers as floats."""
+    checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
+    checks.check_tensor("targets", targets, 3, "[B, T, D]")
+    checks.check_tensor("values", values, 2, "[N, D]")
+    check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    if queries.shape[:2] != targets.shape[:2]:
+        raise ValueError(
+            f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
+            f"got {checks.shape(queries)} against {checks.shape(targets)}"
+        )
+    if targets.shape[2] != values.shape[1]:
+        raise ValueError(
+            f"`targets` must have the width of `values`, got {checks.shape(targets)} against {checks.shape(values)}"
+        )
+    if values.shape[0] != keys.shape[2] ** 2:
+        raise ValueError(
+            f"`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2], "
+            f"got {checks.shape(values)} against {checks.shape(keys)}"
+        )
+    floats = {"queries": queries, "targets": targets, "keys": keys, "values": values}
+    for name, x in (("gates", gates), ("mask", mask)):
+        if x is not None:
+            checks.check_tensor(name, x, 2, "[B, T]")
+            if x.shape != queries.shape[:2]:
+                raise ValueError(
+                    f"`{name}` must be [B, T] like `queries` [B, T, H, Dk], "
+                    f"got {checks.shape(x)} against {checks.shape(queries)}"
+                )
+    if gates is not None:
+        floats["gates"] = gates
+    for name, x in floats.items():
+        checks.check_float(name, x)
+    checks.check_together(**floats)
+    if mask is not None:
+        if mask.is_complex():
+            raise TypeError(f"`mask` must be bool, integer or real, got {mask.dtype}")
+        if mask.device != values.device:
+            raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
+    checks.check_int("chunk_size", o.chunk_size, minimum=1)
+    checks.check_int("lookahead", o.lookahead, minimum=0)
+    if o.lookahead > o.chunk_size:
+        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {o.lookahead} against {o.chunk_size}")
+    checks.check_choice("weighting", o.weighting, WEIGHTINGS)
+    checks.check_number("temperature", o.temperature)
+    if not o.temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {o.temperature}")
+    checks.check_number("lr", o.lr)
+    checks.check_number("weight_decay", o.weight_decay, minimum=0)
+    if o.clip is not None:
+        checks.check_number("clip", o.clip, minimum=0)
+    checks.check_number("addressing_weight", o.addressing_weight)
+    checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
+    checks.check_choice("step", o.step, STEPS)
+    checks.check_choice("boundary", o.boundary, BOUNDARIES)
+    return o._replace(
+        eps=float(o.eps),
+        temperature=float(o.temperature),
+        lr=float(o.lr),
+        weight_decay=float(o.weight_decay),
+        clip=None if o.clip is None else float(o.clip),
+        addressing_weight=float(o.addressing_weight),
+    )
+
+
+def fast_weight_memory(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    chunk_size: int = 512,
+    top_k: int = 8,
+    lookahead: int = 1,
+    score: str = "idw",
+    eps: float = 1e-3,
+    weighting: str = "softmax",
+    temperature: float = 1.0,
+    gates: Tensor | None = None,
+    mask: Tensor | None = None,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    addressing_weight: float = 1.0,
+    key_gradient: str = "addressing",
+    step: str = "paper",
+    boundary: str = "carry",
+    precision: str = "tf32x3",
+    backend: str = "auto",
+) -> MemoryOutput:
+    """Read a sequence, and rewrite keys and values after each chunk from the state that the chunk read.
+
+    A token t reads p_t = Σ_j w_tj · values[slot_tj]. The pair (t, t + lookahead) is written with the error
+    e_t = p_t - targets_{t + lookahead}; one write of all pairs of a chunk, over the whole batch, is::
+
+        G[s] = (1 / n_s) · Σ_{(t, j): slot = s} α_t · gates_t · mask_t · w_tj · e_t
+        values[s] = values[s] - lr · ( clamp(G[s], ±clip) + weight_decay · values[s] )
+        keys      = keys      - lr · ( clamp(∇L,   ±clip) + weight_decay · keys )          see `product_key_update`
+
+    n_s counts the accesses of slot s. α is J (times a ratio, below) with `step="paper"`, or 1 / Σ_j w_tj² with
+    `step="normalized"`, which rewrites a token alone on its slots exactly. Source: FwPKM, arXiv 2601.00671.
+
+    Boundaries. ``"carry"``: chunk c writes the pairs whose targets lie in it; the first `lookahead` of them belong to
+    the chunk before and are looked up and read again, for writing only. A sequence may be cut anywhere
+    (`fast_weight_memory_step`). A chunk that is not full is read and not written, and the call starts with an empty
+    queue and returns none: so the last `lookahead` tokens and an unfilled last chunk of a call are not written.
+    ``"drop"``, the authors' training code: a chunk writes the pairs that lie within it; n_s counts all its accesses,
+    also of unwritten and masked tokens, and α has the ratio S / E, E being the positions written and S those read (with
+    a mask, the unmasked among the E); the last chunk is written even if it is not full.
+    Every chunk that is written decays and takes the key step, even if nothing in it is written or unmasked.
+
+    Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
+    the mask are constants. What is kept for them is O(T · (J + 1) · D): each chunk's distinct rows as they were, and no
+    table; backward fills one dense gradient of the table. Final keys and values are differentiable too: pass them to
+    the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
+    private copy of the table is written in place. Inputs are never changed.
+
+    Args:
+        queries: [B, T, H, Dk]. Half precision is cast to float32 on load, here and below.
+        targets: [B, T, D].
+        keys: [H, 2, n, Dk/2].
+        values: [N, D], N = n²; one table for all heads and the whole batch. A half-precision table is rounded once per
+            row and write.
+        chunk_size: C, positions that are read before they are written.
+        top_k: K, picks per head, from 1 to n; J = H·K.
+        lookahead: L, from 0 to C.
+        score, eps, precision: of the lookup; see `product_key_lookup`.
+        weighting: "softmax", "silu" or "relu" of scores / temperature, over the J picks of a token together.
+        temperature: > 0.
+        gates: [B, T], write gates; None is all ones.
+        mask: [B, T], bool, integer or real, >= 0. It multiplies, and mask > 0 means unmasked. None is all ones.
+        lr: step size of values and keys.
+        weight_decay: >= 0; of all rows of both, at every write. 0 leaves rows that no token reads bitwise unchanged.
+        clip: clamp gradients of values and keys to [-clip, clip]; >= 0, None does not clamp.
+        addressing_weight: λ, weight of the key step's loss; 0 removes the loss, not the decay.
+        key_gradient: "addressing", or "all": the memorisation loss moves the keys too. The gradient of that is of
+            second order; "all" is a plain composed path, slower, and its backward does not compile with fullgraph=True.
+        step: "paper" or "normalized".
+        boundary: "carry" or "drop".
+        backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    Returns:
+        output [B, T, D] in the targets' dtype; keys and values after the last write; slots (int64) and weights
+        (float32; float64 for float64) of the output reads, [B, T, J] with j = head·K + pick, not differentiable.
+        T = 0 gives empty results and copies of keys and values.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    o = Options(
+        chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
+        addressing_weight, key_gradient, step, boundary, precision, backend,
+    )  # fmt: skip
+    tensors = (queries, targets, keys, values)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
+        # The Function takes the arguments in the public order, where gates and mask come in the middle.
+        return MemoryOutput(*FastWeightMemory.apply(*tensors, *o[:7], gates, mask, *o[7:]))
+    o = check_memory(queries, targets, keys, values, gates, mask, o)
+    return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))

@@ -1,0 +1,247 @@
+"""The two scans of a sequence, chunk by chunk, and their backward; and the read and the write of one chunk.
+
+Addresses never depend on values. So the address scan of a whole sequence runs first, one sort plans the writes of all
+chunks, and the value scan follows. It is one sparse delta rule with read weights w and write weights c::
+
+    p = Σⱼ wⱼ values[slotⱼ]      G[s] = Σ cⱼ e      values ← (1 - lr·wd) values - lr·clamp(G)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .addressing import address_grad, step_keys
+from .chunks import Options
+from .gather import gather_torch, row_dots
+from .kernels import compute_dtype
+from .lookup import lookup_halves
+from .plan import Plan
+from .update import write_grad_torch, write_torch
+
+
+def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor, backend: str) -> Tensor:
+    """The reads of a chunk, p = Σⱼ wⱼ·values[slotⱼ], and the errors e = p - y of those that are written, [M, D].
+
+    Args:
+        slots, weights: [M, J], M = positions·B rows.
+        targets: [positions written, B, D]: those of the first rows; the errors of the other rows are 0.
+        output: [positions output, B, D], any strides and float dtype: receives p of the last rows.
+    """
+    if checks.use_triton(backend, values):
+        from .kernels.memory import read as launch
+
+        return launch(values, slots, weights, targets, output)
+    predictions = gather_torch(values, slots, weights, compute_dtype(values.dtype))
+    num_written, num_output = targets.shape[:2].numel(), output.shape[:2].numel()
+    output.copy_(predictions[len(slots) - num_output :].view(output.shape))
+    predictions[:num_written] -= targets.reshape(num_written, predictions.shape[1])
+    predictions[num_written:] = 0.0
+    return predictions
+
+
+def write(
+    values: Tensor,
+    errors: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    *,
+    lr: float,
+    weight_decay: float,
+    clip: float | None,
+    backend: str,
+    log: Tensor | None = None,
+) -> None:
+    """Write a chunk in place: values = (1 - lr·wd)·values - lr·clamp(Σ weights·errors).
+
+    With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
+    """
+    if checks.use_triton(backend, values):
+        from .kernels.update import update
+
+        update(values, values, errors, weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip, log=log)
+    else:
+        write_torch(values, plan, errors, weights, lr, weight_decay, clip, log)
+
+
+def _access_rows(plan: Plan, picks: int) -> Tensor:
+    """Which row of the chunk's log each of its accesses finds: [M, J]."""
+    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.start).view(-1, picks)
+
+
+def _read_grad(
+    grad_values: Tensor,
+    log: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    write_weights: Tensor,
+    plan: Plan,
+    targets: Tensor,
+    grad_output: Tensor,
+    grad_targets: Tensor,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of a chunk's reads and of the small side of its write, from G' = grad_values after it.
+
+    Returns dp [M, D], dw [M, J] and dc [M, J], and writes `grad_targets` [positions written, B, D]::
+
+        r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
+    """
+    log_rows = _access_rows(plan, slots.shape[1])
+    num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
+    nothing = grad_output.new_empty((0, *grad_output.shape[1:]))
+    if checks.use_triton(o.backend, grad_values):
+        from .kernels.memory import read_grad
+        from .kernels.update import step_grad
+
+        steps, step_rows, factor = grad_values, slots, o.lr
+        if o.clip is not None:
+            errors = read(log, log_rows, weights, targets, nothing, o.backend)
+            steps = step_grad(grad_values, errors, write_weights, *plan, lr=o.lr, clip=o.clip)
+            step_rows, factor = log_rows, 1.0
+        tensors = (weights, write_weights, targets, grad_output, grad_targets)
+        return read_grad(log, log_rows, steps, step_rows, *tensors, factor=factor)
+    errors = read(log, log_rows, weights, targets, nothing, o.backend)
+    sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
+    grad_targets.copy_(sums[:num_written].view(targets.shape))
+    grad_predictions = sums.neg_()
+    grad_predictions[len(slots) - num_output :] += grad_output.reshape(num_output, sums.shape[1])
+    return grad_predictions, row_dots(log, log_rows, grad_predictions), -dots
+
+
+def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, decay: float, backend: str) -> None:
+    """grad_values = decay·grad_values + Σ weights·vectors, in place: what a write does with lr = -1."""
+    # 1 - lr·wd = decay.
+    write(grad_values, vectors, weights, plan, lr=-1.0, weight_decay=decay - 1.0, clip=None, backend=backend)
+
+
+class Addresses(NamedTuple):
+    """What the address scan finds, for all R reads of a sequence."""
+
+    scores: Tensor  #: [R, H, K]
+    slots: Tensor  #: int64 [R, H, K]
+    half_scores: Tensor  #: [R, H, 2, K]
+    sub_keys: Tensor  #: int32 [R, H, 2, K]
+    chunk_keys: (
+        Tensor  #: [writes + 1, H, 2, n, Dk/2]: the keys before and after each write; [1, ...] if they never move
+    )
+    keys: Tensor  #: the keys after the last write
+
+
+def address_scan(queries: Tensor, keys: Tensor, length: int, batch: int, o: Options) -> Addresses:
+    """Look up every read, chunk by chunk, and move the keys after each chunk. `queries` is [T·B, H, Dk]."""
+    if not o.keys_move:
+        token = o.number_reads(length, batch, keys.device).token
+        scores, slots, half_scores, sub_keys = (x[token] for x in lookup_halves(queries, keys, **o.lookup))
+        return Addresses(scores, slots, half_scores, sub_keys, keys.unsqueeze(0).clone(), keys.clone())
+    found = [lookup_halves(queries[:0], keys, **o.lookup)]
+    chunk_keys = [keys]
+    for chunk in o.cut(length):
+        found.append(lookup_halves(queries[chunk.first * batch : chunk.stop * batch], chunk_keys[-1], **o.lookup))
+        if chunk.is_written:
+            rows = slice((chunk.start - chunk.first) * batch, None)
+            _, _, half_scores, sub_keys = (x[rows] for x in found[-1])
+            part = queries[chunk.start * batch : chunk.stop * batch]
+            chunk_keys.append(step_keys(chunk_keys[-1], part, half_scores, sub_keys, **o.key_step))
+    scores, slots, half_scores, sub_keys = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Addresses(scores, slots, half_scores, sub_keys, torch.stack(chunk_keys), chunk_keys[-1].clone())
+
+
+def address_scan_grad(
+    grad_keys: Tensor, grad_scores: Tensor, queries: Tensor, found: Addresses, length: int, batch: int, o: Options
+) -> tuple[Tensor, Tensor]:
+    """Backward of the address scan: (gradient of queries [T·B, H, Dk], of the initial keys), in the compute dtype."""
+    grad_queries = torch.zeros(queries.shape, dtype=grad_keys.dtype, device=grad_keys.device)
+    for index, chunk in reversed(list(enumerate(o.cut(length)))):
+        rows, window = chunk.rows(batch), slice(chunk.first * batch, chunk.stop * batch)
+        options = o.key_step
+        if not chunk.is_written:
+            options |= {"weight": 0.0, "weight_decay": 0.0}
+        grad_window, grad_keys = address_grad(
+            grad_keys,
+            found.chunk_keys[index if o.keys_move else 0],
+            queries[window],
+            found.half_scores[rows],
+            found.sub_keys[rows],
+            grad_scores[rows],
+            found.slots[rows],
+            first_row=(chunk.start - chunk.first) * batch,
+            **options,
+        )
+        grad_queries[window] += grad_window
+    return grad_queries, grad_keys
+
+
+def value_scan(
+    values: Tensor,
+    targets: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    write_weights: Tensor,
+    plan: Plan,
+    output: Tensor,
+    log: Tensor | None,
+    o: Options,
+) -> None:
+    """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
+    batch, picks = targets.shape[0], slots.shape[1]
+    targets, output = targets.transpose(0, 1), output.transpose(0, 1)
+    for chunk in o.cut(len(targets)):
+        rows = chunk.rows(batch)
+        accesses = slice(rows.start * picks, rows.stop * picks)
+        pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
+        errors = read(values, slots[rows], weights[rows], pair_targets, output[chunk.start : chunk.stop], o.backend)
+        if chunk.is_written or log is not None:
+            write(
+                values,
+                errors,
+                write_weights[rows],
+                Plan(*(x[accesses] for x in plan)),
+                lr=o.lr,
+                weight_decay=o.weight_decay if chunk.is_written else 0.0,
+                clip=o.clip,
+                backend=o.backend,
+                log=None if log is None else log[accesses],
+            )
+
+
+def value_scan_grad(
+    grad_values: Tensor,
+    grad_output: Tensor,
+    targets: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    write_weights: Tensor,
+    plan: Plan,
+    log: Tensor,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of the value scan: turns `grad_values` from that of the final table into that of the initial one.
+
+    Returns the gradients of the targets [B, T, D], of the weights as read [R, J] and of the write weights [R, J].
+    """
+    batch, picks = targets.shape[0], slots.shape[1]
+    grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
+    grad_weights, grad_write_weights = torch.empty_like(weights), torch.empty_like(weights)
+    targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
+    for chunk in reversed(o.cut(len(targets))):
+        rows = chunk.rows(batch)
+        accesses = slice(rows.start * picks, rows.stop * picks)
+        pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
+        chunk_plan = Plan(*(x[accesses] for x in plan))
+        grad_predictions, grad_weights[rows], grad_write_weights[rows] = _read_grad(
+            grad_values,
+            log[accesses],
+            slots[rows],
+            weights[rows],
+            write_weights[rows],
+            chunk_plan,
+            targets[pairs],
+            grad_output[chunk.start : chunk.stop],
+            by_time[pairs],
+            o,
+        )
+        decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
+        _add_rows(grad_values, grad_predictions, weights[rows], chunk_plan, decay, o.backend)
+    return grad_targets, grad_weights, grad_write_weights

@@ -1,0 +1,379 @@
+"""product_key_update and address_grad: both backends, forward and backward, against the reference."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck
+
+import reference
+from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
+from fwpkm_kernels.addressing import address_grad, step_keys
+from fwpkm_kernels.lookup import lookup_halves
+from tests.conftest import SLOW_IN_INTERPRETER, Place
+from tests.test_golden_chunk import load
+
+# rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column.
+SHAPES = [(3, 2, 9, 3, 14), (1, 1, 1, 1, 2), (2, 1, 5, 5, 10), (4, 1, 20, 1, 6), (2, 1, 6, 3, 2)]
+DTYPES = {  # queries, keys
+    "bfloat16-queries": (torch.bfloat16, torch.float32),
+    "float16-queries": (torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float64": (torch.float64, torch.float64),
+}
+OPTIONS = {
+    "lr": {"lr": 0.3},
+    "weight": {"weight": -2.5, "lr": 3},
+    "decay": {"lr": 0.5, "weight_decay": 0.1},
+    "clip": {"clip": 0.02},
+    "clip-decay": {"lr": 1.7, "clip": 0.02, "weight_decay": 0.05},
+    "clip-zero": {"clip": 0.0, "weight_decay": 0.05},
+    "no-weight": {"weight": 0, "weight_decay": 0.1},
+    "lr-zero": {"lr": 0, "weight_decay": 0.1},
+}
+
+
+def check(inputs: testing.LookupInputs, top_k: int, place: Place, *, cotangent: str = "contiguous", **options):
+    """The new keys and both gradients inside the error budget."""
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        testing.assert_matches_reference(
+            functools.partial(product_key_update, backend=place.backend),
+            reference.product_key_update,
+            {**inputs._asdict(), "top_k": top_k, **options},
+            wrt=("queries", "keys"),
+            cotangent=testing.random_cotangent(inputs.keys, layout=cotangent),
+            name="product_key_update",
+            reduction_length=max(inputs.queries.shape),
+        )
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, score, place):
+    rows, heads, n, top_k, width = shape
+    check(testing.make_lookup_inputs(rows, heads, n, width, device=place.device), top_k, place, score=score)
+
+
+@pytest.mark.parametrize("rows", [pytest.param(66, marks=SLOW_IN_INTERPRETER)])
+def test_many_picks_of_a_sub_key(rows, place):
+    """So many that their sum is split."""
+    check(testing.make_lookup_inputs(rows, 1, 2, 6, device=place.device), 2, place, clip=0.02)
+
+
+REAL_SHAPES = [(64, 1, 512, 8, 512), (16, 4, 512, 32, 512), (3, 1, 64, 64, 70)]
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=SLOW_IN_INTERPRETER, id=str(s)) for s in REAL_SHAPES])
+def test_matches_reference_at_real_sizes(shape, score, place):
+    rows, heads, n, top_k, width = shape
+    inputs = testing.make_lookup_inputs(rows, heads, n, width, device=place.device)
+    # Smaller than what a normal distribution gives: else one sub-key takes all of a row's probability.
+    check(inputs._replace(keys=inputs.keys * 0.1, queries=inputs.queries * 0.1), top_k, place, score=score)
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, score, place):
+    inputs = testing.make_lookup_inputs(3, 1, 6, 10, device=place.device)
+    check(inputs, 2, place, score=score, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_dtypes(dtypes, place):
+    queries, keys = DTYPES[dtypes]
+    inputs = testing.make_lookup_inputs(3, 1, 7, 10, dtype=queries, keys_dtype=keys, device=place.device)
+    check(inputs, 2, place, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "expanded"])
+def test_strides_of_inputs_and_of_incoming_gradients(layout, score, place):
+    inputs = testing.make_lookup_inputs(2, 1, 6, 10, device=place.device, layout=layout)
+    check(inputs, 2, place, score=score, cotangent=layout)
+    assert product_key_update(inputs.keys, inputs.queries, top_k=3, backend=place.backend).is_contiguous()
+
+
+def test_near_keys(place):
+    """The distance to a sub-key beside the query is that of their difference; the score's own has cancelled."""
+    inputs = testing.make_lookup_inputs(4, 1, 12, 32, key_pattern="near", device=place.device)
+    options = {"score": "idw", "eps": 1e-3, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
+
+    def step(queries, keys, backend):
+        """Of what the lookup finds only the sub-keys: its scores would be the larger error."""
+        _, _, _, sub_keys = lookup_halves(
+            queries, keys, top_k=4, score="idw", eps=1e-3, precision="ieee", backend=backend
+        )
+        halves = torch.stack(reference.lookup.half_scores(queries, keys), dim=2)
+        half_scores = halves.gather(-1, sub_keys.long() - torch.tensor([[0], [12]], device=keys.device))
+        return step_keys(keys, queries, half_scores, sub_keys, **options, backend=backend)
+
+    with testing.poisoned_memory():
+        new_keys = step(*inputs, place.backend)
+    exact = step(*testing.as_float64(inputs), "torch")
+    baseline = reference.product_key_update(inputs.keys, inputs.queries, top_k=4)
+    testing.assert_within_budget(new_keys, exact, baseline, name="new keys", reduction_length=32)
+    definition = reference.product_key_update(inputs.keys.double(), inputs.queries.double(), top_k=4)
+    torch.testing.assert_close(exact, definition)
+
+
+def test_heads_are_pooled(place):
+    """Heads that pick the same columns share P̄; a head alone does not step like one of two."""
+    queries, keys = testing.make_lookup_inputs(2, 2, 4, 8, dtype=torch.float64, device=place.device)
+    both = product_key_update(keys, queries, top_k=3, backend=place.backend)
+    alone = product_key_update(keys[:1], queries[:, :1], top_k=3, backend=place.backend)
+    assert not torch.allclose(both[:1] - keys[:1], alone - keys[:1])
+    assert not torch.allclose(both[:1] - keys[:1], (alone - keys[:1]) / 2)
+    twins = product_key_update(
+        keys[:1].expand(2, -1, -1, -1), queries[:, :1].expand(-1, 2, -1), top_k=3, backend=place.backend
+    )
+    torch.testing.assert_close(twins[0] - keys[0], (alone[0] - keys[0]) / 2)
+
+
+def test_a_clip_bounds_the_step(place):
+    queries, keys = testing.make_lookup_inputs(3, 1, 6, 10, device=place.device)
+    step = keys - product_key_update(keys, queries, top_k=3, lr=0.5, backend=place.backend)
+    clip = float(2 * step.abs()[step != 0].median())
+    clipped = keys - product_key_update(keys, queries, top_k=3, lr=0.5, clip=clip, backend=place.backend)
+    torch.testing.assert_close(clipped, step.clamp(-0.5 * clip, 0.5 * clip), rtol=1e-4, atol=1e-6)
+    assert (step.abs() > 0.5 * clip).any()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+@pytest.mark.parametrize(("rows", "heads"), [(0, 2), (3, 0)], ids=["no rows", "no heads"])
+def test_empty(rows, heads, weight_decay, place):
+    queries, keys = testing.make_lookup_inputs(rows, heads, 9, 8, device=place.device)
+    queries.requires_grad_(), keys.requires_grad_()
+    new_keys = product_key_update(keys, queries, top_k=3, weight_decay=weight_decay, backend=place.backend)
+    assert new_keys.data_ptr() != keys.data_ptr() or heads == 0
+    testing.assert_bitwise_equal(new_keys, keys * (1 - weight_decay))
+    new_keys.sum().backward()
+    assert queries.grad.shape == queries.shape
+    assert (keys.grad == 1 - weight_decay).all()
+
+
+def test_keys_that_nobody_picks_stay(place):
+    queries, keys = testing.make_lookup_inputs(2, 1, 30, 8, device=place.device)
+    new_keys = product_key_update(keys, queries, top_k=3, backend=place.backend)
+    picked = torch.zeros(2, 30, dtype=torch.bool, device=place.device)
+    for side, scores in enumerate(reference.lookup.half_scores(queries, keys)):
+        picked[side, scores.topk(3).indices.flatten()] = True
+    assert torch.equal((new_keys != keys).any(-1)[0], picked)
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+def test_halves_are_those_of_the_lookup(score, place):
+    queries, keys = testing.make_lookup_inputs(5, 2, 9, 14, device=place.device)
+    options = {"top_k": 4, "score": score, "eps": 1e-3, "precision": "ieee", "backend": place.backend}
+    with testing.poisoned_memory():
+        scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **options)
+    halves = torch.stack(reference.lookup.half_scores(queries, keys, score=score), dim=2)
+    best, columns = torch.sort(halves, dim=-1, descending=True, stable=True)
+    first_rows = torch.arange(0, 36, 9, device=place.device).view(2, 2, 1)
+    testing.assert_bitwise_equal(sub_keys, (columns[..., :4] + first_rows).int(), "sub_keys")
+    torch.testing.assert_close(half_scores, best[..., :4])
+    exact_scores, exact_slots = reference.product_key_lookup(queries, keys, 4, score=score)
+    testing.assert_bitwise_equal(slots, exact_slots, "slots")
+    torch.testing.assert_close(scores, exact_scores)
+
+
+def lookup_and_step(queries, keys, *, first_row, top_k, score, **options):
+    """What `address_grad` differentiates, by the reference: all rows are looked up, the later ones step the keys."""
+    scores, _ = reference.product_key_lookup(queries, keys, top_k, score=score)
+    new_keys = reference.product_key_update(keys, queries[first_row:], top_k=top_k, score=score, **options)
+    return scores, new_keys
+
+
+JOINT = {
+    "step": {"lr": 0.7, "weight": 1.3},
+    "clip-decay": {"lr": 0.7, "weight_decay": 0.1, "clip": 0.02},
+    "no step": {"lr": 0.7, "weight": 0.0},
+    "step only": {},
+}
+
+
+@pytest.mark.parametrize(("first_row", "heads"), [(0, 2), (1, 1), (3, 1)])
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("case", JOINT)
+def test_joint_backward(case, score, first_row, heads, place):
+    queries, keys = testing.make_lookup_inputs(3, heads, 5, 6, dtype=torch.float64, device=place.device)
+    options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None, **JOINT[case]}
+    shared = {"top_k": 2, "score": score}
+    leaves = [queries.requires_grad_(), keys.requires_grad_()]
+    results = lookup_and_step(*leaves, first_row=first_row, **shared, **options)
+    grad_scores = testing.random_cotangent(results[0], layout="strided")
+    grad_new_keys = testing.random_cotangent(results[1], seed=2)
+    if case == "step only":
+        grad_scores = torch.zeros_like(grad_scores)
+    expected = torch.autograd.grad(results, leaves, [grad_scores, grad_new_keys])
+    queries, keys = queries.detach(), keys.detach()
+    _, slots, half_scores, sub_keys = lookup_halves(
+        queries, keys, **shared, eps=1e-3, precision="ieee", backend=place.backend
+    )
+    picked = (None, None) if case == "step only" else (grad_scores, slots)
+    with testing.poisoned_memory(), testing.assert_unchanged((queries, keys, half_scores, grad_new_keys)):
+        gradients = address_grad(
+            grad_new_keys,
+            keys,
+            queries,
+            half_scores,
+            sub_keys,
+            *picked,
+            first_row=first_row,
+            score=score,
+            eps=1e-3,
+            **options,
+            backend=place.backend,
+        )
+    for actual, exact, name in zip(gradients, expected, ("queries", "keys"), strict=True):
+        torch.testing.assert_close(actual, exact, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_joint_backward_in_blocks(monkeypatch):
+    """Rows beyond what is held at a time come to the same sums, up to rounding."""
+    from fwpkm_kernels import lookup
+
+    inputs = testing.make_lookup_inputs(9, 2, 7, 6, dtype=torch.float64)
+    run = functools.partial(product_key_update, top_k=3, clip=0.02)
+    whole = testing.forward_and_gradients(run, inputs._asdict(), wrt=("queries", "keys"))
+    monkeypatch.setattr(lookup, "_PICK_ELEMENTS", 100)
+    blocks = testing.forward_and_gradients(run, inputs._asdict(), wrt=("queries", "keys"))
+    torch.testing.assert_close(blocks, whole)
+
+
+@pytest.mark.parametrize("name", ["dot_softmax", "heads2", "clip"])
+def test_golden_keys(name, place):
+    """A key step with the queries, keys and options of a golden case."""
+    config, tensors = load(name, torch.float32)
+    queries = tensors["queries"][0, :2].to(place.device)  # few: the interpreter is slow
+    keys = tensors["keys"].to(place.device)
+    check(
+        testing.LookupInputs(queries, keys),
+        config["top_k"],
+        place,
+        score=config["score"],
+        lr=config["lr"],
+        clip=config["clip"],
+        weight_decay=config["weight_decay"],
+    )
+
+
+def test_two_runs_are_bitwise_equal(place):
+    """Also where the picks of a sub-key are many, and with threads."""
+    rows = 200 if place.backend == "torch" or place.device == "cuda" else 3
+    inputs = testing.make_lookup_inputs(rows, 1, 5, 8, device=place.device)._asdict()
+    run = functools.partial(product_key_update, top_k=2, clip=0.02, backend=place.backend)
+    testing.assert_deterministic(lambda: testing.forward_and_gradients(run, inputs, wrt=("queries", "keys")))
+
+
+def test_gradient_of_one_input_only(place):
+    inputs = testing.make_lookup_inputs(2, 1, 6, 8, device=place.device)._asdict()
+    run = functools.partial(product_key_update, top_k=2, backend=place.backend)
+    _, both = testing.forward_and_gradients(run, inputs, wrt=("queries", "keys"))
+    for wrt in ("queries", "keys"):
+        _, one = testing.forward_and_gradients(run, inputs, wrt=(wrt,))
+        testing.assert_bitwise_equal(one[wrt], both[wrt], wrt)
+
+
+@pytest.mark.parametrize("options", [(), (0.7, 1.3, 0.1, 0.02)], ids=["defaults", "all options"])
+@pytest.mark.parametrize("score", ["idw", "dot"])
+def test_gradcheck(score, options):
+    queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(3, 2, 6, 6, dtype=torch.float64))
+    assert gradcheck(lambda k, q: ProductKeyUpdate.apply(k, q, 3, score, 1e-3, *options), (keys, queries))
+
+
+def test_second_derivatives_raise(place):
+    queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(2, 1, 6, 6, device=place.device))
+    new_keys = product_key_update(keys, queries, top_k=3, backend=place.backend)
+    (grad,) = torch.autograd.grad(new_keys.sum(), [queries], create_graph=True)
+    with pytest.raises(RuntimeError, match="product_key_update cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("options", [(1.0, 1.0, 0.0, None), (0.5, 0.0, 0.1, 0.02)], ids=["plain", "decay only"])
+def test_opcheck(options, place):
+    queries, keys = testing.make_lookup_inputs(1, 2, 3, 8, device=place.device)
+    ops = torch.ops.fwpkm_kernels
+    arguments = (keys, queries, 2, "idw", 1e-3, *options, "ieee", place.backend)
+    torch.library.opcheck(ops.product_key_update.default, arguments)
+    new_keys, half_scores, sub_keys = ops.product_key_update(*arguments)
+    arguments = (new_keys, keys, queries, half_scores, sub_keys, "idw", 1e-3, *options, place.backend)
+    torch.library.opcheck(ops.product_key_update_backward.default, arguments)
+
+
+def test_one_compilation_serves_every_number_of_rows():
+    def step(queries, keys):
+        return product_key_update(keys, queries, top_k=4, lr=0.3, clip=0.1).square()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows in (20, 33, 7):
+        leaves = [x.requires_grad_() for x in testing.make_lookup_inputs(rows, 2, 9, 14)]
+        torch._dynamo.mark_dynamic(leaves[0], 0)
+        new_keys, expected = compiled(*leaves), step(*leaves)
+        torch.testing.assert_close(new_keys, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(new_keys.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+        )
+    assert counter.frame_count == 1
+
+
+def test_autocast_changes_nothing(place):
+    inputs = testing.make_lookup_inputs(2, 1, 6, 8, device=place.device)._asdict()
+    run = functools.partial(product_key_update, top_k=2, clip=0.02, backend=place.backend)
+    expected, expected_gradients = testing.forward_and_gradients(run, inputs, wrt=("queries", "keys"))
+    with torch.autocast(place.device, dtype=torch.bfloat16):
+        outputs, gradients = testing.forward_and_gradients(run, inputs, wrt=("queries", "keys"))
+    testing.assert_bitwise_equal(outputs[0], expected[0])
+    for name, gradient in gradients.items():
+        testing.assert_bitwise_equal(gradient, expected_gradients[name], name)
+
+
+def test_half_precision_keys_are_rounded_once(place):
+    queries, keys = testing.make_lookup_inputs(3, 1, 6, 8, dtype=torch.float16, device=place.device)
+    keys = keys.half()
+    options = {"score": "idw", "eps": 1e-3, "lr": 0.5, "weight": 1.0, "weight_decay": 0.1, "clip": None}
+    _, _, *halves = lookup_halves(
+        queries, keys, top_k=3, score="idw", eps=1e-3, precision="ieee", backend=place.backend
+    )
+    new_keys = step_keys(keys, queries, *halves, **options, backend=place.backend)
+    exact = step_keys(keys.float(), queries, *halves, **options, backend=place.backend)
+    testing.assert_bitwise_equal(new_keys, exact.half())
+
+
+BAD = {
+    "keys not a tensor": (TypeError, "`keys`.*list", lambda q, k: {"keys": [1.0]}),
+    "queries not a tensor": (TypeError, "`queries`.*list", lambda q, k: {"queries": [1.0]}),
+    "queries of rank 4": (ValueError, r"`queries`.*\[M, H, Dk\].*\[1, 5, 1, 8\]", lambda q, k: {"queries": q[None]}),
+    "integer queries": (TypeError, "`queries`.*int64", lambda q, k: {"queries": q.long()}),
+    "integer keys": (TypeError, "`keys`.*int64", lambda q, k: {"keys": k.long()}),
+    "keys of rank 3": (ValueError, r"`keys`.*\[2, 9, 4\]", lambda q, k: {"keys": k[0]}),
+    "three halves": (ValueError, "`keys`.*two halves", lambda q, k: {"keys": k.new_zeros(1, 3, 9, 4)}),
+    "queries against keys": (
+        ValueError,
+        r"`queries`.*`keys`.*\[5, 1, 6\].*\[1, 2, 9, 4\]",
+        lambda q, k: {"queries": q[..., :6]},
+    ),
+    "float64 beside float32": (TypeError, "`keys`.*`queries`", lambda q, k: {"queries": q.double()}),
+    "top_k of 0": (ValueError, "`top_k`.*got 0", lambda q, k: {"top_k": 0}),
+    "top_k beyond n": (ValueError, "`top_k`.*9.*got 10", lambda q, k: {"top_k": 10}),
+    "score": (ValueError, "`score`.*'cosine'", lambda q, k: {"score": "cosine"}),
+    "eps": (ValueError, "`eps`.*1e-50", lambda q, k: {"eps": 1e-50}),
+    "lr": (ValueError, "`lr`.*nan", lambda q, k: {"lr": float("nan")}),
+    "lr a tensor": (TypeError, "`lr`.*Tensor", lambda q, k: {"lr": torch.ones(())}),
+    "weight": (ValueError, "`weight`.*inf", lambda q, k: {"weight": float("inf")}),
+    "weight_decay": (ValueError, "`weight_decay`.*-0.1", lambda q, k: {"weight_decay": -0.1}),
+    "clip": (ValueError, "`clip`.*-1", lambda q, k: {"clip": -1}),
+    "precision": (ValueError, "`precision`.*'bf16'", lambda q, k: {"precision": "bf16"}),
+    "backend": (ValueError, "`backend`.*'cuda'", lambda q, k: {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    error, message, change = BAD[case]
+    queries, keys = testing.make_lookup_inputs(5, 1, 9, 8)
+    with pytest.raises(error, match=message):
+        product_key_update(**{"keys": keys, "queries": queries, "top_k": 3, **change(queries, keys)})
