@@ -55,7 +55,7 @@ def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary:
 
 def rows_of(x: Tensor) -> Tensor:
     """[B, T, ...] as [T·B, ...], time first: so every chunk is a slice. A copy unless B = 1."""
-    return x.transpose(0, 1).reshape(-1, *x.shape[2:])
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 def items_of(rows: Tensor, length: int, batch: int) -> Tensor:

@@ -18,7 +18,8 @@ Reading
     memory pairs each query with the next target, so that a token's output predicts the byte after it, and is read
     before that byte is seen. Each step reads a chunk and then writes the pairs whose targets lie in it; the pair of the
     last byte read waits for the next chunk. Values start at zero, which predicts byte 0. Passes read the same stream
-    again, one after the other, with the memory kept. A pass's first byte is predicted outside it, and is not counted.
+    again, one after the other, with the memory kept. The first byte of a pass is not counted: it is the last token of
+    the pass before that predicts it, and in pass 1 there is none.
 Memories
     Three memories read the same stream, one after the other, and differ in one thing from the first:
 
@@ -412,12 +413,6 @@ def chance(results: Sequence[PassResult]) -> list[float]:
     return [sum(found) / len(results) for found in zip(*(r.controls_found for r in results), strict=True)]
 
 
-def span(values: Iterable[float], form: str) -> str:
-    """The least and the greatest, or the one if they look alike."""
-    low, high = format(min(values := list(values)), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"
-
-
 def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float) -> None:
     """Print the tables of accuracy and of needles."""
     console, table = _import("rich.console"), _import("rich.table")
@@ -429,57 +424,59 @@ def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: O
     for depth in options.depths:
         needles.add_column(f"after {depth_label(depth)}", justify="right")
     for name, passes in results.items():
-        seconds, speed = span((r.seconds for r in passes), ".2f"), span((r.bytes_per_second for r in passes), ",.0f")
-        accuracy.add_row(name, *(f"{r.accuracy:.1%}" for r in passes), seconds, speed)
+        seconds = sum(r.seconds for r in passes) / len(passes)
+        accuracy.add_row(
+            name, *(f"{r.accuracy:.1%}" for r in passes), f"{seconds:.2f}", f"{len(stream.data) / seconds:,.0f}"
+        )
         for number, result in zip(numbers, passes, strict=True):
             read = "once" if number == 1 else f"{number} times"
             needles.add_row(name if number == 1 else "", read, *map(str, result.found))
         needles.add_row("", "never (chance)", *(f"{mean:g}" for mean in chance(passes)), end_section=True)
     out.print(accuracy)
     out.print(
-        f"Always the commonest byte: {commonest:.1%}. bytes/s count {len(stream.data):,} bytes, needles included.\n"
+        f"Always the commonest byte: {commonest:.1%}. Times are means over the passes;\n"
+        f"bytes/s count {len(stream.data):,} bytes a pass, needles included.\n"
     )
     out.print(needles)
     out.print(f"Guessing all {CODE_DIGITS} digits finds {10.0**-CODE_DIGITS * options.needles:g} of {options.needles}.")
 
 
 def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commonest: float, path: Path) -> None:
-    """Draw accuracy by pass for all memories, and for each one needle recall by depth and pass."""
-    figure = _import("matplotlib.figure").Figure(figsize=(12, 8), layout="constrained", dpi=150)
-    to_rgb = _import("matplotlib.colors").to_rgb
-    panels = figure.subplot_mosaic([["accuracy"] * len(results), list(results)], height_ratios=(1, 1.1))
+    """Draw accuracy by pass for all memories, and for each one a grid of the needles found by depth and pass."""
+    figure = _import("matplotlib.figure").Figure(figsize=(12, 7.5), layout="constrained", dpi=150)
+    figure.get_layout_engine().set(hspace=0.06)
+    colour_map = _import("matplotlib.colors").LinearSegmentedColormap
+    top, *grids = figure.subplot_mosaic([["top"] * len(results), list(results)]).values()
     passes = range(1, options.passes + 1)
 
-    def draw(axes: Any, groups: Sequence[tuple[str, Any, Sequence[float]]], labels: Sequence[str], form: str) -> None:
-        """Bars side by side at each label: one of each group."""
-        width = 0.86 / len(groups)
-        for index, (label, colour, heights) in enumerate(groups):
-            places = [i + (index + 0.5) * width - 0.43 for i in range(len(labels))]
-            bars = axes.bar(places, heights, 0.94 * width, color=colour, label=label)
-            axes.bar_label(bars, fmt=form, fontsize=8, padding=1)
-        axes.set_xticks(range(len(labels)), labels)
-        axes.spines[["top", "right"]].set_visible(False)
-
-    top = panels["accuracy"]
-    groups: list[tuple[str, Any, Sequence[float]]]
-    groups = [(name, MEMORIES[name].colour, [100 * r.accuracy for r in rows]) for name, rows in results.items()]
-    draw(top, groups, [f"pass {number}" for number in passes], "%.1f")
+    width = 0.86 / len(results)
+    for index, (name, rows) in enumerate(results.items()):
+        places = [number + (index + 0.5) * width - 0.43 for number in passes]
+        heights = [100 * r.accuracy for r in rows]
+        bars = top.bar(places, heights, 0.94 * width, color=MEMORIES[name].colour, label=name)
+        top.bar_label(bars, fmt="%.1f", fontsize=9, padding=1)
     top.axhline(100 * commonest, color="black", linestyle="--", label=f"commonest byte: {100 * commonest:.1f} %")
-    top.set(title="Bytes predicted before they are read", ylabel="% of bytes", ylim=(0, 105), yticks=range(0, 101, 20))
-    top.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    top.set(title="Bytes predicted before they are read", ylabel="% of bytes", ylim=(0, 112), yticks=range(0, 101, 20))
+    top.set_xticks(passes, [f"pass {number}" for number in passes])
+    top.spines[["top", "right"]].set_visible(False)
+    top.legend(loc="upper left", ncols=len(results) + 1, frameon=False)
 
-    for name, rows in results.items():
-        axes, (red, green, blue) = panels[name], to_rgb(MEMORIES[name].colour)
-        groups = []
-        for number, result in zip(passes, rows, strict=True):
-            light = 0.65 * (1 - number / options.passes)  # the first pass is the lightest
-            shade = tuple(part + light * (1 - part) for part in (red, green, blue))
-            groups.append((f"read {number}×", shade, result.found))
-        groups.append(("never read (chance)", "black", chance(rows)))
-        draw(axes, groups, [depth_label(depth) for depth in options.depths], "%.3g")
-        axes.set(title=f"{name}: needles found, of {options.needles}", ylim=(0, 1.05 * options.needles))
-        axes.set(xlabel="other bytes read since the needle")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=9)
+    labels = [f"read {number}×" for number in passes] + ["never read\n(chance)"]
+    for axes, (name, rows) in zip(grids, results.items(), strict=True):
+        found: list[Sequence[float]] = [*(r.found for r in rows), chance(rows)]
+        shares = [[count / options.needles for count in row] for row in found]
+        colours = colour_map.from_list(name, ["#eeeeee", MEMORIES[name].colour])
+        axes.pcolormesh(shares, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=2)
+        for y, row in enumerate(found):
+            for x, count in enumerate(row):
+                ink = "white" if count > 0.65 * options.needles else "black"
+                axes.text(x + 0.5, y + 0.5, f"{count:.3g}", ha="center", va="center", color=ink)
+        axes.set(title=f"{name}: needles found, of {options.needles}", xlabel="other bytes read since the needle")
+        axes.set_xticks([x + 0.5 for x in range(len(options.depths))], [depth_label(depth) for depth in options.depths])
+        axes.set_yticks([y + 0.5 for y in range(len(labels))], labels if axes is grids[0] else [])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.invert_yaxis()
     figure.savefig(path, format="png")
 
 

@@ -87,9 +87,10 @@ class MemoryGraph:
                 f"got {checks.shape(queries)} against {o.chunk_size}"
             )
         self._state, self._options = state, o
-        self._queue = state._bind(queries, targets, o)
+        state._bind(queries, targets, o)
+        self._captured = self._tensors()
         static = (None if x is None else torch.empty_like(x.transpose(0, 1)) for x in (gates, mask))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._tokens = Tokens(
                 torch.zeros_like(queries.transpose(0, 1), memory_format=torch.contiguous_format),
                 torch.zeros_like(targets.transpose(0, 1), memory_format=torch.contiguous_format),
@@ -103,21 +104,29 @@ class MemoryGraph:
             if self._count < o.chunk_size:
                 self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
 
+    def _tensors(self) -> list[int]:
+        """Where the state's tensors lie."""
+        state = self._state
+        assert state._queue is not None
+        return [x.data_ptr() for x in (state.keys, state.values, state._touched, *state._queue)]
+
     def _run_read(self, state: MemoryState) -> None:
         """Read the tokens, at a place in the chunk that is known when the graph is replayed."""
         assert state._queue is not None
-        read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._where, self._options)
+        with torch.autocast(state.values.device.type, enabled=False):
+            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._where, self._options)
 
     def _run_close(self, state: MemoryState) -> None:
         """Read the last tokens of a chunk that is not the first, and write it."""
         assert state._queue is not None
         memory, o = (state.keys, state.values, state._touched, state._queue), self._options
-        if self._count == o.chunk_size:
-            read_and_close_chunk(*memory, self._tokens, self._output, False, o)
-        else:
-            where = slice(o.chunk_size - self._count, o.chunk_size)
-            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, where, o)
-            close_chunk(*memory, False, o)
+        with torch.autocast(state.values.device.type, enabled=False):
+            if self._count == o.chunk_size:
+                read_and_close_chunk(*memory, self._tokens, self._output, False, o)
+            else:
+                where = slice(o.chunk_size - self._count, o.chunk_size)
+                read_piece(state.keys, state.values, state._queue, self._tokens, self._output, where, o)
+                close_chunk(*memory, False, o)
 
     def __call__(
         self, queries: Tensor, targets: Tensor, *, gates: Tensor | None = None, mask: Tensor | None = None
@@ -140,11 +149,13 @@ class MemoryGraph:
         o, state = self._options, self._state
         check_step(state, queries, targets, gates, mask, o)
         state._bind(queries, targets, o)
-        if state._queue is not self._queue:
-            raise ValueError("`state` has a new queue since the capture; capture it again")
+        if self._tensors() != self._captured:
+            raise ValueError("`state` has other tensors than at the capture; capture it again")
         for name, x, static in (("gates", gates, self._tokens.gates), ("mask", mask, self._tokens.mask)):
             if (x is None) != (static is None):
                 raise ValueError(f"`{name}` must be given if and only if it was for the capture")
+            if x is not None and static is not None and x.dtype != static.dtype:
+                raise ValueError(f"`{name}` must have the dtype that was captured, {static.dtype}, got {x.dtype}")
         length, count = queries.shape[1], self._count
         for name, tokens in (("queries", length), ("state", state.position)):
             if tokens % count != 0:

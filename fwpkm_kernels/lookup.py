@@ -24,26 +24,25 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best k of the last dimension, descending, the lowest index first among equals; NaN counts as largest.
+def _best_columns(scores: Tensor, k: int) -> Tensor:
+    """Columns of the best k of the last dimension, ascending; the lowest among equals, NaN counts as largest.
 
-    torch.topk promises no order among equals, and a stable sort of everything costs many times more: so the k are put
-    in order, and only rows whose k-th score has equals that were left out, or with NaN, are sorted whole.
+    torch.topk promises nothing about equals, and a stable sort of everything costs many times more: so only rows whose
+    k-th score has equals that were left out, or with NaN, are sorted whole.
     """
-    values, indices = torch.topk(scores, k)
+    values, columns = torch.topk(scores, k)
     incomplete = (scores >= values[..., -1:]).sum(-1, dtype=torch.int32) > k
     incomplete |= values[..., 0].isnan()
-    indices, by_index = torch.sort(indices, dim=-1)
-    values, by_value = torch.sort(values.gather(-1, by_index), dim=-1, descending=True, stable=True)
-    indices = indices.gather(-1, by_value)
     if incomplete.any():
-        sorted_values, sorted_indices = torch.sort(scores[incomplete], dim=-1, descending=True, stable=True)
-        values[incomplete], indices[incomplete] = sorted_values[..., :k], sorted_indices[..., :k]
-    return values, indices
+        columns[incomplete] = torch.sort(scores[incomplete], dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.sort(columns, dim=-1).values
 
 
 def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tensor:
-    """Scores of all sub-keys, [H, 2, M, n], of queries [M, H, 2, Dk/2] and keys [H, 2, n, Dk/2]."""
+    """Scores of all sub-keys, [H, 2, M, n], of queries [M, H, 2, Dk/2] and keys [H, 2, n, Dk/2].
+
+    Under "idw" they only rank the sub-keys: |q - k|² is formed as |q|² - 2 q·k + |k|², which cancels.
+    """
     rows = queries.permute(1, 2, 0, 3)
     dots = rows @ keys.transpose(-1, -2)
     if score == "dot":
@@ -57,27 +56,35 @@ def _lookup_torch(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `lookup_halves` returns, in plain PyTorch."""
-    num_rows, heads, width = queries.shape
-    num_keys = keys.shape[2]
+    num_rows, heads, _ = queries.shape
+    num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
     keys = keys.to(dtype)
+    table = keys.reshape(heads * 2 * num_keys, half)
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
     first, second = torch.tensor(pairs, device=queries.device).unbind(1)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
     half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
-    half_columns = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    first_rows = _first_rows(heads, num_keys, sub_keys)
     for block in row_blocks(num_rows, 2 * heads * num_keys, _BLOCK_ELEMENTS):
-        rows = queries[block].to(dtype).unflatten(-1, (2, width // 2))
-        best, columns = _stable_topk(_half_scores(rows, keys, score, eps), top_k)  # [H, 2, rows, K]
-        half_scores[block], half_columns[block] = best.permute(2, 0, 1, 3), columns.permute(2, 0, 1, 3)
-        sums = best[:, 0, :, first] + best[:, 1, :, second]  # [H, rows, pairs], in flat order i·K + j
+        rows = queries[block].to(dtype)
+        approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, score, eps)
+        columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
+        found = columns.permute(2, 0, 1, 3)
+        if score == "idw":
+            best = _scores_at(rows, table, found + first_rows, eps)
+        else:
+            best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
+        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # of equals the lower sub-key
+        found = found.gather(-1, rank)
+        half_scores[block], sub_keys[block] = best, found + first_rows
+        sums = best[:, :, 0, first] + best[:, :, 1, second]  # [rows, H, pairs], in flat order i·K + j
         best_sums, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
-        column1 = columns[:, 0].gather(-1, first[pair])
-        column2 = columns[:, 1].gather(-1, second[pair])
-        scores[block] = best_sums.transpose(0, 1)
-        slots[block] = (column1 * num_keys + column2).transpose(0, 1)
-    return scores, slots, half_scores, half_columns.add_(_first_rows(heads, num_keys, half_columns))
+        scores[block] = best_sums
+        slots[block] = found[:, :, 0].gather(-1, first[pair]) * num_keys + found[:, :, 1].gather(-1, second[pair])
+    return scores, slots, half_scores, sub_keys
 
 
 def lookup_halves(
@@ -99,10 +106,7 @@ def lookup_halves(
     if checks.use_triton(backend, queries):
         from .kernels.lookup import lookup
 
-        scores, slots, half_scores, sub_keys = lookup(
-            queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision, halves=True
-        )
-        return scores, slots, half_scores, sub_keys
+        return lookup(queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision)
     return _lookup_torch(queries, keys, top_k, score, eps)
 
 
@@ -110,12 +114,8 @@ def lookup_halves(
 def _lookup_op(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if checks.use_triton(backend, queries):
-        from .kernels.lookup import lookup
-
-        scores, slots = lookup(queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision)
-    else:
-        scores, slots, _, _ = _lookup_torch(queries, keys, top_k, score, eps)
+    options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
+    scores, slots, _, _ = lookup_halves(queries, keys, top_k=top_k, **options)
     return scores, slots
 
 
@@ -147,14 +147,26 @@ def half_differences(
     """The vectors v with which a half score moves its sub-key, ds/dk = 2·v/E or v, and E, in plain PyTorch.
 
     For queries [M, H, Dk] and keys [H·2·n, Dk/2], both in the compute dtype: v = q - k, [M, H, 2, K, Dk/2], and
-    E = eps + |q - k|² from that difference (the score's own has cancelled); under "dot" v = q, expanded, and no E.
+    E = eps + |q - k|² from that difference; under "dot" v = q, expanded, and no E.
     """
-    rows = queries.unflatten(-1, (2, 1, keys.shape[1]))  # [M, H, 2, 1, Dk/2]
     if score == "dot":
-        return rows.expand(*sub_keys.shape, -1), None
-    vectors = pick_rows(keys, sub_keys)
-    torch.sub(rows, vectors, out=vectors)
+        return queries.unflatten(-1, (2, 1, keys.shape[1])).expand(*sub_keys.shape, -1), None
+    vectors = _differences(queries, keys, sub_keys)
     return vectors, torch.linalg.vector_norm(vectors, dim=-1).square_().add_(eps)
+
+
+def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
+    """q - k, [M, H, 2, K, Dk/2]."""
+    vectors = pick_rows(keys, sub_keys)
+    return torch.sub(queries.unflatten(-1, (2, 1, keys.shape[1])), vectors, out=vectors)
+
+
+def _scores_at(queries: Tensor, keys: Tensor, sub_keys: Tensor, eps: float) -> Tensor:
+    """-log(eps + |q - k|²) from the differences: [M, H, 2, K]."""
+    distances = torch.empty(sub_keys.shape, dtype=queries.dtype, device=queries.device)
+    for block in pick_blocks(sub_keys, keys.shape[1]):
+        torch.linalg.vector_norm(_differences(queries[block], keys, sub_keys[block]), dim=-1, out=distances[block])
+    return distances.square_().add_(eps).log_().neg_()
 
 
 def pick_blocks(picks: Tensor, width: int) -> Iterator[slice]:
@@ -371,10 +383,13 @@ def product_key_lookup(
     halves of width Dk/2. Each half keeps its K best; the K best of their K×K sums win, and slot = j1·n + j2. Source:
     FwPKM, arXiv 2601.00671; product keys, arXiv 1907.05242.
 
+    Under "idw" the K best of a half are found by |q|² - 2 q·k + |k|², and then scored and put in order by the
+    difference q - k itself: so scores are exact to rounding even where the distance has cancelled.
+
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
     as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone. So does a query
-    with infinities, whose scores may be NaN. Under "idw" a sub-key that is infinite, or whose square overflows, gives
-    every query NaN scores for it, since |q - k|² is formed as |q|² - 2 q·k + |k|².
+    with infinities, whose scores may be NaN or -inf. Under "idw" a sub-key that is infinite, or whose square overflows,
+    may take a place among the K best of any query, with a score of -inf.
 
     Args:
         queries: [..., H, Dk], any strides. Half precision is cast to float32 on load.

@@ -129,9 +129,13 @@ class MemoryState:
         for name in ("keys", "values", "position"):
             if name not in state_dict:
                 raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(state_dict)}")
-        binding = _from_bytes(state_dict["binding"]) if "binding" in state_dict else None
+        binding = self._load_binding(state_dict["binding"]) if "binding" in state_dict else None
         expected = {"keys": self.keys, "values": self.values, "position": self._position}
-        queue = None
+        position, queue = state_dict["position"], None
+        # What is not bound has not stepped.
+        is_number = isinstance(position, Tensor) and position.numel() == 1
+        if is_number and (position < 0 or (binding is None and position != 0)):
+            raise ValueError(f"`state_dict` must hold a 'position' that its 'binding' allows, got {int(position)}")
         if binding is not None:
             if self._binding is not None:
                 _check_binding(self._binding, binding)
@@ -162,6 +166,18 @@ class MemoryState:
             f"MemoryState(position={self.position}, heads={heads}, n={num_keys}, Dk={2 * half}, "
             f"values={checks.shape(self.values)} of {self.values.dtype} on {self.values.device})"
         )
+
+    def _load_binding(self, x: Tensor) -> Binding:
+        """What a state dict says was bound; ValueError if no step on this state could have bound it."""
+        try:
+            binding = _from_bytes(x)
+            heads, _, _, half = self.keys.shape
+            queries = self.keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
+            targets = self.values.new_empty((binding.batch, 0, self.values.shape[1]), dtype=binding.targets_dtype)
+            check_step(self, queries, targets, None, None, binding.options)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"`state_dict` must hold bound options that fit under 'binding', got {error!r}") from None
+        return binding
 
     @torch.inference_mode(False)
     def _make_queue(self, binding: Binding) -> Queue:
@@ -237,13 +253,10 @@ def _to_bytes(binding: Binding) -> Tensor:
 
 
 def _from_bytes(x: Tensor) -> Binding:
-    """The inverse; ValueError if it is not one."""
-    try:
-        fields = json.loads(bytes(x.tolist()))
-        queries_dtype, targets_dtype = (getattr(torch, name) for name in fields["dtypes"])
-        return Binding(fields["batch"], queries_dtype, targets_dtype, Options(**fields["options"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`state_dict` must hold the bound options under 'binding', got {error!r}") from None
+    """The inverse; any of several errors if it is not one."""
+    fields = json.loads(bytes(x.tolist()))
+    queries_dtype, targets_dtype = (getattr(torch, name) for name in fields["dtypes"])
+    return Binding(fields["batch"], queries_dtype, targets_dtype, Options(**fields["options"]))
 
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -455,6 +468,7 @@ def check_step(
         raise TypeError(f"`state` must be a MemoryState, got {type(state).__name__}")
     o = check_memory(queries, targets, state.keys, state.values, gates, mask, o)
     checks.check_choice("boundary", o.boundary, ("carry",))
+    checks.use_triton(o.backend, state.values)  # raises where it cannot run, before anything is bound
     return o
 
 

@@ -1,4 +1,4 @@
-"""The demo: its protocol (predict, then write; probe each needle at its depth), its repeatability, its messages."""
+"""The demo: its protocol (predict, then read and write; probe each needle at its depth), its memories, its messages."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fwpkm_kernels import demo
+from fwpkm_kernels import chunk_value_update_, demo, product_key_lookup, sparse_value_gather
 
 SMALL = demo.Options(
     passes=2,
@@ -33,10 +33,10 @@ def prose(size=6000, seed=0):
     return " ".join(rng.choice(words) for _ in range(size // 3)).encode()[:size]
 
 
-def run(options, text=None):
+def run(options, text=None, name="plain"):
     """A memory, and the results of its passes over a text."""
     stream = demo.make_stream(prose() if text is None else text, options)
-    memory = demo.EpisodicMemory(options)
+    memory = demo.EpisodicMemory(options, name)
     return memory, [demo.read_pass(memory, stream, lambda count: None) for _ in range(options.passes)]
 
 
@@ -44,21 +44,95 @@ def numbers(results):
     return [(r.accuracy, r.found, r.controls_found) for r in results]
 
 
-def test_same_seed_gives_the_same_numbers_bitwise():
-    memory, results = run(SMALL)
-    again, results_again = run(SMALL)
+def same_state(one, other):
+    """Whether two state_dicts agree bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+
+
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_same_seed_gives_the_same_numbers_bitwise(name):
+    memory, results = run(SMALL, name=name)
+    again, results_again = run(SMALL, name=name)
     assert numbers(results) == numbers(results_again)
-    assert torch.equal(memory.values, again.values)
-    other, results_other = run(dataclasses.replace(SMALL, seed=1))
+    assert same_state(memory.state.state_dict(), again.state.state_dict())
+    other, results_other = run(dataclasses.replace(SMALL, seed=1), name=name)
     assert numbers(results) != numbers(results_other)
-    assert not torch.equal(memory.keys, other.keys)
+    assert not torch.equal(memory.features, other.features)
+    assert not torch.equal(memory.state.keys, other.state.keys)
 
 
-def test_a_second_pass_knows_more_and_the_needles():
-    _, (first, second) = run(SMALL)
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_a_second_pass_knows_more_and_the_needles(name):
+    _, (first, second) = run(SMALL, name=name)
     assert 0.3 < first.accuracy < second.accuracy
     assert sum(second.found) >= 5  # of 6
     assert first.controls_found == second.controls_found == [0, 0]
+
+
+def test_the_memories_differ_in_what_they_say_they_differ_in():
+    (plain, _), (key_step, _), (normalized, _) = (run(SMALL, name=name) for name in demo.MEMORIES)
+    assert torch.equal(plain.state.keys, plain.features)
+    assert torch.equal(normalized.state.keys, plain.features)
+    assert not torch.equal(key_step.state.keys, plain.features)
+    assert torch.equal(key_step.features, plain.features)  # the queries do not follow the sub-keys
+    tables = [memory.state.values for memory in (plain, key_step, normalized)]
+    for i in range(3):
+        assert (tables[i] - tables[i - 1]).abs().max() > 1e-3
+    far = dataclasses.replace(SMALL, addressing_weight=20.0)
+    assert (run(far, name="key-step")[0].state.keys - plain.features).norm() > 2 * (
+        key_step.state.keys - plain.features
+    ).norm()
+    assert torch.equal(run(far)[0].state.values, plain.state.values)  # the others have no key step
+
+
+def by_hand(stream, options, memory):
+    """The bytes that a plain memory predicts in its first pass, and its values after it, from the three operations."""
+    codes, keys, size = memory.codes, memory.features, options.chunk_size
+    values = torch.zeros(options.sub_keys**2, options.value_width)
+    context = b"\n" * 7 + stream.data
+
+    def read(first, stop):
+        queries = memory.queries(demo.to_tensor([context[t : t + 8] for t in range(first, stop)], "cpu"))
+        scores, slots = product_key_lookup(queries, keys, options.top_k)
+        slots, weights = slots.flatten(1), torch.softmax(scores.flatten(1), dim=-1)
+        return slots, weights, sparse_value_gather(values, slots, weights)
+
+    predicted = []
+    for start in range(0, len(stream.data), size):
+        first, stop = max(start - 1, 0), start + size
+        slots, weights, reads = read(first, stop)
+        predicted += (reads @ codes.T).argmax(-1).tolist()[start - first :]
+        pairs = slice(0, stop - 1 - first)  # the pair of the last token waits for its target
+        targets = codes[list(stream.data[first + 1 : stop])]
+        chunk_value_update_(values, slots[pairs], weights[pairs], targets, reads[pairs], lr=options.lr)
+    return bytes(predicted), values
+
+
+def test_a_plain_first_pass_is_that_of_the_three_operations():
+    stream = demo.make_stream(prose(), SMALL)
+    memory = demo.EpisodicMemory(SMALL, "plain")
+    result = demo.read_pass(memory, stream, lambda count: None)
+    predicted, values = by_hand(stream, SMALL, memory)
+    torch.testing.assert_close(memory.state.values, values, rtol=1e-5, atol=1e-6)
+    text = list(zip(predicted, stream.data[1:], stream.is_text[1:], strict=False))
+    assert result.accuracy == sum(a == b for a, b, counts in text if counts) / sum(stream.is_text[1:])
+    # Cut anywhere, and predictions are the same bytes.
+    memory = demo.EpisodicMemory(SMALL, "plain")
+    data = demo.to_tensor([stream.data], "cpu")[0]
+    assert bytes(torch.cat([memory.read(part) for part in data.split(37)]).tolist()) == predicted
+    torch.testing.assert_close(memory.state.values, values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_probes_change_nothing(name):
+    memory = demo.EpisodicMemory(SMALL, name)
+    memory.read(demo.to_tensor([prose(200)], "cpu")[0])  # 3 chunks and a part of one
+    before, recent = memory.state.state_dict(), memory.recent.clone()
+    demo.is_found(memory, demo.make_sentences(4, b"", random.Random(0)))
+    memory.recall(demo.to_tensor([b"whatever", b"anything"], "cpu"))
+    assert same_state(memory.state.state_dict(), before)
+    assert torch.equal(memory.recent, recent)
+    assert memory.state.position == 200
 
 
 def test_every_byte_is_predicted_before_it_is_written():
@@ -70,31 +144,41 @@ def test_every_byte_is_predicted_before_it_is_written():
     assert second.accuracy > 0.5
 
 
-def test_memory_starts_knowing_nothing():
-    memory = demo.EpisodicMemory(SMALL)
-    assert not memory.values.any()
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_memory_starts_knowing_nothing(name):
+    memory = demo.EpisodicMemory(SMALL, name)
+    assert not memory.state.values.any()
+    assert memory.state.position == 0
+    assert torch.equal(memory.state.keys, memory.features)
     contexts = demo.to_tensor([b"whatever", b"anything"], "cpu")
-    assert memory.nearest_bytes(memory.read(contexts)).tolist() == [0, 0]
+    assert memory.recall(contexts).tolist() == [0, 0]
 
 
-def test_a_written_needle_is_found_and_one_never_written_is_not():
-    memory = demo.EpisodicMemory(SMALL)
+def ending_a_chunk(sentence):
+    """A chunk of which a sentence is the end."""
+    return demo.to_tensor([b" " * (SMALL.chunk_size - len(sentence)) + sentence], "cpu")[0]
+
+
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_a_written_needle_is_found_and_one_never_written_is_not(name):
+    memory = demo.EpisodicMemory(SMALL, name)
     hidden, control = demo.make_sentences(2, b"", random.Random(0))
     assert demo.is_found(memory, [hidden, control]) == [False, False]
-    before = memory.values.clone()
-    read = memory.read(demo.to_tensor(demo.code_contexts(hidden), "cpu"))
-    assert torch.equal(memory.values, before)  # reading changes nothing
-    memory.write(read, demo.to_tensor([hidden[-demo.CODE_DIGITS :]], "cpu")[0])
+    chunk = ending_a_chunk(hidden)
+    memory.read(chunk[:-1])
+    assert not memory.state.values.any()  # reading changes nothing before the chunk is full
+    assert demo.is_found(memory, [hidden, control]) == [False, False]
+    memory.read(chunk[-1:])  # its last digit is written with its own chunk
     assert demo.is_found(memory, [hidden, control]) == [True, False]
 
 
 def test_one_wrong_digit_is_not_found():
-    memory = demo.EpisodicMemory(SMALL)
+    memory = demo.EpisodicMemory(SMALL, "plain")
     (hidden,) = demo.make_sentences(1, b"", random.Random(0))
-    wrong = bytearray(hidden[-demo.CODE_DIGITS :])
+    wrong = bytearray(hidden)
     wrong[-1] = ord("0") + (wrong[-1] - ord("0") + 1) % 10
-    memory.write(memory.read(demo.to_tensor(demo.code_contexts(hidden), "cpu")), torch.tensor(list(wrong)))
-    assert demo.is_found(memory, [hidden]) == [False]
+    memory.read(ending_a_chunk(bytes(wrong)))
+    assert demo.is_found(memory, [hidden, bytes(wrong)]) == [False, True]
 
 
 def test_contexts_are_the_true_eight_bytes_before_each_digit():
@@ -120,22 +204,17 @@ def test_needles_are_hidden_once_and_their_contexts_are_unique():
         assert not any(context in stream.data for context in control_contexts)
 
 
-def test_needles_are_probed_when_exactly_their_depth_has_been_written(monkeypatch):
-    written, probes = [0], []
-    write = demo.EpisodicMemory.write
-
-    def counting_write(self, read, next_bytes):
-        written[0] += len(next_bytes)
-        write(self, read, next_bytes)
+def test_needles_are_probed_when_exactly_their_depth_has_been_read(monkeypatch):
+    probes = []
 
     def recording_is_found(memory, sentences):
-        probes.append((sentences, written[0]))
+        assert memory.state.position % SMALL.chunk_size == 0  # all that was read is written, but for the last pair
+        probes.append((sentences, memory.state.position))
         return [True, False]
 
-    monkeypatch.setattr(demo.EpisodicMemory, "write", counting_write)
     monkeypatch.setattr(demo, "is_found", recording_is_found)
     stream = demo.make_stream(prose(), SMALL)
-    result = demo.read_pass(demo.EpisodicMemory(SMALL), stream, lambda count: None)
+    result = demo.read_pass(demo.EpisodicMemory(SMALL, "plain"), stream, lambda count: None)
     assert result.found == [3, 3]
     assert result.controls_found == [0, 0]
     depths = {(needle.text, needle.control): needle.depth for needle in stream.needles}
@@ -207,6 +286,8 @@ def test_a_directory_gets_one_clear_line(tmp_path, capsys):
         (["--chunk-size=20"], "--chunk-size must hold a needle"),
         (["--depths", "1000"], "--depths must be different multiples of --chunk-size 512"),
         (["--top-k=9", "--sub-keys=8"], "--top-k at most --sub-keys"),
+        (["--addressing-weight=0"], "--addressing-weight must be positive"),
+        (["--memories", "plain", "plain"], "--memories must be different"),
         (["--device=abacus"], "cannot set up the memory"),
         (["--plot=missing/demo.png"], "cannot write missing/demo.png"),
     ],
@@ -237,18 +318,41 @@ def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, mon
     (tmp_path / "text").write_bytes(prose())
     assert demo.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
     shown = capsys.readouterr()
+    for name in demo.MEMORIES:
+        assert shown.out.count(f" {name} ") == 2  # a row in each table
     for words in ("Accuracy by pass", "bytes/s", "Needles found", "after 1K", "never (chance)", "sub_keys=64"):
         assert words in shown.out
     assert "100%" in shown.err  # the progress bar
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "result.json").read_text())
-    _, results = run(SMALL)
-    assert [(p["accuracy"], p["found"], p["controls_found"]) for p in report["passes"]] == numbers(results)
+    assert list(report["memories"]) == list(demo.MEMORIES)
+    for name, memory in report["memories"].items():
+        _, results = run(SMALL, name=name)
+        assert [(p["accuracy"], p["found"], p["controls_found"]) for p in memory["passes"]] == numbers(results)
+        assert (memory["step"], memory["addressing_weight"]) == {
+            "plain": ("paper", 0.0),
+            "key-step": ("paper", 1.0),
+            "normalized": ("normalized", 0.0),
+        }[name]
+
+
+def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeypatch):
+    for module in ("matplotlib", "rich", "tqdm"):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(prose())
+    arguments = ["text", "--json=result.json", "--memories", "normalized", *SMALL_ARGUMENTS]
+    assert demo.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert " normalized " in shown.out
+    assert " plain " not in shown.out
+    assert list(json.loads((tmp_path / "result.json").read_text())["memories"]) == ["normalized"]
 
 
 @pytest.mark.slow
-def test_the_papers_memory_on_the_default_text():
-    _, results = run(demo.Options(device="cpu"), demo.default_text())
+@pytest.mark.parametrize("name", demo.MEMORIES)
+def test_the_papers_memory_on_the_default_text(name):
+    _, results = run(demo.Options(device="cpu"), demo.default_text(), name)
     assert results[0].accuracy > 0.55
     assert results[3].accuracy > 0.80
     assert all(found >= 10 for found in results[0].found)  # of 16, read once

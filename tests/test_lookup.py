@@ -117,7 +117,7 @@ def test_every_tile_gives_the_same_slots(triton_place):
     inputs = testing.make_lookup_inputs(40, 1, 70, 24, device=triton_place.device)
     _, expected = reference.product_key_lookup(*testing.as_float64(inputs), 5)
     for config in (LookupConfig(16, 16, 16, 4), LookupConfig(16, 128, 16, 4), LookupConfig(64, 32, 32, 8)):
-        _, slots = lookup(*inputs, top_k=5, idw=True, eps=1e-3, precision="tf32x3", config=config)
+        _, slots, _, _ = lookup(*inputs, top_k=5, idw=True, eps=1e-3, precision="tf32x3", config=config)
         testing.assert_bitwise_equal(slots, expected, str(config))
 
 

@@ -34,7 +34,7 @@ OPTIONS = (
 DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
 #: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
 QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
-#: What it runs in float32 too, in `make test-all`: what rounds most, and each score, weighting and option of the writes.
+#: What it runs in float32 too, in `make test-all`: what rounds most, each score and weighting, options of the writes.
 FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "paper_j_short", "dot_relu", "idw_silu", "allgrad_me", "clip", "wd")
 #: Instead of the fixture `place`, where the interpreter takes many seconds.
 PLACES_SLOW = pytest.mark.parametrize(
@@ -415,24 +415,34 @@ def test_rows_that_no_token_reads_keep_their_bits(clip, boundary, place):
 
 
 @KEY_GRADIENTS
-@pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize(("batch", "length", "width"), [(0, 7, 3), (2, 0, 3), (0, 0, 3), (0, 7, 0)], ids=str)
 @BOUNDARIES
-def test_empty(boundary, batch, length, key_gradient, place):
-    inputs = make_inputs(batch, length, gates=True, mask="bool", device=place.device)
+def test_empty(boundary, batch, length, width, key_gradient, place):
+    inputs = make_inputs(batch, length, width=width, gates=True, mask="bool", device=place.device)
     options = {"chunk_size": 3, "top_k": 2, "lr": 0.5, "weight_decay": 0.1, "key_gradient": key_gradient}
     outputs, gradients = run(fast_weight_memory, inputs, **options, boundary=boundary, backend=place.backend)
-    shapes = [(batch, length, 3), (1, 2, 4, 2), (16, 3), (batch, length, 2), (batch, length, 2)]
+    shapes = [(batch, length, width), (1, 2, 4, 2), (16, width), (batch, length, 2), (batch, length, 2)]
     assert [tuple(x.shape) for x in outputs] == shapes
     assert outputs.slots.dtype == torch.int64
     # A chunk of no items is a chunk: it decays.
     decay = 0.95 ** len(range(0, length - (length % 3 if boundary == "carry" else 0), 3))
     for name, cotangent in zip(("keys", "values"), cotangents(outputs)[1:], strict=True):
         final = getattr(outputs, name)
-        assert final.data_ptr() != inputs[name].data_ptr()
+        assert width == 0 or final.data_ptr() != inputs[name].data_ptr()
         torch.testing.assert_close(final, decay * inputs[name])
         torch.testing.assert_close(gradients[name], decay * cotangent)
     for name in ("queries", "targets", "gates"):
         assert gradients[name].shape == inputs[name].shape
+
+
+@BOUNDARIES
+def test_values_of_no_width(boundary):
+    """They leave the key step, of which none is left to the memorisation loss."""
+    inputs = make_inputs(2, 7, width=0)
+    options = {"chunk_size": 3, "top_k": 2, "weight_decay": 0.1, "boundary": boundary}
+    actual = named(*run(fast_weight_memory, inputs, **options))
+    assert_close(actual, named(*run(reference.fast_weight_memory, inputs, **options)))
+    assert_close(named(*run(fast_weight_memory, inputs, **options, key_gradient="all")), actual)
 
 
 @PLACES_SLOW

@@ -46,10 +46,13 @@ def lowest(bits):
 
 @triton.jit
 def take_best(bits, offs):
-    """Largest entry of each row, the lowest column among equals: (its bits, its column, the rows without it)."""
+    """Largest entry of each row, the lowest column among equals: (its bits, its column, the rows without it).
+
+    `offs` are the columns that the entries stand for: [1 or ROWS, COLUMNS], different in each row.
+    """
     best = tl.max(bits, axis=1)  # [ROWS]
-    column = tl.min(tl.where(bits == best[:, None], offs[None, :], 0x7FFFFFFF), axis=1)  # [ROWS]
-    return best, column, tl.where(offs[None, :] == column[:, None], lowest(bits), bits)
+    column = tl.min(tl.where(bits == best[:, None], offs, 0x7FFFFFFF), axis=1)  # [ROWS]
+    return best, column, tl.where(offs == column[:, None], lowest(bits), bits)
 
 
 def row_warps(block_d: int, dtype: torch.dtype) -> int:

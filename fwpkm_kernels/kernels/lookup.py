@@ -1,9 +1,10 @@
 """Product-key lookup: scores of the sub-keys, the best of each half, the best of their sums, and the gradient of that.
 
-Forward is two launches. `half_topk_kernel` scores one tile of queries against one tile of sub-keys and keeps the best
-K of the tile: full score matrices never reach device memory. `pair_topk_kernel` merges the tiles of a half, forms the
-sums of the two halves and keeps the best K. (A single launch would hold all scores of a row in one program: a tile of
-16 rows by 512 sub-keys takes 255 registers a thread on sm_90, and no tile holds a larger n.)
+Forward is three launches. `half_topk_kernel` scores one tile of queries against one tile of sub-keys and keeps the best
+K of the tile: full score matrices never reach device memory. `half_merge_kernel` merges the tiles of a half and scores
+the winners again, from differences. `pair_topk_kernel` forms the sums of the two halves and keeps the best K. (A single
+launch would hold all scores of a row in one program: a tile of 16 rows by 512 sub-keys takes 255 registers a thread on
+sm_90, and no tile holds a larger n.)
 
 The gradient of a query row is `half_grad_kernel`, which the key step's backward shares; that of the sub-keys is a sum
 over the rows that picked them, which `kernels/segments.py` does for every table of the package.
@@ -128,49 +129,117 @@ def half_topk_kernel(
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
     out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
     for i_k in range(TOP_K):
-        best, column, bits = take_best(bits, offs_n)
+        best, column, bits = take_best(bits, offs_n[None, :])
         tl.store(candidate_ptr + out + i_k, best, mask=mask_m)
         tl.store(column_ptr + out + i_k, column, mask=mask_m)
 
 
 @triton.jit
-def take_half(bits, base, candidate_ptr, column_ptr, offs_c, i_k, SPLITS: tl.constexpr):
-    """Rank i_k of one half: its ordered bits and sub-key, each [1], and the candidates that remain."""
-    if SPLITS == 1:  # one tile: its candidates are in order already
-        best = tl.load(candidate_ptr + base + i_k)
-        column = tl.load(column_ptr + base + i_k)
-    else:
+def half_merge_kernel(
+    queries_ptr,
+    keys_ptr,
+    candidate_ptr,
+    column_ptr,
+    half_scores_ptr,
+    sub_keys_ptr,
+    stride_qm,
+    stride_qh,
+    stride_qd,
+    stride_kh,
+    stride_ka,
+    stride_kn,
+    stride_kd,
+    H,
+    eps: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    IDW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Best TOP_K of the candidates of one half, in order: their scores, and the rows of keys [H·2·n, HALF] they are.
+
+    IDW: each score is formed again from the difference q - k, since the candidates' have cancelled, and the order is
+    that of the new ones. A program owns one half of one (token, head) row. Grid: (rows, 2).
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_half = tl.program_id(1).to(tl.int64)
+    i_m = i_row // H
+    i_head = i_row % H
+    dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
+    out = (i_row * 2 + i_half) * TOP_K
+    first_key = ((i_head * 2 + i_half) * NUM_KEYS).to(tl.int32)
+    offs_r = tl.arange(0, BLOCK_R)
+
+    # Among equal candidates the lower position is the lower sub-key.
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    base = out * SPLITS
+    bits = tl.load(candidate_ptr + base + offs_c, mask=offs_c < SPLITS * TOP_K, other=0)  # [1, BLOCK_C]
+    bits = tl.where(offs_c < SPLITS * TOP_K, bits, lowest(bits))
+    ranked = tl.zeros([1, BLOCK_R], bits.dtype)
+    columns = tl.zeros([1, BLOCK_R], tl.int32)
+    for i_k in range(TOP_K):
         best, position, bits = take_best(bits, offs_c)
-        column = tl.load(column_ptr + base + position)
-    return best, column, bits
+        column = tl.load(column_ptr + base + position)  # [1]
+        is_rank = (offs_r == i_k)[None, :]
+        ranked = tl.where(is_rank, best[:, None], ranked)
+        columns = tl.where(is_rank, column[:, None], columns)
+
+    if IDW:
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = offs_d < HALF
+        q_row = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
+        k_half = keys_ptr + i_head * stride_kh + i_half * stride_ka
+        q = tl.load(q_row + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [BLOCK_D]
+        scores = tl.zeros([BLOCK_R], dtype)
+        for start in range(0, TOP_K, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            is_rank = offs_k[:, None] == offs_r[None, :]  # [BLOCK_K, BLOCK_R]
+            column = tl.sum(tl.where(is_rank, columns, 0), axis=1)  # [BLOCK_K]
+            k = tl.load(
+                k_half + column.to(tl.int64)[:, None] * stride_kn + offs_d[None, :] * stride_kd,
+                mask=(offs_k < TOP_K)[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(dtype)  # [BLOCK_K, BLOCK_D]
+            difference = q[None, :] - k
+            score = -tl.log(tl.full([], eps, dtype) + tl.sum(difference * difference, axis=1))
+            scores += tl.sum(tl.where(is_rank, score[:, None], 0.0), axis=0)
+        is_winner = (offs_r < TOP_K)[None, :]
+        ranked = tl.where(is_winner, to_ordered(scores)[None, :], lowest(ranked))
+        columns = tl.where(is_winner, columns, NUM_KEYS + offs_r[None, :])
+        for i_k in range(TOP_K):
+            best, column, ranked = take_best(ranked, columns)
+            tl.store(half_scores_ptr + out + i_k + tl.arange(0, 1), from_ordered(best))
+            tl.store(sub_keys_ptr + out + i_k + tl.arange(0, 1), first_key + column)
+    else:
+        mask_r = (offs_r < TOP_K)[None, :]
+        tl.store(half_scores_ptr + out + offs_r[None, :], from_ordered(ranked), mask=mask_r)
+        tl.store(sub_keys_ptr + out + offs_r[None, :], first_key + columns, mask=mask_r)
 
 
 @triton.jit
 def pair_topk_kernel(
-    candidate_ptr,
-    column_ptr,
-    scores_ptr,
-    slots_ptr,
     half_scores_ptr,
     sub_keys_ptr,
-    H,
+    scores_ptr,
+    slots_ptr,
     NUM_KEYS: tl.constexpr,
     TOP_K: tl.constexpr,
-    SPLITS: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
-    HALVES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Best TOP_K of the sums of two halves.
 
     Only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order i·K + j, so the
-    lowest number among equal sums is the lowest flat position. HALVES: the best TOP_K of each half are written too, and
-    the rows of the table of sub-keys that they are. A program owns one (token, head) row. Grid: (rows,).
+    lowest number among equal sums is the lowest flat position. A program owns one (token, head) row. Grid: (rows,).
     """
-    offs_r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]: tiles of one row
+    i_row = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
-    offs_c = tl.arange(0, BLOCK_C)
+    mask_p = offs_p < NUM_PAIRS
 
     # Row i of the K×K square has K // (i + 1) pairs that can win.
     first = tl.zeros([BLOCK_P], tl.int32)
@@ -182,44 +251,19 @@ def pair_topk_kernel(
         start = tl.where(offs_p >= end, end, start)
     second = offs_p - start
 
-    base1 = offs_r * (2 * SPLITS * TOP_K)  # [1]
-    base2 = base1 + SPLITS * TOP_K
-    mask_c = (offs_c < SPLITS * TOP_K)[None, :]
-    bits1 = tl.load(candidate_ptr + base1[:, None] + offs_c[None, :], mask=mask_c, other=0)  # [1, BLOCK_C]
-    bits2 = tl.load(candidate_ptr + base2[:, None] + offs_c[None, :], mask=mask_c, other=0)
-    bits1 = tl.where(mask_c, bits1, lowest(bits1))
-    bits2 = tl.where(mask_c, bits2, lowest(bits2))
-
-    key1 = tl.zeros([1, BLOCK_P], tl.int32)
-    key2 = tl.zeros([1, BLOCK_P], tl.int32)
-    part1 = tl.zeros([1, BLOCK_P], bits1.dtype)
-    part2 = tl.zeros([1, BLOCK_P], bits1.dtype)
+    base = i_row * (2 * TOP_K)
+    part1 = tl.load(half_scores_ptr + base + first, mask=mask_p, other=0.0)  # [BLOCK_P]
+    part2 = tl.load(half_scores_ptr + base + TOP_K + second, mask=mask_p, other=0.0)
+    key1 = tl.load(sub_keys_ptr + base + first, mask=mask_p, other=0) % NUM_KEYS
+    key2 = tl.load(sub_keys_ptr + base + TOP_K + second, mask=mask_p, other=0) % NUM_KEYS
+    slots = (key1.to(tl.int64) * NUM_KEYS + key2)[None, :]
+    bits = to_ordered(part1 + part2)
+    bits = tl.where(mask_p, bits, lowest(bits))[None, :]  # [1, BLOCK_P]
     for i_k in range(TOP_K):
-        best1, column1, bits1 = take_half(bits1, base1, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
-        best2, column2, bits2 = take_half(bits2, base2, candidate_ptr, column_ptr, offs_c, i_k, SPLITS)
-        if HALVES:
-            out1 = offs_r * (2 * TOP_K) + i_k  # [1]
-            row1 = (offs_r % H).to(tl.int32) * (2 * NUM_KEYS) + column1
-            tl.store(half_scores_ptr + out1, from_ordered(best1))
-            tl.store(half_scores_ptr + out1 + TOP_K, from_ordered(best2))
-            tl.store(sub_keys_ptr + out1, row1)
-            tl.store(sub_keys_ptr + out1 + TOP_K, row1 - column1 + NUM_KEYS + column2)
-        is_first = (first == i_k)[None, :]
-        is_second = (second == i_k)[None, :]
-        part1 = tl.where(is_first, best1[:, None], part1)
-        key1 = tl.where(is_first, column1[:, None], key1)
-        part2 = tl.where(is_second, best2[:, None], part2)
-        key2 = tl.where(is_second, column2[:, None], key2)
-
-    bits = to_ordered(from_ordered(part1) + from_ordered(part2))  # [1, BLOCK_P]
-    bits = tl.where((offs_p < NUM_PAIRS)[None, :], bits, lowest(bits))
-    for i_k in range(TOP_K):
-        best, pair, bits = take_best(bits, offs_p)
-        is_pair = offs_p[None, :] == pair[:, None]
-        slot1 = tl.sum(tl.where(is_pair, key1, 0), axis=1).to(tl.int64)
-        slot2 = tl.sum(tl.where(is_pair, key2, 0), axis=1)
-        tl.store(scores_ptr + offs_r * TOP_K + i_k, from_ordered(best))
-        tl.store(slots_ptr + offs_r * TOP_K + i_k, slot1 * NUM_KEYS + slot2)
+        best, pair, bits = take_best(bits, offs_p[None, :])
+        slot = tl.sum(tl.where(offs_p[None, :] == pair[:, None], slots, 0), axis=1)  # [1]
+        tl.store(scores_ptr + i_row * TOP_K + i_k + tl.arange(0, 1), from_ordered(best))
+        tl.store(slots_ptr + i_row * TOP_K + i_k + tl.arange(0, 1), slot)
 
 
 def lookup(
@@ -230,25 +274,22 @@ def lookup(
     idw: bool,
     eps: float,
     precision: str,
-    halves: bool = False,
     config: LookupConfig | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2]: scores [M, H, K] and slots [M, H, K].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
-    With `halves` also the scores of the K best of each half, [M, H, 2, K], and their rows of keys.view(H·2·n, Dk/2),
-    int32.
+    Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
+    keys.view(H·2·n, Dk/2), int32.
     """
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
     slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    results: tuple[torch.Tensor, ...] = (scores, slots)
-    if halves:
-        half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
-        results = (*results, half_scores, torch.empty(half_scores.shape, dtype=torch.int32, device=queries.device))
+    half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
+    sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
     if scores.numel() == 0:
-        return results
+        return scores, slots, half_scores, sub_keys
     config = config or lookup_config(num_keys, top_k, dtype)
     splits = cdiv(num_keys, config.block_n)
     if precision == "tf32x3":
@@ -264,6 +305,7 @@ def lookup(
     num_pairs = sum(top_k // (i + 1) for i in range(top_k))
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
+    block_d = next_power_of_2(half)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
         launch(
@@ -290,24 +332,45 @@ def lookup(
             on=queries,
         )
         launch(
-            pair_topk_kernel,
-            (rows * heads,),
+            half_merge_kernel,
+            (rows * heads, 2),
+            queries[begin : begin + rows],
+            keys,
             candidates,
             columns,
-            *(x[begin : begin + rows] for x in (results if halves else (scores, slots, scores, slots))),
+            half_scores[begin : begin + rows],
+            sub_keys[begin : begin + rows],
+            *queries.stride(),
+            *keys.stride(),
             heads,
+            eps,
             NUM_KEYS=num_keys,
+            HALF=half,
             TOP_K=top_k,
             SPLITS=splits,
-            NUM_PAIRS=num_pairs,
-            HALVES=halves,
+            IDW=idw,
             BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            # One warp while a row is small; the widest (K = 64) take four together.
-            num_warps=4 if max(block_p, block_c) > 256 else 1,
+            BLOCK_R=next_power_of_2(top_k),
+            BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
+            BLOCK_D=block_d,
+            num_warps=row_warps(block_d, keys.dtype) if idw else 1,
             on=queries,
         )
-    return results
+    launch(
+        pair_topk_kernel,
+        (num_rows * heads,),
+        half_scores,
+        sub_keys,
+        scores,
+        slots,
+        NUM_KEYS=num_keys,
+        TOP_K=top_k,
+        NUM_PAIRS=num_pairs,
+        BLOCK_P=block_p,
+        num_warps=4 if block_p > 256 else 1,  # one warp while a row is small
+        on=queries,
+    )
+    return scores, slots, half_scores, sub_keys
 
 
 @triton.jit
