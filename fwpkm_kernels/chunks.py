@@ -32,25 +32,28 @@ class Chunk(NamedTuple):
         return slice(self.offset * batch, (self.offset + self.stop - self.first) * batch)
 
 
-def cut(length: int, chunk_size: int, lookahead: int, boundary: str) -> list[Chunk]:
-    """The chunks of a sequence of `length` positions."""
+def cut(length: int, chunk_size: int, lookahead: int, boundary: str, carried: int = 0) -> list[Chunk]:
+    """The chunks of a sequence of `length` positions, before which there are `carried` ones (0 or `lookahead`)."""
     chunks: list[Chunk] = []
     offset = 0
     for start in range(0, length, chunk_size):
         stop = min(start + chunk_size, length)
         is_written = boundary == "drop" or stop - start == chunk_size
-        first = max(0, start - lookahead) if boundary == "carry" and is_written else start
+        first = max(-carried, start - lookahead) if boundary == "carry" and is_written else start
         last = max(first, stop - lookahead) if is_written else first
         chunks.append(Chunk(first, start, stop, last, is_written, offset))
         offset += stop - first
     return chunks
 
 
-def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary: str) -> int:
+def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary: str, carried: int = 0) -> int:
     """How many positions the chunks of a sequence read, re-reads included; `length` may be symbolic."""
     if boundary == "drop":
         return length
-    return length + lookahead * torch.sym_max(length // chunk_size - 1, 0)
+    with_rereads = length // chunk_size - (
+        0 if carried else 1
+    )  # the first chunk has them only if there is something before
+    return length + lookahead * torch.sym_max(with_rereads, 0)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def count_writes(length: int, chunk_size: int, boundary: str) -> int:
 class Reads(NamedTuple):
     """Where each read of a sequence comes from: every field but `output` is [R]."""
 
-    token: Tensor  #: int64: what it reads, as position·B + batch item
+    token: Tensor  #: int64: what it reads, as position·B + batch item, counted from the first position there is
     chunk: Tensor  #: int64: the chunk that reads it
     first: Tensor  #: int64: the first read of that chunk
     end: Tensor  #: int64: one past the last read of that chunk
@@ -80,9 +83,15 @@ class Reads(NamedTuple):
 
 
 def number_reads(
-    length: int, batch: int, chunk_size: int, lookahead: int, boundary: str, device: torch.device
+    length: int,
+    batch: int,
+    chunk_size: int,
+    lookahead: int,
+    boundary: str,
+    device: torch.device,
+    carried: int = 0,
 ) -> Reads:
-    """Number the reads of a sequence. Computed on the device: nothing is copied there, and nothing waits for it."""
+    """Number the reads of a sequence, as `cut` cuts it. Computed on the device: nothing waits for it."""
     positions = torch.arange(length, device=device)
     if boundary == "drop":
         position = positions
@@ -93,17 +102,19 @@ def number_reads(
         output = positions
     else:
         full = length // chunk_size
-        reads = torch.arange(count_read_positions(length, chunk_size, lookahead, boundary), device=device)
-        # As if the first chunk had re-reads too; a last chunk that is not full has none.
-        window = chunk_size + lookahead
-        chunk = (reads + lookahead) // window
-        first = (chunk * window - lookahead).clamp(min=0)
+        num_reads = count_read_positions(length, chunk_size, lookahead, boundary, carried)
+        reads = torch.arange(num_reads, device=device)
+        # As if the first chunk always had re-reads; a last chunk that is not full has none.
+        window, missing = chunk_size + lookahead, lookahead - carried
+        chunk = (reads + missing) // window
+        first = (chunk * window - missing).clamp(min=0)
         is_full = chunk < full
-        has_rereads = is_full & (chunk > 0)
+        has_rereads = is_full if carried else is_full & (chunk > 0)
         position = chunk * chunk_size + reads - first - lookahead * has_rereads
-        end = (chunk * window + chunk_size).clamp(max=reads.numel())
+        end = (chunk * window + window - missing).clamp(max=num_reads)
         written = is_full & (position < (chunk + 1) * chunk_size - lookahead)
-        output = positions + lookahead * (positions // chunk_size).clamp(max=max(full - 1, 0))
+        rereads = (positions // chunk_size + (1 if carried else 0)).clamp(max=full - (0 if carried else 1))
+        output = positions + lookahead * rereads.clamp(min=0)
 
     items = torch.arange(batch, device=device)
 
@@ -111,7 +122,7 @@ def number_reads(
         return x.unsqueeze(1).expand(-1, batch).reshape(-1)
 
     return Reads(
-        (position.unsqueeze(1) * batch + items).view(-1),
+        ((position + carried).unsqueeze(1) * batch + items).view(-1),
         for_items(chunk),
         for_items(first * batch),
         for_items(end * batch),
@@ -148,13 +159,13 @@ class Options(NamedTuple):
     precision: str = "tf32x3"
     backend: str = "auto"
 
-    def cut(self, length: int) -> list[Chunk]:
+    def cut(self, length: int, carried: int = 0) -> list[Chunk]:
         """The chunks of a sequence."""
-        return cut(length, self.chunk_size, self.lookahead, self.boundary)
+        return cut(length, self.chunk_size, self.lookahead, self.boundary, carried)
 
-    def number_reads(self, length: int, batch: int, device: torch.device) -> Reads:
+    def number_reads(self, length: int, batch: int, device: torch.device, carried: int = 0) -> Reads:
         """The reads of a sequence."""
-        return number_reads(length, batch, self.chunk_size, self.lookahead, self.boundary, device)
+        return number_reads(length, batch, self.chunk_size, self.lookahead, self.boundary, device, carried)
 
     @property
     def lookup(self) -> dict[str, Any]:
@@ -167,6 +178,10 @@ class Options(NamedTuple):
         """Those of `step_keys`."""
         names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
         return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+
+    def keeps_picks(self, batch: int, num_keys: int) -> bool:
+        """Whether backward needs less of the keys of a chunk if it keeps a row for each pick, instead of all n."""
+        return batch * (self.chunk_size + self.lookahead) * self.top_k < num_keys
 
     @property
     def keys_move(self) -> bool:
@@ -238,17 +253,17 @@ def weigh_grad(grad_weights: Tensor, scores: Tensor, weighting: str, temperature
 
 
 def write_scale(weights: Tensor, ratio: Tensor | None, step: str) -> Tensor | float:
-    """α, without what else multiplies e: J·(S/E), or (S/E) / Σⱼ wⱼ² for each read, and 0 where that sum is 0."""
+    """α, without what else multiplies e: J·(S/E), or (S/E) / Σⱼ wⱼ² for each read, and 0 where that sum underflows."""
     if step == "paper":
         picks = float(weights.shape[-1])
         return picks if ratio is None else picks * ratio
     squares = weights.square().sum(-1)
-    is_zero = squares == 0
+    is_zero = squares < torch.finfo(squares.dtype).tiny  # below it 1/x may be infinite
     numerator = torch.ones_like(squares) if ratio is None else ratio
     return torch.where(is_zero, 0.0, numerator / torch.where(is_zero, 1.0, squares))
 
 
-def write_weights(
+def fold_write_weights(
     weights: Tensor, counts: Tensor, scale: Tensor | float, factors: list[Tensor], written: Tensor | None = None
 ) -> Tensor:
     """c = α·g·m·w / n_s, [R, J]: everything that multiplies e; 0 for a read that is not written.
@@ -267,7 +282,7 @@ def write_weights(
     return result if written is None else torch.where(written.unsqueeze(1), result, 0.0)
 
 
-def write_weights_grad(
+def fold_write_weights_grad(
     grad: Tensor,
     weights: Tensor,
     counts: Tensor,
@@ -277,18 +292,19 @@ def write_weights_grad(
     mask: Tensor | None,
     written: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `write_weights` to the weights, [R, J], and to the gates, [R]."""
-    per_weight = torch.where(written.unsqueeze(1), grad, 0.0) / counts
-    per_read = torch.where(written, (per_weight * weights).sum(1), 0.0)
+    """Gradients of `fold_write_weights` to the weights, [R, J], and to the gates, [R]."""
     scale = write_scale(weights, ratio, step)
-    for_gates = per_read * scale if mask is None else per_read * scale * mask
+    per_weight = torch.where(written.unsqueeze(1), grad, 0.0) / counts
+    per_read = (per_weight * weights).sum(1)
     factor = torch.ones_like(per_read)
     for x in (gates, mask):
         factor = factor if x is None else factor * x
-    for_weights = per_weight * (factor * scale).unsqueeze(1)
+    for_gates = per_read * scale if mask is None else per_read * scale * mask
     if step == "normalized":
-        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and S = ρ/α.
-        squares = weights.square().sum(-1)
-        for_scale = torch.where(squares == 0, 0.0, -2.0 * scale / torch.where(squares == 0, 1.0, squares))
-        for_weights = for_weights + (per_read * factor * for_scale).unsqueeze(1) * weights
-    return for_weights, for_gates
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
+        squares = weights.square().sum(-1, keepdim=True)
+        is_zero = squares < torch.finfo(squares.dtype).tiny
+        per_weight = per_weight - 2.0 * per_read.unsqueeze(1) * (weights / torch.where(is_zero, 1.0, squares))
+    for_weights = per_weight * (factor * scale).unsqueeze(1)
+    # As in `fold_write_weights`, not a product.
+    return torch.where(written.unsqueeze(1), for_weights, 0.0), torch.where(written, for_gates, 0.0)

@@ -12,22 +12,15 @@ from torch import Tensor
 from . import _checks as checks
 from .chunks import Options, items_of, rows_of, weigh, weigh_grad, write_scale
 from .kernels import compute_dtype
-from .lookup import _sub_key_rows, lookup_halves
+from .lookup import lookup_halves, sub_key_rows
+from .plan import sum_at
 from .update import chunk_value_update, chunk_value_update_
-
-
-def _sum_at(index: Tensor, x: Tensor, size: int) -> Tensor:
-    """Rows of x summed at `index`, [size, ...], in a fixed order on either device."""
-    zeros = x.new_zeros(size, *x.shape[1:])
-    if x.is_cuda:  # where index_add is atomic, and accumulation at indices is sorted
-        return zeros.index_put((index.long(),), x, accumulate=True)
-    return zeros.index_add(0, index, x)
 
 
 def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
     """The query halves [M, H, 2, 1, Dk/2] and the sub-keys [M, H, 2, K, Dk/2] that they are scored against."""
     half = keys.shape[-1]
-    return queries.unflatten(-1, (2, 1, half)), F.embedding(sub_keys, keys.reshape(-1, half))
+    return queries.unflatten(-1, (2, 1, half)), F.embedding(sub_keys, keys.flatten(0, 2))
 
 
 def _scores_at(queries: Tensor, keys: Tensor, sub_keys: Tensor, o: Options) -> Tensor:
@@ -44,7 +37,7 @@ def _keys_gradient(grad_scores: Tensor, queries: Tensor, keys: Tensor, sub_keys:
     else:
         difference = q - k
         parts = (2.0 * grad_scores / (o.eps + difference.square().sum(-1))).unsqueeze(-1) * difference
-    return _sum_at(sub_keys.reshape(-1), parts.flatten(0, -2), keys.shape[:3].numel()).view(keys.shape)
+    return sum_at(sub_keys.reshape(-1), parts.flatten(0, -2), keys.shape[:3].numel()).view(keys.shape)
 
 
 def _entropy_grad(half_scores: Tensor, sub_keys: Tensor, num_keys: int, weight: float) -> Tensor:
@@ -52,7 +45,7 @@ def _entropy_grad(half_scores: Tensor, sub_keys: Tensor, num_keys: int, weight: 
     num_rows = half_scores.shape[:2].numel()
     probabilities = torch.softmax(half_scores, dim=-1)
     columns = (sub_keys % (2 * num_keys)).long()  # heads pooled
-    marginal = _sum_at(columns.reshape(-1), probabilities.reshape(-1), 2 * num_keys) / max(1, num_rows)
+    marginal = sum_at(columns.reshape(-1), probabilities.reshape(-1), 2 * num_keys) / max(1, num_rows)
     slope = torch.log(marginal + 1e-8) + marginal / (marginal + 1e-8)
     picked = F.embedding(columns, slope.unsqueeze(1)).squeeze(-1)
     centered = picked - (probabilities * picked).sum(-1, keepdim=True)
@@ -92,7 +85,7 @@ def coupled_step(
 
     if errors.numel() > 0:
         # l = 1/(2·E·D) Σ g m |e|², e = Σ w·row - y, reaches the keys through the weights.
-        pair_sub_keys = _sub_key_rows(pair_slots, num_keys)
+        pair_sub_keys = sub_key_rows(pair_slots, num_keys)
         scores = _scores_at(pair_queries, current, pair_sub_keys, o).sum(2).flatten(1)
         grad_weights = torch.einsum("mjd,md->mj", pair_rows, errors) / errors.numel()
         for factor in factors:
@@ -130,7 +123,7 @@ def coupled_memory(
         window = rows[chunk.first * batch : chunk.stop * batch].to(dtype)
         with torch.no_grad():
             _, slots, _, sub_keys = lookup_halves(window, new_keys, **o.lookup)
-        scores = _scores_at(window, new_keys.to(dtype), _sub_key_rows(slots, keys.shape[2]), o).sum(2).flatten(1)
+        scores = _scores_at(window, new_keys.to(dtype), sub_key_rows(slots, keys.shape[2]), o).sum(2).flatten(1)
         weights = weigh(scores, o.weighting, o.temperature)
         value_rows = F.embedding(slots.flatten(1), new_values).to(dtype)
         predictions = torch.einsum("mj,mjd->md", weights, value_rows)

@@ -90,7 +90,7 @@ class MemoryGraph:
         state._bind(queries, targets, o)
         self._captured = self._tensors()
         static = (None if x is None else torch.empty_like(x.transpose(0, 1)) for x in (gates, mask))
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._on_device():
             self._tokens = Tokens(
                 torch.zeros_like(queries.transpose(0, 1), memory_format=torch.contiguous_format),
                 torch.zeros_like(targets.transpose(0, 1), memory_format=torch.contiguous_format),
@@ -103,6 +103,11 @@ class MemoryGraph:
             self._read = None
             if self._count < o.chunk_size:
                 self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
+
+    def _on_device(self) -> torch.cuda.device:
+        """Make the state's GPU the current one: a graph is captured, and replayed, on a stream of the current GPU."""
+        index = self._state.values.device.index
+        return torch.cuda.device(-1 if index is None else index)
 
     def _tensors(self) -> list[int]:
         """Where the state's tensors lie."""
@@ -161,22 +166,25 @@ class MemoryGraph:
             if tokens % count != 0:
                 what = "have a t that is" if name == "queries" else "be at a position that is"
                 raise ValueError(f"`{name}` must {what} a multiple of the {count} tokens captured, got {tokens}")
-        given = [None if x is None else x.detach().transpose(0, 1) for x in (queries, targets, gates, mask)]
+        with torch.no_grad(), self._on_device():
+            return self._replay(queries, targets, gates, mask)
+
+    def _replay(self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None) -> Tensor:
+        """One replay for each t tokens, but for the one that completes the first chunk."""
+        o, state, count = self._options, self._state, self._count
         output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
-        for begin in range(0, length, count):
+        for begin in range(0, queries.shape[1], count):
             part = slice(begin, begin + count)
+            given = [None if x is None else x[:, part] for x in (queries, targets, gates, mask)]
             place = state.position % o.chunk_size
             closes = place + count == o.chunk_size
             if closes and state.position < o.chunk_size:
-                options = o._asdict() | {
-                    "gates": None if gates is None else gates[:, part],
-                    "mask": None if mask is None else mask[:, part],
-                }
-                output[:, part] = fast_weight_memory_step(state, queries[:, part], targets[:, part], **options)
+                options = o._asdict() | dict(zip(Tokens._fields, given, strict=True))
+                output[:, part] = fast_weight_memory_step(state, **options)
                 continue
             for static, x in zip(self._tokens, given, strict=True):
                 if static is not None and x is not None:
-                    static.copy_(x[part])
+                    static.copy_(x.transpose(0, 1))
             if closes or self._read is None:
                 self._close.replay()
             else:

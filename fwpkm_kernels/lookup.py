@@ -60,7 +60,7 @@ def _lookup_torch(
     num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
     keys = keys.to(dtype)
-    table = keys.reshape(heads * 2 * num_keys, half)
+    table = keys.flatten(0, 2)
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
     first, second = torch.tensor(pairs, device=queries.device).unbind(1)
     scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
@@ -130,7 +130,7 @@ def _first_rows(heads: int, num_keys: int, like: Tensor) -> Tensor:
     return torch.arange(0, heads * 2 * num_keys, num_keys, dtype=like.dtype, device=like.device).view(heads, 2, 1)
 
 
-def _sub_key_rows(slots: Tensor, num_keys: int) -> Tensor:
+def sub_key_rows(slots: Tensor, num_keys: int) -> Tensor:
     """Rows of keys.view(H·2·n, Dk/2) that slots [M, H, K] are made of: [M, H, 2, K]."""
     columns = torch.stack((slots // num_keys, slots % num_keys), dim=2)
     return columns + _first_rows(slots.shape[1], num_keys, slots)
@@ -203,7 +203,7 @@ def half_grad_torch(
     """
     dtype = compute_dtype(keys.dtype)
     half = keys.shape[-1]
-    table = keys.reshape(-1, half).to(dtype)
+    table = keys.flatten(0, 2).to(dtype)
     grad_queries = torch.empty(queries.shape if with_queries else 0, dtype=dtype, device=queries.device)
     grad_keys = torch.zeros(keys.shape if with_keys else 0, dtype=dtype, device=keys.device)
     for block in pick_blocks(sub_keys, half):
@@ -218,7 +218,7 @@ def half_grad_torch(
             else:
                 grad_rows = torch.einsum("mhak,mhakd->mhad", factors, pick_rows(table, picked))
             if step_factors is not None and grad_totals is not None:
-                directions = pick_rows(grad_totals.view(-1, half), picked)
+                directions = pick_rows(grad_totals.flatten(0, 2), picked)
                 grad_rows += torch.einsum("mhak,mhakd->mhad", step_factors[block], directions)
             grad_queries[block] = grad_rows.flatten(-2)
         if with_keys:
@@ -226,8 +226,8 @@ def half_grad_torch(
                 vectors = vectors[..., 0, :]  # one for all picks
             if plan is None or len(picked) < len(sub_keys):
                 plan = plan_segments(picked, table.shape[0])
-            _, touched, totals = segment_totals(plan, vectors.reshape(-1, half), factors)
-            grad_keys.view(-1, half).index_add_(0, touched, totals)
+            _, touched, totals = segment_totals(plan, vectors.flatten(0, -2), factors)
+            grad_keys.flatten(0, 2).index_add_(0, touched, totals)
     return grad_queries, grad_keys
 
 
@@ -243,7 +243,7 @@ def _lookup_grad_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_halves = _of_halves(grad_scores)
-    sub_keys = _sub_key_rows(slots, keys.shape[2])
+    sub_keys = sub_key_rows(slots, keys.shape[2])
     if not checks.use_triton(backend, queries):
         grad_queries, grad_keys = half_grad_torch(
             grad_halves, queries, keys, sub_keys, score=score, eps=eps, with_keys=with_keys
@@ -253,14 +253,14 @@ def _lookup_grad_op(
     from .kernels.segments import segment_rows
 
     half = keys.shape[3]
-    table = keys.reshape(-1, half)
+    table = keys.flatten(0, 2)
     grad_queries, factors = half_grad(grad_halves, queries, table, sub_keys, idw=score == "idw", eps=eps)
     if not with_keys:
         return grad_queries, keys.new_empty(0)
     grad_keys = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
     segment_rows(
         grad_keys.view(table.shape),
-        queries.reshape(-1, half),
+        queries.unflatten(-1, (2, half)).flatten(0, 2),
         factors,
         *plan_segments(sub_keys, table.shape[0]),
         table=table,

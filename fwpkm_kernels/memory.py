@@ -10,8 +10,11 @@ from . import _checks as checks
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
+    Reads,
     count_read_positions,
     count_writes,
+    fold_write_weights,
+    fold_write_weights_grad,
     items_of,
     plan_reads,
     rows_of,
@@ -19,13 +22,11 @@ from .chunks import (
     weigh,
     weigh_grad,
     write_scale,
-    write_weights,
-    write_weights_grad,
 )
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .plan import Plan, check_rows, row_dtype
+from .plan import Plan, row_dtype, sum_at
 from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
 
 WEIGHTINGS = ("softmax", "silu", "relu")
@@ -51,7 +52,7 @@ class Kept(NamedTuple):
     slots: Tensor  #: int64 [R, H, K]
     half_scores: Tensor  #: [R, H, 2, K]
     sub_keys: Tensor  #: int32 [R, H, 2, K]
-    chunk_keys: Tensor  #: [writes + 1, H, 2, n, Dk/2]
+    chunk_keys: Tensor  #: of the keys, what `address_scan` keeps
     write_weights: Tensor  #: [R, J]
     counts: Tensor  #: int32 [R, J]
     order: Tensor  #: int64 [A]: the plan
@@ -59,6 +60,48 @@ class Kept(NamedTuple):
     start: Tensor  #: int32 [A]
     end: Tensor  #: int32 [A]
     log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start
+
+
+def run_scans(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor,
+    carried: int,
+    keep: bool,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor, Reads, Kept]:
+    """Both scans, for a sequence before which `carried` positions (0 or L) wait to be written.
+
+    Args:
+        queries: [(carried + T)·B, H, Dk], time first.
+        targets: [B, T, D].
+        values: [N, D], written in place.
+        gates, mask: [(carried + T)·B] or None, in the compute dtype.
+        output: [B, T, D], to be filled.
+
+    Returns:
+        The keys after the last write; slots and weights of all reads, [R, J]; where these come from; and what backward
+        needs, in which keys and log are empty without `keep`.
+    """
+    batch, length, width = targets.shape
+    chunks, reads = o.cut(length, carried), o.number_reads(length, batch, values.device, carried)
+    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, reads.token, batch, keep, o)
+    slots = found.slots.flatten(1)
+    weights = weigh(found.scores.flatten(1), o.weighting, o.temperature)
+
+    gates, mask = (None if x is None else x[reads.token] for x in (gates, mask))
+    plan, counts = plan_reads(slots, values.shape[0], len(chunks), reads, mask, o.boundary)
+    ratio = step_ratio(reads, mask, o.lookahead, o.boundary, weights.dtype)
+    factors = [x for x in (gates, mask) if x is not None]
+    write_weights = fold_write_weights(weights, counts, write_scale(weights, ratio, o.step), factors, reads.written)
+
+    log = values.new_empty(slots.numel() if keep else 0, width)
+    value_scan(values, targets, slots, weights, write_weights, plan, output, log if keep else None, chunks, o)
+    return new_keys, slots, weights, reads, Kept(*found, chunk_keys, write_weights, counts, *plan, log)
 
 
 @checks.without_autocast
@@ -74,32 +117,14 @@ def _forward(
 ) -> list[Tensor]:
     """Output, keys, values, slots and weights, and with `keep` what backward reads."""
     batch, length = queries.shape[:2]
-    num_slots, width = values.shape
-    dtype = compute_dtype(values.dtype)
+    gates, mask = (None if x is None else rows_of(x).to(compute_dtype(values.dtype)) for x in (gates, mask))
     keys = keys.contiguous()  # so are, then, its copies and the final keys
-    reads = o.number_reads(length, batch, values.device)
-    by_token = (None if x is None else rows_of(x).to(dtype) for x in (gates, mask))
-    gates, mask = (None if x is None else x[reads.token] for x in by_token)
-
-    found = address_scan(rows_of(queries), keys, length, batch, o)
-    slots = found.slots.flatten(1)
-    weights = weigh(found.scores.flatten(1), o.weighting, o.temperature)
-    plan, counts = plan_reads(slots, num_slots, len(o.cut(length)), reads, mask, o.boundary)
-    check_rows(plan, num_slots)
-    ratio = step_ratio(reads, mask, o.lookahead, o.boundary, dtype)
-    factors = [x for x in (gates, mask) if x is not None]
-    coefficients = write_weights(weights, counts, write_scale(weights, ratio, o.step), factors, reads.written)
-
     new_values = values.clone(memory_format=torch.contiguous_format)
     output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
-    log = torch.empty(slots.numel(), width, dtype=values.dtype, device=values.device) if keep else None
-    value_scan(new_values, targets, slots, weights, coefficients, plan, output, log, o)
-
-    results = [output, found.keys, new_values, *(items_of(x[reads.output], length, batch) for x in (slots, weights))]
-    if log is not None:
-        addresses = (found.scores, found.slots, found.half_scores, found.sub_keys, found.chunk_keys)
-        results += Kept(*addresses, coefficients, counts, *plan, log)
-    return results
+    tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
+    new_keys, slots, weights, reads, kept = run_scans(*tensors, 0, keep, o)
+    of_outputs = (items_of(x[reads.output], length, batch) for x in (slots, weights))
+    return [output, new_keys, new_values, *of_outputs, *(kept if keep else ())]
 
 
 @torch.library.custom_op(
@@ -142,14 +167,16 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     ]
     if keep and o.key_gradient != "all":
         reads = batch * count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
-        writes = count_writes(length, o.chunk_size, o.boundary) if o.keys_move else 0
+        of_keys = (count_writes(length, o.chunk_size, o.boundary) + 1 if o.keys_move else 1, *keys.shape)
+        if o.keys_move and o.keeps_picks(batch, keys.shape[2]):
+            of_keys = (reads, heads, 2, o.top_k, keys.shape[3])
         accesses = reads * picks
         results += Kept(
             scores=empty(dtype, reads, heads, o.top_k),
             slots=empty(torch.int64, reads, heads, o.top_k),
             half_scores=empty(dtype, reads, heads, 2, o.top_k),
             sub_keys=empty(torch.int32, reads, heads, 2, o.top_k),
-            chunk_keys=empty(keys.dtype, writes + 1, *keys.shape),
+            chunk_keys=empty(keys.dtype, *of_keys),
             write_weights=empty(dtype, reads, picks),
             counts=empty(torch.int32, reads, picks),
             order=empty(torch.int64, accesses),
@@ -165,7 +192,7 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     "fwpkm_kernels::fast_weight_memory_backward",
     mutates_args=(),
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
-    f"Tensor? gates, Tensor? mask, int num_slots, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
+    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
 )
 def _backward_op(
     grad_output: Tensor | None,
@@ -175,12 +202,13 @@ def _backward_op(
     targets: Tensor,
     gates: Tensor | None,
     mask: Tensor | None,
-    num_slots: int,
+    num_keys: int,
+    with_addresses: bool,
     kept: list[Tensor],
     *options: Any,
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
-    return _backward(queries, targets, gates, mask, grads, num_slots, Kept(*kept), Options(*options))
+    return _backward(queries, targets, gates, mask, grads, num_keys, with_addresses, Kept(*kept), Options(*options))
 
 
 @checks.without_autocast
@@ -190,24 +218,24 @@ def _backward(
     gates: Tensor | None,
     mask: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    num_slots: int,
+    num_keys: int,
+    with_addresses: bool,
     kept: Kept,
     o: Options,
 ) -> list[Tensor]:
-    """Gradients of queries, targets, keys, values, and of the gates if there are any."""
+    """Gradients of queries, targets, keys, values, and of the gates if there are any.
+
+    Those of queries and keys are empty unless `with_addresses`.
+    """
     batch, length = queries.shape[:2]
     dtype, device = kept.scores.dtype, queries.device
     grad_output, grad_keys, grad_values = grads
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
     # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
-    table_grad = torch.empty(num_slots, targets.shape[2], dtype=dtype, device=device)
+    table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
-    keys_shape = kept.chunk_keys.shape[1:]
-    if grad_keys is None:
-        grad_keys = torch.zeros(keys_shape, dtype=dtype, device=device)
-
-    reads = o.number_reads(length, batch, device)
+    chunks, reads = o.cut(length), o.number_reads(length, batch, device)
     gate_reads, mask_reads = (None if x is None else rows_of(x).to(dtype)[reads.token] for x in (gates, mask))
     scores = kept.scores.flatten(1)
     weights = weigh(scores, o.weighting, o.temperature)
@@ -220,38 +248,50 @@ def _backward(
         kept.write_weights,
         Plan(kept.order, kept.rows, kept.start, kept.end),
         kept.log,
+        chunks,
         o,
     )
     ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, dtype)
-    through_write, grad_gates = write_weights_grad(
+    through_write, grad_gates = fold_write_weights_grad(
         grad_write_weights, weights, kept.counts, ratio, o.step, gate_reads, mask_reads, reads.written
     )
-    grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
-    found = Addresses(kept.scores, kept.slots, kept.half_scores, kept.sub_keys, kept.chunk_keys, kept.chunk_keys)
-    grad_queries, grad_keys = address_scan_grad(
-        grad_keys.to(dtype), grad_scores.view(kept.scores.shape), rows_of(queries), found, length, batch, o
-    )
-    results = [
-        items_of(grad_queries, length, batch).to(queries.dtype),
-        grad_targets,
-        grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format),
-        table_grad.to(kept.log.dtype),
-    ]
+    grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
+    if with_addresses:
+        heads, width = queries.shape[2:]
+        grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
+        if grad_keys is None:
+            grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
+        by_token, new_grad_keys = address_scan_grad(
+            grad_keys.to(dtype),
+            grad_scores.view(kept.scores.shape),
+            rows_of(queries),
+            Addresses(kept.scores, kept.slots, kept.half_scores, kept.sub_keys),
+            kept.chunk_keys,
+            chunks,
+            reads.token,
+            batch,
+            o,
+        )
+        grad_queries = items_of(by_token, length, batch).to(queries.dtype)
+        new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
+    results = [grad_queries, grad_targets, new_grad_keys, table_grad.to(kept.log.dtype)]
     if gates is not None:
-        # Only one of a token's reads is written, and has a gradient.
-        by_token = torch.zeros(length * batch, dtype=dtype, device=device).index_add_(0, reads.token, grad_gates)
+        by_token = sum_at(reads.token, grad_gates, length * batch)
         results.append(items_of(by_token, length, batch).to(gates.dtype))
     return results
 
 
 @_backward_op.register_fake
-def _(grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_slots, kept, *options):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
+):
     kept = Kept(*kept)
+    heads, width = queries.shape[2:]
     shapes = [
-        (queries.shape, queries.dtype),
+        (queries.shape if with_addresses else (0,), queries.dtype),
         (targets.shape, targets.dtype),
-        (kept.chunk_keys.shape[1:], kept.chunk_keys.dtype),
-        ((num_slots, targets.shape[2]), kept.log.dtype),
+        ((heads, 2, num_keys, width // 2) if with_addresses else (0,), kept.chunk_keys.dtype),
+        ((num_keys**2, targets.shape[2]), kept.log.dtype),
     ]
     if gates is not None:
         shapes.append((gates.shape, gates.dtype))
@@ -265,7 +305,8 @@ class _FastWeightMemoryBackward(Function):
     def forward(
         ctx: Any,
         o: Options,
-        num_slots: int,
+        num_keys: int,
+        with_addresses: bool,
         grad_output: Tensor | None,
         grad_keys: Tensor | None,
         grad_values: Tensor | None,
@@ -282,7 +323,7 @@ class _FastWeightMemoryBackward(Function):
         if o.key_gradient == "all":
             results = _coupled_backward(queries, targets, gates, mask, (keys, *saved), grads, o)
         else:
-            results = _backward_op(*grads, queries, targets, gates, mask, num_slots, list(saved), *o)
+            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, list(saved), *o)
         return tuple(results)
 
     @staticmethod
@@ -355,7 +396,7 @@ class FastWeightMemory(Function):
             kept = [values]
         ctx.save_for_backward(queries, targets, keys, gates, mask, *kept)
         ctx.mark_non_differentiable(slots, weights)
-        ctx.options, ctx.num_slots = o, values.shape[0]
+        ctx.options, ctx.num_keys = o, keys.shape[2]
         return output, new_keys, new_values, slots, weights
 
     @staticmethod
@@ -366,11 +407,14 @@ class FastWeightMemory(Function):
         if all(grad is None for grad in grads):
             return (None, None, None, None, *none)
         queries, targets, keys, gates, mask, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        with_addresses = needed[0] or needed[2]
         results = _FastWeightMemoryBackward.apply(
-            ctx.options, ctx.num_slots, *grads, queries, targets, keys, gates, mask, *saved
+            ctx.options, ctx.num_keys, with_addresses, *grads, queries, targets, keys, gates, mask, *saved
         )
         grad_gates = results[4] if gates is not None else None
-        return (*results[:4], *none[:7], grad_gates, *none[8:])
+        main = (result if is_needed else None for result, is_needed in zip(results[:4], needed, strict=True))
+        return (*main, *none[:7], grad_gates, *none[8:])
 
 
 def check_memory(
@@ -481,7 +525,8 @@ def fast_weight_memory(
         keys      = keys      - lr · ( clamp(∇L,   ±clip) + weight_decay · keys )          see `product_key_update`
 
     n_s counts the accesses of slot s. α is J (times a ratio, below) with `step="paper"`, or 1 / Σ_j w_tj² with
-    `step="normalized"`, which rewrites a token alone on its slots exactly. Source: FwPKM, arXiv 2601.00671.
+    `step="normalized"`, which rewrites a token alone on its slots exactly (0 where the sum underflows). Source: FwPKM,
+    arXiv 2601.00671.
 
     Boundaries. ``"carry"``: chunk c writes the pairs whose targets lie in it; the first `lookahead` of them belong to
     the chunk before and are looked up and read again, for writing only. A sequence may be cut anywhere
@@ -493,8 +538,9 @@ def fast_weight_memory(
     Every chunk that is written decays and takes the key step, even if nothing in it is written or unmasked.
 
     Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
-    the mask are constants. What is kept for them is O(T · (J + 1) · D): each chunk's distinct rows as they were, and no
-    table; backward fills one dense gradient of the table. Final keys and values are differentiable too: pass them to
+    the mask are constants. What is kept for them is O(B · T · (J + 1) · (D + Dk)): the rows that each chunk reads, as
+    they were, and the sub-keys that it picks (or its keys whole where that is less), and no table of values; backward
+    fills one dense gradient of the table. Final keys and values are differentiable too: pass them to
     the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
     private copy of the table is written in place. Inputs are never changed.
 
@@ -539,4 +585,5 @@ def fast_weight_memory(
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         return MemoryOutput(*FastWeightMemory.apply(*tensors, *o[:7], gates, mask, *o[7:]))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
-    return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))
+    with torch.no_grad():  # a mask may require gradients; it gets none
+        return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))

@@ -99,3 +99,11 @@ def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[T
         per_sample_weights=coefficients.reshape(-1)[plan.order],
     )
     return positions, rows, totals
+
+
+def sum_at(index: Tensor, x: Tensor, size: int) -> Tensor:
+    """The rows of x summed at `index`, [size, ...], in a fixed order on either device; differentiable."""
+    zeros = x.new_zeros(size, *x.shape[1:])
+    if x.is_cuda:  # where index_add is atomic, and accumulation at indices is sorted
+        return zeros.index_put((index.long(),), x, accumulate=True)
+    return zeros.index_add(0, index, x)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import _checks as checks
 from .addressing import address_grad, step_keys
-from .chunks import Options
+from .chunks import Chunk, Options
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
-from .lookup import lookup_halves
-from .plan import Plan
+from .lookup import lookup_halves, pick_rows
+from .plan import Plan, sum_at
 from .update import write_grad_torch, write_torch
 
 
@@ -65,9 +65,9 @@ def write(
         write_torch(values, plan, errors, weights, lr, weight_decay, clip, log)
 
 
-def _access_rows(plan: Plan, picks: int) -> Tensor:
+def _log_rows(plan: Plan, slots: Tensor) -> Tensor:
     """Which row of the chunk's log each of its accesses finds: [M, J]."""
-    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.start).view(-1, picks)
+    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.start).view(slots.shape)
 
 
 def _read_grad(
@@ -88,7 +88,7 @@ def _read_grad(
 
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
-    log_rows = _access_rows(plan, slots.shape[1])
+    log_rows = _log_rows(plan, slots)
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     nothing = grad_output.new_empty((0, *grad_output.shape[1:]))
     if checks.use_triton(o.backend, grad_values):
@@ -123,53 +123,93 @@ class Addresses(NamedTuple):
     slots: Tensor  #: int64 [R, H, K]
     half_scores: Tensor  #: [R, H, 2, K]
     sub_keys: Tensor  #: int32 [R, H, 2, K]
-    chunk_keys: (
-        Tensor  #: [writes + 1, H, 2, n, Dk/2]: the keys before and after each write; [1, ...] if they never move
-    )
-    keys: Tensor  #: the keys after the last write
 
 
-def address_scan(queries: Tensor, keys: Tensor, length: int, batch: int, o: Options) -> Addresses:
-    """Look up every read, chunk by chunk, and move the keys after each chunk. `queries` is [T·B, H, Dk]."""
+def address_scan(
+    queries: Tensor, keys: Tensor, chunks: list[Chunk], token: Tensor, batch: int, keep: bool, o: Options
+) -> tuple[Addresses, Tensor, Tensor]:
+    """Look up every read, chunk by chunk, and move the keys after each chunk.
+
+    Args:
+        queries: [positions·B, H, Dk], the carried ones first.
+        token: [R], which of them each read reads.
+
+    Returns:
+        The addresses; the keys after the last write; and, with `keep`, what backward needs to know of the keys that
+        each chunk read: [writes + 1, H, 2, n, Dk/2], or [1, ...] if they never move, or where a row for each pick is
+        less (`Options.keeps_picks`), [R, H, 2, K, Dk/2].
+    """
+    nothing = keys.new_empty(0)
     if not o.keys_move:
-        token = o.number_reads(length, batch, keys.device).token
-        scores, slots, half_scores, sub_keys = (x[token] for x in lookup_halves(queries, keys, **o.lookup))
-        return Addresses(scores, slots, half_scores, sub_keys, keys.unsqueeze(0).clone(), keys.clone())
-    found = [lookup_halves(queries[:0], keys, **o.lookup)]
-    chunk_keys = [keys]
-    for chunk in o.cut(length):
-        found.append(lookup_halves(queries[chunk.first * batch : chunk.stop * batch], chunk_keys[-1], **o.lookup))
+        found = Addresses(*(x[token] for x in lookup_halves(queries, keys, **o.lookup)))
+        return found, keys.clone(), keys.unsqueeze(0).clone() if keep else nothing
+    keeps_picks = o.keeps_picks(batch, keys.shape[2])
+    kept = [nothing.view(0, *keys.shape[:2], o.top_k, keys.shape[3])]  # of picks
+    chunk_keys = nothing
+    if keep and not keeps_picks:
+        writes = sum(chunk.is_written for chunk in chunks)
+        chunk_keys = torch.empty(writes + 1, *keys.shape, dtype=keys.dtype, device=keys.device)
+        chunk_keys[0] = keys
+    parts = [lookup_halves(queries[:0], keys, **o.lookup)]
+    carried = chunks[0].start - chunks[0].first if chunks else 0
+    moved = keys
+    for index, chunk in enumerate(chunks):
+        start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
+        rereads = (chunk.start - chunk.first) * batch
+        parts.append(lookup_halves(queries[start - rereads : stop], moved, **o.lookup))
+        _, _, half_scores, sub_keys = parts[-1]
+        if keep and keeps_picks:
+            kept.append(pick_rows(moved.flatten(0, 2), sub_keys))
         if chunk.is_written:
-            rows = slice((chunk.start - chunk.first) * batch, None)
-            _, _, half_scores, sub_keys = (x[rows] for x in found[-1])
-            part = queries[chunk.start * batch : chunk.stop * batch]
-            chunk_keys.append(step_keys(chunk_keys[-1], part, half_scores, sub_keys, **o.key_step))
-    scores, slots, half_scores, sub_keys = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Addresses(scores, slots, half_scores, sub_keys, torch.stack(chunk_keys), chunk_keys[-1].clone())
+            picks = (half_scores[rereads:], sub_keys[rereads:])
+            moved = step_keys(moved, queries[start:stop], *picks, **o.key_step)
+            if keep and not keeps_picks:
+                chunk_keys[index + 1] = moved
+    found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    if keep and keeps_picks:
+        chunk_keys = torch.cat(kept)
+    return found, moved if moved is not keys else keys.clone(), chunk_keys
 
 
 def address_scan_grad(
-    grad_keys: Tensor, grad_scores: Tensor, queries: Tensor, found: Addresses, length: int, batch: int, o: Options
+    grad_keys: Tensor,
+    grad_scores: Tensor,
+    queries: Tensor,
+    found: Addresses,
+    chunk_keys: Tensor,
+    chunks: list[Chunk],
+    token: Tensor,
+    batch: int,
+    o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan: (gradient of queries [T·B, H, Dk], of the initial keys), in the compute dtype."""
+    still = o.key_step | {"weight": 0.0, "weight_decay": 0.0}  # no key step
+    if not o.keys_move:
+        picks = (found.half_scores, found.sub_keys, grad_scores, found.slots)
+        grads, grad_keys = address_grad(grad_keys, chunk_keys[0], queries[token], *picks, first_row=0, **still)
+        return sum_at(token, grads, len(queries)), grad_keys
     grad_queries = torch.zeros(queries.shape, dtype=grad_keys.dtype, device=grad_keys.device)
-    for index, chunk in reversed(list(enumerate(o.cut(length)))):
+    keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
+    keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
+    for index, chunk in reversed(list(enumerate(chunks))):
         rows, window = chunk.rows(batch), slice(chunk.first * batch, chunk.stop * batch)
-        options = o.key_step
-        if not chunk.is_written:
-            options |= {"weight": 0.0, "weight_decay": 0.0}
-        grad_window, grad_keys = address_grad(
+        sub_keys = found.sub_keys[rows]
+        if keeps_picks:  # rows that nothing picked are not read
+            keys.flatten(0, 2)[sub_keys.flatten().long()] = chunk_keys[rows].flatten(0, 3)
+        else:
+            keys = chunk_keys[index]
+        grads, grad_keys = address_grad(
             grad_keys,
-            found.chunk_keys[index if o.keys_move else 0],
+            keys,
             queries[window],
             found.half_scores[rows],
-            found.sub_keys[rows],
+            sub_keys,
             grad_scores[rows],
             found.slots[rows],
             first_row=(chunk.start - chunk.first) * batch,
-            **options,
+            **(o.key_step if chunk.is_written else still),
         )
-        grad_queries[window] += grad_window
+        grad_queries[window] += grads
     return grad_queries, grad_keys
 
 
@@ -182,12 +222,13 @@ def value_scan(
     plan: Plan,
     output: Tensor,
     log: Tensor | None,
+    chunks: list[Chunk],
     o: Options,
 ) -> None:
     """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
     batch, picks = targets.shape[0], slots.shape[1]
     targets, output = targets.transpose(0, 1), output.transpose(0, 1)
-    for chunk in o.cut(len(targets)):
+    for chunk in chunks:
         rows = chunk.rows(batch)
         accesses = slice(rows.start * picks, rows.stop * picks)
         pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
@@ -215,6 +256,7 @@ def value_scan_grad(
     write_weights: Tensor,
     plan: Plan,
     log: Tensor,
+    chunks: list[Chunk],
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the value scan: turns `grad_values` from that of the final table into that of the initial one.
@@ -225,7 +267,7 @@ def value_scan_grad(
     grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_weights, grad_write_weights = torch.empty_like(weights), torch.empty_like(weights)
     targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
-    for chunk in reversed(o.cut(len(targets))):
+    for chunk in reversed(chunks):
         rows = chunk.rows(batch)
         accesses = slice(rows.start * picks, rows.stop * picks)
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from . import _checks as checks
 from .addressing import step_keys
-from .chunks import OPTIONS_SCHEMA, Options, weigh, write_scale, write_weights
+from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
 from .gather import gather_rows
 from .kernels import compute_dtype
 from .lookup import lookup_halves
-from .memory import check_memory
+from .memory import check_memory, run_scans
 from .plan import count_accesses, plan_segments
 from .scans import read, write
 
@@ -72,6 +72,7 @@ class MemoryState:
         # On the CPU, so that reading it never waits for a GPU; a tensor, so that torch.compile does not count with it.
         self._position = torch.zeros((), dtype=torch.int64)
         self._touched = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
+        self._initial_version = _version(self._initial_values)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
 
@@ -83,9 +84,13 @@ class MemoryState:
     def reset(self) -> None:
         """Return to the initial memory and position 0; what is bound stays bound.
 
-        Copies back the rows that were touched, which are all after a write with weight_decay > 0.
+        Copies back the rows that were touched; all of them after a write with weight_decay > 0, or if the initial
+        memory was itself changed in place since.
         """
         with torch.no_grad():
+            if self._initial_version != (version := _version(self._initial_values)):
+                self._touched.fill_(1)
+                self._initial_version = version
             self.keys.copy_(self._initial_keys)
             if self.values.is_cuda:
                 from .kernels.memory import restore_rows
@@ -94,8 +99,8 @@ class MemoryState:
             else:
                 rows = torch.nonzero(self._touched).flatten()
                 self.values[rows] = self._initial_values[rows]
-            self._touched.zero_()
-            self._position.zero_()
+            for x in (self._touched, self._position, *(self._queue or ())):
+                x.zero_()
 
     @torch.inference_mode(False)
     def clone(self) -> "MemoryState":
@@ -104,9 +109,11 @@ class MemoryState:
         other._initial_keys, other._initial_values = self._initial_keys, self._initial_values
         other.keys, other.values = self.keys.clone(), self.values.clone()
         other._position, other._touched = self._position.clone(), self._touched.clone()
-        other._binding = self._binding
+        other._initial_version, other._binding = self._initial_version, self._binding
         other._queue = None if self._queue is None else Queue(*(x.clone() for x in self._queue))
         return other
+
+    __copy__ = clone
 
     def state_dict(self) -> dict[str, Tensor]:
         """Memory, position, queue and bound options as flat, contiguous, unshared tensors, as safetensors wants them.
@@ -116,8 +123,18 @@ class MemoryState:
         tensors = {"keys": self.keys, "values": self.values, "position": self._position}
         if self._binding is not None and self._queue is not None:
             tensors["binding"] = _to_bytes(self._binding)
-            tensors |= {f"queue.{name}": x for name, x in self._queue._asdict().items()}
+            tensors |= {f"queue.{name}": x for name, x in self._waiting(self._binding.options, self._queue).items()}
         return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+
+    def _waiting(self, o: Options, queue: Queue) -> dict[str, Tensor]:
+        """The queue without what no longer waits: equal states save equal tensors, and no other tokens."""
+        waiting = {name: x.clone() for name, x in queue._asdict().items()}
+        for name, x in waiting.items():
+            first = o.lookahead if name in ("queries", "gates", "mask") else 0
+            x[first + self.position % o.chunk_size :] = 0
+            if self.position < o.chunk_size:
+                x[:first] = 0
+        return waiting
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over what `state_dict` saved; `reset` still returns to the initial memory of this state.
@@ -139,7 +156,8 @@ class MemoryState:
         if binding is not None:
             if self._binding is not None:
                 _check_binding(self._binding, binding)
-            queue = self._queue if self._queue is not None else self._make_queue(binding)
+            # Of no memory yet: what is asked for may be absurd.
+            queue = self._make_queue(binding, torch.device("meta"))
             expected |= {f"queue.{name}": x for name, x in queue._asdict().items()}
         names = set(expected) | ({"binding"} if binding is not None else set())
         if set(state_dict) != names:
@@ -153,8 +171,14 @@ class MemoryState:
                     f"`state_dict` comes from another configuration: {name!r} must be {checks.shape(x)} of {x.dtype}, "
                     f"got {came}"
                 )
+        if binding is not None:
+            for name, size in (("queue.slots", len(self.values)), ("queue.sub_keys", self.keys.shape[:3].numel())):
+                checks.check_slot_range(f"state_dict[{name!r}]", state_dict[name].cpu(), size)
+            queue = self._queue if self._queue is not None else self._make_queue(binding, self.values.device)
+        buffers = {"keys": self.keys, "values": self.values, "position": self._position}
+        buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
         with torch.no_grad():
-            for name, x in expected.items():
+            for name, x in buffers.items():
                 x.copy_(state_dict[name])
             # Which rows differ from the initial memory is not known: reset copies all of them.
             self._touched.fill_(1)
@@ -175,17 +199,17 @@ class MemoryState:
             queries = self.keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
             targets = self.values.new_empty((binding.batch, 0, self.values.shape[1]), dtype=binding.targets_dtype)
             check_step(self, queries, targets, None, None, binding.options)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"`state_dict` must hold bound options that fit under 'binding', got {error!r}") from None
         return binding
 
     @torch.inference_mode(False)
-    def _make_queue(self, binding: Binding) -> Queue:
+    def _make_queue(self, binding: Binding, device: torch.device) -> Queue:
         """An empty queue for what is bound."""
         batch, o = binding.batch, binding.options
         heads, _, _, half = self.keys.shape
         chunk, window, width = o.chunk_size, o.lookahead + o.chunk_size, self.values.shape[1]
-        dtype, device = compute_dtype(self.values.dtype), self.values.device
+        dtype = compute_dtype(self.values.dtype)
 
         def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -207,10 +231,15 @@ class MemoryState:
         free = {name: Options._field_defaults[name] for name in FREE_OPTIONS}
         binding = Binding(queries.shape[0], queries.dtype, targets.dtype, o._replace(**free))
         if self._binding is None or self._queue is None:
-            self._binding, self._queue = binding, self._make_queue(binding)
+            self._binding, self._queue = binding, self._make_queue(binding, self.values.device)
         else:
             _check_binding(self._binding, binding)
         return self._queue
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None in inference mode, which does not count."""
+    return None if x.is_inference() else x._version
 
 
 def check_initial_memory(keys: Tensor, values: Tensor) -> None:
@@ -294,7 +323,8 @@ def read_piece(
     )
     queue.queries[behind] = tokens.queries
     for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask)):
-        buffer[behind] = 1.0 if x is None else x.to(buffer.dtype)
+        # Not a number at indices, which would come from the host: a captured graph must not wait for it.
+        buffer[behind] = torch.ones_like(buffer[:count]) if x is None else x.to(buffer.dtype)
     queue.targets[where] = tokens.targets
     for buffer, x in (
         (queue.predictions, predictions),
@@ -321,8 +351,7 @@ def close_chunk(keys: Tensor, values: Tensor, touched: Tensor, queue: Queue, is_
     half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
     factors = [x[o.lookahead - carried :] for x in (queue.gates, queue.mask)]
     _write_chunk(keys, values, touched, queries, slots, weights, errors, factors, half_scores, sub_keys, o)
-    for x in (queue.queries, queue.gates, queue.mask):
-        x[: o.lookahead] = x[o.chunk_size :]
+    _carry(queue, queue.queries, [queue.gates, queue.mask], o)
 
 
 def read_and_close_chunk(
@@ -337,19 +366,59 @@ def read_and_close_chunk(
 ) -> None:
     """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and nothing waits."""
     carried, batch = 0 if is_first else o.lookahead, tokens.queries.shape[1]
-    factors = [
-        torch.cat((buffer[:carried], torch.ones_like(buffer[o.lookahead :]) if x is None else x.to(buffer.dtype)))
-        for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask))
-    ]
-    queries = torch.cat((queue.queries[:carried], tokens.queries))
+    queries, factors = _after_carried(queue, tokens, carried)
     weights, slots, half_scores, sub_keys = _look_up(queries.flatten(0, 1), keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
     errors = read(values, slots.flatten(1), weights, pair_targets, output, o.backend)[: pair_targets.shape[:2].numel()]
     rows = slice(carried * batch, None)
     _write_chunk(keys, values, touched, queries, slots, weights, errors, factors, half_scores[rows], sub_keys[rows], o)
-    queue.queries[: o.lookahead] = tokens.queries[o.chunk_size - o.lookahead :]
-    for buffer, factor in zip((queue.gates, queue.mask), factors, strict=True):
-        buffer[: o.lookahead] = factor[len(factor) - o.lookahead :]
+    _carry(queue, queries, factors, o)
+
+
+def read_and_close_chunks(
+    keys: Tensor,
+    values: Tensor,
+    touched: Tensor,
+    queue: Queue,
+    tokens: Tokens,
+    output: Tensor,
+    is_first: bool,
+    o: Options,
+) -> None:
+    """Several whole chunks at once, as `fast_weight_memory` does it: all addresses first, one plan for all writes."""
+    carried = 0 if is_first else o.lookahead
+    queries, factors = _after_carried(queue, tokens, carried)
+    gates, mask = (x.flatten() for x in factors)
+    targets, by_item = tokens.targets.transpose(0, 1), output.transpose(0, 1)
+    tensors = (queries.flatten(0, 1), targets, keys, values, gates, mask, by_item)
+    new_keys, slots, _, _, _ = run_scans(*tensors, carried, False, o)
+    keys.copy_(new_keys)
+    _touch(touched, slots, o)
+    _carry(queue, queries, factors, o)
+
+
+def _after_carried(queue: Queue, tokens: Tokens, carried: int) -> tuple[Tensor, list[Tensor]]:
+    """Queries, and gates and mask, of the carried tokens and those that come."""
+    size = tokens.queries.shape[:2]
+    factors = [
+        torch.cat((buffer[:carried], buffer.new_ones(size) if x is None else x.to(buffer.dtype)))
+        for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask))
+    ]
+    return torch.cat((queue.queries[:carried], tokens.queries)), factors
+
+
+def _carry(queue: Queue, queries: Tensor, factors: list[Tensor], o: Options) -> None:
+    """Carry the last L tokens of a chunk into the next one."""
+    for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
+        buffer[: o.lookahead] = x[len(x) - o.lookahead :]
+
+
+def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
+    """Remember which rows may differ from the initial memory."""
+    if o.weight_decay != 0.0:
+        touched.fill_(1)
+    else:
+        touched.index_fill_(0, slots.flatten(), 1)
 
 
 def _write_chunk(
@@ -380,7 +449,7 @@ def _write_chunk(
     plan = plan_segments(pair_slots, values.shape[0])
     counts = count_accesses(plan, (mask > 0).repeat_interleave(pair_weights.shape[1])).view(pair_weights.shape)
     scale = write_scale(pair_weights, None, o.step)
-    coefficients = write_weights(pair_weights, counts, scale, [gates, mask])
+    pair_write_weights = fold_write_weights(pair_weights, counts, scale, [gates, mask])
 
     rows = queries.flatten(0, 1)
     chunk_queries = rows[len(rows) - len(sub_keys) :]
@@ -395,7 +464,7 @@ def _write_chunk(
     write(
         values,
         errors,
-        coefficients,
+        pair_write_weights,
         plan,
         lr=o.lr,
         weight_decay=o.weight_decay,
@@ -404,10 +473,7 @@ def _write_chunk(
     )
     if new_keys is not keys:
         keys.copy_(new_keys)
-    if o.weight_decay != 0.0:
-        touched.fill_(1)
-    else:
-        touched.index_fill_(0, plan.rows.long(), 1)
+    _touch(touched, pair_slots, o)
 
 
 #: The tensors of a state that a step writes, in the order of the operator's arguments.
@@ -440,23 +506,32 @@ def _step(
     keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, queue: Queue, tokens: Tokens, o: Options
 ) -> Tensor:
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
-    by_time = output.transpose(0, 1)
     begin, now = 0, int(position)
-    while begin < length:
-        offset = now % o.chunk_size
-        count = min(o.chunk_size - offset, length - begin)
-        part, out = tokens.part(begin, begin + count), by_time[begin : begin + count]
-        is_first = now < o.chunk_size
-        if count == o.chunk_size:
-            read_and_close_chunk(keys, values, touched, queue, part, out, is_first, o)
-        else:
-            read_piece(keys, values, queue, part, out, slice(offset, offset + count), o)
-            if offset + count == o.chunk_size:
-                close_chunk(keys, values, touched, queue, is_first, o)
-        begin, now = begin + count, now + count
-    position.fill_(now)
+    try:
+        while begin < length:
+            offset, left = now % o.chunk_size, length - begin
+            count = min(o.chunk_size - offset, left)
+            if offset == 0 and left >= 2 * o.chunk_size and o.key_gradient != "all":
+                count = left - left % o.chunk_size
+            part, out = tokens.part(begin, begin + count), output[:, begin : begin + count].transpose(0, 1)
+            memory, is_first = (keys, values, touched, queue), now < o.chunk_size
+            if count > o.chunk_size:
+                read_and_close_chunks(*memory, part, out, is_first, o)
+            elif count == o.chunk_size:
+                read_and_close_chunk(*memory, part, out, is_first, o)
+            else:
+                read_piece(keys, values, queue, part, out, slice(offset, offset + count), o)
+                if offset + count == o.chunk_size:
+                    close_chunk(*memory, is_first, o)
+            begin, now = begin + count, now + count
+            position.fill_(now)
+    except BaseException:
+        touched.fill_(1)  # who knows which rows were: so reset, the way out, copies all
+        raise
     return output
 
 
@@ -520,7 +595,9 @@ def fast_weight_memory_step(
         output [B, t, D] in the targets' dtype, without autograd.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The state is unchanged then.
+        TypeError, ValueError: naming the argument, what was expected and what came. The state is unchanged then. After
+            any other error, one of the device say, the state must be reset or loaded into.
+        RuntimeError: in a CUDA graph capture; `MemoryGraph` is there for that.
     """
     o = Options(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, testing
+from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, memory, testing
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_golden_chunk import NAMES, assert_near, load, tolerance
 
@@ -130,9 +130,6 @@ def check(inputs: dict[str, Any], place: Place, **options: Any) -> None:
     assert_close(actual, named(*run(reference.fast_weight_memory, inputs, **options)))
 
 
-# --- golden cases ---------------------------------------------------------------------------------------------------
-
-
 def check_golden(function: Callable[..., Any], name: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Slots, outputs, weights, the final state and every gradient, to what tests/golden/README.md promises."""
     config, tensors = load(name, dtype)
@@ -191,9 +188,6 @@ def test_key_step_of_a_single_chunk():
         clip=config["clip"],
     )
     assert_near(keys, tensors["final_keys"], 1e-12, "final_keys")
-
-
-# --- against the reference ------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -333,9 +327,6 @@ def test_gradcheck(key_gradient, step, boundary):
         return fast_weight_memory(*tensors, gates=gates, mask=mask, key_gradient=key_gradient, **options)[:3]
 
     assert gradcheck(outputs, list(leaves.values()))
-
-
-# --- what a sequence means ------------------------------------------------------------------------------------------
 
 
 @KEY_GRADIENTS
@@ -502,9 +493,6 @@ def test_without_gradients_nothing_is_kept_and_the_bits_are_the_same(key_gradien
     assert not any(x.requires_grad for x in (*outputs, *without_leaves))
     assert_same_bits(outputs._asdict(), expected._asdict())
     assert_same_bits(without_leaves._asdict(), expected._asdict())
-
-
-# --- inside autograd ------------------------------------------------------------------------------------------------
 
 
 def small_call(key_gradient: str = "addressing", **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -675,7 +663,63 @@ def test_what_is_kept_for_backward(options):
     assert not any(isinstance(x, Tensor) for x in vars(context).values())
 
 
-# --- inside torch.compile -------------------------------------------------------------------------------------------
+def test_of_many_keys_only_the_picked_are_kept():
+    """Where a chunk picks fewer sub-keys than there are, no set of keys is kept either."""
+    inputs = make_inputs(1, 64, num_keys=64, key_width=16, mask="real")
+    leaves, options = leaves_of(inputs), {"chunk_size": 4, "top_k": 2}
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        fast_weight_memory(**{**inputs, **leaves}, **options)
+    mine = [size for address, size in saved.items() if address != leaves["keys"].data_ptr()]
+    assert max(mine) < 4 * leaves["keys"].nbytes  # of 16 chunks
+    check(inputs, PLACES[0], **options)
+
+
+@BOUNDARIES
+@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("name", ["gates", "mask"])
+def test_what_is_not_written_reaches_no_gradient(name, step, boundary):
+    """NaN gates or masks of the last tokens, which no chunk writes."""
+    inputs = make_inputs(2, 7, mask="real")
+    options = {"chunk_size": 7, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
+    expected = named(*run(fast_weight_memory, inputs, **options))
+    inputs[name] = inputs[name].clone()
+    inputs[name][:, -2:] = torch.nan
+    assert_same_bits(named(*run(fast_weight_memory, inputs, **options)), expected)
+
+
+def test_normalized_steps_of_vanishing_weights_stay_finite():
+    """silu of scores near -56 squares to less than float32 can invert."""
+    inputs = make_inputs(1, 4, dtype=torch.float32)
+    inputs["queries"] = torch.full_like(inputs["queries"], -14.0)
+    inputs["keys"] = torch.ones_like(inputs["keys"])
+    for temperature in (0.8, 0.9, 1.0, 1.1, 1.2, 1.3):
+        options = {"chunk_size": 2, "top_k": 2, "score": "dot", "weighting": "silu", "step": "normalized"}
+        outputs = fast_weight_memory(**inputs, temperature=temperature, **options)
+        assert all(x.isfinite().all() for x in outputs)
+
+
+def test_a_mask_that_requires_gradients_gets_none():
+    inputs = make_inputs(2, 6, mask="real")
+    inputs["mask"] = inputs["mask"].requires_grad_()
+    assert not fast_weight_memory(**inputs, chunk_size=3, top_k=2).output.requires_grad
+
+
+def test_addresses_are_not_differentiated_for_nothing(monkeypatch):
+    def fail(*args: Any) -> Any:
+        raise AssertionError("the gradients of queries and keys are not asked for")
+
+    monkeypatch.setattr(memory, "address_scan_grad", fail)
+    inputs = make_inputs(2, 6)
+    inputs["values"] = inputs["values"].requires_grad_()
+    inputs["gates"] = inputs["gates"].requires_grad_()
+    output = fast_weight_memory(**inputs, chunk_size=3, top_k=2).output
+    assert all(grad.any() for grad in torch.autograd.grad(output.sum(), (inputs["values"], inputs["gates"])))
 
 
 def assert_compiled_equals_eager(compiled: Callable[..., Any], length: int, **options: Any) -> None:
@@ -729,7 +773,7 @@ def test_compiled_without_gradients(key_gradient):
 
 
 def op_arguments(inputs: dict[str, Any], keep: bool, **options: Any) -> tuple[Any, ...]:
-    from fwpkm_kernels.memory import Options
+    from fwpkm_kernels.chunks import Options
 
     options = Options(chunk_size=3, top_k=2, **options)
     names = ("queries", "targets", "keys", "values", "gates", "mask")
@@ -755,11 +799,11 @@ def test_opcheck_of_backward(boundary, gates, addressing_weight):
     arguments = op_arguments(inputs, True, boundary=boundary, addressing_weight=addressing_weight)
     results = torch.ops.fwpkm_kernels.fast_weight_memory(*arguments)
     incoming = cotangents(MemoryOutput(*results[:5]))
-    queries, targets, _, values, gates, mask, _, *options = arguments
-    tensors = (queries, targets, gates, mask, values.shape[0], results[5:])
+    queries, targets, keys, _, gates, mask, _, *options = arguments
     op = torch.ops.fwpkm_kernels.fast_weight_memory_backward.default
-    torch.library.opcheck(op, (*incoming, *tensors, *options))
-    torch.library.opcheck(op, (incoming[0], None, None, *tensors, *options))
+    for grads, with_addresses in ((incoming, True), ((incoming[0], None, None), True), (incoming, False)):
+        tensors = (queries, targets, gates, mask, keys.shape[2], with_addresses, results[5:])
+        torch.library.opcheck(op, (*grads, *tensors, *options))
 
 
 @PLACES_SLOW
@@ -771,9 +815,6 @@ def test_autocast_changes_nothing(dtype, key_gradient, place):
     expected = named(*run(fast_weight_memory, inputs, **options))
     with torch.autocast(place.device, dtype=dtype):
         assert_same_bits(named(*run(fast_weight_memory, inputs, **options)), expected)
-
-
-# --- arguments ------------------------------------------------------------------------------------------------------
 
 
 def test_apply_takes_the_arguments_of_the_function_in_its_order():

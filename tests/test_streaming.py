@@ -23,10 +23,11 @@ from fwpkm_kernels import (
     fast_weight_memory,
     fast_weight_memory_step,
     graphs,
+    scans,
     streaming,
     testing,
 )
-from fwpkm_kernels.memory import Options
+from fwpkm_kernels.chunks import Options
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
 
@@ -88,9 +89,6 @@ def contents(state: MemoryState) -> dict[str, Tensor]:
 
 def assert_same_state(state: MemoryState, expected: MemoryState) -> None:
     assert_same_bits(contents(state), contents(expected))
-
-
-# --- any cut is the whole -------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -264,10 +262,26 @@ def test_only_carried_tokens_are_looked_up_twice(lookahead, cuts, monkeypatch):
         return original(queries, *args, **options)
 
     original = streaming.lookup_halves
-    monkeypatch.setattr(streaming, "lookup_halves", lookup_halves)
+    for module in (streaming, scans):
+        monkeypatch.setattr(module, "lookup_halves", lookup_halves)
     streamed(cuts, **make_inputs(2, 11), chunk_size=3, top_k=2, lookahead=lookahead)
     # Three chunks are full, of which the first carries nothing in.
     assert sum(rows) == 2 * (11 + 2 * lookahead)
+
+
+def test_the_whole_chunks_of_a_prompt_are_looked_up_at_once_where_keys_stand_still(monkeypatch):
+    calls = []
+
+    def lookup_halves(queries: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(queries.shape[0])
+        return original(queries, *args, **options)
+
+    original = streaming.lookup_halves
+    for module in (streaming, scans):
+        monkeypatch.setattr(module, "lookup_halves", lookup_halves)
+    streamed([1, 14], **make_inputs(2, 15), chunk_size=3, top_k=2, lookahead=2, addressing_weight=0.0)
+    # One token; two that complete the first chunk, which carries nothing in; four chunks after two carried tokens.
+    assert calls == [2, 4, 2 * (2 + 12)]
 
 
 @BOTH
@@ -340,9 +354,6 @@ def test_inference_mode_and_its_end():
         testing.assert_bitwise_equal(torch.cat(outputs, 1), wanted)
         assert_same_state(state, expected)
         state.reset()
-
-
-# --- options --------------------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -521,9 +532,6 @@ def test_bad_initial_memory_is_named(case):
         MemoryState(*change(inputs["keys"], inputs["values"]))
 
 
-# --- the life of a state --------------------------------------------------------------------------------------------
-
-
 @BOTH
 def test_the_initial_memory_is_shared_and_never_written(place):
     inputs = make_inputs(2, 9, device=place.device)
@@ -615,6 +623,51 @@ def test_reset_after_decay_restores_all_rows(place):
     state.values.fill_(7.0)
     state.reset()
     testing.assert_bitwise_equal(state.values, inputs["values"])
+
+
+def test_reset_to_an_initial_memory_that_was_changed_in_place():
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    options = {"chunk_size": 3, "top_k": 2}
+    stream(state, inputs, [8], **options)
+    inputs["values"] += 1.0
+    inputs["keys"] += 1.0
+    state.reset()
+    assert torch.equal(state.values, inputs["values"])
+    assert torch.equal(state.keys, inputs["keys"])
+
+
+@pytest.mark.parametrize("failing", ["write", "step_keys"])
+def test_reset_after_a_step_that_failed_halfway(failing, monkeypatch):
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    options = {"chunk_size": 3, "top_k": 2}
+    stream(state, inputs, [4], **options)
+    for module in (streaming, scans):
+        monkeypatch.setattr(module, failing, lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream(state, inputs, [4], **options)
+    monkeypatch.undo()
+    state.reset()
+    stream(state, inputs, [8], **options)
+    fresh = make_state(inputs)
+    stream(fresh, inputs, [8], **options)
+    assert_same_state(state, fresh)
+
+
+def test_equal_states_save_equal_tensors_and_no_other_tokens():
+    inputs = make_inputs(2, 11)
+    options = {"chunk_size": 4, "top_k": 2, "lookahead": 2, "addressing_weight": 0.0}
+    states = []
+    for cuts in ([11], [1] * 11, [5, 3, 3], [8, 3]):
+        states.append(make_state(inputs))
+        stream(states[-1], inputs, cuts, **options)
+    for state in states[1:]:
+        for name, x in state.state_dict().items():
+            torch.testing.assert_close(x, states[0].state_dict()[name], msg=name)
+    assert not states[0].state_dict()["queue.targets"][3:].any()
+    states[0].reset()
+    assert not any(x.any() for name, x in states[0].state_dict().items() if name.startswith("queue"))
 
 
 def copies() -> dict[str, Callable[[MemoryState], MemoryState]]:
@@ -816,9 +869,6 @@ def test_a_bound_state_takes_no_other_options(name):
     assert_same_bits(contents(state), before)
 
 
-# --- inside PyTorch -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 def test_one_compilation_serves_all_steps(bound):
     """Over chunk ends, for one number of tokens; binding at the first step costs at most one more."""
@@ -905,6 +955,8 @@ class NoSynchronisation(TorchDispatchMode):
         assert name not in ("nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal"), name
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             assert all(x is None or x.dtype != torch.bool for x in args[1]), f"{name} with a mask"
+        if name in ("index_put", "index_put_"):  # a number would come from the host
+            assert args[2].dim() > 0, name
         assert name != "repeat_interleave" or isinstance(args[-1], int), "repeats that are a tensor"
         self.calls += 1
         return function(*args, **(kwargs or {}))
@@ -916,20 +968,27 @@ class NoSynchronisation(TorchDispatchMode):
 )
 def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     """The operator's body, which a mode does not see from outside."""
-    inputs = make_inputs(2, 7, num_keys=2, mask="bool", dtype=torch.float32, device=triton_place.device)
+    inputs = make_inputs(2, 10, num_keys=2, mask="bool", dtype=torch.float32, device=triton_place.device)
     state = make_state(inputs)
     options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "key_gradient": key_gradient, **options}
     o = Options(**options, backend=triton_place.backend)
     queue = state._bind(inputs["queries"], inputs["targets"], o)
     begin = 0
-    for count in (2, 1, 4):
+    for count in (2, 1, 7):
         tokens = tokens_of(inputs, begin, begin + count)
         by_time = streaming.Tokens(*(tokens[name].transpose(0, 1) for name in BY_TOKEN))
         with torch.no_grad(), NoSynchronisation(state._position) as mode:
             streaming._step(state.keys, state.values, state._position, state._touched, queue, by_time, o)
         assert mode.calls > 10
         begin += count
-    assert state.position == 7
+    assert state.position == 10
+
+    # What a graph captures, where gates and masks are not given and the place is a tensor.
+    tokens = streaming.Tokens(by_time.queries[:1], by_time.targets[:1], None, None)
+    output, where = torch.empty_like(tokens.targets), torch.arange(1, 2, device=triton_place.device)
+    with torch.no_grad(), NoSynchronisation(state._position):
+        streaming.read_piece(state.keys, state.values, queue, tokens, output, where, o)
+        streaming.close_chunk(state.keys, state.values, state._touched, queue, False, o)
 
 
 @pytest.fixture
@@ -964,9 +1023,6 @@ def test_real_sizes_on_a_gpu(dtype):
     for actual, expected in ((output, whole.output), (state.keys, whole.keys), (state.values, whole.values)):
         error, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
         assert error <= (1e-5 if actual.dtype == torch.float32 else 1e-2) * norm
-
-
-# --- captured steps -------------------------------------------------------------------------------------------------
 
 
 class OnGpu(torch.Tensor):
