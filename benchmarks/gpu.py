@@ -32,7 +32,18 @@ from fwpkm_kernels import env_report
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Run first: what a GPU is needed for. The rest of the suite follows, the compiler's cases last.
-KERNEL_TESTS = ("lookup", "update", "gather", "plan", "golden_chunk", "torch")
+KERNEL_TESTS = (
+    "lookup",
+    "update",
+    "gather",
+    "addressing",
+    "memory_kernels",
+    "memory",
+    "streaming",
+    "plan",
+    "golden_chunk",
+    "torch",
+)
 TESTS_SHARE, BENCHMARKS_END, ALARM = 0.6, 0.88, 0.96  # of the whole time
 
 
