@@ -438,7 +438,7 @@ def main() -> None:
     """Print the table; with --json also write one line per kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
     parser.add_argument("--json", help="append JSON lines to this file")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile this many cases at a time"
@@ -446,7 +446,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    names = [case.name for case in cases() if arguments.case in case.name]
+    names = [case.name for case in cases() if re.search(arguments.case, case.name)]
     work = [(name, target) for target in arguments.target or ["sm_90"] for name in names]
     columns = ("target", "case", "kernel", "registers", "stack", "shared", "num_warps", "wide_loads", "narrow_loads")
     columns += ("tensor_core", "instructions", "seconds")

@@ -16,12 +16,14 @@ from benchmarks.compiled import TARGETS
 
 @pytest.fixture(scope="module")
 def reports(request, tmp_path_factory):
-    """What became of every kernel on one target."""
+    """What became of every kernel on one target: in all cases on sm_90, elsewhere in a few."""
     path = tmp_path_factory.mktemp("compiled") / "reports.jsonl"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # A cache of its own: what is examined is what today's compiler makes of today's code.
     environment["TRITON_CACHE_DIR"] = str(path.parent / "cache")
     command = [sys.executable, "-m", "benchmarks.compiled", "--target", request.param, "--json", str(path)]
+    if request.param != "sm_90":
+        command += ["--case", "/(paper|paper-bf16-table|static-pkm)$"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in path.read_text().splitlines()]

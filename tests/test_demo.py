@@ -352,9 +352,10 @@ def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", demo.MEMORIES)
 def test_the_papers_memory_on_the_default_text(name):
-    _, results = run(demo.Options(device="cpu"), demo.default_text(), name)
+    passes = 4 if name == "plain" else 2
+    _, results = run(demo.Options(device="cpu", passes=passes), demo.default_text(), name)
     assert results[0].accuracy > 0.55
-    assert results[3].accuracy > 0.80
+    assert results[-1].accuracy > 0.80
     assert all(found >= 10 for found in results[0].found)  # of 16, read once
-    assert all(found >= 15 for found in results[3].found)
+    assert all(found >= passes // 2 + 13 for found in results[-1].found)
     assert sum(sum(result.controls_found) for result in results) == 0

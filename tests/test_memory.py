@@ -34,8 +34,8 @@ OPTIONS = (
 DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
 #: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
 QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
-#: What it runs in float32 too, in `make test-all`: what rounds most, each score and weighting, options of the writes.
-FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "paper_j_short", "dot_relu", "idw_silu", "allgrad_me", "clip", "wd")
+#: What it runs in float32 too, in `make test-all`; float32 is no other than elsewhere there.
+FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "idw_silu", "clip")
 #: Instead of the fixture `place`, where the interpreter takes many seconds.
 PLACES_SLOW = pytest.mark.parametrize(
     "place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=lambda place: place.backend
@@ -240,7 +240,7 @@ def test_all_options_together_in_triton(call):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(calls(most_tokens=7, most_keys=4))
 def test_many_options_together_in_triton(call):
     inputs, options = call

@@ -39,6 +39,8 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 BY_TOKEN = ("queries", "targets", "gates", "mask")
 #: Small options of a bound state.
 OPTIONS = {"chunk_size": 4, "top_k": 2, "lookahead": 1}
+#: What does not depend on the kernels: on the CPU, and on a GPU if there is one.
+DEVICES = pytest.mark.parametrize("place", PLACES[: 1 + HAS_GPU], ids=lambda place: place.backend)
 #: Both places; the second of them in `make test-all` where that is the interpreter.
 BOTH = pytest.mark.parametrize(
     "place",
@@ -162,7 +164,7 @@ def test_any_cut_is_the_whole_in_triton(call):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(calls(most_chunk=4, most_steps=4, most_keys=4))
 def test_many_cuts_are_the_whole_in_triton(call):
     check_cuts(*call, PLACES[1])
@@ -532,7 +534,7 @@ def test_bad_initial_memory_is_named(case):
         MemoryState(*change(inputs["keys"], inputs["values"]))
 
 
-@BOTH
+@DEVICES
 def test_the_initial_memory_is_shared_and_never_written(place):
     inputs = make_inputs(2, 9, device=place.device)
     options = OPTIONS | {"weight_decay": 0.1, "backend": place.backend}
@@ -550,7 +552,7 @@ def test_the_initial_memory_is_shared_and_never_written(place):
         assert_close({"values": one.values, "keys": one.keys}, {name: inputs[name] for name in ("values", "keys")}, 0.0)
 
 
-@BOTH
+@DEVICES
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_initial_memory_of_any_strides(layout, place):
     inputs, plain = make_inputs(layout=layout, device=place.device), make_inputs(device=place.device)
@@ -569,7 +571,7 @@ def test_repr_says_where_the_state_is():
     assert repr(state) == "MemoryState(position=0, heads=1, n=4, Dk=4, values=[16, 3] of torch.float64 on cpu)"
 
 
-@BOTH
+@DEVICES
 @pytest.mark.parametrize("length", [1, 5, 8, 9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_reset_gives_a_fresh_state(weight_decay, length, place):
@@ -596,7 +598,7 @@ def test_reset_of_a_state_that_never_stepped():
     assert_same_state(state, make_state(inputs))
 
 
-@BOTH
+@DEVICES
 def test_reset_restores_the_rows_that_were_touched(place):
     inputs = make_inputs(1, 4, num_keys=8, device=place.device)
     state = make_state(inputs)
@@ -613,7 +615,7 @@ def test_reset_restores_the_rows_that_were_touched(place):
     assert not state._touched.any()
 
 
-@BOTH
+@DEVICES
 def test_reset_after_decay_restores_all_rows(place):
     inputs = make_inputs(1, 8, num_keys=8, device=place.device)
     state = make_state(inputs)
@@ -678,7 +680,7 @@ def copies() -> dict[str, Callable[[MemoryState], MemoryState]]:
     }
 
 
-@BOTH
+@DEVICES
 @pytest.mark.parametrize("how", copies())
 @pytest.mark.parametrize("read", [0, 6])
 def test_copies_are_independent(read, how, place):
