@@ -40,6 +40,8 @@ KERNEL_TESTS = (
     "memory_kernels",
     "memory",
     "streaming",
+    "state",
+    "graphs",
     "plan",
     "golden_chunk",
     "torch",

@@ -5,7 +5,8 @@ from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, MemoryOutput, fast_weight_memory
-from .streaming import MemoryState, fast_weight_memory_step
+from .state import MemoryState
+from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
 
 __version__ = "0.1.0"

@@ -8,15 +8,8 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Options
-from .streaming import (
-    MemoryState,
-    Tokens,
-    check_step,
-    close_chunk,
-    fast_weight_memory_step,
-    read_and_close_chunk,
-    read_piece,
-)
+from .state import MemoryState, check_step
+from .streaming import Tokens, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
 
 class Graph(Protocol):

@@ -1,0 +1,294 @@
+"""Streaming steps as CUDA graphs: on a GPU for real, on a CPU with a stand-in for the capture."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwpkm_kernels import (
+    MemoryGraph,
+    MemoryState,
+    graphs,
+    testing,
+)
+from tests.conftest import HAS_GPU
+from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
+from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
+
+Inputs = dict[str, Any]
+Cuts = list[int]
+
+
+class OnGpu(torch.Tensor):
+    """A table that says it is on a GPU."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Rerun:
+    """In place of a captured graph: runs the function again, with the Python values that it had."""
+
+    def __init__(self, function: Callable[[], None], warm_up: Callable[[], None]) -> None:
+        warm_up()
+        self.replay = function
+
+
+@pytest.fixture
+def make_graph(monkeypatch) -> Callable[..., MemoryGraph]:
+    """`MemoryGraph` of some tokens of the inputs; without a GPU all of it but the capture."""
+
+    def make(state: MemoryState, inputs: Inputs, count: int, **options: Any) -> MemoryGraph:
+        table = state.values
+        if not HAS_GPU:
+            monkeypatch.setattr(graphs, "capture", Rerun)
+            state.values = table.as_subclass(OnGpu)
+        try:
+            return MemoryGraph(state, **tokens_of(inputs, 0, count), **options)
+        finally:
+            state.values = table
+
+    return make
+
+
+def replayed(graph: MemoryGraph, state: MemoryState, inputs: Inputs, count: int) -> Tensor:
+    """One call of a graph, from the state's position on."""
+    return stream(state, inputs, [count], run=lambda state, **tokens: graph(**tokens))
+
+
+@KEY_GRADIENTS
+@pytest.mark.parametrize("names", [(), ("gates",), ("mask",), ("gates", "mask")], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("lookahead", [0, 1, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_replays_are_eager_steps(count, lookahead, batch, names, key_gradient, make_graph):
+    """Bit by bit, from the first chunk on; one replay a call or several; and again after a reset."""
+    inputs = make_inputs(batch, 36, num_keys=5, mask="real", dtype=torch.float32, device=DEVICE)
+    inputs = {name: x for name, x in inputs.items() if name in ("queries", "targets", "keys", "values", *names)}
+    options = {"chunk_size": 6, "top_k": 2, "lookahead": lookahead, "weight_decay": 0.01, "key_gradient": key_gradient}
+    state, expected = make_state(inputs), make_state(inputs)
+    graph = make_graph(state, inputs, count, **options)
+    for _ in range(2):
+        wanted = stream(expected, inputs, [count] * (36 // count), **options)
+        outputs = [replayed(graph, state, inputs, 6) for _ in range(3)]
+        outputs.append(replayed(graph, state, inputs, 18))
+        testing.assert_bitwise_equal(torch.cat(outputs, 1), wanted)
+        assert_same_state(state, expected)
+        state.reset()
+        expected.reset()
+
+
+def test_making_a_graph_changes_nothing(make_graph):
+    inputs = make_inputs(2, 9, device=DEVICE)
+    state = make_state(inputs)
+    stream(state, inputs, [5], **OPTIONS)
+    before = contents(state)
+    for count in (1, 2, 4):
+        make_graph(state, inputs, count, **OPTIONS)
+    assert_same_bits(contents(state), before)
+
+
+def test_replays_between_eager_steps(make_graph):
+    """Of several sizes, on one state, which is also reset and loaded into."""
+    inputs = make_inputs(2, 24, dtype=torch.float32, device=DEVICE)
+    state, expected = make_state(inputs), make_state(inputs)
+    stream(expected, inputs, [2], **OPTIONS)
+    expected.reset()
+    by_two, by_four = (make_graph(state, inputs, count, **OPTIONS) for count in (2, 4))
+
+    def both(cut: int, graph: MemoryGraph | None) -> None:
+        pieces = [cut] if graph is None else [graph._count] * (cut // graph._count)
+        wanted = stream(expected, inputs, pieces, **OPTIONS)
+        actual = stream(state, inputs, [cut], **OPTIONS) if graph is None else replayed(graph, state, inputs, cut)
+        testing.assert_bitwise_equal(actual, wanted)
+        assert_same_state(state, expected)
+
+    for _ in range(2):
+        for cut, graph in ((2, by_two), (2, None), (4, by_four), (1, None), (1, None), (6, by_two), (8, by_four)):
+            both(cut, graph)
+        state.reset()
+        expected.reset()
+    both(6, by_two)
+    saved = expected.state_dict()
+    both(6, by_two)
+    for one in (state, expected):
+        one.load_state_dict(saved)
+    both(10, by_two)
+
+
+def test_outputs_of_replays_are_tensors_of_their_own(make_graph):
+    inputs = make_inputs(2, 16, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 2, **OPTIONS)
+    first = replayed(graph, state, inputs, 2)
+    with testing.assert_unchanged(first, inputs):
+        replayed(graph, state, inputs, 14)
+    assert not first.requires_grad
+
+
+def test_a_replay_takes_what_requires_grad(make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    state, expected = make_state(leaves), make_state(inputs)
+    graph = make_graph(state, leaves, 4, **OPTIONS)
+    output = replayed(graph, state, leaves, 8)
+    assert not output.requires_grad
+    testing.assert_bitwise_equal(output, stream(expected, inputs, [4, 4], **OPTIONS))
+
+
+@KEY_GRADIENTS
+def test_autocast_changes_no_replay(key_gradient, make_graph):
+    """Neither while the graphs are captured nor later."""
+    inputs = make_inputs(2, 16, dtype=torch.float32, device=DEVICE)
+    options = OPTIONS | {"key_gradient": key_gradient}
+    state, expected = make_state(inputs), make_state(inputs)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        graph = make_graph(state, inputs, 2, **options)
+        output = replayed(graph, state, inputs, 16)
+    testing.assert_bitwise_equal(output, stream(expected, inputs, [2] * 8, **options))
+    assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_replays_in_inference_mode_and_outside(captured, make_graph):
+    inputs = make_inputs(2, 16, dtype=torch.float32, device=DEVICE)
+    state, expected = make_state(inputs), make_state(inputs)
+    with torch.inference_mode(captured):
+        graph = make_graph(state, inputs, 2, **OPTIONS)
+    with torch.inference_mode():
+        first = replayed(graph, state, inputs, 8).clone()
+    output = torch.cat((first, replayed(graph, state, inputs, 8)), 1)
+    testing.assert_bitwise_equal(output, stream(expected, inputs, [2] * 8, **OPTIONS))
+    assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_strides_of_what_is_captured_and_replayed(layout, make_graph):
+    inputs = make_inputs(2, 8, mask="real", device=DEVICE)
+    strange = {name: testing.with_layout(x, layout) if name in BY_TOKEN else x for name, x in inputs.items()}
+    plain = {name: x.contiguous() for name, x in strange.items()}
+    state, expected = make_state(inputs), make_state(inputs)
+    graph = make_graph(state, strange, 2, **OPTIONS)
+    output = replayed(graph, state, strange, 8)
+    torch.testing.assert_close(output, stream(expected, plain, [2] * 4, **OPTIONS))
+
+
+#: Captures that are refused: error, message, tokens, options.
+BAD_CAPTURE: dict[str, tuple[type[Exception], str, int, dict[str, Any]]] = {
+    "tokens that do not divide": (ValueError, r"`queries`.*`chunk_size`.*\[2, 3, 1, 4\].*4", 3, {}),
+    "more tokens than a chunk": (ValueError, "`queries`.*`chunk_size`", 8, {}),
+    "no tokens": (ValueError, "`queries`.*`chunk_size`", 0, {}),
+    "backend torch": (ValueError, "`backend`.*'torch'", 2, {"backend": "torch"}),
+    "boundary drop": (ValueError, "`boundary`", 2, {"boundary": "drop"}),
+    "unknown option": (TypeError, "chunksize", 2, {"chunksize": 4}),
+    "bad option": (ValueError, "`lr`.*inf", 2, {"lr": float("inf")}),
+}
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+@pytest.mark.parametrize("case", BAD_CAPTURE)
+def test_a_capture_that_is_refused_changes_nothing(case, bound, make_graph):
+    error, message, count, options = BAD_CAPTURE[case]
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    if bound:
+        stream(state, inputs, [4], **OPTIONS)
+    before = contents(state)
+    with pytest.raises(error, match=message):
+        make_graph(state, inputs, count, **OPTIONS | options)
+    assert_same_bits(contents(state), before)
+
+
+def test_a_capture_binds_as_a_step_does(make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    make_graph(state, inputs, 4, **OPTIONS)
+    with pytest.raises(ValueError, match="`top_k`"):
+        stream(state, inputs, [4], **OPTIONS | {"top_k": 3})
+    with pytest.raises(ValueError, match="`top_k`"):
+        make_graph(state, inputs, 4, **OPTIONS | {"top_k": 3})
+
+
+def test_a_state_on_a_cpu_is_not_captured():
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    with pytest.raises(ValueError, match="`state`.*GPU.*cpu"):
+        MemoryGraph(state, **tokens_of(inputs, 0, 4), **OPTIONS)
+    assert "binding" not in state.state_dict()
+
+
+#: Calls that are refused: message, what of gates and mask was captured, tokens read before, changes to the 4 tokens.
+BAD_REPLAY: dict[str, tuple[str, tuple[str, ...], int, Callable[[Inputs], Inputs]]] = {
+    "tokens no multiple": ("`queries`.*2.*3", ("gates", "mask"), 4, lambda x: {n: t[:, :3] for n, t in x.items()}),
+    "position no multiple": ("`state`.*2.*5", ("gates", "mask"), 5, lambda x: x),
+    "gates not captured": ("`gates`", ("mask",), 4, lambda x: x),
+    "mask not captured": ("`mask`", ("gates",), 4, lambda x: x),
+    "no gates": ("`gates`", ("gates", "mask"), 4, lambda x: x | {"gates": None}),
+    "no mask": ("`mask`", ("gates", "mask"), 4, lambda x: x | {"mask": None}),
+    "another batch": ("`queries`.*2.*1", ("gates", "mask"), 4, lambda x: {n: t[:1] for n, t in x.items()}),
+    "other queries": ("`queries`.*bfloat16", ("gates", "mask"), 4, lambda x: x | {"queries": x["queries"].bfloat16()}),
+    "other targets": ("`targets`.*float16", ("gates", "mask"), 4, lambda x: x | {"targets": x["targets"].half()}),
+    "other gates": ("`gates`.*bfloat16", ("gates", "mask"), 4, lambda x: x | {"gates": x["gates"].bfloat16()}),
+    "other mask": ("`mask`.*float32", ("gates", "mask"), 4, lambda x: x | {"mask": 0.5 * x["mask"].float()}),
+    "other width": ("`targets`.*`values`", ("gates", "mask"), 4, lambda x: x | {"targets": x["targets"][..., :2]}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REPLAY)
+def test_a_replay_that_is_refused_changes_nothing(case, make_graph):
+    message, names, read, change = BAD_REPLAY[case]
+    inputs = make_inputs(2, 12, mask="bool", dtype=torch.float32, device=DEVICE)
+    state = make_state(inputs)
+    captured = {name: x for name, x in inputs.items() if name in ("queries", "targets", *names)}
+    graph = make_graph(state, captured, 2, **OPTIONS)
+    stream(state, inputs, [read], **OPTIONS)
+    before = contents(state)
+    with pytest.raises(ValueError, match=message):
+        graph(**change(tokens_of(inputs, read, read + 4)))
+    assert_same_bits(contents(state), before)
+
+
+def test_a_replay_on_a_state_that_was_bound_again_is_refused(make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    fresh = state.state_dict()
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    state.load_state_dict(fresh)  # which was not bound
+    with pytest.raises(ValueError, match="`state`"):
+        replayed(graph, state, inputs, 4)
+    testing.assert_bitwise_equal(state.values, inputs["values"])
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_a_replay_on_other_tensors_is_refused(name, make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    setattr(state, name, getattr(state, name).clone())
+    before = contents(state)
+    with pytest.raises(ValueError, match="`state`"):
+        replayed(graph, state, inputs, 8)
+    assert_same_bits(contents(state), before)
+
+
+def test_replays_in_triton(make_graph, triton_place):
+    inputs = make_inputs(1, 8, num_keys=2, dtype=torch.float32, device=triton_place.device)
+    options = {"chunk_size": 2, "top_k": 1, "backend": triton_place.backend}
+    state, expected = make_state(inputs), make_state(inputs)
+    graph = make_graph(state, inputs, 1, **options)
+    wanted = stream(expected, inputs, [1] * 6, **options)
+    testing.assert_bitwise_equal(replayed(graph, state, inputs, 6), wanted)
+    assert_same_state(state, expected)
+
+
+@pytest.mark.gpu
+@KEY_GRADIENTS
+def test_a_replay_never_waits_for_the_gpu(key_gradient, make_graph, errors_on_synchronisation):
+    inputs = make_inputs(2, 24, device="cuda")
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 2, **OPTIONS, key_gradient=key_gradient)
+    replayed(graph, state, inputs, 8)
+    torch.cuda.set_sync_debug_mode("error")
+    replayed(graph, state, inputs, 16)

@@ -1,0 +1,379 @@
+"""The state of a streamed memory: initial memory, reset, copies, saving and loading."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fwpkm_kernels import (
+    MemoryState,
+    scans,
+    streaming,
+    testing,
+)
+from tests.test_memory import assert_close, assert_same_bits, make_inputs
+from tests.test_streaming import BOUND, BY_TOKEN, DEVICES, OPTIONS, assert_same_state, contents, make_state, stream
+
+Inputs = dict[str, Any]
+Cuts = list[int]
+
+
+BAD_MEMORY = {
+    "keys of rank 3": (ValueError, r"`keys`.*\[2, 4, 2\]", lambda k, v: (k[0], v)),
+    "three halves": (ValueError, "`keys`.*two halves", lambda k, v: (torch.cat((k, k), 1), v)),
+    "values of rank 1": (ValueError, r"`values`.*\[16\]", lambda k, v: (k, v[:, 0])),
+    "not n² rows": (ValueError, r"`values`.*`keys`.*\[15, 3\]", lambda k, v: (k, v[1:])),
+    "integer values": (TypeError, "`values`.*int64", lambda k, v: (k, v.long())),
+    "float64 beside float32": (TypeError, "`keys`.*`values`", lambda k, v: (k.float(), v)),
+    "no tensor": (TypeError, "`keys`.*list", lambda k, v: (k.tolist(), v)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEMORY)
+def test_bad_initial_memory_is_named(case):
+    error, message, change = BAD_MEMORY[case]
+    inputs = make_inputs()
+    with pytest.raises(error, match=message):
+        MemoryState(*change(inputs["keys"], inputs["values"]))
+
+
+@DEVICES
+def test_the_initial_memory_is_shared_and_never_written(place):
+    inputs = make_inputs(2, 9, device=place.device)
+    options = OPTIONS | {"weight_decay": 0.1, "backend": place.backend}
+    with testing.assert_unchanged(inputs):
+        one, other = make_state(inputs), make_state(inputs)
+        for state in (one, other):
+            for name in ("keys", "values"):
+                assert getattr(state, name).data_ptr() != inputs[name].data_ptr()
+                assert not getattr(state, name).requires_grad
+        stream(one, inputs, [5], **options)
+        testing.assert_bitwise_equal(other.values, inputs["values"])
+        stream(other, inputs, [9], **options)
+        stream(one, inputs, [4], **options)
+        one.reset()
+        assert_close({"values": one.values, "keys": one.keys}, {name: inputs[name] for name in ("values", "keys")}, 0.0)
+
+
+@DEVICES
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_initial_memory_of_any_strides(layout, place):
+    inputs, plain = make_inputs(layout=layout, device=place.device), make_inputs(device=place.device)
+    state = make_state(inputs)
+    assert state.keys.is_contiguous()
+    assert state.values.is_contiguous()
+    stream(state, plain, [5], **OPTIONS, backend=place.backend)
+    assert not torch.equal(state.values, plain["values"])
+    state.reset()
+    testing.assert_bitwise_equal(state.keys, plain["keys"])
+    testing.assert_bitwise_equal(state.values, plain["values"])
+
+
+def test_repr_says_where_the_state_is():
+    state = make_state(make_inputs())
+    assert repr(state) == "MemoryState(position=0, heads=1, n=4, Dk=4, values=[16, 3] of torch.float64 on cpu)"
+
+
+@DEVICES
+@pytest.mark.parametrize("length", [1, 5, 8, 9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_reset_gives_a_fresh_state(weight_decay, length, place):
+    """Nothing of what was read before is seen again, wherever the sequence was left."""
+    inputs = make_inputs(2, 9, mask="real", device=place.device)
+    options = OPTIONS | {"lookahead": 3, "weight_decay": weight_decay, "backend": place.backend}
+    state, fresh = make_state(inputs), make_state(inputs)
+    stream(state, {name: x.flip(0) if name in BY_TOKEN else x for name, x in inputs.items()}, [length], **options)
+    state.reset()
+    assert state.position == 0
+    for name in ("keys", "values"):
+        testing.assert_bitwise_equal(getattr(state, name), inputs[name])
+    testing.assert_bitwise_equal(
+        stream(state, inputs, [2, 4, 3], **options), stream(fresh, inputs, [2, 4, 3], **options)
+    )
+    for name in ("keys", "values", "_touched", "_position"):
+        testing.assert_bitwise_equal(getattr(state, name), getattr(fresh, name), name)
+
+
+def test_reset_of_a_state_that_never_stepped():
+    inputs = make_inputs()
+    state = make_state(inputs)
+    state.reset()
+    assert_same_state(state, make_state(inputs))
+
+
+@DEVICES
+def test_reset_restores_the_rows_that_were_touched(place):
+    inputs = make_inputs(1, 4, num_keys=8, device=place.device)
+    state = make_state(inputs)
+    stream(state, inputs, [4], chunk_size=4, top_k=1, backend=place.backend)
+    changed = (state.values != inputs["values"]).any(1)
+    assert 0 < int(changed.sum()) <= 3
+    assert state._touched[changed].all()
+    untouched = int((state._touched == 0).nonzero()[0])
+    state.values[untouched] = 7.0
+    state.reset()
+    assert (state.values[untouched] == 7.0).all()
+    others = torch.arange(64, device=place.device) != untouched
+    testing.assert_bitwise_equal(state.values[others], inputs["values"][others])
+    assert not state._touched.any()
+
+
+@DEVICES
+def test_reset_after_decay_restores_all_rows(place):
+    inputs = make_inputs(1, 8, num_keys=8, device=place.device)
+    state = make_state(inputs)
+    options = {"chunk_size": 4, "top_k": 1, "backend": place.backend}
+    stream(state, inputs, [4], **options, weight_decay=0.1)
+    stream(state, inputs, [4], **options)  # which does not forget it
+    state.values.fill_(7.0)
+    state.reset()
+    testing.assert_bitwise_equal(state.values, inputs["values"])
+
+
+def test_reset_to_an_initial_memory_that_was_changed_in_place():
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    options = {"chunk_size": 3, "top_k": 2}
+    stream(state, inputs, [8], **options)
+    inputs["values"] += 1.0
+    inputs["keys"] += 1.0
+    state.reset()
+    assert torch.equal(state.values, inputs["values"])
+    assert torch.equal(state.keys, inputs["keys"])
+
+
+@pytest.mark.parametrize("failing", ["write", "step_keys"])
+def test_reset_after_a_step_that_failed_halfway(failing, monkeypatch):
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    options = {"chunk_size": 3, "top_k": 2}
+    stream(state, inputs, [4], **options)
+    for module in (streaming, scans):
+        monkeypatch.setattr(module, failing, lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream(state, inputs, [4], **options)
+    monkeypatch.undo()
+    state.reset()
+    stream(state, inputs, [8], **options)
+    fresh = make_state(inputs)
+    stream(fresh, inputs, [8], **options)
+    assert_same_state(state, fresh)
+
+
+def test_equal_states_save_equal_tensors_and_no_other_tokens():
+    inputs = make_inputs(2, 11)
+    options = {"chunk_size": 4, "top_k": 2, "lookahead": 2, "addressing_weight": 0.0}
+    states = []
+    for cuts in ([11], [1] * 11, [5, 3, 3], [8, 3]):
+        states.append(make_state(inputs))
+        stream(states[-1], inputs, cuts, **options)
+    for state in states[1:]:
+        for name, x in state.state_dict().items():
+            torch.testing.assert_close(x, states[0].state_dict()[name], msg=name)
+    assert not states[0].state_dict()["queue.targets"][3:].any()
+    states[0].reset()
+    assert not any(x.any() for name, x in states[0].state_dict().items() if name.startswith("queue"))
+
+
+def copies() -> dict[str, Callable[[MemoryState], MemoryState]]:
+    return {
+        "clone": MemoryState.clone,
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    }
+
+
+@DEVICES
+@pytest.mark.parametrize("how", copies())
+@pytest.mark.parametrize("read", [0, 6])
+def test_copies_are_independent(read, how, place):
+    inputs = make_inputs(2, 10, device=place.device)
+    options = OPTIONS | {"backend": place.backend}
+    state, expected = make_state(inputs), make_state(inputs)
+    for one in (state, expected):
+        if read:
+            stream(one, inputs, [read], **options)
+    other = copies()[how](state)
+    assert_same_state(other, state)
+    storages = [x.untyped_storage().data_ptr() for one in (state, other) for x in _buffers(one)]
+    assert len(set(storages)) == len(storages)
+    stream(other, {name: x.flip(0) if name in BY_TOKEN else x for name, x in inputs.items()}, [10 - read], **options)
+    wanted = stream(expected, inputs, [10 - read], **options)
+    testing.assert_bitwise_equal(stream(state, inputs, [10 - read], **options), wanted)
+    assert_same_state(state, expected)
+    other.reset()
+    testing.assert_bitwise_equal(stream(other, inputs, [10], **options)[:, read:], wanted)
+
+
+def _buffers(state: MemoryState) -> Iterator[Tensor]:
+    yield from (state.keys, state.values, state._position, state._touched)
+    if state._queue is not None:
+        yield from state._queue
+
+
+def test_a_clone_shares_the_initial_memory_only():
+    state = make_state(make_inputs())
+    assert state.clone()._initial_values is state._initial_values
+
+
+def half_read(**options: Any) -> tuple[Inputs, MemoryState]:
+    """A state in the middle of its second chunk, bfloat16 queries and float16 targets waiting in it."""
+    inputs = make_inputs(2, 11, mask="real", dtype=torch.float32)
+    inputs |= {"queries": inputs["queries"].bfloat16(), "targets": inputs["targets"].half()}
+    state = make_state(inputs)
+    stream(state, inputs, [6], **OPTIONS | {"clip": 0.5, **options})
+    return inputs, state
+
+
+def test_state_dict_is_flat_contiguous_and_unshared():
+    _, state = half_read()
+    saved = state.state_dict()
+    assert all(type(name) is str and type(x) is Tensor and x.is_contiguous() for name, x in saved.items())
+    storages = [x.untyped_storage().data_ptr() for x in (*saved.values(), *_buffers(state))]
+    assert len(set(storages)) == len(storages)
+    assert sum(x.untyped_storage().nbytes() for x in saved.values()) == sum(x.nbytes for x in saved.values())
+    # The initial memory is not among them.
+    assert [name for name, x in saved.items() if x.shape == state.values.shape] == ["values"]
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["fresh", "bound"])
+def test_safetensors_in_the_middle_of_a_chunk(bound, tmp_path):
+    inputs, state = half_read()
+    save_file(state.state_dict(), tmp_path / "state.safetensors")
+    other = make_state(inputs | {name: torch.zeros_like(inputs[name]) for name in ("keys", "values")})
+    if bound:
+        stream(other, inputs, [9], **OPTIONS)
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert other.position == 6
+    assert_same_bits(other.state_dict(), state.state_dict())
+    testing.assert_bitwise_equal(stream(other, inputs, [1, 4], **OPTIONS), stream(state, inputs, [1, 4], **OPTIONS))
+    assert_same_bits(other.state_dict(), state.state_dict())
+    other.reset()
+    # Its own initial memory, not that of the state that was saved.
+    assert other.position == 0
+    assert other.keys.count_nonzero() == 0
+    assert other.values.count_nonzero() == 0
+
+
+def test_a_loaded_state_is_bound():
+    inputs, state = half_read()
+    other = make_state(inputs)
+    other.load_state_dict(state.state_dict())
+    with pytest.raises(ValueError, match="`top_k`.*2.*3"):
+        stream(other, inputs, [1], **OPTIONS | {"top_k": 3})
+
+
+def test_what_is_loaded_is_not_shared():
+    inputs, state = half_read()
+    saved, other = state.state_dict(), make_state(inputs)
+    other.load_state_dict(saved)
+    with testing.assert_unchanged(saved):
+        stream(other, inputs, [5], **OPTIONS)
+
+
+def test_an_unbound_state_saves_and_loads(tmp_path):
+    inputs = make_inputs(2, 6)
+    save_file(make_state(inputs).state_dict(), tmp_path / "state.safetensors")
+    saved = load_file(tmp_path / "state.safetensors")
+    state = make_state(inputs | {name: torch.zeros_like(inputs[name]) for name in ("keys", "values")})
+    state.load_state_dict(saved)
+    expected = make_state(inputs)
+    testing.assert_bitwise_equal(stream(state, inputs, [6], **OPTIONS), stream(expected, inputs, [6], **OPTIONS))
+    # Into a bound state too, which is then as a fresh one.
+    state.load_state_dict(saved)
+    assert state.position == 0
+    assert_same_bits(state.state_dict(), saved)
+
+
+def rebind(**changes: Any) -> Callable[[Inputs], Inputs]:
+    """What a state would save that was bound to other options."""
+    return lambda saved: half_read(**changes)[1].state_dict()
+
+
+def rewrite(text: bytes) -> Callable[[Inputs], Inputs]:
+    return lambda saved: {"binding": torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def replace(before: bytes, after: bytes) -> Callable[[Inputs], Inputs]:
+    """Other text in the binding."""
+
+    def change(saved: Inputs) -> Inputs:
+        text = bytes(saved["binding"].tolist())
+        assert before in text
+        return rewrite(text.replace(before, after))(saved)
+
+    return change
+
+
+#: Changes to a state dict that are refused: message, changed entries; None removes one.
+BAD_STATE: dict[str, tuple[str, Callable[[Inputs], Inputs]]] = {
+    "other shape of values": (r"'values'.*\[16, 3\].*\[16, 4\]", lambda s: {"values": torch.zeros(16, 4)}),
+    "other dtype of keys": ("'keys'.*float32.*float64", lambda s: {"keys": s["keys"].double()}),
+    "other dtype of position": ("'position'.*int64.*int32", lambda s: {"position": s["position"].int()}),
+    "no tensor": ("'position'.*int", lambda s: {"position": 6}),
+    "no keys": ("'keys'", lambda s: {"keys": None}),
+    "no position": ("'position'", lambda s: {"position": None}),
+    "no binding": ("binding|queue", lambda s: {"binding": None}),
+    "no queue": ("'position'", lambda s: {name: None for name in s if name not in ("keys", "values", "position")}),
+    "negative position": ("'position'", lambda s: {"position": torch.tensor(-1)}),
+    "no gates in the queue": ("queue.gates", lambda s: {"queue.gates": None}),
+    "unknown name": ("'more'", lambda s: {"more": torch.zeros(1)}),
+    "other shape in the queue": (r"'queue.slots'", lambda s: {"queue.slots": s["queue.slots"][:1]}),
+    "other dtype in the queue": (
+        "'queue.queries'.*bfloat16.*float32",
+        lambda s: {"queue.queries": s["queue.queries"].float()},
+    ),
+    "other chunk_size": ("`chunk_size`.*4.*5|'queue", rebind(chunk_size=5)),
+    "binding no tensor": ("'binding'", lambda s: {"binding": "{}"}),
+    "binding no text": ("'binding'", rewrite(b"\xff\xfe")),
+    "binding no JSON": ("'binding'", rewrite(b"{")),
+    "binding no mapping": ("'binding'", rewrite(b"[]")),
+    "binding empty": ("'binding'", rewrite(b"")),
+    "binding of floats": ("'binding'", lambda s: {"binding": s["binding"].float()}),
+    "binding without options": ("'binding'", replace(b'"options"', b'"other"')),
+    "binding with one dtype": ("'binding'", replace(b'"bfloat16", ', b"")),
+    "binding with an unknown option": ("'binding'", replace(b'"top_k"', b'"top"')),
+    "binding with an unknown dtype": ("'binding'", replace(b"bfloat16", b"bfloat17")),
+    "binding with what is no dtype": ("'binding'", replace(b"bfloat16", b"nn")),
+    "binding with an integer dtype": ("'binding'|'queue", replace(b"bfloat16", b"int64")),
+    "binding with a batch of text": ("'binding'", replace(b'"batch": 2', b'"batch": "2"')),
+    "binding with a negative batch": ("'binding'", replace(b'"batch": 2', b'"batch": -2')),
+    "binding with a float chunk_size": ("'binding'", replace(b'"chunk_size": 4', b'"chunk_size": 4.5')),
+    "binding with a negative top_k": ("'binding'", replace(b'"top_k": 2', b'"top_k": -2')),
+    "binding with an unknown score": ("'binding'", replace(b'"idw"', b'"idv"')),
+    "binding with boundary drop": ("'binding'", replace(b'"carry"', b'"drop"')),
+}
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["fresh", "bound"])
+@pytest.mark.parametrize("case", BAD_STATE)
+def test_a_state_dict_that_does_not_fit_changes_nothing(case, bound):
+    message, change = BAD_STATE[case]
+    inputs, source = half_read()
+    saved = source.state_dict()
+    saved = {name: x for name, x in (saved | change(saved)).items() if x is not None}
+    state = make_state(inputs)
+    if bound:
+        stream(state, inputs, [3], **OPTIONS)
+    elif case == "other chunk_size":
+        state.load_state_dict(saved)  # a fresh state takes any
+        return
+    before = contents(state)
+    with pytest.raises(ValueError, match=message) as caught:
+        state.load_state_dict(saved)
+    assert "`" in str(caught.value)
+    assert_same_bits(contents(state), before)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUND if isinstance(BOUND[name], dict) and name != "boundary"])
+def test_a_bound_state_takes_no_other_options(name):
+    _, state = half_read()
+    before = contents(state)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        state.load_state_dict(half_read(**BOUND[name])[1].state_dict())
+    assert_same_bits(contents(state), before)
