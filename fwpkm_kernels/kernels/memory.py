@@ -139,7 +139,7 @@ def read_grad_config(picks: int, width: int, dtype: torch.dtype) -> ReadGradConf
     fits = 64 * threads * 4 // (compute_dtype(dtype).itemsize * block_d)
     block_j = next_power_of_2(max(picks, 1))
     # Rows that do not fit are read twice anyway: then smaller tiles, for more programs at a time.
-    return ReadGradConfig(block_j if block_j <= fits else max(1, min(4, fits // 2)), num_warps)
+    return ReadGradConfig(block_j if block_j <= fits else max(1, min(2, fits // 2)), num_warps)
 
 
 @triton.jit(do_not_specialize=["B", "WRITTEN", "FIRST_OUTPUT"])
