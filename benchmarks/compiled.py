@@ -258,7 +258,8 @@ def cases() -> list[Case]:
             table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
         ):
             steps = torch.empty_like(table, dtype=errors.dtype)
-            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, written, factor=1.0)
+            grads = (written, torch.empty_like(weights), torch.empty_like(weights))
+            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
             segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
 
         result.append(Case(f"memory/{name}", chunk))
