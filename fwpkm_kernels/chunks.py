@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
-from .kernels import compute_dtype
 from .plan import Plan, count_accesses, plan_segments, row_dtype, sum_at, within_chunks
 
 
@@ -437,29 +436,29 @@ def plan_writes_grad(
     mask: Tensor | None,
     length: int,
     batch: int,
-    gates_dtype: torch.dtype | None,
     o: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scores, [R, J], and of the gates if there are any, contiguous [B, T] in their dtype.
 
     Args:
         grad_weights, grad_write_weights: of the weights as read, and of the write weights, [R, J].
-        gates, mask: as in `plan_writes`.
+        gates, mask: [B, T] or None, any strides and dtype.
     """
+    grad_gates = None
+    gate_positions, mask_positions = (None if x is None else x.transpose(0, 1).to(scores.dtype) for x in (gates, mask))
     if checks.use_triton(o.backend, scores):
         from .kernels import chunks as kernels
 
-        grad_gates = None
         if gates is not None:  # tokens that are not written keep the 0
-            grad_gates = torch.zeros(batch, length, dtype=gates_dtype, device=scores.device)
+            grad_gates = torch.zeros(batch, length, dtype=gates.dtype, device=scores.device)
         grad_scores = kernels.fold_grad(
             scores,
             weights,
             counts,
             grad_weights,
             grad_write_weights,
-            gates,
-            mask,
+            gate_positions,
+            mask_positions,
             grad_gates,
             o.layout(length, batch),
             weighting=o.weighting,
@@ -469,15 +468,15 @@ def plan_writes_grad(
         )
         return grad_scores, grad_gates
     reads = o.number_reads(length, batch, scores.device)
-    gate_reads, mask_reads = _of_reads(gates, mask, reads)
+    gate_reads, mask_reads = _of_reads(gate_positions, mask_positions, reads)
     ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, weights.dtype)
     through_write, per_read = fold_write_weights_grad(
         grad_write_weights, weights, counts, ratio, o.step, gate_reads, mask_reads, reads.written
     )
     grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
-    if gates is None:
-        return grad_scores, None
-    return grad_scores, items_of(sum_at(reads.token, per_read, length * batch), length, batch).to(gates_dtype)
+    if gates is not None:
+        grad_gates = items_of(sum_at(reads.token, per_read, length * batch), length, batch).to(gates.dtype)
+    return grad_scores, grad_gates
 
 
 def sum_reads(grads: Tensor, length: int, batch: int, dtype: torch.dtype, o: Options) -> Tensor:

@@ -245,18 +245,8 @@ def _backward(
         chunks,
         o,
     )
-    grad_scores, grad_gates = plan_writes_grad(
-        grad_weights,
-        grad_write_weights,
-        scores,
-        weights,
-        kept.counts,
-        *(None if x is None else x.transpose(0, 1).to(dtype) for x in (gates, mask)),
-        length,
-        batch,
-        None if gates is None else gates.dtype,
-        o,
-    )
+    of_reads = (grad_weights, grad_write_weights, scores, weights, kept.counts)
+    grad_scores, grad_gates = plan_writes_grad(*of_reads, gates, mask, length, batch, o)
     grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
     if with_addresses:
         heads, width = queries.shape[2:]

@@ -278,9 +278,15 @@ def value_scan_grad(
     Returns the gradients of the targets [B, T, D], of the weights as read [R, J] and of the write weights [R, J].
     """
     batch, picks = targets.shape[0], slots.shape[1]
-    grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
+    grad_targets = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_weights, grad_write_weights = torch.empty_like(weights), torch.empty_like(weights)
     targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
+    paired = [(c.first + o.lookahead, c.last + o.lookahead) for c in chunks if c.last > c.first]
+    done = 0
+    for first, last in [*paired, (len(by_time), len(by_time))]:
+        if first > done:  # between them no chunk writes
+            by_time[done:first] = 0.0
+        done = last
     for chunk in reversed(chunks):
         rows = chunk.rows(batch)
         accesses = slice(rows.start * picks, rows.stop * picks)

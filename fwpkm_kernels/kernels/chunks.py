@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2
 
 # Numbers that grow with the sequence, and the layout's: one compilation serves all.
