@@ -286,7 +286,7 @@ def value_scan_grad(
     done = 0
     for first, last in [*paired, (len(by_time), len(by_time))]:
         if first > done:  # between them no chunk writes
-            by_time[done:first] = 0.0
+            by_time[done:first].zero_()
         done = last
     for chunk in reversed(chunks):
         rows = chunk.rows(batch)
