@@ -248,12 +248,12 @@ def _write_chunk(
             _carry(queue, o)
     with lanes.on(lanes.values):
         errors = make_errors()
+        lanes.wait(lanes.plans)
         if o.key_gradient == "all":
             pair_rows = values[pair_slots.flatten(1)].to(errors.dtype)
             tensors = (window[:num_pairs], pair_slots, pair_rows, errors, [gates, mask])
             keys.copy_(coupled_step(keys, window[carried * batch :], sub_keys, *tensors, o))
             _carry(queue, o)
-        lanes.wait(lanes.plans)
         write(
             values,
             errors,
