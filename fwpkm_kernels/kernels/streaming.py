@@ -248,6 +248,7 @@ def plan_chunk_kernel(
     J: tl.constexpr,
     NORMALIZED: tl.constexpr,
     TINY: tl.constexpr,
+    NO_SLOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -255,7 +256,7 @@ def plan_chunk_kernel(
     """The plan of A = E·J accesses, their write weights α·g·m·w/n_s, and a mark on every row that they touch.
 
     The position of an access in the stable sort is how many accesses have a lower slot, or the same and come before:
-    all are compared with all. n_s counts those with mask > 0. A program owns BLOCK_M tokens. Grid: (token tiles,).
+    all are compared with all, at six instructions a pair. n_s counts those with mask > 0. A program owns BLOCK_M tokens. Grid: (token tiles,).
     """
     dtype: tl.constexpr = write_weights_ptr.dtype.element_ty
     key_type: tl.constexpr = rows_ptr.dtype.element_ty
@@ -267,32 +268,38 @@ def plan_chunk_kernel(
     mask_a = (offs_j < J) & (access < A)
     slot = tl.load(slots_ptr + access, mask=mask_a, other=0).to(key_type)
 
+    # Three counts in one integer, ten bits each: an element of the tile sees one access in BLOCK_B.
     less = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
-    equal = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
-    before = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
-    counted = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
+    same = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
+    first = tl.program_id(0) * (BLOCK_M * J)
     begin = 0
     while begin < A:
         offs_b = begin + tl.arange(0, BLOCK_B)
         mask_b = offs_b < A
-        other = tl.load(slots_ptr + offs_b, mask=mask_b, other=-1).to(key_type)[None, :]
+        other = tl.load(slots_ptr + offs_b, mask=mask_b, other=NO_SLOT).to(key_type)[None, :]
         is_counted = tl.load(mask_ptr + offs_b // J, mask=mask_b, other=0.0) > 0
-        is_equal = (other == slot[:, None]).to(tl.int32)
-        less += ((other < slot[:, None]) & mask_b[None, :]).to(tl.int32)
-        equal += is_equal
-        before += tl.where(offs_b[None, :] < access[:, None], is_equal, 0)
-        counted += tl.where(is_counted[None, :], is_equal, 0)
+        kinds = 1 + ((offs_b < first).to(tl.int32) << 10) + (is_counted.to(tl.int32) << 20)
+        less += (other < slot[:, None]).to(tl.int32)
+        same += tl.where(other == slot[:, None], kinds[None, :], 0)
+        begin += BLOCK_B
+    before = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
+    begin = first
+    while begin < first + BLOCK_M * J:  # those of this program's own accesses that come before
+        offs_b = begin + tl.arange(0, BLOCK_B)
+        other = tl.load(slots_ptr + offs_b, mask=offs_b < A, other=NO_SLOT).to(key_type)[None, :]
+        before += ((other == slot[:, None]) & (offs_b[None, :] < access[:, None])).to(tl.int32)
         begin += BLOCK_B
     start = tl.sum(less, axis=1)  # [BLOCK_A]
-    place = start + tl.sum(before, axis=1)
+    place = start + tl.sum(((same >> 10) & 1023) + before, axis=1)
+    end = start + tl.sum(same & 1023, axis=1)
     tl.store(order_ptr + place, access.to(tl.int64), mask=mask_a)
     tl.store(rows_ptr + place, slot, mask=mask_a)
     tl.store(start_ptr + place, start, mask=mask_a)
-    tl.store(end_ptr + place, start + tl.sum(equal, axis=1), mask=mask_a)
+    tl.store(end_ptr + place, end, mask=mask_a)
     tl.store(touched_ptr + slot.to(tl.int64), tl.full([BLOCK_A], 1, tl.uint8), mask=mask_a)
 
     weight = tl.load(weights_ptr + access, mask=mask_a, other=0.0)
-    count = tl.maximum(tl.sum(counted, axis=1), 1).to(dtype)
+    count = tl.maximum(tl.sum(same >> 20, axis=1), 1).to(dtype)
     gate = tl.load(gates_ptr + offs_m, mask=mask_a, other=0.0)
     factor = tl.load(mask_ptr + offs_m, mask=mask_a, other=0.0)
     scale = tl.full([BLOCK_A], J, dtype)
@@ -428,7 +435,7 @@ def plan_chunk(
     write_weights = torch.empty_like(weights)
     if accesses > 0:
         block_j = next_power_of_2(picks)
-        block_m = max(1, 32 // block_j)
+        block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
         launch(
             plan_chunk_kernel,
             (cdiv(num_pairs, block_m),),
@@ -446,6 +453,7 @@ def plan_chunk(
             J=picks,
             NORMALIZED=normalized,
             TINY=torch.finfo(compute_dtype(weights.dtype)).tiny,
+            NO_SLOT=torch.iinfo(row_dtype).max,
             BLOCK_M=block_m,
             BLOCK_J=block_j,
             BLOCK_B=max(16, 2048 // (block_m * block_j)),
