@@ -256,7 +256,8 @@ def plan_chunk_kernel(
     """The plan of A = E·J accesses, their write weights α·g·m·w/n_s, and a mark on every row that they touch.
 
     The position of an access in the stable sort is how many accesses have a lower slot, or the same and come before:
-    all are compared with all, at six instructions a pair. n_s counts those with mask > 0. A program owns BLOCK_M tokens. Grid: (token tiles,).
+    all are compared with all, at six instructions a pair. n_s counts those with mask > 0. A program owns BLOCK_M
+    tokens. Grid: (token tiles,).
     """
     dtype: tl.constexpr = write_weights_ptr.dtype.element_ty
     key_type: tl.constexpr = rows_ptr.dtype.element_ty
