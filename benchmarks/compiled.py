@@ -388,8 +388,8 @@ def _row_bytes(launch: Launch) -> int:
     sizes = {name: x.element_size() if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
     if launch.kernel.__name__ == "gather_kernel":
         return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
-    if launch.kernel.__name__ == "half_merge_kernel":
-        return sizes["IDW"] * min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * sizes["keys_ptr"]
+    if launch.kernel.__name__ == "merge_kernel":
+        return 2 * sizes["IDW"] * min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * sizes["keys_ptr"]
     if launch.kernel.__name__ == "half_grad_kernel":
         row_bytes = sizes["keys_ptr"] + sizes["STEP"] * sizes["grad_totals_ptr"]
         return min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * row_bytes

@@ -38,8 +38,7 @@ def test_no_spills_and_wide_loads_of_rows(reports):
     kernels = collections.Counter(report["kernel"] for report in reports)
     assert set(kernels) == {
         "half_topk_kernel",
-        "half_merge_kernel",
-        "pair_topk_kernel",
+        "merge_kernel",
         "half_grad_kernel",
         "step_kernel",
         "score_grad_kernel",
@@ -56,7 +55,7 @@ def test_no_spills_and_wide_loads_of_rows(reports):
     narrow = [report for report in reports if report["wide_loads"] < report["expected_wide_loads"]]
     assert not narrow
     row_kernels = {
-        "half_merge_kernel",
+        "merge_kernel",
         "half_grad_kernel",
         "step_kernel",
         "gather_kernel",
