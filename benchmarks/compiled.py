@@ -86,7 +86,7 @@ def _plan(accesses: int) -> list[torch.Tensor]:
 
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
-    from fwpkm_kernels.kernels import addressing, gather, lookup, memory, segments, update
+    from fwpkm_kernels.kernels import addressing, chunks, gather, lookup, memory, segments, update
 
     bf16 = torch.bfloat16
     result = []
@@ -258,7 +258,8 @@ def cases() -> list[Case]:
             table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
         ):
             steps = torch.empty_like(table, dtype=errors.dtype)
-            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, written, factor=1.0)
+            grads = (written, torch.empty_like(weights), torch.empty_like(weights))
+            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
             segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
 
         result.append(Case(f"memory/{name}", chunk))
@@ -268,6 +269,34 @@ def cases() -> list[Case]:
             memory.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
+    for name, batch, j, n, exact in (
+        ("paper", 8, 8, 512, torch.float32),
+        ("paper-float64", 8, 8, 512, torch.float64),
+        ("J128", 1, 128, 512, torch.float32),
+        ("n65536", 1, 8, 65536, torch.float32),
+    ):
+        # Eight chunks of 512 positions, all but the first with one that is read again.
+        layout, reads = (batch, 4096, 512, 1, 1, 1, 8, 4103), 4103 * batch
+        scores, slots, counts = _meta(reads, j, dtype=exact), _slots(reads, j), _meta(reads, j, dtype=torch.int32)
+
+        def of_reads(layout=layout, scores=scores, slots=slots, counts=counts, n=n, j=j):  # type: ignore[no-untyped-def]
+            row_dtype = torch.int32 if n == 512 else torch.int64
+            how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
+            by_item = (layout[0], 4096, j)
+            outputs = (_slots(*by_item), _meta(*by_item, dtype=scores.dtype))
+            _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
+            order = _slots(keys.numel())
+            by_token = _meta(*by_item[1::-1], dtype=scores.dtype)
+            for mask in (None, by_token):  # a token's mask, and its gate
+                chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
+                fold: dict[str, Any] = {"normalized": mask is not None, "ratio": mask is not None}
+                chunks.fold(scores, counts, mask, mask, layout, **fold)
+                grads = (scores, scores, mask, mask, mask)
+                chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
+            chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
+            chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
+
+        result.append(Case(f"chunks/{name}", of_reads))
     # A table of width 1 sums scalars by segment.
     result.append(
         Case(

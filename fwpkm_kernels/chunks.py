@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import Plan, count_accesses, plan_segments, within_chunks
+from . import _checks as checks
+from .plan import Plan, count_accesses, plan_segments, row_dtype, sum_at, within_chunks
 
 
 class Chunk(NamedTuple):
@@ -131,6 +132,19 @@ def number_reads(
     )
 
 
+class Layout(NamedTuple):
+    """The numbers from which kernels work out what `cut` and `number_reads` say; in the order that these take them."""
+
+    batch: int
+    length: int  #: of the sequence, in positions
+    chunk_size: int  #: as far as it matters: the positions there are at most
+    lookahead: int
+    rereads: int  #: of every full chunk but perhaps the first
+    missing: int  #: how many of them the first chunk lacks
+    full: int  #: how many chunks are written
+    positions: int  #: that are read, re-reads included
+
+
 #: The fields of `Options` in the schema of an operator.
 OPTIONS_SCHEMA = (
     "int chunk_size, int top_k, int lookahead, str score, float eps, str weighting, float temperature, float lr, "
@@ -167,6 +181,20 @@ class Options(NamedTuple):
         """The reads of a sequence."""
         return number_reads(length, batch, self.chunk_size, self.lookahead, self.boundary, device, carried)
 
+    def layout(self, length: int, batch: int, carried: int = 0) -> Layout:
+        """`cut` in numbers."""
+        rereads = self.lookahead if self.boundary == "carry" else 0
+        return Layout(
+            batch,
+            length,
+            min(self.chunk_size, length + self.lookahead),
+            self.lookahead,
+            rereads,
+            rereads - carried,
+            count_writes(length, self.chunk_size, self.boundary),
+            count_read_positions(length, self.chunk_size, self.lookahead, self.boundary, carried),
+        )
+
     @property
     def lookup(self) -> dict[str, Any]:
         """Those of `lookup_halves`."""
@@ -182,6 +210,11 @@ class Options(NamedTuple):
     def keeps_picks(self, batch: int, num_keys: int) -> bool:
         """Whether backward needs less of the keys of a chunk if it keeps a row for each pick, instead of all n."""
         return batch * (self.chunk_size + self.lookahead) * self.top_k < num_keys
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether α has the factor S/E."""
+        return self.boundary == "drop"
 
     @property
     def keys_move(self) -> bool:
@@ -308,3 +341,151 @@ def fold_write_weights_grad(
     for_weights = per_weight * (factor * scale).unsqueeze(1)
     # As in `fold_write_weights`, not a product.
     return torch.where(written.unsqueeze(1), for_weights, 0.0), torch.where(written, for_gates, 0.0)
+
+
+class Writes(NamedTuple):
+    """What the reads of a sequence weigh, and what they write, chunk by chunk."""
+
+    weights: Tensor  #: w, [R, J]
+    write_weights: Tensor  #: c, [R, J]
+    counts: Tensor  #: n_s, int32 [R, J]
+    plan: Plan  #: of each chunk, as `within_chunks` makes it
+
+
+def plan_writes(
+    scores: Tensor,
+    slots: Tensor,
+    num_slots: int,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    length: int,
+    batch: int,
+    carried: int,
+    outputs: tuple[Tensor, Tensor] | None,
+    o: Options,
+) -> Writes:
+    """Weigh the picks of all reads, and plan the writes of all chunks by one stable sort.
+
+    Args:
+        scores, slots: [R, J].
+        gates, mask: [carried + length, B], any strides, or None; in the dtype of the scores.
+        outputs: slots and weights of the reads for output, contiguous [B, T, J], to be filled.
+    """
+    if checks.use_triton(o.backend, scores):
+        from .kernels import chunks as kernels
+
+        layout = o.layout(length, batch, carried)
+        chunks = -(-length // o.chunk_size)
+        weights, keys = kernels.weigh(
+            scores,
+            slots,
+            num_slots,
+            row_dtype(chunks * num_slots),
+            layout,
+            weighting=o.weighting,
+            temperature=o.temperature,
+            outputs=outputs,
+        )
+        ordered, order = torch.sort(keys, stable=True)
+        shape = (num_slots, row_dtype(num_slots), slots.shape[1])
+        *plan, counts = kernels.plan_writes(ordered, order, *shape, mask, layout, count_all=o.boundary == "drop")
+        options = {"normalized": o.step == "normalized", "ratio": o.has_ratio}
+        write_weights = kernels.fold(weights, counts, gates, mask, layout, **options)
+        return Writes(weights, write_weights, counts, Plan(*plan))
+    reads = o.number_reads(length, batch, scores.device, carried)
+    gates, mask = _of_reads(gates, mask, reads)
+    weights = weigh(scores, o.weighting, o.temperature)
+    chunks = -(-length // o.chunk_size)
+    planned, counts = plan_reads(slots, num_slots, chunks, reads, mask, o.boundary)
+    scale = write_scale(weights, step_ratio(reads, mask, o.lookahead, o.boundary, weights.dtype), o.step)
+    factors = [x for x in (gates, mask) if x is not None]
+    write_weights = fold_write_weights(weights, counts, scale, factors, reads.written)
+    for output, x in zip(outputs or (), (slots, weights), strict=False):
+        output.copy_(x[reads.output].view(length, batch, x.shape[1]).transpose(0, 1))
+    return Writes(weights, write_weights, counts, planned)
+
+
+def _of_reads(gates: Tensor | None, mask: Tensor | None, reads: Reads) -> list[Tensor | None]:
+    """Gates and mask [positions, B] of each read, [R]."""
+    return [None if x is None else x.flatten()[reads.token] for x in (gates, mask)]
+
+
+def weigh_again(scores: Tensor, plan: Plan, length: int, batch: int, o: Options) -> tuple[Tensor, Tensor]:
+    """The weights [R, J] once more, and which row of its chunk's log each access finds, int32 [R, J]."""
+    if checks.use_triton(o.backend, scores):
+        from .kernels import chunks as kernels
+
+        layout = o.layout(length, batch)
+        options: dict[str, Any] = {"weighting": o.weighting, "temperature": o.temperature}
+        return kernels.weigh_again(scores, plan.order, plan.start, layout, **options)
+    log_rows = torch.empty_like(plan.start)
+    for chunk in o.cut(length):
+        rows, picks = chunk.rows(batch), scores.shape[1]
+        accesses = slice(rows.start * picks, rows.stop * picks)
+        log_rows[accesses].scatter_(0, plan.order[accesses], plan.start[accesses])
+    return weigh(scores, o.weighting, o.temperature), log_rows.view(scores.shape)
+
+
+def plan_writes_grad(
+    grad_weights: Tensor,
+    grad_write_weights: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    length: int,
+    batch: int,
+    o: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the scores, [R, J], and of the gates if there are any, contiguous [B, T] in their dtype.
+
+    Args:
+        grad_weights, grad_write_weights: of the weights as read, and of the write weights, [R, J].
+        gates, mask: [B, T] or None, any strides and dtype.
+    """
+    grad_gates = None
+    gate_positions, mask_positions = (None if x is None else x.transpose(0, 1).to(scores.dtype) for x in (gates, mask))
+    if checks.use_triton(o.backend, scores):
+        from .kernels import chunks as kernels
+
+        if gates is not None:  # tokens that are not written keep the 0
+            grad_gates = torch.zeros(batch, length, dtype=gates.dtype, device=scores.device)
+        grad_scores = kernels.fold_grad(
+            scores,
+            weights,
+            counts,
+            grad_weights,
+            grad_write_weights,
+            gate_positions,
+            mask_positions,
+            grad_gates,
+            o.layout(length, batch),
+            weighting=o.weighting,
+            temperature=o.temperature,
+            normalized=o.step == "normalized",
+            ratio=o.has_ratio,
+        )
+        return grad_scores, grad_gates
+    reads = o.number_reads(length, batch, scores.device)
+    gate_reads, mask_reads = _of_reads(gate_positions, mask_positions, reads)
+    ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, weights.dtype)
+    through_write, per_read = fold_write_weights_grad(
+        grad_write_weights, weights, counts, ratio, o.step, gate_reads, mask_reads, reads.written
+    )
+    grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
+    if gates is not None:
+        grad_gates = items_of(sum_at(reads.token, per_read, length * batch), length, batch).to(gates.dtype)
+    return grad_scores, grad_gates
+
+
+def sum_reads(grads: Tensor, length: int, batch: int, dtype: torch.dtype, o: Options) -> Tensor:
+    """Gradients of the reads, [R, ...], summed for each token: contiguous [B, T, ...], in `dtype`."""
+    if checks.use_triton(o.backend, grads):
+        from .kernels import chunks as kernels
+
+        return kernels.sum_reads(grads, o.layout(length, batch), dtype)
+    by_token = grads.new_zeros(length * batch, *grads.shape[1:])
+    for chunk in o.cut(length):
+        by_token[chunk.first * batch : chunk.stop * batch] += grads[chunk.rows(batch)]
+    return items_of(by_token, length, batch).to(dtype)

@@ -10,23 +10,18 @@ from . import _checks as checks
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
-    Reads,
     count_read_positions,
     count_writes,
-    fold_write_weights,
-    fold_write_weights_grad,
-    items_of,
-    plan_reads,
+    plan_writes,
+    plan_writes_grad,
     rows_of,
-    step_ratio,
-    weigh,
-    weigh_grad,
-    write_scale,
+    sum_reads,
+    weigh_again,
 )
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .plan import Plan, row_dtype, sum_at
+from .plan import Plan, row_dtype
 from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
 
 WEIGHTINGS = ("softmax", "silu", "relu")
@@ -73,35 +68,33 @@ def run_scans(
     carried: int,
     keep: bool,
     o: Options,
-) -> tuple[Tensor, Tensor, Tensor, Reads, Kept]:
+    found_for_output: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Kept]:
     """Both scans, for a sequence before which `carried` positions (0 or L) wait to be written.
 
     Args:
         queries: [(carried + T)·B, H, Dk], time first.
         targets: [B, T, D].
         values: [N, D], written in place.
-        gates, mask: [(carried + T)·B] or None, in the compute dtype.
+        gates, mask: [carried + T, B], flat or not, or None; in the compute dtype.
         output: [B, T, D], to be filled.
+        found_for_output: slots and weights of the reads for output, contiguous [B, T, J], to be filled.
 
     Returns:
-        The keys after the last write; slots and weights of all reads, [R, J]; where these come from; and what backward
-        needs, in which keys and log are empty without `keep`.
+        The keys after the last write; slots, weights and write weights of all reads, [R, J]; and what backward needs,
+        in which keys and log are empty without `keep`.
     """
     batch, length, width = targets.shape
-    chunks, reads = o.cut(length, carried), o.number_reads(length, batch, values.device, carried)
-    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, reads.token, batch, keep, o)
-    slots = found.slots.flatten(1)
-    weights = weigh(found.scores.flatten(1), o.weighting, o.temperature)
-
-    gates, mask = (None if x is None else x[reads.token] for x in (gates, mask))
-    plan, counts = plan_reads(slots, values.shape[0], len(chunks), reads, mask, o.boundary)
-    ratio = step_ratio(reads, mask, o.lookahead, o.boundary, weights.dtype)
-    factors = [x for x in (gates, mask) if x is not None]
-    write_weights = fold_write_weights(weights, counts, write_scale(weights, ratio, o.step), factors, reads.written)
-
+    chunks = o.cut(length, carried)
+    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
+    scores, slots = found.scores.flatten(1), found.slots.flatten(1)
+    gates, mask = (None if x is None else x.view(carried + length, batch) for x in (gates, mask))
+    weights, write_weights, counts, plan = plan_writes(
+        scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o
+    )
     log = values.new_empty(slots.numel() if keep else 0, width)
     value_scan(values, targets, slots, weights, write_weights, plan, output, log if keep else None, chunks, o)
-    return new_keys, slots, weights, reads, Kept(*found, chunk_keys, write_weights, counts, *plan, log)
+    return new_keys, slots, weights, write_weights, Kept(*found, chunk_keys, write_weights, counts, *plan, log)
 
 
 @checks.without_autocast
@@ -116,15 +109,16 @@ def _forward(
     o: Options,
 ) -> list[Tensor]:
     """Output, keys, values, slots and weights, and with `keep` what backward reads."""
-    batch, length = queries.shape[:2]
-    gates, mask = (None if x is None else rows_of(x).to(compute_dtype(values.dtype)) for x in (gates, mask))
+    size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
+    gates, mask = (None if x is None else x.transpose(0, 1).to(dtype) for x in (gates, mask))
     keys = keys.contiguous()  # so are, then, its copies and the final keys
     new_values = values.clone(memory_format=torch.contiguous_format)
     output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
+    slots = torch.empty(size, dtype=torch.int64, device=values.device)
+    weights = torch.empty(size, dtype=dtype, device=values.device)
     tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
-    new_keys, slots, weights, reads, kept = run_scans(*tensors, 0, keep, o)
-    of_outputs = (items_of(x[reads.output], length, batch) for x in (slots, weights))
-    return [output, new_keys, new_values, *of_outputs, *(kept if keep else ())]
+    new_keys, *_, kept = run_scans(*tensors, 0, keep, o, (slots, weights))
+    return [output, new_keys, new_values, slots, weights, *(kept if keep else ())]
 
 
 @torch.library.custom_op(
@@ -235,10 +229,9 @@ def _backward(
     # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
     table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
-    chunks, reads = o.cut(length), o.number_reads(length, batch, device)
-    gate_reads, mask_reads = (None if x is None else rows_of(x).to(dtype)[reads.token] for x in (gates, mask))
-    scores = kept.scores.flatten(1)
-    weights = weigh(scores, o.weighting, o.temperature)
+    chunks = o.cut(length)
+    scores, plan = kept.scores.flatten(1), Plan(kept.order, kept.rows, kept.start, kept.end)
+    weights, log_rows = weigh_again(scores, plan, length, batch, o)
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
         table_grad,
         grad_output,
@@ -246,39 +239,33 @@ def _backward(
         kept.slots.flatten(1),
         weights,
         kept.write_weights,
-        Plan(kept.order, kept.rows, kept.start, kept.end),
+        plan,
         kept.log,
+        log_rows,
         chunks,
         o,
     )
-    ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, dtype)
-    through_write, grad_gates = fold_write_weights_grad(
-        grad_write_weights, weights, kept.counts, ratio, o.step, gate_reads, mask_reads, reads.written
-    )
+    of_reads = (grad_weights, grad_write_weights, scores, weights, kept.counts)
+    grad_scores, grad_gates = plan_writes_grad(*of_reads, gates, mask, length, batch, o)
     grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
     if with_addresses:
         heads, width = queries.shape[2:]
-        grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
         if grad_keys is None:
             grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
-        by_token, new_grad_keys = address_scan_grad(
+        by_read, new_grad_keys = address_scan_grad(
             grad_keys.to(dtype),
             grad_scores.view(kept.scores.shape),
             rows_of(queries),
             Addresses(kept.scores, kept.slots, kept.half_scores, kept.sub_keys),
             kept.chunk_keys,
             chunks,
-            reads.token,
             batch,
             o,
         )
-        grad_queries = items_of(by_token, length, batch).to(queries.dtype)
+        grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
         new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
     results = [grad_queries, grad_targets, new_grad_keys, table_grad.to(kept.log.dtype)]
-    if gates is not None:
-        by_token = sum_at(reads.token, grad_gates, length * batch)
-        results.append(items_of(by_token, length, batch).to(gates.dtype))
-    return results
+    return results if grad_gates is None else [*results, grad_gates]
 
 
 @_backward_op.register_fake

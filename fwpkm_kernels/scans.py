@@ -16,8 +16,8 @@ from .addressing import address_grad, step_keys
 from .chunks import Chunk, Options
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
-from .lookup import lookup_halves, pick_rows
-from .plan import Plan, sum_at
+from .lookup import lookup_halves
+from .plan import Plan
 from .update import write_grad_torch, write_torch
 
 
@@ -65,14 +65,10 @@ def write(
         write_torch(values, plan, errors, weights, lr, weight_decay, clip, log)
 
 
-def _log_rows(plan: Plan, slots: Tensor) -> Tensor:
-    """Which row of the chunk's log each of its accesses finds: [M, J]."""
-    return torch.empty_like(plan.start).scatter_(0, plan.order, plan.start).view(slots.shape)
-
-
 def _read_grad(
     grad_values: Tensor,
     log: Tensor,
+    log_rows: Tensor,
     slots: Tensor,
     weights: Tensor,
     write_weights: Tensor,
@@ -80,16 +76,16 @@ def _read_grad(
     targets: Tensor,
     grad_output: Tensor,
     grad_targets: Tensor,
+    grad_weights: Tensor,
+    grad_write_weights: Tensor,
     o: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Backward of a chunk's reads and of the small side of its write, from G' = grad_values after it.
 
-    Returns dp [M, D], dw [M, J] and dc [M, J], and writes `grad_targets` [positions written, B, D]::
+    Returns dp [M, D], and fills dy = `grad_targets` [positions written, B, D], dw and dc [M, J]::
 
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
-    log_rows = _log_rows(plan, slots)
-    num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     nothing = grad_output.new_empty((0, *grad_output.shape[1:]))
     if checks.use_triton(o.backend, grad_values):
         from .kernels.memory import read_grad
@@ -100,14 +96,17 @@ def _read_grad(
             errors = read(log, log_rows, weights, targets, nothing, o.backend)
             steps = step_grad(grad_values, errors, write_weights, *plan, lr=o.lr, clip=o.clip)
             step_rows, factor = log_rows, 1.0
-        tensors = (weights, write_weights, targets, grad_output, grad_targets)
-        return read_grad(log, log_rows, steps, step_rows, *tensors, factor=factor)
+        inputs = (log, log_rows, steps, step_rows, weights, write_weights, targets, grad_output)
+        return read_grad(*inputs, grad_targets, grad_weights, grad_write_weights, factor=factor)
+    num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     errors = read(log, log_rows, weights, targets, nothing, o.backend)
     sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
     grad_targets.copy_(sums[:num_written].view(targets.shape))
     grad_predictions = sums.neg_()
     grad_predictions[len(slots) - num_output :] += grad_output.reshape(num_output, sums.shape[1])
-    return grad_predictions, row_dots(log, log_rows, grad_predictions), -dots
+    grad_weights.copy_(row_dots(log, log_rows, grad_predictions))
+    torch.neg(dots, out=grad_write_weights)
+    return grad_predictions
 
 
 def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, decay: float, backend: str) -> None:
@@ -125,33 +124,46 @@ class Addresses(NamedTuple):
     sub_keys: Tensor  #: int32 [R, H, 2, K]
 
 
+def _count_carried(chunks: list[Chunk]) -> int:
+    """How many positions there are before the sequence."""
+    return chunks[0].start - chunks[0].first if chunks else 0
+
+
+def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
+    """The rows of all positions [positions·B, ...], the carried ones first, as those of the reads: [R, ...]."""
+    if all(chunk.first == chunk.start for chunk in chunks):
+        return x
+    carried = _count_carried(chunks)
+    return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
+
+
 def address_scan(
-    queries: Tensor, keys: Tensor, chunks: list[Chunk], token: Tensor, batch: int, keep: bool, o: Options
+    queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, keep: bool, o: Options
 ) -> tuple[Addresses, Tensor, Tensor]:
     """Look up every read, chunk by chunk, and move the keys after each chunk.
 
     Args:
         queries: [positions·B, H, Dk], the carried ones first.
-        token: [R], which of them each read reads.
 
     Returns:
         The addresses; the keys after the last write; and, with `keep`, what backward needs to know of the keys that
         each chunk read: [writes + 1, H, 2, n, Dk/2], or [1, ...] if they never move, or where a row for each pick is
         less (`Options.keeps_picks`), [R, H, 2, K, Dk/2].
     """
-    nothing = keys.new_empty(0)
+    chunk_keys = keys.new_empty(0)
     if not o.keys_move:
-        found = Addresses(*(x[token] for x in lookup_halves(queries, keys, **o.lookup)))
-        return found, keys.clone(), keys.unsqueeze(0).clone() if keep else nothing
+        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, **o.lookup)))
+        return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
-    kept = [nothing.view(0, *keys.shape[:2], o.top_k, keys.shape[3])]  # of picks
-    chunk_keys = nothing
-    if keep and not keeps_picks:
+    if keep and keeps_picks:
+        reads = sum(chunk.stop - chunk.first for chunk in chunks) * batch
+        chunk_keys = keys.new_empty(reads, *keys.shape[:2], o.top_k, keys.shape[3])
+    elif keep:
         writes = sum(chunk.is_written for chunk in chunks)
-        chunk_keys = torch.empty(writes + 1, *keys.shape, dtype=keys.dtype, device=keys.device)
+        chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
     parts = [lookup_halves(queries[:0], keys, **o.lookup)]
-    carried = chunks[0].start - chunks[0].first if chunks else 0
+    carried = _count_carried(chunks)
     moved = keys
     for index, chunk in enumerate(chunks):
         start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
@@ -159,15 +171,14 @@ def address_scan(
         parts.append(lookup_halves(queries[start - rereads : stop], moved, **o.lookup))
         _, _, half_scores, sub_keys = parts[-1]
         if keep and keeps_picks:
-            kept.append(pick_rows(moved.flatten(0, 2), sub_keys))
+            picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
+            torch.index_select(moved.flatten(0, 2), 0, sub_keys.flatten(), out=picked)
         if chunk.is_written:
             picks = (half_scores[rereads:], sub_keys[rereads:])
             moved = step_keys(moved, queries[start:stop], *picks, **o.key_step)
             if keep and not keeps_picks:
                 chunk_keys[index + 1] = moved
     found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    if keep and keeps_picks:
-        chunk_keys = torch.cat(kept)
     return found, moved if moved is not keys else keys.clone(), chunk_keys
 
 
@@ -178,17 +189,18 @@ def address_scan_grad(
     found: Addresses,
     chunk_keys: Tensor,
     chunks: list[Chunk],
-    token: Tensor,
     batch: int,
     o: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Backward of the address scan: (gradient of queries [T·B, H, Dk], of the initial keys), in the compute dtype."""
+    """Backward of the address scan, in the compute dtype.
+
+    Returns the gradients of the query of each read, [R, H, Dk], and of the initial keys.
+    """
     still = o.key_step | {"weight": 0.0, "weight_decay": 0.0}  # no key step
     if not o.keys_move:
         picks = (found.half_scores, found.sub_keys, grad_scores, found.slots)
-        grads, grad_keys = address_grad(grad_keys, chunk_keys[0], queries[token], *picks, first_row=0, **still)
-        return sum_at(token, grads, len(queries)), grad_keys
-    grad_queries = torch.zeros(queries.shape, dtype=grad_keys.dtype, device=grad_keys.device)
+        return address_grad(grad_keys, chunk_keys[0], _by_read(queries, chunks, batch), *picks, first_row=0, **still)
+    grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
     keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
     for index, chunk in reversed(list(enumerate(chunks))):
@@ -198,7 +210,7 @@ def address_scan_grad(
             keys.flatten(0, 2)[sub_keys.flatten().long()] = chunk_keys[rows].flatten(0, 3)
         else:
             keys = chunk_keys[index]
-        grads, grad_keys = address_grad(
+        grad_queries[rows], grad_keys = address_grad(
             grad_keys,
             keys,
             queries[window],
@@ -209,7 +221,6 @@ def address_scan_grad(
             first_row=(chunk.start - chunk.first) * batch,
             **(o.key_step if chunk.is_written else still),
         )
-        grad_queries[window] += grads
     return grad_queries, grad_keys
 
 
@@ -256,25 +267,35 @@ def value_scan_grad(
     write_weights: Tensor,
     plan: Plan,
     log: Tensor,
+    log_rows: Tensor,
     chunks: list[Chunk],
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the value scan: turns `grad_values` from that of the final table into that of the initial one.
 
+    `log_rows` [R, J] says which row of its chunk's part of the log each access finds.
+
     Returns the gradients of the targets [B, T, D], of the weights as read [R, J] and of the write weights [R, J].
     """
     batch, picks = targets.shape[0], slots.shape[1]
-    grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
+    grad_targets = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_weights, grad_write_weights = torch.empty_like(weights), torch.empty_like(weights)
     targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
+    paired = [(c.first + o.lookahead, c.last + o.lookahead) for c in chunks if c.last > c.first]
+    done = 0
+    for first, last in [*paired, (len(by_time), len(by_time))]:
+        if first > done:  # between them no chunk writes
+            by_time[done:first] = 0.0
+        done = last
     for chunk in reversed(chunks):
         rows = chunk.rows(batch)
         accesses = slice(rows.start * picks, rows.stop * picks)
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
         chunk_plan = Plan(*(x[accesses] for x in plan))
-        grad_predictions, grad_weights[rows], grad_write_weights[rows] = _read_grad(
+        grad_predictions = _read_grad(
             grad_values,
             log[accesses],
+            log_rows[rows],
             slots[rows],
             weights[rows],
             write_weights[rows],
@@ -282,6 +303,8 @@ def value_scan_grad(
             targets[pairs],
             grad_output[chunk.start : chunk.stop],
             by_time[pairs],
+            grad_weights[rows],
+            grad_write_weights[rows],
             o,
         )
         decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0

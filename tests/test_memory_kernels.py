@@ -130,8 +130,10 @@ def run_read(chunk: Chunk) -> tuple[Tensor, Tensor]:
 def run_read_grad(chunk: Chunk, factor: float, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kernel's gradients; those of the targets lie like `targets` and nothing around them is written."""
     grad_targets = like_in_a_sequence(chunk.targets)
+    size, dtype = (3, *chunk.weights.shape), compute_dtype(chunk.values.dtype)
+    grad_weights, grad_write_weights = (torch.full(size, 7.0, dtype=dtype, device=chunk.slots.device) for _ in "wc")
     with testing.poisoned_memory(), testing.assert_unchanged(chunk):
-        grads = read_grad(
+        grad_predictions = read_grad(
             chunk.values,
             chunk.slots,
             chunk.steps,
@@ -141,11 +143,15 @@ def run_read_grad(chunk: Chunk, factor: float, **options: Any) -> tuple[Tensor, 
             chunk.targets,
             chunk.grad_output,
             grad_targets,
+            grad_weights[1],
+            grad_write_weights[1],
             factor=factor,
             **options,
         )
     assert_nothing_around(grad_targets)
-    return (*grads, grad_targets)
+    assert (grad_weights[::2] == 7).all()
+    assert (grad_write_weights[::2] == 7).all()
+    return grad_predictions, grad_weights[1], grad_write_weights[1], grad_targets
 
 
 def like_in_a_sequence(part: Tensor) -> Tensor:

@@ -248,25 +248,26 @@ def read_grad(
     targets: torch.Tensor,
     grad_output: torch.Tensor,
     grad_targets: torch.Tensor,
+    grad_weights: torch.Tensor,
+    grad_write_weights: torch.Tensor,
     *,
     factor: float = 1.0,
     config: ReadGradConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the backward of `read` and of the write: the gradients of p [M, D], of w [M, J] and of c [M, J].
+) -> torch.Tensor:
+    """Launch the backward of `read` and of the write: the gradient of p [M, D]; those of y, w and c are filled.
 
     `log`, `log_rows` hold the rows as they were read, and `steps`, `step_rows` the gradient of the rows after the
     write, 0 where its clamp was active; with `factor` it is Ĝ'. Both rows, `weights` and `write_weights` are [M, J],
-    contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `grad_targets`, like them, is filled;
-    `grad_output` [P_o, B, D] is that of the last P_o·B rows. Results are contiguous, in the compute dtype.
+    contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `grad_targets` is like them; `grad_output`
+    [P_o, B, D] is that of the last P_o·B rows. The result, `grad_weights` and `grad_write_weights` [M, J] are
+    contiguous, in the compute dtype.
     """
     (num_rows, picks), width = log_rows.shape, log.shape[1]
-    dtype = compute_dtype(log.dtype)
-    grad_predictions = torch.empty(num_rows, width, dtype=dtype, device=log.device)
+    grad_predictions = torch.empty(num_rows, width, dtype=compute_dtype(log.dtype), device=log.device)
     if grad_predictions.numel() == 0:  # without columns the scalar products are empty sums
-        zeros = torch.zeros(2, num_rows, picks, dtype=dtype, device=log.device)
-        return grad_predictions, zeros[0], zeros[1]
-    grad_weights = torch.empty(num_rows, picks, dtype=dtype, device=log.device)
-    grad_write_weights = torch.empty_like(grad_weights)
+        grad_weights.zero_()
+        grad_write_weights.zero_()
+        return grad_predictions
     batch = targets.shape[1]
     config = config or read_grad_config(picks, width, min(log.dtype, steps.dtype, key=lambda dtype: dtype.itemsize))
     launch(
@@ -300,7 +301,7 @@ def read_grad(
         num_warps=config.num_warps,
         on=log,
     )
-    return grad_predictions, grad_weights, grad_write_weights
+    return grad_predictions
 
 
 @triton.jit

@@ -1,0 +1,772 @@
+"""Between scores and scans, for all reads of a sequence at once: read weights, plan, write weights, and their backward.
+
+Which token a read reads, in which chunk, and whether it is written, follows from its number by the integers of
+`fwpkm_kernels.chunks.Layout`; so every kernel works it out for itself, and no array of the reads' places is made.
+Between `weigh` and `plan_writes` stands a stable sort of the keys that the former makes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import cdiv, launch, next_power_of_2
+
+# Numbers that grow with the sequence, and the layout's: one compilation serves all.
+_LAYOUT = ["B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P"]
+#: Elements of a tile, but where one row has more.
+_TILE = 512
+
+
+@triton.jit
+def locate(read, B, T, C, L, REREADS, MISSING, FULL, P):
+    """Of reads: (batch item, position, chunk, the first read position of that chunk, one past its last, how many of
+    them it reads again, how many it writes)."""
+    index = read // B
+    window = C + REREADS
+    # As if the first chunk always had re-reads; the last chunk of P - MISSING may be short, and has none.
+    chunk = (index + MISSING) // window
+    first = chunk * window - MISSING
+    rereads = tl.where((chunk < FULL) & (first >= 0), REREADS, 0)
+    end = tl.minimum(first + window, P)
+    first = tl.maximum(first, 0)
+    position = chunk * C + index - first - rereads
+    written = rereads + tl.minimum((chunk + 1) * C, T) - chunk * C - L
+    written = tl.where(chunk < FULL, tl.maximum(written, 0), 0)
+    return read % B, position, chunk, first, end, rereads, written
+
+
+@triton.jit
+def weighed(scores, mask_j, temperature, WEIGHTING: tl.constexpr):
+    """Weights of the picks of each row, and the scaled scores: [BLOCK_R, BLOCK_J]."""
+    scaled = scores / tl.full([], temperature, scores.dtype)
+    if WEIGHTING == "softmax":
+        scaled = tl.where(mask_j, scaled, float("-inf"))
+        weights = tl.exp(scaled - tl.max(scaled, axis=1)[:, None])
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    elif WEIGHTING == "silu":
+        weights = scaled / (1.0 + tl.exp(-scaled))
+    else:
+        weights = tl.where(scaled <= 0, 0.0, scaled)  # so NaN stays NaN
+    return weights, scaled
+
+
+@triton.jit(do_not_specialize=["R", *_LAYOUT])
+def weigh_kernel(
+    scores_ptr,
+    slots_ptr,
+    weights_ptr,
+    keys_ptr,
+    output_slots_ptr,
+    output_weights_ptr,
+    N,
+    R,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    temperature: tl.float64,
+    J: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """weights[r] = softmax, silu or relu of scores[r] / temperature;  keys[r, j] = chunk·N + slots[r, j].
+
+    With OUTPUT slots and weights of the reads for output go to their batch item and position too. A program owns
+    BLOCK_R reads. Grid: (read tiles,).
+    """
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask_j = (offs_j < J)[None, :]
+    mask = mask_r[:, None] & mask_j
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
+    slots = tl.load(slots_ptr + at, mask=mask, other=0)
+    weights, _ = weighed(scores, mask_j, temperature, WEIGHTING)
+    item, position, chunk, first, _, rereads, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
+    tl.store(weights_ptr + at, weights, mask=mask)
+    key_dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    tl.store(keys_ptr + at, chunk.to(key_dtype)[:, None] * N + slots.to(key_dtype), mask=mask)
+    if OUTPUT:
+        is_output = offs_r // B - first >= rereads
+        out = (item.to(tl.int64) * T + position)[:, None] * J + offs_j[None, :]
+        tl.store(output_slots_ptr + out, slots, mask=mask & is_output[:, None])
+        tl.store(output_weights_ptr + out, weights, mask=mask & is_output[:, None])
+
+
+def weigh(
+    scores: torch.Tensor,
+    slots: torch.Tensor,
+    num_slots: int,
+    key_dtype: torch.dtype,
+    layout: tuple[int, ...],
+    *,
+    weighting: str,
+    temperature: float,
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the weights [R, J] of reads with `scores` and `slots` [R, J], and the keys [R·J] whose sort plans writes.
+
+    `outputs` are slots (int64) and weights of the output reads, contiguous [B, T, J], to be filled.
+    """
+    num_reads, picks = scores.shape
+    weights = torch.empty_like(scores)
+    keys = torch.empty(scores.numel(), dtype=key_dtype, device=scores.device)
+    if scores.numel() > 0:
+        block_r, block_j, num_warps = _tile(picks)
+        launch(
+            weigh_kernel,
+            (cdiv(num_reads, block_r),),
+            scores,
+            slots,
+            weights,
+            keys,
+            *(outputs or (slots, weights)),
+            num_slots,
+            num_reads,
+            *layout,
+            temperature,
+            J=picks,
+            WEIGHTING=weighting,
+            OUTPUT=outputs is not None,
+            BLOCK_R=block_r,
+            BLOCK_J=block_j,
+            num_warps=num_warps,
+            on=scores,
+        )
+    return weights, keys
+
+
+def _tile(picks: int) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_J and the number of warps: whole rows of picks."""
+    block_j = next_power_of_2(picks)
+    return max(1, _TILE // block_j), block_j, min(max(block_j // 256, 4), 16)
+
+
+@triton.jit
+def load_factor(x_ptr, index, item, stride_p, stride_b, mask):
+    """A gate or a mask of tokens."""
+    return tl.load(x_ptr + index.to(tl.int64) * stride_p + item.to(tl.int64) * stride_b, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["A", "SPAN", "stride_mp", "stride_mb", *_LAYOUT])
+def plan_kernel(
+    keys_ptr,
+    sorted_ptr,
+    mask_ptr,
+    order_ptr,
+    rows_ptr,
+    start_ptr,
+    end_ptr,
+    counts_ptr,
+    flags_ptr,
+    stride_mp,
+    stride_mb,
+    N,
+    A,
+    SPAN,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    J: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """Of each sorted position: which access of its chunk stands there, its row, and where that row's segment lies.
+
+    `keys` are sorted, `sorted` says which access came to stand where. COUNT: "all" accesses of a segment count, or
+    those that are "written" (of a segment the first, as its chunk writes its first reads): counts[access] is their
+    number; or only the "unmasked" among these: then flags[position] says whether it counts. The accesses of a chunk
+    number at most 2·SPAN - 1, SPAN a power of two. A program owns BLOCK_A positions. Grid: (position tiles,).
+    """
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    _, _, chunk, first, end, _, written = locate(offs_a // J, B, T, C, L, REREADS, MISSING, FULL, P)
+    first_access = first * B * J
+    end_access = end * B * J
+    key = tl.load(keys_ptr + offs_a, mask=mask_a, other=0)
+    access = tl.load(sorted_ptr + offs_a, mask=mask_a, other=0)
+    start = first_access
+    stop = first_access
+    step = SPAN
+    while step > 0:
+        in_start = mask_a & (start + step <= end_access)
+        in_stop = mask_a & (stop + step <= end_access)
+        before = tl.load(keys_ptr + start + step - 1, mask=in_start, other=0)
+        after = tl.load(keys_ptr + stop + step - 1, mask=in_stop, other=0)
+        start += tl.where(in_start & (before < key), step, 0)
+        stop += tl.where(in_stop & (after <= key), step, 0)
+        step //= 2
+    key_dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    row = key - chunk.to(key_dtype) * N
+    tl.store(order_ptr + offs_a, access - first_access, mask=mask_a)
+    tl.store(rows_ptr + offs_a, row.to(rows_ptr.dtype.element_ty), mask=mask_a)
+    tl.store(start_ptr + offs_a, start - first_access, mask=mask_a)
+    tl.store(end_ptr + offs_a, stop - first_access, mask=mask_a)
+    if COUNT == "all":
+        tl.store(counts_ptr + access, stop - start, mask=mask_a)
+    elif COUNT == "written":
+        limit = first_access + written * B * J
+        counted = start  # one past the accesses of the segment that are written
+        step = SPAN
+        while step > 0:
+            inside = mask_a & (counted + step <= stop)
+            other = tl.load(sorted_ptr + counted + step - 1, mask=inside, other=0)
+            counted += tl.where(inside & (other < limit), step, 0)
+            step //= 2
+        tl.store(counts_ptr + access, tl.maximum(counted - start, 1), mask=mask_a)
+    else:
+        read = (access // J).to(tl.int32)
+        index = read // B
+        is_written = mask_a & (index - first < written)
+        item, position, _, _, _, _, _ = locate(read, B, T, C, L, REREADS, MISSING, FULL, P)
+        token_mask = load_factor(mask_ptr, position + REREADS - MISSING, item, stride_mp, stride_mb, is_written)
+        tl.store(flags_ptr + offs_a, (is_written & (token_mask > 0)).to(tl.int32), mask=mask_a)
+
+
+@triton.jit(do_not_specialize=["A", *_LAYOUT])
+def count_kernel(
+    running_ptr,
+    order_ptr,
+    start_ptr,
+    end_ptr,
+    counts_ptr,
+    A,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    J: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """counts[access] = what the running sum gains over its segment, at least 1. Grid: (position tiles,)."""
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    _, _, _, first, _, _, _ = locate(offs_a // J, B, T, C, L, REREADS, MISSING, FULL, P)
+    first_access = first * B * J
+    start = first_access + tl.load(start_ptr + offs_a, mask=mask_a, other=0)
+    end = first_access + tl.load(end_ptr + offs_a, mask=mask_a, other=1)
+    access = first_access + tl.load(order_ptr + offs_a, mask=mask_a, other=0)
+    before = tl.load(running_ptr + start - 1, mask=mask_a & (start > 0), other=0)
+    after = tl.load(running_ptr + end - 1, mask=mask_a, other=0)
+    tl.store(counts_ptr + access, tl.maximum(after - before, 1), mask=mask_a)
+
+
+def plan_writes(
+    keys: torch.Tensor,
+    order: torch.Tensor,
+    num_slots: int,
+    row_dtype: torch.dtype,
+    picks: int,
+    mask: torch.Tensor | None,
+    layout: tuple[int, ...],
+    *,
+    count_all: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Launch the plan of every chunk, from the stable sort (`keys`, `order`) [R·J] of what `weigh` made.
+
+    `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
+    written and unmasked. Returns order (int64), rows, start and end (int32), each [R·J], and counts [R, J] (int32).
+    """
+    accesses, device = keys.numel(), keys.device
+    batch, _, chunk_size, _, rereads, _, _, positions = layout
+    local_order, rows = torch.empty_like(order), torch.empty(accesses, dtype=row_dtype, device=device)
+    start, end = (torch.empty(accesses, dtype=torch.int32, device=device) for _ in range(2))
+    counts = torch.empty(positions * batch, picks, dtype=torch.int32, device=device)
+    result = (local_order, rows, start, end, counts)
+    if accesses == 0:
+        return result
+    count = "all" if count_all else "written" if mask is None else "unmasked"
+    flags = torch.empty_like(start) if count == "unmasked" else counts
+    block_a = 256
+    grid = (cdiv(accesses, block_a),)
+    launch(
+        plan_kernel,
+        grid,
+        keys,
+        order,
+        keys if mask is None else mask,
+        local_order,
+        rows,
+        start,
+        end,
+        counts,
+        flags,
+        *((0, 0) if mask is None else mask.stride()),
+        num_slots,
+        accesses,
+        next_power_of_2(min(chunk_size + rereads, positions) * batch * picks),
+        *layout,
+        J=picks,
+        COUNT=count,
+        BLOCK_A=block_a,
+        num_warps=4,
+        on=keys,
+    )
+    if count == "unmasked":
+        running = torch.cumsum(flags, 0, dtype=torch.int32)
+        launch(
+            count_kernel,
+            grid,
+            running,
+            local_order,
+            start,
+            end,
+            counts,
+            accesses,
+            *layout,
+            J=picks,
+            BLOCK_A=block_a,
+            num_warps=4,
+            on=keys,
+        )
+    return result
+
+
+@triton.jit
+def write_factors(
+    running_ptr,
+    gates_ptr,
+    mask_ptr,
+    offs_r,
+    mask_r,
+    weights,
+    stride_gp,
+    stride_gb,
+    stride_mp,
+    stride_mb,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    J: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    RATIO: tl.constexpr,
+    GATES: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Of reads: (whether they are written, α, g, m, Σ w² or 1 where that is 0), each [BLOCK_R].
+
+    `weights` are 0 where there is no pick. RATIO: α has S/E, with a mask from the running sum of unmasked reads.
+    """
+    dtype: tl.constexpr = weights.dtype
+    item, position, _, first, end, _, written = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
+    is_written = mask_r & (offs_r // B - first < written)
+    ones = tl.full(offs_r.shape, 1.0, dtype)
+    ratio = ones
+    if RATIO:
+        size = (end - first) * B
+        if MASK:
+            last = (first + written) * B - 1
+            size = tl.load(running_ptr + last, mask=is_written, other=0)
+            size -= tl.load(running_ptr + first * B - 1, mask=is_written & (first > 0), other=0)
+        ratio = size.to(dtype) / tl.maximum(written * B, 1).to(dtype)
+    squares = ones
+    if NORMALIZED:
+        squares = tl.sum(weights * weights, axis=1)
+        # Below it 1/x may be infinite.
+        tiny = tl.full([], 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38, dtype)
+        is_zero = squares < tiny
+        squares = tl.where(is_zero, 1.0, squares)
+        scale = tl.where(is_zero, 0.0, ratio / squares)
+    else:
+        scale = J * ratio
+    gate = ones
+    if GATES:
+        gate = load_factor(gates_ptr, position + REREADS - MISSING, item, stride_gp, stride_gb, is_written)
+    token_mask = ones
+    if MASK:
+        token_mask = load_factor(mask_ptr, position + REREADS - MISSING, item, stride_mp, stride_mb, is_written)
+    return is_written, scale, gate, token_mask, squares
+
+
+@triton.jit(do_not_specialize=["R", "stride_gp", "stride_gb", "stride_mp", "stride_mb", *_LAYOUT])
+def fold_kernel(
+    weights_ptr,
+    counts_ptr,
+    running_ptr,
+    gates_ptr,
+    mask_ptr,
+    write_weights_ptr,
+    stride_gp,
+    stride_gb,
+    stride_mp,
+    stride_mb,
+    R,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    J: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    RATIO: tl.constexpr,
+    GATES: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """c = α·g·m·w / n_s, and 0 for a read that is not written. A program owns BLOCK_R reads. Grid: (read tiles,)."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask = mask_r[:, None] & (offs_j < J)[None, :]
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
+    counts = tl.load(counts_ptr + at, mask=mask, other=1)
+    is_written, scale, gate, token_mask, _ = write_factors(
+        running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, NORMALIZED, RATIO, GATES, MASK,
+    )  # fmt: skip
+    result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
+    # Not a product: what is not written has no effect even if it is NaN.
+    tl.store(write_weights_ptr + at, tl.where(is_written[:, None], result, 0.0), mask=mask)
+
+
+def _fold_options(
+    like: torch.Tensor,
+    gates: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    ratio: bool,
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, bool]]:
+    """Tensors, strides and options of `write_factors`; `like` stands for what is not there."""
+    running = like
+    if ratio and mask is not None:
+        running = torch.cumsum((mask > 0).flatten(), 0, dtype=torch.int32)
+    tensors = (running, like if gates is None else gates, like if mask is None else mask)
+    strides = [(0, 0) if x is None else x.stride() for x in (gates, mask)]
+    options = {"RATIO": ratio, "GATES": gates is not None, "MASK": mask is not None}
+    return tensors, (*strides[0], *strides[1]), options
+
+
+def fold(
+    weights: torch.Tensor,
+    counts: torch.Tensor,
+    gates: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    layout: tuple[int, ...],
+    *,
+    normalized: bool,
+    ratio: bool,
+) -> torch.Tensor:
+    """Launch the write weights c [R, J] from weights w and counts n_s [R, J].
+
+    `gates` and `mask` are [positions, B], any strides, in the dtype of the weights. With `ratio` α has S/E, as under
+    boundary "drop": there every position is one read of each batch item.
+    """
+    write_weights = torch.empty_like(weights)
+    if weights.numel() > 0:
+        num_reads, picks = weights.shape
+        block_r, block_j, num_warps = _tile(picks)
+        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+        launch(
+            fold_kernel,
+            (cdiv(num_reads, block_r),),
+            weights,
+            counts,
+            *tensors,
+            write_weights,
+            *strides,
+            num_reads,
+            *layout,
+            J=picks,
+            NORMALIZED=normalized,
+            **options,
+            BLOCK_R=block_r,
+            BLOCK_J=block_j,
+            num_warps=num_warps,
+            on=weights,
+        )
+    return write_weights
+
+
+@triton.jit(do_not_specialize=["R", *_LAYOUT])
+def weigh_again_kernel(
+    scores_ptr,
+    order_ptr,
+    start_ptr,
+    weights_ptr,
+    log_rows_ptr,
+    R,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    temperature: tl.float64,
+    J: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """The weights as in `weigh_kernel`, and for each access the row of its chunk's log: where its segment starts.
+
+    A program owns BLOCK_R reads, and as many sorted positions as these have picks. Grid: (read tiles,).
+    """
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask_j = (offs_j < J)[None, :]
+    mask = mask_r[:, None] & mask_j
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    weights, _ = weighed(tl.load(scores_ptr + at, mask=mask, other=0.0), mask_j, temperature, WEIGHTING)
+    tl.store(weights_ptr + at, weights, mask=mask)
+    _, _, _, first, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
+    access = (first.to(tl.int64) * B * J)[:, None] + tl.load(order_ptr + at, mask=mask, other=0)
+    tl.store(log_rows_ptr + access, tl.load(start_ptr + at, mask=mask, other=0), mask=mask)
+
+
+def weigh_again(
+    scores: torch.Tensor,
+    order: torch.Tensor,
+    start: torch.Tensor,
+    layout: tuple[int, ...],
+    *,
+    weighting: str,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
+    weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=start.dtype)
+    if scores.numel() > 0:
+        num_reads, picks = scores.shape
+        block_r, block_j, num_warps = _tile(picks)
+        launch(
+            weigh_again_kernel,
+            (cdiv(num_reads, block_r),),
+            scores,
+            order,
+            start,
+            weights,
+            log_rows,
+            num_reads,
+            *layout,
+            temperature,
+            J=picks,
+            WEIGHTING=weighting,
+            BLOCK_R=block_r,
+            BLOCK_J=block_j,
+            num_warps=num_warps,
+            on=scores,
+        )
+    return weights, log_rows
+
+
+@triton.jit(do_not_specialize=["R", "stride_gp", "stride_gb", "stride_mp", "stride_mb", *_LAYOUT])
+def fold_grad_kernel(
+    scores_ptr,
+    weights_ptr,
+    counts_ptr,
+    grad_weights_ptr,
+    grad_write_weights_ptr,
+    running_ptr,
+    gates_ptr,
+    mask_ptr,
+    grad_scores_ptr,
+    grad_gates_ptr,
+    stride_gp,
+    stride_gb,
+    stride_mp,
+    stride_mb,
+    R,
+    B,
+    T,
+    C,
+    L,
+    REREADS,
+    MISSING,
+    FULL,
+    P,
+    temperature: tl.float64,
+    J: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    RATIO: tl.constexpr,
+    GATES: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """From dw (as read) and dc: ds, through c = α·g·m·w / n_s and w = weights(s / temperature), and dg.
+
+    A token is written by one read at most, which stores its dg. A program owns BLOCK_R reads. Grid: (read tiles,).
+    """
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask_j = (offs_j < J)[None, :]
+    mask = mask_r[:, None] & mask_j
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
+    counts = tl.load(counts_ptr + at, mask=mask, other=1)
+    dtype: tl.constexpr = weights.dtype
+    is_written, scale, gate, token_mask, squares = write_factors(
+        running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, NORMALIZED, RATIO, GATES, MASK,
+    )  # fmt: skip
+    grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
+    per_weight = grad / counts.to(dtype)
+    per_read = tl.sum(per_weight * weights, axis=1)  # [BLOCK_R]
+    if GATES:
+        item, position, _, _, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
+        grad_gate = per_read * scale * token_mask
+        out = grad_gates_ptr + item.to(tl.int64) * T + position
+        tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
+    if NORMALIZED:
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
+        per_weight -= 2.0 * per_read[:, None] * (weights / squares[:, None])
+    through_write = per_weight * (gate * token_mask * scale)[:, None]
+    # Not a product: what is not written has no effect even if it is NaN.
+    grad = tl.load(grad_weights_ptr + at, mask=mask, other=0.0) + tl.where(is_written[:, None], through_write, 0.0)
+    if WEIGHTING == "softmax":
+        grad = weights * (grad - tl.sum(weights * grad, axis=1)[:, None])
+    else:
+        scaled = tl.load(scores_ptr + at, mask=mask, other=0.0) / tl.full([], temperature, dtype)
+        if WEIGHTING == "silu":
+            sigmoid = 1.0 / (1.0 + tl.exp(-scaled))
+            grad = grad * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
+        else:
+            grad = tl.where(scaled > 0, grad, 0.0)
+    tl.store(grad_scores_ptr + at, grad / tl.full([], temperature, dtype), mask=mask)
+
+
+def fold_grad(
+    scores: torch.Tensor,
+    weights: torch.Tensor,
+    counts: torch.Tensor,
+    grad_weights: torch.Tensor,
+    grad_write_weights: torch.Tensor,
+    gates: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    grad_gates: torch.Tensor | None,
+    layout: tuple[int, ...],
+    *,
+    weighting: str,
+    temperature: float,
+    normalized: bool,
+    ratio: bool,
+) -> torch.Tensor:
+    """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
+
+    With gates their gradient goes to `grad_gates`, contiguous [B, T], where a token is written; it is left elsewhere.
+    `gates`, `mask` and `ratio` are those of `fold`.
+    """
+    grad_scores = torch.empty_like(scores)
+    if scores.numel() > 0:
+        num_reads, picks = scores.shape
+        block_r, block_j, num_warps = _tile(picks)
+        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+        launch(
+            fold_grad_kernel,
+            (cdiv(num_reads, block_r),),
+            scores,
+            weights,
+            counts,
+            grad_weights,
+            grad_write_weights,
+            *tensors,
+            grad_scores,
+            grad_scores if grad_gates is None else grad_gates,
+            *strides,
+            num_reads,
+            *layout,
+            temperature,
+            J=picks,
+            WEIGHTING=weighting,
+            NORMALIZED=normalized,
+            **options,
+            BLOCK_R=block_r,
+            BLOCK_J=block_j,
+            num_warps=num_warps,
+            on=scores,
+        )
+    return grad_scores
+
+
+@triton.jit(do_not_specialize=["B", "T", "C", "REREADS", "MISSING", "FULL"])
+def sum_reads_kernel(
+    reads_ptr,
+    out_ptr,
+    B,
+    T,
+    C,
+    REREADS,
+    MISSING,
+    FULL,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out[item, position] = reads[its read for output] + reads[its re-read], if it has one.
+
+    A program owns BLOCK_W columns of one token. Grid: (tokens, column blocks).
+    """
+    token = tl.program_id(0)
+    item = token % B
+    position = token // B
+    chunk = position // C
+    window = C + REREADS
+    first = chunk * window - MISSING
+    rereads = tl.where((chunk < FULL) & (first >= 0), REREADS, 0)
+    read = tl.maximum(first, 0) + rereads + position - chunk * C
+    # The next chunk reads the last ones of this one again, if it is full.
+    before = (chunk + 1) * C - position
+    is_reread = (before <= REREADS) & (chunk + 1 < FULL)
+    again = (chunk + 1) * window - MISSING + REREADS - before
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < WIDTH
+    row = (read * B + item).to(tl.int64) * WIDTH
+    total = tl.load(reads_ptr + row + offs_w, mask=mask_w, other=0.0)
+    row = (again * B + item).to(tl.int64) * WIDTH
+    total += tl.load(reads_ptr + row + offs_w, mask=offs_w < tl.where(is_reread, WIDTH, 0), other=0.0)
+    out = out_ptr + (item.to(tl.int64) * T + position) * WIDTH + offs_w
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_w)
+
+
+def sum_reads(reads: torch.Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
+    batch, length, chunk_size, _, rereads, missing, full, _ = layout
+    out = torch.empty(batch, length, *reads.shape[1:], dtype=dtype, device=reads.device)
+    if out.numel() > 0:
+        width = reads.shape[1:].numel()
+        block_w = min(next_power_of_2(width), 1024)
+        launch(
+            sum_reads_kernel,
+            (batch * length, cdiv(width, block_w)),
+            reads,
+            out,
+            batch,
+            length,
+            chunk_size,
+            rereads,
+            missing,
+            full,
+            WIDTH=width,
+            BLOCK_W=block_w,
+            num_warps=max(1, min(4, block_w // 128)),
+            on=reads,
+        )
+    return out
