@@ -44,7 +44,7 @@ def plan_config(num_keys: int, top_k: int) -> PlanConfig:
         block_low=low,
         block_k=min(next_power_of_2(top_k), 8),
         block_p=max(1, 2**13 // 2**bits),
-        count_warps=4,
+        count_warps=8 if bits > 10 else 4,
         place_warps=8,
     )
 
@@ -257,6 +257,7 @@ def plan_picks(
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
         num_warps=config.count_warps,
+        num_stages=1,  # few steps: pipelined they spill
         on=sub_keys,
     )
     launch(

@@ -11,6 +11,7 @@ What is done with a sum is the EPILOGUE:
     "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
     "update"     out[row] = decay·table[row] - lr·clamp(total)              the write
     "step_grad"  out[row] = lr·table[row] where |total| <= clip, else 0     what the write's backward gathers
+    "add"        out[row] = table[row] + total                              gradient of sub-keys, on top of another
 with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one. With a LOG
 the table's row as it was is kept too, in such an array.
 """
@@ -45,7 +46,7 @@ def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
 
 @triton.jit
 def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.constexpr):
-    """Turn the sum of one segment, and the table's row `old`, into one row of the output."""
+    """Turn the sum of one segment, and the row `old` of the table or base, into one row of the output."""
     decay = tl.full([], decay, total.dtype)
     lr = tl.full([], lr, total.dtype)
     clip = tl.full([], clip, total.dtype)
@@ -55,6 +56,8 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
         total = decay * old - lr * total
     if EPILOGUE == "step_grad":
         total = tl.where((total <= clip) & (total >= -clip), lr * old, 0.0)
+    if EPILOGUE == "add":
+        total += old
     return total
 
 
@@ -63,6 +66,7 @@ def segment_kernel(
     vectors_ptr,
     coefficients_ptr,
     table_ptr,
+    base_ptr,
     out_ptr,
     log_ptr,
     partials_ptr,
@@ -74,6 +78,8 @@ def segment_kernel(
     stride_vd,
     stride_tn,
     stride_td,
+    stride_bn,
+    stride_bd,
     stride_on,
     stride_od,
     decay: tl.float64,
@@ -83,6 +89,7 @@ def segment_kernel(
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
     CENTERED: tl.constexpr,
+    BASE: tl.constexpr,
     CLIP: tl.constexpr,
     COMPACT: tl.constexpr,
     LOG: tl.constexpr,
@@ -92,6 +99,7 @@ def segment_kernel(
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
+    BASE: the epilogue reads `base` instead of the table.
     Access a belongs to vector a // PER_VECTOR. A program owns one piece of one segment. Grid: (accesses,).
     """
     i_a = tl.program_id(0)
@@ -109,7 +117,7 @@ def segment_kernel(
         mask_d = offs_d < D
         # Read before the accesses, on which it does not depend: two trips to memory at once.
         old = tl.zeros([BLOCK_D], dtype)
-        if CENTERED or EPILOGUE != "sum":
+        if CENTERED or (EPILOGUE != "sum" and not BASE):
             old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
         position = i_a
@@ -130,7 +138,10 @@ def segment_kernel(
         if is_hot:
             tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
         else:
-            total = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+            base = old
+            if BASE:
+                base = tl.load(base_ptr + row * stride_bn + offs_d * stride_bd, mask=mask_d, other=0.0).to(dtype)
+            total = finish_row(total, base, decay, lr, clip, EPILOGUE, CLIP)
             out_row = start.to(tl.int64) if COMPACT else row
             out = out_ptr + out_row * stride_on + offs_d * stride_od
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
@@ -217,6 +228,7 @@ def segment_rows(
     *,
     epilogue: str = "sum",
     table: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
     log: torch.Tensor | None = None,
     centered: bool = False,
     compact: bool = False,
@@ -228,9 +240,9 @@ def segment_rows(
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
     `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
-    `table` is the table that "update" and "step_grad" read and that `centered` subtracts; it may be `out`. "update"
-    also stores its rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other
-    rows of `log` are left as they are.
+    `table` is the table that the epilogue reads, unless there is a `base` for it, and that `centered` subtracts; either
+    may be `out`. "update" also stores the table's rows as they were in `log` [A, D] (contiguous, in its dtype), each
+    where its segment starts; other rows of `log` are left as they are.
     """
     accesses, width = order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
@@ -247,6 +259,7 @@ def segment_rows(
         vectors,
         coefficients,
         table,
+        table if base is None else base,
         out,
         out if log is None else log,
         partials,
@@ -256,6 +269,7 @@ def segment_rows(
         end,
         *vectors.stride(),
         *table.stride(),
+        *(table if base is None else base).stride(),
         *out.stride(),
         decay,
         lr,
@@ -264,6 +278,7 @@ def segment_rows(
         D=width,
         EPILOGUE=epilogue,
         CENTERED=centered,
+        BASE=base is not None,
         CLIP=clip is not None,
         COMPACT=compact,
         LOG=log is not None,
@@ -274,6 +289,7 @@ def segment_rows(
         on=vectors,
     )
     if accesses >= 2 * PIECE:
+        table = table if base is None else base
         launch(
             hot_segment_kernel,
             (cdiv(accesses, PIECE), cdiv(width, hot_block_d)),
