@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._common import launch, next_power_of_2
 from .lookup import half_grad
-from .segments import segment_rows
+from .segments import SegmentConfig, segment_config, segment_rows
 
 
 @triton.jit
@@ -295,6 +295,14 @@ def pick_sums(
     return sums
 
 
+def pick_config(queries: torch.Tensor, keys: torch.Tensor) -> SegmentConfig:
+    """Tiles for sums over the picks of each sub-key: of these there are few, and of picks many."""
+    config = segment_config(keys.shape[1], min(queries.dtype, keys.dtype, key=lambda dtype: dtype.itemsize))
+    # Four rows at a time are as many bytes under way as the cache can serve. A program for every pick would mostly be
+    # one that looks and leaves, which takes longer than the sums.
+    return config._replace(block_a=2 * config.block_a, window=8)
+
+
 def step_factors(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -401,6 +409,7 @@ def step_keys(
         decay=decay,
         lr=lr,
         clip=clip,
+        config=pick_config(queries, keys),
     )
 
 
@@ -499,6 +508,7 @@ def address_grad(
                 centered=idw,
                 lr=-lr,
                 clip=clip,
+                config=pick_config(queries, keys),
             )
         factors, dots, shares = step_factors(*inputs, eps=eps, grad_totals=directions, direction=direction, **options)
         grad_keys = torch.empty_like(grad_new_keys)
@@ -531,5 +541,15 @@ def address_grad(
         grad_totals=directions,
         out_dtype=probabilities.dtype,
     )
-    segment_rows(grad_keys, rows, grad_factors, *plan, epilogue="add", table=keys, base=grad_keys, centered=idw)
+    segment_rows(
+        grad_keys,
+        rows,
+        grad_factors,
+        *plan,
+        epilogue="add",
+        table=keys,
+        base=grad_keys,
+        centered=idw,
+        config=pick_config(queries, keys),
+    )
     return grad_queries, grad_keys

@@ -29,10 +29,11 @@ PIECE = 32
 
 
 class SegmentConfig(NamedTuple):
-    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time."""
+    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time; positions that a program looks at."""
 
     block_a: int
     num_warps: int
+    window: int = 1
 
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
@@ -61,7 +62,7 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A"])
 def segment_kernel(
     vectors_ptr,
     coefficients_ptr,
@@ -85,6 +86,7 @@ def segment_kernel(
     decay: tl.float64,
     lr: tl.float64,
     clip: tl.float64,
+    A,
     PER_VECTOR: tl.constexpr,
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -94,22 +96,31 @@ def segment_kernel(
     COMPACT: tl.constexpr,
     LOG: tl.constexpr,
     PIECE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
     BASE: the epilogue reads `base` instead of the table.
-    Access a belongs to vector a // PER_VECTOR. A program owns one piece of one segment. Grid: (accesses,).
+    Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions.
+    Grid: (accesses / WINDOW,).
     """
-    i_a = tl.program_id(0)
-    start = tl.load(start_ptr + i_a)
-    end = tl.load(end_ptr + i_a)
-    pieces = (end - start) // PIECE
-    is_hot = pieces >= 2
-    i_piece = (i_a - start) // PIECE
-    opens = tl.where(is_hot, ((i_a - start) % PIECE == 0) & (i_piece < pieces), i_a == start)
-    if opens:
+    offs_w = tl.program_id(0) * WINDOW + tl.arange(0, WINDOW)
+    mask_w = offs_w < A
+    starts = tl.load(start_ptr + offs_w, mask=mask_w, other=0)  # [WINDOW]
+    ends = tl.load(end_ptr + offs_w, mask=mask_w, other=0)
+    pieces_w = (ends - starts) // PIECE
+    i_piece_w = (offs_w - starts) // PIECE
+    opens_piece = ((offs_w - starts) % PIECE == 0) & (i_piece_w < pieces_w)
+    opens = tl.where(pieces_w >= 2, opens_piece, offs_w == starts) & mask_w
+    i_a = tl.min(tl.where(opens, offs_w, A), axis=0)
+    while i_a < A:
+        start = tl.sum(tl.where(offs_w == i_a, starts, 0), axis=0)
+        end = tl.sum(tl.where(offs_w == i_a, ends, 0), axis=0)
+        pieces = (end - start) // PIECE
+        is_hot = pieces >= 2
+        i_piece = (i_a - start) // PIECE
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
         last = tl.where(is_hot & (i_piece < pieces - 1), i_a + PIECE, end)
         row = tl.load(rows_ptr + i_a).to(tl.int64)
@@ -148,6 +159,7 @@ def segment_kernel(
             if LOG:
                 log = log_ptr + start.to(tl.int64) * D + offs_d
                 tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
+        i_a = tl.min(tl.where(opens & (offs_w > i_a), offs_w, A), axis=0)
 
 
 @triton.jit
@@ -255,7 +267,7 @@ def segment_rows(
     hot_block_d = min(block_d, 128)
     launch(
         segment_kernel,
-        (accesses,),
+        (cdiv(accesses, config.window),),
         vectors,
         coefficients,
         table,
@@ -274,6 +286,7 @@ def segment_rows(
         decay,
         lr,
         0.0 if clip is None else clip,
+        accesses,
         PER_VECTOR=accesses // vectors.shape[0],
         D=width,
         EPILOGUE=epilogue,
@@ -283,6 +296,7 @@ def segment_rows(
         COMPACT=compact,
         LOG=log is not None,
         PIECE=PIECE,
+        WINDOW=config.window,
         BLOCK_A=config.block_a,
         BLOCK_D=block_d,
         num_warps=config.num_warps,
