@@ -87,6 +87,7 @@ def _plan(accesses: int) -> list[torch.Tensor]:
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
     from fwpkm_kernels.kernels import addressing, chunks, gather, lookup, memory, segments, update
+    from fwpkm_kernels.kernels.plan import plan_picks
 
     bf16 = torch.bfloat16
     result = []
@@ -148,6 +149,7 @@ def cases() -> list[Case]:
         queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
         probabilities, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
         picks, plan = (queries, probabilities, sub_keys), tuple(_plan(sub_keys.numel()))
+        first = _meta(heads * 2 * n + 1, dtype=torch.int32)
         scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
         options: dict[str, Any] = {
             "idw": idw,
@@ -160,14 +162,25 @@ def cases() -> list[Case]:
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, **options),
+                lambda: (
+                    plan_picks(sub_keys, probabilities, num_keys=n, first_row=0),
+                    addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, first, in_place=False, **options),
+                ),
             )
         )
         result.append(
             Case(
                 f"key_step_backward/{name}",
                 lambda: addressing.address_grad(
-                    _meta(*keys.shape, dtype=exact), keys, *picks, scores, slots, plan, num_rows=m * heads, **options
+                    _meta(*keys.shape, dtype=exact),
+                    keys,
+                    *picks,
+                    scores,
+                    slots,
+                    plan,
+                    first,
+                    num_rows=m * heads,
+                    **options,
                 ),
             )
         )
@@ -432,8 +445,9 @@ def _row_bytes(launch: Launch) -> int:
     if launch.kernel.__name__ == "restore_kernel":
         return sizes["BLOCK_N"] * sizes["D"] * sizes["initial_ptr"]
     if launch.kernel.__name__ == "segment_kernel":
-        reads_table = sizes["CENTERED"] or sizes["EPILOGUE"] != "sum"
-        return sizes["D"] * (sizes["BLOCK_A"] * sizes["vectors_ptr"] + reads_table * sizes["table_ptr"])
+        reads_table = sizes["CENTERED"] or (sizes["EPILOGUE"] != "sum" and not sizes["BASE"])
+        row_bytes = reads_table * sizes["table_ptr"] + sizes["BASE"] * sizes["base_ptr"]
+        return sizes["D"] * (sizes["BLOCK_A"] * sizes["vectors_ptr"] + row_bytes)
     return 0
 
 
