@@ -164,7 +164,8 @@ def address_scan(
         chunk_keys[0] = keys
     parts = [lookup_halves(queries[:0], keys, **o.lookup)]
     carried = _count_carried(chunks)
-    moved = keys
+    in_place = not (keep and not keeps_picks)
+    moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
         start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
         rereads = (chunk.start - chunk.first) * batch
@@ -175,11 +176,10 @@ def address_scan(
             torch.index_select(moved.flatten(0, 2), 0, sub_keys.flatten(), out=picked)
         if chunk.is_written:
             picks = (half_scores[rereads:], sub_keys[rereads:])
-            moved = step_keys(moved, queries[start:stop], *picks, **o.key_step)
-            if keep and not keeps_picks:
-                chunk_keys[index + 1] = moved
+            out = moved if in_place else chunk_keys[index + 1]
+            moved = step_keys(moved, queries[start:stop], *picks, out=out, **o.key_step)
     found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    return found, moved if moved is not keys else keys.clone(), chunk_keys
+    return found, moved if in_place else moved.clone(), chunk_keys
 
 
 def address_scan_grad(

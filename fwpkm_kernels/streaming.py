@@ -265,7 +265,7 @@ def _write_chunk(
             backend=o.backend,
         )
     if o.key_gradient != "all" and o.keys_move:
-        keys.copy_(step_keys(keys, window[carried * batch :], half_scores, sub_keys, **o.key_step))
+        step_keys(keys, window[carried * batch :], half_scores, sub_keys, out=keys, **o.key_step)
     lanes.hold(found, plan, write_weights, errors)
     # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
     lanes.wait(lanes.plans if o.key_gradient != "all" else lanes.values)
