@@ -320,13 +320,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds-per-row", type=float, default=0.3, metavar="S", help="time for each provider of a row"
     )
     parser.add_argument(
-        "--peers", action="append", default=[], metavar="DIR", help=f"a folder of other packages to measure: to {PEERS}"
+        "--peers", default="", metavar="DIR", help="folders of other packages to measure, separated as in PATH"
     )
     parser.add_argument("--compare", metavar="FILE", help="results of a former run: say what got slower since")
     options = parser.parse_args(argv)
     if options.minutes <= 0:
         parser.error("--minutes must be greater than 0")
-    for path in (*options.peers, *filter(None, [options.compare])):
+    peers = [os.path.abspath(folder) for folder in options.peers.split(os.pathsep) if folder]
+    for path in (*peers, *filter(None, [options.compare])):
         if not os.path.exists(path):
             parser.error(f"there is no {path}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -334,9 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     total = 60 * options.minutes
-    folders = [*map(os.path.abspath, options.peers), *filter(None, [os.environ.get(PEERS)])]
-    if folders:
-        os.environ[PEERS] = os.pathsep.join(folders)  # this process has its registry already; its children read it
+    if peers:  # read by the processes that measure; this one has its registry already
+        os.environ[PEERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(PEERS)])])
     old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from benchmarks.results import alike, read_results, tokens_of
 
 #: The files; none is written without data for it.
 FILES = ("time.png", "roofline.png", "scaling.png")
-_COLORS = {PACKAGE: "tab:blue", "pytorch": "tab:orange", "embedding_bag": "tab:green", "dense": "tab:red"}
+_LINES = ("-", ":", "--", "-.")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
@@ -23,6 +23,12 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[An
 
     figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, list(axes[0])
+
+
+def _color(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * number % 20 + number // 10 % 2)  # the ten strong ones first
 
 
 def _save(figure: Any, results: Sequence[Result], path: Path) -> Path:
@@ -44,14 +50,13 @@ def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
     place = {name: i for i, name in enumerate(ours)}
     figure, panels = _figure(16 if others else 9, 2 + 0.28 * len(ours), 1 + bool(others))
     left, right = panels[0], panels[-1]
-    left.barh(range(len(ours)), [r.time_us for r in ours.values()], color=_COLORS[PACKAGE], alpha=0.7, label=PACKAGE)
+    left.barh(range(len(ours)), [r.time_us for r in ours.values()], color=_color(0), alpha=0.7, label=PACKAGE)
     graphs = [r for r in ours.values() if r.graph_us is not None]
     if graphs:
         times, places = [r.graph_us for r in graphs], [place[r.row] for r in graphs]
         left.plot(times, places, "D", color="navy", ms=4, label="in a graph")
-    for provider in dict.fromkeys(r.provider for r in others):
-        mine = [r for r in others if r.provider == provider]
-        places, style = [place[r.row] for r in mine], {"color": _COLORS.get(provider), "ms": 4, "label": provider}
+    for number, (provider, mine) in enumerate(_grouped(others, lambda r: r.provider).items(), start=1):
+        places, style = [place[r.row] for r in mine], {"color": _color(number), "ms": 4, "label": provider}
         left.plot([r.time_us for r in mine], places, "o", **style)
         right.plot([r.time_us / ours[r.row].time_us for r in mine], places, "o", **style)
     floors = [r.floor_us for r in ours.values()]
@@ -75,8 +80,6 @@ def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
     ours = [r for r in timed if r.provider == PACKAGE and r.flops and r.bytes]
     if not ours:
         return []
-    from matplotlib import colormaps
-
     figure, (axes,) = _figure(10, 7)
     marks = {"forward": "o", "backward": "s"}
     operations = list(dict.fromkeys(r.operation for r in ours))
@@ -85,7 +88,7 @@ def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
             [r.flops / r.bytes for r in mine],
             [r.flops / r.time_us / 1e6 for r in mine],  # TFLOP/s
             marks.get(direction, "^"),
-            color=colormaps["tab10"](operations.index(operation) % 10),
+            color=_color(operations.index(operation)),
             alpha=0.8,
             label=f"{operation} {direction}",
         )
@@ -125,16 +128,23 @@ def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
     panels = [panel for panel in panels if panel[0]]
     if not panels:
         return []
-    figure, axes_of = _figure(7 * len(panels), 6, len(panels))
+    shown = [group[0] for groups, *_ in panels for group in groups]
+    works = list(dict.fromkeys(f"{r.operation} {r.direction}" for r in shown))
+    providers = sorted(dict.fromkeys(r.provider for r in shown), key=lambda name: name != PACKAGE)
+    figure, axes_of = _figure(7 * len(panels), 7.5, len(panels))
     for axes, (groups, x, y, x_label, y_label) in zip(axes_of, panels, strict=True):
         for group in groups:
-            r = group[-1]
-            name = f"{r.operation} {r.direction} {r.configuration}, {r.provider}"
-            style = "-" if r.provider == PACKAGE else ":"
-            axes.plot([x(r) for r in group], [y(r) for r in group], style, marker="o", ms=4, label=name)
+            r = group[0]
+            color, line = works.index(f"{r.operation} {r.direction}"), providers.index(r.provider)
+            points = [x(r) for r in group], [y(r) for r in group]
+            axes.plot(*points, color=_color(color), linestyle=_LINES[line % len(_LINES)], marker="o", ms=4)
         axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
         axes.grid(which="both", alpha=0.3)
-        axes.legend(loc="best", fontsize=7)
+    for number, name in enumerate(works):
+        axes_of[0].plot([], [], color=_color(number), label=name)
+    for number, name in enumerate(providers):
+        axes_of[0].plot([], [], color="black", linestyle=_LINES[number % len(_LINES)], label=name)
+    figure.legend(loc="outside lower center", ncols=2 * len(panels), fontsize=8)
     return [_save(figure, timed, path)]
 
 

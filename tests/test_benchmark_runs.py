@@ -57,7 +57,14 @@ def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
 
 
 @pytest.fixture
-def shrunk_run(monkeypatch) -> list[str]:
+def pytest_benchmark(monkeypatch) -> None:
+    """A session inside a test takes itself for a worker of pytest-xdist where the test does; then it times nothing."""
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.fixture
+def shrunk_run(monkeypatch, pytest_benchmark) -> list[str]:
     """A run of two shrunk rows on a CPU that is not measured; the first words of its command line."""
     rows = [ROWS["gather/forward/inference"], ROWS["update_/forward/inference"]]
     monkeypatch.setattr(run, "rows", lambda device, name="": [row for row in rows if name in row.name])
@@ -103,7 +110,7 @@ def test_command_line(shrunk_run, monkeypatch, tmp_path, capsys):
     assert "gather/forward/inference fwpkm_kernels" in capsys.readouterr().out.splitlines()
 
 
-def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark():
+def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark(pytest_benchmark):
     """What a provider does is recorded; what the benchmark itself does wrong is not lost."""
 
     def late(**inputs):
