@@ -199,7 +199,7 @@ def sanitizer_verdict(tool: str, text: str, status: int | None, limit: float) ->
     """What a tool found, from its output and exit status; None is the status of one that was stopped."""
     summary = re.findall(SANITIZERS[tool], text)
     if status is None:
-        findings = len(re.findall(r"^=+ (?:Invalid|Misaligned|Error: |Warning: |Race )", text, re.M))
+        findings = len(re.findall(r"^=+ +(?:Invalid|Misaligned|Error: Race)", text, re.M))
         return f"{STOPPED} at its time limit of {limit:.0f} s, {findings or 'no'} errors till then"
     if not summary:
         lines = [line for line in text.splitlines() if line.strip("= ")]
@@ -208,8 +208,8 @@ def sanitizer_verdict(tool: str, text: str, status: int | None, limit: float) ->
 
 
 def sanitizer_right(verdict: str) -> bool:
-    """A tool that is not there, does not run here or was stopped in time has found nothing."""
-    no_fault = re.fullmatch(r"0 errors?|0 hazards? displayed \(0 errors?, 0 warnings?\)", verdict)
+    """No errors; a tool that is not there, does not run here or was stopped has found none."""
+    no_fault = re.fullmatch(r"0 errors?|\d+ hazards? displayed \(0 errors?, \d+ warnings?\)", verdict)
     return bool(no_fault) or verdict == "not present" or verdict.startswith("could not run") or "no errors" in verdict
 
 

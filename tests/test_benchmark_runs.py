@@ -88,9 +88,9 @@ def test_command_line(shrunk_run, monkeypatch, tmp_path, capsys):
     file = tmp_path / "out.jsonl"
     arguments = [*shrunk_run, "--json", str(file)]
     assert run.main([*arguments, "--op", "gather"]) == 0
-    first = run.read_results(file)
+    first, tokens = run.read_results(file), ROWS["gather/forward/inference"].configuration.tokens
     assert {r.provider for r in first} >= {"fwpkm_kernels", "pytorch", "embedding_bag"}
-    assert all(r.repeats >= 3 and r.peak_bytes > 0 and r.sizes["tokens"] == 12 for r in first)
+    assert all(r.repeats >= 3 and r.peak_bytes > 0 and r.sizes["tokens"] == tokens for r in first)
     assert run.read_figures(file) == []
     assert run.main([*arguments, "--resume"]) == 0
     second = run.read_results(file)
@@ -144,6 +144,28 @@ def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark(pytest_ben
 
     with pytest.raises(KeyboardInterrupt):
         cpu_rows.run(cpu_rows.Measurements(cases[:1], MACHINE, seconds=0.001, on_result=stop))
+
+
+def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
+    drawn, measured = [], []
+
+    class FakeRow:
+        def inputs(self, kind):
+            drawn.append(self)
+            return {"seed": len(drawn)}
+
+    def fake_measure(row, provider, machine, *, seconds, inputs, expected):
+        return row, provider, inputs["seed"], expected
+
+    monkeypatch.setattr(run, "measure", fake_measure)
+    monkeypatch.setattr(run, "Expected", lambda row, inputs: (row, inputs["seed"]))
+    monkeypatch.setattr(run, "release", lambda machine: None)
+    a, b = FakeRow(), FakeRow()
+    cases, machine = [(a, "x"), (a, "y"), (b, "x")], dataclasses.replace(MACHINE, kind="cuda")
+    for deadline in (time.monotonic() + 60, time.monotonic()):
+        run.run_rows(cases, machine, seconds=1.0, deadline=deadline, on_result=measured.append)
+    assert drawn == [a, b]
+    assert measured == [(a, "x", 1, (a, 1)), (a, "y", 1, (a, 1)), (b, "x", 2, (b, 2))]
 
 
 def test_peak_memory_of_a_cpu_call():
@@ -443,6 +465,12 @@ def test_sanitizer_is_run_and_read(monkeypatch, tmp_path):
         ("Traceback\n========= ERROR SUMMARY: 0 errors\n", 1, "0 errors, but exit status 1", False),
         ("========= ERROR SUMMARY: 1 error\n", 0, "1 error", False),
         ("========= COMPUTE-SANITIZER\n", None, "stopped at its time limit of 30 s, no errors till then", True),
+        (
+            "========= Error: process didn't terminate successfully\n",
+            None,
+            "stopped at its time limit of 30 s, no",
+            True,
+        ),
         ("========= Invalid __global__ read of size 4\n", None, "stopped at its time limit of 30 s, 1 errors", False),
         ("========= Error: Target application terminated\ndriver too old\n", 1, "could not run (exit status 1)", True),
     ],
@@ -479,3 +507,9 @@ def test_a_child_that_does_not_end_is_ended(tmp_path):
 def test_counts_of_tests(text, counts, failed):
     assert gpu.count_tests(text).startswith(counts)
     assert gpu.tests_failed(text) == failed
+
+
+def test_hazards_that_are_errors():
+    text = "========= RACECHECK SUMMARY: 2 hazards displayed ({} errors, {} warnings)\n"
+    assert gpu.sanitizer_right(gpu.sanitizer_verdict("racecheck", text.format(0, 2), 0, 30.0))
+    assert not gpu.sanitizer_right(gpu.sanitizer_verdict("racecheck", text.format(1, 1), 0, 30.0))
