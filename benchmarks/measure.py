@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,10 @@ from fwpkm_kernels import env_report, testing
 _SAMPLE_ELEMENTS = 2**24
 #: Larger than the L2 cache of any GPU: overwritten before each timed call.
 _FLUSH_BYTES = 256 * 2**20
+
+Call = Callable[[], Any]
+#: Microseconds of single calls, going round `calls` for about so many seconds.
+Clock = Callable[[Sequence[Call], float], list[float]]
 
 
 @dataclasses.dataclass
@@ -50,8 +57,10 @@ class Result:
     #: time / floor, and graph_us / floor
     ratio: float | None = None
     graph_ratio: float | None = None
-    #: device memory that a call needs on top of its inputs, results included
+    #: memory of tensors that a call needs on top of its inputs, results included
     peak_bytes: int | None = None
+    #: the configuration: tokens, sub_keys, picks and so on
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
     commit: str | None = None
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
@@ -228,7 +237,7 @@ def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
 # ---- time ----
 
 
-def prepare(row: Row, provider: Provider, inputs: Inputs) -> Callable[[], Any]:
+def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
     """The call that is timed. Backward keeps its graph, so that it can run again; what it needs of forward is ready."""
     if row.direction == "forward":
         return lambda: provider.run(**inputs)
@@ -240,18 +249,27 @@ def prepare(row: Row, provider: Provider, inputs: Inputs) -> Callable[[], Any]:
     return lambda: torch.autograd.grad([edge], list(leaves.values()), [cotangent], retain_graph=True)
 
 
-def _repeats(seconds: float, once_us: float, least: int) -> int:
+def number_of_repeats(seconds: float, once_us: float, least: int) -> int:
     return int(max(least, min(1000, seconds * 1e6 / max(once_us, 1.0))))
 
 
-def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 3) -> list[float]:
-    """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
+def warm_up(calls: Sequence[Call], seconds: float) -> float:
+    """Run the calls once, less if that takes long; microseconds that the quickest took."""
     samples: list[float] = []
     begin = time.perf_counter()
     for call in calls:  # the first touch of a page of a new table costs more than the row on it
+        start = time.perf_counter()
         call()
+        samples.append((time.perf_counter() - start) * 1e6)
         if time.perf_counter() - begin > 2 * seconds:
             break
+    return min(samples)
+
+
+def time_cpu(calls: Sequence[Call], seconds: float, *, least: int = 3) -> list[float]:
+    """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
+    samples: list[float] = []
+    warm_up(calls, seconds)
     begin = time.perf_counter()
     while len(samples) < least or (time.perf_counter() - begin < seconds and len(samples) < 1000):
         call = calls[len(samples) % len(calls)]
@@ -261,7 +279,7 @@ def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int =
     return samples
 
 
-def time_cuda(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 10) -> list[float]:
+def time_cuda(calls: Sequence[Call], seconds: float, *, least: int = 10) -> list[float]:
     """Microseconds between device events around single calls, each with a cold L2 cache, going round `calls`."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
@@ -280,10 +298,10 @@ def time_cuda(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int 
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run(3)
-    return run(_repeats(seconds, (time.perf_counter() - begin) / 3 * 1e6, least))
+    return run(number_of_repeats(seconds, (time.perf_counter() - begin) / 3 * 1e6, least))
 
 
-def time_graph(calls: Sequence[Callable[[], Any]], seconds: float, stream: "torch.cuda.Stream") -> float:
+def time_graph(calls: Sequence[Call], seconds: float, stream: "torch.cuda.Stream") -> float:
     """Microseconds per call when all of `calls` are replayed from one CUDA graph: the median over replays."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -291,6 +309,43 @@ def time_graph(calls: Sequence[Callable[[], Any]], seconds: float, stream: "torc
             call()
     samples = time_cuda([graph.replay], seconds, least=5)
     return quantile(samples, 0.5) / len(calls)
+
+
+def peak_cpu(call: Call) -> int:
+    """Bytes that one call needs at its peak: what torch's CPU allocator gave it less what it took back, so far.
+
+    Tensors only, as on a GPU: scratch memory inside a library's routine is not seen, nor what was there before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trace.json")
+        with (
+            _silent_errors(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
+            kept = call()  # until the profile is over, so that giving it back is no part of the call
+        del kept
+        profile.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _silent_errors() -> Iterator[None]:
+    """The profiler writes to the process's standard error that it starts and stops, through any progress bar."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -306,10 +361,11 @@ def measure(
     seconds: float = 0.5,
     inputs: Inputs | None = None,
     expected: Expected | None = None,
+    clock: Clock = time_cpu,
 ) -> Result:
     """Check, then time. Never raises for what a provider does: the result says "wrong" or "error" and why.
 
-    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers.
+    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers. `clock` is the one of CPUs.
     """
     inputs = row.inputs(machine.kind) if inputs is None else inputs
     expected = Expected(row, inputs) if expected is None else expected
@@ -330,6 +386,7 @@ def measure(
         matmul_tflop_s=machine.matmul / 1e12,
         commit=machine.commit,
         versions=machine.versions,
+        sizes=sizes(row),
     )
     try:
         if machine.kind == "cuda":
@@ -339,12 +396,22 @@ def measure(
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 2 if row.direction == "backward" else 8
             calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, count)]
-            _summarise(result, time_cpu(calls, seconds))
+            calls[0]()
+            result.peak_bytes = peak_cpu(calls[0])
+            _summarise(result, clock(calls, seconds))
     except AssertionError as error:
         result.status, result.message = "wrong", str(error)
     except Exception as error:  # whatever it is, the other rows can still be measured
         result.status, result.message = "error", f"{type(error).__name__}: {error}"
     return result
+
+
+def sizes(row: Row) -> dict[str, Any]:
+    """The configuration's fields, as JSON has them, without its name and what it is for."""
+    fields = dataclasses.fields(row.configuration)
+    kept = [field.name for field in fields if field.name not in ("name", "operations", "devices", "directions")]
+    values = {name: getattr(row.configuration, name) for name in kept}
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in values.items()}
 
 
 def _input_sets(row: Row, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
