@@ -47,6 +47,7 @@ class Configuration:
     pattern: str = "uniform"
     score: str = "idw"
     key_weight: float = KEY_WEIGHT
+    boundary: str = "carry"
     directions: tuple[str, ...] = ("forward", "backward")
 
     @property
@@ -142,7 +143,7 @@ def _of_memory(c: Configuration, device: str, seed: int) -> tuple[Inputs, Memory
 def of_sequence(c: Configuration, device: str, seed: int) -> Inputs:
     """All tensors require gradients: forward is that of training, which keeps what backward reads."""
     inputs, memory = _of_memory(c, device, seed)
-    inputs |= memory._asdict()
+    inputs |= {**memory._asdict(), "boundary": c.boundary}
     return {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 

@@ -132,17 +132,34 @@ def embedding_bag(values: Tensor, slots: Tensor, weights: Tensor, *, sparse: boo
     return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(values.dtype), sparse=sparse)
 
 
-def _torch_steps(num_slots: int, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
+def _torch_steps(
+    num_slots: int,
+    slots: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    count_slots: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     """What each access adds to its row, [M·J, D]; the only array of the table's length is one of counts."""
-    accesses = slots.flatten()
-    counts = weights.new_zeros(num_slots).index_add_(0, accesses, torch.ones_like(weights).flatten())
-    write_weights = slots.shape[1] * weights / counts[slots]
+    counted = (slots if count_slots is None else count_slots).flatten()
+    counts = weights.new_zeros(num_slots).index_add_(0, counted, weights.new_ones(counted.shape))
+    write_weights = (slots.shape[1] if scale is None else scale) * weights / counts[slots]
     return (write_weights.unsqueeze(-1) * (targets - predictions).unsqueeze(1)).flatten(0, 1)
 
 
-def torch_update_(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> None:
+def torch_update_(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    *,
+    count_slots: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
     """M·J rows added into the table, by whichever of the two ways is faster: atomics on GPUs, index_put_ on CPUs."""
-    steps = _torch_steps(values.shape[0], slots, weights, targets, predictions).to(values.dtype)
+    steps = _torch_steps(values.shape[0], slots, weights, targets, predictions, count_slots, scale).to(values.dtype)
     if values.is_cuda:
         values.index_add_(0, slots.flatten(), steps)
     else:
@@ -156,21 +173,30 @@ def torch_update(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor
     return out
 
 
-def _dense_step(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
-    """J·G/n_s over the whole table."""
+def _dense_step(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    count_slots: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """α·G/n_s over the whole table; α is J unless `scale` says otherwise."""
     terms = weights.unsqueeze(-1) * (predictions - targets).unsqueeze(1)
     gradient = torch.zeros_like(values).index_add_(0, slots.flatten(), terms.flatten(0, 1).to(values.dtype))
-    counts = torch.bincount(slots.flatten(), minlength=values.shape[0]).clamp(min=1)
-    return slots.shape[1] * gradient / counts.unsqueeze(1)
+    counted = (slots if count_slots is None else count_slots).flatten()
+    counts = torch.bincount(counted, minlength=values.shape[0]).clamp(min=1)
+    return (slots.shape[1] if scale is None else scale) * gradient / counts.unsqueeze(1)
 
 
-def dense_update(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
+def dense_update(values: Tensor, *args: Any, **options: Any) -> Tensor:
     """The write as the equation has it: a gradient and a step for all rows."""
-    return values - _dense_step(values, slots, weights, targets, predictions)
+    return values - _dense_step(values, *args, **options)
 
 
-def dense_update_(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> None:
-    values.sub_(_dense_step(values, slots, weights, targets, predictions))
+def dense_update_(values: Tensor, *args: Any, **options: Any) -> None:
+    values.sub_(_dense_step(values, *args, **options))
 
 
 # ---- sequence and stream ----
@@ -186,6 +212,7 @@ def _chunk(
     top_k: int,
     score: str,
     addressing_weight: float,
+    boundary: str = "carry",
     dense: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read a chunk and write it: predictions of its tokens, new keys, and new values, which are the old ones in place
@@ -204,11 +231,14 @@ def _chunk(
             keys, queries[carried:], best[:, :, carried:], columns[:, :, carried:], score, addressing_weight
         )
     written = slice(0, len(targets))
-    write = {"slots": slots[written], "weights": weights[written], "predictions": predictions[written]}
+    write: dict[str, Any] = {"targets": targets, "predictions": predictions[written]}
+    write |= {"slots": slots[written], "weights": weights[written]}
+    if boundary == "drop":  # every access of the chunk counts, and α has the ratio of what is read to what is written
+        write |= {"count_slots": slots, "scale": slots.shape[1] * len(slots) / max(1, len(targets))}
     if dense:
-        values = dense_update(values, targets=targets, **write)
+        values = dense_update(values, **write)
     else:
-        torch_update_(values, targets=targets, **write)
+        torch_update_(values, **write)
     return predictions[carried:], keys, values
 
 
@@ -219,18 +249,20 @@ def torch_memory(
     values: Tensor,
     *,
     chunk_size: int,
+    boundary: str = "carry",
     dense: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sequence of whole chunks, with a lookahead of 1: output, keys and values; differentiable."""
     values = values if dense else values.clone()
+    options |= {"boundary": boundary, "dense": dense}
     queries, targets = queries.transpose(0, 1), targets.transpose(0, 1)  # time first
     outputs = []
     for start in range(0, len(queries), chunk_size):
-        carried, stop = min(1, start), start + chunk_size
+        carried, stop = min(1, start) if boundary == "carry" else 0, start + chunk_size
         window, pairs = queries[start - carried : stop], targets[start - carried + 1 : stop]
         tensors = (window.flatten(0, 1), pairs.flatten(0, 1))
-        out, keys, values = _chunk(keys, values, *tensors, carried * queries.shape[1], dense=dense, **options)
+        out, keys, values = _chunk(keys, values, *tensors, carried * queries.shape[1], **options)
         outputs.append(out)
     return torch.cat(outputs).view(targets.shape).transpose(0, 1).to(targets.dtype), keys, values
 

@@ -91,7 +91,7 @@ class Row:
         if name == "key-step":
             return inputs.normal(given["keys"].device, 3, *given["keys"].shape)
         if name == "update":
-            return table(c.slots, c.width, c.dtype, str(given["values"].device), seed=1)
+            return table(c.slots, c.width, c.dtype, given["values"].device.type, seed=1)
         if name == "sequence":
             return inputs.normal(given["targets"].device, 3, *given["targets"].shape).to(c.dtype)
         return inputs.normal(given["values"].device, 3, c.tokens, c.width).to(c.dtype)
@@ -126,8 +126,13 @@ def _dense_applies(c: Configuration) -> bool:
     """Dense passes cost the same whatever the slots and the key step, so one of each is enough; there must be room for
     several tables; and on a CPU one chunk takes seconds."""
     is_short = c.length <= c.chunk or "cpu" not in c.devices
-    is_plain = c.pattern == "uniform" and c.key_weight != 0 and _is_float32(c)
+    is_plain = c.pattern == "uniform" and c.key_weight != 0 and c.boundary == "carry" and _is_float32(c)
     return is_plain and is_short and c.table_bytes <= 2**30
+
+
+def _autograd_applies(c: Configuration) -> bool:
+    """For a gather from a table autograd makes a dense gradient in each chunk."""
+    return c.table_bytes <= 2**32
 
 
 def _eager_step_applies(c: Configuration) -> bool:
@@ -196,7 +201,7 @@ OPERATIONS = (
         costs.sequence,
         (
             Provider(PACKAGE, fwpkm.fast_weight_memory),
-            Provider("pytorch", providers.torch_memory),
+            Provider("pytorch", providers.torch_memory, _autograd_applies),
             Provider("dense", functools.partial(providers.torch_memory, dense=True), _dense_applies, capturable=False),
         ),
         wrt=("queries", "targets", "keys", "values"),
@@ -304,9 +309,11 @@ CONFIGURATIONS = (
     Configuration("8x512", 4096, ("sequence",), _GPU, batch=8),
     Configuration("8x4096-bf16", 32768, ("sequence",), _GPU, batch=8, **_BF16),
     Configuration("8x4096-n4096-bf16-d256", 32768, ("sequence",), _GPU, batch=8, sub_keys=4096, width=256, **_BF16),
+    Configuration("8x4096-drop", 32768, ("sequence",), _GPU, batch=8, boundary="drop"),
     Configuration("1x512", 512, ("sequence",), _CPU),
     Configuration("1x4608", 4608, ("sequence",), _CPU),
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
+    Configuration("1x1024-drop", 1024, ("sequence",), _BOTH, boundary="drop"),
     # Streams: chunks, a prompt, single tokens.
     Configuration("inference", 512, ("step", *_OPERATIONS), _BOTH),
     Configuration("inference-still-keys", 512, ("step",), _BOTH, **_STILL),

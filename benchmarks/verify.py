@@ -13,6 +13,7 @@ same:
   a sample of the columns, and backward has an incoming gradient in no other.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class Expected:
         """The inputs that are timed, and what the sparse form makes of their first chunks."""
         inputs, c = self.inputs, self.row.configuration
         if "memory" in inputs and c.length == c.chunk:  # a second step goes on with the state of the first
-            inputs = _joined([inputs, self.row.inputs(str(inputs["queries"].device), 1)])
+            inputs = _joined([inputs, self.row.inputs(inputs["queries"].device.type, 1)])
         reduced = _reduced(inputs)
         if "targets" in reduced:
             reduced |= {name: reduced[name][:, : _CHUNKS * c.chunk] for name in ("queries", "targets")}
@@ -202,7 +203,7 @@ def _short_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
     if "memory" in inputs:
         length = chunk * _CHUNKS
         seeds = range(-(-length // c.length))
-        inputs = _joined([row.inputs(str(queries.device), 1000 * attempt + seed) for seed in seeds])
+        inputs = _joined([row.inputs(queries.device.type, 1000 * attempt + seed) for seed in seeds])
         queries = inputs["queries"]
     short = {"queries": cut(queries, length)[:batch], "targets": cut(inputs["targets"], length)[:batch]}
     return {**inputs, **short, "chunk_size": chunk}
@@ -318,10 +319,9 @@ def _verify_stream(row: Row, provider: Provider, inputs: Inputs, expected: Expec
 
 def _twice(check: Callable[[int], None]) -> None:
     """Where rounding decides a lookup, right numbers fail; other tokens do not meet that again, and wrong ones do."""
-    try:
-        check(0)
-    except AssertionError:
-        check(1)
+    with contextlib.suppress(AssertionError):
+        return check(0)
+    return check(1)  # after the exception is gone, and the tables that it holds
 
 
 #: Compares some numbers: name, what is compared as (kind, name), which rows of a table (or None), found, exact.
