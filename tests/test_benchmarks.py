@@ -22,6 +22,7 @@ from fwpkm_kernels import (
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
+    testing,
 )
 from tests.test_graphs import OnGpu, Rerun
 
@@ -301,6 +302,20 @@ def test_what_is_wrong_past_the_first_tokens_is_refused():
 
     with pytest.raises(AssertionError, match="of the timed inputs"):
         verify(row, registry.Provider("planted", wrong), inputs, Expected(row, inputs))
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence/backward/8x4096", "sequence/backward/1x1024-drop", "key-step/backward/training"]
+)
+def test_what_stands_for_the_reference_is_the_reference(name):
+    """In float64, on all tokens: outputs and gradients."""
+    operation, inputs = ROWS[name].operation, testing.as_float64(ROWS[name].inputs("cpu"))
+    found, gradients = testing.forward_and_gradients(operation.sparse, inputs, wrt=ROWS[name].wrt)
+    exact, exact_gradients = testing.forward_and_gradients(operation.reference, inputs, wrt=ROWS[name].wrt)
+    for x, y in zip(found, exact, strict=False):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, exact_gradients[key], rtol=1e-8, atol=1e-8)
 
 
 def test_rounding_may_decide_a_lookup_once():
