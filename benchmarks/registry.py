@@ -326,8 +326,8 @@ CONFIGURATIONS = (
     Configuration("training-bf16", 4096, ("lookup", "gather", "update_", "update"), _GPU, **_BF16),
     Configuration("inference-bf16", 512, ("gather", "update_"), _CPU, **_BF16),
     # Other widths of the rows.
-    Configuration("training-d256", 4096, ("gather", "update_"), _GPU, width=256),
-    Configuration("training-d1024", 4096, ("gather", "update_"), _GPU, width=1024),
+    Configuration("training-d256", 4096, ("gather", "update_"), _GPU, width=256, directions=_FORWARD),
+    Configuration("training-d1024", 4096, ("gather", "update_"), _GPU, width=1024, directions=_FORWARD),
     Configuration("inference-d256", 512, ("gather", "update_"), _CPU, width=256, directions=_FORWARD),
     Configuration("inference-d1024", 512, ("gather", "update_"), _CPU, width=1024, directions=_FORWARD),
     # A product-key memory that is not written: four heads of 32.
