@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import tempfile
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from benchmarks.registry import PACKAGE, Cost, Inputs, Provider, Row
-from fwpkm_kernels import env_report, testing
+from benchmarks.registry import Cost, Inputs, Provider, Row
+from benchmarks.verify import Expected, verify
+from fwpkm_kernels import env_report
 
-#: Lookups are compared with the reference in as many rows as keep its differences [rows, H, n, Dk] at this size.
-_SAMPLE_ELEMENTS = 2**24
 #: Larger than the L2 cache of any GPU: overwritten before each timed call.
 _FLUSH_BYTES = 256 * 2**20
 
@@ -125,115 +123,6 @@ def measure_machine(kind: str, *, quick: bool = False) -> Machine:
     )
 
 
-# ---- correctness ----
-
-
-def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
-    """Raise AssertionError unless the provider agrees with the reference on `inputs`, within the error budget."""
-    if row.operation.name == "lookup":
-        _verify_lookup(row, provider, inputs)
-    else:
-        _verify_table(row, provider, inputs, expected)
-
-
-class Expected:
-    """What the reference says of a row whose inputs have a table: computed once, for all providers.
-
-    The reference is dense in the table, so it is given only the distinct rows that are addressed, which changes nothing
-    else; that the other rows stay as they are is checked on the whole table.
-    """
-
-    def __init__(self, row: Row, inputs: Inputs):
-        self.row = row
-        self.inputs = inputs
-
-    @functools.cached_property
-    def addressed(self) -> Tensor:
-        return torch.unique(self.inputs["slots"])
-
-    @functools.cached_property
-    def results(self) -> tuple[Any, Any]:
-        """Outputs and gradients of the reference in float64, and in the precision of the inputs."""
-        compact = dict(self.inputs)
-        compact["values"] = self.inputs["values"][self.addressed]
-        compact["slots"] = torch.searchsorted(self.addressed, self.inputs["slots"])
-        cotangent, wrt = None, ()
-        if self.row.direction == "backward":
-            wrt = self.row.operation.wrt
-            cotangent = self.row.cotangent(self.inputs)
-            if self.row.operation.name == "update":
-                cotangent = cotangent[self.addressed]
-        compare = functools.partial(testing.forward_and_gradients, self.row.operation.reference, wrt=wrt)
-        exact = compare(testing.as_float64(compact), cotangent=testing.as_float64(cotangent))
-        return exact, compare(compact, cotangent=cotangent)
-
-
-def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
-    name = f"{row.name}: {provider.name}"
-    values, addressed = inputs["values"], expected.addressed
-    (exact, exact_gradients), (baseline, baseline_gradients) = expected.results
-    length = max(inputs["slots"].numel(), values.shape[1])
-    within_budget = functools.partial(testing.assert_within_budget, reduction_length=length)
-    gradients: dict[str, Tensor] = {}
-    if row.operation.in_place:
-        out = values.clone()
-        provider.run(**{**inputs, "values": out})
-    elif row.direction == "backward":
-        (out,), gradients = testing.forward_and_gradients(
-            provider.run, inputs, wrt=row.operation.wrt, cotangent=row.cotangent(inputs)
-        )
-    else:
-        out = provider.run(**inputs)
-    if out.shape == values.shape and row.operation.name != "gather":
-        testing.assert_untouched_rows_equal(values, out, addressed, name)
-        out = out[addressed]
-    within_budget(out, exact[0], baseline[0], name=f"{name}: output")
-    for key, gradient in gradients.items():
-        if key == "values" and row.operation.name != "update":
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            others = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
-            others[addressed] = False
-            if ((gradient != 0).any(1) & others).any():
-                raise AssertionError(f"{name}: the gradient of rows that were not addressed is not 0")
-        if key == "values":
-            gradient = gradient[addressed]
-        within_budget(gradient, exact_gradients[key], baseline_gradients[key], name=f"{name}: gradient of {key}")
-
-
-def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
-    """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
-    name = f"{row.name}: {provider.name}"
-    queries, keys = inputs["queries"], inputs["keys"]
-    rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
-    sample = torch.arange(0, len(queries), max(1, len(queries) // rows), device=queries.device)
-    part = {**inputs, "queries": queries[sample]}
-    precision = "tf32x3" if queries.is_cuda and provider.name == PACKAGE else "ieee"
-
-    exact_slots = row.operation.reference(**testing.as_float64(part))[1]
-    scores, slots = provider.run(**inputs)
-    testing.assert_lookup_matches(
-        scores[sample], slots[sample], part["queries"], keys, exact_slots, score=inputs["score"], precision=precision
-    )
-    if row.direction == "forward":
-        return
-    # Where rounding picked other slots, or the same in another order, gradients are those of other scores.
-    agrees = (slots[sample] == exact_slots).flatten(1).all(1)
-    if agrees.float().mean() < 0.9:
-        raise AssertionError(f"{name}: {int((~agrees).sum())} of {len(sample)} tokens have other slots")
-    cotangent = torch.zeros_like(scores)
-    cotangent[sample[agrees]] = row.cotangent(inputs)[sample[agrees]].to(cotangent.dtype)
-    compare = functools.partial(testing.forward_and_gradients, wrt=row.operation.wrt)
-    _, gradients = compare(provider.run, inputs, cotangent=cotangent)
-    reference = row.operation.reference
-    _, exact = compare(reference, testing.as_float64(part), cotangent=cotangent[sample].double())
-    _, baseline = compare(reference, part, cotangent=cotangent[sample])
-    gradients["queries"] = gradients["queries"][sample]
-    for key, gradient in gradients.items():
-        testing.assert_within_budget(
-            gradient, exact[key], baseline[key], name=f"{name}: gradient of {key}", reduction_length=max(queries.shape)
-        )
-
-
 # ---- time ----
 
 
@@ -241,7 +130,7 @@ def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
     """The call that is timed. Backward keeps its graph, so that it can run again; what it needs of forward is ready."""
     if row.direction == "forward":
         return lambda: provider.run(**inputs)
-    leaves = {name: inputs[name].detach().requires_grad_() for name in row.operation.wrt}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in row.wrt}
     result = provider.run(**{**inputs, **leaves})
     out = result[0] if isinstance(result, tuple) else result
     cotangent = row.cotangent(inputs).to(out.dtype)
@@ -395,7 +284,7 @@ def measure(
             verify(row, provider, inputs, expected)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 2 if row.direction == "backward" else 8
-            calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, count)]
+            calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
             calls[0]()
             result.peak_bytes = peak_cpu(calls[0])
             _summarise(result, clock(calls, seconds))
@@ -414,15 +303,15 @@ def sizes(row: Row) -> dict[str, Any]:
     return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in values.items()}
 
 
-def _input_sets(row: Row, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
+def _input_sets(row: Row, provider: Provider, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
     """Inputs with other tokens and slots, on the same table: a memory-bound call must not find its rows in a cache."""
     sets = [inputs]
     for seed in range(1, count):
         other = row.inputs(kind, seed)
         sets.append({**other, "values": inputs["values"]} if "values" in other else other)
     if row.operation.in_place:
-        work = inputs["values"].clone()  # the table of the other rows stays as it is
-        sets = [{**one, "values": work} for one in sets]
+        own = provider.own(inputs)  # one memory for all; that of the other rows stays as it is
+        sets = [{**one, **own} for one in sets]
     return sets
 
 
@@ -441,7 +330,7 @@ def _measure_cuda(
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         verify(row, provider, inputs, expected)
-        calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, "cuda", 8)]
+        calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, "cuda", 8)]
         calls[0]()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

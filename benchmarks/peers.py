@@ -386,7 +386,7 @@ def _idw_step(c: "Configuration") -> bool:
 
 def _dropping(c: "Configuration") -> bool:
     """Neither carries pairs over a boundary, nor works without a key step."""
-    return getattr(c, "boundary", "carry") == "drop" and c.key_weight != 0
+    return c.boundary == "drop" and c.key_weight != 0
 
 
 def _dropping_power_of_two(c: "Configuration") -> bool:
