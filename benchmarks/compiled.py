@@ -94,7 +94,7 @@ class Rows(NamedTuple):
 
     #: rows read at a time
     loads: Callable[[Any], int] = lambda x: 0
-    #: rows stored at a time, those of all branches together
+    #: rows stored at a time
     stores: Callable[[Any], int] = lambda x: 0
     #: top-k kernels: (token, head) rows of the whole launch
     topk: Callable[[Any], int] | None = None
@@ -120,7 +120,8 @@ ROWS = {
     ),
     "segment_kernel": Rows(
         loads=lambda x: x.D * (x.BLOCK_A * x.vectors_ptr + (x.CENTERED or x.EPILOGUE != "sum") * x.table_ptr),
-        stores=lambda x: x.D * (x.partials_ptr + x.out_ptr + x.LOG * x.log_ptr),
+        # Or a partial sum: AMD's compiler makes one store of the two.
+        stores=lambda x: x.D * (x.out_ptr + x.LOG * x.log_ptr),
     ),
     # A program has a few columns of its rows.
     "hot_segment_kernel": Rows(),

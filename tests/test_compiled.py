@@ -45,6 +45,9 @@ def test_no_spills_and_wide_moves_of_rows(reports):
         # Of every kernel of rows there is a case in which a row has 128 bits for each lane.
         of_rows = {name for name, rows in ROWS.items() if getattr(rows, moves) is not Rows._field_defaults[moves]}
         assert {report["kernel"] for report in reports if report[f"expected_wide_{moves}"] > 0} == of_rows
+    # It stores rows only, on either of two paths.
+    segments = [report for report in reports if report["kernel"] == "segment_kernel"]
+    assert not [report for report in segments if report["expected_wide_stores"] > 0 and report["narrow_stores"] > 0]
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
     without = {report["case"] for report in lookups if report["tensor_core"] == 0}
     assert without <= {"lookup/paper-float64", "lookup/paper-ieee"}
