@@ -31,8 +31,6 @@ BANDWIDTH = 3.0e12  # bytes a second, of an H100
 #: The paper's sizes: tokens of a chunk for each item, picks, sub-keys, widths of queries and values.
 CHUNK, PICKS, NUM_KEYS, QUERY, WIDTH = 512, 8, 512, 512, 512
 NUM_SLOTS = NUM_KEYS**2
-#: A tensor that a kernel without a formula may not have: of so many bytes, only some rows move.
-LARGE = 2**26
 
 
 class Traffic(NamedTuple):
@@ -175,8 +173,8 @@ def _read_grad(x: Any) -> Traffic:
 
 
 def _whole(x: Any) -> Traffic:
-    """Of a kernel without large tensors: what it is given moves once."""
-    tensors = {value.data_ptr() or id(value): value for value in vars(x).values() if isinstance(value, torch.Tensor)}
+    """Of a kernel that is given no table: all of its arguments, once."""
+    tensors = {id(value): value for value in vars(x).values() if isinstance(value, torch.Tensor)}
     return Traffic(size(*tensors.values()), 0.0)
 
 
@@ -293,9 +291,10 @@ class _Operators(TorchDispatchMode):
 def _of_kernel(launch: Launch) -> Traffic:
     arguments = SimpleNamespace(**launch.arguments, grid=launch.grid)
     if launch.name not in TRAFFIC:
-        large = [k for k, x in launch.arguments.items() if isinstance(x, torch.Tensor) and size(x) >= LARGE]
-        if large:
-            raise ValueError(f"{launch.name} has large tensors {large}: say in TRAFFIC what it moves of them")
+        tensors = {name: x for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
+        tables = [name for name, x in tensors.items() if x.shape == (NUM_SLOTS, WIDTH)]
+        if tables:
+            raise ValueError(f"{launch.name} is given a table as {tables}: say in TRAFFIC what it moves of that")
     return TRAFFIC.get(launch.name, _whole)(arguments)
 
 
