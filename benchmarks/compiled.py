@@ -162,8 +162,6 @@ def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
     from fwpkm_kernels.kernels import addressing, gather, lookup, memory, segments, update
 
-    from . import launches as whole_memory
-
     bf16 = torch.bfloat16
     result = []
 
@@ -344,6 +342,15 @@ def cases() -> list[Case]:
             memory.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
+    # A table of width 1 sums scalars by segment.
+    result.append(
+        Case(
+            "memory_scalars/paper",
+            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
+        )
+    )
+
+    from . import launches as whole_memory
 
     def memory_case(name: str, run: Callable[[], Any]) -> None:
         def on_meta() -> None:
@@ -362,13 +369,6 @@ def cases() -> list[Case]:
     memory_case("inference", lambda: whole_memory.step(512, 512)())
     memory_case("inference-bf16", lambda: whole_memory.step(512, 512, bf16)())
     memory_case("decode", lambda: whole_memory.step(1, 600)())
-    # A table of width 1 sums scalars by segment.
-    result.append(
-        Case(
-            "memory_scalars/paper",
-            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
-        )
-    )
     return result
 
 
