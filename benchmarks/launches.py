@@ -3,8 +3,8 @@
     python -m benchmarks.launches [--json FILE]
 
 The memory's public functions run on meta tensors of the paper's sizes. Triton kernels are noted instead of run, and a
-dispatch mode sees every operator of PyTorch. Each is counted once, though a sort, a running sum or a sum at indices is
-several kernels on a GPU; views and allocations are not.
+dispatch mode sees every operator of PyTorch. Each is counted once, launches and bytes, though a sort, a running sum or
+a sum at indices is several kernels on a GPU; views and allocations are not.
 
 Bytes are those that a launch reads from and writes to device memory if nothing stays in the caches from one launch to
 the next, and everything that it reads again itself does: for an operator its inputs and outputs, for a kernel
