@@ -55,7 +55,8 @@ def read_piece(
     if checks.use_triton(o.backend, values):
         from .kernels import streaming
 
-        streaming.read_piece(values, (slots, weights, half_scores, sub_keys), tokens, queue, output, place, o.lookahead)
+        found = (slots, weights, half_scores, sub_keys)
+        streaming.read_to_queue(values, found, tokens, queue, output, place, o.lookahead)
         return
     predictions = gather_torch(values, slots.flatten(1), weights, weights.dtype)
     output.copy_(predictions.view(output.shape))

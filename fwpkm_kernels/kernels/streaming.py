@@ -113,7 +113,7 @@ def enqueue_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "place", "lookahead"])
-def read_piece_kernel(
+def read_to_queue_kernel(
     values_ptr,
     slots_ptr,
     weights_ptr,
@@ -354,7 +354,7 @@ def enqueue(
     )
 
 
-def read_piece(
+def read_to_queue(
     values: torch.Tensor,
     found: Sequence[torch.Tensor],
     tokens: Sequence[torch.Tensor | None],
@@ -380,7 +380,7 @@ def read_piece(
     factors, strides, flags = _factors(gates, mask, queue[1])
     is_known = isinstance(place, int)
     launch(
-        read_piece_kernel,
+        read_to_queue_kernel,
         (length * batch,),
         values,
         *found,
