@@ -143,25 +143,21 @@ def half_topk_kernel(
 
 
 @triton.jit
-def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The first TOP_K of `bits` and their `columns`, [BLOCK_R], as repeated `take_best` would order them.
-
-    The place of each is the number of better ones: no pick waits for the one before.
-    """
+def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first TOP_K of `bits` and their `columns`, [BLOCK_R], largest first, the lower column among equals."""
     offs_r = tl.arange(0, BLOCK_R)
     bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
     columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
-    best = tl.zeros([BLOCK_R], bits.dtype)
-    best_columns = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, TOP_K, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        bit = tl.gather(bits, offs_k, 0)[:, None]  # [BLOCK_K, 1]
-        column = tl.gather(columns, offs_k, 0)[:, None]
-        is_better = (bits[None, :] > bit) | ((bits[None, :] == bit) & (columns[None, :] < column))
-        is_place = tl.sum(is_better.to(tl.int32), axis=1)[:, None] == offs_r[None, :]  # [BLOCK_K, BLOCK_R]
-        best += tl.sum(tl.where(is_place, bit, 0), axis=0)
-        best_columns += tl.sum(tl.where(is_place, column, 0), axis=0)
-    return best, best_columns
+    bits = bits[None, :]  # [1, BLOCK_R]
+    columns = columns[None, :]
+    best = tl.zeros([1, BLOCK_R], bits.dtype)
+    best_columns = tl.zeros([1, BLOCK_R], tl.int32)
+    for i_k in range(TOP_K):
+        is_rank = (offs_r == i_k)[None, :]
+        bit, column, bits = take_best(bits, columns)
+        best = tl.where(is_rank, bit[:, None], best)
+        best_columns = tl.where(is_rank, column[:, None], best_columns)
+    return tl.reshape(best, [BLOCK_R]), tl.reshape(best_columns, [BLOCK_R])
 
 
 @triton.jit
@@ -262,8 +258,8 @@ def merge_kernel(
             distances2 = tl.where(is_chunk, tl.gather(distance2, offs_r % BLOCK_K, 0), distances2)
         best1 = to_ordered(-tl.log(tl.full([], eps, dtype) + distances1))
         best2 = to_ordered(-tl.log(tl.full([], eps, dtype) + distances2))
-        best1, keys1 = in_order(best1, keys1, NUM_KEYS, TOP_K, BLOCK_R, BLOCK_K)
-        best2, keys2 = in_order(best2, keys2, NUM_KEYS, TOP_K, BLOCK_R, BLOCK_K)
+        best1, keys1 = in_order(best1, keys1, NUM_KEYS, TOP_K, BLOCK_R)
+        best2, keys2 = in_order(best2, keys2, NUM_KEYS, TOP_K, BLOCK_R)
 
     mask_r = offs_r < TOP_K
     out = i_row * (2 * TOP_K) + offs_r
