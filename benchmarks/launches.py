@@ -344,6 +344,7 @@ def on_meta() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
         for name in ("cuda.device", "autocast"):
             stack.enter_context(mock.patch(f"torch.{name}", return_value=contextlib.nullcontext()))
+        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=-1))
         stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
         yield
 
