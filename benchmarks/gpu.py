@@ -149,8 +149,6 @@ def tests_failed(text: str) -> bool:
     return bool(re.search(r"[1-9]\d* (failed|error)", count_tests(text)))
 
 
-# ---- compute-sanitizer ----
-
 #: Each tool, and what its last line says of what it found.
 SANITIZERS = {
     "memcheck": r"ERROR SUMMARY: (\d+ errors?)",
@@ -211,9 +209,6 @@ def sanitizer_right(verdict: str) -> bool:
     """No errors; a tool that is not there, does not run here or was stopped has found none."""
     no_fault = re.fullmatch(r"0 errors?|\d+ hazards? displayed \(0 errors?, \d+ warnings?\)", verdict)
     return bool(no_fault) or verdict == "not present" or verdict.startswith("could not run") or "no errors" in verdict
-
-
-# ---- benchmarks ----
 
 
 def planned_measurements(device: str) -> int:

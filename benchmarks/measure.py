@@ -123,9 +123,6 @@ def measure_machine(kind: str, *, quick: bool = False) -> Machine:
     )
 
 
-# ---- time ----
-
-
 def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
     """The call that is timed. Backward keeps its graph, so that it can run again; what it needs of forward is ready."""
     if row.direction == "forward":

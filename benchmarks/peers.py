@@ -82,8 +82,6 @@ def _require(**options: tuple[Any, Any]) -> None:
             raise NotImplementedError(f"`{name}` can only be {only!r} there, got {got!r}")
 
 
-# ---- product-key-memory ----
-
 _PKM = "product_key_memory"
 
 
@@ -117,8 +115,6 @@ def _pkm_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: floa
     scores = memory(halves_first.reshape(1, -1, 2 * heads * half))
     return scores.view(-1, heads, top_k), memory.values.slots.view(-1, heads, top_k)
 
-
-# ---- fast-weight-product-key-memory ----
 
 _FAST_WEIGHT = "fast_weight_product_key_memory"
 
@@ -254,8 +250,6 @@ def _fast_weight_sequence(
     return MemoryOutput(torch.cat(outputs, 1), keys, values, torch.cat(slots, 1), torch.cat(weights, 1))
 
 
-# ---- the authors' code ----
-
 _AUTHORS = "src.models.fwpkm.fwpkm"
 _AUTHORS_GATHER = "src.models.fwpkm.xformer_embeddingbag_grad_wrapper"
 _AUTHORS_SCORES = {"idw": "idw", "dot": "dot_product"}
@@ -356,9 +350,6 @@ def _authors_sequence(
         result["indices"].flatten(2),
         result["scores"].flatten(2),
     )
-
-
-# ---- where they apply ----
 
 
 def _float32(c: "Configuration") -> bool:

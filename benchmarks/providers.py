@@ -38,9 +38,6 @@ class Provider:
     own: Callable[[Inputs], Inputs] = own_values
 
 
-# ---- lookup and key step ----
-
-
 def _half_winners(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
     """Scores and sub-keys of the K best of each half, [H, 2, M, K]: one matrix product and torch.topk."""
     rows = _halves(queries, keys)
@@ -114,9 +111,6 @@ def dense_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight
         loss = weight * (usage * (usage + 1e-8).log()).sum()
         (gradient,) = torch.autograd.grad(loss, moved, create_graph=differentiable)
     return keys - gradient
-
-
-# ---- gather and update ----
 
 
 def torch_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -197,9 +191,6 @@ def dense_update(values: Tensor, *args: Any, **options: Any) -> Tensor:
 
 def dense_update_(values: Tensor, *args: Any, **options: Any) -> None:
     values.sub_(_dense_step(values, *args, **options))
-
-
-# ---- sequence and stream ----
 
 
 def _chunk(
@@ -311,7 +302,7 @@ class GraphedMemory:
 
     def __init__(self, memory: Memory, queries: Tensor, targets: Tensor, **options: Any):
         self.state = fwpkm.MemoryState(*memory)
-        t = min(queries.shape[1], options["chunk_size"])  # a longer step replays the graph of a chunk
+        t = min(queries.shape[1], 8 * options["chunk_size"])  # a longer step replays the graph of eight chunks
         self.graph = fwpkm.MemoryGraph(self.state, queries[:, :t], targets[:, :t], **options)
 
     @property
@@ -345,9 +336,6 @@ def graph_step(memory: GraphedMemory, queries: Tensor, targets: Tensor, **option
 
 def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:
     return memory.step(**inputs)
-
-
-# ---- torch.compile ----
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,9 +114,6 @@ def rows(device: str | None = None, name_contains: str = "") -> list[Row]:
     return [row for row in every() if name_contains in row.name]
 
 
-# ---- where a provider applies ----
-
-
 def _is_float32(c: Configuration) -> bool:
     """embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that."""
     return c.dtype == torch.float32
@@ -149,9 +146,6 @@ def _compiled(run: Callable[..., Any]) -> Provider:
     """torch.compile takes many seconds for each shape, so of an operation one stands for all; and not on CPUs, where it
     needs a C++ compiler and longer still."""
     return Provider("torch.compile", providers.compiled(run), lambda c: c.name == "training", devices=("cuda",))
-
-
-# ---- operations ----
 
 
 def _stream(name: str) -> Operation:
@@ -293,7 +287,6 @@ OPERATIONS = (
     ),
 )
 
-# ---- configurations ----
 
 _OPERATIONS = ("lookup", "gather", "gather-sparse-grad", "update_", "key-step", "update")
 _GPU, _CPU, _BOTH = ("cuda",), ("cpu",), ("cuda", "cpu")

@@ -107,9 +107,6 @@ class Expected:
         return inputs, _numbers(self.row, self.row.operation.sparse, testing.as_float64(reduced))
 
 
-# ---- operations with slots ----
-
-
 def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
     name = f"{row.name}: {provider.name}"
     values, addressed = inputs["values"], expected.addressed
@@ -144,9 +141,6 @@ def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expect
         within_budget(gradient, exact_gradients[key], baseline_gradients[key], name=f"{name}: gradient of {key}")
 
 
-# ---- lookup ----
-
-
 def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
     """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
     name = f"{row.name}: {provider.name}"
@@ -179,9 +173,6 @@ def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
         testing.assert_within_budget(
             gradient, exact[key], baseline[key], name=f"{name}: gradient of {key}", reduction_length=max(queries.shape)
         )
-
-
-# ---- key step, sequence, stream ----
 
 
 def _short_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
