@@ -1,10 +1,12 @@
 # Needs Python 3.10 or newer, git and make; every target but `gpu` installs the rest into .venv by itself.
 # Options go through ARGS: make demo ARGS="book.txt --passes 2", make test ARGS="-k lookup".
+# PEERS names folders, separated by colons, with checkouts or unpacked wheels of other packages to measure too.
 
 PYTHON ?= python3
 WORKERS ?= 2
 OUT ?= gpu-results
 MINUTES ?= 9
+PEERS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -32,11 +34,11 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## run the benchmarks
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(if $(PEERS),FWPKM_PEERS="$(PEERS)") $(BIN)/python -m benchmarks.run $(ARGS)
 
 # Straight from the checkout with the Python it is given: a GPU machine brings its own torch and may have no network.
-gpu: ## run tests and timings on a GPU, results in OUT=; installs nothing, uses PYTHON=
-	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(ARGS)
+gpu: ## test, check and time on a GPU, results in OUT=; installs nothing, uses PYTHON=
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(if $(PEERS),--peers "$(PEERS)") $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,26 +1,30 @@
 """What the compiler makes of every kernel at the paper's sizes, for GPUs that are not here.
 
-    python -m benchmarks.compiled [--target sm_90 ...] [--case SUBSTRING] [--json FILE]
+    python -m benchmarks.compiled [--target sm_90 ...] [--case REGEX] [--json FILE]
+    python -m benchmarks.compiled --write            # COMPILED.md: all targets, and what benchmarks.launches counts
 
 The launchers run on meta tensors of the real sizes while `JITFunction.run` only takes notes: so what is compiled is
 each kernel with just the arguments, specialisations and launch configuration that it would be launched with. Registers,
-stack (spills) and shared memory are read from the cubin, load widths and tensor-core instructions from its disassembly,
-with the tools in Triton's own package; for AMD from the assembly.
+stack and shared memory are read from the cubin, all else from its disassembly, with the tools in Triton's own package;
+for AMD from the assembly.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,11 +42,17 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel and everything its compilation depends on."""
+    """A kernel and everything its compilation depends on; and where it was launched."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +62,107 @@ class Report:
     case: str
     kernel: str
     target: str
+    num_warps: int
+    #: of a thread; for AMD vector registers
     registers: int
     #: bytes of stack (NVIDIA) or scratch (AMD) per thread: more than 0 means spills
     stack: int
+    #: instructions that move spilled registers (NVIDIA); spilled registers (AMD)
+    spills: int
     shared: int
-    num_warps: int
-    #: 128-bit loads from device memory
+    #: most warps that a multiprocessor can hold of this kernel, of those it can hold of any; AMD: waves of a SIMD
+    occupancy: float
+    #: 128-bit loads from device memory, others, and how many 128-bit ones the rows that a program reads at a time take
     wide_loads: int
     narrow_loads: int
+    expected_wide_loads: int
+    #: the same of stores
+    wide_stores: int
+    narrow_stores: int
+    expected_wide_stores: int
     tensor_core: int
     instructions: int
-    seconds: float
-    #: how many 128-bit loads the rows that a program reads at a time come to
-    expected_wide_loads: int
+    #: of the top-k, warp instructions executed for each (token, head) row: see `topk_instructions`
+    topk_per_row: float | None
+
+
+class Rows(NamedTuple):
+    """What a program of a kernel moves as whole rows, in bytes, and what is a row of the top-k.
+
+    Each is a function of the launch's arguments, with the size of an element in place of every tensor.
+    """
+
+    #: rows read at a time
+    loads: Callable[[Any], int] = lambda x: 0
+    #: rows stored at a time
+    stores: Callable[[Any], int] = lambda x: 0
+    #: top-k kernels: (token, head) rows of the whole launch
+    topk: Callable[[Any], int] | None = None
+
+
+#: Every kernel of the package.
+ROWS = {
+    "half_topk_kernel": Rows(topk=lambda x: x.M * x.grid[2] // 2),
+    "merge_kernel": Rows(
+        loads=lambda x: x.IDW * min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr, topk=lambda x: x.grid[0]
+    ),
+    "half_grad_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_K, x.TOP_K) * x.HALF * (x.keys_ptr + x.STEP * x.grad_totals_ptr),
+        stores=lambda x: x.HALF * x.grad_queries_ptr,
+    ),
+    "step_kernel": Rows(
+        loads=lambda x: x.TOP_K * min(x.BLOCK_D, x.HALF) * (x.IDW * x.keys_ptr + x.GRAD * x.grad_totals_ptr)
+    ),
+    "score_grad_kernel": Rows(),
+    "pick_sums_kernel": Rows(
+        loads=lambda x: (x.ROWS != "none") * min(x.BLOCK_D, x.HALF) * x.table_ptr,
+        stores=lambda x: (x.ROWS != "none") * min(x.BLOCK_D, x.HALF) * x.out_ptr,
+    ),
+    "count_kernel": Rows(),
+    "place_kernel": Rows(),
+    "enqueue_kernel": Rows(loads=lambda x: x.WIDTH * x.queries_ptr, stores=lambda x: x.WIDTH * x.queue_queries_ptr),
+    "read_to_queue_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_J, x.J) * x.D * x.values_ptr,
+        stores=lambda x: x.D * (x.queue_predictions_ptr + x.output_ptr),
+    ),
+    "plan_chunk_kernel": Rows(),
+    "weigh_kernel": Rows(),
+    "plan_kernel": Rows(),
+    "count_unmasked_kernel": Rows(),
+    "fold_kernel": Rows(),
+    "weigh_again_kernel": Rows(),
+    "fold_grad_kernel": Rows(),
+    "sum_reads_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_W, x.WIDTH) * x.reads_ptr, stores=lambda x: min(x.BLOCK_W, x.WIDTH) * x.out_ptr
+    ),
+    "gather_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_J, x.J) * x.D * x.values_ptr, stores=lambda x: x.HAS_SUM * x.D * x.out_ptr
+    ),
+    "segment_kernel": Rows(
+        loads=lambda x: (
+            x.D * x.BLOCK_A * x.vectors_ptr
+            + x.D * (x.CENTERED or (x.EPILOGUE != "sum" and not x.BASE)) * x.table_ptr
+            + x.D * x.BASE * x.base_ptr
+        ),
+        # Or a partial sum: AMD's compiler makes one store of the two.
+        stores=lambda x: x.D * (x.out_ptr + x.LOG * x.log_ptr),
+    ),
+    # A program has a few columns of its rows.
+    "hot_segment_kernel": Rows(),
+    "decay_kernel": Rows(
+        loads=lambda x: x.BLOCK_N * x.D * x.values_ptr, stores=lambda x: x.BLOCK_N * x.D * x.values_ptr
+    ),
+    "read_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_J, x.J) * x.D * x.values_ptr, stores=lambda x: x.D * (x.errors_ptr + x.output_ptr)
+    ),
+    "read_grad_kernel": Rows(
+        loads=lambda x: min(x.BLOCK_J, x.J) * x.D * (x.log_ptr + x.steps_ptr),
+        stores=lambda x: x.D * (x.grad_predictions_ptr + x.grad_targets_ptr),
+    ),
+    "restore_kernel": Rows(
+        loads=lambda x: x.BLOCK_N * x.D * x.initial_ptr, stores=lambda x: x.BLOCK_N * x.D * x.values_ptr
+    ),
+}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -87,6 +185,7 @@ def _plan(accesses: int) -> list[torch.Tensor]:
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
     from fwpkm_kernels.kernels import addressing, chunks, gather, lookup, memory, segments, update
+    from fwpkm_kernels.kernels.plan import plan_picks
 
     bf16 = torch.bfloat16
     result = []
@@ -148,6 +247,7 @@ def cases() -> list[Case]:
         queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
         probabilities, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
         picks, plan = (queries, probabilities, sub_keys), tuple(_plan(sub_keys.numel()))
+        first = _meta(heads * 2 * n + 1, dtype=torch.int32)
         scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
         options: dict[str, Any] = {
             "idw": idw,
@@ -160,14 +260,25 @@ def cases() -> list[Case]:
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, **options),
+                lambda: (
+                    plan_picks(sub_keys, probabilities, num_keys=n, first_row=0),
+                    addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, first, in_place=False, **options),
+                ),
             )
         )
         result.append(
             Case(
                 f"key_step_backward/{name}",
                 lambda: addressing.address_grad(
-                    _meta(*keys.shape, dtype=exact), keys, *picks, scores, slots, plan, num_rows=m * heads, **options
+                    _meta(*keys.shape, dtype=exact),
+                    keys,
+                    *picks,
+                    scores,
+                    slots,
+                    plan,
+                    first,
+                    num_rows=m * heads,
+                    **options,
                 ),
             )
         )
@@ -304,12 +415,32 @@ def cases() -> list[Case]:
             lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
         )
     )
+
+    from . import launches as whole_memory
+
+    def memory_case(name: str, run: Callable[[], Any]) -> None:
+        def on_meta() -> None:
+            with whole_memory.on_meta():
+                run()
+
+        result.append(Case(f"chunk/{name}", on_meta))
+
+    def train(dtype: torch.dtype) -> None:
+        for part in whole_memory.training(8, 1024, dtype):
+            part()
+
+    # Whatever the memory itself launches.
+    memory_case("training", lambda: train(torch.float32))
+    memory_case("training-bf16", lambda: train(bf16))
+    memory_case("inference", lambda: whole_memory.step(512, 512)())
+    memory_case("inference-bf16", lambda: whole_memory.step(512, 512, bf16)())
+    memory_case("decode", lambda: whole_memory.step(1, 600)())
     return result
 
 
 @contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Within the context kernels do not run; their launches are noted in the list."""
+def recorded_launches(on_launch: Callable[[Launch], None] = lambda launch: None) -> Iterator[list[Launch]]:
+    """Within the context kernels do not run; their launches are noted in the list, and `on_launch` is told of each."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -320,7 +451,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
         options = {}
         for name, value in kwargs.items():
             (arguments if name in self.arg_names else options)[name] = value
-        launches.append(Launch(self, arguments, options))
+        launches.append(Launch(self, arguments, options, tuple(grid)))
+        on_launch(launches[-1])
 
     JITFunction.run = note
     try:
@@ -340,12 +472,8 @@ _TYPES = {
 }
 
 
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Compile one noted launch for `target`, specialised as Triton would specialise it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def specialize(launch: Launch) -> dict[str, Any]:
+    """Signature, constants and attributes as Triton would specialise the launch."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -364,12 +492,20 @@ def compile_launch(launch: Launch, target: str) -> Any:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Compile one noted launch for `target`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:
         gpu = GPUTarget("hip", target, 64)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=gpu, options=launch.options)
+    return triton.compile(ASTSource(fn=launch.kernel, **specialize(launch)), target=gpu, options=launch.options)
 
 
 def _tool(name: str) -> str:
@@ -378,89 +514,354 @@ def _tool(name: str) -> str:
     return os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
 
 
-def _examine(compiled: Any, target: str) -> dict[str, int]:
-    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
-    if not target.startswith("sm_"):
-        text = compiled.asm["amdgcn"]
-        lines = [line.strip() for line in text.splitlines() if line.startswith("\t") and not line.startswith("\t.")]
-        return {
-            "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
-            "stack": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),  # type: ignore[index]
-            "shared": compiled.metadata.shared,
-            "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-            "narrow_loads": len(re.findall(r"(?:global|buffer)_load_(?!dwordx4)\w+", text)),
-            "tensor_core": len(re.findall(r"v_mfma", text)),
-            "instructions": len(lines),
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+class Instruction(NamedTuple):
+    """One line of a disassembly, its address counted from the kernel's first."""
+
+    address: int
+    predicate: str
+    name: str
+    operands: str
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin: the section .text.KERNEL of this ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    (code,) = (
+        cubin[begin : begin + length]
+        for name, _, _, _, begin, length in sections
+        if cubin.startswith(b".text.", sections[names][4] + name)
+    )
+    return code
+
+
+def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
+    """The instructions of each, but the padding at their ends.
+
+    One run of the disassembler for all of them: it takes 0.4 s to start.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        usage, sass = (
-            subprocess.run([_tool("cuobjdump"), flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
+        architecture = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}[target]
+        command = [_tool("nvdisasm"), "--binary", architecture, file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+) )?\s*([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
+    assert len(lines) * 16 == sum(map(len, codes)), "the disassembly is not of 16 bytes an instruction"
+    kernels, begin = [], 0
+    for code in codes:
+        kernel = []
+        for address, predicate, name, operands in lines[begin // 16 : (begin + len(code)) // 16]:
+            if name.startswith("BRA"):
+                label = re.search("0x([0-9a-f]+)", operands)
+                operands = operands if label is None else operands.replace(label[0], hex(int(label[1], 16) - begin))
+            kernel.append(Instruction(int(address, 16) - begin, predicate, name, operands))
+        while kernel[-1].name == "NOP" or (
+            kernel[-1].name.startswith("BRA") and _target(kernel[-1]) == kernel[-1].address
+        ):
+            kernel.pop()
+        kernels.append(kernel)
+        begin += len(code)
+    return kernels
+
+
+def _target(branch: Instruction) -> int:
+    found = re.search(r"0x([0-9a-f]+)", branch.operands)
+    return int(found[1], 16) if found else -1
+
+
+def _is_tensor_core(instruction: Instruction) -> bool:
+    return re.match(r"[A-Z]+G?MMA\b", instruction.name) is not None
+
+
+def _trips(kernel: list[Instruction], begin: int, end: int) -> int | None:
+    """How often the loop runs whose last instruction, at index `end`, branches to `begin`; None if it does not say.
+
+    It says so if it compares a counter that starts at 0 with a number: ISETP.NE P1, R64, 0x20 after IADD3 R64, R64, 4.
+    """
+    body, branch = kernel[begin:end], kernel[end]
+    found = re.search(r"U?P\d", branch.operands if branch.name == "BRA.U" else branch.predicate)
+    predicate = found[0] if found else "none"
+    for test in reversed(body):
+        operands = test.operands.replace(".reuse", "")
+        copied = re.match(rf" {predicate}, .*\b(UP\d)", operands)
+        if test.name.startswith("PLOP3") and copied:
+            predicate = copied[1]
+        compared = re.match(rf" {predicate}, U?PT, (U?R\d+), 0x([0-9a-f]+)\b", operands)
+        if re.match(r"U?ISETP\.(NE|LT|GE)\b", test.name) and compared:
+            counter, limit = compared[1], int(compared[2], 16)
+            for step in body:
+                added = re.match(
+                    rf" {counter}, (?:U?P\w+, )*{counter}, 0x([0-9a-f]+)\b", step.operands.replace(".reuse", "")
+                )
+                if re.match(r"U?IADD|VIADD", step.name) and added:
+                    return limit // int(added[1], 16)
+    return None
+
+
+def topk_instructions(kernel: list[Instruction], top_k: int) -> int | None:
+    """Instructions that a warp executes in the top-k of a kernel; None where that cannot be told.
+
+    What comes after the loop with the tensor-core instructions, or all if there are none: every instruction once,
+    taken branch or not, and those in a loop as often as it runs. Loops must run a divisor of K times: they are over the
+    picks. What stands behind the end, such as waiting for a barrier, is left out.
+    """
+    kernel = kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
+    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
+    loops = []
+    for i, instruction in enumerate(kernel):
+        begin = indices.get(_target(instruction), i) if instruction.name.startswith("BRA") else i
+        if begin < i:
+            loops.append((begin, i))
+    first = 0
+    tensor_core = [i for i, instruction in enumerate(kernel) if _is_tensor_core(instruction)]
+    if tensor_core:
+        first = max([end for begin, end in loops if begin <= tensor_core[-1] <= end], default=tensor_core[-1]) + 1
+    times = [1] * len(kernel)
+    for begin, end in loops:
+        if begin >= first:
+            trips = _trips(kernel, begin, end)
+            if trips is None or trips < 1 or top_k % trips != 0:
+                return None
+            times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
+    return sum(times[first:])
+
+
+class Limits(NamedTuple):
+    """What a multiprocessor holds at a time (CUDA C++ programming guide, technical specifications)."""
+
+    warps: int
+    blocks: int
+    registers: int
+    shared: int
+
+
+LIMITS = {
+    "sm_80": Limits(64, 32, 65536, 164 * 1024),
+    "sm_90": Limits(64, 32, 65536, 228 * 1024),
+    "sm_100": Limits(64, 32, 65536, 228 * 1024),
+}
+
+
+def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
+    """Most warps of a kernel that a multiprocessor can hold, of those that it can hold of any."""
+    limits = LIMITS[target]
+    # Registers go to warps in units of 256 and to four warps at a time; a block has 1 KB of shared memory of its own.
+    warps = limits.registers // (math.ceil(registers * 32 / 256) * 256) // 4 * 4
+    blocks = min(
+        limits.blocks,
+        limits.warps // num_warps,
+        warps // num_warps,
+        limits.shared // (math.ceil(shared / 128) * 128 + 1024),
+    )
+    return blocks * num_warps / limits.warps
+
+
+def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str, Any]:
+    """Registers, stack and instruction counts of a cubin and its disassembly."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.binary)
+        file.flush()
+        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    names = [instruction.name for instruction in kernel]
+    loads = [name for name in names if name.startswith("LDG")]  # LDGSTS too, which loads to shared memory
+    stores = [name for name in names if name.startswith("STG")]
+    topk = None
+    if compiled.topk_rows and (not compiled.has_dot or any(map(_is_tensor_core, kernel))):
+        topk = topk_instructions(kernel, compiled.top_k)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
-        "shared": compiled.metadata.shared,
-        "wide_loads": sum(i.startswith(("LDG.E.128", "LDG.E.EF.128", "LDG.E.EL.128")) for i in instructions)
-        + sum(i.startswith("LDGSTS") and ".128" in i for i in instructions),
-        "narrow_loads": sum(i.startswith("LDG") and ".128" not in i for i in instructions),
-        "tensor_core": sum(re.match(r"[A-Z]+G?MMA\b", i) is not None for i in instructions),
-        "instructions": len(instructions),
+        "registers": registers,
+        "stack": stack,
+        "spills": sum(name.startswith(("LDL", "STL")) for name in names),
+        "occupancy": occupancy(compiled.target, registers, compiled.shared, compiled.num_warps),
+        "wide_loads": sum(".128" in name for name in loads),
+        "narrow_loads": sum(".128" not in name for name in loads),
+        "wide_stores": sum(".128" in name for name in stores),
+        "narrow_stores": sum(".128" not in name for name in stores),
+        "tensor_core": sum(map(_is_tensor_core, kernel)),
+        "instructions": len(kernel),
+        "topk_per_row": None if topk is None else topk * compiled.num_warps * compiled.programs / compiled.topk_rows,
     }
 
 
-def _row_bytes(launch: Launch) -> int:
-    """Bytes of the rows that one program of a row kernel reads at a time; 0 for other kernels."""
-    sizes = {name: x.element_size() if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
-    if launch.kernel.__name__ == "gather_kernel":
-        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
-    if launch.kernel.__name__ == "half_merge_kernel":
-        return sizes["IDW"] * min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * sizes["keys_ptr"]
-    if launch.kernel.__name__ == "half_grad_kernel":
-        row_bytes = sizes["keys_ptr"] + sizes["STEP"] * sizes["grad_totals_ptr"]
-        return min(sizes["BLOCK_K"], sizes["TOP_K"]) * sizes["HALF"] * row_bytes
-    if launch.kernel.__name__ == "step_kernel":
-        row_bytes = sizes["IDW"] * sizes["keys_ptr"] + sizes["GRAD"] * sizes["grad_totals_ptr"]
-        return sizes["TOP_K"] * min(sizes["BLOCK_D"], sizes["HALF"]) * row_bytes
-    if launch.kernel.__name__ == "read_kernel":
-        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * sizes["values_ptr"]
-    if launch.kernel.__name__ == "read_grad_kernel":
-        return min(sizes["BLOCK_J"], sizes["J"]) * sizes["D"] * (sizes["log_ptr"] + sizes["steps_ptr"])
-    if launch.kernel.__name__ == "restore_kernel":
-        return sizes["BLOCK_N"] * sizes["D"] * sizes["initial_ptr"]
-    if launch.kernel.__name__ == "segment_kernel":
-        reads_table = sizes["CENTERED"] or sizes["EPILOGUE"] != "sum"
-        return sizes["D"] * (sizes["BLOCK_A"] * sizes["vectors_ptr"] + reads_table * sizes["table_ptr"])
-    return 0
+def _examine_amd(compiled: "Compiled") -> dict[str, Any]:
+    """The same of AMD's assembly, as far as it tells."""
+    text = compiled.binary.decode()
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, text)[1])  # type: ignore[index]
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, text))
+
+    waves = number(r"; Occupancy: (\d+)")  # of a SIMD, by its registers
+    if compiled.shared > 0:  # 64 KB, of four SIMDs
+        waves = min(waves, 65536 // compiled.shared * compiled.num_warps // 4)
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "stack": number(r"\.private_segment_fixed_size:\s+(\d+)"),
+        "spills": number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
+        "occupancy": waves / 8,
+        "wide_loads": count(r"(?:global|buffer)_load_dwordx4"),
+        "narrow_loads": count(r"(?:global|buffer)_load_(?!dwordx4)\w+"),
+        "wide_stores": count(r"(?:global|buffer)_store_dwordx4"),
+        "narrow_stores": count(r"(?:global|buffer)_store_(?!dwordx4)\w+"),
+        "tensor_core": count("v_mfma"),
+        "instructions": sum(
+            line.startswith("\t") and not line.startswith(("\t.", "\t;")) for line in text.splitlines()
+        ),
+        "topk_per_row": None,
+    }
 
 
-def report_case(name: str, target: str) -> list[Report]:
-    """Compile and examine every kernel that case `name` launches."""
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One launch, compiled: what its report needs."""
+
+    case: str
+    kernel: str
+    target: str
+    num_warps: int
+    shared: int
+    row_loads: int
+    row_stores: int
+    topk_rows: int
+    programs: int
+    top_k: int
+    #: whether it forms what it ranks, by dot products
+    has_dot: bool
+    #: cubin, or AMD's assembly
+    binary: bytes
+
+    def report(self, found: dict[str, Any]) -> Report:
+        """What was found, with what the rows take."""
+        lanes = 16 * self.num_warps * (32 if self.target.startswith("sm_") else 64)
+        names = ("case", "kernel", "target", "num_warps", "shared")
+        return Report(
+            **{name: getattr(self, name) for name in names},
+            expected_wide_loads=self.row_loads // lanes,
+            expected_wide_stores=self.row_stores // lanes,
+            **found,
+        )
+
+
+def compile_case(name: str, target: str) -> list[Compiled]:
+    """Compile every kernel that case `name` launches."""
     # Launchers ask torch which vendor's GPUs it was built for.
     with mock.patch.object(torch.version, "hip", None if target.startswith("sm_") else target):
         case = next(case for case in cases() if case.name == name)
         with recorded_launches() as launches:
             case.run()
-    reports = []
-    for launch in launches:
-        begin = time.perf_counter()
+    # Most launches of a sequence are alike.
+    different = {str((launch.name, specialize(launch), launch.options)): launch for launch in launches}
+    results = []
+    for launch in different.values():
         compiled = compile_launch(launch, target)
-        threads = compiled.metadata.num_warps * (32 if target.startswith("sm_") else 64)
-        reports.append(
-            Report(
+        sizes = {name: x.element_size() if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
+        arguments, rows = SimpleNamespace(**sizes, grid=launch.grid), ROWS.get(launch.name, Rows())
+        results.append(
+            Compiled(
                 case=name,
-                kernel=launch.kernel.__name__,
+                kernel=launch.name,
                 target=target,
                 num_warps=compiled.metadata.num_warps,
-                seconds=round(time.perf_counter() - begin, 2),
-                expected_wide_loads=_row_bytes(launch) // (16 * threads),
-                **_examine(compiled, target),
+                shared=compiled.metadata.shared,
+                row_loads=int(rows.loads(arguments)),
+                row_stores=int(rows.stores(arguments)),
+                topk_rows=rows.topk(arguments) if rows.topk else 0,
+                programs=math.prod(launch.grid),
+                top_k=sizes.get("TOP_K", 0),
+                has_dot="PRECISION" in sizes,
+                binary=compiled.asm["cubin"] if target.startswith("sm_") else compiled.asm["amdgcn"].encode(),
             )
         )
-    return reports
+    return results
+
+
+def examine(compiled: list[Compiled], target: str) -> list[Report]:
+    """Report on kernels that were compiled for one target."""
+    if not target.startswith("sm_"):
+        return [kernel.report(_examine_amd(kernel)) for kernel in compiled]
+    codes = disassemble([kernel.binary for kernel in compiled], target)
+    return [kernel.report(_examine_nvidia(kernel, code)) for kernel, code in zip(compiled, codes, strict=True)]
+
+
+def report_cases(pattern: str, target: str, pool: ProcessPoolExecutor) -> list[Report]:
+    """Compile and examine all kernels of the cases whose name has a match of the regular expression."""
+    names = [case.name for case in cases() if re.search(pattern, case.name)]
+    parts = pool.map(compile_case, names, [target] * len(names))
+    return examine([kernel for part in parts for kernel in part], target)
+
+
+TABLE = Path(__file__).parent / "COMPILED.md"
+#: Cases of the committed table: chunks of the paper, and what these do not launch.
+TABLE_CASES = r"^chunk/|/(paper|paper-bf16-table|paper-bf16-queries|static-pkm)$"
+
+INTRODUCTION = """\
+# What the compiler makes of the kernels
+
+Generated by `python -m benchmarks.compiled --write` with Triton {triton} and torch {torch}; no GPU is needed. What a
+test holds every kernel to, at these and other sizes, is in `tests/test_compiled.py`: no spills, and rows of tables
+moved 128 bits at a time. Other versions of Triton give other counts.
+
+- *registers* of a thread; *spills*: instructions that move spilled registers; *shared* memory in bytes.
+- *occupancy*: the most warps of the kernel that a multiprocessor can hold, given registers, shared memory and warps of
+  a program, of those it can hold of any: 64, in at most 32 programs. For gfx942: waves of a SIMD, of 8.
+- *loads*, *stores*: 128-bit ones / those that the rows of a program come to / narrower ones. Narrower ones are slots,
+  weights and the like, and rows on a path that only other strides take.
+- *tensor*: tensor-core instructions in the program. *code*: all instructions in it.
+- *top-k*: warp instructions executed for each (token, head) row, by all programs that work for it: what comes after
+  the loop of tensor-core instructions, or the whole program if it has none; loops over the picks as often as they run,
+  both sides of branches. A dash: not a top-k, or its loops do not say how often they run, as in AMD's assembly.
+  Rows that a tile has no tokens for count with the others: decoding fills one of 64.
+
+A line is a kernel as the case compiles it; a later case that compiles to the same numbers is left out.
+"""
+
+
+def _table(reports: list[Report]) -> str:
+    """One target's part of the committed table."""
+    lines = [
+        "| kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | top-k |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    seen = set()
+    order = list(ROWS)
+    reports = sorted(reports, key=lambda x: not x.case.startswith("chunk/"))
+    for x in sorted(reports, key=lambda x: order.index(x.kernel) if x.kernel in ROWS else len(order)):
+        cells = (
+            x.num_warps,
+            x.registers,
+            x.spills,
+            x.shared,
+            f"{x.occupancy:.0%}",
+            f"{x.wide_loads} / {x.expected_wide_loads} / {x.narrow_loads}",
+            f"{x.wide_stores} / {x.expected_wide_stores} / {x.narrow_stores}",
+            x.tensor_core,
+            x.instructions,
+        )
+        if (x.kernel, cells) not in seen:
+            seen.add((x.kernel, cells))
+            topk = "–" if x.topk_per_row is None else f"{x.topk_per_row:.0f}"
+            lines.append("| " + " | ".join(map(str, (x.kernel, x.case, *cells, topk))) + " |")
+    return "\n".join(lines)
+
+
+def write_table(pool: ProcessPoolExecutor) -> None:
+    """Write the committed file."""
+    import triton
+
+    from . import launches
+
+    parts = [INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])]
+    for target in TARGETS:
+        parts += [f"## {target}\n", _table(report_cases(TABLE_CASES, target, pool)) + "\n"]
+    parts.append(launches.markdown(launches.rows()))
+    TABLE.write_text("\n".join(parts), "utf-8")
 
 
 def main() -> None:
@@ -469,23 +870,27 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
     parser.add_argument("--json", help="append JSON lines to this file")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, of all targets, and nothing else")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile this many cases at a time"
     )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    names = [case.name for case in cases() if re.search(arguments.case, case.name)]
-    work = [(name, target) for target in arguments.target or ["sm_90"] for name in names]
-    columns = ("target", "case", "kernel", "registers", "stack", "shared", "num_warps", "wide_loads", "narrow_loads")
-    columns += ("tensor_core", "instructions", "seconds")
-    template = "{:7} {:34} {:20} " + " ".join(["{:>6}"] * (len(columns) - 3))
-    print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        for reports in pool.map(report_case, *zip(*work, strict=True)):
-            for report in reports:
+        if arguments.write:
+            write_table(pool)
+            return
+        columns = ("case", "kernel", "target", "num_warps", "registers", "stack", "spills", "shared", "occupancy")
+        columns += ("wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_core", "instructions")
+        columns += ("topk_per_row",)
+        template = "{:34} {:20} {:6} " + " ".join(["{:>6}"] * (len(columns) - 3))
+        print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
+        for target in arguments.target or ["sm_90"]:
+            for report in report_cases(arguments.case, target, pool):
                 row = dataclasses.asdict(report)
-                print(template.format(*(row[c] for c in columns)), flush=True)
+                cells = ("-" if row[c] is None else row[c] for c in columns)
+                print(template.format(*(round(x, 2) if isinstance(x, float) else x for x in cells)), flush=True)
                 if arguments.json:
                     with open(arguments.json, "a") as file:
                         print(json.dumps(row), file=file)

@@ -1,19 +1,22 @@
-"""The test suite, then the benchmarks, on a GPU; everything it finds as files in one folder.
+"""The test suite, compute-sanitizer and the benchmarks on a GPU; everything it finds as files in one folder.
 
-    python -m benchmarks.gpu --out DIR --minutes M [--device cpu]
+    python -m benchmarks.gpu --out DIR --minutes M [--peers DIR] [--compare FILE] [--device cpu]
 
 Installs nothing, and ends before M minutes are over: what it has by then is kept. Files, none of them in a subfolder:
-environment.json, tests.txt (pytest), results.jsonl (one line per measurement, as they come), time.png, ratio.png, and
-summary.txt, which is also printed last. Exit status: 0 if tests and benchmarks ran and all that ran is right, 1 if not
-(a test failed, a number of this package is wrong, or one of the two could not run), 2 if there is no GPU.
+environment.json, tests.txt (pytest), sanitizer.txt, results.jsonl (one line per measurement, as they come), time.png,
+roofline.png, scaling.png, and summary.txt, which is also printed last. Exit status: 0 if tests and benchmarks ran and
+all that ran is right, 1 if not (a test failed, compute-sanitizer found something, a number of this package is wrong,
+one of the steps could not run, or this package is slower than in FILE), 2 if there is no GPU.
 """
 
 import argparse
 import contextlib
+import glob
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +29,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.compare import Stored, compare
+from benchmarks.plots import FILES, plot
 from benchmarks.registry import PACKAGE
-from benchmarks.run import DEVICE_LOST, read_results, report, rows
+from benchmarks.results import figures_table, read_figures, read_results, report
+from benchmarks.run import DEVICE_LOST
 from fwpkm_kernels import env_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +52,10 @@ KERNEL_TESTS = (
     "golden_chunk",
     "torch",
 )
-TESTS_SHARE, BENCHMARKS_END, ALARM = 0.6, 0.88, 0.96  # of the whole time
-
+#: Of the whole time. Tests get a part at most, and so does compute-sanitizer; what they leave is for the benchmarks.
+TESTS_SHARE, SANITIZER_SHARE, SANITIZER_END, BENCHMARKS_END, ALARM = 0.54, 0.15, 0.62, 0.92, 0.97
+#: The environment variable that benchmarks.peers reads.
+PEERS = "FWPKM_PEERS"
 
 FINISHED, STOPPED = "finished", "stopped"  #: how the note on a step begins
 
@@ -78,14 +86,18 @@ def signals_raise(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_child(arguments: Sequence[str], seconds: float, *, grace: float = 10.0, **options: Any) -> int | None:
+def run_child(
+    arguments: Sequence[str], seconds: float, *, under: Sequence[str] = (), grace: float = 10.0, **options: Any
+) -> int | None:
     """Run this Python with `arguments`, at most so long; its exit status, or None if it had to be stopped.
+
+    `under` is a command that runs it, as a debugger would.
 
     It is asked to stop first (SIGINT: pytest then still reports its failures), and killed with its children after
     `grace`, or at once if this program is being stopped itself.
     """
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options
+        [*under, sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options
     )
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -137,11 +149,78 @@ def tests_failed(text: str) -> bool:
     return bool(re.search(r"[1-9]\d* (failed|error)", count_tests(text)))
 
 
+#: Each tool, and what its last line says of what it found.
+SANITIZERS = {
+    "memcheck": r"ERROR SUMMARY: (\d+ errors?)",
+    "racecheck": r"RACECHECK SUMMARY: (\d+ hazards? displayed \(\d+ errors?, \d+ warnings?\))",
+}
+
+
+def find_sanitizer() -> str | None:
+    found = shutil.which("compute-sanitizer")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *sorted(glob.glob("/usr/local/cuda*"))]
+    for home in filter(None, homes):
+        for place in ("bin", "compute-sanitizer"):
+            found = found or shutil.which("compute-sanitizer", path=os.path.join(home, place))
+    return found
+
+
+def run_sanitizer(path: Path, seconds: float) -> dict[str, str]:
+    """Both tools over benchmarks.sanitize, their output to `path`; what each says, in words."""
+    program = find_sanitizer()
+    if program is None:
+        return {"compute-sanitizer": "not present"}
+    # Only then is an access just behind a tensor one outside of what CUDA has allocated.
+    environment = {**compiled_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    options = ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "20"]
+    end, found = time.monotonic() + seconds, {}
+    for i, tool in enumerate(SANITIZERS):
+        # The first one also compiles the kernels, and gets two thirds of the time.
+        limit = max(0.0, end - time.monotonic()) * (2 / 3 if i == 0 else 1)
+        with path.open("a+", encoding="utf-8") as file:
+            begin = file.tell()
+            status = run_child(
+                ["-m", "benchmarks.sanitize"],
+                limit,
+                under=[program, "--tool", tool, *options],
+                grace=2.0,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            file.seek(begin)
+            found[tool] = sanitizer_verdict(tool, file.read(), status, limit)
+    return found
+
+
+def sanitizer_verdict(tool: str, text: str, status: int | None, limit: float) -> str:
+    """What a tool found, from its output and exit status; None is the status of one that was stopped."""
+    summary = re.findall(SANITIZERS[tool], text)
+    if status is None:
+        findings = len(re.findall(r"^=+ +(?:Invalid|Misaligned|Error: Race)", text, re.M))
+        return f"{STOPPED} at its time limit of {limit:.0f} s, {findings or 'no'} errors till then"
+    if not summary:
+        lines = [line for line in text.splitlines() if line.strip("= ")]
+        return f"could not run (exit status {status}): {lines[-1] if lines else 'it said nothing'}"
+    return summary[-1] + ("" if status == 0 or not summary[-1].startswith("0 ") else f", but exit status {status}")
+
+
+def sanitizer_right(verdict: str) -> bool:
+    """No errors; a tool that is not there, does not run here or was stopped has found none."""
+    no_fault = re.fullmatch(r"0 errors?|\d+ hazards? displayed \(0 errors?, \d+ warnings?\)", verdict)
+    return bool(no_fault) or verdict == "not present" or verdict.startswith("could not run") or "no errors" in verdict
+
+
 def planned_measurements(device: str) -> int:
-    return sum(len(row.providers()) for row in rows(device))
+    """How many there are with the peers that a new process finds."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as names:
+        arguments = ["-m", "benchmarks.run", "--device", device, "--list"]
+        run_child(arguments, 60, stdout=names, stderr=subprocess.DEVNULL, env=compiled_environment())
+        names.seek(0)
+        return len(names.readlines())
 
 
-def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: float) -> str:
+def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: float, planned: int) -> str:
     """benchmarks.run in processes of its own: one that lost its GPU is followed by another that goes on after it."""
     begin = time.monotonic()
     while True:
@@ -156,24 +235,34 @@ def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: flo
             errors.seek(0)
             tail = "\n".join(errors.read().splitlines()[-15:])
         if status in (0, 1, None):
-            complete = len(read_results(path)) == planned_measurements(device)
+            complete = len(read_results(path)) == planned
             return FINISHED if complete else f"{STOPPED} at their time limit"
         if status != DEVICE_LOST or len(read_results(path)) == known:
             return f"ended with exit status {status}:\n{tail}"
 
 
-def write_summary(out: Path, device: str, notes: dict[str, str], environment: dict[str, Any]) -> bool:
-    """Write and print summary.txt; whether everything in it is right."""
+def write_summary(
+    out: Path,
+    notes: dict[str, str],
+    environment: dict[str, Any],
+    *,
+    sanitizer: dict[str, str],
+    planned: int,
+    old: Stored | None,
+) -> bool:
+    """Write and print summary.txt; whether everything in it is right, and nothing slower than in `old`."""
     tests_file = out / "tests.txt"
     text = tests_file.read_text("utf-8", "replace") if tests_file.exists() else ""
     results = read_results(out / "results.jsonl")
-    planned = planned_measurements(device)
+    figures = read_figures(out / "results.jsonl")
     failures = re.findall(r"^(?:FAILED|ERROR) .*$", text, re.M)
     tests_note, benchmarks_note = notes.get("tests", STOPPED), notes.get("benchmarks", STOPPED)
     tests_right = tests_note.endswith("status 0") or (tests_note.startswith(STOPPED) and not tests_failed(text))
     benchmarks_right = benchmarks_note.startswith((FINISHED, STOPPED)) and bool(results)
     wrong = [result for result in results if result.provider == PACKAGE and result.status != "ok"]
-    all_right = tests_right and benchmarks_right and not wrong
+    sanitizer_is_right = all(map(sanitizer_right, sanitizer.values()))
+    all_right = tests_right and benchmarks_right and sanitizer_is_right and not wrong
+    comparison, slower = compare(old, Stored(results, figures)) if old else ("", False)
     complete = tests_note.startswith(FINISHED) and benchmarks_note.startswith(FINISHED)
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or environment["cpu"]["model"]
     parts = [
@@ -186,9 +275,13 @@ def write_summary(out: Path, device: str, notes: dict[str, str], environment: di
         *failures[:30],
         *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
         "",
-        f"benchmarks: {len(results)} of {planned} measurements ({benchmarks_note})",
+        *(f"{tool}: {verdict}" for tool, verdict in sanitizer.items()),
+        "",
+        f"benchmarks: {len(results)} of {planned or 'unknown'} measurements ({benchmarks_note})",
         "",
         str(report(results)),
+        *(["", figures_table(figures)] if figures else []),
+        *(["", "compared with the stored run:", "", comparison] if old else []),
         *([f"\nplots: {notes['plots']}"] if "plots" in notes else []),
         *(
             [f"\nwhat is above is what there was when it was stopped by {notes['stopped']}"]
@@ -199,14 +292,12 @@ def write_summary(out: Path, device: str, notes: dict[str, str], environment: di
     summary = "\n".join(parts) + "\n"
     (out / "summary.txt").write_text(summary, "utf-8")
     print("\n" + summary, flush=True)
-    return all_right
+    return all_right and not slower
 
 
 def draw_plots(out: Path) -> str | None:
     """None, or why there are none."""
     try:
-        from benchmarks.plots import plot
-
         plot(read_results(out / "results.jsonl"), out)
     except ImportError as error:
         return f"none: {error}"
@@ -223,32 +314,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds-per-row", type=float, default=0.3, metavar="S", help="time for each provider of a row"
     )
+    parser.add_argument(
+        "--peers", default="", metavar="DIR", help="folders of other packages to measure, separated as in PATH"
+    )
+    parser.add_argument("--compare", metavar="FILE", help="results of a former run: say what got slower since")
     options = parser.parse_args(argv)
     if options.minutes <= 0:
         parser.error("--minutes must be greater than 0")
+    peers = [os.path.abspath(folder) for folder in options.peers.split(os.pathsep) if folder]
+    for path in (*peers, *filter(None, [options.compare])):
+        if not os.path.exists(path):
+            parser.error(f"there is no {path}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible to torch; --device cpu runs the same on the CPU", file=sys.stderr)
         return 2
 
     total = 60 * options.minutes
+    if peers:  # read by the processes that measure; this one has its registry already
+        os.environ[PEERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(PEERS)])])
+    old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "time.png", "ratio.png"):
+    for name in ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "sanitizer.txt", *FILES):
         (out / name).unlink(missing_ok=True)
     environment = env_report.collect()
     (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", "utf-8")
     (out / "results.jsonl").touch()
 
     notes: dict[str, str] = {}
-    stopped = 0
+    sanitizer: dict[str, str] = {}
+    stopped = planned = 0
+
+    def left(share: float) -> float:
+        """Seconds until so much of the time is over."""
+        return max(0.0, share * total - (time.monotonic() - begin))
+
     try:
-        with signals_raise(ALARM * total - (time.monotonic() - begin)):
-            print(f"tests, for at most {TESTS_SHARE * total:.0f} s, to {out.name}/tests.txt", flush=True)
-            notes["tests"] = run_tests(out / "tests.txt", TESTS_SHARE * total)
+        with signals_raise(left(ALARM)):
+            print(f"tests, for at most {left(TESTS_SHARE):.0f} s, to {out.name}/tests.txt", flush=True)
+            notes["tests"] = run_tests(out / "tests.txt", left(TESTS_SHARE))
             print(f"tests: {count_tests((out / 'tests.txt').read_text('utf-8', 'replace'))}", flush=True)
-            left = BENCHMARKS_END * total - (time.monotonic() - begin)
-            print(f"benchmarks, for at most {left:.0f} s", flush=True)
-            notes["benchmarks"] = run_benchmarks(out / "results.jsonl", options.device, left, options.seconds_per_row)
+            if options.device == "cuda":
+                seconds = min(left(SANITIZER_END), SANITIZER_SHARE * total)
+                print(f"compute-sanitizer, for at most {seconds:.0f} s, to {out.name}/sanitizer.txt", flush=True)
+                sanitizer = run_sanitizer(out / "sanitizer.txt", seconds)
+                print("\n".join(f"{tool}: {verdict}" for tool, verdict in sanitizer.items()), flush=True)
+            planned = planned_measurements(options.device)
+            seconds = left(BENCHMARKS_END)
+            print(f"benchmarks, {planned} measurements, for at most {seconds:.0f} s", flush=True)
+            notes["benchmarks"] = run_benchmarks(
+                out / "results.jsonl", options.device, seconds, options.seconds_per_row, planned
+            )
             missing_plots = draw_plots(out)
             if missing_plots:
                 notes["plots"] = missing_plots
@@ -258,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # the summary of what there is must still come out
         notes["stopped"] = f"an error:\n{traceback.format_exc()}"
         stopped = 1
-    all_right = write_summary(out, options.device, notes, environment)
+    all_right = write_summary(out, notes, environment, sanitizer=sanitizer, planned=planned, old=old)
     return stopped or int(not all_right)
 
 

@@ -2,22 +2,27 @@
 
 import contextlib
 import dataclasses
-import functools
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from benchmarks.registry import PACKAGE, Cost, Inputs, Provider, Row
-from fwpkm_kernels import env_report, testing
+from benchmarks.registry import Cost, Inputs, Provider, Row
+from benchmarks.verify import Expected, verify
+from fwpkm_kernels import env_report
 
-#: Lookups are compared with the reference in as many rows as keep its differences [rows, H, n, Dk] at this size.
-_SAMPLE_ELEMENTS = 2**24
 #: Larger than the L2 cache of any GPU: overwritten before each timed call.
 _FLUSH_BYTES = 256 * 2**20
+
+Call = Callable[[], Any]
+#: Microseconds of single calls, going round `calls` for about so many seconds.
+Clock = Callable[[Sequence[Call], float], list[float]]
 
 
 @dataclasses.dataclass
@@ -50,8 +55,10 @@ class Result:
     #: time / floor, and graph_us / floor
     ratio: float | None = None
     graph_ratio: float | None = None
-    #: device memory that a call needs on top of its inputs, results included
+    #: memory of tensors that a call needs on top of its inputs, results included
     peak_bytes: int | None = None
+    #: the configuration: tokens, sub_keys, picks and so on
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
     commit: str | None = None
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
@@ -116,123 +123,11 @@ def measure_machine(kind: str, *, quick: bool = False) -> Machine:
     )
 
 
-# ---- correctness ----
-
-
-def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
-    """Raise AssertionError unless the provider agrees with the reference on `inputs`, within the error budget."""
-    if row.operation.name == "lookup":
-        _verify_lookup(row, provider, inputs)
-    else:
-        _verify_table(row, provider, inputs, expected)
-
-
-class Expected:
-    """What the reference says of a row whose inputs have a table: computed once, for all providers.
-
-    The reference is dense in the table, so it is given only the distinct rows that are addressed, which changes nothing
-    else; that the other rows stay as they are is checked on the whole table.
-    """
-
-    def __init__(self, row: Row, inputs: Inputs):
-        self.row = row
-        self.inputs = inputs
-
-    @functools.cached_property
-    def addressed(self) -> Tensor:
-        return torch.unique(self.inputs["slots"])
-
-    @functools.cached_property
-    def results(self) -> tuple[Any, Any]:
-        """Outputs and gradients of the reference in float64, and in the precision of the inputs."""
-        compact = dict(self.inputs)
-        compact["values"] = self.inputs["values"][self.addressed]
-        compact["slots"] = torch.searchsorted(self.addressed, self.inputs["slots"])
-        cotangent, wrt = None, ()
-        if self.row.direction == "backward":
-            wrt = self.row.operation.wrt
-            cotangent = self.row.cotangent(self.inputs)
-            if self.row.operation.name == "update":
-                cotangent = cotangent[self.addressed]
-        compare = functools.partial(testing.forward_and_gradients, self.row.operation.reference, wrt=wrt)
-        exact = compare(testing.as_float64(compact), cotangent=testing.as_float64(cotangent))
-        return exact, compare(compact, cotangent=cotangent)
-
-
-def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
-    name = f"{row.name}: {provider.name}"
-    values, addressed = inputs["values"], expected.addressed
-    (exact, exact_gradients), (baseline, baseline_gradients) = expected.results
-    length = max(inputs["slots"].numel(), values.shape[1])
-    within_budget = functools.partial(testing.assert_within_budget, reduction_length=length)
-    gradients: dict[str, Tensor] = {}
-    if row.operation.in_place:
-        out = values.clone()
-        provider.run(**{**inputs, "values": out})
-    elif row.direction == "backward":
-        (out,), gradients = testing.forward_and_gradients(
-            provider.run, inputs, wrt=row.operation.wrt, cotangent=row.cotangent(inputs)
-        )
-    else:
-        out = provider.run(**inputs)
-    if out.shape == values.shape and row.operation.name != "gather":
-        testing.assert_untouched_rows_equal(values, out, addressed, name)
-        out = out[addressed]
-    within_budget(out, exact[0], baseline[0], name=f"{name}: output")
-    for key, gradient in gradients.items():
-        if key == "values" and row.operation.name != "update":
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            others = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
-            others[addressed] = False
-            if ((gradient != 0).any(1) & others).any():
-                raise AssertionError(f"{name}: the gradient of rows that were not addressed is not 0")
-        if key == "values":
-            gradient = gradient[addressed]
-        within_budget(gradient, exact_gradients[key], baseline_gradients[key], name=f"{name}: gradient of {key}")
-
-
-def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
-    """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
-    name = f"{row.name}: {provider.name}"
-    queries, keys = inputs["queries"], inputs["keys"]
-    rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
-    sample = torch.arange(0, len(queries), max(1, len(queries) // rows), device=queries.device)
-    part = {**inputs, "queries": queries[sample]}
-    precision = "tf32x3" if queries.is_cuda and provider.name == PACKAGE else "ieee"
-
-    exact_slots = row.operation.reference(**testing.as_float64(part))[1]
-    scores, slots = provider.run(**inputs)
-    testing.assert_lookup_matches(
-        scores[sample], slots[sample], part["queries"], keys, exact_slots, score=inputs["score"], precision=precision
-    )
-    if row.direction == "forward":
-        return
-    # Where rounding picked other slots, or the same in another order, gradients are those of other scores.
-    agrees = (slots[sample] == exact_slots).flatten(1).all(1)
-    if agrees.float().mean() < 0.9:
-        raise AssertionError(f"{name}: {int((~agrees).sum())} of {len(sample)} tokens have other slots")
-    cotangent = torch.zeros_like(scores)
-    cotangent[sample[agrees]] = row.cotangent(inputs)[sample[agrees]].to(cotangent.dtype)
-    compare = functools.partial(testing.forward_and_gradients, wrt=row.operation.wrt)
-    _, gradients = compare(provider.run, inputs, cotangent=cotangent)
-    reference = row.operation.reference
-    _, exact = compare(reference, testing.as_float64(part), cotangent=cotangent[sample].double())
-    _, baseline = compare(reference, part, cotangent=cotangent[sample])
-    gradients["queries"] = gradients["queries"][sample]
-    for key, gradient in gradients.items():
-        testing.assert_within_budget(
-            gradient, exact[key], baseline[key], name=f"{name}: gradient of {key}", reduction_length=max(queries.shape)
-        )
-
-
-# ---- time ----
-
-
-def prepare(row: Row, provider: Provider, inputs: Inputs) -> Callable[[], Any]:
+def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
     """The call that is timed. Backward keeps its graph, so that it can run again; what it needs of forward is ready."""
     if row.direction == "forward":
         return lambda: provider.run(**inputs)
-    leaves = {name: inputs[name].detach().requires_grad_() for name in row.operation.wrt}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in row.wrt}
     result = provider.run(**{**inputs, **leaves})
     out = result[0] if isinstance(result, tuple) else result
     cotangent = row.cotangent(inputs).to(out.dtype)
@@ -240,18 +135,27 @@ def prepare(row: Row, provider: Provider, inputs: Inputs) -> Callable[[], Any]:
     return lambda: torch.autograd.grad([edge], list(leaves.values()), [cotangent], retain_graph=True)
 
 
-def _repeats(seconds: float, once_us: float, least: int) -> int:
+def number_of_repeats(seconds: float, once_us: float, least: int) -> int:
     return int(max(least, min(1000, seconds * 1e6 / max(once_us, 1.0))))
 
 
-def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 3) -> list[float]:
-    """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
+def warm_up(calls: Sequence[Call], seconds: float) -> float:
+    """Run the calls once, less if that takes long; microseconds that the quickest took."""
     samples: list[float] = []
     begin = time.perf_counter()
     for call in calls:  # the first touch of a page of a new table costs more than the row on it
+        start = time.perf_counter()
         call()
+        samples.append((time.perf_counter() - start) * 1e6)
         if time.perf_counter() - begin > 2 * seconds:
             break
+    return min(samples)
+
+
+def time_cpu(calls: Sequence[Call], seconds: float, *, least: int = 3) -> list[float]:
+    """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
+    samples: list[float] = []
+    warm_up(calls, seconds)
     begin = time.perf_counter()
     while len(samples) < least or (time.perf_counter() - begin < seconds and len(samples) < 1000):
         call = calls[len(samples) % len(calls)]
@@ -261,7 +165,7 @@ def time_cpu(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int =
     return samples
 
 
-def time_cuda(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int = 10) -> list[float]:
+def time_cuda(calls: Sequence[Call], seconds: float, *, least: int = 10) -> list[float]:
     """Microseconds between device events around single calls, each with a cold L2 cache, going round `calls`."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
@@ -280,10 +184,10 @@ def time_cuda(calls: Sequence[Callable[[], Any]], seconds: float, *, least: int 
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run(3)
-    return run(_repeats(seconds, (time.perf_counter() - begin) / 3 * 1e6, least))
+    return run(number_of_repeats(seconds, (time.perf_counter() - begin) / 3 * 1e6, least))
 
 
-def time_graph(calls: Sequence[Callable[[], Any]], seconds: float, stream: "torch.cuda.Stream") -> float:
+def time_graph(calls: Sequence[Call], seconds: float, stream: "torch.cuda.Stream") -> float:
     """Microseconds per call when all of `calls` are replayed from one CUDA graph: the median over replays."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -291,6 +195,43 @@ def time_graph(calls: Sequence[Callable[[], Any]], seconds: float, stream: "torc
             call()
     samples = time_cuda([graph.replay], seconds, least=5)
     return quantile(samples, 0.5) / len(calls)
+
+
+def peak_cpu(call: Call) -> int:
+    """Bytes that one call needs at its peak: what torch's CPU allocator gave it less what it took back, so far.
+
+    Tensors only, as on a GPU: scratch memory inside a library's routine is not seen, nor what was there before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trace.json")
+        with (
+            _silent_errors(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
+            kept = call()  # until the profile is over, so that giving it back is no part of the call
+        del kept
+        profile.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _silent_errors() -> Iterator[None]:
+    """The profiler writes to the process's standard error that it starts and stops, through any progress bar."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -306,10 +247,11 @@ def measure(
     seconds: float = 0.5,
     inputs: Inputs | None = None,
     expected: Expected | None = None,
+    clock: Clock = time_cpu,
 ) -> Result:
     """Check, then time. Never raises for what a provider does: the result says "wrong" or "error" and why.
 
-    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers.
+    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers. `clock` is the one of CPUs.
     """
     inputs = row.inputs(machine.kind) if inputs is None else inputs
     expected = Expected(row, inputs) if expected is None else expected
@@ -330,6 +272,7 @@ def measure(
         matmul_tflop_s=machine.matmul / 1e12,
         commit=machine.commit,
         versions=machine.versions,
+        sizes=sizes(row),
     )
     try:
         if machine.kind == "cuda":
@@ -338,8 +281,10 @@ def measure(
             verify(row, provider, inputs, expected)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 2 if row.direction == "backward" else 8
-            calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, machine.kind, count)]
-            _summarise(result, time_cpu(calls, seconds))
+            calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
+            calls[0]()
+            result.peak_bytes = peak_cpu(calls[0])
+            _summarise(result, clock(calls, seconds))
     except AssertionError as error:
         result.status, result.message = "wrong", str(error)
     except Exception as error:  # whatever it is, the other rows can still be measured
@@ -347,15 +292,23 @@ def measure(
     return result
 
 
-def _input_sets(row: Row, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
+def sizes(row: Row) -> dict[str, Any]:
+    """The configuration's fields, as JSON has them, without its name and what it is for."""
+    fields = dataclasses.fields(row.configuration)
+    kept = [field.name for field in fields if field.name not in ("name", "operations", "devices", "directions")]
+    values = {name: getattr(row.configuration, name) for name in kept}
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in values.items()}
+
+
+def _input_sets(row: Row, provider: Provider, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
     """Inputs with other tokens and slots, on the same table: a memory-bound call must not find its rows in a cache."""
     sets = [inputs]
     for seed in range(1, count):
         other = row.inputs(kind, seed)
         sets.append({**other, "values": inputs["values"]} if "values" in other else other)
     if row.operation.in_place:
-        work = inputs["values"].clone()  # the table of the other rows stays as it is
-        sets = [{**one, "values": work} for one in sets]
+        own = provider.own(inputs)  # one memory for all; that of the other rows stays as it is
+        sets = [{**one, **own} for one in sets]
     return sets
 
 
@@ -374,7 +327,7 @@ def _measure_cuda(
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         verify(row, provider, inputs, expected)
-        calls = [prepare(row, provider, x) for x in _input_sets(row, inputs, "cuda", 8)]
+        calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, "cuda", 8)]
         calls[0]()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -2,77 +2,161 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Result
 from benchmarks.registry import PACKAGE
-from benchmarks.run import read_results
+from benchmarks.results import alike, read_results, tokens_of
 
-_COLORS = {"pytorch": "tab:orange", "embedding_bag": "tab:green", "dense": "tab:red"}
+#: The files; none is written without data for it.
+FILES = ("time.png", "roofline.png", "scaling.png")
+_LINES = ("-", ":", "--", "-.")
 
 
-def _axes(lines: int) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(10, 1.5 + 0.3 * lines), layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
 
 
-def _finish(figure: Any, axes: Any, names: Sequence[str], results: Sequence[Result], path: Path) -> Path:
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="x", which="both", alpha=0.3)
-    axes.legend(loc="best")
-    axes.set_title(f"{results[-1].device}, torch {results[-1].versions.get('torch')}", fontsize=10)
-    figure.savefig(path, dpi=120)
+def _color(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * number % 20 + number // 10 % 2)  # the ten strong ones first
+
+
+def _save(figure: Any, results: Sequence[Result], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    r = results[-1]
+    figure.suptitle(f"{r.device}, torch {r.versions.get('torch')}, commit {(r.commit or 'unknown')[:12]}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
     return path
 
 
-def plot(results: Sequence[Result], out: Path) -> list[Path]:
-    """Draw time beside floor and the other providers' times over this package's; the files written."""
-    timed = [r for r in results if r.status == "ok" and r.time_us]
+def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
+    """Each row's time beside its floor; and the other providers' times over this package's."""
     ours = {r.row: r for r in timed if r.provider == PACKAGE}
     others = [r for r in timed if r.provider != PACKAGE and r.row in ours]
-    names = list(ours)
-    if not names:
+    if not ours:
         return []
-    place = {name: i for i, name in enumerate(names)}
-    files = []
-
-    figure, axes = _axes(len(names))
-    axes.barh(range(len(names)), [r.time_us for r in ours.values()], color="tab:blue", alpha=0.7, label=PACKAGE)
+    place = {name: i for i, name in enumerate(ours)}
+    figure, panels = _figure(16 if others else 9, 2 + 0.28 * len(ours), 1 + bool(others))
+    left, right = panels[0], panels[-1]
+    left.barh(range(len(ours)), [r.time_us for r in ours.values()], color=_color(0), alpha=0.7, label=PACKAGE)
     graphs = [r for r in ours.values() if r.graph_us is not None]
     if graphs:
-        axes.plot(
-            [r.graph_us for r in graphs], [place[r.row] for r in graphs], "D", color="navy", ms=4, label="in a graph"
-        )
-    for provider in dict.fromkeys(r.provider for r in others):
-        mine = [r for r in others if r.provider == provider]
-        color = _COLORS.get(provider)
-        axes.plot([r.time_us for r in mine], [place[r.row] for r in mine], "o", color=color, ms=4, label=provider)
+        times, places = [r.graph_us for r in graphs], [place[r.row] for r in graphs]
+        left.plot(times, places, "D", color="navy", ms=4, label="in a graph")
+    for number, (provider, mine) in enumerate(_grouped(others, lambda r: r.provider).items(), start=1):
+        places, style = [place[r.row] for r in mine], {"color": _color(number), "ms": 4, "label": provider}
+        left.plot([r.time_us for r in mine], places, "o", **style)
+        right.plot([r.time_us / ours[r.row].time_us for r in mine], places, "o", **style)
     floors = [r.floor_us for r in ours.values()]
-    axes.plot(floors, range(len(names)), "|", color="black", ms=12, mew=2, label="floor")
-    axes.set_xlabel("time, µs")
-    files.append(_finish(figure, axes, names, results, out / "time.png"))
-
+    left.plot(floors, range(len(ours)), "|", color="black", ms=12, mew=2, label="floor")
+    left.set_xlabel("time, µs")
+    left.set_yticks(range(len(ours)), list(ours))
     if others:
-        figure, axes = _axes(len(names))
-        for provider in dict.fromkeys(r.provider for r in others):
-            mine = [r for r in others if r.provider == provider]
-            ratios = [r.time_us / ours[r.row].time_us for r in mine]
-            axes.plot(ratios, [place[r.row] for r in mine], "o", color=_COLORS.get(provider), label=provider)
-        axes.axvline(1.0, color="black", lw=1)
-        axes.set_xlabel(f"time / time of {PACKAGE}: right of 1, {PACKAGE} is faster")
-        files.append(_finish(figure, axes, names, results, out / "ratio.png"))
-    return files
+        right.axvline(1.0, color="black", lw=1)
+        right.set_xlabel(f"time / time of {PACKAGE}: right of 1, {PACKAGE} is faster")
+        right.set_yticks(range(len(ours)), [])
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_ylim(len(ours) - 0.5, -0.5)
+        axes.grid(axis="x", which="both", alpha=0.3)
+        axes.legend(loc="best")
+    return [_save(figure, timed, path)]
+
+
+def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
+    """What each row of this package reaches, under the two ceilings that were measured."""
+    ours = [r for r in timed if r.provider == PACKAGE and r.flops and r.bytes]
+    if not ours:
+        return []
+    figure, (axes,) = _figure(10, 7)
+    marks = {"forward": "o", "backward": "s"}
+    operations = list(dict.fromkeys(r.operation for r in ours))
+    for (operation, direction), mine in _grouped(ours, lambda r: (r.operation, r.direction)).items():
+        axes.plot(
+            [r.flops / r.bytes for r in mine],
+            [r.flops / r.time_us / 1e6 for r in mine],  # TFLOP/s
+            marks.get(direction, "^"),
+            color=_color(operations.index(operation)),
+            alpha=0.8,
+            label=f"{operation} {direction}",
+        )
+    # Runs that were resumed have measured their ceilings again: the lines are the last ones.
+    bandwidth, rate = ours[-1].bandwidth_gb_s / 1e3, ours[-1].matmul_tflop_s
+    intensities = [r.flops / r.bytes for r in ours]
+    ends = sorted((0.5 * min(intensities), rate / bandwidth, 2 * max(*intensities, rate / bandwidth)))
+    ceiling = [min(rate, x * bandwidth) for x in ends]
+    axes.plot(ends, ceiling, color="black", label=f"copies {1e3 * bandwidth:.4g} GB/s, products {rate:.3g} TFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="flops / bytes, the least of both", ylabel="TFLOP/s reached")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    return [_save(figure, ours, path)]
+
+
+def _grouped(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    groups: dict[Any, list[Result]] = {}
+    for r in results:
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
+    """Time against the number of slots, time and memory against the tokens: of rows that differ in nothing else."""
+    by_slots, by_tokens = alike(timed, "sub_keys"), alike(timed, "tokens")
+    panels: list[tuple[list[list[Result]], Callable[[Result], Any], Callable[[Result], Any], str, str]] = [
+        (by_slots, lambda r: r.sizes["sub_keys"] ** 2, lambda r: r.time_us, "slots N", "time, µs"),
+        (by_tokens, tokens_of, lambda r: r.time_us, "tokens T of each item", "time, µs"),
+        (
+            [group for group in by_tokens if all(r.peak_bytes for r in group)],
+            tokens_of,
+            lambda r: r.peak_bytes / 2**20,
+            "tokens T of each item",
+            "memory on top of the inputs, MiB",
+        ),
+    ]
+    panels = [panel for panel in panels if panel[0]]
+    if not panels:
+        return []
+    shown = [group[0] for groups, *_ in panels for group in groups]
+    works = list(dict.fromkeys(f"{r.operation} {r.direction}" for r in shown))
+    providers = sorted(dict.fromkeys(r.provider for r in shown), key=lambda name: name != PACKAGE)
+    figure, axes_of = _figure(7 * len(panels), 7.5, len(panels))
+    for axes, (groups, x, y, x_label, y_label) in zip(axes_of, panels, strict=True):
+        for group in groups:
+            r = group[0]
+            color, line = works.index(f"{r.operation} {r.direction}"), providers.index(r.provider)
+            points = [x(r) for r in group], [y(r) for r in group]
+            axes.plot(*points, color=_color(color), linestyle=_LINES[line % len(_LINES)], marker="o", ms=4)
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        axes.grid(which="both", alpha=0.3)
+    for number, name in enumerate(works):
+        axes_of[0].plot([], [], color=_color(number), label=name)
+    for number, name in enumerate(providers):
+        axes_of[0].plot([], [], color="black", linestyle=_LINES[number % len(_LINES)], label=name)
+    figure.legend(loc="outside lower center", ncols=2 * len(panels), fontsize=8)
+    return [_save(figure, timed, path)]
+
+
+def plot(results: Sequence[Result], out: Path) -> list[Path]:
+    """Draw whatever `results` has data for; the files written."""
+    timed = [r for r in results if r.status == "ok" and r.time_us]
+    draw = (_plot_times, _plot_roofline, _plot_scaling)
+    return [path for name, function in zip(FILES, draw, strict=True) for path in function(timed, out / name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Draw; returns the exit status, 1 if there was nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description="Plot a results file.")
     parser.add_argument("results", help="a file of JSON lines from benchmarks.run --json")
     parser.add_argument("--out", default=".", help="folder for the PNGs")

@@ -1,161 +1,55 @@
 """Time every operation beside its floor and beside other ways to compute it.
 
-    python -m benchmarks.run [--op SUBSTRING] [--device cpu|cuda] [--seconds-per-row S] [--json FILE]
+    python -m benchmarks.run [--op SUBSTRING] [--device cpu|cuda] [--seconds-per-row S] [--json FILE] [--compare FILE]
 
 A row is named operation/direction/configuration; benchmarks/README.md says how to read the numbers.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
+from benchmarks import cpu
+from benchmarks.compare import THRESHOLD, Stored, compare
 from benchmarks.measure import Expected, Machine, Result, measure, measure_machine, release
-from benchmarks.registry import PACKAGE, Row, rows
+from benchmarks.registry import Provider, Row, rows
+from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
 
 #: Exit status when the GPU no longer answers: nothing more can be measured by this process, but by another.
 DEVICE_LOST = 3
-
-
-def to_json(result: Result) -> str:
-    return json.dumps(dataclasses.asdict(result), ensure_ascii=False)
-
-
-def read_results(path: str | Path) -> list[Result]:
-    """The results in a file of JSON lines, without a line that was cut off or that another version wrote."""
-    results = []
-    if os.path.exists(path):
-        for line in Path(path).read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, TypeError):
-                results.append(Result(**json.loads(line)))
-    return results
+#: What `--op` calls the figures of `benchmarks.cpu`.
+FIGURES = "figures"
 
 
 def run_rows(
-    selected: Sequence[Row],
+    cases: Sequence[tuple[Row, Provider]],
     machine: Machine,
     *,
     seconds: float,
-    done: set[tuple[str, str]],
     deadline: float,
     on_result: Callable[[Result], None],
 ) -> None:
-    """Measure every provider of every row that is not `done`, until `deadline`, a time.monotonic()."""
-    for row in selected:
-        providers = [provider for provider in row.providers() if (row.name, provider.name) not in done]
-        if not providers or time.monotonic() >= deadline:
-            continue
-        inputs = row.inputs(machine.kind)
-        expected = Expected(row, inputs)
-        for provider in providers:
-            if time.monotonic() < deadline:
-                on_result(measure(row, provider, machine, seconds=seconds, inputs=inputs, expected=expected))
-                release(machine)
+    """Measure each provider of each row, until `deadline`, a time.monotonic(). Those of one row come together."""
+    if machine.kind == "cpu":
+        from benchmarks import cpu_rows  # which needs pytest-benchmark; a GPU does not
 
-
-# ---- tables ----
-
-
-def show_us(us: float | None) -> str:
-    """Microseconds in three digits and a fitting unit."""
-    if us is None:
-        return "-"
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if us >= size:
-            return f"{us / size:.3g} {unit}" if us < 999 * size else f"{us / size:.0f} {unit}"
-    return f"{us:.3g} µs"
-
-
-def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and one line per row: this package's time and floor, then the others' times over this package's."""
-    by_row: dict[str, dict[str, Result]] = {}
-    for result in results:
-        by_row.setdefault(result.row, {})[result.provider] = result
-    others = list(dict.fromkeys(r.provider for r in results if r.provider != PACKAGE))
-    has_graph = any(r.graph_us is not None for r in results)
-    header = ["row", "floor", PACKAGE, "x floor", *(["in a graph", "x floor"] if has_graph else [])]
-    header += [name for other in others for name in (other, "ratio")]
-    lines = []
-    for name, found in by_row.items():
-        ours = found.get(PACKAGE)
-        any_result = ours or next(iter(found.values()))
-        line = [name, show_us(any_result.floor_us), *_time_and_ratio(ours)]
-        if has_graph:
-            line += ["-", "-"]
-            if ours and ours.graph_us is not None:
-                line[-2:] = [show_us(ours.graph_us), f"{ours.graph_ratio:.2f}"]
-        for other in others:
-            theirs = found.get(other)
-            ratio = "-"
-            if ours and theirs and ours.time_us and theirs.time_us:
-                ratio = f"{theirs.time_us / ours.time_us:.2f}"
-            line += [_time_and_ratio(theirs)[0], ratio]
-        lines.append(line)
-    return header, lines
-
-
-def _time_and_ratio(result: Result | None) -> list[str]:
-    if result is None:
-        return ["-", "-"]
-    if result.status != "ok":
-        return [result.status, "-"]
-    return [show_us(result.time_us), f"{result.ratio:.2f}"]
-
-
-def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (header, *lines)
-    )
-
-
-def describe(machine_results: Sequence[Result]) -> str:
-    """The machine and its ceilings, and how to read the table."""
-    r = machine_results[-1]
-    precision, kind_of_time = ("tf32", "medians") if r.kind == "cuda" else ("float32", "minima")
-    versions = ", ".join(f"{name} {version}" for name, version in r.versions.items() if version)
-    return (
-        f"{r.device}: copies at {r.bandwidth_gb_s:.4g} GB/s, "
-        f"matrix products in {precision} at {r.matmul_tflop_s:.3g} TFLOP/s\n"
-        f"{versions}, commit {r.commit}\n"
-        f"Times are {kind_of_time}. ratio = the other's time / this package's: above 1, this package is faster."
-    )
-
-
-def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | None:
-    """Print the table with rich and return None, or return it as text."""
-    if not results:
-        return "no results"
-    problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in results if r.status != "ok")
-    header, lines = table_of(results)
-    text = describe(results) + ("\n\n" + problems if problems else "")
-    if rich_allowed:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            shown = Table()
-            for i, name in enumerate(header):
-                shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-            for line in lines:
-                shown.add_row(*line)
-            Console(width=max(Console().width, sum(len(h) + 14 for h in header))).print(shown)
-            print(text)
-            return None
-    return plain_table(header, lines) + "\n\n" + text
+        cpu_rows.run(cpu_rows.Measurements(cases, machine, seconds, deadline, on_result))
+        return
+    row, inputs, expected = None, {}, None
+    for next_row, provider in cases:
+        if time.monotonic() >= deadline:
+            return
+        if next_row is not row:
+            row, inputs, expected = next_row, {}, None  # the former inputs go before the next ones come
+            inputs = row.inputs(machine.kind)
+            expected = Expected(row, inputs)
+        on_result(measure(row, provider, machine, seconds=seconds, inputs=inputs, expected=expected))
+        release(machine)
 
 
 class Progress:
@@ -169,24 +63,29 @@ class Progress:
 
                 self.bar = tqdm(total=total, unit="measurement", leave=False)
 
-    def step(self, result: Result) -> None:
+    def step(self, name: str, outcome: str) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{result.row} {result.provider}")
+            self.bar.set_postfix_str(name)
             self.bar.update()
-            return
-        time_text, ratio = _time_and_ratio(result)
-        print(
-            f"{result.row} {result.provider}: {time_text}" + (f", {ratio} x floor" if ratio != "-" else ""), flush=True
-        )
+        else:
+            print(f"{name}: {outcome}", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
+def outcome_of(result: Result) -> str:
+    time_text, ratio = time_and_ratio(result)
+    return time_text + (f", {ratio} x floor" if ratio != "-" else "")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", default="", metavar="SUBSTRING", help="only rows whose name contains this")
+    parser.add_argument(
+        "--op", default="", metavar="SUBSTRING", help=f"only rows whose name contains this; {FIGURES}: none of them"
+    )
+    parser.add_argument("--list", action="store_true", help="print what would be measured, and end")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
     parser.add_argument(
         "--seconds-per-row", type=float, default=0.5, metavar="S", help="time for each provider of a row"
@@ -195,16 +94,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the results in FILE, measure only what it lacks")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
     parser.add_argument("--no-table", action="store_true", help="no table at the end")
+    parser.add_argument(
+        "--compare", metavar="FILE", help="show what got slower than in FILE; exit status 1 if this package did"
+    )
+    parser.add_argument("--results", metavar="FILE", help="with --compare: measure nothing, take these results")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="with --compare: times up to this ratio are no change"
+    )
     options = parser.parse_args(argv)
     if options.resume and not options.json:
         parser.error("--resume needs --json FILE")
+    if options.results and not options.compare:
+        parser.error("--results needs --compare FILE")
+    for path in filter(None, (options.compare, options.results)):
+        if not os.path.exists(path):
+            parser.error(f"there is no file {path}")
     return options
 
 
+def compare_with_stored(options: argparse.Namespace, old: Stored, new: Stored) -> bool:
+    """Print the comparison; whether this package got slower."""
+    text, slower = compare(old, new, options.threshold)
+    print(f"\nCompared with {options.compare}\n\n{text}")
+    return slower
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the registry; `argv` replaces the command line. Returns the exit status: 1 if anything is wrong or failed."""
+    """Run the registry; `argv` replaces the command line. Exit status 1: something is wrong, failed or got slower."""
     options = parse(argv)
     begin = time.monotonic()
+    old = Stored.read(options.compare) if options.compare else None  # before anything is written, perhaps to its file
+    if old and options.results:
+        return int(compare_with_stored(options, old, Stored.read(options.results)))
     has_gpu = torch.cuda.is_available()
     device = options.device or ("cuda" if has_gpu else "cpu")
     if device == "cuda" and not has_gpu:
@@ -214,15 +135,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("timings of Triton's interpreter mean nothing: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     selected = rows(device, options.op)
-    if not selected:
+    with_figures = device == "cpu" and options.op in ("", FIGURES)
+    if not selected and not with_figures:
         print(f"no row for {device} has {options.op!r} in its name; the rows are:", file=sys.stderr)
         print("\n".join(row.name for row in rows(device)), file=sys.stderr)
         return 2
+    if options.list:
+        print("\n".join(f"{row.name} {provider.name}" for row in selected for provider in row.providers()))
+        return 0
+    if device == "cpu" and not has_pytest_benchmark():
+        print("timing on a CPU needs pytest-benchmark: pip install 'fwpkm-kernels[bench]'", file=sys.stderr)
+        return 2
 
     results = read_results(options.json) if options.resume else []
+    figures = read_figures(options.json) if options.resume else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
-    lost = False
+    cases = [(row, p) for row in selected for p in row.providers() if (row.name, p.name) not in done]
+    known_figures = {f.figure for f in figures}
+    deadline = begin + 60 * options.minutes
+    failed = lost = False
     with contextlib.ExitStack() as stack:
         file = None
         if options.json:
@@ -231,43 +163,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = stack.enter_context(open(options.json, mode, encoding="utf-8"))
             if options.resume and file.tell():
                 file.write("\n")
-        progress = Progress(sum((row.name, p.name) not in done for row in selected for p in row.providers()))
+        new_figures = [name for name in cpu.NAMES if name not in known_figures] if with_figures else []
+        progress = Progress(len(cases) + len(new_figures))
         stack.callback(progress.close)
+
+        def write(line: Result | Figure) -> None:
+            if file is not None:
+                print(to_json(line), file=file, flush=True)
 
         def keep(result: Result) -> None:
             results.append(result)
-            if file is not None:
-                print(to_json(result), file=file, flush=True)
-            progress.step(result)
+            write(result)
+            progress.step(f"{result.row} {result.provider}", outcome_of(result))
             if result.status == "error" and device == "cuda":
                 torch.cuda.synchronize()  # raises if the error took the device with it
 
+        def keep_figure(figure: Figure) -> None:
+            if figure.figure in new_figures:
+                figures.append(figure)
+                write(figure)
+                progress.step(figure.figure, f"{figure.value:.3g} {figure.unit}")
+
         try:
-            machine = measure_machine(device)
-            run_rows(
-                selected,
-                machine,
-                seconds=options.seconds_per_row,
-                done=done,
-                deadline=begin + 60 * options.minutes,
-                on_result=keep,
-            )
+            if cases or new_figures:
+                machine = measure_machine(device)
+            if cases:
+                run_rows(cases, machine, seconds=options.seconds_per_row, deadline=deadline, on_result=keep)
+            if new_figures:
+                cpu.run(machine, deadline=deadline, on_figure=keep_figure)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
+        except AssertionError as error:
+            print(f"wrong: {error}", file=sys.stderr)
+            failed = True
         except RuntimeError as error:
-            print(f"the device failed: {error}", file=sys.stderr)
-            lost = True
+            print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)
+            lost, failed = device == "cuda", True
     shown = [r for r in results if r.row in names]
     if not options.no_table:
-        text = report(shown, rich_allowed=sys.stdout.isatty())
-        if text is not None:
-            print(text)
+        if shown or not with_figures:
+            text = report(shown, rich_allowed=sys.stdout.isatty())
+            if text is not None:
+                print(text)
+        if figures and with_figures:
+            print(f"\n{cpu.HEADING}\n\n{figures_table(figures)}")
         missing = sum(len(row.providers()) for row in selected) - len(shown)
         if missing:
             print(f"{missing} measurements were not made: out of time, or stopped")
     if lost:
         return DEVICE_LOST
-    return int(any(r.status != "ok" for r in shown))
+    slower = old is not None and compare_with_stored(options, old, Stored(shown, figures if with_figures else []))
+    return int(failed or slower or any(r.status != "ok" for r in shown))
+
+
+def has_pytest_benchmark() -> bool:
+    try:
+        import pytest_benchmark  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.autograd import Function
 from . import _checks as checks
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
-from .plan import Plan, plan_segments, segment_totals
+from .plan import Plan, plan_picks, plan_segments, segment_totals
 
 
 def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
@@ -58,6 +58,7 @@ def _step_keys_torch(
     weight: float,
     weight_decay: float,
     clip: float | None,
+    out: Tensor | None,
 ) -> Tensor:
     num_keys = keys.shape[2]
     plan = plan_segments(sub_keys, keys.shape[0] * 2 * num_keys)
@@ -74,7 +75,8 @@ def _step_keys_torch(
     )
     if clip is not None:
         totals.clamp_(-clip, clip)
-    return totals.mul_(-lr).add_(keys, alpha=1.0 - lr * weight_decay).to(keys.dtype)
+    totals.mul_(-lr).add_(keys, alpha=1.0 - lr * weight_decay)
+    return totals.to(keys.dtype) if out is None else out.copy_(totals)
 
 
 def step_keys(
@@ -90,24 +92,40 @@ def step_keys(
     weight_decay: float,
     clip: float | None,
     backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     """New keys after a key step over queries [M, H, Dk], whose lookup gave `half_scores` and `sub_keys` [M, H, 2, K].
 
-    Trusts its input. The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once.
+    Trusts its input. The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out`
+    where that is given: a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
     options: dict[str, Any] = {"eps": eps, "lr": lr, "weight": weight, "weight_decay": weight_decay, "clip": clip}
     stepped = weight != 0.0 and half_scores.numel() > 0
     if stepped and not checks.use_triton(backend, queries):
-        return _step_keys_torch(keys, queries, half_scores, sub_keys, score=score, **options)
-    out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    out.copy_(keys) if weight_decay == 0.0 else torch.mul(keys, 1.0 - lr * weight_decay, out=out)
+        return _step_keys_torch(keys, queries, half_scores, sub_keys, score=score, out=out, **options)
+    in_place = out is keys
+    if out is None:
+        out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
     if stepped:
         from .kernels import addressing
 
-        plan = plan_segments(sub_keys, out.shape[:3].numel())
-        probabilities = half_scores.softmax(-1)
-        tables = (keys.flatten(0, 2), out.flatten(0, 2))
-        addressing.step_keys(*tables, queries, probabilities, sub_keys, plan, idw=score == "idw", **options)
+        plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2])
+        addressing.step_keys(
+            keys.flatten(0, 2),
+            out.view(-1, keys.shape[3]),
+            queries,
+            probabilities,
+            sub_keys,
+            plan,
+            first,
+            in_place=in_place,
+            idw=score == "idw",
+            **options,
+        )
+    elif weight_decay != 0.0:
+        torch.mul(keys, 1.0 - lr * weight_decay, out=out)
+    elif not in_place:
+        out.copy_(keys)
     return out
 
 
@@ -224,11 +242,6 @@ def address_grad(
     grad_new_keys = grad_new_keys.contiguous()
     if sub_keys.numel() == 0:
         return grad_new_keys.new_zeros(queries.shape), grad_new_keys * (1.0 - lr * weight_decay)
-    probabilities = half_scores.softmax(-1)
-    if first_row > 0:
-        probabilities[:first_row] = 0.0
-    plan = plan_segments(sub_keys, keys.shape[:3].numel())
-    picks = (queries, probabilities, sub_keys, grad_scores, slots, plan)
     options: dict[str, Any] = {
         "eps": eps,
         "lr": lr,
@@ -238,11 +251,26 @@ def address_grad(
         "num_rows": (queries.shape[0] - first_row) * queries.shape[1],
     }
     if not checks.use_triton(backend, queries):
-        return _address_grad_torch(grad_new_keys, keys, *picks, score=score, **options)
+        probabilities = half_scores.softmax(-1)
+        probabilities[:first_row] = 0.0
+        plan = plan_segments(sub_keys, keys.shape[:3].numel())
+        inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
+        return _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
     from .kernels import addressing
 
+    plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row)
     grad_queries, grad_keys = addressing.address_grad(
-        grad_new_keys.flatten(0, 2), keys.flatten(0, 2), *picks, idw=score == "idw", **options
+        grad_new_keys.flatten(0, 2),
+        keys.flatten(0, 2),
+        queries,
+        probabilities,
+        sub_keys,
+        grad_scores,
+        slots,
+        plan,
+        first,
+        idw=score == "idw",
+        **options,
     )
     return grad_queries, grad_keys.view(keys.shape)
 

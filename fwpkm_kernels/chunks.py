@@ -264,7 +264,7 @@ def step_ratio(reads: Reads, mask: Tensor | None, lookahead: int, boundary: str,
 
 def weigh(scores: Tensor, weighting: str, temperature: float) -> Tensor:
     """Weights [..., J] of the J picks of a token together: softmax, silu or relu of scores / temperature."""
-    scaled = scores / temperature
+    scaled = scores if temperature == 1.0 else scores / temperature
     if weighting == "softmax":
         return torch.softmax(scaled, dim=-1)
     return F.silu(scaled) if weighting == "silu" else torch.relu(scaled)

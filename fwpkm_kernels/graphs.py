@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _checks as checks
 from .chunks import Options
 from .state import MemoryState, check_step
-from .streaming import Tokens, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
+from .streaming import Lanes, Tokens, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
 
 class Graph(Protocol):
@@ -37,22 +37,24 @@ class MemoryGraph:
 
     A step branches on the host where a chunk ends, which a captured graph would freeze. So there are two graphs: one
     reads `t` tokens somewhere inside a chunk, one reads the `t` tokens that complete a chunk and writes it; the right
-    one is replayed. With t = chunk_size there is only the second. The first chunk of a sequence carries nothing over
-    from a chunk before, so the step that completes it is not captured but run as `fast_weight_memory_step`.
+    one is replayed. With t = chunk_size, or several chunks, there is only the second. The first chunk of a sequence
+    carries nothing over from a chunk before, so the step that completes it is not captured but run as
+    `fast_weight_memory_step`. In a graph the addresses of a chunk, its plan and its values are on streams of their own:
+    with t of several chunks the addresses run ahead of the values.
 
     All options are frozen into the graphs, also lr, weight_decay, clip and addressing_weight.
 
     Args:
         state: the memory, on a GPU; the graphs read and write its tensors in place. Between calls it may be reset,
             loaded into, and stepped by other means. A copy of it is held while the graphs are captured.
-        queries: [B, t, H, Dk]: only the shape and dtype matter. `t` must divide `chunk_size`.
+        queries: [B, t, H, Dk]: only the shape and dtype matter. `t` must divide `chunk_size` or be a multiple of it.
         targets: [B, t, D], likewise.
         gates, mask: [B, t], likewise; None if calls will have none.
         options: those of `fast_weight_memory_step`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came: a state that is not on a GPU, a
-            number of tokens that does not divide `chunk_size`.
+            number of tokens that neither divides `chunk_size` nor is a multiple of it.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class MemoryGraph:
         if o.backend == "torch":
             raise ValueError("`backend` must be 'auto' or 'triton' to be captured: 'torch' waits for the GPU")
         self._count = queries.shape[1]
-        if self._count == 0 or o.chunk_size % self._count != 0:
+        if self._count == 0 or (o.chunk_size % self._count != 0 and self._count % o.chunk_size != 0):
             raise ValueError(
-                f"`queries` [B, t, H, Dk] must have a t that divides `chunk_size`, "
+                f"`queries` [B, t, H, Dk] must have a t that divides `chunk_size` or is a multiple of it, "
                 f"got {checks.shape(queries)} against {o.chunk_size}"
             )
         self._state, self._options = state, o
@@ -90,7 +92,7 @@ class MemoryGraph:
                 *static,
             )
             self._output = torch.empty_like(self._tokens.targets)
-            self._where = torch.arange(self._count, device=state.values.device)
+            self._place = torch.zeros((), dtype=torch.int64, device=state.values.device)
             spare = state.clone()
             self._close = capture(lambda: self._run_close(state), lambda: self._run_close(spare))
             self._read = None
@@ -112,19 +114,24 @@ class MemoryGraph:
         """Read the tokens, at a place in the chunk that is known when the graph is replayed."""
         assert state._queue is not None
         with torch.autocast(state.values.device.type, enabled=False):
-            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._where, self._options)
+            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._place, self._options)
 
     def _run_close(self, state: MemoryState) -> None:
-        """Read the last tokens of a chunk that is not the first, and write it."""
+        """Read the last tokens of a chunk that is not the first, and write it; or whole chunks."""
         assert state._queue is not None
         memory, o = (state.keys, state.values, state._touched, state._queue), self._options
+        lanes = Lanes(state.values.is_cuda and torch.cuda.is_current_stream_capturing())
         with torch.autocast(state.values.device.type, enabled=False):
-            if self._count == o.chunk_size:
-                read_and_close_chunk(*memory, self._tokens, self._output, False, o)
+            if self._count < o.chunk_size:
+                place = o.chunk_size - self._count
+                read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
+                close_chunk(*memory, False, lanes, o)
             else:
-                where = slice(o.chunk_size - self._count, o.chunk_size)
-                read_piece(state.keys, state.values, state._queue, self._tokens, self._output, where, o)
-                close_chunk(*memory, False, o)
+                for begin in range(0, self._count, o.chunk_size):
+                    part = self._tokens.part(begin, begin + o.chunk_size)
+                    output = self._output[begin : begin + o.chunk_size]
+                    read_and_close_chunk(*memory, part, output, False, lanes, o)
+            lanes.join()
 
     def __call__(
         self, queries: Tensor, targets: Tensor, *, gates: Tensor | None = None, mask: Tensor | None = None
@@ -155,10 +162,11 @@ class MemoryGraph:
             if x is not None and static is not None and x.dtype != static.dtype:
                 raise ValueError(f"`{name}` must have the dtype that was captured, {static.dtype}, got {x.dtype}")
         length, count = queries.shape[1], self._count
-        for name, tokens in (("queries", length), ("state", state.position)):
-            if tokens % count != 0:
-                what = "have a t that is" if name == "queries" else "be at a position that is"
-                raise ValueError(f"`{name}` must {what} a multiple of the {count} tokens captured, got {tokens}")
+        place = min(count, o.chunk_size)
+        if length % count != 0:
+            raise ValueError(f"`queries` must have a t that is a multiple of the {count} tokens captured, got {length}")
+        if state.position % place != 0:
+            raise ValueError(f"`state` must be at a position that is a multiple of {place}, got {state.position}")
         with torch.no_grad(), self._on_device():
             return self._replay(queries, targets, gates, mask)
 
@@ -170,7 +178,7 @@ class MemoryGraph:
             part = slice(begin, begin + count)
             given = [None if x is None else x[:, part] for x in (queries, targets, gates, mask)]
             place = state.position % o.chunk_size
-            closes = place + count == o.chunk_size
+            closes = place + count >= o.chunk_size
             if closes and state.position < o.chunk_size:
                 options = o._asdict() | dict(zip(Tokens._fields, given, strict=True))
                 output[:, part] = fast_weight_memory_step(state, **options)
@@ -181,7 +189,7 @@ class MemoryGraph:
             if closes or self._read is None:
                 self._close.replay()
             else:
-                torch.arange(place, place + count, out=self._where)
+                self._place.fill_(place)
                 self._read.replay()
             output[:, part] = self._output.transpose(0, 1)
             state._position += count

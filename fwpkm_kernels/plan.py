@@ -21,6 +21,14 @@ class Plan(NamedTuple):
     end: Tensor  #: int32: one past where it ends
 
 
+class PickPlan(NamedTuple):
+    """The plan of sub-keys [M, H, 2, K], and what the key step needs beside it."""
+
+    plan: Plan
+    first: Tensor  #: int32 [H·2·n + 1]: where the picks of each sub-key begin
+    probabilities: Tensor  #: [M, H, 2, K]: the softmax of the half scores
+
+
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
 
@@ -33,6 +41,26 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     start = torch.searchsorted(rows, rows, out_int32=True)
     end = torch.searchsorted(rows, rows, right=True, out_int32=True)
     return Plan(order, rows, start, end)
+
+
+def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> PickPlan:
+    """`plan_segments(sub_keys, H·2·n)` and more, by Triton kernels: for the few rows of a table of sub-keys.
+
+    `sub_keys` and `half_scores` [M, H, 2, K] are those that a lookup gives. The probabilities before `first_row` are 0.
+    """
+    from .kernels import plan as kernels
+
+    sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
+    if kernels.can_plan(sub_keys.shape[0], num_keys):
+        fields, first, probabilities = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row)
+        return PickPlan(Plan(*fields), first, probabilities)
+    num_rows = sub_keys.shape[1] * 2 * num_keys
+    plan = plan_segments(sub_keys, num_rows)
+    bounds = torch.arange(num_rows + 1, dtype=plan.rows.dtype, device=sub_keys.device)
+    first = torch.searchsorted(plan.rows, bounds, out_int32=True)
+    probabilities = half_scores.softmax(-1)
+    probabilities[:first_row] = 0.0
+    return PickPlan(plan, first, probabilities)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -154,33 +154,32 @@ def address_scan(
     if not o.keys_move:
         found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, **o.lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
-    keeps_picks = keep and o.keeps_picks(batch, keys.shape[2])
-    keeps_keys = keep and not keeps_picks
-    if keeps_picks:
+    keeps_picks = o.keeps_picks(batch, keys.shape[2])
+    if keep and keeps_picks:
         reads = sum(chunk.stop - chunk.first for chunk in chunks) * batch
         chunk_keys = keys.new_empty(reads, *keys.shape[:2], o.top_k, keys.shape[3])
-    if keeps_keys:
+    elif keep:
         writes = sum(chunk.is_written for chunk in chunks)
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
     parts = [lookup_halves(queries[:0], keys, **o.lookup)]
     carried = _count_carried(chunks)
-    moved = keys
+    in_place = not (keep and not keeps_picks)
+    moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
         start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
         rereads = (chunk.start - chunk.first) * batch
         parts.append(lookup_halves(queries[start - rereads : stop], moved, **o.lookup))
         _, _, half_scores, sub_keys = parts[-1]
-        if keeps_picks:
+        if keep and keeps_picks:
             picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
             torch.index_select(moved.flatten(0, 2), 0, sub_keys.flatten(), out=picked)
         if chunk.is_written:
             picks = (half_scores[rereads:], sub_keys[rereads:])
-            moved = step_keys(moved, queries[start:stop], *picks, **o.key_step)
-            if keeps_keys:
-                moved = chunk_keys[index + 1].copy_(moved)
+            out = moved if in_place else chunk_keys[index + 1]
+            moved = step_keys(moved, queries[start:stop], *picks, out=out, **o.key_step)
     found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    return found, moved.clone() if keeps_keys or moved is keys else moved, chunk_keys
+    return found, moved if in_place else moved.clone(), chunk_keys
 
 
 def address_scan_grad(

@@ -5,6 +5,8 @@ A step reads its tokens from the present state. When the last token of a chunk h
 were read are not looked up again, but for the `lookahead` ones that are carried into the next chunk.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,10 @@ from . import _checks as checks
 from .addressing import step_keys
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
-from .gather import gather_rows
+from .gather import gather_rows, gather_torch
 from .lookup import lookup_halves
 from .memory import run_scans
-from .plan import count_accesses, plan_segments
+from .plan import Plan, count_accesses, plan_segments, row_dtype
 from .scans import read, write
 from .state import MemoryState, Queue, check_step
 
@@ -42,23 +44,24 @@ class Tokens(NamedTuple):
 
 
 def read_piece(
-    keys: Tensor, values: Tensor, queue: Queue, tokens: Tokens, output: Tensor, where: slice | Tensor, o: Options
+    keys: Tensor, values: Tensor, queue: Queue, tokens: Tokens, output: Tensor, place: int | Tensor, o: Options
 ) -> None:
-    """Read tokens of the present chunk and put them into the queue, at `where` among its tokens.
+    """Read tokens of the present chunk and put them into the queue, from `place` on among its tokens.
 
-    `where` is a tensor of indices in a captured graph, where the place is not known yet.
+    `place` is a tensor of one integer in a captured graph, where it is not known yet.
     """
     count = tokens.queries.shape[0]
     weights, slots, half_scores, sub_keys = _look_up(tokens.queries.flatten(0, 1), keys, o)
-    predictions = gather_rows(values, slots.flatten(1), weights, weights.dtype, o.backend)
+    if checks.use_triton(o.backend, values):
+        from .kernels import streaming
+
+        found = (slots, weights, half_scores, sub_keys)
+        streaming.read_to_queue(values, found, tokens, queue, output, place, o.lookahead)
+        return
+    predictions = gather_torch(values, slots.flatten(1), weights, weights.dtype)
     output.copy_(predictions.view(output.shape))
-    behind = (
-        slice(where.start + o.lookahead, where.stop + o.lookahead) if isinstance(where, slice) else where + o.lookahead
-    )
-    queue.queries[behind] = tokens.queries
-    for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask)):
-        # Not a number at indices, which would come from the host: a captured graph must not wait for it.
-        buffer[behind] = torch.ones_like(buffer[:count]) if x is None else x.to(buffer.dtype)
+    where = slice(int(place), int(place) + count)
+    _enqueue(queue, tokens, where.start, o)
     queue.targets[where] = tokens.targets
     for buffer, x in (
         (queue.predictions, predictions),
@@ -70,22 +73,35 @@ def read_piece(
         buffer[where] = x.view(count, *buffer.shape[1:])
 
 
-def close_chunk(keys: Tensor, values: Tensor, touched: Tensor, queue: Queue, is_first: bool, o: Options) -> None:
+def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
+    """Put queries, gates and mask into the queue, behind those that are carried."""
+    first, buffers = place + o.lookahead, (queue.queries, queue.gates, queue.mask)
+    if checks.use_triton(o.backend, queue.queries):
+        from .kernels import streaming
+
+        streaming.enqueue(tokens.queries, tokens.gates, tokens.mask, buffers, first)
+        return
+    where = slice(first, first + tokens.queries.shape[0])
+    for buffer, x in zip(buffers, (tokens.queries, tokens.gates, tokens.mask), strict=True):
+        buffer[where] = 1.0 if x is None else x
+
+
+def close_chunk(
+    keys: Tensor, values: Tensor, touched: Tensor, queue: Queue, is_first: bool, lanes: "Lanes", o: Options
+) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets."""
     carried = 0 if is_first else o.lookahead
-    queries = queue.queries[o.lookahead - carried :]  # the window: what is carried, then the chunk
+    window = queue.queries[o.lookahead - carried :]  # what is carried, then the chunk
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
     if carried > 0:
-        again, slots_again, _, _ = _look_up(queries[:carried].flatten(0, 1), keys, o)
+        again, slots_again, _, _ = _look_up(window[:carried].flatten(0, 1), keys, o)
         predicted_again = gather_rows(values, slots_again.flatten(1), again, again.dtype, o.backend)
         pairs = ((slots_again, slots), (again, weights), (predicted_again, predictions))
         slots, weights, predictions = (torch.cat(pair) for pair in pairs)
     pair_targets = queue.targets[o.lookahead - carried :].flatten(0, 1)
-    errors = predictions[: len(pair_targets)] - pair_targets
     half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
-    factors = [x[o.lookahead - carried :] for x in (queue.gates, queue.mask)]
-    _write_chunk(keys, values, touched, queries, slots, weights, errors, factors, half_scores, sub_keys, o)
-    _carry(queue, queue.queries, [queue.gates, queue.mask], o)
+    memory, found = (keys, values, touched, queue), (slots, weights, half_scores, sub_keys)
+    _write_chunk(*memory, carried, found, lambda: predictions[: len(pair_targets)] - pair_targets, lanes, o)
 
 
 def read_and_close_chunk(
@@ -96,17 +112,26 @@ def read_and_close_chunk(
     tokens: Tokens,
     output: Tensor,
     is_first: bool,
+    lanes: "Lanes",
     o: Options,
 ) -> None:
-    """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and nothing waits."""
+    """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
     carried, batch = 0 if is_first else o.lookahead, tokens.queries.shape[1]
-    queries, factors = _after_carried(queue, tokens, carried)
-    weights, slots, half_scores, sub_keys = _look_up(queries.flatten(0, 1), keys, o)
+    _enqueue(queue, tokens, 0, o)
+    weights, slots, half_scores, sub_keys = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
-    errors = read(values, slots.flatten(1), weights, pair_targets, output, o.backend)[: pair_targets.shape[:2].numel()]
-    rows = slice(carried * batch, None)
-    _write_chunk(keys, values, touched, queries, slots, weights, errors, factors, half_scores[rows], sub_keys[rows], o)
-    _carry(queue, queries, factors, o)
+    of_pairs = slice(0, pair_targets.shape[:2].numel())
+    of_chunk = slice(carried * batch, None)
+    memory = (keys, values, touched, queue)
+    found = (slots, weights, half_scores[of_chunk], sub_keys[of_chunk])
+    _write_chunk(
+        *memory,
+        carried,
+        found,
+        lambda: read(values, slots.flatten(1), weights, pair_targets, output, o.backend)[of_pairs],
+        lanes,
+        o,
+    )
 
 
 def read_and_close_chunks(
@@ -128,7 +153,8 @@ def read_and_close_chunks(
     new_keys, slots, _, _, _ = run_scans(*tensors, carried, False, o)
     keys.copy_(new_keys)
     _touch(touched, slots, o)
-    _carry(queue, queries, factors, o)
+    for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
+        buffer[: o.lookahead] = x[len(x) - o.lookahead :]
 
 
 def _after_carried(queue: Queue, tokens: Tokens, carried: int) -> tuple[Tensor, list[Tensor]]:
@@ -141,10 +167,11 @@ def _after_carried(queue: Queue, tokens: Tokens, carried: int) -> tuple[Tensor, 
     return torch.cat((queue.queries[:carried], tokens.queries)), factors
 
 
-def _carry(queue: Queue, queries: Tensor, factors: list[Tensor], o: Options) -> None:
+def _carry(queue: Queue, o: Options) -> None:
     """Carry the last L tokens of a chunk into the next one."""
-    for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
-        buffer[: o.lookahead] = x[len(x) - o.lookahead :]
+    if o.lookahead > 0:
+        for buffer in (queue.queries, queue.gates, queue.mask):
+            buffer[: o.lookahead] = buffer[o.chunk_size :]
 
 
 def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
@@ -155,59 +182,116 @@ def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
         touched.index_fill_(0, slots.flatten(), 1)
 
 
+class Lanes:
+    """What the parts of a chunk run on beside each other in a CUDA graph: streams; where nothing is captured, nothing.
+
+    Addresses stay on the stream that is captured: so those of the next chunk need not wait for the values of this one.
+    """
+
+    def __init__(self, is_capturing: bool = False) -> None:
+        self.plans: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
+        self.values: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
+        #: Memory that is freed on one stream may be handed out on it while another still reads: so nothing is freed.
+        self._held: list[Any] = []
+
+    def on(self, lane: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager[Any]:
+        """Launch on a lane, after all that has been launched on the present stream."""
+        if lane is None:
+            return contextlib.nullcontext()
+        lane.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(lane)
+
+    def hold(self, *tensors: Any) -> None:
+        """Keep what several lanes read until all of them have ended."""
+        if self.plans is not None:
+            self._held.append(tensors)
+
+    def wait(self, lane: "torch.cuda.Stream | None") -> None:
+        """Let the present stream wait for a lane."""
+        if lane is not None:
+            torch.cuda.current_stream().wait_stream(lane)
+
+    def join(self) -> None:
+        """Let the present stream wait for all lanes; then nothing is held any more."""
+        self.wait(self.plans)
+        self.wait(self.values)
+        self._held.clear()
+
+
 def _write_chunk(
     keys: Tensor,
     values: Tensor,
     touched: Tensor,
-    queries: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    errors: Tensor,
-    factors: list[Tensor],
-    half_scores: Tensor,
-    sub_keys: Tensor,
+    queue: Queue,
+    carried: int,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    make_errors: Callable[[], Tensor],
+    lanes: Lanes,
     o: Options,
 ) -> None:
-    """Write values and keys, both from the state that was read.
+    """Write values and keys, both from the state that was read, and carry the last tokens over.
 
     Args:
-        queries: [window, B, H, Dk]; the last C positions are those that the chunk read for output.
-        slots, weights: [window·B, ...], of which the first E rows are written.
-        errors: [E, D].
-        factors: gates and mask, [window, B].
-        half_scores, sub_keys: [C·B, H, 2, K].
+        carried: how many positions before the chunk are written with it.
+        found: slots and weights of all reads, [(carried + C)·B, ...], time first, of which those in front are written;
+            half scores and sub-keys of those of the chunk, [C·B, H, 2, K].
+        make_errors: launches the reads; the errors [E, D] of the pairs.
     """
-    pairs = slice(0, len(errors))
-    pair_slots, pair_weights = slots[pairs], weights[pairs]
-    gates, mask = (x.flatten()[pairs] for x in factors)
-    plan = plan_segments(pair_slots, values.shape[0])
-    counts = count_accesses(plan, (mask > 0).repeat_interleave(pair_weights.shape[1])).view(pair_weights.shape)
-    scale = write_scale(pair_weights, None, o.step)
-    pair_write_weights = fold_write_weights(pair_weights, counts, scale, [gates, mask])
+    slots, weights, half_scores, sub_keys = found
+    first, batch = o.lookahead - carried, queue.gates.shape[1]
+    num_pairs = (o.chunk_size - first) * batch
+    pair_slots, pair_weights = slots[:num_pairs], weights[:num_pairs]
+    gates, mask = (x[first:].flatten()[:num_pairs] for x in (queue.gates, queue.mask))
+    window = queue.queries[first:].flatten(0, 1)
+    with lanes.on(lanes.plans):
+        plan, write_weights = _plan_pairs(pair_slots, pair_weights, gates, mask, touched, o)
+        if o.key_gradient != "all":
+            _carry(queue, o)
+    with lanes.on(lanes.values):
+        errors = make_errors()
+        lanes.wait(lanes.plans)
+        if o.key_gradient == "all":
+            pair_rows = values[pair_slots.flatten(1)].to(errors.dtype)
+            tensors = (window[:num_pairs], pair_slots, pair_rows, errors, [gates, mask])
+            keys.copy_(coupled_step(keys, window[carried * batch :], sub_keys, *tensors, o))
+            _carry(queue, o)
+        write(
+            values,
+            errors,
+            write_weights,
+            plan,
+            lr=o.lr,
+            weight_decay=o.weight_decay,
+            clip=o.clip,
+            backend=o.backend,
+        )
+    if o.key_gradient != "all" and o.keys_move:
+        step_keys(keys, window[carried * batch :], half_scores, sub_keys, out=keys, **o.key_step)
+    lanes.hold(found, plan, write_weights, errors)
+    # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
+    lanes.wait(lanes.plans if o.key_gradient != "all" else lanes.values)
 
-    rows = queries.flatten(0, 1)
-    chunk_queries = rows[len(rows) - len(sub_keys) :]
-    if o.key_gradient == "all":
-        pair_rows = values[pair_slots.flatten(1)].to(errors.dtype)
-        tensors = (rows[pairs], pair_slots, pair_rows, errors, [gates, mask])
-        new_keys = coupled_step(keys, chunk_queries, sub_keys, *tensors, o)
-    elif o.keys_move:
-        new_keys = step_keys(keys, chunk_queries, half_scores, sub_keys, **o.key_step)
-    else:
-        new_keys = keys
-    write(
-        values,
-        errors,
-        pair_write_weights,
-        plan,
-        lr=o.lr,
-        weight_decay=o.weight_decay,
-        clip=o.clip,
-        backend=o.backend,
-    )
-    if new_keys is not keys:
-        keys.copy_(new_keys)
-    _touch(touched, pair_slots, o)
+
+def _plan_pairs(
+    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor, o: Options
+) -> tuple[Plan, Tensor]:
+    """The plan and the write weights [E, J] of pairs that read slots [E, H, K]; marks the rows that they touch."""
+    if o.weight_decay != 0.0:
+        touched.fill_(1)
+    num_slots, picks = touched.shape[0], weights.shape[1]
+    if checks.use_triton(o.backend, weights):
+        from .kernels.streaming import MOST_ACCESSES, plan_chunk
+
+        if weights.numel() <= MOST_ACCESSES:
+            normalized, dtype = o.step == "normalized", row_dtype(num_slots)
+            fields, write_weights = plan_chunk(
+                slots, weights, gates, mask, touched, row_dtype=dtype, normalized=normalized
+            )
+            return Plan(*fields), write_weights
+    plan = plan_segments(slots, num_slots)
+    counts = count_accesses(plan, (mask > 0).repeat_interleave(picks)).view(weights.shape)
+    _touch(touched, slots, o)
+    return plan, fold_write_weights(weights, counts, write_scale(weights, None, o.step), [gates, mask])
 
 
 #: The tensors of a state that a step writes, in the order of the operator's arguments.
@@ -244,7 +328,7 @@ def _step(
         raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
-    begin, now = 0, int(position)
+    begin, now, lanes = 0, int(position), Lanes()
     try:
         while begin < length:
             offset, left = now % o.chunk_size, length - begin
@@ -256,11 +340,11 @@ def _step(
             if count > o.chunk_size:
                 read_and_close_chunks(*memory, part, out, is_first, o)
             elif count == o.chunk_size:
-                read_and_close_chunk(*memory, part, out, is_first, o)
+                read_and_close_chunk(*memory, part, out, is_first, lanes, o)
             else:
-                read_piece(keys, values, queue, part, out, slice(offset, offset + count), o)
+                read_piece(keys, values, queue, part, out, offset, o)
                 if offset + count == o.chunk_size:
-                    close_chunk(*memory, is_first, o)
+                    close_chunk(*memory, is_first, lanes, o)
             begin, now = begin + count, now + count
             position.fill_(now)
     except BaseException:

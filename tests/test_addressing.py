@@ -10,7 +10,10 @@ from torch.autograd import gradcheck
 import reference
 from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
 from fwpkm_kernels.addressing import address_grad, step_keys
+from fwpkm_kernels.kernels.addressing import pick_sums
+from fwpkm_kernels.kernels.segments import segment_config, segment_rows
 from fwpkm_kernels.lookup import lookup_halves
+from fwpkm_kernels.plan import plan_segments
 from tests.conftest import SLOW_IN_INTERPRETER, Place
 from tests.test_golden_chunk import load
 
@@ -341,6 +344,123 @@ def test_half_precision_keys_are_rounded_once(place):
     new_keys = step_keys(keys, queries, *halves, **options, backend=place.backend)
     exact = step_keys(keys.float(), queries, *halves, **options, backend=place.backend)
     testing.assert_bitwise_equal(new_keys, exact.half())
+
+
+OUT = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "clip-decay": {"clip": 0.02, "weight_decay": 0.1, "lr": 0.5},
+    "no weight": {"weight": 0.0},
+    "no weight, decay": {"weight": 0.0, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", OUT)
+def test_out(case, dtype, place):
+    """New keys in a slice of a stack, and keys that move in place, have the bits of a new tensor."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 7, 10, dtype=dtype, keys_dtype=dtype, device=place.device)
+    found = {"top_k": 2, "score": "idw", "eps": 1e-3, "backend": place.backend}
+    _, _, *halves = lookup_halves(queries, keys, **found, precision="ieee")
+    options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None, **OUT[case]}
+    options |= {"score": "idw", "eps": 1e-3, "backend": place.backend}
+    with testing.poisoned_memory(), testing.assert_unchanged(queries, keys, *halves):
+        expected = step_keys(keys, queries, *halves, **options)
+        stack = torch.full((3, *keys.shape), 7.0, dtype=dtype, device=place.device)
+        out = step_keys(keys, queries, *halves, **options, out=stack[1])
+    assert out.data_ptr() == stack[1].data_ptr()
+    testing.assert_bitwise_equal(stack[1], expected, "out")
+    assert (stack[[0, 2]] == 7).all()
+    moved = keys.clone()
+    assert step_keys(moved, queries, *halves, **options, out=moved) is moved
+    testing.assert_bitwise_equal(moved, expected, "in place")
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+def test_out_without_rows(weight_decay, place):
+    queries, keys = testing.make_lookup_inputs(0, 1, 5, 6, device=place.device)
+    halves = (keys.new_empty(0, 1, 2, 2), torch.empty(0, 1, 2, 2, dtype=torch.int32, device=place.device))
+    options = {"score": "idw", "eps": 1e-3, "lr": 1.0, "weight": 1.0, "weight_decay": weight_decay, "clip": None}
+    moved, out = keys.clone(), torch.empty_like(keys)
+    step_keys(moved, queries, *halves, **options, backend=place.backend, out=moved)
+    step_keys(keys, queries, *halves, **options, backend=place.backend, out=out)
+    testing.assert_bitwise_equal(moved, keys * (1 - weight_decay))
+    testing.assert_bitwise_equal(out, moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", ["none", "unpicked", "all", "all with steps"])
+def test_sums_of_picks(rows, dtype, triton_place):
+    """Also of a sub-key that every token picks, in more than one block, and of one that nobody does."""
+    generator = torch.Generator().manual_seed(0)
+    sub_keys = torch.tensor([[[0], [4]], [[6], [11]]]).repeat(1100, 1, 1, 1)  # [M, 2, 2, 1], of n = 3 sub-keys
+    sub_keys[torch.rand(1100, generator=generator) < 0.05, 0, 1] = 3
+    coefficients, factors = torch.rand(2, *sub_keys.shape, generator=generator, dtype=dtype).to(triton_place.device)
+    table, steps = torch.randn(2, 12, 5, generator=generator, dtype=dtype).to(triton_place.device)
+    sub_keys = sub_keys.to(triton_place.device)
+    plan = plan_segments(sub_keys, 12)
+    first = torch.searchsorted(plan.rows, torch.arange(13, device=triton_place.device), out_int32=True)
+    sizes, flat = first.diff(), sub_keys.flatten()
+    steps[sizes == 0] = torch.nan  # not defined, not read
+    out = torch.full_like(table, 7.0)
+    arguments = {"heads": 2, "decay": 0.75, "all_rows": rows.startswith("all")}
+    if rows == "all with steps":
+        arguments |= {"step_factors": factors, "steps": steps}
+    with testing.poisoned_memory():
+        sums = pick_sums(coefficients, plan.order, first, table, None if rows == "none" else out, **arguments)
+    expected = torch.zeros_like(sums, dtype=torch.float64).index_add_(0, flat % 6, coefficients.flatten().double())
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-6, atol=0.0)
+    expected_rows = 0.75 * table
+    if rows == "all with steps":
+        step_totals = torch.zeros(12, 1, dtype=dtype, device=flat.device).index_add_(0, flat, factors.view(-1, 1))
+        expected_rows -= step_totals * steps.nan_to_num()
+    if rows == "none":
+        expected_rows = torch.full_like(table, 7.0)
+    if rows == "unpicked":
+        expected_rows[sizes > 0] = 7.0
+    torch.testing.assert_close(out, expected_rows)
+    assert (sizes == 0).any()
+    assert (sizes > 1024).any()
+
+
+@pytest.mark.parametrize("epilogue", ["update", "step_grad", "add"])
+def test_programs_that_look_at_many_positions(epilogue, triton_place):
+    """Hot segments, cold ones and a last window that is not full: the same bits as with a program for each position.
+
+    The epilogue reads a table of its own.
+    """
+    slots = torch.cat((torch.full((100,), 3), torch.arange(9), torch.full((33,), 5), torch.full((64,), 10)))
+    slots = slots[torch.randperm(len(slots), generator=torch.Generator().manual_seed(0))].to(triton_place.device)
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(len(slots), 6, generator=generator).to(triton_place.device)
+    coefficients = torch.randn(len(slots), generator=generator).to(triton_place.device)
+    table, base = torch.randn(2, 12, 6, generator=generator).to(triton_place.device)
+    options = {"epilogue": epilogue, "table": table, "centered": True, "decay": 0.9, "lr": 0.3, "clip": 4.0}
+    config = segment_config(6, torch.float32)._replace(block_a=4)
+    results = []
+    for window in (1, 8, 32):
+        out = torch.full_like(table, 7.0)
+        with testing.poisoned_memory():
+            segment_rows(
+                out,
+                vectors,
+                coefficients,
+                *plan_segments(slots, 12),
+                base=base,
+                config=config._replace(window=window),
+                **options,
+            )
+        results.append(out)
+    testing.assert_bitwise_equal(results[1], results[0])
+    testing.assert_bitwise_equal(results[2], results[0])
+    totals = torch.zeros_like(table).index_add_(0, slots, coefficients[:, None] * (vectors - table[slots]))
+    expected = {
+        "update": 0.9 * base - 0.3 * totals.clamp(-4, 4),
+        "step_grad": torch.where(totals.abs() <= 4, 0.3 * base, 0.0),
+        "add": base + totals,
+    }[epilogue]
+    expected[[9, 11]] = 7.0
+    torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5)
 
 
 BAD = {

@@ -1,21 +1,26 @@
-"""The benchmarks: formulas, the check before every timing, result files, and the GPU run where there is no GPU."""
+"""The benchmarks: formulas, the check before every timing."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, registry, run
-from benchmarks.measure import Expected, Machine, Result, measure, verify
-from fwpkm_kernels import chunk_value_update, product_key_lookup, sparse_value_gather
+import reference
+from benchmarks import registry, run
+from benchmarks.measure import Expected, Machine, measure, verify
+from fwpkm_kernels import (
+    MemoryGraph,
+    chunk_value_update,
+    fast_weight_memory,
+    fast_weight_memory_step,
+    graphs,
+    product_key_lookup,
+    product_key_update,
+    sparse_value_gather,
+    testing,
+)
+from tests.test_graphs import OnGpu, Rerun
 
-ROOT = Path(__file__).resolve().parent.parent
 MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
 
 
@@ -60,17 +65,22 @@ def test_every_provider_agrees_with_the_reference(name):
 
 def test_bytes_and_flops_by_hand():
     """One token, one pick of four slots, rows of three float32: each case is small enough to count."""
-    c = registry.Configuration("by hand", 1, (), (), sub_keys=2, picks=1, key_width=4, width=3)
+    c = registry.Configuration("by hand", 1, (), (), chunk=1, sub_keys=2, picks=1, key_width=4, width=3)
     operations = {operation.name: operation for operation in registry.OPERATIONS}
 
-    def cost(name, direction):
-        operation = operations[name]
-        cost = operation.cost(c, direction, operation.make_inputs(c, "cpu", 0))
+    def cost(name, direction, **changes):
+        operation, changed = operations[name], dataclasses.replace(c, **changes)
+        cost = operation.cost(changed, direction, operation.make_inputs(changed, "cpu", 0))
         return cost.bytes, cost.flops
 
     row, access = 3 * 4, 8 + 4  # a table row; a slot with its weight
     keys, query, found = 2 * 2 * 2 * 4, 4 * 4, 4 + 8  # found: a score and a slot
-    assert cost("lookup", "forward") == (query + keys + found, 2 * 2 * 2 * 2)  # 2 halves × 2 sub-keys × 2 columns × 2
+    product = 2 * 2 * 2 * 2  # 2 halves × 2 sub-keys × 2 columns × 2
+    assert cost("lookup", "forward") == (query + keys + found, product)
+    assert cost("key-step", "forward") == (query + 2 * keys, product + 3 * 4)
+    assert cost("key-step", "forward", score="dot") == (query + 2 * keys, product + 2 * 4)
+    # half scores (float32) and sub-keys (int32) of the two picks
+    assert cost("key-step", "backward") == (2 * query + 3 * keys + 2 * (4 + 4), 9 * 4)
     assert cost("lookup", "backward") == (found + 2 * (query + keys), 7 * 4)
     assert cost("gather", "forward") == (row + access + row, 2 * 3)
     assert cost("gather", "backward") == (row + access + row + 4 * row + 4, 4 * 3)
@@ -78,6 +88,58 @@ def test_bytes_and_flops_by_hand():
     assert cost("update", "forward") == (8 * row + access + 2 * row, 2 * 3)
     assert cost("update", "backward") == (row + access + 2 * row + 4 + 2 * row, 4 * 3)
     assert cost("update_", "forward") == (2 * row + access + 2 * row, 2 * 3)
+
+    # A sequence of one chunk of one token: the table copied; a row read, written and logged; query, target, output and
+    # error; keys in and out. Backward: a row of the log, one of the gradient in and out, the table's gradient.
+    read_and_write = 2 * 3 + 2 * 3
+    assert cost("sequence", "forward") == (
+        2 * 4 * row + 3 * row + query + 3 * row + found + 2 * keys,
+        product + read_and_write + 3 * 4,
+    )
+    assert cost("sequence", "backward") == (
+        row + 2 * row + 4 * row + 2 * query + 3 * row + found + 2 * keys,
+        8 * 3 + 7 * 4 + 9 * 4,
+    )
+    # Of two chunks: twice all but the table, and the gradient of the keys. If keys stand still they are read once.
+    assert cost("sequence", "forward", tokens=2) == (
+        2 * 4 * row + 2 * (3 * row + query + 3 * row + found + 2 * keys),
+        2 * (product + read_and_write + 3 * 4),
+    )
+    assert cost("sequence", "backward", tokens=2) == (
+        4 * row + 2 * (row + 2 * row + 2 * query + 3 * row + found + keys) + keys,
+        2 * (8 * 3 + 7 * 4 + 9 * 4),
+    )
+    assert cost("sequence", "forward", tokens=2, key_weight=0.0) == (
+        2 * 4 * row + 2 * (3 * row + query + 3 * row + found) + 2 * keys,
+        2 * (product + read_and_write),
+    )
+    # In bfloat16 rows, targets, outputs and queries are half as large; errors and the rows of the gradient are not.
+    half, bf16 = 3 * 2, {"dtype": torch.bfloat16}
+    assert cost("sequence", "forward", **bf16)[0] == (
+        2 * 4 * half + 3 * half + query // 2 + 2 * half + row + found + 2 * keys
+    )
+    assert cost("sequence", "backward", **bf16)[0] == half + 2 * row + 4 * half + query + 3 * half + found + 2 * keys
+
+    # Steps: no table but the row, read and written, and no log.
+    for name in ("step", "prefill"):
+        assert cost(name, "forward") == (2 * row + query + 3 * row + 2 * keys, product + read_and_write + 3 * 4)
+    assert cost("step", "forward", key_weight=0.0) == (2 * row + query + 3 * row + keys, product + read_and_write)
+    # A token of a longer chunk is read, and waits: query, target and prediction are written once more.
+    waits = query + 2 * row
+    assert cost("decode", "forward", chunk=2) == (row + keys + query + 2 * row + waits, product + 2 * 3)
+
+
+def test_rows_that_several_tokens_of_a_chunk_address_count_once():
+    """Eight tokens with two picks each, all of four slots that there are: more than four rows a chunk cannot move."""
+    c = registry.Configuration("all", 16, (), (), chunk=8, sub_keys=2, picks=2, key_width=4, width=3)
+    operation = next(operation for operation in registry.OPERATIONS if operation.name == "prefill")
+    inputs = operation.make_inputs(c, "cpu", 0)
+    rows = 0
+    for part in inputs["queries"][0].split(8):
+        rows += len(reference.product_key_lookup(part, inputs["memory"].keys, 2)[1].unique())
+    assert 4 <= rows <= 8
+    tokens, keys = 16 * (4 * 4 + 3 * 3 * 4), 2 * 2 * 2 * 4
+    assert operation.cost(c, "forward", inputs).bytes == 2 * rows * 3 * 4 + tokens + 2 * 2 * keys
 
 
 def wrong_lookup(**inputs):
@@ -132,6 +194,181 @@ def test_wrong_numbers_are_refused_and_not_timed(name, planted):
     assert "wrong" in run.report([result])
 
 
+def wrong_key_step(weight, **inputs):
+    return product_key_update(**inputs, weight=1.01 * weight)
+
+
+def wrong_key_step_gradient(keys, queries, **options):
+    return product_key_update(keys, queries, **options) + 1e-3 * (queries - queries.detach()).sum()
+
+
+def wrong_key_step_of_late_rows(keys, queries, **options):
+    """Right in the first rows, which are those that the reference gets."""
+    kept = len(queries) * 3 // 4
+    return product_key_update(keys, queries[:kept], **options)
+
+
+def wrong_sequence_output(**inputs):
+    out = fast_weight_memory(**inputs)
+    return out._replace(output=torch.cat([out.output[:, :-3], 1.01 * out.output[:, -3:]], dim=1))
+
+
+def wrong_sequence_values(**inputs):
+    out = fast_weight_memory(**inputs)
+    untouched = (out.values == inputs["values"]).all(1).nonzero()[0]
+    return out._replace(values=out.values.detach().index_fill(0, untouched, 0.0))
+
+
+def wrong_sequence_keys(addressing_weight, **inputs):
+    return fast_weight_memory(**inputs, addressing_weight=1.02 * addressing_weight)
+
+
+def wrong_sequence_gradient(targets, **inputs):
+    return fast_weight_memory(targets=targets.detach() + 1.001 * (targets - targets.detach()), **inputs)
+
+
+def wrong_gradient_of_values(values, **inputs):
+    out = fast_weight_memory(values=values, **inputs)
+    leak = 1e-3 * (values - values.detach()).sum()
+    return out._replace(output=out.output + leak)
+
+
+def wrong_step_output(memory, **inputs):
+    out = fast_weight_memory_step(memory, **inputs)
+    return 1.001 * out
+
+
+def wrong_step_without_keys(memory, addressing_weight, **inputs):
+    return fast_weight_memory_step(memory, addressing_weight=0.0, **inputs)
+
+
+def wrong_step_that_forgets(memory, **inputs):
+    before = memory.values.clone()
+    out = fast_weight_memory_step(memory, **inputs)
+    row = (memory.values != before).any(1).nonzero()[:1, 0]
+    memory.values[row] = before[row]
+    return out
+
+
+@pytest.mark.parametrize(
+    "name, planted",
+    [
+        ("key-step/forward/inference", wrong_key_step),
+        ("key-step/backward/inference", wrong_key_step_gradient),
+        ("key-step/forward/training", wrong_key_step_of_late_rows),
+        ("sequence/forward/8x512", wrong_sequence_output),
+        ("sequence/forward/8x512", wrong_sequence_values),
+        ("sequence/forward/8x512", wrong_sequence_keys),
+        ("sequence/backward/8x4096", wrong_sequence_gradient),
+        ("sequence/backward/8x4096-bf16", wrong_gradient_of_values),
+        ("step/forward/inference", wrong_step_output),
+        ("step/forward/inference", wrong_step_without_keys),
+        ("step/forward/inference", wrong_step_that_forgets),
+        ("prefill/forward/4k", wrong_step_without_keys),
+        ("decode/forward/token", wrong_step_output),
+        ("decode/forward/token", wrong_step_that_forgets),
+    ],
+)
+def test_wrong_memories_are_refused(name, planted):
+    row = ROWS[name]
+    own = row.providers()[0].own
+    inputs = row.inputs("cpu")
+    with pytest.raises(AssertionError, match=f"{name}: planted"):
+        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+
+
+def test_what_is_wrong_past_the_first_tokens_is_refused():
+    """The reference gets few tokens; all of the first two chunks are compared with the sparse form."""
+    row = ROWS["sequence/forward/8x4096"]
+    c = dataclasses.replace(row.configuration, tokens=1200, chunk=200)
+    row = dataclasses.replace(row, configuration=c)
+    inputs = row.inputs("cpu")
+    length = inputs["queries"].shape[1]
+
+    def wrong(**inputs):
+        out = fast_weight_memory(**inputs)
+        if out.output.shape[1] == length:  # not the few tokens
+            out = out._replace(output=torch.cat([out.output[:, :300], 1.01 * out.output[:, 300:]], dim=1))
+        return out
+
+    with pytest.raises(AssertionError, match="of the timed inputs"):
+        verify(row, registry.Provider("planted", wrong), inputs, Expected(row, inputs))
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence/backward/8x4096", "sequence/backward/1x1024-drop", "key-step/backward/training"]
+)
+def test_what_stands_for_the_reference_is_the_reference(name):
+    """In float64, on all tokens: outputs and gradients."""
+    operation, inputs = ROWS[name].operation, testing.as_float64(ROWS[name].inputs("cpu"))
+    found, gradients = testing.forward_and_gradients(operation.sparse, inputs, wrt=ROWS[name].wrt)
+    exact, exact_gradients = testing.forward_and_gradients(operation.reference, inputs, wrt=ROWS[name].wrt)
+    for x, y in zip(found, exact, strict=False):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, exact_gradients[key], rtol=1e-8, atol=1e-8)
+
+
+def test_rounding_may_decide_a_lookup_once():
+    """A stream whose first sample fails is compared once more, with other tokens."""
+    row = ROWS["step/forward/inference"]
+    inputs = row.inputs("cpu")
+    expected = Expected(row, inputs)
+    tokens = [expected.short(attempt)[0]["queries"] for attempt in range(2)]
+    assert not torch.equal(*tokens)
+    seen = []
+
+    def unlucky(memory, **inputs):
+        seen.append(inputs["queries"])
+        out = fast_weight_memory_step(memory, **inputs)
+        return out + 1.0 if len(seen) <= 2 else out  # both chunks of the first sample
+
+    package = row.providers()[0]
+    verify(row, dataclasses.replace(package, run=unlucky), inputs, expected)
+    assert torch.equal(torch.cat(seen[2:4], dim=1), tokens[1])
+
+
+@pytest.mark.parametrize("name", ["step/forward/inference", "prefill/forward/4k", "decode/forward/token"])
+def test_replayed_graphs_agree_with_the_reference(name, monkeypatch):
+    """On a CPU, all of the provider but the capture."""
+
+    def make_graph(state, *tokens, **options):
+        table = state.values
+        state.values = table.as_subclass(OnGpu)
+        try:
+            return MemoryGraph(state, *tokens, **options)
+        finally:
+            state.values = table
+
+    row = ROWS[name]
+    provider = next(p for p in row.operation.providers if p.name == "fwpkm_kernels-graph")
+    assert provider not in row.providers()
+    assert provider in dataclasses.replace(row, device="cuda").providers()
+    monkeypatch.setattr(graphs, "capture", Rerun)
+    monkeypatch.setattr(registry.providers.fwpkm, "MemoryGraph", make_graph)
+    inputs = row.inputs("cpu")
+    verify(row, provider, inputs, Expected(row, inputs))
+
+
+def test_compiled_providers_agree_with_the_reference(monkeypatch):
+    """Traced, not compiled: that takes a C++ compiler, and minutes."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend="eager", **options))
+    names = []
+    for row in registry.rows("cuda"):
+        for provider in row.providers():
+            if provider.name == "torch.compile":
+                small = shrunk(row)
+                inputs = small.inputs("cpu")
+                fresh = registry.providers.compiled(getattr(provider.run, "__wrapped__", provider.run))
+                if row.operation.name != "step":
+                    provider = dataclasses.replace(provider, run=fresh)
+                verify(small, provider, inputs, Expected(small, inputs))
+                names.append(f"{row.operation.name}/{row.direction}")
+    torch.compiler.reset()
+    assert set(names) >= {"lookup/forward", "gather/forward", "update_/forward", "key-step/forward", "step/forward"}
+
+
 def test_a_provider_that_raises_is_recorded():
     def broken(**inputs):
         raise RuntimeError("out of order")
@@ -140,182 +377,3 @@ def test_a_provider_that_raises_is_recorded():
     assert result.status == "error"
     assert result.message == "RuntimeError: out of order"
     assert result.median_us is None
-
-
-@pytest.mark.parametrize("name", ["lookup/backward/inference", "gather/forward/inference", "update_/forward/inference"])
-def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
-    row = ROWS[name]
-    inputs = row.inputs("cpu")
-    before = {key: x.clone() for key, x in inputs.items() if isinstance(x, torch.Tensor)}
-    results = [measure(row, provider, MACHINE, seconds=0.001, inputs=inputs) for provider in row.providers()]
-    for result in results:
-        assert result.status == "ok", result.message
-        assert 0 < result.min_us <= result.p10_us <= result.median_us <= result.p90_us
-        assert result.ratio == result.min_us / result.floor_us
-        cost = row.cost(inputs)
-        assert result.floor_us == pytest.approx(max(cost.bytes / 1e4, cost.flops / 1e5))
-    assert all(torch.equal(inputs[key], x) for key, x in before.items())  # the next provider gets the same inputs
-
-    file = tmp_path / "results.jsonl"
-    file.write_text("\n".join(map(run.to_json, results)) + '\n{"operation": "cut o', "utf-8")
-    assert run.read_results(file) == results
-    table = run.report(results)
-    assert name in table
-    assert "pytorch" in table
-
-
-def test_command_line(monkeypatch, tmp_path, capsys):
-    """A run with shrunk rows: a table, a file, and nothing measured twice with --resume."""
-    rows = [ROWS["gather/forward/inference"], ROWS["update_/forward/inference"]]
-    monkeypatch.setattr(run, "rows", lambda device, name="": [row for row in rows if name in row.name])
-    monkeypatch.setattr(run, "measure_machine", lambda device: MACHINE)
-    arguments = ["--device", "cpu", "--seconds-per-row", "0.001", "--json", str(tmp_path / "out.jsonl")]
-    assert run.main([*arguments, "--op", "gather"]) == 0
-    first = run.read_results(tmp_path / "out.jsonl")
-    assert {r.provider for r in first} == {"fwpkm_kernels", "pytorch", "embedding_bag"}
-    assert run.main([*arguments, "--resume"]) == 0
-    second = run.read_results(tmp_path / "out.jsonl")
-    assert second[: len(first)] == first
-    assert len(second) == len(first) + 3
-    assert run.main([*arguments, "--op", "no such row"]) == 2
-    captured = capsys.readouterr()
-    assert "update_/forward/inference" in captured.out
-    assert "no such row" in captured.err
-
-
-def test_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    from benchmarks.plots import plot
-
-    row = ROWS["gather/forward/inference"]
-    results = [measure(row, provider, MACHINE, seconds=0.001) for provider in row.providers()]
-    assert [path.name for path in plot(results, tmp_path)] == ["time.png", "ratio.png"]
-    assert plot([], tmp_path) == []
-
-
-def test_gpu_run_without_a_gpu_says_so(tmp_path):
-    for module in ("benchmarks.gpu", "benchmarks.run"):
-        out = ["--out", str(tmp_path / "out")] if module == "benchmarks.gpu" else ["--device", "cuda"]
-        done = subprocess.run(
-            [sys.executable, "-m", module, *out],
-            cwd=ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 2
-        assert "no GPU" in done.stderr
-        assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def fake_steps(monkeypatch, **steps):
-    """A GPU run whose two long steps are replaced."""
-    fakes = {
-        "run_tests": lambda path, seconds: path.write_text("3 passed, 1 skipped in 0.10s\n") and "finished, status 0",
-        "run_benchmarks": lambda path, *_: "finished",
-        **steps,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(gpu, name, fake)
-
-
-def some_result(**fields) -> Result:
-    row = ROWS["gather/forward/inference"]
-    return dataclasses.replace(measure(row, row.providers()[0], MACHINE, seconds=0.001), **fields)
-
-
-def test_gpu_run_writes_its_files(monkeypatch, tmp_path, capsys):
-    line = run.to_json(some_result()) + "\n"
-    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 0
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"results.jsonl", "summary.txt", "environment.json", "tests.txt"} <= names
-    assert all(path.is_file() for path in tmp_path.iterdir())
-    assert len(names) <= 8
-    summary = (tmp_path / "summary.txt").read_text("utf-8")
-    assert "tests: 3 passed, 1 skipped in 0.10s (finished, status 0)" in summary
-    assert "gather/forward/inference" in summary
-    assert summary in capsys.readouterr().out
-
-
-def test_gpu_run_reports_failures(monkeypatch, tmp_path):
-    failed = "FAILED tests/test_x.py::test_y - assert 0\n1 failed, 2 passed in 3.00s\n"
-    line = run.to_json(some_result()) + "\n"
-    fake_steps(
-        monkeypatch,
-        run_tests=lambda path, seconds: path.write_text(failed) and "finished, status 1",
-        run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished",
-    )
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    summary = (tmp_path / "summary.txt").read_text("utf-8")
-    assert "FAILED tests/test_x.py::test_y - assert 0" in summary
-
-    line = run.to_json(some_result(status="wrong", message="over budget")) + "\n"
-    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
-
-
-@pytest.mark.parametrize("broken", ["tests", "benchmarks"])
-def test_gpu_run_is_not_right_where_a_step_could_not_run(broken, monkeypatch, tmp_path):
-    line = run.to_json(some_result()) + "\n"
-    steps = {"run_benchmarks": lambda path, *_: path.write_text(line, "utf-8") and "finished"}
-    if broken == "tests":
-        steps["run_tests"] = lambda path, seconds: path.write_text("No module named pytest\n") and "finished, status 1"
-    else:
-        steps["run_benchmarks"] = lambda path, *_: "ended with exit status 2:\nImportError"
-    fake_steps(monkeypatch, **steps)
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert (tmp_path / "summary.txt").read_text("utf-8").startswith("NOT RIGHT")
-
-
-@pytest.mark.parametrize("reason", ["clock", "signal"])
-def test_gpu_run_keeps_what_it_has_when_stopped(reason, monkeypatch, tmp_path):
-    line = run.to_json(some_result()) + "\n"
-
-    def endless(path, *_):
-        path.write_text(line, "utf-8")
-        if reason == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    fake_steps(monkeypatch, run_benchmarks=endless)
-    begin = time.monotonic()
-    minutes = "0.05" if reason == "clock" else "9"
-    status = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", minutes])
-    assert status == (0 if reason == "clock" else 128 + signal.SIGTERM)
-    assert time.monotonic() - begin < 10
-    summary = (tmp_path / "summary.txt").read_text("utf-8")
-    assert "3 passed" in summary
-    assert "benchmarks: 1 of" in summary
-    assert "stopped by" in summary
-
-
-def test_a_child_that_does_not_end_is_ended(tmp_path):
-    begin = time.monotonic()
-    assert gpu.run_child(["-c", "import time; time.sleep(60)"], 0.5, grace=5, stderr=subprocess.DEVNULL) is None
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    assert gpu.run_child(["-c", stubborn], 0.5, grace=0.5) is None
-    assert gpu.run_child(["-c", "raise SystemExit(5)"], 30) == 5
-    assert time.monotonic() - begin < 20
-
-
-@pytest.mark.parametrize(
-    "text, counts, failed",
-    [
-        (
-            "..F [100%]\n=== short test summary info ===\n1 failed, 2 passed in 3.21s\n",
-            "1 failed, 2 passed in 3.21s",
-            True,
-        ),
-        ("= 2 passed, 1 skipped, 3 warnings in 65.00s (0:01:05) =", "2 passed, 1 skipped, 3 warnings in 65.00s", False),
-        ("2 passed, 1 error in 1.00s\n", "2 passed, 1 error in 1.00s", True),
-        ("..s.x [ 50%]\n.F.\n", "5 passed, 1 failed, 1 skipped, 1 xfailed", True),
-        ("", "none finished", False),
-    ],
-)
-def test_counts_of_tests(text, counts, failed):
-    assert gpu.count_tests(text).startswith(counts)
-    assert gpu.tests_failed(text) == failed

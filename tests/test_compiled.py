@@ -1,17 +1,18 @@
-"""Every kernel compiles at the paper's sizes, without spills and with 128-bit loads of table rows; no GPU is needed.
+"""Every kernel compiles at the paper's sizes, without spills and with 128-bit moves of table rows; no GPU is needed.
 
 The compiler runs in other processes: in this one the kernels may belong to Triton's interpreter.
 """
 
-import collections
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import TARGETS
+from benchmarks.compiled import ROWS, TABLE, TARGETS, Instruction, Rows, occupancy, topk_instructions
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def reports(request, tmp_path_factory):
     environment["TRITON_CACHE_DIR"] = str(path.parent / "cache")
     command = [sys.executable, "-m", "benchmarks.compiled", "--target", request.param, "--json", str(path)]
     if request.param != "sm_90":
-        command += ["--case", "/(paper|paper-bf16-table|static-pkm)$"]
+        command += ["--case", "^chunk/|/(paper|paper-bf16-table|static-pkm)$"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -34,45 +35,59 @@ OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in TARGETS if 
 
 
 @pytest.mark.parametrize("reports", [SM_90, *OTHERS], indirect=True)
-def test_no_spills_and_wide_loads_of_rows(reports):
-    kernels = collections.Counter(report["kernel"] for report in reports)
-    assert set(kernels) == {
-        "half_topk_kernel",
-        "half_merge_kernel",
-        "pair_topk_kernel",
-        "half_grad_kernel",
-        "step_kernel",
-        "score_grad_kernel",
-        "gather_kernel",
-        "segment_kernel",
-        "hot_segment_kernel",
-        "decay_kernel",
-        "read_kernel",
-        "read_grad_kernel",
-        "restore_kernel",
-        "weigh_kernel",
-        "plan_kernel",
-        "fold_kernel",
-        "weigh_again_kernel",
-        "fold_grad_kernel",
-        "sum_reads_kernel",
-        "count_kernel",
-    }
-    spilled = [report for report in reports if report["stack"] > 0]
+def test_no_spills_and_wide_moves_of_rows(reports):
+    assert {report["kernel"] for report in reports} == set(ROWS)
+    spilled = [report for report in reports if report["stack"] > 0 or report["spills"] > 0]
     assert not spilled
-    narrow = [report for report in reports if report["wide_loads"] < report["expected_wide_loads"]]
-    assert not narrow
-    row_kernels = {
-        "half_merge_kernel",
-        "half_grad_kernel",
-        "step_kernel",
-        "gather_kernel",
-        "segment_kernel",
-        "read_kernel",
-        "read_grad_kernel",
-        "restore_kernel",
-    }
-    assert {report["kernel"] for report in reports if report["expected_wide_loads"] > 0} == row_kernels
+    for moves in ("loads", "stores"):
+        narrow = [report for report in reports if report[f"wide_{moves}"] < report[f"expected_wide_{moves}"]]
+        assert not narrow
+        # Of every kernel of rows there is a case in which a row has 128 bits for each lane.
+        of_rows = {name for name, rows in ROWS.items() if getattr(rows, moves) is not Rows._field_defaults[moves]}
+        assert {report["kernel"] for report in reports if report[f"expected_wide_{moves}"] > 0} == of_rows
+    # It stores rows only, on either of two paths.
+    segments = [report for report in reports if report["kernel"] == "segment_kernel"]
+    assert not [report for report in segments if report["expected_wide_stores"] > 0 and report["narrow_stores"] > 0]
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
     without = {report["case"] for report in lookups if report["tensor_core"] == 0}
     assert without <= {"lookup/paper-float64", "lookup/paper-ieee"}
+
+
+def test_every_kernel_is_listed():
+    sources = (Path(__file__).parents[1] / "fwpkm_kernels" / "kernels").glob("*.py")
+    kernels = {
+        name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text("utf-8"), re.M)
+    }
+    assert set(ROWS) == kernels
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_committed_table(target):
+    section = re.search(rf"^## {target}$(.*?)^## ", TABLE.read_text("utf-8"), re.M | re.S)
+    lines = [line.split(" | ") for line in section[1].splitlines() if line.startswith("| ")]
+    head, *lines = lines
+    assert {line[0].removeprefix("| ") for line in lines} == set(ROWS), "python -m benchmarks.compiled --write"
+    for line in lines:
+        assert line[head.index("spills")] == "0"
+        for moves in ("loads", "stores"):
+            wide, expected, _ = map(int, line[head.index(moves)].split(" / "))
+            assert wide >= expected
+
+
+def test_occupancy():
+    assert occupancy("sm_90", 32, 0, 4) == 1.0
+    assert occupancy("sm_90", 255, 0, 8) == 0.125  # by registers: one program of eight warps, of 64
+    assert occupancy("sm_90", 32, 0, 1) == 0.5  # 32 programs of one warp
+    assert occupancy("sm_80", 32, 60 * 1024, 8) == 0.25  # two programs, by shared memory
+
+
+def test_topk_instructions():
+    def kernel(*lines: str) -> list[Instruction]:
+        parts = [re.match(r"(?:@(\S+) )?(\S+)(.*)", line).groups() for line in lines]
+        return [Instruction(16 * i, predicate or "", *rest) for i, (predicate, *rest) in enumerate(parts)]
+
+    dot = ["S2R R0", "HMMA R0", "IADD3 R1, R1, 0x10, RZ", "ISETP.NE.U32.AND P0, PT, R1, 0x40, PT", "@P0 BRA 0x10"]
+    picks = ["MOV R4", "STG.E R4", "IADD3 R2, R2, 0x4, RZ", "ISETP.NE.U32.AND P1, PT, R2, 0x20, PT", "@P1 BRA 0x60"]
+    assert topk_instructions(kernel(*dot, *picks, "EXIT"), 8) == 1 + 4 * 8 + 1
+    assert topk_instructions(kernel(*dot, *picks, "EXIT"), 9) is None, "not a loop over the picks"
+    assert topk_instructions(kernel("S2R R0", "STG.E R0", "EXIT"), 8) == 3

@@ -62,18 +62,22 @@ def replayed(graph: MemoryGraph, state: MemoryState, inputs: Inputs, count: int)
 @pytest.mark.parametrize("names", [(), ("gates",), ("mask",), ("gates", "mask")], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("lookahead", [0, 1, 6])
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 12])
 def test_replays_are_eager_steps(count, lookahead, batch, names, key_gradient, make_graph):
-    """Bit by bit, from the first chunk on; one replay a call or several; and again after a reset."""
+    """Bit by bit, from the first chunk on; one replay a call or several; and again after a reset.
+
+    With several chunks a graph they are bit by bit those of as many steps of one chunk.
+    """
     inputs = make_inputs(batch, 36, num_keys=5, mask="real", dtype=torch.float32, device=DEVICE)
     inputs = {name: x for name, x in inputs.items() if name in ("queries", "targets", "keys", "values", *names)}
     options = {"chunk_size": 6, "top_k": 2, "lookahead": lookahead, "weight_decay": 0.01, "key_gradient": key_gradient}
     state, expected = make_state(inputs), make_state(inputs)
     graph = make_graph(state, inputs, count, **options)
     for _ in range(2):
-        wanted = stream(expected, inputs, [count] * (36 // count), **options)
-        outputs = [replayed(graph, state, inputs, 6) for _ in range(3)]
-        outputs.append(replayed(graph, state, inputs, 18))
+        wanted = stream(expected, inputs, [min(count, 6)] * (36 // min(count, 6)), **options)
+        call = max(count, 6)
+        outputs = [replayed(graph, state, inputs, call) for _ in range(18 // call)]
+        outputs.append(replayed(graph, state, inputs, 36 - state.position))
         testing.assert_bitwise_equal(torch.cat(outputs, 1), wanted)
         assert_same_state(state, expected)
         state.reset()
@@ -178,7 +182,7 @@ def test_strides_of_what_is_captured_and_replayed(layout, make_graph):
 #: Captures that are refused: error, message, tokens, options.
 BAD_CAPTURE: dict[str, tuple[type[Exception], str, int, dict[str, Any]]] = {
     "tokens that do not divide": (ValueError, r"`queries`.*`chunk_size`.*\[2, 3, 1, 4\].*4", 3, {}),
-    "more tokens than a chunk": (ValueError, "`queries`.*`chunk_size`", 8, {}),
+    "more tokens than a chunk": (ValueError, "`queries`.*`chunk_size`", 6, {}),
     "no tokens": (ValueError, "`queries`.*`chunk_size`", 0, {}),
     "backend torch": (ValueError, "`backend`.*'torch'", 2, {"backend": "torch"}),
     "boundary drop": (ValueError, "`boundary`", 2, {"boundary": "drop"}),
@@ -292,3 +296,14 @@ def test_a_replay_never_waits_for_the_gpu(key_gradient, make_graph, errors_on_sy
     replayed(graph, state, inputs, 8)
     torch.cuda.set_sync_debug_mode("error")
     replayed(graph, state, inputs, 16)
+
+
+def test_several_chunks_a_graph_from_any_chunk_on(make_graph):
+    """Their graph is not bound to multiples of its own length."""
+    inputs = make_inputs(2, 24, dtype=torch.float32, device=DEVICE)
+    state, expected = make_state(inputs), make_state(inputs)
+    graph = make_graph(state, inputs, 8, **OPTIONS)
+    wanted = stream(expected, inputs, [4] * 5, **OPTIONS)
+    outputs = [stream(state, inputs, [4], **OPTIONS), replayed(graph, state, inputs, 16)]
+    testing.assert_bitwise_equal(torch.cat(outputs, 1), wanted)
+    assert_same_state(state, expected)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwpkm_kernels import testing
-from fwpkm_kernels.plan import check_rows, count_accesses, count_among, plan_segments, segment_totals
+from fwpkm_kernels.kernels import plan as kernels
+from fwpkm_kernels.plan import check_rows, count_accesses, count_among, plan_picks, plan_segments, segment_totals
 
 slot_lists = st.lists(st.integers(0, 11), max_size=200).map(lambda slots: torch.tensor(slots, dtype=torch.int64))
 
@@ -58,6 +59,75 @@ def test_a_plan_of_any_shape_and_layout():
             plan_segments(slots, 9), plan_segments(testing.with_layout(slots, layout), 9), strict=True
         ):
             testing.assert_bitwise_equal(strided, plain, layout)
+
+
+def make_picks(rows, heads, n, top_k, *, same=False, device="cpu"):
+    """Sub-keys [M, H, 2, K], the K of a half of a row being different, and half scores."""
+    generator = torch.Generator().manual_seed(rows + n)
+    columns = torch.rand(1 if same else rows, heads, 2, n, generator=generator).argsort(-1)[..., :top_k]
+    sub_keys = columns.expand(rows, -1, -1, -1) + torch.arange(0, 2 * heads * n, n).view(heads, 2, 1)
+    return sub_keys.int().contiguous().to(device), torch.randn(sub_keys.shape, generator=generator).to(device)
+
+
+def check_picks(sub_keys, half_scores, n, first_row=0):
+    """`plan_picks` is the sort, bit by bit, and the softmax."""
+    with testing.poisoned_memory(), testing.assert_unchanged(sub_keys, half_scores):
+        plan, first, probabilities = plan_picks(sub_keys, half_scores, n, first_row=first_row)
+    sort = plan_segments(sub_keys, sub_keys.shape[1] * 2 * n)
+    for name, field, expected in zip(plan._fields, plan, sort, strict=True):
+        testing.assert_bitwise_equal(field, expected, name)
+    sizes = torch.bincount(sub_keys.flatten().long(), minlength=sub_keys.shape[1] * 2 * n)
+    assert first.tolist() == [0, *sizes.cumsum(0).tolist()]
+    expected = half_scores.softmax(-1)
+    expected[:first_row] = 0.0
+    torch.testing.assert_close(probabilities, expected)
+    assert (probabilities[:first_row] == 0).all()
+
+
+# rows, heads, n, K: tiles that are full and not, K = 1, K = n, K that is no power of two, odd n, many of either.
+PICKS = [(5, 1, 9, 3), (16, 2, 20, 1), (37, 1, 5, 5), (33, 3, 6, 2), (1, 1, 1, 1), (40, 1, 300, 33), (18, 1, 4096, 64)]
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["different", "same"])
+@pytest.mark.parametrize("shape", PICKS, ids=str)
+def test_counting_picks_is_sorting_them(shape, same, triton_place):
+    check_picks(*make_picks(*shape, same=same, device=triton_place.device), shape[2], first_row=2)
+
+
+@pytest.mark.parametrize("rows", [48, 70])
+def test_programs_of_several_tiles(rows, monkeypatch, triton_place):
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    sub_keys, half_scores = make_picks(rows, 2, 7, 3, device=triton_place.device)
+    check_picks(sub_keys, half_scores.double(), 7)
+
+
+@pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_ROWS"])
+def test_more_picks_than_can_be_counted(limit, monkeypatch, triton_place):
+    monkeypatch.setattr(kernels, limit, 8)
+    monkeypatch.setattr(kernels, "launch", None)
+    check_picks(*make_picks(20, 2, 9, 3, device=triton_place.device), 9, first_row=2)
+
+
+def test_no_picks(triton_place):
+    check_picks(*make_picks(0, 2, 9, 3, device=triton_place.device), 9)
+
+
+def test_probabilities_of_extreme_scores(triton_place):
+    """A row with NaN has no probabilities, and others keep theirs."""
+    sub_keys, half_scores = make_picks(4, 1, 9, 3, device=triton_place.device)
+    half_scores[0, 0, 0] = torch.tensor([torch.nan, 1.0, 0.0])
+    half_scores[1, 0, 1] = torch.tensor([1e30, 0.0, -torch.inf])
+    _, _, probabilities = plan_picks(sub_keys, half_scores, 9)
+    torch.testing.assert_close(probabilities, half_scores.softmax(-1), equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(4096, 1, 512, 8), (513, 4, 512, 32), (40000, 1, 1000, 8), (4096, 1, 4096, 64)], ids=str
+)
+def test_counting_at_real_sizes(shape):
+    for same in (False, True):
+        check_picks(*make_picks(*shape, same=same, device="cuda"), shape[2])
 
 
 @pytest.mark.parametrize("slots", [[-1, 3], [3, 9]])

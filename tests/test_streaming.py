@@ -627,10 +627,10 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
 
     # What a graph captures, where gates and masks are not given and the place is a tensor.
     tokens = streaming.Tokens(by_time.queries[:1], by_time.targets[:1], None, None)
-    output, where = torch.empty_like(tokens.targets), torch.arange(1, 2, device=triton_place.device)
+    output, place = torch.empty_like(tokens.targets), torch.tensor(1, device=triton_place.device)
     with torch.no_grad(), NoSynchronisation(state._position):
-        streaming.read_piece(state.keys, state.values, queue, tokens, output, where, o)
-        streaming.close_chunk(state.keys, state.values, state._touched, queue, False, o)
+        streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
+        streaming.close_chunk(state.keys, state.values, state._touched, queue, False, streaming.Lanes(), o)
 
 
 @pytest.fixture

@@ -63,7 +63,9 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
-    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+    # Entering a device that is current already would cost several microseconds of every launch.
+    elsewhere = on.is_cuda and on.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(on.device) if elsewhere else contextlib.nullcontext():
         # Said explicitly because Triton's default is about to change, and with it the bits of every result.
         kernel[grid](*args, enable_fp_fusion=True, **options)
 

@@ -2,12 +2,14 @@
 
 A half of a row picks K sub-keys with probabilities P; P̄ is their mean over the rows of all heads, and
 u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside the rows of the
-sub-keys that were picked; no matrix of all sub-keys for every row exists. Sums over the picks of a sub-key are
-`kernels/segments.py`; with width 1 they are those of P, which give P̄.
+sub-keys that were picked; no matrix of all sub-keys for every row exists. Sums over the picks of a sub-key go by their
+plan (`kernels/plan.py`): of vectors in `kernels/segments.py`, of numbers in `pick_sums_kernel`, which takes care of the
+rows that nobody picked too.
 
-Forward is `step_kernel`, from the picks to the factors of q - k, and one sum with the "update" epilogue: the gradient
-is never stored. Backward runs `step_kernel` again with the gradient V of the totals, then `score_grad_kernel`, which
-leaves one gradient for each half score picked, the lookup's own included, to `half_grad` in `kernels/lookup.py`.
+Forward is `pick_sums_kernel`, from P to P̄; `step_kernel`, from the picks to the factors of q - k; and one sum with the
+"update" epilogue: the gradient is never stored. Backward runs these two again, with the gradient V of the totals, then
+`score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's own included, to `half_grad` in
+`kernels/lookup.py`.
 """
 
 from typing import Any
@@ -18,7 +20,71 @@ import triton.language as tl
 
 from ._common import launch, next_power_of_2
 from .lookup import half_grad
-from .segments import segment_rows
+from .segments import SegmentConfig, segment_config, segment_rows
+
+
+@triton.jit
+def pick_sums_kernel(
+    coefficient_ptr,
+    step_factor_ptr,
+    order_ptr,
+    first_ptr,
+    sums_ptr,
+    table_ptr,
+    steps_ptr,
+    out_ptr,
+    stride_tn,
+    stride_td,
+    H,
+    decay: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n]; and rows of `out` [H·2·n, Dk/2].
+
+    ROWS: out[row] = decay·table[row] where "unpicked" or in "all" rows; STEP: less the sum of the row's `step_factor`
+    times steps[row]. A program owns one sub-key of one half, of all heads. Grid: (2·n,).
+    """
+    i_key = tl.program_id(0)
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_A], dtype)
+    i_head = 0
+    while i_head < H:
+        row = i_head * (2 * NUM_KEYS) + i_key
+        begin = tl.load(first_ptr + row)
+        end = tl.load(first_ptr + row + 1)
+        step_total = tl.zeros([BLOCK_A], dtype)
+        position = begin
+        while position < end:
+            offs_a = position + tl.arange(0, BLOCK_A)
+            mask_a = offs_a < end
+            access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
+            total += tl.load(coefficient_ptr + access, mask=mask_a, other=0.0)  # [BLOCK_A]
+            if STEP:
+                step_total += tl.load(step_factor_ptr + access, mask=mask_a, other=0.0)
+            position += BLOCK_A
+        if ROWS != "none":
+            # No columns of the rows that are not written.
+            columns = HALF
+            if ROWS == "unpicked":
+                columns = tl.where(begin == end, HALF, 0)
+            step_factor = tl.sum(step_total, axis=0)
+            base = row.to(tl.int64)
+            for start in range(0, HALF, BLOCK_D):
+                offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+                mask_d = offs_d < columns
+                x = tl.load(table_ptr + base * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+                x *= tl.full([], decay, dtype)
+                if STEP:  # steps of rows that nobody picked are not defined
+                    mask_s = offs_d < tl.where(begin < end, HALF, 0)
+                    x -= step_factor * tl.load(steps_ptr + base * HALF + offs_d, mask=mask_s, other=0.0)
+                tl.store(out_ptr + base * HALF + offs_d, x.to(out_ptr.dtype.element_ty), mask=mask_d)
+        i_head += 1
+    tl.store(sums_ptr + i_key, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -54,6 +120,7 @@ def step_kernel(
     eps: tl.float64,
     share: tl.float64,
     weight: tl.float64,
+    direction: tl.float64,
     NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -65,8 +132,9 @@ def step_kernel(
     """Factors f = 2c/E of q - k, E = eps + |q - k|² (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u).
 
     Their sums over the picks of a sub-key are the totals that it steps by. `share` is 1 / (the number of rows). GRAD:
-    with V, [H·2·n, Dk/2], the gradient of the totals, also a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>) and the parts
-    P·(a - Σ P·a) of the gradient of u. A program owns one half of one (token, head) row. Grid: (rows, 2).
+    with V, the gradient of the totals, also a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>) and the parts P·(a - Σ P·a) of
+    the gradient of u. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that
+    table. A program owns one half of one (token, head) row. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -104,6 +172,8 @@ def step_kernel(
             factor *= scale
             dot *= scale
         if GRAD:
+            dot *= tl.full([], direction, dtype)
+            factor *= tl.full([], direction, dtype)
             tl.store(dot_ptr + picks, dot, mask=mask_k)
             tl.store(share_ptr + picks, probability * (dot - tl.sum(probability * dot, axis=0)), mask=mask_k)
     tl.store(factor_ptr + picks, factor, mask=mask_k)
@@ -177,12 +247,60 @@ def score_grad_kernel(
     tl.store(grad_halves_ptr + picks, grad, mask=mask_k)
 
 
-def sum_picks(coefficients: torch.Tensor, plan: tuple[torch.Tensor, ...], *, heads: int, num_keys: int) -> torch.Tensor:
-    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key: [H, 2·n]."""
-    sums = torch.zeros(heads * 2 * num_keys, 1, dtype=coefficients.dtype, device=coefficients.device)
-    ones = torch.ones(1, 1, dtype=coefficients.dtype, device=coefficients.device)
-    segment_rows(sums, ones.expand(coefficients.numel(), 1), coefficients, *plan)
-    return sums.view(heads, 2 * num_keys)
+def pick_sums(
+    coefficients: torch.Tensor,
+    order: torch.Tensor,
+    first: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor | None,
+    *,
+    heads: int,
+    all_rows: bool = False,
+    decay: float = 1.0,
+    step_factors: torch.Tensor | None = None,
+    steps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n].
+
+    Beside it `out`, unless None, gets decay·table in the rows that nobody picked, or in all rows; with `step_factors`,
+    like `coefficients`, less their sum over the picks of a row times that row of `steps`. `out` and `steps` are tables
+    [H·2·n, Dk/2], contiguous.
+    """
+    num_keys, half = table.shape[0] // (2 * heads), table.shape[1]
+    sums = torch.empty(2 * num_keys, dtype=coefficients.dtype, device=coefficients.device)
+    launch(
+        pick_sums_kernel,
+        (2 * num_keys,),
+        coefficients,
+        coefficients if step_factors is None else step_factors,
+        order,
+        first,
+        sums,
+        table,
+        table if steps is None else steps,
+        table if out is None else out,
+        *table.stride(),
+        heads,
+        decay,
+        NUM_KEYS=num_keys,
+        HALF=half,
+        ROWS="none" if out is None else "all" if all_rows else "unpicked",
+        STEP=step_factors is not None,
+        # A sub-key that every token picks is one program's: many picks at a time.
+        BLOCK_A=1024,
+        BLOCK_D=min(next_power_of_2(half), 1024),
+        num_warps=4,
+        on=coefficients,
+    )
+    return sums
+
+
+def pick_config(queries: torch.Tensor, keys: torch.Tensor) -> SegmentConfig:
+    """Tiles for sums over the picks of each sub-key: of these there are few, and of picks many."""
+    config = segment_config(keys.shape[1], min(queries.dtype, keys.dtype, key=lambda dtype: dtype.itemsize))
+    # Four rows at a time are as many bytes under way as the cache can serve. A program for every pick would mostly be
+    # one that looks and leaves, which takes longer than the sums.
+    return config._replace(block_a=2 * config.block_a, window=8)
 
 
 def step_factors(
@@ -197,8 +315,12 @@ def step_factors(
     weight: float,
     num_rows: int,
     grad_totals: torch.Tensor | None = None,
+    direction: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the factors of the key step; with `grad_totals` also a and the parts of B; each [M, H, 2, K]."""
+    """Launch the factors of the key step; with V = direction·grad_totals also a and the parts of B; each [M, H, 2, K].
+
+    With V the factors are already multiplied by `direction`.
+    """
     heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
     factors = torch.empty_like(probabilities)
     dots, shares = factors, factors
@@ -223,6 +345,7 @@ def step_factors(
         eps,
         1.0 / num_rows,
         weight,
+        direction,
         NUM_KEYS=keys.shape[0] // (2 * heads),
         HALF=half,
         TOP_K=top_k,
@@ -244,7 +367,9 @@ def step_keys(
     probabilities: torch.Tensor,
     sub_keys: torch.Tensor,
     plan: tuple[torch.Tensor, ...],
+    first: torch.Tensor,
     *,
+    in_place: bool,
     idw: bool,
     eps: float,
     lr: float,
@@ -252,13 +377,16 @@ def step_keys(
     weight_decay: float,
     clip: float | None,
 ) -> None:
-    """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])) for the sub-keys that the plan names.
+    """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])), where the sum is over the picks of j.
 
-    `keys` and `out` are tables [H·2·n, Dk/2]; the other rows of `out` are already what they should be. `probabilities`
-    and `sub_keys` [M, H, 2, K] are those of queries [M, H, Dk], and `plan` is the plan of `sub_keys`.
+    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous; `in_place` says that they are the same. `probabilities`
+    and `sub_keys` [M, H, 2, K] are those of queries [M, H, Dk], and `plan` and `first` are the plan of `sub_keys`.
     """
     heads, half = queries.shape[1], keys.shape[1]
-    marginal = sum_picks(probabilities, plan, heads=heads, num_keys=keys.shape[0] // (2 * heads)).sum(0)
+    decay = 1.0 - lr * weight_decay
+    # A row that somebody picked is first written when its sum is known, and nobody else reads it by then.
+    unpicked = None if in_place and decay == 1.0 else out
+    marginal = pick_sums(probabilities, plan[0], first, keys, unpicked, heads=heads, decay=decay)
     factors, _, _ = step_factors(
         queries,
         keys,
@@ -278,9 +406,10 @@ def step_keys(
         epilogue="update",
         table=keys,
         centered=idw,
-        decay=1.0 - lr * weight_decay,
+        decay=decay,
         lr=lr,
         clip=clip,
+        config=pick_config(queries, keys),
     )
 
 
@@ -339,6 +468,7 @@ def address_grad(
     grad_scores: torch.Tensor | None,
     slots: torch.Tensor | None,
     plan: tuple[torch.Tensor, ...],
+    first: torch.Tensor,
     *,
     idw: bool,
     eps: float,
@@ -358,19 +488,45 @@ def address_grad(
     num_keys = keys.shape[0] // (2 * heads)
     rows = queries.reshape(-1, half)
     options: dict[str, Any] = {"idw": idw, "weight": weight, "num_rows": num_rows}
-    factors = grad_totals = step = None
+    decay = 1.0 - lr * weight_decay
+    factors = directions = step = None
     if weight != 0.0 and num_rows > 0:
-        marginal = sum_picks(probabilities, plan, heads=heads, num_keys=num_keys).sum(0)
+        marginal = pick_sums(probabilities, plan[0], first, keys, None, heads=heads)
         inputs = (queries, keys, probabilities, sub_keys, marginal)
-        grad_totals = grad_new_keys * -lr
+        directions, direction = grad_new_keys, -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             factors, _, _ = step_factors(*inputs, eps=eps, **options)
-            totals = torch.zeros_like(grad_new_keys)
-            segment_rows(totals, rows, factors, *plan, table=keys, centered=idw)
-            grad_totals = torch.where(totals.abs() <= clip, grad_totals, 0.0)
-        factors, dots, shares = step_factors(*inputs, eps=eps, grad_totals=grad_totals, **options)
-        grad_slope = sum_picks(shares, plan, heads=heads, num_keys=num_keys).sum(0)
+            directions, direction = torch.empty_like(grad_new_keys), 1.0
+            segment_rows(
+                directions,
+                rows,
+                factors,
+                *plan,
+                epilogue="step_grad",
+                table=keys,
+                base=grad_new_keys,
+                centered=idw,
+                lr=-lr,
+                clip=clip,
+                config=pick_config(queries, keys),
+            )
+        factors, dots, shares = step_factors(*inputs, eps=eps, grad_totals=directions, direction=direction, **options)
+        grad_keys = torch.empty_like(grad_new_keys)
+        grad_slope = pick_sums(
+            shares,
+            plan[0],
+            first,
+            grad_new_keys,
+            grad_keys,
+            heads=heads,
+            all_rows=True,
+            decay=decay,
+            step_factors=factors if idw else None,
+            steps=directions,
+        )
         step = (probabilities, marginal, grad_slope, dots)
+    else:
+        grad_keys = grad_new_keys * decay
     grad_halves = score_grad(
         grad_scores, slots, sub_keys, step, num_keys=num_keys, dtype=probabilities.dtype, **options
     )
@@ -382,14 +538,18 @@ def address_grad(
         idw=idw,
         eps=eps,
         step_factors=factors,
-        grad_totals=grad_totals,
+        grad_totals=directions,
         out_dtype=probabilities.dtype,
     )
-    grad_keys = torch.zeros_like(grad_new_keys)
-    segment_rows(grad_keys, rows, grad_factors, *plan, table=keys, centered=idw)
-    grad_keys.add_(grad_new_keys, alpha=1.0 - lr * weight_decay)
-    if idw and factors is not None and grad_totals is not None:
-        grad_keys.addcmul_(
-            grad_totals, sum_picks(factors, plan, heads=heads, num_keys=num_keys).view(-1, 1), value=-1.0
-        )
+    segment_rows(
+        grad_keys,
+        rows,
+        grad_factors,
+        *plan,
+        epilogue="add",
+        table=keys,
+        base=grad_keys,
+        centered=idw,
+        config=pick_config(queries, keys),
+    )
     return grad_queries, grad_keys

@@ -236,7 +236,7 @@ def plan_kernel(
 
 
 @triton.jit(do_not_specialize=["A", *_LAYOUT])
-def count_kernel(
+def count_unmasked_kernel(
     running_ptr,
     order_ptr,
     start_ptr,
@@ -321,7 +321,7 @@ def plan_writes(
     if count == "unmasked":
         running = torch.cumsum(flags, 0, dtype=torch.int32)
         launch(
-            count_kernel,
+            count_unmasked_kernel,
             grid,
             running,
             local_order,

@@ -1,10 +1,10 @@
 """Product-key lookup: scores of the sub-keys, the best of each half, the best of their sums, and the gradient of that.
 
-Forward is three launches. `half_topk_kernel` scores one tile of queries against one tile of sub-keys and keeps the best
-K of the tile: full score matrices never reach device memory. `half_merge_kernel` merges the tiles of a half and scores
-the winners again, from differences. `pair_topk_kernel` forms the sums of the two halves and keeps the best K. (A single
-launch would hold all scores of a row in one program: a tile of 16 rows by 512 sub-keys takes 255 registers a thread on
-sm_90, and no tile holds a larger n.)
+Forward is two launches. `half_topk_kernel` ranks one tile of sub-keys for one tile of queries and keeps the best K of
+the tile: full score matrices never reach device memory. `merge_kernel` merges the tiles of the two halves of a row,
+scores the winners from differences, forms the sums of the halves and keeps the best K. (A single launch would hold all
+scores of a row in one program: a tile of 16 rows by 512 sub-keys takes 255 registers a thread on sm_90, and no tile
+holds a larger n.)
 
 The gradient of a query row is `half_grad_kernel`, which the key step's backward shares; that of the sub-keys is a sum
 over the rows that picked them, which `kernels/segments.py` does for every table of the package.
@@ -47,6 +47,15 @@ def lookup_config(num_keys: int, top_k: int, dtype: torch.dtype) -> LookupConfig
     )
 
 
+def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
+    """Warps for `merge_kernel`: one, whose reductions need no shared memory, while its tiles fit registers.
+
+    The candidates of both halves take 16 bytes of each of `block_c` columns, pairs as much, and of the sub-keys, rows
+    of `row_bytes` (0: not read), several are held at a time.
+    """
+    return max(1, min(8, max(block_c // 512, block_p // 256, row_bytes // 2048)))
+
+
 @triton.jit
 def half_topk_kernel(
     queries_ptr,
@@ -61,7 +70,6 @@ def half_topk_kernel(
     stride_kn,
     stride_kd,
     M,
-    eps: tl.float64,
     NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -72,10 +80,12 @@ def half_topk_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Best TOP_K of BLOCK_N scores, for BLOCK_M rows: s = q·k, or s = -log(eps + |q|² - 2 q·k + |k|²).
+    """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
-    A program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates, best
-    first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
+    Only the rank matters under IDW: |q|² is the same for all sub-keys, -log(eps + d²) falls with d², and `merge_kernel`
+    scores the winners from their differences. Without them no sub-keys tie but those that rounding 2 q·k - |k|² makes
+    equal. A program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
+    best first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
     """
     i_m = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
@@ -92,7 +102,6 @@ def half_topk_kernel(
     k_ptrs = keys_ptr + i_head * stride_kh + i_half * stride_ka + offs_n.to(tl.int64) * stride_kn  # [BLOCK_N]
 
     dots = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-    q_norm = tl.zeros([BLOCK_M], dtype)
     k_norm = tl.zeros([BLOCK_N], dtype)
     if dtype == tl.float64:
         # Column by column: tl.dot takes no float64 before Triton 3.6.
@@ -102,7 +111,6 @@ def half_topk_kernel(
             q_ptrs += stride_qd
             k_ptrs += stride_kd
             dots += q[:, None] * k[None, :]
-            q_norm += q * q
             k_norm += k * k
     else:
         for start in range(0, HALF, BLOCK_D):
@@ -116,16 +124,16 @@ def half_topk_kernel(
             k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
             dots = tl.dot(q, k, dots, input_precision=PRECISION)
             if IDW:
-                q_norm += tl.sum(q * q, axis=1)
                 k_norm += tl.sum(k * k, axis=0)
     if IDW:
-        # Rounding may push a distance below zero; PyTorch's cdist clamps it too.
-        distance = q_norm[:, None] - 2.0 * dots + k_norm[None, :]
-        scores = -tl.log(tl.full([], eps, dtype) + tl.where(distance < 0, 0.0, distance))
+        scores = 2.0 * dots - k_norm[None, :]
     else:
         scores = dots
 
     bits = to_ordered(scores)
+    if IDW:
+        # The distance to an infinite query is NaN where q·k is infinite or NaN: one rank for both.
+        bits = tl.minimum(bits, to_ordered(tl.full([1, 1], float("inf"), dtype)))
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
     out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
     for i_k in range(TOP_K):
@@ -135,13 +143,33 @@ def half_topk_kernel(
 
 
 @triton.jit
-def half_merge_kernel(
+def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first TOP_K of `bits` and their `columns`, [BLOCK_R], largest first, the lower column among equals."""
+    offs_r = tl.arange(0, BLOCK_R)
+    bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
+    columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
+    bits = bits[None, :]  # [1, BLOCK_R]
+    columns = columns[None, :]
+    best = tl.zeros([1, BLOCK_R], bits.dtype)
+    best_columns = tl.zeros([1, BLOCK_R], tl.int32)
+    for i_k in range(TOP_K):
+        is_rank = (offs_r == i_k)[None, :]
+        bit, column, bits = take_best(bits, columns)
+        best = tl.where(is_rank, bit[:, None], best)
+        best_columns = tl.where(is_rank, column[:, None], best_columns)
+    return tl.reshape(best, [BLOCK_R]), tl.reshape(best_columns, [BLOCK_R])
+
+
+@triton.jit
+def merge_kernel(
     queries_ptr,
     keys_ptr,
     candidate_ptr,
     column_ptr,
     half_scores_ptr,
     sub_keys_ptr,
+    scores_ptr,
+    slots_ptr,
     stride_qm,
     stride_qh,
     stride_qd,
@@ -154,94 +182,96 @@ def half_merge_kernel(
     NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
     IDW: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Best TOP_K of the candidates of one half, in order: their scores, and the rows of keys [H·2·n, HALF] they are.
+    """Best TOP_K of the candidates of each half, in order, and best TOP_K of the sums of the two halves.
 
-    IDW: each score is formed again from the difference q - k, since the candidates' have cancelled, and the order is
-    that of the new ones. A program owns one half of one (token, head) row. Grid: (rows, 2).
+    Writes the half scores, the rows of keys [H·2·n, HALF] that they are of, the sums and their slots. IDW: each half
+    score is formed again from the difference q - k, since the candidates' have cancelled, and the order is that of the
+    new ones. Of the sums only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order
+    i·K + j, so the lowest number among equal sums is the lowest flat position. A program owns one (token, head) row.
+    Grid: (rows,).
     """
     i_row = tl.program_id(0).to(tl.int64)
-    i_half = tl.program_id(1).to(tl.int64)
     i_m = i_row // H
     i_head = i_row % H
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
-    out = (i_row * 2 + i_half) * TOP_K
-    first_key = ((i_head * 2 + i_half) * NUM_KEYS).to(tl.int32)
     offs_r = tl.arange(0, BLOCK_R)
 
-    # Among equal candidates the lower position is the lower sub-key.
+    # Both halves at once: their picks do not wait for each other.
     offs_c = tl.arange(0, BLOCK_C)[None, :]
-    base = out * SPLITS
-    bits = tl.load(candidate_ptr + base + offs_c, mask=offs_c < SPLITS * TOP_K, other=0)  # [1, BLOCK_C]
-    bits = tl.where(offs_c < SPLITS * TOP_K, bits, lowest(bits))
-    ranked = tl.zeros([1, BLOCK_R], bits.dtype)
-    columns = tl.zeros([1, BLOCK_R], tl.int32)
+    mask_c = offs_c < SPLITS * TOP_K
+    candidates1 = i_row * (2 * SPLITS * TOP_K) + offs_c
+    candidates2 = candidates1 + SPLITS * TOP_K
+    bits1 = tl.load(candidate_ptr + candidates1, mask=mask_c, other=0)  # [1, BLOCK_C]
+    bits2 = tl.load(candidate_ptr + candidates2, mask=mask_c, other=0)
+    columns1 = tl.load(column_ptr + candidates1, mask=mask_c, other=0)
+    columns2 = tl.load(column_ptr + candidates2, mask=mask_c, other=0)
+    bits1 = tl.where(mask_c, bits1, lowest(bits1))
+    bits2 = tl.where(mask_c, bits2, lowest(bits2))
+    best1 = tl.zeros([1, BLOCK_R], bits1.dtype)
+    best2 = tl.zeros([1, BLOCK_R], bits1.dtype)
+    keys1 = tl.zeros([1, BLOCK_R], tl.int32)
+    keys2 = tl.zeros([1, BLOCK_R], tl.int32)
     for i_k in range(TOP_K):
-        best, position, bits = take_best(bits, offs_c)
-        column = tl.load(column_ptr + base + position)  # [1]
         is_rank = (offs_r == i_k)[None, :]
-        ranked = tl.where(is_rank, best[:, None], ranked)
-        columns = tl.where(is_rank, column[:, None], columns)
+        best, column, bits1 = take_best(bits1, columns1)
+        best1 = tl.where(is_rank, best[:, None], best1)
+        keys1 = tl.where(is_rank, column[:, None], keys1)
+        best, column, bits2 = take_best(bits2, columns2)
+        best2 = tl.where(is_rank, best[:, None], best2)
+        keys2 = tl.where(is_rank, column[:, None], keys2)
+    best1 = tl.reshape(best1, [BLOCK_R])
+    best2 = tl.reshape(best2, [BLOCK_R])
+    keys1 = tl.reshape(keys1, [BLOCK_R])
+    keys2 = tl.reshape(keys2, [BLOCK_R])
 
     if IDW:
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
         mask_d = offs_d < HALF
-        q_row = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
-        k_half = keys_ptr + i_head * stride_kh + i_half * stride_ka
-        q = tl.load(q_row + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [BLOCK_D]
-        scores = tl.zeros([BLOCK_R], dtype)
+        q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh + offs_d * stride_qd
+        k_ptrs = keys_ptr + i_head * stride_kh + offs_d[None, :] * stride_kd  # [1, BLOCK_D]
+        q1 = tl.load(q_ptrs, mask=mask_d, other=0.0).to(dtype)[None, :]  # [1, BLOCK_D]
+        q2 = tl.load(q_ptrs + HALF * stride_qd, mask=mask_d, other=0.0).to(dtype)[None, :]
+        distances1 = tl.zeros([BLOCK_R], dtype)
+        distances2 = tl.zeros([BLOCK_R], dtype)
         for start in range(0, TOP_K, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
-            is_rank = offs_k[:, None] == offs_r[None, :]  # [BLOCK_K, BLOCK_R]
-            column = tl.sum(tl.where(is_rank, columns, 0), axis=1)  # [BLOCK_K]
-            k = tl.load(
-                k_half + column.to(tl.int64)[:, None] * stride_kn + offs_d[None, :] * stride_kd,
-                mask=(offs_k < TOP_K)[:, None] & mask_d[None, :],
-                other=0.0,
-            ).to(dtype)  # [BLOCK_K, BLOCK_D]
-            difference = q[None, :] - k
-            score = -tl.log(tl.full([], eps, dtype) + tl.sum(difference * difference, axis=1))
-            scores += tl.sum(tl.where(is_rank, score[:, None], 0.0), axis=0)
-        is_winner = (offs_r < TOP_K)[None, :]
-        ranked = tl.where(is_winner, to_ordered(scores)[None, :], lowest(ranked))
-        columns = tl.where(is_winner, columns, NUM_KEYS + offs_r[None, :])
-        for i_k in range(TOP_K):
-            best, column, ranked = take_best(ranked, columns)
-            tl.store(half_scores_ptr + out + i_k + tl.arange(0, 1), from_ordered(best))
-            tl.store(sub_keys_ptr + out + i_k + tl.arange(0, 1), first_key + column)
-    else:
-        mask_r = (offs_r < TOP_K)[None, :]
-        tl.store(half_scores_ptr + out + offs_r[None, :], from_ordered(ranked), mask=mask_r)
-        tl.store(sub_keys_ptr + out + offs_r[None, :], first_key + columns, mask=mask_r)
+            mask = (offs_k < TOP_K)[:, None] & mask_d[None, :]
+            row1 = tl.gather(keys1, offs_k, 0).to(tl.int64)[:, None]  # [BLOCK_K, 1]
+            row2 = tl.gather(keys2, offs_k, 0).to(tl.int64)[:, None]
+            k1 = tl.load(k_ptrs + row1 * stride_kn, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
+            k2 = tl.load(k_ptrs + stride_ka + row2 * stride_kn, mask=mask, other=0.0)
+            difference1 = q1 - k1.to(dtype)
+            difference2 = q2 - k2.to(dtype)
+            distance1 = tl.sum(difference1 * difference1, axis=1)  # [BLOCK_K]
+            distance2 = tl.sum(difference2 * difference2, axis=1)
+            is_chunk = offs_r // BLOCK_K == start // BLOCK_K
+            distances1 = tl.where(is_chunk, tl.gather(distance1, offs_r % BLOCK_K, 0), distances1)
+            distances2 = tl.where(is_chunk, tl.gather(distance2, offs_r % BLOCK_K, 0), distances2)
+        best1 = to_ordered(-tl.log(tl.full([], eps, dtype) + distances1))
+        best2 = to_ordered(-tl.log(tl.full([], eps, dtype) + distances2))
+        best1, keys1 = in_order(best1, keys1, NUM_KEYS, TOP_K, BLOCK_R)
+        best2, keys2 = in_order(best2, keys2, NUM_KEYS, TOP_K, BLOCK_R)
 
-
-@triton.jit
-def pair_topk_kernel(
-    half_scores_ptr,
-    sub_keys_ptr,
-    scores_ptr,
-    slots_ptr,
-    NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_PAIRS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Best TOP_K of the sums of two halves.
-
-    Only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order i·K + j, so the
-    lowest number among equal sums is the lowest flat position. A program owns one (token, head) row. Grid: (rows,).
-    """
-    i_row = tl.program_id(0).to(tl.int64)
-    offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < NUM_PAIRS
+    mask_r = offs_r < TOP_K
+    out = i_row * (2 * TOP_K) + offs_r
+    first_key = (i_head * (2 * NUM_KEYS)).to(tl.int32)
+    tl.store(half_scores_ptr + out, from_ordered(best1), mask=mask_r)
+    tl.store(half_scores_ptr + out + TOP_K, from_ordered(best2), mask=mask_r)
+    tl.store(sub_keys_ptr + out, first_key + keys1, mask=mask_r)
+    tl.store(sub_keys_ptr + out + TOP_K, first_key + NUM_KEYS + keys2, mask=mask_r)
 
     # Row i of the K×K square has K // (i + 1) pairs that can win.
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_p = offs_p < NUM_PAIRS
     first = tl.zeros([BLOCK_P], tl.int32)
     start = tl.zeros([BLOCK_P], tl.int32)
     end = 0
@@ -249,21 +279,18 @@ def pair_topk_kernel(
         end += TOP_K // (i + 1)
         first += (offs_p >= end).to(tl.int32)
         start = tl.where(offs_p >= end, end, start)
-    second = offs_p - start
-
-    base = i_row * (2 * TOP_K)
-    part1 = tl.load(half_scores_ptr + base + first, mask=mask_p, other=0.0)  # [BLOCK_P]
-    part2 = tl.load(half_scores_ptr + base + TOP_K + second, mask=mask_p, other=0.0)
-    key1 = tl.load(sub_keys_ptr + base + first, mask=mask_p, other=0) % NUM_KEYS
-    key2 = tl.load(sub_keys_ptr + base + TOP_K + second, mask=mask_p, other=0) % NUM_KEYS
-    slots = (key1.to(tl.int64) * NUM_KEYS + key2)[None, :]
-    bits = to_ordered(part1 + part2)
-    bits = tl.where(mask_p, bits, lowest(bits))[None, :]  # [1, BLOCK_P]
+    second = tl.where(mask_p, offs_p - start, 0)
+    sums = from_ordered(tl.gather(best1, first, 0)) + from_ordered(tl.gather(best2, second, 0))  # [BLOCK_P]
+    slots = tl.gather(keys1, first, 0).to(tl.int64) * NUM_KEYS + tl.gather(keys2, second, 0)
+    bits = to_ordered(sums)
+    bits = tl.where(mask_p, bits, lowest(bits))
+    rank = tl.full([BLOCK_P], TOP_K, tl.int32)
+    left = bits[None, :]
     for i_k in range(TOP_K):
-        best, pair, bits = take_best(bits, offs_p[None, :])
-        slot = tl.sum(tl.where(offs_p[None, :] == pair[:, None], slots, 0), axis=1)  # [1]
-        tl.store(scores_ptr + i_row * TOP_K + i_k + tl.arange(0, 1), from_ordered(best))
-        tl.store(slots_ptr + i_row * TOP_K + i_k + tl.arange(0, 1), slot)
+        _, pair, left = take_best(left, offs_p[None, :])
+        rank = tl.where(offs_p == pair, i_k, rank)
+    tl.store(scores_ptr + i_row * TOP_K + rank, from_ordered(bits), mask=rank < TOP_K)
+    tl.store(slots_ptr + i_row * TOP_K + rank, slots, mask=rank < TOP_K)
 
 
 def lookup(
@@ -306,6 +333,7 @@ def lookup(
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
     block_d = next_power_of_2(half)
+    num_warps = merge_warps(block_c, block_p, block_d * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
         launch(
@@ -318,7 +346,6 @@ def lookup(
             *queries.stride(),
             *keys.stride(),
             rows,
-            eps,
             NUM_KEYS=num_keys,
             HALF=half,
             TOP_K=top_k,
@@ -332,14 +359,16 @@ def lookup(
             on=queries,
         )
         launch(
-            half_merge_kernel,
-            (rows * heads, 2),
+            merge_kernel,
+            (rows * heads,),
             queries[begin : begin + rows],
             keys,
             candidates,
             columns,
             half_scores[begin : begin + rows],
             sub_keys[begin : begin + rows],
+            scores[begin : begin + rows],
+            slots[begin : begin + rows],
             *queries.stride(),
             *keys.stride(),
             heads,
@@ -347,29 +376,17 @@ def lookup(
             NUM_KEYS=num_keys,
             HALF=half,
             TOP_K=top_k,
+            NUM_PAIRS=num_pairs,
             SPLITS=splits,
             IDW=idw,
             BLOCK_C=block_c,
             BLOCK_R=next_power_of_2(top_k),
-            BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
+            BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 2048 * num_warps // block_d)),
             BLOCK_D=block_d,
-            num_warps=row_warps(block_d, keys.dtype) if idw else 1,
+            BLOCK_P=block_p,
+            num_warps=num_warps,
             on=queries,
         )
-    launch(
-        pair_topk_kernel,
-        (num_rows * heads,),
-        half_scores,
-        sub_keys,
-        scores,
-        slots,
-        NUM_KEYS=num_keys,
-        TOP_K=top_k,
-        NUM_PAIRS=num_pairs,
-        BLOCK_P=block_p,
-        num_warps=4 if block_p > 256 else 1,  # one warp while a row is small
-        on=queries,
-    )
     return scores, slots, half_scores, sub_keys
 
 

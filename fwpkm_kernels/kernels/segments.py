@@ -11,6 +11,7 @@ What is done with a sum is the EPILOGUE:
     "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
     "update"     out[row] = decay·table[row] - lr·clamp(total)              the write
     "step_grad"  out[row] = lr·table[row] where |total| <= clip, else 0     what the write's backward gathers
+    "add"        out[row] = table[row] + total                              gradient of sub-keys, on top of another
 with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one. With a LOG
 the table's row as it was is kept too, in such an array.
 """
@@ -28,10 +29,11 @@ PIECE = 32
 
 
 class SegmentConfig(NamedTuple):
-    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time."""
+    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time; positions that a program looks at."""
 
     block_a: int
     num_warps: int
+    window: int = 1
 
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
@@ -45,7 +47,7 @@ def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
 
 @triton.jit
 def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.constexpr):
-    """Turn the sum of one segment, and the table's row `old`, into one row of the output."""
+    """Turn the sum of one segment, and the row `old` of the table or base, into one row of the output."""
     decay = tl.full([], decay, total.dtype)
     lr = tl.full([], lr, total.dtype)
     clip = tl.full([], clip, total.dtype)
@@ -55,14 +57,17 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
         total = decay * old - lr * total
     if EPILOGUE == "step_grad":
         total = tl.where((total <= clip) & (total >= -clip), lr * old, 0.0)
+    if EPILOGUE == "add":
+        total += old
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A"])
 def segment_kernel(
     vectors_ptr,
     coefficients_ptr,
     table_ptr,
+    base_ptr,
     out_ptr,
     log_ptr,
     partials_ptr,
@@ -74,34 +79,48 @@ def segment_kernel(
     stride_vd,
     stride_tn,
     stride_td,
+    stride_bn,
+    stride_bd,
     stride_on,
     stride_od,
     decay: tl.float64,
     lr: tl.float64,
     clip: tl.float64,
+    A,
     PER_VECTOR: tl.constexpr,
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
     CENTERED: tl.constexpr,
+    BASE: tl.constexpr,
     CLIP: tl.constexpr,
     COMPACT: tl.constexpr,
     LOG: tl.constexpr,
     PIECE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
-    Access a belongs to vector a // PER_VECTOR. A program owns one piece of one segment. Grid: (accesses,).
+    BASE: the epilogue reads `base` instead of the table.
+    Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions.
+    Grid: (accesses / WINDOW,).
     """
-    i_a = tl.program_id(0)
-    start = tl.load(start_ptr + i_a)
-    end = tl.load(end_ptr + i_a)
-    pieces = (end - start) // PIECE
-    is_hot = pieces >= 2
-    i_piece = (i_a - start) // PIECE
-    opens = tl.where(is_hot, ((i_a - start) % PIECE == 0) & (i_piece < pieces), i_a == start)
-    if opens:
+    offs_w = tl.program_id(0) * WINDOW + tl.arange(0, WINDOW)
+    mask_w = offs_w < A
+    starts = tl.load(start_ptr + offs_w, mask=mask_w, other=0)  # [WINDOW]
+    ends = tl.load(end_ptr + offs_w, mask=mask_w, other=0)
+    pieces_w = (ends - starts) // PIECE
+    i_piece_w = (offs_w - starts) // PIECE
+    opens_piece = ((offs_w - starts) % PIECE == 0) & (i_piece_w < pieces_w)
+    opens = tl.where(pieces_w >= 2, opens_piece, offs_w == starts) & mask_w
+    i_a = tl.min(tl.where(opens, offs_w, A), axis=0)
+    while i_a < A:
+        start = tl.sum(tl.where(offs_w == i_a, starts, 0), axis=0)
+        end = tl.sum(tl.where(offs_w == i_a, ends, 0), axis=0)
+        pieces = (end - start) // PIECE
+        is_hot = pieces >= 2
+        i_piece = (i_a - start) // PIECE
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
         last = tl.where(is_hot & (i_piece < pieces - 1), i_a + PIECE, end)
         row = tl.load(rows_ptr + i_a).to(tl.int64)
@@ -109,7 +128,7 @@ def segment_kernel(
         mask_d = offs_d < D
         # Read before the accesses, on which it does not depend: two trips to memory at once.
         old = tl.zeros([BLOCK_D], dtype)
-        if CENTERED or EPILOGUE != "sum":
+        if CENTERED or (EPILOGUE != "sum" and not BASE):
             old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
         position = i_a
@@ -130,13 +149,17 @@ def segment_kernel(
         if is_hot:
             tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
         else:
-            total = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+            base = old
+            if BASE:
+                base = tl.load(base_ptr + row * stride_bn + offs_d * stride_bd, mask=mask_d, other=0.0).to(dtype)
+            total = finish_row(total, base, decay, lr, clip, EPILOGUE, CLIP)
             out_row = start.to(tl.int64) if COMPACT else row
             out = out_ptr + out_row * stride_on + offs_d * stride_od
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
             if LOG:
                 log = log_ptr + start.to(tl.int64) * D + offs_d
                 tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
+        i_a = tl.min(tl.where(opens & (offs_w > i_a), offs_w, A), axis=0)
 
 
 @triton.jit
@@ -217,6 +240,7 @@ def segment_rows(
     *,
     epilogue: str = "sum",
     table: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
     log: torch.Tensor | None = None,
     centered: bool = False,
     compact: bool = False,
@@ -228,9 +252,9 @@ def segment_rows(
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
     `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
-    `table` is the table that "update" and "step_grad" read and that `centered` subtracts; it may be `out`. "update"
-    also stores its rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other
-    rows of `log` are left as they are.
+    `table` is the table that the epilogue reads, unless there is a `base` for it, and that `centered` subtracts; either
+    may be `out`. "update" also stores the table's rows as they were in `log` [A, D] (contiguous, in its dtype), each
+    where its segment starts; other rows of `log` are left as they are.
     """
     accesses, width = order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
@@ -243,10 +267,11 @@ def segment_rows(
     hot_block_d = min(block_d, 128)
     launch(
         segment_kernel,
-        (accesses,),
+        (cdiv(accesses, config.window),),
         vectors,
         coefficients,
         table,
+        table if base is None else base,
         out,
         out if log is None else log,
         partials,
@@ -256,24 +281,29 @@ def segment_rows(
         end,
         *vectors.stride(),
         *table.stride(),
+        *(table if base is None else base).stride(),
         *out.stride(),
         decay,
         lr,
         0.0 if clip is None else clip,
+        accesses,
         PER_VECTOR=accesses // vectors.shape[0],
         D=width,
         EPILOGUE=epilogue,
         CENTERED=centered,
+        BASE=base is not None,
         CLIP=clip is not None,
         COMPACT=compact,
         LOG=log is not None,
         PIECE=PIECE,
+        WINDOW=config.window,
         BLOCK_A=config.block_a,
         BLOCK_D=block_d,
         num_warps=config.num_warps,
         on=vectors,
     )
     if accesses >= 2 * PIECE:
+        table = table if base is None else base
         launch(
             hot_segment_kernel,
             (cdiv(accesses, PIECE), cdiv(width, hot_block_d)),

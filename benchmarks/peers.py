@@ -1,0 +1,406 @@
+"""Other people's packages as providers: adapters only, used where a package is installed or its folder is named.
+
+The environment variable FWPKM_PEERS lists folders, separated as in PATH: site folders, unpacked wheels, or the root of
+a checkout of the authors' code. A package that is not there gives no provider. One that is there but cannot be imported
+gives a provider that raises the reason.
+
+Only its learned projections and norms are taken out of a module, since the inputs here are what comes after them. What
+a package cannot do raises NotImplementedError, and whatever it returns is checked like any other provider's.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reference.memory import MemoryOutput
+
+if TYPE_CHECKING:  # the registry imports this module
+    from benchmarks.registry import Configuration, Provider
+
+#: The environment variable that names the folders.
+FOLDERS = "FWPKM_PEERS"
+
+
+class Adapter(NamedTuple):
+    """How one package computes one operation; what follows the module is the provider's."""
+
+    operation: str
+    module: str
+    name: str
+    run: Callable[..., Any]
+    applies: Callable[["Configuration"], bool]
+    #: what runs on the GPU without asking it for a number
+    capturable: bool = True
+
+
+def providers(operation_name: str) -> tuple["Provider", ...]:
+    """The peers that can compute an operation and are there."""
+    from benchmarks.registry import Provider
+
+    return tuple(
+        Provider(adapter.name, adapter.run, adapter.applies, capturable=adapter.capturable)
+        for adapter in _ADAPTERS
+        if adapter.operation == operation_name and _is_there(adapter.module)
+    )
+
+
+@contextlib.contextmanager
+def _folders_on_path() -> Iterator[None]:
+    before = list(sys.path)
+    sys.path[:0] = [os.path.abspath(folder) for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _is_there(module: str) -> bool:
+    with _folders_on_path():
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # a parent package
+            return False
+
+
+def _load(module: str) -> Any:
+    with _folders_on_path():
+        return importlib.import_module(module)
+
+
+def _require(**options: tuple[Any, Any]) -> None:
+    """Each option as (what it is, the only thing that it can be)."""
+    for name, (got, only) in options.items():
+        if got != only:
+            raise NotImplementedError(f"`{name}` can only be {only!r} there, got {got!r}")
+
+
+_PKM = "product_key_memory"
+
+
+class _Access(nn.Module):
+    """In place of a table: keeps the slots, and hands the scores on as the output."""
+
+    slots: Tensor
+
+    def forward(self, slots: Tensor, per_sample_weights: Tensor) -> Tensor:
+        self.slots = slots
+        return per_sample_weights
+
+
+@functools.lru_cache(maxsize=8)
+def _pkm_addressing(heads: int, sub_keys: int, top_k: int, half: int) -> Any:
+    """Its module as far as the scores: without projection, norm, softmax and table."""
+    with torch.device("meta"):
+        memory = _load(_PKM).PKM(1, heads=heads, num_keys=sub_keys, topk=top_k, dim_head=half)
+    memory.to_queries = memory.norm = memory.gate_activation = nn.Identity()
+    memory.values = _Access()
+    del memory.keys  # a parameter; what is set in its place is a plain tensor with a gradient of its own
+    return memory
+
+
+def _pkm_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    _require(score=(score, "dot"))
+    heads, _, sub_keys, half = keys.shape
+    memory = _pkm_addressing(heads, sub_keys, top_k, half)
+    memory.keys = keys.transpose(1, 2)
+    halves_first = queries.to(keys.dtype).unflatten(-1, (2, half)).transpose(1, 2)  # [M, 2, H, Dk/2]
+    scores = memory(halves_first.reshape(1, -1, 2 * heads * half))
+    return scores.view(-1, heads, top_k), memory.values.slots.view(-1, heads, top_k)
+
+
+_FAST_WEIGHT = "fast_weight_product_key_memory"
+
+
+def _fast_weight(keys: Tensor, values: Tensor, top_k: int, lr: float = 1.0, weight: float = 1.0) -> Any:
+    """Its module on these keys [H, 2, n, Dk/2] and values [N, H, D], without projections and norms.
+
+    `retrieve(targets, past, eps, query_tokens=queries)` then takes queries [B, T, H·Dk] and targets [B, T, H·D].
+    """
+    heads, _, sub_keys, half = keys.shape
+    width = values.shape[2]
+    with torch.device("meta"):
+        memory = _load(_FAST_WEIGHT).fwPKM(
+            heads * width,
+            heads=heads,
+            num_memories=sub_keys**2,
+            dim_queries_keys=heads * half,
+            dim_values=heads * width,
+            learning_rate=lr,
+            topk=top_k,
+            addressing_loss_weight=weight,
+            mse_loss_weight_to_keys=0.0,
+            use_boundary_embed=False,
+        )
+    for name in ("keys", "memories", "to_queries", "to_gates", "to_values", "to_out"):
+        delattr(memory, name)
+    memory.zero = torch.zeros((), device=keys.device)  # it takes its device from this buffer
+    memory.keys, memory.memories = keys.transpose(0, 1), values
+    memory.to_queries = lambda queries: queries.unflatten(-1, (heads, 2, half)).movedim(-2, 0)
+    memory.to_values = lambda targets: targets.unflatten(-1, (heads, width))
+    memory.to_gates = lambda targets: torch.ones_like(targets[..., :1, None])
+    memory.to_out = nn.Identity()
+    return memory
+
+
+@functools.lru_cache(maxsize=8)
+def _fast_weight_addressing(
+    heads: int, sub_keys: int, half: int, top_k: int, device: torch.device, dtype: torch.dtype, lr: float, weight: float
+) -> Any:
+    """The module on values of width 1: it cannot look up without reading, nor step the keys without writing."""
+    keys = torch.empty(heads, 2, sub_keys, half, device=device, dtype=dtype)
+    return _fast_weight(keys, keys.new_zeros(sub_keys**2, heads, 1), top_k, lr, weight)
+
+
+def _fast_weight_retrieve(
+    queries: Tensor, keys: Tensor, top_k: int, eps: float, lr: float = 1.0, weight: float = 1.0
+) -> tuple[Any, dict[str, Tensor]]:
+    heads, _, sub_keys, half = keys.shape
+    memory = _fast_weight_addressing(heads, sub_keys, half, top_k, keys.device, keys.dtype, lr, weight)
+    memory.keys = keys.transpose(0, 1)
+    rows = queries.to(keys.dtype).flatten(1).unsqueeze(0)
+    targets = rows.new_zeros(1, rows.shape[1], heads)
+    return memory, memory.retrieve(targets, idw_eps=eps, query_tokens=rows)[1]
+
+
+def _fast_weight_lookup(
+    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    _require(score=(score, "idw"))
+    _, found = _fast_weight_retrieve(queries, keys, top_k, eps)
+    return found["scores"].gather(-1, found["sub_indices"])[0], found["final_indices"][0]
+
+
+def _fast_weight_key_step(
+    keys: Tensor,
+    queries: Tensor,
+    *,
+    top_k: int,
+    score: str = "idw",
+    eps: float = 1e-3,
+    lr: float = 1.0,
+    weight: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+) -> Tensor:
+    _require(heads=(keys.shape[0], 1), score=(score, "idw"), weight_decay=(weight_decay, 0), clip=(clip, None))
+    memory, found = _fast_weight_retrieve(queries, keys, top_k, eps, lr, weight)
+    _, steps = memory.store(found, idw_eps=eps)  # [2, 1, H, n, Dk/2]
+    return keys + steps[:, 0].transpose(0, 1)
+
+
+def _fast_weight_sequence(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    chunk_size: int = 512,
+    top_k: int = 8,
+    lookahead: int = 1,
+    score: str = "idw",
+    eps: float = 1e-3,
+    weighting: str = "softmax",
+    temperature: float = 1.0,
+    gates: Tensor | None = None,
+    mask: Tensor | None = None,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    addressing_weight: float = 1.0,
+    key_gradient: str = "addressing",
+    step: str = "paper",
+    boundary: str = "carry",
+) -> MemoryOutput:
+    """Its retrieve and store, chunk by chunk.
+
+    It writes the last token of a chunk with the chunk's first target, which a gate of 0 undoes; its step has neither
+    the factor J nor the C/(C - 1) of the tokens that are read but not written, so both go into its learning rate.
+    """
+    batch, length, heads, _ = queries.shape
+    # it keeps a memory for each item of a batch, and tables of their own for the heads
+    _require(batch=(batch, 1), heads=(heads, 1), lookahead=(lookahead, 1), score=(score, "idw"), mask=(mask, None))
+    _require(weighting=(weighting, "softmax"), temperature=(temperature, 1), key_gradient=(key_gradient, "addressing"))
+    _require(weight_decay=(weight_decay, 0), clip=(clip, None), step=(step, "paper"), boundary=(boundary, "drop"))
+    memory = _fast_weight(keys, values.unsqueeze(1), top_k)
+    past = None
+    outputs, slots, weights = [], [], []
+    for start in range(0, length, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=eps, query_tokens=queries[:, chunk].flatten(2))
+        outputs.append(output)
+        slots.append(found["final_indices"].flatten(2))
+        weights.append(found["final_scores"].flatten(2))
+        tokens = output.shape[1]
+        written = torch.ones_like(output[..., 0]) if gates is None else gates[:, chunk].to(output.dtype)
+        written = written * (torch.arange(tokens, device=output.device) < tokens - 1)
+        memory.learning_rate = lr * top_k * tokens / max(1, tokens - 1)
+        memory.addressing_loss_weight = addressing_weight * lr / memory.learning_rate
+        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=eps)
+        past = _load(_FAST_WEIGHT).Memories(*stored)
+    if past is not None:
+        keys, values = keys + past.keys[:, 0].transpose(0, 1), values + past.memory_values[0, :, 0]
+    return MemoryOutput(torch.cat(outputs, 1), keys, values, torch.cat(slots, 1), torch.cat(weights, 1))
+
+
+_AUTHORS = "src.models.fwpkm.fwpkm"
+_AUTHORS_GATHER = "src.models.fwpkm.xformer_embeddingbag_grad_wrapper"
+_AUTHORS_SCORES = {"idw": "idw", "dot": "dot_product"}
+
+
+@functools.lru_cache(maxsize=8)
+def _authors_memory(**options: Any) -> Any:
+    """Its module, without parameters."""
+    with torch.device("meta"):
+        return _load(_AUTHORS).FastWeightProductKeyMemory(**options)
+
+
+def _authors_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    _require(eps=(eps, 1e-3))
+    heads, _, sub_keys, half = keys.shape
+    memory = _authors_memory(
+        mem_k_dim=2 * half,
+        mem_v_dim=1,
+        mem_heads=heads,
+        mem_topk=top_k,
+        mem_n_subkeys=sub_keys,
+        qk_score_type=_AUTHORS_SCORES[score],
+    )
+    scores, slots, *_ = memory.get_indices(queries.to(keys.dtype).contiguous(), keys.flatten(0, 2))
+    return scores, slots
+
+
+def _authors_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    return _load(_AUTHORS_GATHER).xformers_embedding_bag(slots, values, weights)
+
+
+def _authors_sequence(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    chunk_size: int = 512,
+    top_k: int = 8,
+    lookahead: int = 1,
+    score: str = "idw",
+    eps: float = 1e-3,
+    weighting: str = "softmax",
+    temperature: float = 1.0,
+    gates: Tensor | None = None,
+    mask: Tensor | None = None,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    addressing_weight: float = 1.0,
+    key_gradient: str = "addressing",
+    step: str = "paper",
+    boundary: str = "carry",
+) -> MemoryOutput:
+    """Its module's forward, as it trains. Final keys and values have no gradient: it leaves them in its parameters."""
+    _require(eps=(eps, 1e-3), step=(step, "paper"), boundary=(boundary, "drop"))
+    if clip not in (None, 1.0):
+        raise NotImplementedError(f"`clip` can only be None or 1.0 there, got {clip!r}")
+    if addressing_weight == 0:
+        raise NotImplementedError("`addressing_weight` cannot be 0 there")
+    heads, width = queries.shape[2:]
+    differentiable = torch.is_grad_enabled()
+    memory = _authors_memory(
+        mem_k_dim=width,
+        mem_v_dim=values.shape[1],
+        mem_heads=heads,
+        mem_topk=top_k,
+        mem_n_subkeys=keys.shape[2],
+        lookahead=lookahead,
+        qk_score_type=_AUTHORS_SCORES[score],
+        score_nonlinear=weighting,
+        score_temperature=temperature,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        mem_grad_to_values_only=key_gradient == "addressing",
+        grad_clip=clip is not None,
+        addr_loss_weight=addressing_weight,
+        fp32_fw=values.dtype != torch.float64,
+    )
+    memory.train(differentiable)
+    # Copies, since it overwrites its parameters with what the last chunk leaves; and it takes gradients of its own.
+    parameters = {"keys": keys.flatten(0, 2).clone(), "values": values.clone()}
+    for parameter in parameters.values():
+        if not parameter.requires_grad:
+            parameter.requires_grad_()
+    inputs = {
+        "q": queries.flatten(2),
+        "ref_v": targets,
+        "gates": gates,
+        "chunk_size": chunk_size,
+        "loss_mask": mask,
+    }
+    result = torch.func.functional_call(memory, parameters, kwargs=inputs)
+    return MemoryOutput(
+        result["output"] if differentiable else result["output"].detach(),
+        parameters["keys"].detach().view_as(keys),
+        parameters["values"].detach(),
+        result["indices"].flatten(2),
+        result["scores"].flatten(2),
+    )
+
+
+def _float32(c: "Configuration") -> bool:
+    return c.dtype == torch.float32
+
+
+def _power_of_two(c: "Configuration") -> bool:
+    """The kernel of its backward, which writes too, takes no other widths."""
+    return _float32(c) and c.width & (c.width - 1) == 0
+
+
+def _dot(c: "Configuration") -> bool:
+    return c.score == "dot"
+
+
+def _idw(c: "Configuration") -> bool:
+    """It keeps several arrays of all differences, [tokens, H, n, Dk/2]: of 2 GiB each for 4096 tokens and n = 512."""
+    return c.score == "idw" and c.sub_keys <= 512
+
+
+def _idw_step(c: "Configuration") -> bool:
+    """It has a distribution of sub-keys for each head, here the heads share one; and float32 is built in."""
+    return _idw(c) and _float32(c) and c.heads == 1
+
+
+def _dropping(c: "Configuration") -> bool:
+    """Neither carries pairs over a boundary, nor works without a key step."""
+    return c.boundary == "drop" and c.key_weight != 0
+
+
+def _dropping_power_of_two(c: "Configuration") -> bool:
+    return _dropping(c) and _power_of_two(c)
+
+
+def _dropping_alone(c: "Configuration") -> bool:
+    """It keeps a memory for each item of a batch."""
+    return _dropping(c) and _idw_step(c) and c.batch == 1
+
+
+def _any(c: "Configuration") -> bool:
+    return True
+
+
+_PKM_NAME, _FAST_WEIGHT_NAME, _AUTHORS_NAME = "product-key-memory", "fast-weight-product-key-memory", "authors"
+
+_ADAPTERS = (
+    Adapter("lookup", _PKM, _PKM_NAME, _pkm_lookup, _dot),
+    Adapter("lookup", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_lookup, _idw),
+    Adapter("lookup", _AUTHORS, _AUTHORS_NAME, _authors_lookup, _any),
+    Adapter("gather", _AUTHORS_GATHER, _AUTHORS_NAME, _authors_gather, _power_of_two),
+    Adapter("key-step", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_key_step, _idw_step),
+    Adapter("sequence", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_sequence, _dropping_alone),
+    Adapter("sequence", _AUTHORS, _AUTHORS_NAME, _authors_sequence, _dropping_power_of_two, capturable=False),
+)

@@ -1,0 +1,210 @@
+"""The lines of a results file, and the tables that are made of them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Result
+from benchmarks.registry import PACKAGE
+
+#: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
+SEQUENCES = ("sequence", "prefill")
+CHUNK = 512  #: tokens in a chunk, where a result does not say
+
+
+@dataclasses.dataclass
+class Figure:
+    """A line of the results that is no row of the registry: one number beside the goal set for it."""
+
+    figure: str
+    value: float
+    unit: str
+    #: where the value lies, taking the quantiles p10 and p90 of the times that went into it
+    low: float
+    high: float
+    goal: float | None
+    #: whether the goal is a least value; most are the most that it may be
+    at_least: bool
+    kind: str
+    device: str
+    commit: str | None
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+
+def to_json(line: Result | Figure) -> str:
+    return json.dumps(dataclasses.asdict(line), ensure_ascii=False)
+
+
+def _read(path: str | Path, kind: Any) -> list[Any]:
+    lines = []
+    if os.path.exists(path):
+        for line in Path(path).read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, TypeError):
+                lines.append(kind(**json.loads(line)))
+    return lines
+
+
+def read_results(path: str | Path) -> list[Result]:
+    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote."""
+    return _read(path, Result)
+
+
+def read_figures(path: str | Path) -> list[Figure]:
+    """The figures in a file of JSON lines."""
+    return _read(path, Figure)
+
+
+def show_us(us: float | None) -> str:
+    """Microseconds in three digits and a fitting unit."""
+    if us is None:
+        return "-"
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.3g} {unit}" if us < 999 * size else f"{us / size:.0f} {unit}"
+    return f"{us:.3g} µs"
+
+
+def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and one line per row: this package's time and floor, then the others' times over this package's."""
+    by_row: dict[str, dict[str, Result]] = {}
+    for result in results:
+        by_row.setdefault(result.row, {})[result.provider] = result
+    others = list(dict.fromkeys(r.provider for r in results if r.provider != PACKAGE))
+    has_graph = any(r.graph_us is not None for r in results)
+    header = ["row", "floor", PACKAGE, "x floor", *(["in a graph", "x floor"] if has_graph else [])]
+    header += [name for other in others for name in (other, "ratio")]
+    lines = []
+    for name, found in by_row.items():
+        ours = found.get(PACKAGE)
+        any_result = ours or next(iter(found.values()))
+        line = [name, show_us(any_result.floor_us), *time_and_ratio(ours)]
+        if has_graph:
+            line += ["-", "-"]
+            if ours and ours.graph_us is not None:
+                line[-2:] = [show_us(ours.graph_us), f"{ours.graph_ratio:.2f}"]
+        for other in others:
+            theirs = found.get(other)
+            ratio = "-"
+            if ours and theirs and ours.time_us and theirs.time_us:
+                ratio = f"{theirs.time_us / ours.time_us:.2f}"
+            line += [time_and_ratio(theirs)[0], ratio]
+        lines.append(line)
+    return header, lines
+
+
+def time_and_ratio(result: Result | None) -> list[str]:
+    if result is None:
+        return ["-", "-"]
+    if result.status != "ok":
+        return [result.status, "-"]
+    return [show_us(result.time_us), f"{result.ratio:.2f}"]
+
+
+def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (header, *lines)
+    )
+
+
+def describe(machine_results: Sequence[Result]) -> str:
+    """The machine and its ceilings, and how to read the table."""
+    r = machine_results[-1]
+    precision, kind_of_time = ("tf32", "medians") if r.kind == "cuda" else ("float32", "minima")
+    versions = ", ".join(f"{name} {version}" for name, version in r.versions.items() if version)
+    return (
+        f"{r.device}: copies at {r.bandwidth_gb_s:.4g} GB/s, "
+        f"matrix products in {precision} at {r.matmul_tflop_s:.3g} TFLOP/s\n"
+        f"{versions}, commit {r.commit}\n"
+        f"Times are {kind_of_time}. ratio = the other's time / this package's: above 1, this package is faster."
+    )
+
+
+def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | None:
+    """Print the table with rich and return None, or return it as text."""
+    if not results:
+        return "no results"
+    problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in results if r.status != "ok")
+    header, lines = table_of(results)
+    chunks = "\n".join(f"{name}, {provider}: {show_us(us)} a chunk" for name, provider, us in per_chunk(results))
+    text = "\n\n".join(filter(None, (chunks, describe(results), problems)))
+    if rich_allowed:
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            shown = Table()
+            for i, name in enumerate(header):
+                shown.add_column(name, justify="right" if i else "left", no_wrap=True)
+            for line in lines:
+                shown.add_row(*line)
+            Console(width=max(Console().width, sum(len(h) + 14 for h in header))).print(shown)
+            print(text)
+            return None
+    return plain_table(header, lines) + "\n\n" + text
+
+
+def show_bytes(count: int | None) -> str:
+    if count is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def tokens_of(result: Result) -> int | None:
+    """Tokens of each item of the batch."""
+    tokens = result.sizes.get("tokens")
+    return None if tokens is None else tokens // result.sizes.get("batch", 1)
+
+
+def alike(results: Sequence[Result], but_for: str) -> list[list[Result]]:
+    """Timed results of one operation, direction and provider that differ in one size only, each group in its order."""
+    groups: dict[tuple[Any, ...], dict[Any, Result]] = {}
+    for r in results:
+        if r.time_us and but_for in r.sizes:
+            others = tuple(sorted((name, x) for name, x in r.sizes.items() if name != but_for))
+            groups.setdefault((r.operation, r.direction, r.provider, others), {})[r.sizes[but_for]] = r
+    return [[group[size] for size in sorted(group)] for group in groups.values() if len(group) > 1]
+
+
+def per_chunk(results: Sequence[Result]) -> list[tuple[str, str, float]]:
+    """What one more chunk of a sequence costs: the two rows, the provider, microseconds.
+
+    It is the difference of the times of two lengths, over the difference in chunks: what a call does once, as copying
+    the table, falls out.
+    """
+    found = []
+    for group in alike([r for r in results if r.operation in SEQUENCES], but_for="tokens"):
+        short, long = group[0], group[-1]
+        chunks = ((tokens_of(long) or 0) - (tokens_of(short) or 0)) / long.sizes.get("chunk", CHUNK)
+        name = f"{long.operation}/{long.direction}: {long.configuration} less {short.configuration}"
+        found.append((name, long.provider, ((long.time_us or 0.0) - (short.time_us or 0.0)) / chunks))
+    return found
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    """The figures beside their goals."""
+    lines = []
+    for f in figures:
+        goal = "-" if f.goal is None else f"{'≥' if f.at_least else '≤'} {f.goal:g} {f.unit}"
+        verdict = {None: "", True: "reached", False: "missed"}[f.reached]
+        lines.append([f.figure, f"{f.value:.3g} {f.unit}", f"{f.low:.3g} to {f.high:.3g}", goal, verdict])
+    return plain_table(["figure", "value", "p10 to p90", "goal", ""], lines)

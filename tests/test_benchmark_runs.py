@@ -1,0 +1,515 @@
+"""Benchmark runs: timing, result files, tables, plots, comparisons, and the GPU run where there is no GPU."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cpu, cpu_rows, gpu, registry, run, sanitize
+from benchmarks.compare import Stored, compare
+from benchmarks.measure import Machine, Result, measure, peak_cpu
+from benchmarks.results import Figure, figures_table, per_chunk
+from tests.conftest import HAS_GPU
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
+
+
+def shrunk(row: registry.Row) -> registry.Row:
+    return dataclasses.replace(row, configuration=row.configuration.shrunk())
+
+
+ROWS = {row.name: shrunk(row) for row in registry.rows()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tables_are_dropped():
+    yield
+    registry.table.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["lookup/backward/inference", "gather/forward/inference", "update_/forward/inference"])
+def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
+    row = ROWS[name]
+    inputs = row.inputs("cpu")
+    before = {key: x.clone() for key, x in inputs.items() if isinstance(x, torch.Tensor)}
+    results = [measure(row, provider, MACHINE, seconds=0.001, inputs=inputs) for provider in row.providers()]
+    for result in results:
+        assert result.status == "ok", result.message
+        assert 0 < result.min_us <= result.p10_us <= result.median_us <= result.p90_us
+        assert result.ratio == result.min_us / result.floor_us
+        cost = row.cost(inputs)
+        assert result.floor_us == pytest.approx(max(cost.bytes / 1e4, cost.flops / 1e5))
+    assert all(torch.equal(inputs[key], x) for key, x in before.items())  # the next provider gets the same inputs
+
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(map(run.to_json, results)) + '\n{"operation": "cut o', "utf-8")
+    assert run.read_results(file) == results
+    table = run.report(results)
+    assert name in table
+    assert "pytorch" in table
+
+
+@pytest.fixture
+def pytest_benchmark(monkeypatch) -> None:
+    """A session inside a test takes itself for a worker of pytest-xdist where the test does; then it times nothing."""
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.fixture
+def shrunk_run(monkeypatch, pytest_benchmark) -> list[str]:
+    """A run of two shrunk rows on a CPU that is not measured; the first words of its command line."""
+    rows = [ROWS["gather/forward/inference"], ROWS["update_/forward/inference"]]
+    monkeypatch.setattr(run, "rows", lambda device, name="": [row for row in rows if name in row.name])
+    monkeypatch.setattr(run, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(cpu, "run", lambda machine, *, deadline, on_figure: [*map(on_figure, some_figures())])
+    return ["--device", "cpu", "--seconds-per-row", "0.001"]
+
+
+def some_figures(**fields) -> list[Figure]:
+    shared = {"kind": "cpu", "device": "test", "commit": None}
+    fields = {"value": 10.0, "low": 9.0, "high": 11.0, **fields}
+    return [
+        Figure(figure=cpu.STEP, unit="ms", goal=25.0, at_least=False, **shared, **fields),
+        Figure(figure=cpu.DENSE_RATIO, unit="x", goal=20.0, at_least=True, **shared, **fields),
+    ]
+
+
+def test_command_line(shrunk_run, monkeypatch, tmp_path, capsys):
+    """A table, a file, the figures last, and nothing measured twice with --resume."""
+    monkeypatch.setattr(cpu, "NAMES", [figure.figure for figure in some_figures()])
+    file = tmp_path / "out.jsonl"
+    arguments = [*shrunk_run, "--json", str(file)]
+    assert run.main([*arguments, "--op", "gather"]) == 0
+    first, tokens = run.read_results(file), ROWS["gather/forward/inference"].configuration.tokens
+    assert {r.provider for r in first} >= {"fwpkm_kernels", "pytorch", "embedding_bag"}
+    assert all(r.repeats >= 3 and r.peak_bytes > 0 and r.sizes["tokens"] == tokens for r in first)
+    assert run.read_figures(file) == []
+    assert run.main([*arguments, "--resume"]) == 0
+    second = run.read_results(file)
+    assert second[: len(first)] == first
+    assert {r.row for r in second[len(first) :]} == {"update_/forward/inference"}
+    assert run.read_figures(file) == some_figures()
+    assert run.main([*arguments, "--resume"]) == 0
+    assert run.read_results(file) == second
+    assert run.read_figures(file) == some_figures()
+    out = capsys.readouterr().out
+    assert "update_/forward/inference" in out
+    assert out.rstrip().splitlines()[-2].split("  ")[0] == "step of 512 tokens"
+    assert out.rstrip().splitlines()[-1].endswith("≥ 20 x   missed")
+    assert run.main([*arguments, "--op", "no such row"]) == 2
+    assert "no such row" in capsys.readouterr().err
+    assert run.main([*shrunk_run, "--list", "--op", "gather"]) == 0
+    assert "gather/forward/inference fwpkm_kernels" in capsys.readouterr().out.splitlines()
+
+
+def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark(pytest_benchmark):
+    """What a provider does is recorded; what the benchmark itself does wrong is not lost."""
+
+    def late(**inputs):
+        raise RuntimeError("out of order")
+
+    def wrong(values, slots, weights):
+        return values[slots].sum(1)
+
+    row, results = ROWS["gather/forward/inference"], []
+    cases = [
+        (row, registry.Provider("late", late)),
+        (row, registry.Provider("wrong", wrong)),
+        (row, row.providers()[0]),
+    ]
+    cpu_rows.run(cpu_rows.Measurements(cases, MACHINE, seconds=0.001, on_result=results.append))
+    assert [r.status for r in results] == ["error", "wrong", "ok"]
+    assert results[0].message == "RuntimeError: out of order"
+    assert results[1].median_us is None
+
+    cpu_rows.run(cpu_rows.Measurements(cases, MACHINE, deadline=time.monotonic(), on_result=results.append))
+    assert len(results) == 3
+
+    def full(result):
+        raise OSError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        cpu_rows.run(cpu_rows.Measurements(cases[:1], MACHINE, seconds=0.001, on_result=full))
+
+    def stop(result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_rows.run(cpu_rows.Measurements(cases[:1], MACHINE, seconds=0.001, on_result=stop))
+
+
+def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
+    drawn, measured = [], []
+
+    class FakeRow:
+        def inputs(self, kind):
+            drawn.append(self)
+            return {"seed": len(drawn)}
+
+    def fake_measure(row, provider, machine, *, seconds, inputs, expected):
+        return row, provider, inputs["seed"], expected
+
+    monkeypatch.setattr(run, "measure", fake_measure)
+    monkeypatch.setattr(run, "Expected", lambda row, inputs: (row, inputs["seed"]))
+    monkeypatch.setattr(run, "release", lambda machine: None)
+    a, b = FakeRow(), FakeRow()
+    cases, machine = [(a, "x"), (a, "y"), (b, "x")], dataclasses.replace(MACHINE, kind="cuda")
+    for deadline in (time.monotonic() + 60, time.monotonic()):
+        run.run_rows(cases, machine, seconds=1.0, deadline=deadline, on_result=measured.append)
+    assert drawn == [a, b]
+    assert measured == [(a, "x", 1, (a, 1)), (a, "y", 1, (a, 1)), (b, "x", 2, (b, 2))]
+
+
+def test_peak_memory_of_a_cpu_call():
+    x = torch.ones(1000)
+
+    def call():
+        a = x + 1
+        b = a + 1  # two at once
+        del a
+        c = b + 1  # two at once
+        return torch.cat([c, c])  # four at once: b, c and this one
+
+    assert 4 * 4000 <= peak_cpu(call) < 4 * 4000 + 1000
+
+
+def test_figures_of_a_cpu():
+    """Each of them, at sizes that take no time; that the step's table is right is checked on the way."""
+    figures = []
+    sizes = cpu.Sizes(sub_keys=12, width=10, chunk=6, picks=3)
+    cpu.run(MACHINE, on_figure=figures.append, seconds=0.001, c=sizes, small=8)
+    assert [f.figure for f in figures] == list(cpu.NAMES)
+    assert all(f.value > 0 for f in figures if f.figure != cpu.TRAINING)  # a difference
+    by_name = {f.figure: f for f in figures}
+    ratio = by_name[cpu.DENSE].value / by_name[cpu.STEP_NO_KEYS].value
+    assert by_name[cpu.DENSE_RATIO].value == pytest.approx(ratio)
+
+    state, calls = cpu.steps(sizes, addressing_weight=0.0)
+    write = cpu.DenseWrite.of_second_chunk(state, sizes)
+    calls[0]()
+    write.check(state.values)
+    with pytest.raises(AssertionError, match="step"):
+        write.check(state.values + 1e-3)
+
+
+def test_spreads():
+    assert cpu.Spread.of([3e3, 1e3, 2e3]) == (1.0, 1.0, 3.0)
+    assert cpu.Spread(8, 7, 9).over(cpu.Spread(4, 3, 5)) == (2.0, 7 / 5, 3.0)
+    assert cpu.Spread(90, 85, 95).less(cpu.Spread(10, 9, 15), 8) == (10.0, 70 / 8, 86 / 8)
+
+
+def some_result(**fields) -> Result:
+    """A result of this package with times that say what they are."""
+    times = {"min_us": 90.0, "p10_us": 95.0, "median_us": 100.0, "p90_us": 110.0, "repeats": 9, "peak_bytes": 2**20}
+    shared = {"kind": "cuda", "device": "test", "dtype": "float32", "shapes": {}, "bytes": 10**6, "flops": 10**7}
+    ceilings = {"floor_us": 50.0, "bandwidth_gb_s": 3000.0, "matmul_tflop_s": 400.0, "ratio": 2.0}
+    names = {"operation": "gather", "direction": "forward", "configuration": "inference", "provider": registry.PACKAGE}
+    return Result(**{**names, **shared, **ceilings, **times, **fields})
+
+
+def slower_by(factor: float, **fields) -> Result:
+    times = {name: factor * getattr(some_result(), name) for name in ("min_us", "p10_us", "median_us", "p90_us")}
+    return some_result(**times, **fields)
+
+
+@pytest.mark.parametrize(
+    "new, worse, words",
+    [
+        (some_result(), False, "got no slower"),
+        (slower_by(1.05), False, "got no slower"),
+        (slower_by(1.3), True, "got slower: gather/forward/inference"),
+        (slower_by(1.12), False, "slower, but within the noise"),
+        (slower_by(0.5), False, "faster"),
+        (slower_by(1.3, provider="pytorch"), False, "slower"),
+        (some_result(status="wrong", message="over budget", median_us=None), True, "now wrong"),
+        (some_result(configuration="other"), False, "nothing to compare"),
+        (some_result(device="another", versions={"torch": "3"}), False, "device: test before, another now"),
+    ],
+)
+def test_comparison(new, worse, words):
+    old = Stored([some_result(), some_result(provider="pytorch")], [])
+    text, slower = compare(old, Stored([new], []))
+    assert slower is worse
+    assert words in text
+
+
+def test_comparison_of_figures():
+    old = Stored([], some_figures())
+    assert not compare(old, Stored([], some_figures()))[1]
+    text, slower = compare(old, Stored([], some_figures(value=20.0, low=19.0, high=21.0)))
+    assert slower
+    assert f"got slower: {cpu.STEP}" in text  # the ratio that should be large got better
+    text, slower = compare(old, Stored([], some_figures(value=5.0, low=4.0, high=6.0)))
+    assert f"got slower: {cpu.DENSE_RATIO}" in text
+
+
+def test_comparison_on_the_command_line(shrunk_run, tmp_path, capsys):
+    old, new, slow = (tmp_path / name for name in ("old", "new", "slow"))
+    for file, result in ((old, some_result()), (new, some_result()), (slow, slower_by(2.0))):
+        file.write_text(run.to_json(result) + "\n", "utf-8")
+    assert run.main(["--compare", str(old), "--results", str(new)]) == 0
+    assert run.main(["--compare", str(old), "--results", str(slow)]) == 1
+    assert "got slower: gather/forward/inference" in capsys.readouterr().out
+    # A run against itself, into the file that it is compared with.
+    fast = some_result(kind="cpu", **dict.fromkeys(("min_us", "p10_us", "median_us", "p90_us"), 1e-6))
+    old.write_text(run.to_json(fast) + "\n", "utf-8")
+    assert run.main([*shrunk_run, "--op", "gather", "--json", str(old), "--compare", str(old)]) == 1
+    assert "got slower: gather/forward/inference" in capsys.readouterr().out
+
+
+def test_time_of_one_chunk_more():
+    def sequence(tokens, batch, median, **fields):
+        sizes = {"tokens": tokens, "batch": batch, "chunk": 512, "width": 64}
+        return some_result(
+            operation="sequence", configuration=f"{batch}x{tokens}", sizes=sizes, median_us=median, **fields
+        )
+
+    results = [sequence(512 * 8, 8, 1000.0), sequence(4096 * 8, 8, 2400.0), sequence(512, 1, 7.0)]
+    results += [sequence(512, 1, 10.0, provider="dense"), sequence(1024, 1, 30.0, provider="dense")]
+    found = {provider: us for _, provider, us in per_chunk(results)}
+    assert found == {"fwpkm_kernels": 200.0, "dense": 20.0}
+    assert "200 µs a chunk" in run.report(results)
+    assert per_chunk([some_result(sizes={"tokens": 512}), some_result(sizes={"tokens": 4096})]) == []
+
+
+def test_goals_beside_the_figures():
+    table = figures_table(some_figures(value=30.0, low=29.0, high=31.0)).splitlines()
+    assert table[1].endswith("≤ 25 ms   missed")
+    assert table[2].endswith("≥ 20 x  reached")
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import plot
+
+    def names(results):
+        return [path.name for path in plot(results, tmp_path)]
+
+    assert names([]) == []
+    assert names([some_result(status="wrong")]) == []
+    sizes = {"tokens": 512, "sub_keys": 512, "dtype": "float32"}
+    assert names([some_result(flops=0, sizes=sizes)]) == ["time.png"]
+    results = [some_result(sizes=sizes), some_result(provider="pytorch", sizes=sizes)]
+    results.append(some_result(configuration="n4096", sizes={**sizes, "sub_keys": 4096}))
+    results.append(some_result(configuration="long", sizes={**sizes, "tokens": 4096}, peak_bytes=None))
+    assert names(results) == ["time.png", "roofline.png", "scaling.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"time.png", "roofline.png", "scaling.png"}
+
+
+def test_every_operation_is_launched_for_the_sanitizer(capsys):
+    """On a GPU this also compiles the kernels, which compute-sanitizer then need not wait for."""
+    if HAS_GPU:
+        assert sanitize.main() == 0
+    else:
+        sanitize.run("cpu")
+        assert sanitize.main() == 2
+        assert "no GPU" in capsys.readouterr().err
+
+
+def test_gpu_run_without_a_gpu_says_so(tmp_path):
+    for module in ("benchmarks.gpu", "benchmarks.run"):
+        out = ["--out", str(tmp_path / "out")] if module == "benchmarks.gpu" else ["--device", "cuda"]
+        done = subprocess.run(
+            [sys.executable, "-m", module, *out],
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert "no GPU" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def fake_steps(monkeypatch, **steps):
+    """A GPU run whose two long steps are replaced."""
+    fakes = {
+        "run_tests": lambda path, seconds: path.write_text("3 passed, 1 skipped in 0.10s\n") and "finished, status 0",
+        "run_benchmarks": lambda path, *_: "finished",
+        "planned_measurements": lambda device: 9,
+        **steps,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(gpu, name, fake)
+
+
+def test_gpu_run_writes_its_files(monkeypatch, tmp_path, capsys):
+    line = run.to_json(some_result()) + "\n"
+    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"results.jsonl", "summary.txt", "environment.json", "tests.txt"} <= names
+    assert all(path.is_file() for path in tmp_path.iterdir())
+    assert len(names) <= 8
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "tests: 3 passed, 1 skipped in 0.10s (finished, status 0)" in summary
+    assert "gather/forward/inference" in summary
+    assert summary in capsys.readouterr().out
+
+
+def test_gpu_run_reports_failures(monkeypatch, tmp_path):
+    failed = "FAILED tests/test_x.py::test_y - assert 0\n1 failed, 2 passed in 3.00s\n"
+    line = run.to_json(some_result()) + "\n"
+    fake_steps(
+        monkeypatch,
+        run_tests=lambda path, seconds: path.write_text(failed) and "finished, status 1",
+        run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished",
+    )
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "FAILED tests/test_x.py::test_y - assert 0" in summary
+    assert "benchmarks: 1 of 9 measurements" in summary
+
+    line = run.to_json(some_result(status="wrong", message="over budget")) + "\n"
+    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("broken", ["tests", "benchmarks"])
+def test_gpu_run_is_not_right_where_a_step_could_not_run(broken, monkeypatch, tmp_path):
+    line = run.to_json(some_result()) + "\n"
+    steps = {"run_benchmarks": lambda path, *_: path.write_text(line, "utf-8") and "finished"}
+    if broken == "tests":
+        steps["run_tests"] = lambda path, seconds: path.write_text("No module named pytest\n") and "finished, status 1"
+    else:
+        steps["run_benchmarks"] = lambda path, *_: "ended with exit status 2:\nImportError"
+    fake_steps(monkeypatch, **steps)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "summary.txt").read_text("utf-8").startswith("NOT RIGHT")
+
+
+@pytest.mark.parametrize("reason", ["clock", "signal"])
+def test_gpu_run_keeps_what_it_has_when_stopped(reason, monkeypatch, tmp_path):
+    line = run.to_json(some_result()) + "\n"
+
+    def endless(path, *_):
+        path.write_text(line, "utf-8")
+        if reason == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    fake_steps(monkeypatch, run_benchmarks=endless)
+    begin = time.monotonic()
+    minutes = "0.05" if reason == "clock" else "9"
+    status = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", minutes])
+    assert status == (0 if reason == "clock" else 128 + signal.SIGTERM)
+    assert time.monotonic() - begin < 10
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert "3 passed" in summary
+    assert "benchmarks: 1 of" in summary
+    assert "stopped by" in summary
+
+
+def test_gpu_run_compares_and_hands_on_peers(monkeypatch, tmp_path):
+    (tmp_path / "results.jsonl").write_text(run.to_json(some_result()) + "\n", "utf-8")
+    monkeypatch.setenv(gpu.PEERS, "others")
+    seen = []
+
+    def benchmarks(path, *_):
+        seen.append(os.environ[gpu.PEERS])
+        path.write_text(run.to_json(slower_by(2.0)) + "\n", "utf-8")
+        return "finished"
+
+    fake_steps(monkeypatch, run_benchmarks=benchmarks)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--peers", str(tmp_path)]
+    assert gpu.main([*arguments, "--compare", str(tmp_path / "results.jsonl")]) == 1
+    assert seen == [os.pathsep.join([str(tmp_path), "others"])]
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert summary.startswith("all right")
+    assert "got slower: gather/forward/inference" in summary
+
+
+FAKE_SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER $2"
+case $2 in
+memcheck) echo "========= ERROR SUMMARY: $ERRORS errors"; exit $ERRORS;;
+racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)";;
+esac
+"""
+
+
+def test_sanitizer_is_run_and_read(monkeypatch, tmp_path):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(FAKE_SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert gpu.find_sanitizer() == str(program)
+    for errors, right in (("0", True), ("3", False)):
+        monkeypatch.setenv("ERRORS", errors)
+        found = gpu.run_sanitizer(tmp_path / f"{errors}.txt", 20)
+        assert found["memcheck"] == f"{errors} errors"
+        assert found["racecheck"] == "0 hazards displayed (0 errors, 0 warnings)"
+        assert all(map(gpu.sanitizer_right, found.values())) is right
+        assert (tmp_path / f"{errors}.txt").read_text().count("COMPUTE-SANITIZER") == 2
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
+    assert gpu.run_sanitizer(tmp_path / "none.txt", 20) == {"compute-sanitizer": "not present"}
+
+
+@pytest.mark.parametrize(
+    "text, status, words, right",
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", 0, "0 errors", True),
+        ("Traceback\n========= ERROR SUMMARY: 0 errors\n", 1, "0 errors, but exit status 1", False),
+        ("========= ERROR SUMMARY: 1 error\n", 0, "1 error", False),
+        ("========= COMPUTE-SANITIZER\n", None, "stopped at its time limit of 30 s, no errors till then", True),
+        (
+            "========= Error: process didn't terminate successfully\n",
+            None,
+            "stopped at its time limit of 30 s, no",
+            True,
+        ),
+        ("========= Invalid __global__ read of size 4\n", None, "stopped at its time limit of 30 s, 1 errors", False),
+        ("========= Error: Target application terminated\ndriver too old\n", 1, "could not run (exit status 1)", True),
+    ],
+)
+def test_verdict_of_the_sanitizer(text, status, words, right):
+    verdict = gpu.sanitizer_verdict("memcheck", text, status, 30.0)
+    assert verdict.startswith(words)
+    assert gpu.sanitizer_right(verdict) is right
+
+
+def test_a_child_that_does_not_end_is_ended(tmp_path):
+    begin = time.monotonic()
+    assert gpu.run_child(["-c", "import time; time.sleep(60)"], 0.5, grace=5, stderr=subprocess.DEVNULL) is None
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert gpu.run_child(["-c", stubborn], 0.5, grace=0.5) is None
+    assert gpu.run_child(["-c", "raise SystemExit(5)"], 30) == 5
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "text, counts, failed",
+    [
+        (
+            "..F [100%]\n=== short test summary info ===\n1 failed, 2 passed in 3.21s\n",
+            "1 failed, 2 passed in 3.21s",
+            True,
+        ),
+        ("= 2 passed, 1 skipped, 3 warnings in 65.00s (0:01:05) =", "2 passed, 1 skipped, 3 warnings in 65.00s", False),
+        ("2 passed, 1 error in 1.00s\n", "2 passed, 1 error in 1.00s", True),
+        ("..s.x [ 50%]\n.F.\n", "5 passed, 1 failed, 1 skipped, 1 xfailed", True),
+        ("", "none finished", False),
+    ],
+)
+def test_counts_of_tests(text, counts, failed):
+    assert gpu.count_tests(text).startswith(counts)
+    assert gpu.tests_failed(text) == failed
+
+
+def test_hazards_that_are_errors():
+    text = "========= RACECHECK SUMMARY: 2 hazards displayed ({} errors, {} warnings)\n"
+    assert gpu.sanitizer_right(gpu.sanitizer_verdict("racecheck", text.format(0, 2), 0, 30.0))
+    assert not gpu.sanitizer_right(gpu.sanitizer_verdict("racecheck", text.format(1, 1), 0, 30.0))
