@@ -287,8 +287,8 @@ def pick_sums(
         HALF=half,
         ROWS="none" if out is None else "all" if all_rows else "unpicked",
         STEP=step_factors is not None,
-        # A sub-key that every token picks is one program's: many picks at a time.
-        BLOCK_A=1024,
+        # A sub-key that every token picks is one program's: many picks at a time, as many numbers as registers hold.
+        BLOCK_A=1024 if step_factors is None else 512,
         BLOCK_D=min(next_power_of_2(half), 1024),
         num_warps=4,
         on=coefficients,
