@@ -355,11 +355,11 @@ OUT = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", OUT)
-def test_out(case, dtype, place):
+def test_out(case, place):
     """New keys in a slice of a stack, and keys that move in place, have the bits of a new tensor."""
-    queries, keys = testing.make_lookup_inputs(3, 2, 7, 10, dtype=dtype, keys_dtype=dtype, device=place.device)
+    dtype = torch.float32 if case == "plain" else torch.bfloat16
+    queries, keys = testing.make_lookup_inputs(2, 2, 4, 6, dtype=dtype, keys_dtype=dtype, device=place.device)
     found = {"top_k": 2, "score": "idw", "eps": 1e-3, "backend": place.backend}
     _, _, *halves = lookup_halves(queries, keys, **found, precision="ieee")
     options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None, **OUT[case]}

@@ -57,7 +57,8 @@ def pick_sums_kernel(
         row = i_head * (2 * NUM_KEYS) + i_key
         begin = tl.load(first_ptr + row)
         end = tl.load(first_ptr + row + 1)
-        step_total = tl.zeros([BLOCK_A], dtype)
+        if STEP:
+            step_total = tl.zeros([BLOCK_A], dtype)
         position = begin
         while position < end:
             offs_a = position + tl.arange(0, BLOCK_A)
@@ -68,21 +69,21 @@ def pick_sums_kernel(
                 step_total += tl.load(step_factor_ptr + access, mask=mask_a, other=0.0)
             position += BLOCK_A
         if ROWS != "none":
-            # No columns of the rows that are not written.
-            columns = HALF
-            if ROWS == "unpicked":
-                columns = tl.where(begin == end, HALF, 0)
-            step_factor = tl.sum(step_total, axis=0)
-            base = row.to(tl.int64)
-            for start in range(0, HALF, BLOCK_D):
-                offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-                mask_d = offs_d < columns
-                x = tl.load(table_ptr + base * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
-                x *= tl.full([], decay, dtype)
-                if STEP:  # steps of rows that nobody picked are not defined
-                    mask_s = offs_d < tl.where(begin < end, HALF, 0)
-                    x -= step_factor * tl.load(steps_ptr + base * HALF + offs_d, mask=mask_s, other=0.0)
-                tl.store(out_ptr + base * HALF + offs_d, x.to(out_ptr.dtype.element_ty), mask=mask_d)
+            is_written = begin == end
+            if ROWS == "all":
+                is_written = begin <= end
+            if is_written:
+                base = row.to(tl.int64)
+                for start in range(0, HALF, BLOCK_D):
+                    offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+                    mask_d = offs_d < HALF
+                    x = tl.load(table_ptr + base * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+                    x *= tl.full([], decay, dtype)
+                    if STEP:  # steps of rows that nobody picked are not defined
+                        mask_s = offs_d < tl.where(begin < end, HALF, 0)
+                        step = tl.load(steps_ptr + base * HALF + offs_d, mask=mask_s, other=0.0)
+                        x -= tl.sum(step_total, axis=0) * step
+                    tl.store(out_ptr + base * HALF + offs_d, x.to(out_ptr.dtype.element_ty), mask=mask_d)
         i_head += 1
     tl.store(sums_ptr + i_key, tl.sum(total, axis=0))
 
@@ -286,8 +287,8 @@ def pick_sums(
         HALF=half,
         ROWS="none" if out is None else "all" if all_rows else "unpicked",
         STEP=step_factors is not None,
-        # A sub-key that every token picks is one program's: many picks at a time.
-        BLOCK_A=1024,
+        # A sub-key that every token picks is one program's: many picks at a time, as many numbers as registers hold.
+        BLOCK_A=1024 if step_factors is None else 512,
         BLOCK_D=min(next_power_of_2(half), 1024),
         num_warps=4,
         on=coefficients,

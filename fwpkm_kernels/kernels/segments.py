@@ -106,60 +106,53 @@ def segment_kernel(
     Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions.
     Grid: (accesses / WINDOW,).
     """
-    offs_w = tl.program_id(0) * WINDOW + tl.arange(0, WINDOW)
-    mask_w = offs_w < A
-    starts = tl.load(start_ptr + offs_w, mask=mask_w, other=0)  # [WINDOW]
-    ends = tl.load(end_ptr + offs_w, mask=mask_w, other=0)
-    pieces_w = (ends - starts) // PIECE
-    i_piece_w = (offs_w - starts) // PIECE
-    opens_piece = ((offs_w - starts) % PIECE == 0) & (i_piece_w < pieces_w)
-    opens = tl.where(pieces_w >= 2, opens_piece, offs_w == starts) & mask_w
-    i_a = tl.min(tl.where(opens, offs_w, A), axis=0)
-    while i_a < A:
-        start = tl.sum(tl.where(offs_w == i_a, starts, 0), axis=0)
-        end = tl.sum(tl.where(offs_w == i_a, ends, 0), axis=0)
-        pieces = (end - start) // PIECE
-        is_hot = pieces >= 2
-        i_piece = (i_a - start) // PIECE
-        dtype: tl.constexpr = partials_ptr.dtype.element_ty
-        last = tl.where(is_hot & (i_piece < pieces - 1), i_a + PIECE, end)
-        row = tl.load(rows_ptr + i_a).to(tl.int64)
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        mask_d = offs_d < D
-        # Read before the accesses, on which it does not depend: two trips to memory at once.
-        old = tl.zeros([BLOCK_D], dtype)
-        if CENTERED or (EPILOGUE != "sum" and not BASE):
-            old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
-        total = tl.zeros([BLOCK_D], dtype)
-        position = i_a
-        while position < last:
-            offs_a = position + tl.arange(0, BLOCK_A)
-            mask_a = offs_a < last
-            access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
-            coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
-            vector = tl.load(
-                vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
-                mask=mask_a[:, None] & mask_d[None, :],
-                other=0.0,
-            ).to(dtype)  # [BLOCK_A, BLOCK_D]
-            if CENTERED:
-                vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
-            total += tl.sum(coefficient[:, None] * vector, axis=0)
-            position += BLOCK_A
-        if is_hot:
-            tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
-        else:
-            base = old
-            if BASE:
-                base = tl.load(base_ptr + row * stride_bn + offs_d * stride_bd, mask=mask_d, other=0.0).to(dtype)
-            total = finish_row(total, base, decay, lr, clip, EPILOGUE, CLIP)
-            out_row = start.to(tl.int64) if COMPACT else row
-            out = out_ptr + out_row * stride_on + offs_d * stride_od
-            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
-            if LOG:
-                log = log_ptr + start.to(tl.int64) * D + offs_d
-                tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
-        i_a = tl.min(tl.where(opens & (offs_w > i_a), offs_w, A), axis=0)
+    for i_w in range(WINDOW):
+        i_a = tl.program_id(0) * WINDOW + i_w
+        # Where there is no position an empty segment stands, which opens at 0 only.
+        start = tl.load(start_ptr + i_a, mask=i_a < A, other=0)
+        end = tl.load(end_ptr + i_a, mask=i_a < A, other=0)
+        is_hot = end - start >= 2 * PIECE
+        # A segment that is not hot is one piece; the last one of a hot segment may be longer.
+        opening = tl.where(is_hot, (end - start) // PIECE * PIECE, 1)
+        if ((i_a - start) % PIECE == 0) & (i_a - start < opening):
+            dtype: tl.constexpr = partials_ptr.dtype.element_ty
+            last = tl.where(end - i_a >= 2 * PIECE, i_a + PIECE, end)
+            row = tl.load(rows_ptr + i_a).to(tl.int64)
+            offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+            mask_d = offs_d < D
+            # Read before the accesses, on which it does not depend: two trips to memory at once.
+            old = tl.zeros([BLOCK_D], dtype)
+            if CENTERED or (EPILOGUE != "sum" and not BASE):
+                old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+            total = tl.zeros([BLOCK_D], dtype)
+            position = i_a
+            while position < last:
+                offs_a = position + tl.arange(0, BLOCK_A)
+                mask_a = offs_a < last
+                access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
+                coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
+                vector = tl.load(
+                    vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
+                    mask=mask_a[:, None] & mask_d[None, :],
+                    other=0.0,
+                ).to(dtype)  # [BLOCK_A, BLOCK_D]
+                if CENTERED:
+                    vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
+                total += tl.sum(coefficient[:, None] * vector, axis=0)
+                position += BLOCK_A
+            if is_hot:
+                tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
+            else:
+                base = old
+                if BASE:
+                    base = tl.load(base_ptr + row * stride_bn + offs_d * stride_bd, mask=mask_d, other=0.0).to(dtype)
+                total = finish_row(total, base, decay, lr, clip, EPILOGUE, CLIP)
+                out_row = start.to(tl.int64) if COMPACT else row
+                out = out_ptr + out_row * stride_on + offs_d * stride_od
+                tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+                if LOG:
+                    log = log_ptr + start.to(tl.int64) * D + offs_d
+                    tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
