@@ -230,6 +230,7 @@ def address_grad(
     weight_decay: float,
     clip: float | None,
     backend: str,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The joint backward of a lookup of queries [M, H, Dk] and of a key step over queries[first_row:], same keys.
 
@@ -237,11 +238,13 @@ def address_grad(
     weight and weight_decay are 0. `grad_new_keys` is [H, 2, n, Dk/2], in the compute dtype.
 
     Returns:
-        The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2], in the compute dtype.
+        The gradients of queries [M, H, Dk], which is `out` where that is given, contiguous; and of keys
+        [H, 2, n, Dk/2]; in the compute dtype.
     """
     grad_new_keys = grad_new_keys.contiguous()
+    grad_queries = torch.empty(queries.shape, dtype=grad_new_keys.dtype, device=queries.device) if out is None else out
     if sub_keys.numel() == 0:
-        return grad_new_keys.new_zeros(queries.shape), grad_new_keys * (1.0 - lr * weight_decay)
+        return grad_queries.zero_(), grad_new_keys * (1.0 - lr * weight_decay)
     options: dict[str, Any] = {
         "eps": eps,
         "lr": lr,
@@ -255,11 +258,12 @@ def address_grad(
         probabilities[:first_row] = 0.0
         plan = plan_segments(sub_keys, keys.shape[:3].numel())
         inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
-        return _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
+        grads, grad_keys = _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
+        return grads if out is None else out.copy_(grads), grad_keys
     from .kernels import addressing
 
     plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row)
-    grad_queries, grad_keys = addressing.address_grad(
+    grad_keys = addressing.address_grad(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,
@@ -269,6 +273,7 @@ def address_grad(
         slots,
         plan,
         first,
+        grad_queries,
         idw=score == "idw",
         **options,
     )

@@ -210,7 +210,7 @@ def address_scan_grad(
             keys.flatten(0, 2)[sub_keys.flatten().long()] = chunk_keys[rows].flatten(0, 3)
         else:
             keys = chunk_keys[index]
-        grad_queries[rows], grad_keys = address_grad(
+        _, grad_keys = address_grad(
             grad_keys,
             keys,
             queries[window],
@@ -219,6 +219,7 @@ def address_scan_grad(
             grad_scores[rows],
             found.slots[rows],
             first_row=(chunk.start - chunk.first) * batch,
+            out=grad_queries[rows],
             **(o.key_step if chunk.is_written else still),
         )
     return grad_queries, grad_keys

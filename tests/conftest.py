@@ -1,7 +1,8 @@
 """Where the tests run: the Triton backend on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ else:
 
 #: Marks of a test that only the interpreter makes slow: a GPU runs it with the others.
 SLOW_IN_INTERPRETER = [] if HAS_GPU else [pytest.mark.slow]
+
+
+def slow_in_interpreter(test: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a test without parameters."""
+    return test if HAS_GPU else pytest.mark.slow(test)
 
 
 class Place(NamedTuple):

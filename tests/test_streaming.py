@@ -24,7 +24,7 @@ from fwpkm_kernels import (
 )
 from fwpkm_kernels.chunks import Options
 from fwpkm_kernels.state import FREE_OPTIONS
-from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
+from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place, slow_in_interpreter
 from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
 
 Inputs = dict[str, Any]
@@ -159,7 +159,7 @@ def test_any_cut_is_the_whole_in_triton(call):
     check_cuts(*call, PLACES[1])
 
 
-@pytest.mark.slow
+@slow_in_interpreter
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(calls(most_chunk=4, most_steps=4, most_keys=4))
 def test_many_cuts_are_the_whole_in_triton(call):

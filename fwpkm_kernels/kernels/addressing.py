@@ -470,6 +470,7 @@ def address_grad(
     slots: torch.Tensor | None,
     plan: tuple[torch.Tensor, ...],
     first: torch.Tensor,
+    out: torch.Tensor,
     *,
     idw: bool,
     eps: float,
@@ -478,12 +479,12 @@ def address_grad(
     weight_decay: float,
     clip: float | None,
     num_rows: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the backward of a lookup and a key step from the same keys: gradients of queries and keys.
+) -> torch.Tensor:
+    """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
-    `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous and in the compute dtype, as both
-    gradients are. The key step was over `num_rows` rows, the others having probabilities of 0; without rows or weight
-    there was none.
+    That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous
+    and in the compute dtype, as both gradients are. The key step was over `num_rows` rows, the others having
+    probabilities of 0; without rows or weight there was none.
     """
     heads, half = queries.shape[1], keys.shape[1]
     num_keys = keys.shape[0] // (2 * heads)
@@ -531,7 +532,7 @@ def address_grad(
     grad_halves = score_grad(
         grad_scores, slots, sub_keys, step, num_keys=num_keys, dtype=probabilities.dtype, **options
     )
-    grad_queries, grad_factors = half_grad(
+    _, grad_factors = half_grad(
         grad_halves,
         queries,
         keys,
@@ -540,7 +541,7 @@ def address_grad(
         eps=eps,
         step_factors=factors,
         grad_totals=directions,
-        out_dtype=probabilities.dtype,
+        out=out,
     )
     segment_rows(
         grad_keys,
@@ -553,4 +554,4 @@ def address_grad(
         centered=idw,
         config=pick_config(queries, keys),
     )
-    return grad_queries, grad_keys
+    return grad_keys

@@ -471,18 +471,18 @@ def half_grad(
     eps: float,
     step_factors: torch.Tensor | None = None,
     grad_totals: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient.
 
     `grad_halves` are gradients of the half scores [M, H, 2, K], of any strides; `keys` is a table [H·2·n, Dk/2], and
     `sub_keys` [M, H, 2, K], contiguous, names its rows. `step_factors`, like `sub_keys`, and `grad_totals`, like
-    `keys`, contiguous and in the compute dtype, are what the key step adds. The gradient is in `out_dtype`, by default
-    that of the queries.
+    `keys`, contiguous and in the compute dtype, are what the key step adds. The gradient is written to `out`,
+    contiguous and of any dtype, by default a new tensor in that of the queries.
     """
     half = keys.shape[1]
     top_k = sub_keys.shape[3]
-    grad_queries = torch.empty(queries.shape, dtype=out_dtype or queries.dtype, device=queries.device)
+    grad_queries = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
     if factors.numel() == 0:
         return grad_queries, factors
