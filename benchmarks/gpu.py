@@ -12,7 +12,6 @@ one of the steps could not run, or this package is slower than in FILE), 2 if th
 import argparse
 import contextlib
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -43,8 +42,10 @@ KERNEL_TESTS = (
     "update",
     "gather",
     "addressing",
+    "chunks",
     "memory_kernels",
     "memory",
+    "streaming_kernels",
     "streaming",
     "state",
     "graphs",
@@ -58,6 +59,7 @@ TESTS_SHARE, SANITIZER_SHARE, SANITIZER_END, BENCHMARKS_END, ALARM = 0.54, 0.15,
 PEERS = "FWPKM_PEERS"
 
 FINISHED, STOPPED = "finished", "stopped"  #: how the note on a step begins
+PART = "== part"  #: what stands above the output of each of the processes of the tests
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong
@@ -86,6 +88,35 @@ def signals_raise(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def run_children(
+    children: Sequence[tuple[Sequence[str], dict[str, Any]]], seconds: float, *, grace: float
+) -> list[int | None]:
+    """Run commands side by side, each with options of its own, at most so long; see `run_child`."""
+    processes: list[subprocess.Popen[Any]] = []
+
+    def wait(some: Sequence["subprocess.Popen[Any]"], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for process in some:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+
+    try:
+        for command, options in children:
+            options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "start_new_session": True, **options}
+            processes.append(subprocess.Popen(command, **options))
+        wait(processes, seconds)
+        late = [process for process in processes if process.poll() is None]
+        for process in late:
+            process.send_signal(signal.SIGINT)
+        wait(late, grace)
+        return [None if process in late else process.returncode for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def run_child(
     arguments: Sequence[str], seconds: float, *, under: Sequence[str] = (), grace: float = 10.0, **options: Any
 ) -> int | None:
@@ -96,20 +127,7 @@ def run_child(
     It is asked to stop first (SIGINT: pytest then still reports its failures), and killed with its children after
     `grace`, or at once if this program is being stopped itself.
     """
-    process = subprocess.Popen(
-        [*under, sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options
-    )
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(max(0.0, seconds))
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return run_children([([*under, sys.executable, *arguments], options)], seconds, grace=grace)[0]
 
 
 def compiled_environment() -> dict[str, str]:
@@ -118,31 +136,50 @@ def compiled_environment() -> dict[str, str]:
 
 
 def run_tests(path: Path, seconds: float) -> str:
-    """pytest, its output to `path`; how it ended, in words."""
+    """pytest, in several processes, since a GPU waits for the compiler; outputs to `path`; how it ended, in words."""
     first = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
     others = sorted(f"tests/{file.name}" for file in (ROOT / "tests").glob("test_*.py"))
     others.sort(key=lambda name: name == "tests/test_compiled.py")
     files = [*first, *(name for name in others if name not in first)]
     arguments = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-m", "not slow", *files]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(4, cores)
+    parts = max(1, min(8, cores // 2))
     environment = {**compiled_environment(), "PYTHONUNBUFFERED": "1"}
-    if importlib.util.find_spec("xdist") and workers > 1:
-        arguments += ["-n", str(workers)]
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    with path.open("w", encoding="utf-8") as file:
-        status = run_child(arguments, seconds, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    return f"{STOPPED} at their time limit of {seconds:.0f} s" if status is None else f"{FINISHED}, status {status}"
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // parts)))
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(parts)]
+        children = [
+            (
+                [sys.executable, *arguments, "--part", f"{i + 1}/{parts}"],
+                {"stdout": outputs[i], "stderr": subprocess.STDOUT, "env": environment},
+            )
+            for i in range(parts)
+        ]
+        try:
+            statuses = run_children(children, seconds, grace=10.0)
+        finally:  # what there is is kept
+            with path.open("w", encoding="utf-8") as file:
+                for i, output in enumerate(outputs):
+                    output.seek(0)
+                    file.write(f"{PART} {i + 1} of {parts}\n{output.read()}\n")
+    if None in statuses:
+        return f"{STOPPED} at their time limit of {seconds:.0f} s"
+    return f"{FINISHED}, status {max(status or 0 for status in statuses)}"
 
 
 def count_tests(text: str) -> str:
     """pytest's own counts, or, where it was killed before it gave them, the letters of its progress lines."""
-    counts = re.findall(r"^=*\s*((?:no tests ran|\d+ \w+(?:, \d+ \w+)*) in [\d.]+s.*?)=*$", text, re.M)
-    if counts:
-        return str(counts[-1]).strip()
-    letters = "".join(re.findall(r"^([.FEsxX]+)(?:\s+\[\s*\d+%\])?$", text, re.M))
-    names = {".": "passed", "F": "failed", "E": "errors", "s": "skipped", "x": "xfailed", "X": "xpassed"}
-    return ", ".join(f"{letters.count(c)} {name}" for c, name in names.items() if c in letters) or "none finished"
+    names = {".": "passed", "F": "failed", "E": "error", "s": "skipped", "x": "xfailed", "X": "xpassed"}
+    sums = dict.fromkeys(("failed", "passed", "skipped", "xfailed", "xpassed", "error"), 0)
+    for part in text.split(PART):
+        found = re.findall(r"^=*\s*(?:no tests ran|(\d+ \w+(?:, \d+ \w+)*)) in [\d.]+s.*?=*$", part, re.M)
+        counts = re.findall(r"(\d+) (\w+)", found[-1]) if found else []
+        letters = "".join(re.findall(r"^([.FEsxX]+)(?:\s+\[\s*\d+%\])?$", part, re.M))
+        for number, name in counts or [] if found else [(letters.count(c), name) for c, name in names.items()]:
+            name = "error" if name == "errors" else name
+            if name in sums:
+                sums[name] += int(number)
+    return ", ".join(f"{number} {name}" for name, number in sums.items() if number) or "none finished"
 
 
 def tests_failed(text: str) -> bool:

@@ -43,6 +43,22 @@ def triton_place() -> Place:
     return PLACES[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="I/N", help="of all test functions only each N-th, from the I-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --part, so that several processes share the suite: a function's cases stay together, as its kernels are."""
+    if not config.getoption("--part"):
+        return
+    part, parts = (int(number) for number in config.getoption("--part").split("/"))
+    functions = list(dict.fromkeys(item.nodeid.split("[")[0] for item in items))
+    chosen = set(functions[part - 1 :: parts])
+    others = [item for item in items if item.nodeid.split("[")[0] not in chosen]
+    items[:] = [item for item in items if item.nodeid.split("[")[0] in chosen]
+    config.hook.pytest_deselected(items=others)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not HAS_GPU:
         pytest.skip("needs a GPU")
