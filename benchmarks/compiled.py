@@ -277,6 +277,7 @@ def cases() -> list[Case]:
                     slots,
                     plan,
                     first,
+                    _meta(m, heads, width, dtype=exact),
                     num_rows=m * heads,
                     **options,
                 ),
@@ -469,6 +470,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.bool: "i1",
 }
 
 

@@ -40,7 +40,7 @@ class MemoryGraph:
     one is replayed. With t = chunk_size, or several chunks, there is only the second. The first chunk of a sequence
     carries nothing over from a chunk before, so the step that completes it is not captured but run as
     `fast_weight_memory_step`. In a graph the addresses of a chunk, its plan and its values are on streams of their own:
-    with t of several chunks the addresses run ahead of the values.
+    with t of several chunks the addresses run ahead of the values, and what has been found for each of them is kept.
 
     All options are frozen into the graphs, also lr, weight_decay, clip and addressing_weight.
 
@@ -93,11 +93,22 @@ class MemoryGraph:
             )
             self._output = torch.empty_like(self._tokens.targets)
             self._place = torch.zeros((), dtype=torch.int64, device=state.values.device)
-            spare = state.clone()
+            spare = self._full_state(state)
             self._close = capture(lambda: self._run_close(state), lambda: self._run_close(spare))
             self._read = None
             if self._count < o.chunk_size:
                 self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
+
+    def _full_state(self, state: MemoryState) -> MemoryState:
+        """A copy for warming up, as if all tokens of a chunk had been read: each picked the first sub-keys."""
+        spare, o = state.clone(), self._options
+        assert spare._queue is not None
+        sub_keys = spare._queue.sub_keys  # [C, B, H, 2, K]
+        heads, num_keys = sub_keys.shape[2], state.keys.shape[2]
+        first = torch.arange(0, heads * 2 * num_keys, num_keys, dtype=sub_keys.dtype, device=sub_keys.device)
+        picks = torch.arange(o.top_k, dtype=sub_keys.dtype, device=sub_keys.device)
+        sub_keys.copy_(first.view(heads, 2, 1) + picks)
+        return spare
 
     def _on_device(self) -> torch.cuda.device:
         """Make the state's GPU the current one: a graph is captured, and replayed, on a stream of the current GPU."""

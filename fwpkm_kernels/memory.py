@@ -51,7 +51,7 @@ class Kept(NamedTuple):
     write_weights: Tensor  #: [R, J]
     counts: Tensor  #: int32 [R, J]
     order: Tensor  #: int64 [A]: the plan
-    rows: Tensor  #: int32 [A]
+    rows: Tensor  #: [A], in `row_dtype(N)`
     start: Tensor  #: int32 [A]
     end: Tensor  #: int32 [A]
     log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start

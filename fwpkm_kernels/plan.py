@@ -51,7 +51,7 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
     from .kernels import plan as kernels
 
     sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
-    if kernels.can_plan(sub_keys.shape[0], num_keys):
+    if kernels.can_plan(sub_keys.shape[0], sub_keys.shape[1], num_keys):
         fields, first, probabilities = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row)
         return PickPlan(Plan(*fields), first, probabilities)
     num_rows = sub_keys.shape[1] * 2 * num_keys

@@ -163,6 +163,8 @@ class MemoryState:
         if binding is not None:
             for name, size in (("queue.slots", len(self.values)), ("queue.sub_keys", self.keys.shape[:3].numel())):
                 checks.check_slot_range(f"state_dict[{name!r}]", state_dict[name].cpu(), size)
+            waiting = int(position) % binding.options.chunk_size
+            self._check_picks(state_dict["queue.sub_keys"][:waiting])
             queue = self._queue if self._queue is not None else self._make_queue(binding, self.values.device)
         buffers = {"keys": self.keys, "values": self.values, "position": self._position}
         buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
@@ -179,6 +181,14 @@ class MemoryState:
             f"MemoryState(position={self.position}, heads={heads}, n={num_keys}, Dk={2 * half}, "
             f"values={checks.shape(self.values)} of {self.values.dtype} on {self.values.device})"
         )
+
+    def _check_picks(self, sub_keys: Tensor) -> None:
+        """Picks [tokens, B, H, 2, K] are of their own half, and differ: what plans a key step relies on that."""
+        heads, _, num_keys, _ = self.keys.shape
+        picks = sub_keys.cpu().sort(-1).values
+        half = torch.arange(2 * heads, dtype=picks.dtype).view(heads, 2, 1)
+        if not ((picks // num_keys == half).all() and (picks.diff(dim=-1) > 0).all()):
+            raise ValueError("`state_dict` must hold different sub-keys of each token's own half in 'queue.sub_keys'")
 
     def _load_binding(self, x: Tensor) -> Binding:
         """What a state dict says was bound; ValueError if no step on this state could have bound it."""

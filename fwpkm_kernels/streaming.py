@@ -89,7 +89,10 @@ def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
 def close_chunk(
     keys: Tensor, values: Tensor, touched: Tensor, queue: Queue, is_first: bool, lanes: "Lanes", o: Options
 ) -> None:
-    """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets."""
+    """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
+
+    Once in a capture: the reads do not wait for writes on another lane.
+    """
     carried = 0 if is_first else o.lookahead
     window = queue.queries[o.lookahead - carried :]  # what is carried, then the chunk
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
@@ -98,6 +101,7 @@ def close_chunk(
         predicted_again = gather_rows(values, slots_again.flatten(1), again, again.dtype, o.backend)
         pairs = ((slots_again, slots), (again, weights), (predicted_again, predictions))
         slots, weights, predictions = (torch.cat(pair) for pair in pairs)
+    lanes.hold(predictions)
     pair_targets = queue.targets[o.lookahead - carried :].flatten(0, 1)
     half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
     memory, found = (keys, values, touched, queue), (slots, weights, half_scores, sub_keys)

@@ -7,12 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwpkm_kernels import (
-    MemoryGraph,
-    MemoryState,
-    graphs,
-    testing,
-)
+from fwpkm_kernels import MemoryGraph, MemoryState, addressing, graphs, plan, testing
 from tests.conftest import HAS_GPU
 from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
 from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
@@ -307,3 +302,20 @@ def test_several_chunks_a_graph_from_any_chunk_on(make_graph):
     outputs = [stream(state, inputs, [4], **OPTIONS), replayed(graph, state, inputs, 16)]
     testing.assert_bitwise_equal(torch.cat(outputs, 1), wanted)
     assert_same_state(state, expected)
+
+
+def test_a_capture_warms_up_on_picks_that_can_be_planned(make_graph, monkeypatch):
+    """A queue that no token has filled names one sub-key many times; a plan of that would send writes anywhere."""
+    planned = []
+
+    def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, **options: Any) -> Any:
+        picks, halves = sub_keys.sort(-1).values, torch.arange(4, device=sub_keys.device).view(2, 2, 1)
+        assert (picks.diff(dim=-1) > 0).all()
+        assert (picks // num_keys == halves).all()
+        planned.append(len(picks))
+        return plan.plan_picks(sub_keys, half_scores, num_keys, **options)
+
+    monkeypatch.setattr(addressing, "plan_picks", plan_picks)
+    inputs = make_inputs(2, 4, heads=2, dtype=torch.float32, device=DEVICE)
+    make_graph(make_state(inputs), inputs, 2, **OPTIONS, backend="triton")
+    assert planned == [8]

@@ -324,6 +324,10 @@ BAD_STATE: dict[str, tuple[str, Callable[[Inputs], Inputs]]] = {
     "negative position": ("'position'", lambda s: {"position": torch.tensor(-1)}),
     "no gates in the queue": ("queue.gates", lambda s: {"queue.gates": None}),
     "unknown name": ("'more'", lambda s: {"more": torch.zeros(1)}),
+    "a sub-key twice in the queue": (
+        "different sub-keys.*'queue.sub_keys'",
+        lambda s: {"queue.sub_keys": torch.zeros_like(s["queue.sub_keys"])},
+    ),
     "other shape in the queue": (r"'queue.slots'", lambda s: {"queue.slots": s["queue.slots"][:1]}),
     "other dtype in the queue": (
         "'queue.queries'.*bfloat16.*float32",

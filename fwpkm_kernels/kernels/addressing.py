@@ -2,8 +2,8 @@
 
 A half of a row picks K sub-keys with probabilities P; P̄ is their mean over the rows of all heads, and
 u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside the rows of the
-sub-keys that were picked; no matrix of all sub-keys for every row exists. Sums over the picks of a sub-key go by their
-plan (`kernels/plan.py`): of vectors in `kernels/segments.py`, of numbers in `pick_sums_kernel`, which takes care of the
+sub-keys that were picked; of all sub-keys the plan (`kernels/plan.py`) has a bit for each row. Sums over the picks of a
+sub-key go by that plan: of vectors in `kernels/segments.py`, of numbers in `pick_sums_kernel`, which takes care of the
 rows that nobody picked too.
 
 Forward is `pick_sums_kernel`, from P to P̄; `step_kernel`, from the picks to the factors of q - k; and one sum with the

@@ -339,6 +339,16 @@ def plan_writes(
 
 
 @triton.jit
+def safe_squares(squares):
+    """(Whether Σ w² counts as 0, Σ w² or 1 where it does): below the smallest normal number 1/x may be infinite."""
+    tiny = tl.full(
+        [], 2.2250738585072014e-308 if squares.dtype == tl.float64 else 1.1754943508222875e-38, squares.dtype
+    )
+    is_zero = squares < tiny
+    return is_zero, tl.where(is_zero, 1.0, squares)
+
+
+@triton.jit
 def write_factors(
     running_ptr,
     gates_ptr,
@@ -382,11 +392,7 @@ def write_factors(
         ratio = size.to(dtype) / tl.maximum(written * B, 1).to(dtype)
     squares = ones
     if NORMALIZED:
-        squares = tl.sum(weights * weights, axis=1)
-        # Below it 1/x may be infinite.
-        tiny = tl.full([], 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38, dtype)
-        is_zero = squares < tiny
-        squares = tl.where(is_zero, 1.0, squares)
+        is_zero, squares = safe_squares(tl.sum(weights * weights, axis=1))
         scale = tl.where(is_zero, 0.0, ratio / squares)
     else:
         scale = J * ratio

@@ -56,7 +56,7 @@ def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
     return max(1, min(8, max(block_c // 512, block_p // 256, row_bytes // 2048)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def half_topk_kernel(
     queries_ptr,
     keys_ptr,
@@ -332,7 +332,7 @@ def lookup(
     num_pairs = sum(top_k // (i + 1) for i in range(top_k))
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
-    block_d = next_power_of_2(half)
+    block_d = next_power_of_2(max(1, half))
     num_warps = merge_warps(block_c, block_p, block_d * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
@@ -486,7 +486,7 @@ def half_grad(
     factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
     if factors.numel() == 0:
         return grad_queries, factors
-    block_d = next_power_of_2(half)
+    block_d = next_power_of_2(max(1, half))
     launch(
         half_grad_kernel,
         (queries.shape[0] * queries.shape[1], 2),

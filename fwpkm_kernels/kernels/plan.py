@@ -22,6 +22,8 @@ PROGRAMS = 64
 MAX_KEYS = 4096
 #: A count of tokens shares its word with the bits of a tile.
 MAX_ROWS = PROGRAMS * TILE * 2**11
+#: The words of all tiles have a bit, and half a byte more, for each sub-key and row: at most 128 MiB of them.
+MAX_WORDS = 2**25
 
 
 class PlanConfig(NamedTuple):
@@ -202,9 +204,10 @@ def place_kernel(
         i_tile += 1
 
 
-def can_plan(num_rows: int, num_keys: int) -> bool:
-    """Whether `plan_picks` takes picks of so many rows, of so many sub-keys."""
-    return num_keys <= MAX_KEYS and num_rows <= MAX_ROWS
+def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
+    """Whether `plan_picks` takes the picks of so many rows and heads, of so many sub-keys."""
+    words = 2 * heads * cdiv(num_rows, TILE) * num_keys
+    return num_keys <= MAX_KEYS and num_rows <= MAX_ROWS and words <= MAX_WORDS
 
 
 def plan_picks(
@@ -217,7 +220,8 @@ def plan_picks(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Launch the plan of `sub_keys` [M, H, 2, K], and the softmax of `half_scores`, like it, both contiguous.
 
-    The K picks of a half of a row differ, and are rows of its own half in a table [H·2·n, Dk/2].
+    The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
+    of a lookup do. Of others the plan is undefined.
 
     Returns:
         order, rows, start, end of the plan, each [M·H·2·K]; where the picks of each sub-key begin, [H·2·n + 1], int32;

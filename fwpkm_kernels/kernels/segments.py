@@ -155,7 +155,7 @@ def segment_kernel(
                     tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A"])
 def hot_segment_kernel(
     table_ptr,
     out_ptr,

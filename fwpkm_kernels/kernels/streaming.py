@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
+from .chunks import safe_squares
 from .memory import load_rows
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
@@ -247,7 +247,6 @@ def plan_chunk_kernel(
     A,
     J: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    TINY: tl.constexpr,
     NO_SLOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -305,9 +304,8 @@ def plan_chunk_kernel(
     factor = tl.load(mask_ptr + offs_m, mask=mask_a, other=0.0)
     scale = tl.full([BLOCK_A], J, dtype)
     if NORMALIZED:
-        squares = tl.sum(tl.reshape(weight * weight, [BLOCK_M, BLOCK_J]), axis=1)
-        is_zero = squares < TINY  # below it 1/x may be infinite
-        alpha = tl.where(is_zero, 0.0, 1.0 / tl.where(is_zero, 1.0, squares))
+        is_zero, squares = safe_squares(tl.sum(tl.reshape(weight * weight, [BLOCK_M, BLOCK_J]), axis=1))
+        alpha = tl.where(is_zero, 0.0, 1.0 / squares)
         scale = tl.reshape(tl.broadcast_to(alpha[:, None], [BLOCK_M, BLOCK_J]), [BLOCK_A])
     tl.store(write_weights_ptr + access, weight / count * scale * gate * factor, mask=mask_a)
 
@@ -453,7 +451,6 @@ def plan_chunk(
             accesses,
             J=picks,
             NORMALIZED=normalized,
-            TINY=torch.finfo(compute_dtype(weights.dtype)).tiny,
             NO_SLOT=torch.iinfo(row_dtype).max,
             BLOCK_M=block_m,
             BLOCK_J=block_j,
