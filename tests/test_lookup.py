@@ -125,7 +125,7 @@ def test_rows_in_slabs(triton_place, monkeypatch):
     """Candidates that would not fit the cache are made and merged some rows at a time; nothing else changes."""
     from fwpkm_kernels.kernels import lookup
 
-    queries, keys = testing.make_lookup_inputs(150, 1, 20, 6, device=triton_place.device)
+    queries, keys = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
     expected = product_key_lookup(queries, keys, 4, backend="triton")
     monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)
     for actual, whole in zip(product_key_lookup(queries, keys, 4, backend="triton"), expected, strict=True):
