@@ -18,7 +18,7 @@ import reference
 from benchmarks import costs, inputs, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
-from benchmarks.providers import PACKAGE, Provider
+from benchmarks.providers import PACKAGE, Provider, is_package
 
 __all__ = [
     "CONFIGURATIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "Operation",
     "Provider",
     "Row",
+    "is_package",
     "rows",
     "table",
 ]

@@ -6,9 +6,9 @@ same:
 - Where slots are given, the table is cut down to the rows that they name; that the others stay is checked on all.
 - A lookup is compared in a sample of its tokens.
 - Key steps, sequences and streams are compared twice. On a few of the tokens, in two shorter chunks (of a prompt, two
-  calls of two), with the reference, within the error budget. And on the inputs that are timed, in their first two chunks, with the sparse form
-  in float64, which the tests compare with the reference: there rounding decides a few lookups, and what follows from
-  them, so one row in a hundred may be off.
+  calls of two), with the reference, within the error budget. And on the inputs that are timed, in their first two
+  chunks, with the sparse form in float64, which the tests compare with the reference: there rounding decides a few
+  lookups, and what follows from them, so one row in a hundred may be off.
 - Columns of a table have nothing to do with each other but through sums over them, so of a sequence the reference gets
   a sample of the columns, and backward has an incoming gradient in no other.
 """
