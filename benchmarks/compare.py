@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE
+from benchmarks.registry import PACKAGE, is_package
 from benchmarks.results import Figure, plain_table, read_figures, read_results, show_bytes, show_us
 
 #: Times whose ratio is less count as equal.
@@ -56,8 +56,8 @@ def compare(old: Stored, new: Stored, threshold: float = THRESHOLD) -> tuple[str
             ratio = now.time_us / was.time_us
             line[4], line[-1] = f"{ratio:.2f}", _verdict(ratio, _quantiles(was), _quantiles(now), threshold)
         lines.append(line)
-        if now.provider == PACKAGE and line[-1] in ("slower", f"now {now.status}"):
-            worse.append(now.row)
+        if is_package(now.provider) and line[-1] in ("slower", f"now {now.status}"):
+            worse.append(now.row if now.provider == PACKAGE else f"{now.row} {now.provider}")
     figures_before = {f.figure: f for f in old.figures}
     figures = []
     for figure in new.figures:

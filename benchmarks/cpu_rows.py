@@ -16,15 +16,15 @@ import pytest
 from benchmarks.measure import (
     Call,
     Clock,
-    Expected,
     Machine,
     Result,
+    Shared,
     measure,
     measure_machine,
     number_of_repeats,
     warm_up,
 )
-from benchmarks.registry import Inputs, Provider, Row, rows
+from benchmarks.registry import Provider, Row, rows
 
 
 @dataclasses.dataclass(eq=False)  # pytest wants to hash its plugins
@@ -36,6 +36,7 @@ class Measurements:
     seconds: float = 0.5
     deadline: float = math.inf  #: a time.monotonic()
     on_result: Callable[[Result], None] = lambda result: None
+    on_begin: Callable[[Row, Provider], None] = lambda row, provider: None
     failures: list[str] = dataclasses.field(default_factory=list)
     interrupted: bool = False
 
@@ -60,7 +61,7 @@ def run(measurements: Measurements) -> None:
     options = ["-o", "addopts=", "-o", "filterwarnings=", "--capture=no"]
     options += [x for name in ("terminal", "cacheprovider", "faulthandler", "xdist") for x in ("-p", f"no:{name}")]
     status = pytest.main([*options, __file__], plugins=[measurements])
-    _prepared.cache_clear()
+    _shared.cache_clear()
     if measurements.interrupted and not measurements.failures:
         raise KeyboardInterrupt
     if measurements.failures or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -83,9 +84,8 @@ def measurements(request: pytest.FixtureRequest) -> Measurements:
 
 
 @functools.lru_cache(maxsize=1)  # the providers of a row come one after another
-def _prepared(row: Row) -> tuple[Inputs, Expected]:
-    inputs = row.inputs("cpu")
-    return inputs, Expected(row, inputs)
+def _shared(row: Row) -> Shared:
+    return Shared(row, "cpu")
 
 
 def pedantic(benchmark: Any) -> Clock:
@@ -115,14 +115,13 @@ def test_row(
 ) -> None:
     if time.monotonic() >= measurements.deadline:
         pytest.skip("out of time")
-    inputs, expected = _prepared(row)
+    measurements.on_begin(row, provider)
     result = measure(
         row,
         provider,
         measurements.machine,
         seconds=measurements.seconds,
-        inputs=inputs,
-        expected=expected,
+        shared=_shared(row),
         clock=pedantic(benchmark),
     )
     benchmark.extra_info.update(floor_us=result.floor_us, ratio=result.ratio, peak_bytes=result.peak_bytes)

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 
 from benchmarks.compare import Stored, compare
+from benchmarks.peers import FOLDERS
 from benchmarks.plots import FILES, plot
-from benchmarks.registry import PACKAGE
+from benchmarks.registry import is_package, rows
 from benchmarks.results import figures_table, read_figures, read_results, report
-from benchmarks.run import DEVICE_LOST
+from benchmarks.run import running
 from fwpkm_kernels import env_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +56,8 @@ KERNEL_TESTS = (
 )
 #: Of the whole time. Tests get a part at most, and so does compute-sanitizer; what they leave is for the benchmarks.
 TESTS_SHARE, SANITIZER_SHARE, SANITIZER_END, BENCHMARKS_END, ALARM = 0.54, 0.15, 0.62, 0.92, 0.97
-#: The environment variable that benchmarks.peers reads.
-PEERS = "FWPKM_PEERS"
+#: A measurement that takes longer on a GPU hangs: it may have to compile every kernel, and then takes half of this.
+CASE_SECONDS = 90.0
 
 FINISHED, STOPPED = "finished", "stopped"  #: how the note on a step begins
 PART = "== part"  #: what stands above the output of each of the processes of the tests
@@ -249,33 +250,38 @@ def sanitizer_right(verdict: str) -> bool:
 
 
 def planned_measurements(device: str) -> int:
-    """How many there are with the peers that a new process finds."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as names:
-        arguments = ["-m", "benchmarks.run", "--device", device, "--list"]
-        run_child(arguments, 60, stdout=names, stderr=subprocess.DEVNULL, env=compiled_environment())
-        names.seek(0)
-        return len(names.readlines())
+    """How many there are with the peers that are there."""
+    return sum(len(row.providers()) for row in rows(device))
 
 
 def run_benchmarks(path: Path, device: str, seconds: float, seconds_per_row: float, planned: int) -> str:
-    """benchmarks.run in processes of its own: one that lost its GPU is followed by another that goes on after it."""
-    begin = time.monotonic()
-    while True:
-        left = seconds - (time.monotonic() - begin)
-        if left <= 0:
-            return f"{STOPPED} at their time limit"
-        arguments = ["-m", "benchmarks.run", "--device", device, "--json", str(path), "--resume", "--no-table"]
-        arguments += ["--seconds-per-row", str(seconds_per_row), "--minutes", str(max(0.0, left - 5) / 60)]
-        known = len(read_results(path))
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            status = run_child(arguments, left, grace=3.0, stderr=errors, env=compiled_environment())
-            errors.seek(0)
-            tail = "\n".join(errors.read().splitlines()[-15:])
-        if status in (0, 1, None):
-            complete = len(read_results(path)) == planned
-            return FINISHED if complete else f"{STOPPED} at their time limit"
-        if status != DEVICE_LOST or len(read_results(path)) == known:
-            return f"ended with exit status {status}:\n{tail}"
+    """benchmarks.run in processes of its own: one that a measurement ended, by a crash, by taking too long or by losing
+    the GPU, is followed by another that goes on after it."""
+    begin, marker = time.monotonic(), running(path)
+    marker.unlink(missing_ok=True)
+
+    def progress() -> tuple[int, str]:
+        return len(read_results(path)), marker.read_text("utf-8") if marker.exists() else ""
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(marker.unlink, missing_ok=True)
+        while True:
+            left = seconds - (time.monotonic() - begin)
+            if left <= 0:
+                return f"{STOPPED} at their time limit"
+            arguments = ["-m", "benchmarks.run", "--device", device, "--json", str(path), "--resume", "--no-table"]
+            arguments += ["--seconds-per-row", str(seconds_per_row), "--minutes", str(max(0.0, left - 5) / 60)]
+            arguments += ["--case-seconds", str(CASE_SECONDS)] if device == "cuda" else []
+            before = progress()
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+                status = run_child(arguments, left, grace=3.0, stderr=errors, env=compiled_environment())
+                errors.seek(0)
+                tail = "\n".join(errors.read().splitlines()[-15:])
+            count, under_way = after = progress()
+            if status is None or (status in (0, 1) and not under_way):
+                return FINISHED if count == planned else f"{STOPPED} at their time limit"
+            if after == before:  # each process goes past what ended the one before
+                return f"ended with exit status {status}:\n{tail}"
 
 
 def write_summary(
@@ -296,7 +302,7 @@ def write_summary(
     tests_note, benchmarks_note = notes.get("tests", STOPPED), notes.get("benchmarks", STOPPED)
     tests_right = tests_note.endswith("status 0") or (tests_note.startswith(STOPPED) and not tests_failed(text))
     benchmarks_right = benchmarks_note.startswith((FINISHED, STOPPED)) and bool(results)
-    wrong = [result for result in results if result.provider == PACKAGE and result.status != "ok"]
+    wrong = [result for result in results if is_package(result.provider) and result.status != "ok"]
     sanitizer_is_right = all(map(sanitizer_right, sanitizer.values()))
     all_right = tests_right and benchmarks_right and sanitizer_is_right and not wrong
     comparison, slower = compare(old, Stored(results, figures)) if old else ("", False)
@@ -367,8 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     total = 60 * options.minutes
-    if peers:  # read by the processes that measure; this one has its registry already
-        os.environ[PEERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(PEERS)])])
+    if peers:  # read by the processes that measure
+        os.environ[FOLDERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(FOLDERS)])])
     old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,13 @@ def table(slots: int, width: int, dtype: torch.dtype, device: str, seed: int = 0
     return normal(device, seed, slots, width).to(dtype)
 
 
+def make_room(before: Configuration, c: Configuration) -> None:
+    """Forget a large table of `before`, unless the inputs of `c`, which are drawn next, are on it too."""
+    tables = [(x.slots, x.width, x.dtype) for x in (before, c)]
+    if tables[0] != tables[1] and before.table_bytes > 2**31:
+        table.cache_clear()
+
+
 def _keys(c: Configuration, device: str) -> Tensor:
     """One set of keys, whatever the seed of the tokens."""
     return normal(device, 1, c.heads, 2, c.sub_keys, c.key_width // 2)

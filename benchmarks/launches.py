@@ -422,8 +422,8 @@ INFERENCE, DECODE = "inference, one chunk", "decode, one token"
 #: Floors that the design names for a chunk, in µs: from bytes and from arithmetic.
 DESIGN_FLOORS = {TRAINING[0]: 110, TRAINING[1]: 160, INFERENCE: 12}
 #: What a training sequence moves at least, besides its chunks: a copy of the table, and a gradient that starts at zero.
-TABLE = NUM_SLOTS * WIDTH * 4
-FIXED_FLOORS = {TRAINING[0]: 2 * TABLE, TRAINING[1]: TABLE}
+TABLE_BYTES = NUM_SLOTS * WIDTH * 4
+FIXED_FLOORS = {TRAINING[0]: 2 * TABLE_BYTES, TRAINING[1]: TABLE_BYTES}
 
 
 def floors(work: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -121,6 +122,27 @@ def measure_machine(kind: str, *, quick: bool = False) -> Machine:
             "fwpkm_kernels": report["fwpkm_kernels"],
         },
     )
+
+
+class Shared:
+    """What the providers of a row share: its inputs of seed 0, what is expected of them, and what they cost. Each is
+    made when it is first asked for: what raises there is the error of that measurement alone."""
+
+    def __init__(self, row: Row, kind: str):
+        self.row = row
+        self.kind = kind
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        return self.row.inputs(self.kind)
+
+    @functools.cached_property
+    def expected(self) -> Expected:
+        return Expected(self.row, self.inputs)
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return self.row.cost(self.inputs)
 
 
 def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
@@ -245,40 +267,23 @@ def measure(
     machine: Machine,
     *,
     seconds: float = 0.5,
-    inputs: Inputs | None = None,
-    expected: Expected | None = None,
+    shared: Shared | None = None,
     clock: Clock = time_cpu,
 ) -> Result:
-    """Check, then time. Never raises for what a provider does: the result says "wrong" or "error" and why.
+    """Check, then time. Never raises for what a row or provider does: the result says "wrong" or "error" and why.
 
-    `inputs` and `expected`, those of the row's seed 0, may be shared between its providers. `clock` is the one of CPUs.
+    `shared` may be the same for all providers of a row. `clock` is the one of CPUs.
     """
-    inputs = row.inputs(machine.kind) if inputs is None else inputs
-    expected = Expected(row, inputs) if expected is None else expected
-    cost = row.cost(inputs)
-    result = Result(
-        operation=row.operation.name,
-        direction=row.direction,
-        configuration=row.configuration.name,
-        provider=provider.name,
-        kind=machine.kind,
-        device=machine.name,
-        dtype=str(row.configuration.dtype).removeprefix("torch."),
-        shapes={name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)},
-        bytes=cost.bytes,
-        flops=cost.flops,
-        floor_us=machine.floor_us(cost),
-        bandwidth_gb_s=machine.bandwidth / 1e9,
-        matmul_tflop_s=machine.matmul / 1e12,
-        commit=machine.commit,
-        versions=machine.versions,
-        sizes=sizes(row),
-    )
+    shared = Shared(row, machine.kind) if shared is None else shared
+    result = no_result(row, provider, machine)
     try:
+        inputs, cost = shared.inputs, shared.cost
+        result.shapes = {name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)}
+        result.bytes, result.flops, result.floor_us = cost.bytes, cost.flops, machine.floor_us(cost)
         if machine.kind == "cuda":
-            _measure_cuda(result, row, provider, inputs, expected, seconds)
+            _measure_cuda(result, row, provider, shared, seconds)
         else:
-            verify(row, provider, inputs, expected)
+            verify(row, provider, inputs, shared.expected)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 2 if row.direction == "backward" else 8
             calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
@@ -292,6 +297,29 @@ def measure(
     return result
 
 
+def no_result(row: Row, provider: Provider, machine: Machine, **fields: Any) -> Result:
+    """All that is known before inputs are drawn."""
+    return Result(
+        operation=row.operation.name,
+        direction=row.direction,
+        configuration=row.configuration.name,
+        provider=provider.name,
+        kind=machine.kind,
+        device=machine.name,
+        dtype=str(row.configuration.dtype).removeprefix("torch."),
+        shapes={},
+        bytes=0,
+        flops=0,
+        floor_us=0.0,
+        bandwidth_gb_s=machine.bandwidth / 1e9,
+        matmul_tflop_s=machine.matmul / 1e12,
+        commit=machine.commit,
+        versions=machine.versions,
+        sizes=sizes(row),
+        **fields,
+    )
+
+
 def sizes(row: Row) -> dict[str, Any]:
     """The configuration's fields, as JSON has them, without its name and what it is for."""
     fields = dataclasses.fields(row.configuration)
@@ -302,14 +330,10 @@ def sizes(row: Row) -> dict[str, Any]:
 
 def _input_sets(row: Row, provider: Provider, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
     """Inputs with other tokens and slots, on the same table: a memory-bound call must not find its rows in a cache."""
-    sets = [inputs]
-    for seed in range(1, count):
-        other = row.inputs(kind, seed)
-        sets.append({**other, "values": inputs["values"]} if "values" in other else other)
-    if row.operation.in_place:
-        own = provider.own(inputs)  # one memory for all; that of the other rows stays as it is
-        sets = [{**one, **own} for one in sets]
-    return sets
+    # One memory for all, and that of the other rows stays as it is; the largest comes first, while there is room.
+    same = {name: inputs[name] for name in ("values",) if name in inputs}
+    same |= provider.own(inputs) if row.operation.in_place else {}
+    return [{**inputs, **same}, *({**row.inputs(kind, seed), **same} for seed in range(1, count))]
 
 
 def _summarise(result: Result, samples: Sequence[float]) -> None:
@@ -319,15 +343,14 @@ def _summarise(result: Result, samples: Sequence[float]) -> None:
     result.ratio = (result.time_us or 0.0) / result.floor_us
 
 
-def _measure_cuda(
-    result: Result, row: Row, provider: Provider, inputs: Inputs, expected: Expected, seconds: float
-) -> None:
+def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, seconds: float) -> None:
     # Backward runs on the stream of its forward, and a graph is captured on a stream of its own: so all on that one.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        verify(row, provider, inputs, expected)
-        calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, "cuda", 8)]
+        verify(row, provider, shared.inputs, shared.expected)
+        torch.cuda.empty_cache()  # of two tables of 34 GB none may be lost to what is left over
+        calls = [prepare(row, provider, x) for x in _input_sets(row, provider, shared.inputs, "cuda", 8)]
         calls[0]()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -20,6 +20,11 @@ from benchmarks.inputs import Configuration, Inputs, Memory
 PACKAGE = "fwpkm_kernels"
 
 
+def is_package(provider: str) -> bool:
+    """Whether a provider of this name is this package, in whatever way it is called: its numbers have to be right."""
+    return provider.startswith(PACKAGE)
+
+
 def own_values(inputs: Inputs) -> Inputs:
     return {"values": inputs["values"].clone()}
 
@@ -338,7 +343,7 @@ def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:
     return memory.step(**inputs)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_lazily(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function, at the first call and for each shape: with default options, and so that a backward
     may run again."""
 
@@ -357,4 +362,4 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 dense_chunk = functools.partial(_chunk, dense=True)
-compiled_chunk = compiled(_chunk)
+compiled_chunk = compile_lazily(_chunk)

@@ -18,7 +18,7 @@ import reference
 from benchmarks import costs, inputs, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
-from benchmarks.providers import PACKAGE, Provider
+from benchmarks.providers import PACKAGE, Provider, is_package
 
 __all__ = [
     "CONFIGURATIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "Operation",
     "Provider",
     "Row",
+    "is_package",
     "rows",
     "table",
 ]
@@ -145,7 +146,7 @@ def _graph_applies(c: Configuration) -> bool:
 def _compiled(run: Callable[..., Any]) -> Provider:
     """torch.compile takes many seconds for each shape, so of an operation one stands for all; and not on CPUs, where it
     needs a C++ compiler and longer still."""
-    return Provider("torch.compile", providers.compiled(run), lambda c: c.name == "training", devices=("cuda",))
+    return Provider("torch.compile", providers.compile_lazily(run), lambda c: c.name == "training", devices=("cuda",))
 
 
 def _stream(name: str) -> Operation:
@@ -300,6 +301,7 @@ CONFIGURATIONS = (
     Configuration("8x4096", 32768, ("sequence",), _GPU, batch=8),
     Configuration("8x4096-still-keys", 32768, ("sequence",), _GPU, batch=8, **_STILL),
     Configuration("8x512", 4096, ("sequence",), _GPU, batch=8),
+    Configuration("8x2048", 16384, ("sequence",), _GPU, batch=8),
     Configuration("8x4096-bf16", 32768, ("sequence",), _GPU, batch=8, **_BF16),
     Configuration("8x4096-n4096-bf16-d256", 32768, ("sequence",), _GPU, batch=8, sub_keys=4096, width=256, **_BF16),
     Configuration("8x4096-drop", 32768, ("sequence",), _GPU, batch=8, boundary="drop"),

@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE
+from benchmarks.registry import PACKAGE, is_package
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
 SEQUENCES = ("sequence", "prefill")
-CHUNK = 512  #: tokens in a chunk, where a result does not say
 
 
 @dataclasses.dataclass
@@ -86,8 +85,8 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for name, found in by_row.items():
         ours = found.get(PACKAGE)
-        any_result = ours or next(iter(found.values()))
-        line = [name, show_us(any_result.floor_us), *time_and_ratio(ours)]
+        any_result = max(found.values(), key=lambda r: r.floor_us)  # 0 where there were no inputs
+        line = [name, show_us(any_result.floor_us or None), *time_and_ratio(ours)]
         if has_graph:
             line += ["-", "-"]
             if ours and ours.graph_us is not None:
@@ -138,10 +137,16 @@ def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | No
     """Print the table with rich and return None, or return it as text."""
     if not results:
         return "no results"
-    problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in results if r.status != "ok")
+    # Where this package could not be captured in a graph, that is no fault of its numbers, but has to be seen.
+    told = [r for r in results if r.status != "ok" or (r.message and is_package(r.provider))]
+    problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in told)
     header, lines = table_of(results)
-    chunks = "\n".join(f"{name}, {provider}: {show_us(us)} a chunk" for name, provider, us in per_chunk(results))
-    text = "\n\n".join(filter(None, (chunks, describe(results), problems)))
+    lines_below = [
+        f"{x.name}, {x.provider}: {show_us(x.us)} a chunk"
+        + (f", {show_us(x.graph_us)} in a graph" if x.graph_us else "")
+        for x in per_chunk(results)
+    ]
+    text = "\n\n".join(filter(None, ("\n".join(lines_below + both_ways(results)), describe(results), problems)))
     if rich_allowed:
         try:
             from rich.console import Console
@@ -185,19 +190,46 @@ def alike(results: Sequence[Result], but_for: str) -> list[list[Result]]:
     return [[group[size] for size in sorted(group)] for group in groups.values() if len(group) > 1]
 
 
-def per_chunk(results: Sequence[Result]) -> list[tuple[str, str, float]]:
-    """What one more chunk of a sequence costs: the two rows, the provider, microseconds.
+class ChunkTime(NamedTuple):
+    """What one more chunk of a sequence costs: the two rows, the provider, microseconds, and of device time alone."""
 
-    It is the difference of the times of two lengths, over the difference in chunks: what a call does once, as copying
-    the table, falls out.
-    """
+    name: str
+    provider: str
+    us: float
+    graph_us: float | None
+
+
+def per_chunk(results: Sequence[Result]) -> list[ChunkTime]:
+    """The difference of the times of two lengths, over the difference in chunks: what a call does once, as copying the
+    table, falls out. On a GPU a chunk may take its launches longer than the device: that is what graphs tell."""
     found = []
     for group in alike([r for r in results if r.operation in SEQUENCES], but_for="tokens"):
         short, long = group[0], group[-1]
-        chunks = ((tokens_of(long) or 0) - (tokens_of(short) or 0)) / long.sizes.get("chunk", CHUNK)
+        chunks = ((tokens_of(long) or 0) - (tokens_of(short) or 0)) / long.sizes["chunk"]
         name = f"{long.operation}/{long.direction}: {long.configuration} less {short.configuration}"
-        found.append((name, long.provider, ((long.time_us or 0.0) - (short.time_us or 0.0)) / chunks))
+        graph_us = (long.graph_us - short.graph_us) / chunks if long.graph_us and short.graph_us else None
+        us = ((long.time_us or 0.0) - (short.time_us or 0.0)) / chunks
+        found.append(ChunkTime(name, long.provider, us, graph_us))
     return found
+
+
+def both_ways(results: Sequence[Result]) -> list[str]:
+    """Of sequences, forward and backward together: the sum of the times, and of the memory that each needs on top of
+    what was there before it. Backward finds what forward has kept, which is no more than forward's peak."""
+    timed = {(r.direction, r.configuration, r.provider): r for r in results if r.operation == "sequence" and r.time_us}
+    lines = []
+    for (direction, configuration, provider), there in timed.items():
+        back = timed.get(("backward", configuration, provider))
+        if direction != "forward" or back is None:
+            continue
+        line = f"sequence/{configuration}, {provider}: forward + backward "
+        line += show_us((there.time_us or 0.0) + (back.time_us or 0.0))
+        if there.graph_us and back.graph_us:
+            line += f", {show_us(there.graph_us + back.graph_us)} in graphs"
+        if there.peak_bytes is not None and back.peak_bytes is not None:
+            line += f", memory at most {show_bytes(there.peak_bytes + back.peak_bytes)}, the sum of both peaks"
+        lines.append(line)
+    return lines
 
 
 def figures_table(figures: Sequence[Figure]) -> str:

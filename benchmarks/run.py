@@ -7,23 +7,48 @@ A row is named operation/direction/configuration; benchmarks/README.md says how 
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from benchmarks import cpu
 from benchmarks.compare import THRESHOLD, Stored, compare
-from benchmarks.measure import Expected, Machine, Result, measure, measure_machine, release
-from benchmarks.registry import Provider, Row, rows
+from benchmarks.inputs import make_room
+from benchmarks.measure import Machine, Result, Shared, measure, measure_machine, no_result, release
+from benchmarks.registry import Provider, Row, is_package, rows
 from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
 
 #: Exit status when the GPU no longer answers: nothing more can be measured by this process, but by another.
 DEVICE_LOST = 3
 #: What `--op` calls the figures of `benchmarks.cpu`.
 FIGURES = "figures"
+
+
+def case_name(row: Row, provider: Provider) -> str:
+    return f"{row.name} {provider.name}"
+
+
+def running(path: str | Path) -> Path:
+    """The file beside a results file that names the measurement under way; it stays where that ends the process."""
+    return Path(f"{path}.running")
+
+
+def select_cases(device: str, name_contains: str = "") -> list[tuple[Row, Provider]]:
+    """What is measured, in this order: row by row on a CPU, where what the reference says of a row takes long. On a
+    GPU, where a run may be out of time, this package first in all rows, and last what has to be compiled for seconds.
+    """
+    cases = [(row, provider) for row in rows(device, name_contains) for provider in row.providers()]
+
+    def turn(case: tuple[Row, Provider]) -> int:
+        name = case[1].name
+        return 0 if is_package(name) else 2 if name == "torch.compile" else 1
+
+    return sorted(cases, key=turn) if device == "cuda" else cases
 
 
 def run_rows(
@@ -33,22 +58,25 @@ def run_rows(
     seconds: float,
     deadline: float,
     on_result: Callable[[Result], None],
+    on_begin: Callable[[Row, Provider], None] = lambda row, provider: None,
 ) -> None:
-    """Measure each provider of each row, until `deadline`, a time.monotonic(). Those of one row come together."""
+    """Measure each provider of each row, until `deadline`, a time.monotonic(); one after another they share inputs."""
     if machine.kind == "cpu":
         from benchmarks import cpu_rows  # which needs pytest-benchmark; a GPU does not
 
-        cpu_rows.run(cpu_rows.Measurements(cases, machine, seconds, deadline, on_result))
+        cpu_rows.run(cpu_rows.Measurements(cases, machine, seconds, deadline, on_result, on_begin))
         return
-    row, inputs, expected = None, {}, None
-    for next_row, provider in cases:
+    shared: Shared | None = None
+    for row, provider in cases:
         if time.monotonic() >= deadline:
             return
-        if next_row is not row:
-            row, inputs, expected = next_row, {}, None  # the former inputs go before the next ones come
-            inputs = row.inputs(machine.kind)
-            expected = Expected(row, inputs)
-        on_result(measure(row, provider, machine, seconds=seconds, inputs=inputs, expected=expected))
+        if shared is None or row is not shared.row:
+            if shared is not None:
+                make_room(shared.row.configuration, row.configuration)
+            shared = Shared(row, machine.kind)  # the former inputs go before these are drawn
+            release(machine)
+        on_begin(row, provider)
+        on_result(measure(row, provider, machine, seconds=seconds, shared=shared))
         release(machine)
 
 
@@ -93,6 +121,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write a JSON line for each result, as it comes")
     parser.add_argument("--resume", action="store_true", help="keep the results in FILE, measure only what it lacks")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
+    parser.add_argument(
+        "--case-seconds", type=float, metavar="S", help="end the process where one measurement takes longer"
+    )
     parser.add_argument("--no-table", action="store_true", help="no table at the end")
     parser.add_argument(
         "--compare", metavar="FILE", help="show what got slower than in FILE; exit status 1 if this package did"
@@ -141,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(row.name for row in rows(device)), file=sys.stderr)
         return 2
     if options.list:
-        print("\n".join(f"{row.name} {provider.name}" for row in selected for provider in row.providers()))
+        print("\n".join(case_name(*case) for case in select_cases(device, options.op)))
         return 0
     if device == "cpu" and not has_pytest_benchmark():
         print("timing on a CPU needs pytest-benchmark: pip install 'fwpkm-kernels[bench]'", file=sys.stderr)
@@ -151,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = read_figures(options.json) if options.resume else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
-    cases = [(row, p) for row in selected for p in row.providers() if (row.name, p.name) not in done]
+    cases = [(row, p) for row, p in select_cases(device, options.op) if (row.name, p.name) not in done]
+    marker = running(options.json) if options.json else None
+    ended = marker.read_text("utf-8") if options.resume and marker and marker.exists() else ""
     known_figures = {f.figure for f in figures}
     deadline = begin + 60 * options.minutes
     failed = lost = False
@@ -166,6 +199,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         new_figures = [name for name in cpu.NAMES if name not in known_figures] if with_figures else []
         progress = Progress(len(cases) + len(new_figures))
         stack.callback(progress.close)
+
+        stack.callback(faulthandler.cancel_dump_traceback_later)
+
+        def begin_case(row: Row, provider: Provider) -> None:
+            if marker is not None:
+                marker.write_text(case_name(row, provider), "utf-8")
+            if options.case_seconds:
+                faulthandler.dump_traceback_later(options.case_seconds, exit=True)
 
         def write(line: Result | Figure) -> None:
             if file is not None:
@@ -187,8 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if cases or new_figures:
                 machine = measure_machine(device)
+            for row, provider in cases:
+                if case_name(row, provider) == ended:
+                    message = "it ended the process that measured it, by a crash or by taking too long"
+                    keep(no_result(row, provider, machine, status="error", message=message))
+            cases = [case for case in cases if case_name(*case) != ended]
             if cases:
-                run_rows(cases, machine, seconds=options.seconds_per_row, deadline=deadline, on_result=keep)
+                seconds = options.seconds_per_row
+                run_rows(cases, machine, seconds=seconds, deadline=deadline, on_result=keep, on_begin=begin_case)
             if new_figures:
                 cpu.run(machine, deadline=deadline, on_figure=keep_figure)
         except KeyboardInterrupt:
@@ -199,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)
             lost, failed = device == "cuda", True
+        if marker is not None:
+            marker.unlink(missing_ok=True)
     shown = [r for r in results if r.row in names]
     if not options.no_table:
         if shown or not with_figures:

@@ -5,10 +5,10 @@ same:
 
 - Where slots are given, the table is cut down to the rows that they name; that the others stay is checked on all.
 - A lookup is compared in a sample of its tokens.
-- Key steps, sequences and streams are compared twice. On a few of the tokens, in two shorter chunks, with the
-  reference, within the error budget. And on the inputs that are timed, in their first two chunks, with the sparse form
-  in float64, which the tests compare with the reference: there rounding decides a few lookups, and what follows from
-  them, so one row in a hundred may be off.
+- Key steps, sequences and streams are compared twice. On a few of the tokens, in two shorter chunks (of a prompt, two
+  calls of two), with the reference, within the error budget. And on the inputs that are timed, in their first two
+  chunks, with the sparse form in float64, which the tests compare with the reference: there rounding decides a few
+  lookups, and what follows from them, so one row in a hundred may be off.
 - Columns of a table have nothing to do with each other but through sums over them, so of a sequence the reference gets
   a sample of the columns, and backward has an incoming gradient in no other.
 """
@@ -175,8 +175,14 @@ def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
         )
 
 
+def _chunks_at_once(row: Row) -> int:
+    """Of a few tokens, what one call gets; a call of less than a chunk gets its own tokens."""
+    c = row.configuration
+    return min(_CHUNKS, max(1, c.length // c.chunk))
+
+
 def _short_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
-    """Few tokens of those that are timed: of a sequence, at most two items and two chunks."""
+    """Few tokens of those that are timed: of a sequence, at most two items and two chunks; of a stream, two calls."""
     c = row.configuration
     keys = inputs["memory"].keys if "memory" in inputs else inputs["keys"]
     rows = max(8, _SHORT_ELEMENTS // keys.numel())
@@ -189,10 +195,11 @@ def _short_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
     if "targets" not in inputs:
         return {**inputs, "queries": cut(queries, min(rows, c.tokens))}
     batch = min(c.batch, 2)
-    chunk = min(c.chunk, rows // (_CHUNKS * batch))
-    length = chunk * min(_CHUNKS, max(1, c.length // c.chunk))
+    # A stream goes on in a second call: the first one of a graph is run without it.
+    chunks = _chunks_at_once(row) * (2 if "memory" in inputs else 1)
+    chunk = min(c.chunk, rows // (max(_CHUNKS, chunks) * batch))
+    length = chunk * chunks
     if "memory" in inputs:
-        length = chunk * _CHUNKS
         seeds = range(-(-length // c.length))
         inputs = _joined([row.inputs(queries.device.type, 1000 * attempt + seed) for seed in seeds])
         queries = inputs["queries"]
@@ -299,7 +306,7 @@ def _verify_stream(row: Row, provider: Provider, inputs: Inputs, expected: Expec
 
     def check_short(attempt: int) -> None:
         short, exact, baseline = expected.short(attempt)
-        step = c.length if c.length < c.chunk else short["chunk_size"] * min(_CHUNKS, c.length // c.chunk)
+        step = c.length if c.length < c.chunk else short["chunk_size"] * _chunks_at_once(row)
         _compare(name, short, run(short, step), exact, _within_budget(short, baseline), rows_are_exact=True)
 
     _twice(check_short)

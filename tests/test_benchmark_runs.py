@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_rows, gpu, registry, run, sanitize
+from benchmarks import cpu, cpu_rows, gpu, inputs, peers, registry, run, sanitize
 from benchmarks.compare import Stored, compare
-from benchmarks.measure import Machine, Result, measure, peak_cpu
+from benchmarks.measure import Machine, Result, Shared, measure, no_result, peak_cpu
 from benchmarks.results import Figure, figures_table, per_chunk
 from tests.conftest import HAS_GPU
 
@@ -37,9 +37,10 @@ def tables_are_dropped():
 @pytest.mark.parametrize("name", ["lookup/backward/inference", "gather/forward/inference", "update_/forward/inference"])
 def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
     row = ROWS[name]
-    inputs = row.inputs("cpu")
+    shared = Shared(row, "cpu")
+    inputs = shared.inputs
     before = {key: x.clone() for key, x in inputs.items() if isinstance(x, torch.Tensor)}
-    results = [measure(row, provider, MACHINE, seconds=0.001, inputs=inputs) for provider in row.providers()]
+    results = [measure(row, provider, MACHINE, seconds=0.001, shared=shared) for provider in row.providers()]
     for result in results:
         assert result.status == "ok", result.message
         assert 0 < result.min_us <= result.p10_us <= result.median_us <= result.p90_us
@@ -150,15 +151,18 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
     drawn, measured = [], []
 
     class FakeRow:
+        configuration = registry.CONFIGURATIONS[0]
+
         def inputs(self, kind):
             drawn.append(self)
             return {"seed": len(drawn)}
 
-    def fake_measure(row, provider, machine, *, seconds, inputs, expected):
-        return row, provider, inputs["seed"], expected
+    def fake_measure(row, provider, machine, *, seconds, shared):
+        assert shared.inputs is shared.inputs
+        assert shared.expected is shared.expected
+        return row, provider, shared.inputs["seed"], (shared.expected.row, shared.expected.inputs["seed"])
 
     monkeypatch.setattr(run, "measure", fake_measure)
-    monkeypatch.setattr(run, "Expected", lambda row, inputs: (row, inputs["seed"]))
     monkeypatch.setattr(run, "release", lambda machine: None)
     a, b = FakeRow(), FakeRow()
     cases, machine = [(a, "x"), (a, "y"), (b, "x")], dataclasses.replace(MACHINE, kind="cuda")
@@ -230,12 +234,17 @@ def slower_by(factor: float, **fields) -> Result:
         (slower_by(0.5), False, "faster"),
         (slower_by(1.3, provider="pytorch"), False, "slower"),
         (some_result(status="wrong", message="over budget", median_us=None), True, "now wrong"),
+        (
+            some_result(status="error", provider="fwpkm_kernels-graph", median_us=None),
+            True,
+            "inference fwpkm_kernels-graph",
+        ),
         (some_result(configuration="other"), False, "nothing to compare"),
         (some_result(device="another", versions={"torch": "3"}), False, "device: test before, another now"),
     ],
 )
 def test_comparison(new, worse, words):
-    old = Stored([some_result(), some_result(provider="pytorch")], [])
+    old = Stored([some_result(provider=name) for name in ("fwpkm_kernels", "fwpkm_kernels-graph", "pytorch")], [])
     text, slower = compare(old, Stored([new], []))
     assert slower is worse
     assert words in text
@@ -274,10 +283,34 @@ def test_time_of_one_chunk_more():
 
     results = [sequence(512 * 8, 8, 1000.0), sequence(4096 * 8, 8, 2400.0), sequence(512, 1, 7.0)]
     results += [sequence(512, 1, 10.0, provider="dense"), sequence(1024, 1, 30.0, provider="dense")]
-    found = {provider: us for _, provider, us in per_chunk(results)}
-    assert found == {"fwpkm_kernels": 200.0, "dense": 20.0}
+    assert {x.provider: (x.us, x.graph_us) for x in per_chunk(results)} == {
+        "fwpkm_kernels": (200.0, None),
+        "dense": (20.0, None),
+    }
     assert "200 µs a chunk" in run.report(results)
+    graphs = [
+        sequence(512 * 8, 8, 1000.0, graph_us=500.0, graph_ratio=1.0),
+        sequence(4096 * 8, 8, 2400.0, graph_us=1200.0, graph_ratio=1.0),
+    ]
+    assert [x.graph_us for x in per_chunk(graphs)] == [100.0]
+    assert "200 µs a chunk, 100 µs in a graph" in run.report(graphs)
     assert per_chunk([some_result(sizes={"tokens": 512}), some_result(sizes={"tokens": 4096})]) == []
+
+
+def test_forward_and_backward_together():
+    shared = {"operation": "sequence", "configuration": "8x4096", "peak_bytes": 10**9}
+    forward = some_result(**shared, median_us=1000.0, graph_us=900.0, graph_ratio=1.0)
+    backward = some_result(**shared, direction="backward", median_us=2200.0, graph_us=2000.0, graph_ratio=1.0)
+    line = "sequence/8x4096, fwpkm_kernels: forward + backward 3.2 ms, 2.9 ms in graphs, memory at most 2 GB"
+    assert line in run.report([forward, backward])
+    assert "forward + backward" not in run.report([forward])
+    assert "forward + backward" not in run.report([forward, dataclasses.replace(backward, provider="pytorch")])
+
+
+def test_a_graph_that_could_not_be_captured_is_told():
+    message = "no CUDA graph: operation not permitted"
+    assert message in run.report([some_result(message=message)])
+    assert message not in run.report([some_result(), some_result(provider="pytorch", message=message)])
 
 
 def test_goals_beside_the_figures():
@@ -370,10 +403,13 @@ def test_gpu_run_reports_failures(monkeypatch, tmp_path):
     assert "FAILED tests/test_x.py::test_y - assert 0" in summary
     assert "benchmarks: 1 of 9 measurements" in summary
 
-    line = run.to_json(some_result(status="wrong", message="over budget")) + "\n"
-    fake_steps(monkeypatch, run_benchmarks=lambda path, *_: path.write_text(line, "utf-8") and "finished")
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
+    for provider, status in (("fwpkm_kernels", 1), ("fwpkm_kernels-graph", 1), ("pytorch", 0)):
+        line = run.to_json(some_result(status="wrong", message="over budget", provider=provider)) + "\n"
+        fake_steps(
+            monkeypatch, run_benchmarks=lambda path, *_, line=line: path.write_text(line, "utf-8") and "finished"
+        )
+        assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == status
+        assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize("broken", ["tests", "benchmarks"])
@@ -413,11 +449,11 @@ def test_gpu_run_keeps_what_it_has_when_stopped(reason, monkeypatch, tmp_path):
 
 def test_gpu_run_compares_and_hands_on_peers(monkeypatch, tmp_path):
     (tmp_path / "results.jsonl").write_text(run.to_json(some_result()) + "\n", "utf-8")
-    monkeypatch.setenv(gpu.PEERS, "others")
+    monkeypatch.setenv(peers.FOLDERS, "others")
     seen = []
 
     def benchmarks(path, *_):
-        seen.append(os.environ[gpu.PEERS])
+        seen.append(os.environ[peers.FOLDERS])
         path.write_text(run.to_json(slower_by(2.0)) + "\n", "utf-8")
         return "finished"
 
@@ -428,6 +464,160 @@ def test_gpu_run_compares_and_hands_on_peers(monkeypatch, tmp_path):
     summary = (tmp_path / "summary.txt").read_text("utf-8")
     assert summary.startswith("all right")
     assert "got slower: gather/forward/inference" in summary
+
+
+class FakeChildren:
+    """In place of benchmarks.run: each one measures on, till one of the cases does to it what it does."""
+
+    def __init__(self, path: Path, cases: dict[str, int | None]):
+        self.path, self.cases, self.started = path, cases, 0
+
+    def __call__(self, arguments, seconds, **options) -> int | None:
+        self.started += 1
+        assert self.started < 9, "restarted without end"
+        marker, done = run.running(self.path), {r.configuration for r in run.read_results(self.path)}
+        ended = marker.read_text("utf-8") if marker.exists() else ""
+
+        def write(name, **fields):
+            with self.path.open("a", encoding="utf-8") as file:
+                print(run.to_json(some_result(configuration=name, **fields)), file=file)
+
+        if ended and ended not in done:
+            write(ended, status="error")
+            done.add(ended)
+        for name, status in self.cases.items():
+            if name in done:
+                continue
+            marker.write_text(name, "utf-8")
+            if status != 0:
+                if status == run.DEVICE_LOST:  # which has a result by then
+                    write(name, status="error")
+                    marker.unlink()
+                return status
+            write(name)
+        marker.unlink(missing_ok=True)
+        return 0
+
+
+@pytest.mark.parametrize(
+    "cases, note, measured, started",
+    [
+        ({"a": 0, "b": 0}, "finished", "ab", 1),
+        ({"a": 0, "b": -11, "c": 0}, "finished", "abc", 2),  # a crash
+        ({"a": -11, "b": 1, "c": 0}, "finished", "abc", 3),  # the first one; and one that took too long
+        ({"a": 0, "b": run.DEVICE_LOST, "c": 0}, "finished", "abc", 2),
+        ({"a": 0, "b": None, "c": 0}, "stopped", "a", 1),  # the time is over
+    ],
+)
+def test_benchmarks_go_on_after_what_ends_them(cases, note, measured, started, monkeypatch, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.touch()
+    children = FakeChildren(path, cases)
+    monkeypatch.setattr(gpu, "run_child", children)
+    assert gpu.run_benchmarks(path, "cuda", 60, 0.1, len(cases)).startswith(note)
+    assert "".join(r.configuration for r in run.read_results(path)) == measured
+    assert children.started == started
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_benchmarks_that_cannot_start_are_not_started_again(monkeypatch, tmp_path):
+    path, started = tmp_path / "results.jsonl", []
+
+    def broken(arguments, seconds, *, stderr, **options):
+        started.append(arguments)
+        stderr.write("ImportError")
+        return 2 if len(started) < 3 else 0
+
+    monkeypatch.setattr(gpu, "run_child", broken)
+    assert gpu.run_benchmarks(path, "cuda", 60, 0.1, 3) == "ended with exit status 2:\nImportError"
+    assert len(started) == 1
+
+
+def test_what_ended_a_process_is_an_error_of_the_next(shrunk_run, tmp_path):
+    """One that goes down for real, by a clock that the process sets itself."""
+    file = tmp_path / "out.jsonl"
+    arguments = [*shrunk_run, "--op", "gather", "--json", str(file), "--resume"]
+    run.running(file).write_text("gather/forward/inference pytorch", "utf-8")
+    assert run.main(arguments) == 1
+    found = {r.provider: r for r in run.read_results(file)}
+    assert found["pytorch"].status == "error"
+    assert "ended the process" in found["pytorch"].message
+    assert found["fwpkm_kernels"].status == "ok"
+    assert not run.running(file).exists()
+    assert "error" in run.report(list(found.values()))
+
+    program = """
+import sys, time
+from benchmarks import registry, run
+from tests.test_benchmark_runs import MACHINE
+row = registry.rows("cpu", "gather/forward/inference")[0]
+def hang(*args, on_begin, **options):
+    on_begin(row, row.providers()[0])
+    time.sleep(60)
+run.measure_machine, run.run_rows = lambda device: MACHINE, hang
+run.main(["--device", "cpu", "--op", row.name, "--json", sys.argv[1], "--case-seconds", "0.2"])
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(file)], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert run.running(file).read_text("utf-8") == "gather/forward/inference fwpkm_kernels"
+
+
+def test_a_lost_gpu_ends_the_process(monkeypatch, tmp_path):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cuda = dataclasses.replace(MACHINE, kind="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(run, "measure_machine", lambda device: cuda)
+    monkeypatch.setattr(run, "release", lambda machine: None)
+    monkeypatch.setattr(run, "measure", lambda row, provider, *_, **__: no_result(row, provider, cuda, status="error"))
+    file = tmp_path / "out.jsonl"
+    arguments = ["--device", "cuda", "--op", "gather/forward/inference", "--json", str(file), "--no-table"]
+    assert run.main(arguments) == run.DEVICE_LOST
+    assert [r.status for r in run.read_results(file)] == ["error"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert run.main([*arguments, "--resume"]) == 1
+    assert len(run.read_results(file)) == len(run.select_cases("cuda", "gather/forward/inference"))
+
+
+def test_a_row_without_inputs_is_an_error_of_its_own(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("34 GB")
+
+    row = ROWS["gather/forward/inference"]
+    broken = dataclasses.replace(row, operation=dataclasses.replace(row.operation, make_inputs=no_room))
+    results = []
+    cases = [(each, each.providers()[0]) for each in (broken, row)]
+    run_on = {"seconds": 0.001, "deadline": time.monotonic() + 60, "on_result": results.append}
+    monkeypatch.setattr(run, "measure", lambda row, provider, _, **options: measure(row, provider, MACHINE, **options))
+    monkeypatch.setattr(run, "Shared", lambda row, kind: Shared(row, "cpu"))
+    monkeypatch.setattr(run, "release", lambda machine: None)
+    run.run_rows(cases, dataclasses.replace(MACHINE, kind="cuda"), **run_on)
+    assert [(r.status, r.message) for r in results] == [("error", "OutOfMemoryError: 34 GB"), ("ok", "")]
+    assert run.report(results[:1])
+
+
+def test_on_a_gpu_this_package_comes_first():
+    providers = [provider.name for _, provider in run.select_cases("cuda")]
+    turns = [0 if registry.is_package(name) else 2 if name == "torch.compile" else 1 for name in providers]
+    assert turns == sorted(turns)
+    assert set(turns) == {0, 1, 2}
+    assert len(providers) == gpu.planned_measurements("cuda")
+    assert [row.name for row, p in run.select_cases("cuda") if p.name == registry.PACKAGE] == [
+        row.name for row in registry.rows("cuda")
+    ]
+
+
+def test_a_large_table_is_forgotten_where_another_is_needed(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(inputs.table, "cache_clear", lambda: forgotten.append(True))
+    c = registry.CONFIGURATIONS[0]
+    large = dataclasses.replace(c, sub_keys=4096)
+    for before, after, expected in ((c, large, 0), (large, large, 0), (large, c, 1)):
+        inputs.make_room(before, after)
+        assert len(forgotten) == expected
 
 
 FAKE_SANITIZER = """#!/bin/sh
