@@ -16,10 +16,10 @@ from benchmarks.launches import DECODE, FIXED_FLOORS, INFERENCE, TABLE_BYTES, TR
 
 #: For a chunk or step: launches, and bytes over those of the floor; for a sequence: launches.
 BOUNDS = {
-    TRAINING[0]: (20, 1.33, 84),
-    TRAINING[1]: (37, 1.52, 70),
-    INFERENCE: (49, 1.54, 0),
-    DECODE: (18, 1.04, 0),
+    TRAINING[0]: (11, 1.29, 12),
+    TRAINING[1]: (12, 1.29, 8),
+    INFERENCE: (17, 1.40, 0),
+    DECODE: (4, 1.04, 0),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import launch, next_power_of_2
+from ._common import launch, next_power_of_2, row_warps
 from .lookup import half_grad
 from .segments import SegmentConfig, segment_config, segment_rows
 
@@ -268,6 +268,7 @@ def pick_sums(
     [H·2·n, Dk/2], contiguous.
     """
     num_keys, half = table.shape[0] // (2 * heads), table.shape[1]
+    block_d = min(next_power_of_2(half), 1024)
     sums = torch.empty(2 * num_keys, dtype=coefficients.dtype, device=coefficients.device)
     launch(
         pick_sums_kernel,
@@ -289,8 +290,8 @@ def pick_sums(
         STEP=step_factors is not None,
         # A sub-key that every token picks is one program's: many picks at a time, as many numbers as registers hold.
         BLOCK_A=1024 if step_factors is None else 512,
-        BLOCK_D=min(next_power_of_2(half), 1024),
-        num_warps=4,
+        BLOCK_D=block_d,
+        num_warps=row_warps(block_d, table.dtype),
         on=coefficients,
     )
     return sums

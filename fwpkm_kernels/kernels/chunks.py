@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import cdiv, launch, next_power_of_2
+from ._common import cdiv, launch, next_power_of_2, row_warps
 
 # Numbers that grow with the sequence, and the layout's: one compilation serves all.
 _LAYOUT = ["B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P"]
@@ -772,7 +772,7 @@ def sum_reads(reads: torch.Tensor, layout: tuple[int, ...], dtype: torch.dtype) 
             full,
             WIDTH=width,
             BLOCK_W=block_w,
-            num_warps=max(1, min(4, block_w // 128)),
+            num_warps=row_warps(block_w, reads.dtype),
             on=reads,
         )
     return out
