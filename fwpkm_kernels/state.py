@@ -227,8 +227,9 @@ class MemoryState:
 
     def _bind(self, queries: Tensor, targets: Tensor, o: Options) -> Queue:
         """Bind at the first step; later refuse what differs."""
-        free = {name: Options._field_defaults[name] for name in FREE_OPTIONS}
-        binding = Binding(queries.shape[0], queries.dtype, targets.dtype, o._replace(**free))
+        defaults = {name: Options._field_defaults[name] for name in FREE_OPTIONS}
+        bound = Options(**{**o._asdict(), **defaults})  # o._replace(…) is more than torch.compile of 2.11 can keep
+        binding = Binding(queries.shape[0], queries.dtype, targets.dtype, bound)
         if self._binding is None or self._queue is None:
             self._binding, self._queue = binding, self._make_queue(binding, self.values.device)
         else:

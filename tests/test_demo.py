@@ -278,6 +278,11 @@ def test_a_directory_gets_one_clear_line(tmp_path, capsys):
     assert "Is a directory" in failure(capsys, tmp_path)
 
 
+def need_demo_extra() -> None:
+    for module in ("matplotlib", "rich", "tqdm"):
+        pytest.importorskip(module)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -293,6 +298,7 @@ def test_a_directory_gets_one_clear_line(tmp_path, capsys):
     ],
 )
 def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, arguments, message):
+    need_demo_extra()
     monkeypatch.chdir(tmp_path)
     assert demo.main(arguments) == 2
     line = capsys.readouterr().err
@@ -312,8 +318,7 @@ def test_a_character_cut_by_the_limit_is_no_error(tmp_path):
 
 
 def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, monkeypatch):
-    for module in ("matplotlib", "rich", "tqdm"):
-        pytest.importorskip(module)
+    need_demo_extra()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_bytes(prose())
     assert demo.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
@@ -337,8 +342,7 @@ def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, mon
 
 
 def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeypatch):
-    for module in ("matplotlib", "rich", "tqdm"):
-        pytest.importorskip(module)
+    need_demo_extra()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_bytes(prose())
     arguments = ["text", "--json=result.json", "--memories", "normalized", *SMALL_ARGUMENTS]
