@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._autograd import refuse_transforms
 from .addressing import step_keys
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
@@ -413,6 +414,7 @@ def fast_weight_memory_step(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
+    refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
     with torch.no_grad():
         queue = state._bind(queries, targets, o)
