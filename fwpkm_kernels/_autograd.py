@@ -29,12 +29,26 @@ def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LO
             " vjp or jacrev, use torch.autograd.grad or torch.autograd.functional; forward-mode differentiation"
             " (jvp, jacfwd) is not supported"
         )
-    if forward_ad._current_level >= 0:  # else unpack_dual would cost some of a microsecond for each argument
-        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
-            raise RuntimeError(
-                f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd"
-                ".grad, or torch.autograd.functional.jacobian with its default strategy"
-            )
+    # Asked for the level first, since every unpack_dual costs some of a microsecond.
+    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
+        raise RuntimeError(
+            f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd.grad,"
+            " or torch.autograd.functional.jacobian with its default strategy"
+        )
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_recomputation(name: str) -> None:
+    """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name} was called in a backward pass, as if by an activation checkpoint that computes its function again:"
+            " the state would be written twice. Call it outside of the checkpoint, or save its output by a policy"
+            " (torch.utils.checkpoint.create_selective_checkpoint_contexts)"
+        )
 
 
 class FirstOrderFunction(Function):
