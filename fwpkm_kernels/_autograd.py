@@ -32,8 +32,8 @@ def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LO
     # Asked for the level first, since every unpack_dual costs some of a microsecond.
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
         raise RuntimeError(
-            f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd.grad,"
-            " or torch.autograd.functional.jacobian with its default strategy"
+            f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd"
+            ".grad, or torch.autograd.functional.jacobian with its default strategy"
         )
 
 
