@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import fwpkm_kernels
 from fwpkm_kernels import (
@@ -266,7 +267,8 @@ def test_nothing_global_is_mutable():
         f"{module.__name__}.{name}: {what}"
         for module in modules
         for name, x in vars(module).items()
-        if not (name.startswith("__") and name.endswith("__"))  # __all__, __path__, ...: of the import system
+        if not name.startswith("__")  # __all__, __path__: of the import system; __compiled_fn_0: of torch.compile
+        and vars(interpreter).get(name) is not x  # some versions leave their own names in a kernel's module
         for what in mutable_parts(x)
     ]
     assert not found, "\n".join(found)
