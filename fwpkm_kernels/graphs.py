@@ -28,7 +28,8 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         warm_up()  # kernels are compiled, and libraries set up, outside the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads go on: by default what they allocate meanwhile would break the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph
 

@@ -220,6 +220,35 @@ def test_graphs_replayed_on_two_streams():
     assert_same_results(on_streams(jobs), expected)
 
 
+@pytest.mark.gpu
+def test_graphs_are_captured_beside_other_threads():
+    """Whose allocations break no capture, and whose results are what they are alone."""
+    inputs = make_inputs(2, 48, dtype=torch.float32, device="cuda")
+    tokens = {name: inputs[name] for name in ("queries", "targets")}
+    some = {name: x[:, :2] for name, x in tokens.items()}
+    MemoryGraph(make_state(inputs), **some, **OPTIONS)  # which compiles the kernels
+    expected = make_state(inputs)
+    wanted = [
+        fast_weight_memory_step(expected, **{name: x[:, t : t + 2] for name, x in tokens.items()}, **OPTIONS)
+        for t in range(0, 48, 2)
+    ]
+
+    def capture_and_replay() -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            state = make_state(inputs)
+            results = [MemoryGraph(state, **some, **OPTIONS)(**tokens), state.keys, state.values]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    training = training_job(0, Place("triton", "cuda"))
+    alone = training()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # so that training asks the device for memory; not while a graph is being captured
+    results = on_threads([capture_and_replay, training])
+    torch.cuda.synchronize()
+    assert_same_results(results, [[torch.cat(wanted, 1), expected.keys, expected.values], alone])
+
+
 IMMUTABLE = (
     *(type(None), bool, int, float, complex, str, bytes, frozenset, range, type(...)),
     *(torch.dtype, torch.device, torch.layout),
