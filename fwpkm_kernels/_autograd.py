@@ -60,5 +60,6 @@ class FirstOrderFunction(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
+        """As ever, but refuse transforms first; `forward` does it too, because torch.compile goes around this."""
         refuse_transforms(cls.function, args, cls.instead_of_vmap)
         return super().apply(*args)

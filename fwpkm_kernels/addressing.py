@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
 from .plan import Plan, plan_picks, plan_segments, segment_totals
@@ -399,6 +399,7 @@ class ProductKeyUpdate(FirstOrderFunction):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
+        refuse_transforms("product_key_update", (keys, queries))
         _check_update(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
         eps, lr, weight, weight_decay = float(eps), float(lr), float(weight), float(weight_decay)
         clip = None if clip is None else float(clip)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, plan_segments, segment_totals
 
@@ -156,6 +156,7 @@ class SparseValueGather(FirstOrderFunction):
         ctx: Any, values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool = False, backend: str = "auto"
     ) -> Tensor:
         """Validate, gather, and keep the three inputs for backward."""
+        refuse_transforms("sparse_value_gather", (values, slots, weights))
         _check_gather(values, slots, weights, sparse_grad, backend)
         flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
         out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, plan_segments, segment_totals
 
@@ -312,6 +312,7 @@ class ProductKeyLookup(FirstOrderFunction):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
+        refuse_transforms("product_key_lookup", (queries, keys))
         check_lookup(queries, keys, top_k, score, eps, precision, backend)
         scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
         size = (*queries.shape[:-1], top_k)

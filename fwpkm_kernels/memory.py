@@ -378,6 +378,7 @@ class FastWeightMemory(FirstOrderFunction):
             chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
             addressing_weight, key_gradient, step, boundary, precision, backend,
         )  # fmt: skip
+        refuse_transforms("fast_weight_memory", (queries, targets, keys, values, gates, mask))
         o = check_memory(queries, targets, keys, values, gates, mask, o)
         # Else an unused gradient of the final table would come as a table of zeros.
         ctx.set_materialize_grads(False)

@@ -259,6 +259,7 @@ class ChunkValueUpdate(FirstOrderFunction):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
+        refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
         options = (lr, scale, weight_decay, clip, backend)
         _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
         scale = float(slots.shape[1]) if scale is None else scale
