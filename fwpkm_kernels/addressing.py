@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
 from .plan import Plan, plan_picks, plan_segments, segment_totals
@@ -363,8 +363,10 @@ def _(  # type: ignore[no-untyped-def]
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-class _ProductKeyUpdateBackward(Function):
+class _ProductKeyUpdateBackward(FirstOrderFunction):
     """First derivatives; differentiating them again raises."""
+
+    function = "product_key_update"
 
     @staticmethod
     def forward(ctx: Any, grad_new_keys: Tensor, keys: Tensor, queries: Tensor, *rest: Any) -> Any:
@@ -375,9 +377,11 @@ class _ProductKeyUpdateBackward(Function):
         raise RuntimeError("product_key_update cannot be differentiated twice")
 
 
-class ProductKeyUpdate(Function):
+class ProductKeyUpdate(FirstOrderFunction):
     """`product_key_update` as an autograd Function: apply(keys, queries, top_k, score, eps, lr, weight, weight_decay,
     clip, precision, backend)."""
+
+    function = "product_key_update"
 
     @staticmethod
     def forward(
@@ -395,6 +399,7 @@ class ProductKeyUpdate(Function):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
+        refuse_transforms("product_key_update", (keys, queries))
         _check_update(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
         eps, lr, weight, weight_decay = float(eps), float(lr), float(weight), float(weight_decay)
         clip = None if clip is None else float(clip)

@@ -54,6 +54,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +87,13 @@ class Kind(NamedTuple):
     colour: str  #: in the plot
 
 
-MEMORIES = {
-    "plain": Kind("paper", False, "#4477aa"),
-    "key-step": Kind("paper", True, "#cc6633"),
-    "normalized": Kind("normalized", False, "#228833"),
-}
+MEMORIES = MappingProxyType(
+    {
+        "plain": Kind("paper", False, "#4477aa"),
+        "key-step": Kind("paper", True, "#cc6633"),
+        "normalized": Kind("normalized", False, "#228833"),
+    }
+)
 
 
 class DemoError(Exception):

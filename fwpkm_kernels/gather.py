@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, plan_segments, segment_totals
 
@@ -109,8 +109,10 @@ def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, bac
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
-class _SparseValueGatherBackward(Function):
+class _SparseValueGatherBackward(FirstOrderFunction):
     """First derivatives; differentiating them again raises."""
+
+    function = "sparse_value_gather"
 
     @staticmethod
     def forward(
@@ -143,14 +145,18 @@ class _SparseValueGatherBackward(Function):
         raise RuntimeError("sparse_value_gather cannot be differentiated twice")
 
 
-class SparseValueGather(Function):
+class SparseValueGather(FirstOrderFunction):
     """`sparse_value_gather` as an autograd Function: apply(values, slots, weights, sparse_grad, backend)."""
+
+    function = "sparse_value_gather"
+    instead_of_vmap = "put the batch into the leading dimensions of `slots` and `weights`"
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool = False, backend: str = "auto"
     ) -> Tensor:
         """Validate, gather, and keep the three inputs for backward."""
+        refuse_transforms("sparse_value_gather", (values, slots, weights))
         _check_gather(values, slots, weights, sparse_grad, backend)
         flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
         out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._autograd import refuse_recomputation, refuse_transforms
 from .chunks import Options
 from .state import MemoryState, check_step
 from .streaming import Lanes, Tokens, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
@@ -27,7 +28,8 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         warm_up()  # kernels are compiled, and libraries set up, outside the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads go on: by default what they allocate meanwhile would break the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph
 
@@ -99,6 +101,9 @@ class MemoryGraph:
             if self._count < o.chunk_size:
                 self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a MemoryGraph cannot be copied or pickled: copy its state, and capture a graph of the copy")
+
     def _full_state(self, state: MemoryState) -> MemoryState:
         """A copy for warming up, as if all tokens of a chunk had been read: each picked the first sub-keys."""
         spare, o = state.clone(), self._options
@@ -161,8 +166,11 @@ class MemoryGraph:
             ValueError: where the graphs would be wrong: m is not a multiple of t, the state's position is not, the
                 state's tensors are not those that were captured, or gates or mask are there and were not, or the
                 reverse. Nothing has been written by then.
+            RuntimeError: where `fast_weight_memory_step` raises it, but for captures.
         """
         o, state = self._options, self._state
+        refuse_transforms("MemoryGraph", (queries, targets, gates, mask))
+        refuse_recomputation("MemoryGraph")
         check_step(state, queries, targets, gates, mask, o)
         state._bind(queries, targets, o)
         if self._tensors() != self._captured:

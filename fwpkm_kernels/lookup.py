@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, plan_segments, segment_totals
 
@@ -280,8 +280,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
-class _ProductKeyLookupBackward(Function):
+class _ProductKeyLookupBackward(FirstOrderFunction):
     """First derivatives; differentiating them again raises."""
+
+    function = "product_key_lookup"
 
     @staticmethod
     def forward(ctx: Any, grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, *options: Any) -> Any:
@@ -292,8 +294,11 @@ class _ProductKeyLookupBackward(Function):
         raise RuntimeError("product_key_lookup cannot be differentiated twice")
 
 
-class ProductKeyLookup(Function):
+class ProductKeyLookup(FirstOrderFunction):
     """`product_key_lookup` as an autograd Function: apply(queries, keys, top_k, score, eps, precision, backend)."""
+
+    function = "product_key_lookup"
+    instead_of_vmap = "put the batch into the leading dimensions of `queries`"
 
     @staticmethod
     def forward(
@@ -307,6 +312,7 @@ class ProductKeyLookup(Function):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
+        refuse_transforms("product_key_lookup", (queries, keys))
         check_lookup(queries, keys, top_k, score, eps, precision, backend)
         scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
         size = (*queries.shape[:-1], top_k)

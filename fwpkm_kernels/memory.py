@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
@@ -285,8 +285,10 @@ def _(  # type: ignore[no-untyped-def]
     return [queries.new_empty(size, dtype=kind) for size, kind in shapes]
 
 
-class _FastWeightMemoryBackward(Function):
+class _FastWeightMemoryBackward(FirstOrderFunction):
     """First derivatives; differentiating them again raises."""
+
+    function = "fast_weight_memory"
 
     @staticmethod
     def forward(
@@ -338,10 +340,12 @@ def _coupled_backward(
     return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
 
 
-class FastWeightMemory(Function):
+class FastWeightMemory(FirstOrderFunction):
     """`fast_weight_memory` as an autograd Function: apply(queries, targets, keys, values, chunk_size, top_k, lookahead,
     score, eps, weighting, temperature, gates, mask, lr, weight_decay, clip, addressing_weight, key_gradient, step,
     boundary, precision, backend) gives output, keys, values, slots and weights."""
+
+    function = "fast_weight_memory"
 
     @staticmethod
     def forward(
@@ -374,6 +378,7 @@ class FastWeightMemory(Function):
             chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
             addressing_weight, key_gradient, step, boundary, precision, backend,
         )  # fmt: skip
+        refuse_transforms("fast_weight_memory", (queries, targets, keys, values, gates, mask))
         o = check_memory(queries, targets, keys, values, gates, mask, o)
         # Else an unused gradient of the final table would come as a table of zeros.
         ctx.set_materialize_grads(False)
@@ -571,6 +576,7 @@ def fast_weight_memory(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         return MemoryOutput(*FastWeightMemory.apply(*tensors, *o[:7], gates, mask, *o[7:]))
+    refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
     with torch.no_grad():  # a mask may require gradients; it gets none
         return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))

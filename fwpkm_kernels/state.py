@@ -1,7 +1,7 @@
 """The state of a streamed memory: its private copies, the queue of the present chunk, and what its first step bound."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,24 @@ class MemoryState:
         return other
 
     __copy__ = clone
+
+    # For copy.deepcopy and pickle, which copy the initial memory too; one that is shared by states that are copied
+    # together stays shared under copy.deepcopy and torch.save.
+    def __getstate__(self) -> dict[str, Any]:
+        fields = dict(self.__dict__)
+        if self._initial_version != _version(self._initial_values):
+            fields["_touched"] = torch.ones_like(self._touched)
+        return fields
+
+    @torch.inference_mode(False)
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        # What was copied in inference mode can be stepped outside of it.
+        for name in ("keys", "values", "_position", "_touched"):
+            setattr(self, name, _usable(getattr(self, name)))
+        if self._queue is not None:
+            self._queue = Queue(*map(_usable, self._queue))
+        self._initial_version = _version(self._initial_values)  # the copy counts its own changes
 
     def state_dict(self) -> dict[str, Tensor]:
         """Memory, position, queue and bound options as flat, contiguous, unshared tensors, as safetensors wants them.
@@ -235,6 +253,11 @@ class MemoryState:
         else:
             _check_binding(self._binding, binding)
         return self._queue
+
+
+def _usable(x: Tensor) -> Tensor:
+    """A tensor that may be written outside of inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def _version(x: Tensor) -> int | None:

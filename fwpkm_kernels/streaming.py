@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._autograd import refuse_recomputation, refuse_transforms
 from .addressing import step_keys
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
@@ -330,6 +331,7 @@ def _step(
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
+    refuse_recomputation("fast_weight_memory_step")
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
     begin, now, lanes = 0, int(position), Lanes()
@@ -407,12 +409,16 @@ def fast_weight_memory_step(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The state is unchanged then. After
             any other error, one of the device say, the state must be reset or loaded into.
-        RuntimeError: in a CUDA graph capture; `MemoryGraph` is there for that.
+        RuntimeError: in a CUDA graph capture; `MemoryGraph` is there for that. In a backward pass, where an activation
+            checkpoint would apply the step again: step outside of it, or let a policy save the step's output
+            (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform of torch.func. The state is
+            unchanged then.
     """
     o = Options(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
+    refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
     with torch.no_grad():
         queue = state._bind(queries, targets, o)

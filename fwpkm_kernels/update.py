@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
+from ._autograd import FirstOrderFunction, refuse_transforms
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, count_accesses, count_among, plan_segments, segment_totals
@@ -184,8 +184,10 @@ def _count(plan: Plan, slots: Tensor, mask: Tensor | None, count_slots: Tensor |
     return count_accesses(plan, counted)
 
 
-class _ChunkValueUpdateBackward(Function):
+class _ChunkValueUpdateBackward(FirstOrderFunction):
     """First derivatives; differentiating them again raises."""
+
+    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -233,9 +235,11 @@ class _ChunkValueUpdateBackward(Function):
         raise RuntimeError("chunk_value_update cannot be differentiated twice")
 
 
-class ChunkValueUpdate(Function):
+class ChunkValueUpdate(FirstOrderFunction):
     """`chunk_value_update` as an autograd Function: apply(values, slots, weights, targets, predictions, gates, mask,
     count_slots, lr, scale, weight_decay, clip, backend)."""
+
+    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -255,6 +259,7 @@ class ChunkValueUpdate(Function):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
+        refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
         options = (lr, scale, weight_decay, clip, backend)
         _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
         scale = float(slots.shape[1]) if scale is None else scale
@@ -446,8 +451,9 @@ def chunk_value_update_(
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
             requires grad. Nothing has been written by then.
     """
-    options = (lr, scale, weight_decay, clip, backend)
-    _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
+    tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
+    refuse_transforms("chunk_value_update_", (*tensors, scale))
+    _check_update(*tensors, lr, scale, weight_decay, clip, backend)
     if values.requires_grad:
         raise ValueError("`values` must not require grad to be written in place; use chunk_value_update")
     if any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True)):

@@ -287,25 +287,6 @@ def test_gradcheck(score, options):
     assert gradcheck(lambda k, q: ProductKeyUpdate.apply(k, q, 3, score, 1e-3, *options), (keys, queries))
 
 
-def test_second_derivatives_raise(place):
-    queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(2, 1, 6, 6, device=place.device))
-    new_keys = product_key_update(keys, queries, top_k=3, backend=place.backend)
-    (grad,) = torch.autograd.grad(new_keys.sum(), [queries], create_graph=True)
-    with pytest.raises(RuntimeError, match="product_key_update cannot be differentiated twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("options", [(1.0, 1.0, 0.0, None), (0.5, 0.0, 0.1, 0.02)], ids=["plain", "decay only"])
-def test_opcheck(options, place):
-    queries, keys = testing.make_lookup_inputs(1, 2, 3, 8, device=place.device)
-    ops = torch.ops.fwpkm_kernels
-    arguments = (keys, queries, 2, "idw", 1e-3, *options, "ieee", place.backend)
-    torch.library.opcheck(ops.product_key_update.default, arguments)
-    new_keys, half_scores, sub_keys = ops.product_key_update(*arguments)
-    arguments = (new_keys, keys, queries, half_scores, sub_keys, "idw", 1e-3, *options, place.backend)
-    torch.library.opcheck(ops.product_key_update_backward.default, arguments)
-
-
 def test_one_compilation_serves_every_number_of_rows():
     def step(queries, keys):
         return product_key_update(keys, queries, top_k=4, lr=0.3, clip=0.1).square()

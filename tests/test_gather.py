@@ -163,29 +163,6 @@ def test_gradcheck():
     )
 
 
-def test_second_derivatives_raise(place):
-    values, slots, weights = testing.make_gather_inputs(device=place.device)
-    values.requires_grad_(), weights.requires_grad_()
-    out = sparse_value_gather(values, slots, weights, backend=place.backend)
-    (grad,) = torch.autograd.grad(out.sum(), [weights], create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("compact", [True, False])
-def test_opcheck(compact, place):
-    from fwpkm_kernels.plan import plan_segments
-
-    values, slots, weights = testing.make_gather_inputs(device=place.device)
-    ops = torch.ops.fwpkm_kernels
-    torch.library.opcheck(ops.sparse_value_gather.default, (values, slots, weights, place.backend))
-    grad = torch.ones(8, 16, device=place.device)
-    arguments = (grad, values, slots, torch.float32, place.backend)
-    torch.library.opcheck(ops.sparse_value_gather_backward_weights.default, arguments)
-    arguments = (grad, weights, *plan_segments(slots, 64), 64, torch.float32, compact, place.backend)
-    torch.library.opcheck(ops.sparse_value_gather_backward_values.default, arguments)
-
-
 BAD = {
     "table of rank 1": (ValueError, r"`values`.*\[64\]", lambda v, s, w: (v[:, 0], s, w)),
     "integer table": (TypeError, "`values`.*int64", lambda v, s, w: (v.long(), s, w)),

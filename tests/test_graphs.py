@@ -1,11 +1,14 @@
 """Streaming steps as CUDA graphs: on a GPU for real, on a CPU with a stand-in for the capture."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fwpkm_kernels import MemoryGraph, MemoryState, addressing, graphs, plan, testing
 from tests.conftest import HAS_GPU
@@ -208,6 +211,46 @@ def test_a_capture_binds_as_a_step_does(make_graph):
         stream(state, inputs, [4], **OPTIONS | {"top_k": 3})
     with pytest.raises(ValueError, match="`top_k`"):
         make_graph(state, inputs, 4, **OPTIONS | {"top_k": 3})
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda how: how.__name__)
+def test_a_graph_is_not_copied(how, make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    graph = make_graph(make_state(inputs), inputs, 4, **OPTIONS)
+    with pytest.raises(TypeError, match="MemoryGraph cannot be copied or pickled.*copy its state"):
+        how(graph)
+
+
+def test_a_copied_state_is_not_the_one_that_was_captured(make_graph):
+    """The graph goes on writing the state that it was made of, and only that."""
+    inputs = make_inputs(2, 16, dtype=torch.float32, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 2, **OPTIONS)
+    replayed(graph, state, inputs, 6)
+    other = copy.deepcopy(state)
+    with testing.assert_unchanged(contents(other)):
+        output = replayed(graph, state, inputs, 10)
+    testing.assert_bitwise_equal(stream(other, inputs, [2] * 5, **OPTIONS), output)
+    assert_same_state(state, other)
+
+
+def test_a_replay_is_refused_under_transforms_and_in_a_checkpoint(make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    tokens = tokens_of(inputs, 0, 4)
+    before = contents(state)
+    with pytest.raises(RuntimeError, match="MemoryGraph does not run under transforms"):
+        torch.func.vmap(lambda targets: graph(**{**tokens, "targets": targets}))(
+            tokens["targets"].expand(2, -1, -1, -1)
+        )
+    assert_same_bits(contents(state), before)
+    leaf = torch.ones((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    output = checkpoint(lambda leaf: graph(**tokens) * leaf.exp(), leaf, use_reentrant=False)
+    after = contents(state)
+    with pytest.raises(RuntimeError, match="MemoryGraph was called in a backward pass"):
+        output.sum().backward()
+    assert_same_bits(contents(state), after)
 
 
 def test_a_state_on_a_cpu_is_not_captured():

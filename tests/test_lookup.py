@@ -198,27 +198,6 @@ def test_gradcheck(score):
     assert gradcheck(lambda q, k: ProductKeyLookup.apply(q, k, 3, score)[0], [x.requires_grad_() for x in inputs])
 
 
-def test_second_derivatives_raise(place):
-    queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(3, 1, 6, 6, device=place.device))
-    # the incoming gradient of a sum needs no gradient itself, and still this must not pass for a constant
-    (grad,) = torch.autograd.grad(
-        product_key_lookup(queries, keys, 3, backend=place.backend)[0].sum(), [queries], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("with_keys", [True, False])
-def test_opcheck(with_keys, place):
-    queries, keys = testing.make_lookup_inputs(4, 2, 9, 8, device=place.device)
-    ops = torch.ops.fwpkm_kernels
-    arguments = (queries, keys, 3, "idw", 1e-3, "ieee", place.backend)
-    torch.library.opcheck(ops.product_key_lookup.default, arguments)
-    scores, slots = ops.product_key_lookup(*arguments)
-    arguments = (torch.ones_like(scores), queries, keys, slots, "idw", 1e-3, with_keys, place.backend)
-    torch.library.opcheck(ops.product_key_lookup_backward.default, arguments)
-
-
 BAD = {
     "queries not a tensor": (TypeError, "`queries`", lambda q, k: ([1.0], k, 3)),
     "integer queries": (TypeError, "`queries`.*int64", lambda q, k: (q.long(), k, 3)),

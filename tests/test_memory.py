@@ -595,22 +595,6 @@ def test_gradients_of_some_inputs(wanted, key_gradient):
     assert_same_bits(actual, {name: expected[name] for name in wanted})
 
 
-@KEY_GRADIENTS
-@pytest.mark.parametrize("wanted", DIFFERENTIABLE)
-def test_second_derivatives_raise(wanted, key_gradient):
-    """Even where the incoming gradient needs none, as from sum()."""
-    leaves, options = small_call(key_gradient)
-    leaves = {name: x.requires_grad_(name == wanted) for name, x in leaves.items()}
-    outputs = fast_weight_memory(**leaves, **options)
-    losses = [outputs.output.square().sum()]
-    if wanted != "values" or key_gradient == "all":  # else the outputs are linear in the values
-        losses.append(outputs.output.sum())
-    for loss in losses:
-        (gradient,) = torch.autograd.grad(loss, [leaves[wanted]], create_graph=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-            gradient.sum().backward()
-
-
 @pytest.mark.parametrize("key_gradient", ["addressing", "all"])
 @pytest.mark.parametrize("name", [*DIFFERENTIABLE, "mask"])
 def test_inputs_changed_after_forward(name, key_gradient):
@@ -770,40 +754,6 @@ def test_compiled_without_gradients(key_gradient):
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(**inputs)._asdict(), read(**inputs)._asdict())
-
-
-def op_arguments(inputs: dict[str, Any], keep: bool, **options: Any) -> tuple[Any, ...]:
-    from fwpkm_kernels.chunks import Options
-
-    options = Options(chunk_size=3, top_k=2, **options)
-    names = ("queries", "targets", "keys", "values", "gates", "mask")
-    return (*(inputs.get(name) for name in names), keep, *options)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("options", [{}, {"addressing_weight": 0.0}, {"key_gradient": "all"}], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
-@BOUNDARIES
-def test_opcheck(boundary, keep, options, layout):
-    # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
-    inputs = make_inputs(2, 7, num_keys=30, mask="real", dtype=torch.float32, layout=layout)
-    arguments = op_arguments(inputs, keep, boundary=boundary, clip=0.1, **options)
-    torch.library.opcheck(torch.ops.fwpkm_kernels.fast_weight_memory.default, arguments)
-
-
-@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
-@pytest.mark.parametrize("gates", [True, False])
-@BOUNDARIES
-def test_opcheck_of_backward(boundary, gates, addressing_weight):
-    inputs = make_inputs(2, 7, gates=gates, dtype=torch.float32)
-    arguments = op_arguments(inputs, True, boundary=boundary, addressing_weight=addressing_weight)
-    results = torch.ops.fwpkm_kernels.fast_weight_memory(*arguments)
-    incoming = cotangents(MemoryOutput(*results[:5]))
-    queries, targets, keys, _, gates, mask, _, *options = arguments
-    op = torch.ops.fwpkm_kernels.fast_weight_memory_backward.default
-    for grads, with_addresses in ((incoming, True), ((incoming[0], None, None), True), (incoming, False)):
-        tensors = (queries, targets, gates, mask, keys.shape[2], with_addresses, results[5:])
-        torch.library.opcheck(op, (*grads, *tensors, *options))
 
 
 @PLACES_SLOW

@@ -1,6 +1,8 @@
 """The state of a streamed memory: initial memory, reset, copies, saving and loading."""
 
 import copy
+import io
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +18,17 @@ from fwpkm_kernels import (
     testing,
 )
 from tests.test_memory import assert_close, assert_same_bits, make_inputs
-from tests.test_streaming import BOUND, BY_TOKEN, DEVICES, OPTIONS, assert_same_state, contents, make_state, stream
+from tests.test_streaming import (
+    BOTH,
+    BOUND,
+    BY_TOKEN,
+    DEVICES,
+    OPTIONS,
+    assert_same_state,
+    contents,
+    make_state,
+    stream,
+)
 
 Inputs = dict[str, Any]
 Cuts = list[int]
@@ -182,9 +194,19 @@ def test_equal_states_save_equal_tensors_and_no_other_tokens():
 def copies() -> dict[str, Callable[[MemoryState], MemoryState]]:
     return {
         "clone": MemoryState.clone,
+        "copy": copy.copy,
         "deepcopy": copy.deepcopy,
         "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+        "torch.save": saved_and_loaded,
     }
+
+
+def saved_and_loaded(x: Any, weights_only: bool = False) -> Any:
+    """Through torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 @DEVICES
@@ -215,9 +237,96 @@ def _buffers(state: MemoryState) -> Iterator[Tensor]:
         yield from state._queue
 
 
+@BOTH
+def test_a_deep_copy_goes_on_bit_by_bit(place):
+    """In the middle of a chunk, on either backend; and so does what it was copied from."""
+    inputs = make_inputs(1, 6, dtype=torch.float32, device=place.device)
+    options = OPTIONS | {"chunk_size": 3, "backend": place.backend}
+    state = make_state(inputs)
+    stream(state, inputs, [1], **options)
+    other = copy.deepcopy(state)
+    for one in (state, other):
+        assert one.position == 1
+    outputs = [stream(one, inputs, [3], **options) for one in (state, other)]
+    testing.assert_bitwise_equal(*outputs)
+    assert_same_state(state, other)
+
+
+def step_in_a_process(pickled: bytes, tokens: Inputs) -> bytes:
+    state = pickle.loads(pickled)
+    output = stream(state, tokens, [5], **OPTIONS)
+    return pickle.dumps((output, state))
+
+
+def test_a_pickled_state_goes_to_a_new_process_and_back():
+    """It says all that a step needs: no other process knows what was bound."""
+    inputs = make_inputs(2, 11)
+    state = make_state(inputs)
+    stream(state, inputs, [6], **OPTIONS)
+    tokens = {name: inputs[name] for name in ("queries", "targets")}
+    before = contents(state)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        output, other = pickle.loads(pool.apply(step_in_a_process, (pickle.dumps(state), tokens)))
+    assert_same_bits(contents(state), before)
+    testing.assert_bitwise_equal(output, stream(state, tokens, [5], **OPTIONS))
+    assert_same_state(other, state)
+    other.reset()
+    testing.assert_bitwise_equal(other.values, inputs["values"])
+
+
 def test_a_clone_shares_the_initial_memory_only():
     state = make_state(make_inputs())
     assert state.clone()._initial_values is state._initial_values
+    assert copy.copy(state)._initial_values is state._initial_values
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, saved_and_loaded])
+def test_states_copied_together_go_on_sharing_their_initial_memory(how):
+    inputs = make_inputs()
+    states = how([make_state(inputs) for _ in range(2)])
+    one, other = (state._initial_values.data_ptr() for state in states)
+    assert one == other
+    assert one != inputs["values"].data_ptr()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "clone"])
+@pytest.mark.parametrize("counted", range(3))
+def test_a_copy_returns_to_an_initial_memory_that_was_changed_before(counted, how):
+    """However often PyTorch counts that the initial memory was changed, of which a copy knows nothing."""
+    inputs = make_inputs(2, 6)
+    for _ in range(counted):
+        inputs["values"].add_(0.0)
+    state = make_state(inputs)
+    stream(state, inputs, [6], **OPTIONS)
+    inputs["values"].add_(1.0)
+    for one in (copies()[how](state), state):
+        one.reset()
+        testing.assert_bitwise_equal(one.values, inputs["values"])
+
+
+def test_a_copy_remembers_which_rows_to_copy_back():
+    """So that its reset is as cheap as that of the state."""
+    inputs = make_inputs(1, 4, num_keys=9)
+    state = make_state(inputs)
+    stream(state, inputs, [4], **OPTIONS)
+    other = copy.deepcopy(state)
+    testing.assert_bitwise_equal(other._touched, state._touched)
+    with torch.no_grad():
+        other.values.fill_(7.0)
+    other.reset()
+    testing.assert_bitwise_equal((other.values == 7.0).all(1), state._touched == 0)
+
+
+@pytest.mark.parametrize("how", copies())
+def test_copies_made_in_inference_mode(how):
+    inputs = make_inputs(2, 10)
+    state = make_state(inputs)
+    stream(state, inputs, [6], **OPTIONS)
+    with torch.inference_mode():
+        other = copies()[how](state)
+    testing.assert_bitwise_equal(stream(other, inputs, [4], **OPTIONS), stream(state, inputs, [4], **OPTIONS))
+    other.reset()
+    assert_close({"values": other.values}, {"values": inputs["values"]}, 0.0)
 
 
 def half_read(**options: Any) -> tuple[Inputs, MemoryState]:
@@ -238,6 +347,16 @@ def test_state_dict_is_flat_contiguous_and_unshared():
     assert sum(x.untyped_storage().nbytes() for x in saved.values()) == sum(x.nbytes for x in saved.values())
     # The initial memory is not among them.
     assert [name for name, x in saved.items() if x.shape == state.values.shape] == ["values"]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_saved_state_dict_in_the_middle_of_a_chunk(weights_only):
+    inputs, state = half_read()
+    saved = saved_and_loaded(state.state_dict(), weights_only)
+    other = make_state(inputs)
+    other.load_state_dict(saved)
+    testing.assert_bitwise_equal(stream(other, inputs, [5], **OPTIONS), stream(state, inputs, [5], **OPTIONS))
+    assert_same_bits(other.state_dict(), state.state_dict())
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["fresh", "bound"])

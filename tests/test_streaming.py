@@ -564,24 +564,6 @@ def test_a_compiled_model_around_a_step():
     assert_same_state(state, expected)
 
 
-@BOTH
-@pytest.mark.parametrize(
-    ("count", "names", "key_gradient"),
-    [(1, ("gates", "mask"), "addressing"), (7, (), "addressing"), (2, ("gates", "mask"), "all")],
-    ids=["read only", "over several chunks", "to the end of a chunk"],
-)
-def test_opcheck(count, names, key_gradient, place):
-    inputs = make_inputs(2, 13, mask="bool", dtype=torch.float32, device=place.device)
-    state = make_state(inputs)
-    options = OPTIONS | {"key_gradient": key_gradient, "backend": place.backend}
-    stream(state, inputs, [6], **options)
-    memory = (state.keys, state.values, state._position, state._touched)
-    tokens = tokens_of(inputs, 6, 6 + count)
-    factors = [tokens[name] if name in names else None for name in ("gates", "mask")]
-    arguments = (*memory, *state._queue, tokens["queries"], tokens["targets"], *factors, *Options(**options))
-    torch.library.opcheck(torch.ops.fwpkm_kernels.fast_weight_memory_step.default, arguments)
-
-
 class NoSynchronisation(TorchDispatchMode):
     """Fails on what would make the host wait for a GPU: a number read, or a shape that depends on data."""
 

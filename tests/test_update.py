@@ -219,31 +219,6 @@ def test_the_backward_keeps_no_table():
     assert all(1000 not in shape for shape in saved)
 
 
-def test_second_derivatives_raise(place):
-    inputs = testing.make_update_inputs(device=place.device)
-    leaves = {"weights": inputs.weights.requires_grad_(), "values": inputs.values.requires_grad_()}
-    out = chunk_value_update(**{**inputs._asdict(), **leaves}, backend=place.backend)
-    (grad,) = torch.autograd.grad(out.sum(), [leaves["weights"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("clip", [None, 0.2])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_opcheck(weight_decay, clip, place):
-    from fwpkm_kernels.plan import plan_segments
-
-    values, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
-    ops = torch.ops.fwpkm_kernels
-    plan = plan_segments(slots, 64)
-    errors = predictions - targets
-    arguments = (values, errors, weights, *plan, 1.0, weight_decay, clip, place.backend)
-    torch.library.opcheck(ops.chunk_value_update.default, arguments)
-    torch.library.opcheck(ops.chunk_value_update_.default, arguments)
-    arguments = (values, errors, weights, slots, *plan, 1.0, clip, place.backend)
-    torch.library.opcheck(ops.chunk_value_update_backward.default, arguments)
-
-
 BAD = {
     "table of rank 3": (ValueError, r"`values`.*\[1, 64, 16\]", {"values": lambda i: i.values[None]}),
     "slots of rank 1": (ValueError, r"`slots`.*\[8\]", {"slots": lambda i: i.slots[:, 0]}),

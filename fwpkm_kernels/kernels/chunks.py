@@ -12,7 +12,7 @@ import triton.language as tl
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
 # Numbers that grow with the sequence, and the layout's: one compilation serves all.
-_LAYOUT = ["B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P"]
+_LAYOUT = ("B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P")
 #: Elements of a tile, but where one row has more.
 _TILE = 512
 

@@ -7,6 +7,7 @@ precision under test (:func:`assert_within_budget`). Slots, untouched rows and r
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .inputs import as_float64
 
 # Unit roundoff of a product of two factors, by the precision of the multiplier.
-_UNIT_ROUNDOFF = {"ieee": 2.0**-24, "tf32x3": 2.0**-22, "tf32": 2.0**-11}
+_UNIT_ROUNDOFF = MappingProxyType({"ieee": 2.0**-24, "tf32x3": 2.0**-22, "tf32": 2.0**-11})
 
 
 def forward_and_gradients(

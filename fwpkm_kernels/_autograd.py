@@ -1,0 +1,65 @@
+"""What every Function shares: where PyTorch has no rule for one, a refusal that says so before anything is computed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+_LOOP = "call it once for each item of a batch"
+
+
+def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LOOP) -> None:
+    """Raise under a transform of torch.func, or for a tensor with a tangent of forward-mode differentiation.
+
+    The operators have no rules for either, and those that run without autograd would drop derivatives silently.
+
+    Args:
+        name: of the public function.
+        args: its arguments, tensors and others.
+        instead_of_vmap: what a caller does who wants a batch.
+
+    Raises:
+        RuntimeError: naming the function and what to do instead.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} does not run under transforms of torch.func: instead of vmap, {instead_of_vmap}; instead of grad,"
+            " vjp or jacrev, use torch.autograd.grad or torch.autograd.functional; forward-mode differentiation"
+            " (jvp, jacfwd) is not supported"
+        )
+    # Asked for the level first, since every unpack_dual costs some of a microsecond.
+    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
+        raise RuntimeError(
+            f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd"
+            ".grad, or torch.autograd.functional.jacobian with its default strategy"
+        )
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_recomputation(name: str) -> None:
+    """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name} was called in a backward pass, as if by an activation checkpoint that computes its function again:"
+            " the state would be written twice. Call it outside of the checkpoint, or save its output by a policy"
+            " (torch.utils.checkpoint.create_selective_checkpoint_contexts)"
+        )
+
+
+class FirstOrderFunction(Function):
+    """A Function with a backward, and with rules for nothing else; or its backward, as a Function itself."""
+
+    #: The public function that it belongs to, and what to do there instead of vmap.
+    function: str
+    instead_of_vmap = _LOOP
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As ever, but refuse transforms first; `forward` does it too, because torch.compile goes around this."""
+        refuse_transforms(cls.function, args, cls.instead_of_vmap)
+        return super().apply(*args)

@@ -1,0 +1,207 @@
+"""torch.library.opcheck of every operator that the package registers, with all of its tests."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels.chunks import Options
+from fwpkm_kernels.plan import plan_segments
+from fwpkm_kernels.streaming import Tokens
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
+from tests.test_memory import make_inputs
+from tests.test_streaming import make_state, stream
+
+OPS = torch.ops.fwpkm_kernels
+
+#: Arguments by what is special about them.
+Samples = Iterator[tuple[str, tuple[Any, ...]]]
+
+
+def lookup_samples(place: Place) -> Samples:
+    queries, keys = testing.make_lookup_inputs(4, 2, 9, 8, device=place.device)
+    options = ("idw", 1e-3, "ieee", place.backend)
+    yield "plain", (queries, keys, 3, *options)
+    yield "transposed", (*(testing.with_layout(x, "transposed") for x in (queries, keys)), 3, *options)
+    yield "half precision by dot", (queries.bfloat16(), keys, 9, "dot", 1e-3, "tf32", place.backend)
+    yield "float64", (queries.double(), keys.double(), 1, *options)
+    yield "empty", (queries[:0], keys, 3, *options)
+
+
+def lookup_grad_samples(place: Place) -> Samples:
+    for name, (queries, keys, top_k, score, eps, precision, backend) in lookup_samples(place):
+        scores, slots = OPS.product_key_lookup(queries, keys, top_k, score, eps, precision, backend)
+        grad = torch.ones((), dtype=scores.dtype, device=place.device).expand(scores.shape)
+        yield name, (grad, queries, keys, slots, score, eps, True, backend)
+        yield f"{name}, queries alone", (grad, queries, keys, slots, score, eps, False, backend)
+
+
+def gather_samples(place: Place) -> Samples:
+    values, slots, weights = testing.make_gather_inputs(device=place.device)
+    yield "plain", (values, slots, weights, place.backend)
+    yield "sliced", (testing.with_layout(values, "sliced"), slots.t().contiguous().t(), weights, place.backend)
+    yield "half precision, int32", (values.half(), slots.int(), weights, place.backend)
+    yield "no tokens", (values, slots[:0], weights[:0], place.backend)
+    yield "no picks", (values, slots[:, :0], weights[:, :0], place.backend)
+
+
+def weights_grad_samples(place: Place) -> Samples:
+    for name, (values, slots, weights, backend) in gather_samples(place):
+        grad = torch.ones((), dtype=values.dtype, device=place.device).expand(len(slots), values.shape[1])
+        yield name, (grad, values, slots, weights.dtype, backend)
+
+
+def values_grad_samples(place: Place) -> Samples:
+    for name, (values, slots, weights, backend) in gather_samples(place):
+        grad = torch.ones(len(slots), values.shape[1], dtype=values.dtype, device=place.device)
+        for compact in (False, True):
+            plan = plan_segments(slots, len(values))
+            arguments = (grad, weights, *plan, len(values), values.dtype, compact, backend)
+            yield f"{name}, {'compact' if compact else 'dense'}", arguments
+
+
+def write_samples(place: Place) -> Samples:
+    values, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
+    errors, plan = predictions - targets, plan_segments(slots, 64)
+    yield "plain", (values, errors, weights, *plan, 1.0, 0.0, None, place.backend)
+    yield "decay and clip", (values, errors, weights, *plan, 0.5, 0.1, 0.2, place.backend)
+    yield (
+        "transposed",
+        (testing.with_layout(values, "transposed"), errors, weights, *plan, 1.0, 0.1, None, place.backend),
+    )
+    yield "half precision", (values.bfloat16(), errors, weights, *plan, 1.0, 0.0, 0.2, place.backend)
+    nothing = (errors[:0], weights[:0], *plan_segments(slots[:0], 64))
+    yield "empty", (values, *nothing, 1.0, 0.1, None, place.backend)
+
+
+def write_grad_samples(place: Place) -> Samples:
+    grad, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
+    errors, plan = predictions - targets, plan_segments(slots, 64)
+    expanded = torch.ones((), device=place.device).expand(grad.shape)
+    yield "plain", (grad, errors, weights, slots, *plan, 1.0, None, place.backend)
+    yield "clip", (grad, errors, weights, slots, *plan, 1.0, 0.2, place.backend)
+    yield "expanded", (expanded, errors, weights, slots, *plan, 0.5, 0.2, place.backend)
+    nothing = (errors[:0], weights[:0], slots[:0], *plan_segments(slots[:0], 64))
+    yield "empty", (grad, *nothing, 1.0, None, place.backend)
+
+
+def key_step_samples(place: Place) -> Samples:
+    queries, keys = testing.make_lookup_inputs(1, 2, 3, 8, device=place.device)
+    yield "plain", (keys, queries, 2, "idw", 1e-3, 1.0, 1.0, 0.0, None, "ieee", place.backend)
+    yield "clip", (keys, queries, 2, "dot", 1e-3, 0.5, 1.0, 0.1, 0.02, "ieee", place.backend)
+    yield "decay alone", (keys, queries, 2, "idw", 1e-3, 0.5, 0.0, 0.1, None, "ieee", place.backend)
+    strange = [testing.with_layout(x, "transposed") for x in (keys, queries)]
+    yield "transposed", (*strange, 2, "idw", 1e-3, 1.0, 1.0, 0.0, None, "ieee", place.backend)
+    yield "half precision", (keys.half(), queries, 3, "idw", 1e-3, 1.0, 1.0, 0.0, None, "tf32", place.backend)
+    yield "empty", (keys, queries[:0], 2, "idw", 1e-3, 1.0, 1.0, 0.1, None, "ieee", place.backend)
+
+
+def key_step_grad_samples(place: Place) -> Samples:
+    for name, arguments in key_step_samples(place):
+        keys, queries, _, *options = arguments
+        new_keys, half_scores, sub_keys = OPS.product_key_update(*arguments)
+        score, eps, lr, weight, weight_decay, clip, _, backend = options
+        numbers = (score, eps, lr, weight, weight_decay, clip, backend)
+        yield name, (torch.ones_like(new_keys), keys, queries, half_scores, sub_keys, *numbers)
+
+
+def memory_arguments(
+    place: Place, length: int, keep: bool, layout: str = "contiguous", **options: Any
+) -> tuple[Any, ...]:
+    # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
+    inputs = make_inputs(2, length, num_keys=30, mask="real", dtype=torch.float32, layout=layout, device=place.device)
+    names = ("queries", "targets", "keys", "values", "gates", "mask")
+    o = Options(chunk_size=3, top_k=2, backend=place.backend, **options)
+    return (*(inputs[name] for name in names), keep, *o)
+
+
+def memory_samples(place: Place) -> Samples:
+    for keep in (False, True):
+        for boundary in ("carry", "drop"):
+            for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
+                name = f"{boundary}, {options}, {'keeping' if keep else 'not keeping'}"
+                yield name, memory_arguments(place, 7, keep, boundary=boundary, clip=0.1, **options)
+        yield f"transposed, keeping {keep}", memory_arguments(place, 7, keep, "transposed", weight_decay=0.1)
+        yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
+        arguments = memory_arguments(place, 4, keep)
+        yield f"no gates, keeping {keep}", (*arguments[:4], None, None, *arguments[6:])
+
+
+def memory_grad_samples(place: Place) -> Samples:
+    for name, arguments in memory_samples(place):
+        queries, targets, keys, _, gates, mask, keep, *options = arguments
+        if not keep or Options(*options).key_gradient == "all":
+            continue
+        output, new_keys, new_values, _, _, *kept = OPS.fast_weight_memory(*arguments)
+        incoming = [testing.random_cotangent(x) for x in (output, new_keys, new_values)]
+        tensors = (queries, targets, gates, mask, keys.shape[2])
+        yield name, (*incoming, *tensors, True, kept, *options)
+        if "{}" not in name:
+            continue
+        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, kept, *options)
+        yield f"{name}, without addresses", (*incoming, *tensors, False, kept, *options)
+
+
+def step_samples(place: Place) -> Samples:
+    inputs = make_inputs(2, 13, mask="bool", dtype=torch.float32, device=place.device)
+    small = {"chunk_size": 4, "top_k": 2, "backend": place.backend}
+    for name, count, names, options in (
+        ("read only", 1, ("gates", "mask"), {}),
+        ("over several chunks", 7, (), {"weight_decay": 0.1}),
+        ("to the end of a chunk", 2, ("gates",), {"key_gradient": "all"}),
+        ("no tokens", 0, (), {}),
+    ):
+        state = make_state(inputs)
+        stream(state, inputs, [6], **small, **options)
+        tokens = {name: inputs[name][:, 6 : 6 + count] for name in ("queries", "targets", *names)}
+        given = [tokens.get(name) for name in Tokens._fields]
+        yield name, (*tensors_of(state), *given, *Options(**small, **options))
+
+
+def tensors_of(state: MemoryState) -> tuple[Tensor, ...]:
+    assert state._queue is not None
+    return (state.keys, state.values, state._position, state._touched, *state._queue)
+
+
+SAMPLES: dict[str, Callable[[Place], Samples]] = {
+    "product_key_lookup": lookup_samples,
+    "product_key_lookup_backward": lookup_grad_samples,
+    "sparse_value_gather": gather_samples,
+    "sparse_value_gather_backward_weights": weights_grad_samples,
+    "sparse_value_gather_backward_values": values_grad_samples,
+    "chunk_value_update": write_samples,
+    "chunk_value_update_": write_samples,
+    "chunk_value_update_backward": write_grad_samples,
+    "product_key_update": key_step_samples,
+    "product_key_update_backward": key_step_grad_samples,
+    "fast_weight_memory": memory_samples,
+    "fast_weight_memory_backward": memory_grad_samples,
+    "fast_weight_memory_step": step_samples,
+}
+
+
+def test_every_operator_has_samples():
+    names = torch._C._dispatch_get_all_op_names()
+    assert {name for name in names if name.startswith("fwpkm_kernels::")} == {f"fwpkm_kernels::{op}" for op in SAMPLES}
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(op, place, marks=SLOW_IN_INTERPRETER if place.backend == "triton" and "memory" in op else ())
+        for op in SAMPLES
+        for place in PLACES
+    ]
+
+
+@pytest.mark.parametrize(("op", "place"), cases(), ids=lambda x: getattr(x, "backend", x))
+def test_opcheck(op, place):
+    few = 1 if place == ("triton", "cpu") else None  # in the interpreter
+    for name, arguments in itertools.islice(SAMPLES[op](place), few):
+        try:
+            torch.library.opcheck(getattr(OPS, op).default, arguments)
+        except Exception as error:
+            raise AssertionError(f"{op}, {name}") from error
