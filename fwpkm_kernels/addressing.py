@@ -395,9 +395,9 @@ class ProductKeyUpdate(Function):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
-        _check_update(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
-        eps, lr, weight, weight_decay = float(eps), float(lr), float(weight), float(weight_decay)
-        clip = None if clip is None else float(clip)
+        top_k, eps, lr, weight, weight_decay, clip = _check_update(
+            keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
+        )
         new_keys, half_scores, sub_keys = _update_op(
             keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
         )
@@ -426,14 +426,19 @@ def _check_update(
     clip: float | None,
     precision: str,
     backend: str,
-) -> None:
+) -> tuple[int, float, float, float, float, float | None]:
+    """Validate the arguments of a key step; returns its numbers, from `top_k` to `clip`, as ints and floats."""
     checks.check_tensor("queries", queries, 3, "[M, H, Dk]")
-    check_lookup(queries, keys, top_k, score, eps, precision, backend)
-    checks.check_number("lr", lr)
-    checks.check_number("weight", weight)
-    checks.check_number("weight_decay", weight_decay, minimum=0)
-    if clip is not None:
-        checks.check_number("clip", clip, minimum=0)
+    top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
+    dtype = compute_dtype(keys.dtype)
+    return (
+        top_k,
+        eps,
+        checks.check_number("lr", lr, dtype),
+        checks.check_number("weight", weight, dtype),
+        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
+        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
+    )
 
 
 def product_key_update(

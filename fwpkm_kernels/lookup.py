@@ -307,13 +307,13 @@ class ProductKeyLookup(Function):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
-        check_lookup(queries, keys, top_k, score, eps, precision, backend)
-        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
+        top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
+        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, eps, precision, backend)
         size = (*queries.shape[:-1], top_k)
         scores, slots = scores.view(size), slots.view(size)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
-        ctx.options = (score, float(eps), backend)
+        ctx.options = (score, eps, backend)
         return scores, slots
 
     @staticmethod
@@ -338,7 +338,8 @@ class ProductKeyLookup(Function):
 
 def check_lookup(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
-) -> None:
+) -> tuple[int, float]:
+    """Validate the arguments of a lookup; returns `top_k` as an int and `eps` as a float."""
     checks.check_tensor("queries", queries)
     checks.check_tensor("keys", keys, 4, "[H, 2, n, Dk/2]")
     checks.check_float("queries", queries)
@@ -356,15 +357,15 @@ def check_lookup(
             f"got {checks.shape(queries)} against {checks.shape(keys)}"
         )
     checks.check_together(queries=queries, keys=keys)
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"`top_k` must be an int, got {type(top_k).__name__}")
-    if not 1 <= top_k <= num_keys:
+    top_k = checks.check_int("top_k", top_k, minimum=1)
+    if top_k > num_keys:
         raise ValueError(f"`top_k` must be from 1 to the {num_keys} sub-keys of a half, got {top_k}")
     checks.check_choice("score", score, checks.SCORES)
-    tiny = torch.finfo(compute_dtype(keys.dtype)).tiny  # below it eps would be 0 to the kernels
-    checks.check_number("eps", eps, minimum=tiny)
+    dtype = compute_dtype(keys.dtype)
+    eps = checks.check_number("eps", eps, dtype, minimum=torch.finfo(dtype).tiny)  # less would be 0 to the kernels
     checks.check_choice("precision", precision, checks.PRECISIONS)
     checks.check_choice("backend", backend, checks.BACKENDS)
+    return top_k, eps
 
 
 def product_key_lookup(

@@ -413,11 +413,11 @@ def check_memory(
     mask: Tensor | None,
     o: Options,
 ) -> Options:
-    """Validate the arguments of the whole memory; returns the options with their numbers as floats."""
+    """Validate the arguments of the whole memory; returns the options with their numbers as ints and floats."""
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
-    check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    top_k, eps = check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
     if queries.shape[:2] != targets.shape[:2]:
         raise ValueError(
             f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
@@ -447,33 +447,28 @@ def check_memory(
         checks.check_float(name, x)
     checks.check_together(**floats)
     if mask is not None:
-        if mask.is_complex():
-            raise TypeError(f"`mask` must be bool, integer or real, got {mask.dtype}")
+        checks.check_mask("mask", mask)
         if mask.device != values.device:
             raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
-    checks.check_int("chunk_size", o.chunk_size, minimum=1)
-    checks.check_int("lookahead", o.lookahead, minimum=0)
-    if o.lookahead > o.chunk_size:
-        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {o.lookahead} against {o.chunk_size}")
+    chunk_size = checks.check_int("chunk_size", o.chunk_size, minimum=1)
+    lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
+    if lookahead > chunk_size:
+        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
-    checks.check_number("temperature", o.temperature)
-    if not o.temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {o.temperature}")
-    checks.check_number("lr", o.lr)
-    checks.check_number("weight_decay", o.weight_decay, minimum=0)
-    if o.clip is not None:
-        checks.check_number("clip", o.clip, minimum=0)
-    checks.check_number("addressing_weight", o.addressing_weight)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
     checks.check_choice("boundary", o.boundary, BOUNDARIES)
+    dtype = compute_dtype(values.dtype)
     return o._replace(
-        eps=float(o.eps),
-        temperature=float(o.temperature),
-        lr=float(o.lr),
-        weight_decay=float(o.weight_decay),
-        clip=None if o.clip is None else float(o.clip),
-        addressing_weight=float(o.addressing_weight),
+        chunk_size=chunk_size,
+        top_k=top_k,
+        lookahead=lookahead,
+        eps=eps,
+        temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
+        lr=checks.check_number("lr", o.lr, dtype),
+        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
+        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
+        addressing_weight=checks.check_number("addressing_weight", o.addressing_weight, dtype),
     )
 
 

@@ -176,9 +176,11 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
     return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
-def _count(plan: Plan, slots: Tensor, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
+def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
     if count_slots is not None:
+        if not torch.compiler.is_compiling():  # which has no numbers to look at
+            checks.check_slot_range("count_slots", count_slots, num_slots)
         return count_among(plan, count_slots)
     counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
     return count_accesses(plan, counted)
@@ -256,11 +258,11 @@ class ChunkValueUpdate(Function):
     ) -> Tensor:
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
         options = (lr, scale, weight_decay, clip, backend)
-        _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
-        scale = float(slots.shape[1]) if scale is None else scale
-        lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
+        lr, scale, weight_decay, clip = _check_update(
+            values, slots, weights, targets, predictions, gates, mask, count_slots, *options
+        )
         plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, mask, count_slots)
+        counts = _count(plan, slots, values.shape[0], mask, count_slots)
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, (scale, gates, mask), compute_dtype(values.dtype)
         )
@@ -312,7 +314,8 @@ def _check_update(
     weight_decay: float,
     clip: float | None,
     backend: str,
-) -> None:
+) -> tuple[float, float | Tensor, float, float | None]:
+    """Validate the arguments of a write; returns `lr`, `scale`, `weight_decay` and `clip`, the numbers as floats."""
     checks.check_tensor("values", values, 2, "[N, D]")
     checks.check_tensor("slots", slots, 2, "[M, J]")
     checks.check_tensor("weights", weights, 2, "[M, J]")
@@ -342,8 +345,8 @@ def _check_update(
                 )
             if name != "mask":
                 floats[name] = row
-            elif row.is_complex():
-                raise TypeError(f"`mask` must be bool, integer or real, got {row.dtype}")
+            else:
+                checks.check_mask(name, row)
     for name, x in floats.items():
         checks.check_float(name, x)
     checks.check_together(**floats)
@@ -354,13 +357,16 @@ def _check_update(
         checks.check_tensor("count_slots", count_slots)
         checks.check_slots("count_slots", count_slots)
         checks.check_together(values=values, count_slots=count_slots)
-    checks.check_number("lr", lr)
-    if not isinstance(scale, Tensor) and scale is not None:
-        checks.check_number("scale", scale)
-    checks.check_number("weight_decay", weight_decay, minimum=0)
-    if clip is not None:
-        checks.check_number("clip", clip, minimum=0)
+    dtype = compute_dtype(values.dtype)
+    scale = float(slots.shape[1]) if scale is None else scale
+    numbers = (
+        checks.check_number("lr", lr, dtype),
+        scale if isinstance(scale, Tensor) else checks.check_number("scale", scale, dtype),
+        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
+        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
+    )
     checks.check_choice("backend", backend, checks.BACKENDS)
+    return numbers
 
 
 def chunk_value_update(
@@ -447,19 +453,14 @@ def chunk_value_update_(
             requires grad. Nothing has been written by then.
     """
     options = (lr, scale, weight_decay, clip, backend)
-    _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
-    if values.requires_grad:
-        raise ValueError("`values` must not require grad to be written in place; use chunk_value_update")
-    if any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True)):
-        raise ValueError(
-            f"`values` must not be an expanded tensor to be written in place, got strides {list(values.stride())} "
-            f"for shape {checks.shape(values)}"
-        )
-    lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
+    lr, scale, weight_decay, clip = _check_update(
+        values, slots, weights, targets, predictions, gates, mask, count_slots, *options
+    )
+    checks.check_writable("values", values, "chunk_value_update")
     with torch.no_grad():
         plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, mask, count_slots)
-        factors = (float(slots.shape[1]) if scale is None else scale, gates, mask)
+        counts = _count(plan, slots, values.shape[0], mask, count_slots)
+        factors = (scale, gates, mask)
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
         )
