@@ -171,6 +171,9 @@ def _address_grad_torch(
         usage, slope, coefficients = _step_coefficients(
             probabilities, sub_keys, plan, num_keys=num_keys, weight=weight, num_rows=num_rows
         )
+        # Rows that are no part of the key step have P = 0, which does not hide NaN.
+        outside = slice(0, queries.shape[0] - num_rows // queries.shape[1])
+        coefficients[outside] = 0.0
         grad_totals = grad_new_keys * -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             _, totals = half_grad_torch(
@@ -188,14 +191,17 @@ def _address_grad_torch(
             if distances is not None:
                 dots[block] *= 2.0 / distances
                 factors[block] = 2.0 * coefficients[block] / distances
+        dots[outside] = factors[outside] = 0.0
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
         # Up to a constant, which P·(dP - Σ P·dP) does not see.
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
-        grad_halves += weight / num_rows * probabilities * _centre(grad_p, probabilities)
+        through_step = weight / num_rows * probabilities * _centre(grad_p, probabilities)
         if score == "idw":
-            grad_halves += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
+            through_step += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
+        through_step[outside] = 0.0
+        grad_halves += through_step
     grad_queries, grad_keys = half_grad_torch(
         grad_halves,
         queries,

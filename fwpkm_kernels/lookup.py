@@ -47,7 +47,12 @@ def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tenso
     dots = rows @ keys.transpose(-1, -2)
     if score == "dot":
         return dots
-    distance = dots.mul_(-2.0).add_(rows.square().sum(-1, keepdim=True)).add_(keys.square().sum(-1).unsqueeze(-2))
+    query_norms, key_norms = rows.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(-2)
+    distance = dots.mul_(-2.0).add_(query_norms).add_(key_norms)
+    if not (query_norms.isfinite().all() and key_norms.isfinite().all()):
+        # What is infinite is infinitely far, though q·k may be of either sign or NaN; NaN stays NaN.
+        sums = query_norms + key_norms
+        distance = torch.where(sums.isfinite(), distance, sums)
     return distance.clamp_(min=0.0).add_(eps).log_().neg_()
 
 
@@ -388,9 +393,10 @@ def product_key_lookup(
     difference q - k itself: so scores are exact to rounding even where the distance has cancelled.
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
-    as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone. So does a query
-    with infinities, whose scores may be NaN or -inf. Under "idw" a sub-key that is infinite, or whose square overflows,
-    may take a place among the K best of any query, with a score of -inf.
+    as the largest: a half of a query with NaN picks the sub-keys 0 to K - 1 with scores of NaN, and leaves its other
+    half and other queries alone; a sub-key with NaN is picked by every query. Under "idw" the scores of an infinite
+    half of a query are all -inf, so it picks 0 to K - 1 too; so are those of an infinite sub-key, or of one whose
+    square overflows, which is picked only where the others are fewer than K.
 
     Args:
         queries: [..., H, Dk], any strides. Half precision is cast to float32 on load.
