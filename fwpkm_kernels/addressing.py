@@ -473,8 +473,8 @@ def product_key_update(
     have one owner and a fixed order, in float32 (float64 for float64); half precision keys are rounded once. Source:
     FwPKM, arXiv 2601.00671, the addressing loss.
 
-    Ties: of equal scores the lower sub-key is picked. NaN in a query goes to the sub-keys that its row picks, and on to
-    those that are picked beside them in other rows.
+    Ties: of equal scores the lower sub-key is picked. A half of a query that is NaN or, under "idw", infinite picks the
+    sub-keys 0 to K - 1, and turns them to NaN, and those of its half that other rows pick beside them; no others.
 
     Args:
         keys: [H, 2, n, Dk/2], any strides; float32, float64, float16 or bfloat16. Never changed.

@@ -519,6 +519,12 @@ def fast_weight_memory(
     a mask, the unmasked among the E); the last chunk is written even if it is not full.
     Every chunk that is written decays and takes the key step, even if nothing in it is written or unmasked.
 
+    NaN and infinities. A query that is not finite picks sub-keys as `product_key_lookup` says. Its weights, and so its
+    output, are NaN (but 0 under "relu" if its scores are -inf); the other tokens of its chunk read what they would
+    without it. The write turns its slots to NaN, and the key step its sub-keys and those picked beside them (see
+    `product_key_update`): so does what reads them later become. NaN in a target or gate goes to the slots of its
+    token's pair. A mask or gate of 0 multiplies, which does not hide NaN.
+
     Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
     the mask are constants. What is kept for them is O(B · T · (J + 1) · (D + Dk)): the rows that each chunk reads, as
     they were, and the sub-keys that it picks (or its keys whole where that is less), and no table of values; backward
@@ -539,8 +545,9 @@ def fast_weight_memory(
         weighting: "softmax", "silu" or "relu" of scores / temperature, over the J picks of a token together.
         temperature: > 0.
         gates: [B, T], write gates; None is all ones.
-        mask: [B, T], bool, integer or real, >= 0. It multiplies, and mask > 0 means unmasked. None is all ones.
-        lr: step size of values and keys.
+        mask: [B, T], bool, integer or real, >= 0. It multiplies, and mask > 0 means unmasked. None is all ones. Not
+            checked for its sign: a negative or NaN mask multiplies too, and counts as masked.
+        lr: step size of values and keys; a finite number in the dtype of the sums, as all numbers here.
         weight_decay: >= 0; of all rows of both, at every write. 0 leaves rows that no token reads bitwise unchanged.
         clip: clamp gradients of values and keys to [-clip, clip]; >= 0, None does not clamp.
         addressing_weight: λ, weight of the key step's loss; 0 removes the loss, not the decay.

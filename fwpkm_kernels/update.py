@@ -398,15 +398,18 @@ def chunk_value_update(
 
     Args:
         values: the table, [N, D], any strides; float32, float64, float16 or bfloat16. Never changed.
-        slots: [M, J], int64 or int32, in [0, N); the range is checked on CPU tensors only.
+        slots: [M, J], int64 or int32, in [0, N). The range is checked on CPU tensors; on a GPU, where a check would
+            synchronise, by the kernel under TRITON_DEBUG=1 only.
         weights: [M, J], the read weights w.
         targets: y, [M, D].
         predictions: p, [M, D], what was read with these slots and weights.
         gates: g, [M]; None means 1.
-        mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1.
-        count_slots: the accesses that n_s is counted over, any shape; default: the slots of the rows with m > 0.
-        lr: the step size, a finite number.
-        scale: α, a finite number or [M]; default J.
+        mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
+            its sign: a negative or NaN mask multiplies too, and counts as masked.
+        count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
+            m > 0. The range is checked on CPU tensors; on a GPU what is outside counts for no slot.
+        lr: the step size, a finite number in the dtype of the sums, as all numbers here.
+        scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
         clip: bound of each element of G, >= 0; None means no bound.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
@@ -445,12 +448,13 @@ def chunk_value_update_(
 ) -> None:
     """Write a chunk into `values` itself: `chunk_value_update` in place, moving only the rows that are addressed.
 
-    Arguments are those of `chunk_value_update`; rows of the table must not overlap in memory. No autograd: nothing here
-    is differentiable. With weight_decay > 0 every row moves.
+    Arguments are those of `chunk_value_update`; all are read before the table is written, so they may share memory with
+    it. No autograd: nothing here is differentiable. With weight_decay > 0 every row moves.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
-            requires grad. Nothing has been written by then.
+            requires grad, overlaps itself in memory, is a negated view, or is an inference tensor outside of inference
+            mode. Nothing has been written by then.
     """
     options = (lr, scale, weight_decay, clip, backend)
     lr, scale, weight_decay, clip = _check_update(
