@@ -5,8 +5,10 @@ Each check raises TypeError or ValueError that names the argument in backticks, 
 
 import functools
 import math
+import numbers
+import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "triton")
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 SCORES = ("idw", "dot")
+
+_MASKS = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+)
+# NumPy's are among them, which are none of Python's.
+_INTEGERS: tuple[type, ...] = (int, torch.SymInt, numbers.Integral)
+_REALS: tuple[type, ...] = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
@@ -27,6 +37,8 @@ def check_tensor(name: str, x: object, rank: int | None = None, layout: str = ""
     """`x` is a dense tensor, of rank `rank` if given; `layout` says in words what its dimensions are."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"`{name}` must be a dense (strided) tensor, got a nested one")
     if x.layout != torch.strided:
         raise TypeError(f"`{name}` must be a dense (strided) tensor, got layout {x.layout}")
     if rank is not None and x.dim() != rank:
@@ -37,6 +49,12 @@ def check_float(name: str, x: Tensor) -> None:
     """`x` holds float32, float64, float16 or bfloat16."""
     if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"`{name}` must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def check_mask(name: str, x: Tensor) -> None:
+    """`x` holds bool, integers or one of the floats of `check_float`."""
+    if x.dtype not in _MASKS:
+        raise TypeError(f"`{name}` must be bool, integer, float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
 def check_slots(name: str, x: Tensor) -> None:
@@ -74,23 +92,57 @@ def check_together(**tensors: Tensor) -> None:
             )
 
 
-def check_number(name: str, x: object, *, minimum: float | None = None) -> None:
-    """`x` is a finite real number, at least `minimum` if given."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+def check_number(name: str, x: object, dtype: torch.dtype, *, minimum: float | None = None) -> float:
+    """`x` as a float: a real number, NumPy's among them, that is finite in `dtype`, and at least `minimum` if given."""
+    if isinstance(x, bool) or not isinstance(x, _REALS):
         raise TypeError(f"`{name}` must be a number, got {type(x).__name__}")
+    number = cast(float, x)
     # NaN fails too. math.isfinite would break the graphs of torch.compile in which x is symbolic.
-    if not -math.inf < x < math.inf:
-        raise ValueError(f"`{name}` must be finite, got {x}")
-    if minimum is not None and x < minimum:
+    if not -torch.finfo(dtype).max <= number <= torch.finfo(dtype).max:
+        raise ValueError(f"`{name}` must be finite in {dtype}, got {_shown(x)}")
+    if minimum is not None and number < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
+    return float(number)
 
 
-def check_int(name: str, x: object, *, minimum: int) -> None:
-    """`x` is an int, at least `minimum`."""
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+def check_int(name: str, x: object, *, minimum: int) -> int:
+    """`x` as an int, NumPy's among them: at least `minimum`, and of 64 bits."""
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"`{name}` must be an int, got {type(x).__name__}")
-    if x < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {x}")
+    number = cast(int, x)
+    if not minimum <= number < 2**63:
+        raise ValueError(f"`{name}` must be at least {minimum} and below 2**63, got {_shown(x)}")
+    return number if isinstance(x, torch.SymInt) else operator.index(number)
+
+
+def _shown(x: object) -> str:
+    """A number as an error message shows it: Python writes no int of thousands of digits."""
+    return f"an int of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 64 else str(x)
+
+
+def check_writable(name: str, x: Tensor, function: str) -> None:
+    """`x` [rows, columns] can be written in place, as `function` would not."""
+    if x.requires_grad:
+        raise ValueError(f"`{name}` must not require grad to be written in place; use {function}")
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"`{name}` must not be an inference tensor to be written in place outside of inference mode")
+    if x.is_neg():
+        raise ValueError(f"`{name}` must not be a negated view to be written in place; use resolve_neg()")
+    _check_no_overlap(name, x)
+
+
+def _check_no_overlap(name: str, x: Tensor) -> None:
+    """No two entries of `x` lie at the same address, where writes of two programs would meet."""
+    if x.is_contiguous():
+        return
+    (rows, columns), (row, column) = x.shape, x.stride()
+    # Entries i rows and j columns apart meet where i·row = j·column; the least such pair is this one.
+    divisor = math.gcd(row, column) or 1
+    if x.numel() > 1 and column // divisor < rows and row // divisor < columns:
+        raise ValueError(
+            f"`{name}` must not overlap itself in memory to be written in place, got strides {list(x.stride())} "
+            f"for shape {shape(x)}"
+        )
 
 
 def check_flag(name: str, x: object) -> None:

@@ -171,6 +171,9 @@ def _address_grad_torch(
         usage, slope, coefficients = _step_coefficients(
             probabilities, sub_keys, plan, num_keys=num_keys, weight=weight, num_rows=num_rows
         )
+        # Rows that are no part of the key step have P = 0, which does not hide NaN.
+        outside = slice(0, queries.shape[0] - num_rows // queries.shape[1])
+        coefficients[outside] = 0.0
         grad_totals = grad_new_keys * -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             _, totals = half_grad_torch(
@@ -188,14 +191,17 @@ def _address_grad_torch(
             if distances is not None:
                 dots[block] *= 2.0 / distances
                 factors[block] = 2.0 * coefficients[block] / distances
+        dots[outside] = factors[outside] = 0.0
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
         # Up to a constant, which P·(dP - Σ P·dP) does not see.
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
-        grad_halves += weight / num_rows * probabilities * _centre(grad_p, probabilities)
+        through_step = weight / num_rows * probabilities * _centre(grad_p, probabilities)
         if score == "idw":
-            grad_halves += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
+            through_step += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
+        through_step[outside] = 0.0
+        grad_halves += through_step
     grad_queries, grad_keys = half_grad_torch(
         grad_halves,
         queries,
@@ -400,9 +406,9 @@ class ProductKeyUpdate(FirstOrderFunction):
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
         refuse_transforms("product_key_update", (keys, queries))
-        _check_update(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
-        eps, lr, weight, weight_decay = float(eps), float(lr), float(weight), float(weight_decay)
-        clip = None if clip is None else float(clip)
+        top_k, eps, lr, weight, weight_decay, clip = _check_update(
+            keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
+        )
         new_keys, half_scores, sub_keys = _update_op(
             keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
         )
@@ -431,14 +437,19 @@ def _check_update(
     clip: float | None,
     precision: str,
     backend: str,
-) -> None:
+) -> tuple[int, float, float, float, float, float | None]:
+    """Validate the arguments of a key step; returns its numbers, from `top_k` to `clip`, as ints and floats."""
     checks.check_tensor("queries", queries, 3, "[M, H, Dk]")
-    check_lookup(queries, keys, top_k, score, eps, precision, backend)
-    checks.check_number("lr", lr)
-    checks.check_number("weight", weight)
-    checks.check_number("weight_decay", weight_decay, minimum=0)
-    if clip is not None:
-        checks.check_number("clip", clip, minimum=0)
+    top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
+    dtype = compute_dtype(keys.dtype)
+    return (
+        top_k,
+        eps,
+        checks.check_number("lr", lr, dtype),
+        checks.check_number("weight", weight, dtype),
+        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
+        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
+    )
 
 
 def product_key_update(
@@ -467,8 +478,8 @@ def product_key_update(
     have one owner and a fixed order, in float32 (float64 for float64); half precision keys are rounded once. Source:
     FwPKM, arXiv 2601.00671, the addressing loss.
 
-    Ties: of equal scores the lower sub-key is picked. NaN in a query goes to the sub-keys that its row picks, and on to
-    those that are picked beside them in other rows.
+    Ties: of equal scores the lower sub-key is picked. A half of a query that is NaN or, under "idw", infinite picks the
+    sub-keys 0 to K - 1, and turns them to NaN, and those of its half that other rows pick beside them; no others.
 
     Args:
         keys: [H, 2, n, Dk/2], any strides; float32, float64, float16 or bfloat16. Never changed.

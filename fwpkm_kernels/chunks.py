@@ -281,7 +281,7 @@ def weigh_grad(grad_weights: Tensor, scores: Tensor, weighting: str, temperature
             sigmoid = torch.sigmoid(scaled)
             grad = grad_weights * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         else:
-            grad = torch.where(scaled > 0, grad_weights, 0.0)
+            grad = torch.where(scaled <= 0, 0.0, grad_weights)  # of NaN it is NaN
     return grad / temperature
 
 

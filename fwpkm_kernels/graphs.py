@@ -71,7 +71,7 @@ class MemoryGraph:
     ) -> None:
         unknown = sorted(set(options) - set(Options._fields))
         if unknown:
-            raise TypeError(f"unknown options {unknown}, expected some of {sorted(Options._fields)}")
+            raise TypeError(f"`options` must be among {sorted(Options._fields)}, got {unknown}")
         o = check_step(state, queries, targets, gates, mask, Options(**options))
         if not state.values.is_cuda:
             raise ValueError(f"`state` must be on a GPU to be captured, got {state.values.device}")

@@ -47,7 +47,12 @@ def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tenso
     dots = rows @ keys.transpose(-1, -2)
     if score == "dot":
         return dots
-    distance = dots.mul_(-2.0).add_(rows.square().sum(-1, keepdim=True)).add_(keys.square().sum(-1).unsqueeze(-2))
+    query_norms, key_norms = rows.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(-2)
+    distance = dots.mul_(-2.0).add_(query_norms).add_(key_norms)
+    if not (query_norms.isfinite().all() and key_norms.isfinite().all()):
+        # What is infinite is infinitely far, though q·k may be of either sign or NaN; NaN stays NaN.
+        sums = query_norms + key_norms
+        distance = torch.where(sums.isfinite(), distance, sums)
     return distance.clamp_(min=0.0).add_(eps).log_().neg_()
 
 
@@ -313,13 +318,13 @@ class ProductKeyLookup(FirstOrderFunction):
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
         refuse_transforms("product_key_lookup", (queries, keys))
-        check_lookup(queries, keys, top_k, score, eps, precision, backend)
-        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, float(eps), precision, backend)
+        top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
+        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, eps, precision, backend)
         size = (*queries.shape[:-1], top_k)
         scores, slots = scores.view(size), slots.view(size)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
-        ctx.options = (score, float(eps), backend)
+        ctx.options = (score, eps, backend)
         return scores, slots
 
     @staticmethod
@@ -344,7 +349,8 @@ class ProductKeyLookup(FirstOrderFunction):
 
 def check_lookup(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
-) -> None:
+) -> tuple[int, float]:
+    """Validate the arguments of a lookup; returns `top_k` as an int and `eps` as a float."""
     checks.check_tensor("queries", queries)
     checks.check_tensor("keys", keys, 4, "[H, 2, n, Dk/2]")
     checks.check_float("queries", queries)
@@ -362,15 +368,15 @@ def check_lookup(
             f"got {checks.shape(queries)} against {checks.shape(keys)}"
         )
     checks.check_together(queries=queries, keys=keys)
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"`top_k` must be an int, got {type(top_k).__name__}")
-    if not 1 <= top_k <= num_keys:
+    top_k = checks.check_int("top_k", top_k, minimum=1)
+    if top_k > num_keys:
         raise ValueError(f"`top_k` must be from 1 to the {num_keys} sub-keys of a half, got {top_k}")
     checks.check_choice("score", score, checks.SCORES)
-    tiny = torch.finfo(compute_dtype(keys.dtype)).tiny  # below it eps would be 0 to the kernels
-    checks.check_number("eps", eps, minimum=tiny)
+    dtype = compute_dtype(keys.dtype)
+    eps = checks.check_number("eps", eps, dtype, minimum=torch.finfo(dtype).tiny)  # less would be 0 to the kernels
     checks.check_choice("precision", precision, checks.PRECISIONS)
     checks.check_choice("backend", backend, checks.BACKENDS)
+    return top_k, eps
 
 
 def product_key_lookup(
@@ -393,9 +399,10 @@ def product_key_lookup(
     difference q - k itself: so scores are exact to rounding even where the distance has cancelled.
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
-    as the largest: a query with NaN gets NaN scores and valid slots, and leaves other queries alone. So does a query
-    with infinities, whose scores may be NaN or -inf. Under "idw" a sub-key that is infinite, or whose square overflows,
-    may take a place among the K best of any query, with a score of -inf.
+    as the largest: a half of a query with NaN picks the sub-keys 0 to K - 1 with scores of NaN, and leaves its other
+    half and other queries alone; a sub-key with NaN is picked by every query. Under "idw" the scores of an infinite
+    half of a query are all -inf, so it picks 0 to K - 1 too; so are those of an infinite sub-key, or of one whose
+    square overflows, which is picked only where the others are fewer than K.
 
     Args:
         queries: [..., H, Dk], any strides. Half precision is cast to float32 on load.

@@ -418,11 +418,11 @@ def check_memory(
     mask: Tensor | None,
     o: Options,
 ) -> Options:
-    """Validate the arguments of the whole memory; returns the options with their numbers as floats."""
+    """Validate the arguments of the whole memory; returns the options with their numbers as ints and floats."""
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
-    check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    top_k, eps = check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
     if queries.shape[:2] != targets.shape[:2]:
         raise ValueError(
             f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
@@ -452,33 +452,28 @@ def check_memory(
         checks.check_float(name, x)
     checks.check_together(**floats)
     if mask is not None:
-        if mask.is_complex():
-            raise TypeError(f"`mask` must be bool, integer or real, got {mask.dtype}")
+        checks.check_mask("mask", mask)
         if mask.device != values.device:
             raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
-    checks.check_int("chunk_size", o.chunk_size, minimum=1)
-    checks.check_int("lookahead", o.lookahead, minimum=0)
-    if o.lookahead > o.chunk_size:
-        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {o.lookahead} against {o.chunk_size}")
+    chunk_size = checks.check_int("chunk_size", o.chunk_size, minimum=1)
+    lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
+    if lookahead > chunk_size:
+        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
-    checks.check_number("temperature", o.temperature)
-    if not o.temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {o.temperature}")
-    checks.check_number("lr", o.lr)
-    checks.check_number("weight_decay", o.weight_decay, minimum=0)
-    if o.clip is not None:
-        checks.check_number("clip", o.clip, minimum=0)
-    checks.check_number("addressing_weight", o.addressing_weight)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
     checks.check_choice("boundary", o.boundary, BOUNDARIES)
+    dtype = compute_dtype(values.dtype)
     return o._replace(
-        eps=float(o.eps),
-        temperature=float(o.temperature),
-        lr=float(o.lr),
-        weight_decay=float(o.weight_decay),
-        clip=None if o.clip is None else float(o.clip),
-        addressing_weight=float(o.addressing_weight),
+        chunk_size=chunk_size,
+        top_k=top_k,
+        lookahead=lookahead,
+        eps=eps,
+        temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
+        lr=checks.check_number("lr", o.lr, dtype),
+        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
+        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
+        addressing_weight=checks.check_number("addressing_weight", o.addressing_weight, dtype),
     )
 
 
@@ -529,6 +524,12 @@ def fast_weight_memory(
     a mask, the unmasked among the E); the last chunk is written even if it is not full.
     Every chunk that is written decays and takes the key step, even if nothing in it is written or unmasked.
 
+    NaN and infinities. A query that is not finite picks sub-keys as `product_key_lookup` says. Its weights, and so its
+    output, are NaN (but 0 under "relu" if its scores are -inf); the other tokens of its chunk read what they would
+    without it. The write turns its slots to NaN, and the key step its sub-keys and those picked beside them (see
+    `product_key_update`): so does what reads them later become. NaN in a target or gate goes to the slots of its
+    token's pair. A mask or gate of 0 multiplies, which does not hide NaN.
+
     Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
     the mask are constants. What is kept for them is O(B · T · (J + 1) · (D + Dk)): the rows that each chunk reads, as
     they were, and the sub-keys that it picks (or its keys whole where that is less), and no table of values; backward
@@ -549,8 +550,9 @@ def fast_weight_memory(
         weighting: "softmax", "silu" or "relu" of scores / temperature, over the J picks of a token together.
         temperature: > 0.
         gates: [B, T], write gates; None is all ones.
-        mask: [B, T], bool, integer or real, >= 0. It multiplies, and mask > 0 means unmasked. None is all ones.
-        lr: step size of values and keys.
+        mask: [B, T], bool, integer or real, >= 0. It multiplies, and mask > 0 means unmasked. None is all ones. Not
+            checked for its sign: a negative or NaN mask multiplies too, and counts as masked.
+        lr: step size of values and keys; a finite number in the dtype of the sums, as all numbers here.
         weight_decay: >= 0; of all rows of both, at every write. 0 leaves rows that no token reads bitwise unchanged.
         clip: clamp gradients of values and keys to [-clip, clip]; >= 0, None does not clamp.
         addressing_weight: λ, weight of the key step's loss; 0 removes the loss, not the decay.

@@ -101,6 +101,9 @@ def _read_grad(
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     errors = read(log, log_rows, weights, targets, nothing, o.backend)
     sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
+    # Of rows that are not written, c is 0: nothing of the write reaches them, not even NaN.
+    sums[num_written:] = 0.0
+    dots[num_written:] = 0.0
     grad_targets.copy_(sums[:num_written].view(targets.shape))
     grad_predictions = sums.neg_()
     grad_predictions[len(slots) - num_output :] += grad_output.reshape(num_output, sums.shape[1])

@@ -1,6 +1,7 @@
 """The state of a streamed memory: its private copies, the queue of the present chunk, and what its first step bound."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -147,12 +148,20 @@ class MemoryState:
         """Take over what `state_dict` saved; `reset` still returns to the initial memory of this state.
 
         Raises:
+            TypeError: for what is no mapping.
             ValueError: for names, shapes or dtypes that do not fit, or bound options other than those of this state.
                 Nothing has been changed by then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"`state_dict` must be a mapping of names to tensors, got {type(state_dict).__name__}")
         for name in ("keys", "values", "position"):
             if name not in state_dict:
-                raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(state_dict)}")
+                raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(map(str, state_dict))}")
+        for name, x in state_dict.items():
+            if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided or x.is_meta):
+                raise ValueError(
+                    f"`state_dict` must hold dense tensors with data, got {x.layout} on {x.device} for {name!r}"
+                )
         binding = self._load_binding(state_dict["binding"]) if "binding" in state_dict else None
         expected = {"keys": self.keys, "values": self.values, "position": self._position}
         position, queue = state_dict["position"], None
@@ -168,7 +177,7 @@ class MemoryState:
             expected |= {f"queue.{name}": x for name, x in queue._asdict().items()}
         names = set(expected) | ({"binding"} if binding is not None else set())
         if set(state_dict) != names:
-            missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
+            missing, unknown = sorted(names - set(state_dict)), sorted(map(str, set(state_dict) - names))
             raise ValueError(f"`state_dict` must hold exactly {sorted(names)}, got {missing=} and {unknown=}")
         for name, x in expected.items():
             got = state_dict[name]

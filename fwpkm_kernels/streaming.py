@@ -401,7 +401,7 @@ def fast_weight_memory_step(
         gates, mask: [B, t] or None, each step as it likes; None is all ones.
         boundary: "carry" is the only one that can stream.
 
-    The other options are those of `fast_weight_memory`.
+    The other options are those of `fast_weight_memory`, as is what NaN does; `state.reset()` removes what it wrote.
 
     Returns:
         output [B, t, D] in the targets' dtype, without autograd.

@@ -176,9 +176,11 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
     return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
-def _count(plan: Plan, slots: Tensor, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
+def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
     if count_slots is not None:
+        if not torch.compiler.is_compiling():  # which has no numbers to look at
+            checks.check_slot_range("count_slots", count_slots, num_slots)
         return count_among(plan, count_slots)
     counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
     return count_accesses(plan, counted)
@@ -261,11 +263,11 @@ class ChunkValueUpdate(FirstOrderFunction):
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
         refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
         options = (lr, scale, weight_decay, clip, backend)
-        _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, *options)
-        scale = float(slots.shape[1]) if scale is None else scale
-        lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
+        lr, scale, weight_decay, clip = _check_update(
+            values, slots, weights, targets, predictions, gates, mask, count_slots, *options
+        )
         plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, mask, count_slots)
+        counts = _count(plan, slots, values.shape[0], mask, count_slots)
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, (scale, gates, mask), compute_dtype(values.dtype)
         )
@@ -317,7 +319,8 @@ def _check_update(
     weight_decay: float,
     clip: float | None,
     backend: str,
-) -> None:
+) -> tuple[float, float | Tensor, float, float | None]:
+    """Validate the arguments of a write; returns `lr`, `scale`, `weight_decay` and `clip`, the numbers as floats."""
     checks.check_tensor("values", values, 2, "[N, D]")
     checks.check_tensor("slots", slots, 2, "[M, J]")
     checks.check_tensor("weights", weights, 2, "[M, J]")
@@ -347,8 +350,8 @@ def _check_update(
                 )
             if name != "mask":
                 floats[name] = row
-            elif row.is_complex():
-                raise TypeError(f"`mask` must be bool, integer or real, got {row.dtype}")
+            else:
+                checks.check_mask(name, row)
     for name, x in floats.items():
         checks.check_float(name, x)
     checks.check_together(**floats)
@@ -359,13 +362,16 @@ def _check_update(
         checks.check_tensor("count_slots", count_slots)
         checks.check_slots("count_slots", count_slots)
         checks.check_together(values=values, count_slots=count_slots)
-    checks.check_number("lr", lr)
-    if not isinstance(scale, Tensor) and scale is not None:
-        checks.check_number("scale", scale)
-    checks.check_number("weight_decay", weight_decay, minimum=0)
-    if clip is not None:
-        checks.check_number("clip", clip, minimum=0)
+    dtype = compute_dtype(values.dtype)
+    scale = float(slots.shape[1]) if scale is None else scale
+    numbers = (
+        checks.check_number("lr", lr, dtype),
+        scale if isinstance(scale, Tensor) else checks.check_number("scale", scale, dtype),
+        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
+        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
+    )
     checks.check_choice("backend", backend, checks.BACKENDS)
+    return numbers
 
 
 def chunk_value_update(
@@ -397,15 +403,18 @@ def chunk_value_update(
 
     Args:
         values: the table, [N, D], any strides; float32, float64, float16 or bfloat16. Never changed.
-        slots: [M, J], int64 or int32, in [0, N); the range is checked on CPU tensors only.
+        slots: [M, J], int64 or int32, in [0, N). The range is checked on CPU tensors; on a GPU, where a check would
+            synchronise, by the kernel under TRITON_DEBUG=1 only.
         weights: [M, J], the read weights w.
         targets: y, [M, D].
         predictions: p, [M, D], what was read with these slots and weights.
         gates: g, [M]; None means 1.
-        mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1.
-        count_slots: the accesses that n_s is counted over, any shape; default: the slots of the rows with m > 0.
-        lr: the step size, a finite number.
-        scale: α, a finite number or [M]; default J.
+        mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
+            its sign: a negative or NaN mask multiplies too, and counts as masked.
+        count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
+            m > 0. The range is checked on CPU tensors; on a GPU what is outside counts for no slot.
+        lr: the step size, a finite number in the dtype of the sums, as all numbers here.
+        scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
         clip: bound of each element of G, >= 0; None means no bound.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
@@ -444,28 +453,22 @@ def chunk_value_update_(
 ) -> None:
     """Write a chunk into `values` itself: `chunk_value_update` in place, moving only the rows that are addressed.
 
-    Arguments are those of `chunk_value_update`; rows of the table must not overlap in memory. No autograd: nothing here
-    is differentiable. With weight_decay > 0 every row moves.
+    Arguments are those of `chunk_value_update`; all are read before the table is written, so they may share memory with
+    it. No autograd: nothing here is differentiable. With weight_decay > 0 every row moves.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
-            requires grad. Nothing has been written by then.
+            requires grad, overlaps itself in memory, is a negated view, or is an inference tensor outside of inference
+            mode. Nothing has been written by then.
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))
-    _check_update(*tensors, lr, scale, weight_decay, clip, backend)
-    if values.requires_grad:
-        raise ValueError("`values` must not require grad to be written in place; use chunk_value_update")
-    if any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True)):
-        raise ValueError(
-            f"`values` must not be an expanded tensor to be written in place, got strides {list(values.stride())} "
-            f"for shape {checks.shape(values)}"
-        )
-    lr, weight_decay, clip = float(lr), float(weight_decay), None if clip is None else float(clip)
+    lr, scale, weight_decay, clip = _check_update(*tensors, lr, scale, weight_decay, clip, backend)
+    checks.check_writable("values", values, "chunk_value_update")
     with torch.no_grad():
         plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, mask, count_slots)
-        factors = (float(slots.shape[1]) if scale is None else scale, gates, mask)
+        counts = _count(plan, slots, values.shape[0], mask, count_slots)
+        factors = (scale, gates, mask)
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference.lookup import half_scores
+from reference.lookup import best_half_scores
 
 
 def marginal_entropy_loss(
@@ -22,10 +22,9 @@ def marginal_entropy_loss(
         A scalar, differentiable in queries and keys; 0 without rows.
     """
     loss = keys.new_zeros((), dtype=torch.promote_types(keys.dtype, torch.float32))
-    for scores in half_scores(queries, keys, score=score, eps=eps):
-        best, columns = torch.sort(scores, dim=-1, descending=True, stable=True)
-        best, columns = best[..., :top_k], columns[..., :top_k]
-        probabilities = torch.zeros_like(scores).scatter(-1, columns, best.softmax(-1))  # [..., H, n]
+    for best, columns in best_half_scores(queries, keys, top_k, score=score, eps=eps):
+        zeros = best.new_zeros(*best.shape[:-1], keys.shape[2])
+        probabilities = zeros.scatter(-1, columns, best.softmax(-1))  # [..., H, n]
         rows = probabilities.reshape(-1, keys.shape[2])
         marginal = rows.sum(0) / max(1, len(rows))
         loss = loss + (marginal * torch.log(marginal + 1e-8)).sum()
@@ -35,8 +34,10 @@ def marginal_entropy_loss(
 def step_keys(keys: Tensor, gradient: Tensor, *, lr: float, weight_decay: float, clip: float | None) -> Tensor:
     """keys - lr·(clamp(gradient, -clip, clip) + weight_decay·keys)."""
     if clip is not None:
-        gradient = gradient.clamp(-clip, clip)
-    return keys - lr * (gradient + weight_decay * keys)
+        # Not clamp alone, which passes the gradient of NaN on: only what is within the bounds has one.
+        gradient = torch.where(gradient.abs() <= clip, gradient, gradient.detach().clamp(-clip, clip))
+    # The decay apart from the step: infinite sub-keys that nothing picks stay what they are.
+    return (1.0 - lr * weight_decay) * keys - lr * gradient
 
 
 def product_key_update(

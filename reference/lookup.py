@@ -27,9 +27,9 @@ def product_key_lookup(
         slots [..., H, K], int64, slot = j₁·n + j₂.
     """
     n = keys.shape[2]
-    first, second = half_scores(queries, keys, score=score, eps=eps)
-    first_best, first_index = _best(first, top_k)
-    second_best, second_index = _best(second, top_k)
+    (first_best, first_index), (second_best, second_index) = best_half_scores(
+        queries, keys, top_k, score=score, eps=eps
+    )
     pair_sums = (first_best.unsqueeze(-1) + second_best.unsqueeze(-2)).flatten(-2)  # [..., H, K·K]
     pair_slots = (first_index.unsqueeze(-1) * n + second_index.unsqueeze(-2)).flatten(-2)
     scores, pair = _best(pair_sums, top_k)
@@ -49,6 +49,27 @@ def brute_force_lookup(
     first, second = half_scores(queries, keys, score=score, eps=eps)
     all_scores = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)  # [..., H, n·n], at position j₁·n + j₂
     return _best(all_scores, top_k)
+
+
+def best_half_scores(
+    queries: Tensor, keys: Tensor, top_k: int, *, score: str = "idw", eps: float = 1e-3
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The K best scores of each half and their sub-keys, [..., H, K], the best first.
+
+    Only the sub-keys that are picked are scored with autograd. For the others it would multiply a gradient of 0 with a
+    derivative that is NaN where a query is, and so write NaN where there is no gradient.
+    """
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    heads, _, _, half = keys.shape
+    head = torch.arange(heads, device=keys.device).unsqueeze(-1)
+    with torch.no_grad():
+        positions = [_best(scores, top_k)[1] for scores in half_scores(queries, keys, score=score, eps=eps)]
+    rows = queries.to(dtype).unflatten(-1, (2, half))  # [..., H, 2, Dk/2]
+    first, second = (
+        _score(rows[..., side, :], keys.to(dtype)[head, side, position], score, eps)
+        for side, position in enumerate(positions)
+    )
+    return (first, positions[0]), (second, positions[1])
 
 
 def half_scores(queries: Tensor, keys: Tensor, *, score: str = "idw", eps: float = 1e-3) -> tuple[Tensor, Tensor]:

@@ -63,8 +63,10 @@ def chunk_value_update(
     gradient = torch.zeros_like(table).index_add(0, slots.reshape(-1), terms.flatten(0, 1))
     gradient = gradient / counts.unsqueeze(-1)
     if clip is not None:
-        gradient = gradient.clamp(-clip, clip)
-    return (table - lr * (gradient + weight_decay * table)).to(values.dtype)
+        # Not clamp alone, which passes the gradient of NaN on: only what is within the bounds has one.
+        gradient = torch.where(gradient.abs() <= clip, gradient, gradient.detach().clamp(-clip, clip))
+    # The decay apart from the step: infinite rows that nothing addresses stay what they are.
+    return ((1.0 - lr * weight_decay) * table - lr * gradient).to(values.dtype)
 
 
 def _per_row(factor: float | Tensor, M: int, like: Tensor) -> Tensor:

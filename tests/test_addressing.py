@@ -442,39 +442,3 @@ def test_programs_that_look_at_many_positions(epilogue, triton_place):
     }[epilogue]
     expected[[9, 11]] = 7.0
     torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5)
-
-
-BAD = {
-    "keys not a tensor": (TypeError, "`keys`.*list", lambda q, k: {"keys": [1.0]}),
-    "queries not a tensor": (TypeError, "`queries`.*list", lambda q, k: {"queries": [1.0]}),
-    "queries of rank 4": (ValueError, r"`queries`.*\[M, H, Dk\].*\[1, 5, 1, 8\]", lambda q, k: {"queries": q[None]}),
-    "integer queries": (TypeError, "`queries`.*int64", lambda q, k: {"queries": q.long()}),
-    "integer keys": (TypeError, "`keys`.*int64", lambda q, k: {"keys": k.long()}),
-    "keys of rank 3": (ValueError, r"`keys`.*\[2, 9, 4\]", lambda q, k: {"keys": k[0]}),
-    "three halves": (ValueError, "`keys`.*two halves", lambda q, k: {"keys": k.new_zeros(1, 3, 9, 4)}),
-    "queries against keys": (
-        ValueError,
-        r"`queries`.*`keys`.*\[5, 1, 6\].*\[1, 2, 9, 4\]",
-        lambda q, k: {"queries": q[..., :6]},
-    ),
-    "float64 beside float32": (TypeError, "`keys`.*`queries`", lambda q, k: {"queries": q.double()}),
-    "top_k of 0": (ValueError, "`top_k`.*got 0", lambda q, k: {"top_k": 0}),
-    "top_k beyond n": (ValueError, "`top_k`.*9.*got 10", lambda q, k: {"top_k": 10}),
-    "score": (ValueError, "`score`.*'cosine'", lambda q, k: {"score": "cosine"}),
-    "eps": (ValueError, "`eps`.*1e-50", lambda q, k: {"eps": 1e-50}),
-    "lr": (ValueError, "`lr`.*nan", lambda q, k: {"lr": float("nan")}),
-    "lr a tensor": (TypeError, "`lr`.*Tensor", lambda q, k: {"lr": torch.ones(())}),
-    "weight": (ValueError, "`weight`.*inf", lambda q, k: {"weight": float("inf")}),
-    "weight_decay": (ValueError, "`weight_decay`.*-0.1", lambda q, k: {"weight_decay": -0.1}),
-    "clip": (ValueError, "`clip`.*-1", lambda q, k: {"clip": -1}),
-    "precision": (ValueError, "`precision`.*'bf16'", lambda q, k: {"precision": "bf16"}),
-    "backend": (ValueError, "`backend`.*'cuda'", lambda q, k: {"backend": "cuda"}),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    error, message, change = BAD[case]
-    queries, keys = testing.make_lookup_inputs(5, 1, 9, 8)
-    with pytest.raises(error, match=message):
-        product_key_update(**{"keys": keys, "queries": queries, "top_k": 3, **change(queries, keys)})

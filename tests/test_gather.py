@@ -163,35 +163,6 @@ def test_gradcheck():
     )
 
 
-BAD = {
-    "table of rank 1": (ValueError, r"`values`.*\[64\]", lambda v, s, w: (v[:, 0], s, w)),
-    "integer table": (TypeError, "`values`.*int64", lambda v, s, w: (v.long(), s, w)),
-    "sparse table": (TypeError, "`values`.*sparse", lambda v, s, w: (v.to_sparse(), s, w)),
-    "float slots": (TypeError, "`slots`.*float32", lambda v, s, w: (v, s.float(), w)),
-    "scalar slots": (ValueError, "`slots`.*dimension", lambda v, s, w: (v, s[0, 0], w[0, 0])),
-    "integer weights": (TypeError, "`weights`.*int64", lambda v, s, w: (v, s, s)),
-    "weights against slots": (ValueError, r"`weights`.*`slots`.*\[8, 3\].*\[8, 4\]", lambda v, s, w: (v, s, w[:, :3])),
-    "float64 beside float32": (TypeError, "`weights`.*`values`.*float64", lambda v, s, w: (v, s, w.double())),
-    "negative slots": (ValueError, r"`slots`.*\[0, 64\).*-1", lambda v, s, w: (v, s - 1 - s.min(), w)),
-    "slots of N": (ValueError, r"`slots`.*\[0, 64\).*64", lambda v, s, w: (v, s + 64 - s.max(), w)),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    error, message, make = BAD[case]
-    with pytest.raises(error, match=message):
-        sparse_value_gather(*make(*testing.make_gather_inputs()))
-
-
-def test_bad_options():
-    inputs = testing.make_gather_inputs()
-    with pytest.raises(TypeError, match="`sparse_grad`.*int"):
-        sparse_value_gather(*inputs, sparse_grad=1)
-    with pytest.raises(ValueError, match="`backend`.*'cuda'"):
-        sparse_value_gather(*inputs, backend="cuda")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["uniform", "zipf", "one_slot"])

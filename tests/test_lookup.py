@@ -198,47 +198,6 @@ def test_gradcheck(score):
     assert gradcheck(lambda q, k: ProductKeyLookup.apply(q, k, 3, score)[0], [x.requires_grad_() for x in inputs])
 
 
-BAD = {
-    "queries not a tensor": (TypeError, "`queries`", lambda q, k: ([1.0], k, 3)),
-    "integer queries": (TypeError, "`queries`.*int64", lambda q, k: (q.long(), k, 3)),
-    "keys of rank 3": (ValueError, r"`keys`.*\[2, 9, 4\]", lambda q, k: (q, k[0], 3)),
-    "three halves": (ValueError, "`keys`.*two halves", lambda q, k: (q, k.new_zeros(1, 3, 9, 4), 3)),
-    "odd width": (ValueError, "`queries`.*even", lambda q, k: (q[..., :7], k, 3)),
-    "queries against keys": (
-        ValueError,
-        r"`queries`.*`keys`.*\[5, 1, 6\].*\[1, 2, 9, 4\]",
-        lambda q, k: (q[..., :6], k, 3),
-    ),
-    "heads": (ValueError, r"`queries`.*`keys`", lambda q, k: (q.expand(5, 2, 8), k, 3)),
-    "float64 beside float32": (TypeError, "`keys`.*`queries`.*float32.*float64", lambda q, k: (q.double(), k, 3)),
-    "top_k of 0": (ValueError, "`top_k`.*got 0", lambda q, k: (q, k, 0)),
-    "top_k beyond n": (ValueError, "`top_k`.*9.*got 10", lambda q, k: (q, k, 10)),
-    "top_k not an int": (TypeError, "`top_k`.*float", lambda q, k: (q, k, 3.0)),
-}
-BAD_OPTIONS = {
-    "score": (ValueError, "cosine"),
-    "eps": (ValueError, 1e-50),
-    "precision": (ValueError, "bf16"),
-    "backend": (ValueError, "cuda"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    error, message, make = BAD[case]
-    with pytest.raises(error, match=message):
-        product_key_lookup(*make(*testing.make_lookup_inputs(5, 1, 9, 8)))
-
-
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(name):
-    error, value = BAD_OPTIONS[name]
-    with pytest.raises(error, match=f"`{name}`.*{value}"):
-        product_key_lookup(*testing.make_lookup_inputs(5, 1, 9, 8), 3, **{name: value})
-    with pytest.raises(TypeError, match=f"`{name}`.*NoneType"):
-        product_key_lookup(*testing.make_lookup_inputs(5, 1, 9, 8), 3, **{name: None})
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(512, 1, 512, 8, 512), (128, 4, 512, 32, 512), (64, 1, 4096, 64, 512)], ids=str)
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])

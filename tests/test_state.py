@@ -20,7 +20,6 @@ from fwpkm_kernels import (
 from tests.test_memory import assert_close, assert_same_bits, make_inputs
 from tests.test_streaming import (
     BOTH,
-    BOUND,
     BY_TOKEN,
     DEVICES,
     OPTIONS,
@@ -32,25 +31,6 @@ from tests.test_streaming import (
 
 Inputs = dict[str, Any]
 Cuts = list[int]
-
-
-BAD_MEMORY = {
-    "keys of rank 3": (ValueError, r"`keys`.*\[2, 4, 2\]", lambda k, v: (k[0], v)),
-    "three halves": (ValueError, "`keys`.*two halves", lambda k, v: (torch.cat((k, k), 1), v)),
-    "values of rank 1": (ValueError, r"`values`.*\[16\]", lambda k, v: (k, v[:, 0])),
-    "not n² rows": (ValueError, r"`values`.*`keys`.*\[15, 3\]", lambda k, v: (k, v[1:])),
-    "integer values": (TypeError, "`values`.*int64", lambda k, v: (k, v.long())),
-    "float64 beside float32": (TypeError, "`keys`.*`values`", lambda k, v: (k.float(), v)),
-    "no tensor": (TypeError, "`keys`.*list", lambda k, v: (k.tolist(), v)),
-}
-
-
-@pytest.mark.parametrize("case", BAD_MEMORY)
-def test_bad_initial_memory_is_named(case):
-    error, message, change = BAD_MEMORY[case]
-    inputs = make_inputs()
-    with pytest.raises(error, match=message):
-        MemoryState(*change(inputs["keys"], inputs["values"]))
 
 
 @DEVICES
@@ -408,96 +388,3 @@ def test_an_unbound_state_saves_and_loads(tmp_path):
     state.load_state_dict(saved)
     assert state.position == 0
     assert_same_bits(state.state_dict(), saved)
-
-
-def rebind(**changes: Any) -> Callable[[Inputs], Inputs]:
-    """What a state would save that was bound to other options."""
-    return lambda saved: half_read(**changes)[1].state_dict()
-
-
-def rewrite(text: bytes) -> Callable[[Inputs], Inputs]:
-    return lambda saved: {"binding": torch.tensor(list(text), dtype=torch.uint8)}
-
-
-def replace(before: bytes, after: bytes) -> Callable[[Inputs], Inputs]:
-    """Other text in the binding."""
-
-    def change(saved: Inputs) -> Inputs:
-        text = bytes(saved["binding"].tolist())
-        assert before in text
-        return rewrite(text.replace(before, after))(saved)
-
-    return change
-
-
-#: Changes to a state dict that are refused: message, changed entries; None removes one.
-BAD_STATE: dict[str, tuple[str, Callable[[Inputs], Inputs]]] = {
-    "other shape of values": (r"'values'.*\[16, 3\].*\[16, 4\]", lambda s: {"values": torch.zeros(16, 4)}),
-    "other dtype of keys": ("'keys'.*float32.*float64", lambda s: {"keys": s["keys"].double()}),
-    "other dtype of position": ("'position'.*int64.*int32", lambda s: {"position": s["position"].int()}),
-    "no tensor": ("'position'.*int", lambda s: {"position": 6}),
-    "no keys": ("'keys'", lambda s: {"keys": None}),
-    "no position": ("'position'", lambda s: {"position": None}),
-    "no binding": ("binding|queue", lambda s: {"binding": None}),
-    "no queue": ("'position'", lambda s: {name: None for name in s if name not in ("keys", "values", "position")}),
-    "negative position": ("'position'", lambda s: {"position": torch.tensor(-1)}),
-    "no gates in the queue": ("queue.gates", lambda s: {"queue.gates": None}),
-    "unknown name": ("'more'", lambda s: {"more": torch.zeros(1)}),
-    "a sub-key twice in the queue": (
-        "different sub-keys.*'queue.sub_keys'",
-        lambda s: {"queue.sub_keys": torch.zeros_like(s["queue.sub_keys"])},
-    ),
-    "other shape in the queue": (r"'queue.slots'", lambda s: {"queue.slots": s["queue.slots"][:1]}),
-    "other dtype in the queue": (
-        "'queue.queries'.*bfloat16.*float32",
-        lambda s: {"queue.queries": s["queue.queries"].float()},
-    ),
-    "other chunk_size": ("`chunk_size`.*4.*5|'queue", rebind(chunk_size=5)),
-    "binding no tensor": ("'binding'", lambda s: {"binding": "{}"}),
-    "binding no text": ("'binding'", rewrite(b"\xff\xfe")),
-    "binding no JSON": ("'binding'", rewrite(b"{")),
-    "binding no mapping": ("'binding'", rewrite(b"[]")),
-    "binding empty": ("'binding'", rewrite(b"")),
-    "binding of floats": ("'binding'", lambda s: {"binding": s["binding"].float()}),
-    "binding without options": ("'binding'", replace(b'"options"', b'"other"')),
-    "binding with one dtype": ("'binding'", replace(b'"bfloat16", ', b"")),
-    "binding with an unknown option": ("'binding'", replace(b'"top_k"', b'"top"')),
-    "binding with an unknown dtype": ("'binding'", replace(b"bfloat16", b"bfloat17")),
-    "binding with what is no dtype": ("'binding'", replace(b"bfloat16", b"nn")),
-    "binding with an integer dtype": ("'binding'|'queue", replace(b"bfloat16", b"int64")),
-    "binding with a batch of text": ("'binding'", replace(b'"batch": 2', b'"batch": "2"')),
-    "binding with a negative batch": ("'binding'", replace(b'"batch": 2', b'"batch": -2')),
-    "binding with a float chunk_size": ("'binding'", replace(b'"chunk_size": 4', b'"chunk_size": 4.5')),
-    "binding with a negative top_k": ("'binding'", replace(b'"top_k": 2', b'"top_k": -2')),
-    "binding with an unknown score": ("'binding'", replace(b'"idw"', b'"idv"')),
-    "binding with boundary drop": ("'binding'", replace(b'"carry"', b'"drop"')),
-}
-
-
-@pytest.mark.parametrize("bound", [False, True], ids=["fresh", "bound"])
-@pytest.mark.parametrize("case", BAD_STATE)
-def test_a_state_dict_that_does_not_fit_changes_nothing(case, bound):
-    message, change = BAD_STATE[case]
-    inputs, source = half_read()
-    saved = source.state_dict()
-    saved = {name: x for name, x in (saved | change(saved)).items() if x is not None}
-    state = make_state(inputs)
-    if bound:
-        stream(state, inputs, [3], **OPTIONS)
-    elif case == "other chunk_size":
-        state.load_state_dict(saved)  # a fresh state takes any
-        return
-    before = contents(state)
-    with pytest.raises(ValueError, match=message) as caught:
-        state.load_state_dict(saved)
-    assert "`" in str(caught.value)
-    assert_same_bits(contents(state), before)
-
-
-@pytest.mark.parametrize("name", [name for name in BOUND if isinstance(BOUND[name], dict) and name != "boundary"])
-def test_a_bound_state_takes_no_other_options(name):
-    _, state = half_read()
-    before = contents(state)
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        state.load_state_dict(half_read(**BOUND[name])[1].state_dict())
-    assert_same_bits(contents(state), before)

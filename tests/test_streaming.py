@@ -451,66 +451,6 @@ def test_gates_and_mask_may_change_their_dtypes():
     assert_same_state(state, expected)
 
 
-#: Changes to the arguments of a step that are refused: error, message, changed tokens, changed options.
-BAD: dict[str, tuple[type[Exception], str, Callable[[Inputs], Inputs], dict[str, Any]]] = {
-    "queries of rank 3": (ValueError, r"`queries`.*\[2, 3, 4\]", lambda x: {"queries": x["queries"][:, :, 0]}, {}),
-    "targets of rank 2": (ValueError, r"`targets`.*\[2, 3\]", lambda x: {"targets": x["targets"][..., 0]}, {}),
-    "queries against keys": (ValueError, "`queries`.*`keys`", lambda x: {"queries": x["queries"][..., :2]}, {}),
-    "targets against values": (ValueError, "`targets`.*`values`", lambda x: {"targets": x["targets"][..., :2]}, {}),
-    "queries against targets": (ValueError, "`queries`.*`targets`", lambda x: {"targets": x["targets"][:, :2]}, {}),
-    "gates of another length": (ValueError, "`gates`.*`queries`", lambda x: {"gates": torch.ones(2, 2)}, {}),
-    "integer gates": (TypeError, "`gates`.*int64", lambda x: {"gates": torch.ones(2, 3).long()}, {}),
-    "mask of another length": (ValueError, "`mask`.*`queries`", lambda x: {"mask": torch.ones(2, 4)}, {}),
-    "complex mask": (TypeError, "`mask`.*complex", lambda x: {"mask": torch.ones(2, 3).cfloat()}, {}),
-    "float64 beside float32": (TypeError, "float64", lambda x: {"targets": x["targets"].double()}, {}),
-    "no tensor": (TypeError, "`targets`.*list", lambda x: {"targets": [1.0]}, {}),
-    "boundary drop": (ValueError, "`boundary`.*'carry'.*'drop'", lambda x: {}, {"boundary": "drop"}),
-    "chunk_size": (ValueError, "`chunk_size`.*0", lambda x: {}, {"chunk_size": 0}),
-    "lookahead": (ValueError, "`lookahead`.*`chunk_size`.*5", lambda x: {}, {"lookahead": 5}),
-    "top_k": (ValueError, "`top_k`.*5", lambda x: {}, {"top_k": 5}),
-    "weighting": (ValueError, "`weighting`.*'max'", lambda x: {}, {"weighting": "max"}),
-    "temperature": (ValueError, "`temperature`.*0", lambda x: {}, {"temperature": 0.0}),
-    "lr": (ValueError, "`lr`.*nan", lambda x: {}, {"lr": float("nan")}),
-    "weight_decay": (ValueError, "`weight_decay`.*-1", lambda x: {}, {"weight_decay": -1.0}),
-    "clip": (ValueError, "`clip`.*-1", lambda x: {}, {"clip": -1.0}),
-    "addressing_weight": (TypeError, "`addressing_weight`.*str", lambda x: {}, {"addressing_weight": "1"}),
-    "backend": (ValueError, "`backend`.*'cuda'", lambda x: {}, {"backend": "cuda"}),
-}
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_nothing_changes(case, first):
-    error, message, changes, options = BAD[case]
-    inputs = make_inputs(2, 8, dtype=torch.float32)
-    state = make_state(inputs)
-    if not first:
-        stream(state, inputs, [5], **OPTIONS)
-    before, tokens = contents(state), tokens_of(inputs, 5, 8)
-    with testing.assert_unchanged(tokens), pytest.raises(error, match=message):
-        fast_weight_memory_step(state, **tokens | changes(tokens), **OPTIONS | options)
-    assert_same_bits(contents(state), before)
-    assert ("binding" in before) is not first
-
-
-def test_a_backend_that_cannot_run_binds_nothing(monkeypatch):
-    from fwpkm_kernels.kernels import _common
-
-    monkeypatch.setattr(_common, "INTERPRETED", False)
-    inputs = make_inputs(2, 3)
-    state = make_state(inputs)
-    with pytest.raises(ValueError, match=r"`backend`.*TRITON_INTERPRET=1"):
-        stream(state, inputs, [3], **OPTIONS, backend="triton")
-    assert "binding" not in state.state_dict()
-    stream(state, inputs, [3], **OPTIONS)
-
-
-def test_a_step_wants_a_state():
-    inputs = make_inputs(2, 3)
-    with pytest.raises(TypeError, match="`state`.*MemoryState.*Tensor"):
-        fast_weight_memory_step(inputs["values"], **tokens_of(inputs, 0, 3), **OPTIONS)
-
-
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 def test_one_compilation_serves_all_steps(bound):
     """Over chunk ends, for one number of tokens; binding at the first step costs at most one more."""

@@ -219,69 +219,6 @@ def test_the_backward_keeps_no_table():
     assert all(1000 not in shape for shape in saved)
 
 
-BAD = {
-    "table of rank 3": (ValueError, r"`values`.*\[1, 64, 16\]", {"values": lambda i: i.values[None]}),
-    "slots of rank 1": (ValueError, r"`slots`.*\[8\]", {"slots": lambda i: i.slots[:, 0]}),
-    "float slots": (TypeError, "`slots`.*float32", {"slots": lambda i: i.slots.float()}),
-    "weights against slots": (ValueError, "`weights`.*`slots`", {"weights": lambda i: i.weights[:, :2]}),
-    "predictions against targets": (
-        ValueError,
-        r"`predictions`.*`targets`.*\[7, 16\].*\[8, 16\]",
-        {"predictions": lambda i: i.predictions[:7]},
-    ),
-    "targets against slots": (
-        ValueError,
-        r"`targets`.*rows.*`slots`.*\[7, 16\].*\[8, 4\]",
-        {"targets": lambda i: i.targets[:7], "predictions": lambda i: i.predictions[:7]},
-    ),
-    "targets against values": (
-        ValueError,
-        r"`targets`.*width.*`values`.*\[8, 3\].*\[64, 16\]",
-        {"targets": lambda i: i.targets[:, :3], "predictions": lambda i: i.predictions[:, :3]},
-    ),
-    "gates against slots": (ValueError, r"`gates`.*`slots`.*\[3\]", {"gates": lambda i: torch.ones(3)}),
-    "gates of rank 2": (ValueError, r"`gates`.*\[8, 1\]", {"gates": lambda i: torch.ones(8, 1)}),
-    "integer gates": (TypeError, "`gates`.*int64", {"gates": lambda i: torch.ones(8).long()}),
-    "complex mask": (TypeError, "`mask`.*complex", {"mask": lambda i: torch.ones(8).cfloat()}),
-    "mask against slots": (ValueError, "`mask`.*`slots`", {"mask": lambda i: torch.ones(9)}),
-    "float count_slots": (TypeError, "`count_slots`.*float32", {"count_slots": lambda i: torch.ones(9)}),
-    "float64 beside float32": (TypeError, "`targets`.*`values`", {"targets": lambda i: i.targets.double()}),
-    "negative slots": (ValueError, r"`slots`.*\[0, 64\)", {"slots": lambda i: i.slots - 64}),
-    "slots of N": (ValueError, r"`slots`.*\[0, 64\)", {"slots": lambda i: i.slots + 64}),
-    "lr": (ValueError, "`lr`.*nan", {"lr": lambda i: float("nan")}),
-    "lr a tensor": (TypeError, "`lr`.*Tensor", {"lr": lambda i: torch.ones(())}),
-    "scale": (ValueError, "`scale`.*inf", {"scale": lambda i: float("inf")}),
-    "weight_decay": (ValueError, "`weight_decay`.*-0.1", {"weight_decay": lambda i: -0.1}),
-    "clip": (ValueError, "`clip`.*-1", {"clip": lambda i: -1}),
-    "backend": (ValueError, "`backend`.*'cuda'", {"backend": lambda i: "cuda"}),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_nothing_is_written(case):
-    error, message, changes = BAD[case]
-    inputs = testing.make_update_inputs()
-    arguments = {**inputs._asdict(), **{name: make(inputs) for name, make in changes.items()}}
-    with testing.assert_unchanged(inputs):
-        for function in (chunk_value_update, chunk_value_update_):
-            with pytest.raises(error, match=message):
-                function(**arguments)
-
-
-def test_in_place_refuses_an_expanded_table():
-    inputs = testing.make_update_inputs()
-    table = torch.zeros(1, 16).expand(64, 16)
-    with pytest.raises(ValueError, match="`values` must not be an expanded tensor"):
-        chunk_value_update_(**inputs._replace(values=table)._asdict())
-    assert table.count_nonzero() == 0
-
-
-def test_in_place_refuses_a_table_that_requires_grad():
-    inputs = testing.make_update_inputs()
-    with pytest.raises(ValueError, match="`values` must not require grad"):
-        chunk_value_update_(**inputs._replace(values=inputs.values.requires_grad_())._asdict())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["uniform", "zipf", "one_slot"])

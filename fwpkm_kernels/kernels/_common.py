@@ -15,15 +15,28 @@ def to_ordered(x):
 
     No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k.
     """
+    return tl.where(x != x, highest(x), to_ordered_number(x))
+
+
+@triton.jit
+def to_ordered_number(x):
+    """`to_ordered` of what is not NaN."""
     x = tl.where(x == 0, 0.0, x)
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-        return tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
     else:
         bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        return tl.where(x != x, 0x7FFFFFFF, bits)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def highest(x):
+    """What `to_ordered` makes of NaN, for floats like `x`."""
+    if x.dtype == tl.float64:
+        return 0x7FFFFFFFFFFFFFFF
+    else:
+        return 0x7FFFFFFF
 
 
 @triton.jit

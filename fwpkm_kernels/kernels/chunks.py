@@ -656,7 +656,7 @@ def fold_grad_kernel(
             sigmoid = 1.0 / (1.0 + tl.exp(-scaled))
             grad = grad * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         else:
-            grad = tl.where(scaled > 0, grad, 0.0)
+            grad = tl.where(scaled <= 0, 0.0, grad)  # of NaN it is NaN
     tl.store(grad_scores_ptr + at, grad / tl.full([], temperature, dtype), mask=mask)
 
 

@@ -8,7 +8,7 @@ from . import compute_dtype
 from ._common import launch, next_power_of_2, row_warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gather_kernel(
     values_ptr,
     slots_ptr,
@@ -25,6 +25,7 @@ def gather_kernel(
     stride_xm,
     stride_xd,
     factor: tl.float64,
+    N,
     J: tl.constexpr,
     D: tl.constexpr,
     HAS_SUM: tl.constexpr,
@@ -34,7 +35,8 @@ def gather_kernel(
 ):
     """out[m] = factor·Σ_j weights[m, j]·values[slots[m, j]];  dots[m, j] = factor·<vectors[m], values[slots[m, j]]>.
 
-    A program owns one token m and reads each of its rows once for both. Grid: (tokens,).
+    A program owns one token m and reads each of its rows once for both. Under TRITON_DEBUG slots outside [0, N) stop
+    it. Grid: (tokens,).
     """
     i_m = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if values_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -48,6 +50,7 @@ def gather_kernel(
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < J
         slot = tl.load(slots_ptr + i_m * stride_sm + offs_j.to(tl.int64) * stride_sj, mask=mask_j, other=0)  # [BLOCK_J]
+        tl.device_assert((slot >= 0) & (slot < N) | (offs_j >= J), "`slots` must lie in [0, N)")
         rows = tl.load(
             values_ptr + slot.to(tl.int64)[:, None] * stride_vn + offs_d[None, :] * stride_vd,
             mask=mask_j[:, None] & mask_d[None, :],
@@ -103,6 +106,7 @@ def gather(
         *((0, 0) if weights is None else weights.stride()),
         *((0, 0) if vectors is None else vectors.stride()),
         factor,
+        values.shape[0],
         J=picks,
         D=width,
         HAS_SUM=weights is not None,

@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 
 from . import compute_dtype
-from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_best, to_ordered
+from ._common import (
+    cdiv,
+    from_ordered,
+    launch,
+    lowest,
+    next_power_of_2,
+    row_warps,
+    take_best,
+    to_ordered,
+    to_ordered_number,
+)
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
 CANDIDATE_BYTES = 2**25
@@ -126,14 +136,12 @@ def half_topk_kernel(
             if IDW:
                 k_norm += tl.sum(k * k, axis=0)
     if IDW:
+        # Where this is not finite q or k is not, and the distance is infinite; or NaN, if k is or all of the row are.
+        far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
+        bits = tl.where(tl.abs(scores) < float("inf"), to_ordered_number(scores), far[None, :])
     else:
-        scores = dots
-
-    bits = to_ordered(scores)
-    if IDW:
-        # The distance to an infinite query is NaN where q·k is infinite or NaN: one rank for both.
-        bits = tl.minimum(bits, to_ordered(tl.full([1, 1], float("inf"), dtype)))
+        bits = to_ordered(dots)
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
     out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
     for i_k in range(TOP_K):

@@ -62,7 +62,7 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
     return total
 
 
-@triton.jit(do_not_specialize=["A"])
+@triton.jit(do_not_specialize=["N", "A"])
 def segment_kernel(
     vectors_ptr,
     coefficients_ptr,
@@ -86,6 +86,7 @@ def segment_kernel(
     decay: tl.float64,
     lr: tl.float64,
     clip: tl.float64,
+    N,
     A,
     PER_VECTOR: tl.constexpr,
     D: tl.constexpr,
@@ -103,7 +104,8 @@ def segment_kernel(
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
     BASE: the epilogue reads `base` instead of the table.
-    Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions.
+    Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions. Under
+    TRITON_DEBUG rows outside [0, N) stop it.
     Grid: (accesses / WINDOW,).
     """
     for i_w in range(WINDOW):
@@ -118,6 +120,8 @@ def segment_kernel(
             dtype: tl.constexpr = partials_ptr.dtype.element_ty
             last = tl.where(end - i_a >= 2 * PIECE, i_a + PIECE, end)
             row = tl.load(rows_ptr + i_a).to(tl.int64)
+            if CENTERED or not COMPACT or EPILOGUE != "sum":  # which a row of the table is read or written for
+                tl.device_assert((row >= 0) & (row < N), "`slots` must lie in [0, N)")
             offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
             mask_d = offs_d < D
             # Read before the accesses, on which it does not depend: two trips to memory at once.
@@ -279,6 +283,7 @@ def segment_rows(
         decay,
         lr,
         0.0 if clip is None else clip,
+        table.shape[0],
         accesses,
         PER_VECTOR=accesses // vectors.shape[0],
         D=width,

@@ -367,7 +367,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _bits(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.detach().resolve_neg().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def _coordinates(badness: Tensor, shown: Mapping[str, Tensor], count: int = 5) -> str:

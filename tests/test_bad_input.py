@@ -1,0 +1,628 @@
+"""What every public function refuses: by which error, that it names the argument and what came, and changes nothing."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fwpkm_kernels
+from fwpkm_kernels import (
+    ChunkValueUpdate,
+    FastWeightMemory,
+    MemoryGraph,
+    MemoryState,
+    ProductKeyLookup,
+    ProductKeyUpdate,
+    SparseValueGather,
+    chunk_value_update,
+    chunk_value_update_,
+    fast_weight_memory,
+    fast_weight_memory_step,
+    product_key_lookup,
+    product_key_update,
+    sparse_value_gather,
+    testing,
+)
+from fwpkm_kernels.chunks import Options
+from tests.test_graphs import graph_maker, replayed
+from tests.test_memory import assert_same_bits, make_inputs
+from tests.test_state import half_read
+from tests.test_streaming import BOUND, DEVICE, OPTIONS, contents, make_state, stream, tokens_of
+
+Arguments = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A change to a good call that is refused."""
+
+    error: type[Exception]
+    #: arguments that the message has in backticks
+    names: tuple[str, ...]
+    #: bad arguments, or functions of the good ones that make them
+    changes: dict[str, Any]
+    #: what the message shows of each name: "type", "shape", "dtype" or "value"
+    shows: str = ""
+    #: what else it says
+    says: tuple[str, ...] = ()
+
+
+Cases = dict[str, Case]
+
+
+def tensor_cases(name: str, kind: str = "float", *, ranks: bool = True, optional: bool = False) -> Cases:
+    """What any tensor argument is refused for; `kind` is "float", "slots" or "mask"."""
+    dtypes = {
+        "float": (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2),
+        "slots": (torch.float32, torch.bool, torch.int16, torch.complex64),
+        "mask": (torch.complex64, torch.uint16, torch.float8_e5m2),
+    }[kind]
+
+    def case(error: type[Exception], make: Callable[[Tensor], Any], shows: str = "", *says: str) -> Case:
+        return Case(error, (name,), {name: lambda arguments: make(arguments[name])}, shows, says)
+
+    cases = {
+        "a list": case(TypeError, Tensor.tolist, "type"),
+        "of NumPy": case(TypeError, Tensor.numpy, "type"),
+        "a str": case(TypeError, str, "type"),
+        "sparse": case(TypeError, Tensor.to_sparse, "", "sparse"),
+        "on another device": case(ValueError, lambda x: x.to("meta"), "", "meta", "cpu"),
+        **{f"of {dtype}": case(TypeError, lambda x, dtype=dtype: x.to(dtype), "dtype") for dtype in dtypes},
+    }
+    if not optional:
+        cases["None"] = Case(TypeError, (name,), {name: None}, "type")
+    if ranks:
+        cases["with a dimension more"] = case(ValueError, lambda x: x.unsqueeze(0), "shape")
+        cases["with a dimension less"] = case(ValueError, lambda x: x[0], "shape")
+    if kind == "float":
+        cases["nested"] = case(TypeError, lambda x: torch.nested.nested_tensor([x, x]), "", "nested")
+        cases["of float64 beside float32"] = case(TypeError, Tensor.double, "", "torch.float64", "torch.float32")
+    return {f"{name} {what}": one for what, one in cases.items()}
+
+
+def mismatch(name: str, other: str, change: Callable[[Tensor], Tensor], *says: str, **others: Any) -> Case:
+    """Two arguments that do not fit; the message has both of their shapes."""
+    changes = {name: lambda arguments: change(arguments[name]), **others}
+    return Case(ValueError, (name, other), changes, "shape", says)
+
+
+def option_cases(name: str, error: type[Exception], shows: str, *values: Any) -> Cases:
+    return {f"{name}={value!r:.40}": Case(error, (name,), {name: value}, shows) for value in values}
+
+
+def number_cases(name: str, *, below: tuple[float, ...] = (), optional: bool = False) -> Cases:
+    """What a number is refused for; `below` are numbers that are too small."""
+    no_numbers = ("1", [1.0], 1j, True, torch.ones(()), np.ones(3))
+    infinite = (float("nan"), float("inf"), -float("inf"), np.float32("nan"), 1e39, -1e39)
+    cases = option_cases(name, TypeError, "type", *no_numbers, *(() if optional else (None,)))
+    cases |= option_cases(name, ValueError, "value", *infinite, *below)
+    return cases | {f"{name}=10**5000": Case(ValueError, (name,), {name: 10**5000}, "", ("16610 bits",))}
+
+
+def int_cases(name: str, *outside: int) -> Cases:
+    """What an integer is refused for; `outside` are those out of range."""
+    no_ints = ("2", 2.0, True, None, [2], torch.tensor(2), np.float64(2.0), np.bool_(True))
+    return option_cases(name, TypeError, "type", *no_ints) | option_cases(name, ValueError, "value", *outside, 2**63)
+
+
+def choice_cases(*names: str) -> Cases:
+    cases: Cases = {}
+    for name in names:
+        cases |= option_cases(name, ValueError, "value", "other", "")
+        cases |= option_cases(name, TypeError, "type", 1, None, True, ["idw"])
+    return cases
+
+
+def lookup_cases() -> Cases:
+    """Of queries [..., H, Dk] and keys [H, 2, n, Dk/2] = [1, 2, 9, 4], and the options of a lookup."""
+    return {
+        **tensor_cases("queries", ranks=False),
+        **tensor_cases("keys"),
+        "queries of no rank to speak of": Case(ValueError, ("queries",), {"queries": torch.ones(8)}, "shape"),
+        "queries of odd width": Case(
+            ValueError, ("queries",), {"queries": lambda a: a["queries"][..., :7]}, "shape", ("even",)
+        ),
+        "keys of three halves": Case(
+            ValueError, ("keys",), {"keys": lambda a: a["keys"][:, [0, 1, 1]]}, "shape", ("two halves",)
+        ),
+        "queries against keys": mismatch("queries", "keys", lambda x: x[..., :6]),
+        "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), -2)),
+        "heads of keys": mismatch("keys", "queries", lambda x: x.repeat(2, 1, 1, 1)),
+        "width of keys": mismatch("keys", "queries", lambda x: x[..., :3]),
+        **int_cases("top_k", 0, -1, 10),
+        "top_k beyond n": Case(ValueError, ("top_k",), {"top_k": 10}, "value", ("9 sub-keys",)),
+        **number_cases("eps", below=(0.0, -1e-3, 1e-50)),
+        **choice_cases("score", "precision", "backend"),
+    }
+
+
+def gather_cases() -> Cases:
+    return {
+        **tensor_cases("values"),
+        **tensor_cases("slots", "slots", ranks=False),
+        **tensor_cases("weights", ranks=False),
+        "scalar slots": Case(ValueError, ("slots",), {"slots": torch.tensor(0), "weights": torch.tensor(1.0)}),
+        "weights against slots": mismatch("weights", "slots", lambda x: x[:, :3]),
+        "rows of weights": mismatch("weights", "slots", lambda x: x[:7]),
+        **slot_cases("slots"),
+        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
+        **choice_cases("backend"),
+    }
+
+
+def slot_cases(name: str) -> Cases:
+    """Out of the range of a table of 64 rows."""
+
+    def one(at: int) -> Callable[[Arguments], Tensor]:
+        return lambda arguments: torch.where(torch.arange(4) == 3, at, arguments[name])
+
+    return {
+        f"{name} with {at}": Case(ValueError, (name,), {name: one(at)}, "", ("[0, 64)", str(at)))
+        for at in (-1, 64, -(2**40), 2**40)
+    }
+
+
+def update_cases() -> Cases:
+    """Of a table [64, 16], slots and weights [8, 4], targets and predictions [8, 16]."""
+    fewer = {"predictions": lambda a: a["predictions"][:7]}
+    narrow = {"predictions": lambda a: a["predictions"][:, :3]}
+    return {
+        **tensor_cases("values"),
+        **tensor_cases("slots", "slots"),
+        **tensor_cases("weights"),
+        **tensor_cases("targets"),
+        **tensor_cases("predictions"),
+        **tensor_cases("gates", optional=True),
+        **tensor_cases("mask", "mask", optional=True),
+        **tensor_cases("count_slots", "slots", ranks=False, optional=True),
+        "weights against slots": mismatch("weights", "slots", lambda x: x[:, :2]),
+        "predictions against targets": mismatch("predictions", "targets", lambda x: x[:7]),
+        "targets against slots": mismatch("targets", "slots", lambda x: x[:7], "rows", **fewer),
+        "targets against values": mismatch("targets", "values", lambda x: x[:, :3], "width", **narrow),
+        **{f"{name} against slots": mismatch(name, "slots", lambda x: x[:3]) for name in ("gates", "mask", "scale")},
+        **slot_cases("slots"),
+        **slot_cases("count_slots"),
+        **number_cases("lr"),
+        **{name: x for name, x in number_cases("scale", optional=True).items() if "tensor" not in name},
+        **{name: x for name, x in tensor_cases("scale").items() if x.shows != "type"},
+        **number_cases("weight_decay", below=(-0.1, -(10**30))),
+        **number_cases("clip", below=(-1, -1e-30), optional=True),
+        **choice_cases("backend"),
+    }
+
+
+def table_cases() -> Cases:
+    """Tables that cannot be written in place."""
+
+    def table(make: Callable[[Tensor], Any], *says: str) -> Case:
+        return Case(ValueError, ("values",), {"values": lambda a: make(a["values"])}, "", says)
+
+    return {
+        "a table that requires grad": table(lambda x: x.clone().requires_grad_(), "chunk_value_update"),
+        "a part of what requires grad": table(lambda x: x.clone().requires_grad_()[:], "chunk_value_update"),
+        "a parameter": table(torch.nn.Parameter, "chunk_value_update"),
+        "an expanded row": table(lambda x: x[:1].clone().expand(64, 16), "[0, 1]", "[64, 16]"),
+        "an expanded column": table(lambda x: x[:, :1].clone().expand(64, 16), "[1, 0]"),
+        "one number": table(lambda x: x[0, 0].clone().expand(64, 16), "[0, 0]"),
+        "rows that overlap": table(lambda x: x.clone().as_strided((64, 16), (15, 1)), "[15, 1]"),
+        "columns and rows that meet": table(lambda x: torch.ones(999).as_strided((64, 16), (6, 9)), "[6, 9]"),
+        "an inference tensor": table(torch.inference_mode()(Tensor.clone), "inference"),
+        "a negated view": table(lambda x: torch.complex(x, x).conj().imag, "resolve_neg"),
+    }
+
+
+def key_step_cases() -> Cases:
+    return {
+        **lookup_cases(),
+        "queries of rank 2": Case(ValueError, ("queries",), {"queries": lambda a: a["queries"][0]}, "shape"),
+        "queries of rank 4": Case(ValueError, ("queries",), {"queries": lambda a: a["queries"][None]}, "shape"),
+        **number_cases("lr"),
+        **number_cases("weight"),
+        **number_cases("weight_decay", below=(-0.1,)),
+        **number_cases("clip", below=(-1,), optional=True),
+    }
+
+
+def token_cases() -> Cases:
+    """Of queries [2, 8, 1, 4] and what goes with them, 4 sub-keys of width 2, values [16, 3]; and of the options."""
+    return {
+        **tensor_cases("queries"),
+        **tensor_cases("targets"),
+        **tensor_cases("gates", optional=True),
+        **tensor_cases("mask", "mask", optional=True),
+        "queries of odd width": Case(
+            ValueError, ("queries",), {"queries": lambda a: a["queries"][..., :3]}, "shape", ("even",)
+        ),
+        "queries against keys": mismatch("queries", "keys", lambda x: x[..., :2]),
+        "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 2)),
+        "length of targets": mismatch("targets", "queries", lambda x: x[:, :2]),
+        "batch of targets": mismatch("targets", "queries", lambda x: x[:1]),
+        "width of targets": mismatch("targets", "values", lambda x: x[..., :2], "width"),
+        **{f"length of {name}": mismatch(name, "queries", lambda x: x[:, :2]) for name in ("gates", "mask")},
+        **{f"batch of {name}": mismatch(name, "queries", lambda x: x[:1]) for name in ("gates", "mask")},
+        **int_cases("chunk_size", 0, -3),
+        **int_cases("top_k", 0, -1, 5),
+        **int_cases("lookahead", -1),
+        "lookahead beyond a chunk": Case(
+            ValueError, ("lookahead", "chunk_size"), {"lookahead": 6, "chunk_size": 5}, "value"
+        ),
+        **number_cases("eps", below=(0.0, -1.0)),
+        **number_cases("temperature", below=(0, -1.0, 1e-50)),
+        **number_cases("lr"),
+        **number_cases("weight_decay", below=(-0.1,)),
+        **number_cases("clip", below=(-1,), optional=True),
+        **number_cases("addressing_weight"),
+        **choice_cases("score", "weighting", "key_gradient", "step", "boundary", "precision", "backend"),
+    }
+
+
+def memory_cases() -> Cases:
+    """Of keys [1, 2, 4, 2] and values [16, 3]."""
+    return {
+        **tensor_cases("keys"),
+        **tensor_cases("values"),
+        "keys of three halves": Case(
+            ValueError, ("keys",), {"keys": lambda a: a["keys"][:, [0, 1, 1]]}, "shape", ("two halves",)
+        ),
+        "values of other than n² rows": mismatch("values", "keys", lambda x: x[:15], "n²"),
+        "keys for other than √N slots": mismatch("keys", "values", lambda x: x[:, :, :3], "n²"),
+    }
+
+
+def sequence_cases() -> Cases:
+    return {
+        **memory_cases(),
+        **token_cases(),
+        "heads of keys": mismatch("keys", "queries", lambda x: x.repeat(2, 1, 1, 1)),
+        "width of keys": mismatch("keys", "queries", lambda x: x[..., :1]),
+    }
+
+
+def step_cases() -> Cases:
+    no_states = {"a tensor": torch.ones(16, 3), "None": None, "a str": "state", "a state dict": {"keys": 1}}
+    drop = option_cases("boundary", ValueError, "value", "drop")
+    return (
+        token_cases()
+        | drop
+        | {name: Case(TypeError, ("state",), {"state": x}, "type") for name, x in no_states.items()}
+    )
+
+
+def good_lookup() -> Arguments:
+    return testing.make_lookup_inputs(5, 1, 9, 8)._asdict() | {"top_k": 3}
+
+
+def good_update() -> Arguments:
+    inputs = testing.make_update_inputs(gates=True, mask="real")._asdict()
+    return inputs | {"count_slots": inputs["slots"].clone(), "scale": torch.ones(8)}
+
+
+def good_sequence() -> Arguments:
+    return make_inputs(mask="real", dtype=torch.float32) | {"chunk_size": 3, "top_k": 2}
+
+
+def good_memory() -> Arguments:
+    return {name: x for name, x in good_sequence().items() if name in ("keys", "values")}
+
+
+def good_step(read: int = 0) -> Arguments:
+    inputs = make_inputs(2, 16, mask="real", dtype=torch.float32)
+    state = make_state(inputs)
+    if read:
+        stream(state, inputs, [read], **OPTIONS)
+    return {"state": state, **tokens_of(inputs, read, read + 8), **OPTIONS}
+
+
+def apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` of arguments by name."""
+    parameters = list(inspect.signature(function.forward).parameters.values())[1:]
+    return lambda **arguments: function.apply(*(arguments.get(x.name, x.default) for x in parameters))
+
+
+#: Each public function: a good call, the bad ones, and how it is called.
+TABLE: dict[str, tuple[Callable[[], Arguments], Cases, Callable[..., Any]]] = {
+    "product_key_lookup": (good_lookup, lookup_cases(), product_key_lookup),
+    "ProductKeyLookup": (good_lookup, lookup_cases(), apply(ProductKeyLookup)),
+    "sparse_value_gather": (lambda: testing.make_gather_inputs()._asdict(), gather_cases(), sparse_value_gather),
+    "SparseValueGather": (lambda: testing.make_gather_inputs()._asdict(), gather_cases(), apply(SparseValueGather)),
+    "chunk_value_update": (good_update, update_cases(), chunk_value_update),
+    "ChunkValueUpdate": (good_update, update_cases(), apply(ChunkValueUpdate)),
+    "chunk_value_update_": (good_update, update_cases() | table_cases(), chunk_value_update_),
+    "product_key_update": (good_lookup, key_step_cases(), product_key_update),
+    "ProductKeyUpdate": (good_lookup, key_step_cases(), apply(ProductKeyUpdate)),
+    "fast_weight_memory": (good_sequence, sequence_cases(), fast_weight_memory),
+    "FastWeightMemory": (good_sequence, sequence_cases(), apply(FastWeightMemory)),
+    "fast_weight_memory_step": (good_step, step_cases(), fast_weight_memory_step),
+    "a later fast_weight_memory_step": (lambda: good_step(5), step_cases(), fast_weight_memory_step),
+    "MemoryState": (good_memory, memory_cases(), MemoryState),
+    "MemoryGraph": (good_step, step_cases(), MemoryGraph),
+}
+
+
+def of(arguments: Arguments, name: str) -> Any:
+    """An argument; what a step is not given is the state's."""
+    return arguments[name] if name in arguments else getattr(arguments["state"], name)
+
+
+def shown(x: Any, shows: str) -> str:
+    if shows == "shape":
+        return str(list(x.shape))
+    return {"type": lambda: type(x).__name__, "dtype": lambda: str(x.dtype), "value": lambda: str(x)}[shows]()
+
+
+@pytest.mark.parametrize(("function", "name"), [(f, name) for f, (_, cases, _) in TABLE.items() for name in cases])
+def test_it_is_named_and_nothing_changes(function, name):
+    make, cases, call = TABLE[function]
+    case, good = cases[name], make()
+    bad = good | {key: x(good) if callable(x) else x for key, x in case.changes.items()}
+    state = good.get("state")
+    before = None if state is None else contents(state)
+    tensors = [x for x in (*good.values(), *bad.values()) if type(x) is Tensor and not x.is_meta and not x.is_nested]
+    tensors = [x.detach() for x in tensors if x.layout == torch.strided and x.dtype != torch.float8_e5m2]
+    with testing.assert_unchanged(tensors), pytest.raises(case.error) as caught:
+        call(**bad)
+    message = str(caught.value)
+    assert type(caught.value) is case.error
+    for argument in case.names:
+        assert f"`{argument}`" in message
+        assert case.shows == "" or shown(of(bad, argument), case.shows) in message, message
+    assert all(words in message for words in case.says), message
+    if state is not None:
+        assert_same_bits(contents(state), before)
+
+
+@pytest.mark.parametrize("function", [name for name in TABLE if name != "MemoryGraph"])
+def test_the_good_call_is_good(function):
+    make, _, call = TABLE[function]
+    call(**make())
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"chunk_size": 3, "top_k": 2, "lookahead": 1, "eps": 0.5, "temperature": 2.0, "lr": 0.5, "clip": 1.0}
+    of_numpy = {name: (np.int64 if type(x) is int else np.float32)(x) for name, x in numbers.items()}
+    inputs = {name: x for name, x in good_sequence().items() if name not in numbers}
+    expected = fast_weight_memory(**inputs, **numbers)
+    assert_same_bits(fast_weight_memory(**inputs, **of_numpy)._asdict(), expected._asdict())
+    state = make_state(inputs)
+    for options in (of_numpy, numbers):
+        stream(state, inputs, [4], **options)
+    state.load_state_dict(state.state_dict())  # whose bound options are JSON
+    lookup = good_lookup() | {"top_k": np.int32(3)}
+    testing.assert_bitwise_equal(product_key_lookup(**lookup)[1], product_key_lookup(**good_lookup())[1])
+    new_keys = product_key_update(**lookup, lr=np.float64(0.5), weight=np.int8(1))
+    testing.assert_bitwise_equal(new_keys, product_key_update(**good_lookup(), lr=0.5))
+    update = good_update() | {"scale": np.float32(2.0)}
+    testing.assert_bitwise_equal(chunk_value_update(**update), chunk_value_update(**update | {"scale": 2}))
+
+
+def parameters_of(function: Any) -> set[str]:
+    """By name; for options that are passed on, all of them."""
+    target = (
+        function.forward if isinstance(function, type) and issubclass(function, torch.autograd.Function) else function
+    )
+    names = set(inspect.signature(target).parameters) - {"ctx"}
+    return names - {"options"} | set(Options._fields) if "options" in names else names
+
+
+def test_every_argument_of_every_public_function_is_in_the_table():
+    functions = set(fwpkm_kernels.__all__) - {"MemoryOutput"}  # which is only returned
+    assert functions == set(TABLE) - {"a later fast_weight_memory_step"}
+    for function in functions:
+        _, cases, _ = TABLE[function]
+        changed = {name for case in cases.values() for name in case.changes}
+        named = {name for case in cases.values() for name in case.names}
+        expected = parameters_of(getattr(fwpkm_kernels, function))
+        assert expected - changed == set(), function
+        assert expected - named == set(), function
+
+
+def test_a_backend_that_cannot_run_binds_nothing(monkeypatch):
+    from fwpkm_kernels.kernels import _common
+
+    monkeypatch.setattr(_common, "INTERPRETED", False)
+    inputs = make_inputs(2, 3)
+    state = make_state(inputs)
+    with pytest.raises(ValueError, match=r"`backend`.*TRITON_INTERPRET=1"):
+        stream(state, inputs, [3], **OPTIONS, backend="triton")
+    assert "binding" not in state.state_dict()
+    stream(state, inputs, [3], **OPTIONS)
+
+
+def rebind(**changes: Any) -> Callable[[Arguments], Arguments]:
+    """What a state would save that was bound to other options."""
+    return lambda saved: half_read(**changes)[1].state_dict()
+
+
+def rewrite(text: bytes) -> Callable[[Arguments], Arguments]:
+    return lambda saved: {"binding": torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def replace(before: bytes, after: bytes) -> Callable[[Arguments], Arguments]:
+    """Other text in the binding."""
+
+    def change(saved: Arguments) -> Arguments:
+        text = bytes(saved["binding"].tolist())
+        assert before in text
+        return rewrite(text.replace(before, after))(saved)
+
+    return change
+
+
+#: Changes to a state dict that are refused: message, changed entries; None removes one.
+BAD_STATE: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
+    "other shape of values": (r"'values'.*\[16, 3\].*\[16, 4\]", lambda s: {"values": torch.zeros(16, 4)}),
+    "other dtype of keys": ("'keys'.*float32.*float64", lambda s: {"keys": s["keys"].double()}),
+    "other dtype of position": ("'position'.*int64.*int32", lambda s: {"position": s["position"].int()}),
+    "no tensor": ("'position'.*int", lambda s: {"position": 6}),
+    "sparse values": ("dense.*sparse.*'values'", lambda s: {"values": s["values"].to_sparse()}),
+    "values without data": ("data.*meta.*'values'", lambda s: {"values": s["values"].to("meta")}),
+    "position without data": ("data.*meta.*'position'", lambda s: {"position": s["position"].to("meta")}),
+    "a number for a name": ("exactly.*'3'", lambda s: {3: torch.zeros(1)}),
+    "slots of N in the queue": (r"'queue.slots'.*\[0, 16\).*16", lambda s: {"queue.slots": s["queue.slots"] + 16}),
+    "no keys": ("'keys'", lambda s: {"keys": None}),
+    "no position": ("'position'", lambda s: {"position": None}),
+    "no binding": ("binding|queue", lambda s: {"binding": None}),
+    "no queue": ("'position'", lambda s: {name: None for name in s if name not in ("keys", "values", "position")}),
+    "negative position": ("'position'", lambda s: {"position": torch.tensor(-1)}),
+    "no gates in the queue": ("queue.gates", lambda s: {"queue.gates": None}),
+    "unknown name": ("'more'", lambda s: {"more": torch.zeros(1)}),
+    "a sub-key twice in the queue": (
+        "different sub-keys.*'queue.sub_keys'",
+        lambda s: {"queue.sub_keys": torch.zeros_like(s["queue.sub_keys"])},
+    ),
+    "other shape in the queue": (r"'queue.slots'", lambda s: {"queue.slots": s["queue.slots"][:1]}),
+    "other dtype in the queue": (
+        "'queue.queries'.*bfloat16.*float32",
+        lambda s: {"queue.queries": s["queue.queries"].float()},
+    ),
+    "other chunk_size": ("`chunk_size`.*4.*5|'queue", rebind(chunk_size=5)),
+    "binding no tensor": ("'binding'", lambda s: {"binding": "{}"}),
+    "binding no text": ("'binding'", rewrite(b"\xff\xfe")),
+    "binding no JSON": ("'binding'", rewrite(b"{")),
+    "binding no mapping": ("'binding'", rewrite(b"[]")),
+    "binding empty": ("'binding'", rewrite(b"")),
+    "binding of floats": ("'binding'", lambda s: {"binding": s["binding"].float()}),
+    "binding without options": ("'binding'", replace(b'"options"', b'"other"')),
+    "binding with one dtype": ("'binding'", replace(b'"bfloat16", ', b"")),
+    "binding with an unknown option": ("'binding'", replace(b'"top_k"', b'"top"')),
+    "binding with an unknown dtype": ("'binding'", replace(b"bfloat16", b"bfloat17")),
+    "binding with what is no dtype": ("'binding'", replace(b"bfloat16", b"nn")),
+    "binding with an integer dtype": ("'binding'|'queue", replace(b"bfloat16", b"int64")),
+    "binding with a batch of text": ("'binding'", replace(b'"batch": 2', b'"batch": "2"')),
+    "binding with a negative batch": ("'binding'", replace(b'"batch": 2', b'"batch": -2')),
+    "binding with a float chunk_size": ("'binding'", replace(b'"chunk_size": 4', b'"chunk_size": 4.5')),
+    "binding with a negative top_k": ("'binding'", replace(b'"top_k": 2', b'"top_k": -2')),
+    "binding with an unknown score": ("'binding'", replace(b'"idw"', b'"idv"')),
+    "binding with boundary drop": ("'binding'", replace(b'"carry"', b'"drop"')),
+}
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["fresh", "bound"])
+@pytest.mark.parametrize("case", BAD_STATE)
+def test_a_state_dict_that_does_not_fit_changes_nothing(case, bound):
+    message, change = BAD_STATE[case]
+    inputs, source = half_read()
+    saved = source.state_dict()
+    saved = {name: x for name, x in (saved | change(saved)).items() if x is not None}
+    state = make_state(inputs)
+    if bound:
+        stream(state, inputs, [3], **OPTIONS)
+    elif case == "other chunk_size":
+        state.load_state_dict(saved)  # a fresh state takes any
+        return
+    before = contents(state)
+    with pytest.raises(ValueError, match=message) as caught:
+        state.load_state_dict(saved)
+    assert "`" in str(caught.value)
+    assert_same_bits(contents(state), before)
+
+
+@pytest.mark.parametrize("x", [None, [1], "keys", torch.ones(3)], ids=lambda x: type(x).__name__)
+def test_what_is_no_state_dict_is_refused(x):
+    with pytest.raises(TypeError, match=f"`state_dict`.*mapping.*{type(x).__name__}"):
+        half_read()[1].load_state_dict(x)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUND if isinstance(BOUND[name], dict) and name != "boundary"])
+def test_a_bound_state_takes_no_other_options(name):
+    _, state = half_read()
+    before = contents(state)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        state.load_state_dict(half_read(**BOUND[name])[1].state_dict())
+    assert_same_bits(contents(state), before)
+
+
+@pytest.fixture
+def make_graph(monkeypatch) -> Callable[..., MemoryGraph]:
+    return graph_maker(monkeypatch)
+
+
+#: Captures that are refused: error, message, tokens, options.
+BAD_CAPTURE: dict[str, tuple[type[Exception], str, int, dict[str, Any]]] = {
+    "tokens that do not divide": (ValueError, r"`queries`.*`chunk_size`.*\[2, 3, 1, 4\].*4", 3, {}),
+    "more tokens than a chunk": (ValueError, "`queries`.*`chunk_size`", 6, {}),
+    "no tokens": (ValueError, "`queries`.*`chunk_size`", 0, {}),
+    "backend torch": (ValueError, "`backend`.*'torch'", 2, {"backend": "torch"}),
+    "boundary drop": (ValueError, "`boundary`", 2, {"boundary": "drop"}),
+    "unknown option": (TypeError, "chunksize", 2, {"chunksize": 4}),
+    "bad option": (ValueError, "`lr`.*inf", 2, {"lr": float("inf")}),
+}
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+@pytest.mark.parametrize("case", BAD_CAPTURE)
+def test_a_capture_that_is_refused_changes_nothing(case, bound, make_graph):
+    error, message, count, options = BAD_CAPTURE[case]
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    if bound:
+        stream(state, inputs, [4], **OPTIONS)
+    before = contents(state)
+    with pytest.raises(error, match=message):
+        make_graph(state, inputs, count, **OPTIONS | options)
+    assert_same_bits(contents(state), before)
+
+
+def test_a_state_on_a_cpu_is_not_captured():
+    inputs = make_inputs(2, 8)
+    state = make_state(inputs)
+    with pytest.raises(ValueError, match="`state`.*GPU.*cpu"):
+        MemoryGraph(state, **tokens_of(inputs, 0, 4), **OPTIONS)
+    assert "binding" not in state.state_dict()
+
+
+#: Calls that are refused: message, what of gates and mask was captured, tokens read before, changes to the 4 tokens.
+BAD_REPLAY: dict[str, tuple[str, tuple[str, ...], int, Callable[[Arguments], Arguments]]] = {
+    "tokens no multiple": ("`queries`.*2.*3", ("gates", "mask"), 4, lambda x: {n: t[:, :3] for n, t in x.items()}),
+    "position no multiple": ("`state`.*2.*5", ("gates", "mask"), 5, lambda x: x),
+    "gates not captured": ("`gates`", ("mask",), 4, lambda x: x),
+    "mask not captured": ("`mask`", ("gates",), 4, lambda x: x),
+    "no gates": ("`gates`", ("gates", "mask"), 4, lambda x: x | {"gates": None}),
+    "no mask": ("`mask`", ("gates", "mask"), 4, lambda x: x | {"mask": None}),
+    "another batch": ("`queries`.*2.*1", ("gates", "mask"), 4, lambda x: {n: t[:1] for n, t in x.items()}),
+    "other queries": ("`queries`.*bfloat16", ("gates", "mask"), 4, lambda x: x | {"queries": x["queries"].bfloat16()}),
+    "other targets": ("`targets`.*float16", ("gates", "mask"), 4, lambda x: x | {"targets": x["targets"].half()}),
+    "other gates": ("`gates`.*bfloat16", ("gates", "mask"), 4, lambda x: x | {"gates": x["gates"].bfloat16()}),
+    "other mask": ("`mask`.*float32", ("gates", "mask"), 4, lambda x: x | {"mask": 0.5 * x["mask"].float()}),
+    "other width": ("`targets`.*`values`", ("gates", "mask"), 4, lambda x: x | {"targets": x["targets"][..., :2]}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REPLAY)
+def test_a_replay_that_is_refused_changes_nothing(case, make_graph):
+    message, names, read, change = BAD_REPLAY[case]
+    inputs = make_inputs(2, 12, mask="bool", dtype=torch.float32, device=DEVICE)
+    state = make_state(inputs)
+    captured = {name: x for name, x in inputs.items() if name in ("queries", "targets", *names)}
+    graph = make_graph(state, captured, 2, **OPTIONS)
+    stream(state, inputs, [read], **OPTIONS)
+    before = contents(state)
+    with pytest.raises(ValueError, match=message):
+        graph(**change(tokens_of(inputs, read, read + 4)))
+    assert_same_bits(contents(state), before)
+
+
+def test_a_replay_on_a_state_that_was_bound_again_is_refused(make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    fresh = state.state_dict()
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    state.load_state_dict(fresh)  # which was not bound
+    with pytest.raises(ValueError, match="`state`"):
+        replayed(graph, state, inputs, 4)
+    testing.assert_bitwise_equal(state.values, inputs["values"])
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_a_replay_on_other_tensors_is_refused(name, make_graph):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    setattr(state, name, getattr(state, name).clone())
+    before = contents(state)
+    with pytest.raises(ValueError, match="`state`"):
+        replayed(graph, state, inputs, 8)
+    assert_same_bits(contents(state), before)
