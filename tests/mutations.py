@@ -66,15 +66,6 @@ FAULTS = [
         "ties or equal",
     ),
     Fault(
-        "minus-zero-below-zero",
-        "kernels/_common.py",
-        "    x = tl.where(x == 0, 0.0, x)\n",
-        "",
-        "a score of -0.0 loses against 0.0, which it ties with",
-        "lookup",
-        "ties or equal or zero",
-    ),
-    Fault(
         "one-sub-key-too-many",
         "kernels/lookup.py",
         "mask_n = offs_n < NUM_KEYS",

@@ -136,11 +136,14 @@ def test_rows_in_slabs(triton_place, monkeypatch):
     """Candidates that would not fit the cache are made and merged some rows at a time; nothing else changes."""
     from fwpkm_kernels.kernels import lookup
 
-    queries, keys = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
-    expected = product_key_lookup(queries, keys, 4, backend="triton")
+    inputs = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
+    options = {"top_k": 4, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
+    expected = lookup.lookup(*inputs, **options)
     monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)
-    for actual, whole in zip(product_key_lookup(queries, keys, 4, backend="triton"), expected, strict=True):
-        testing.assert_bitwise_equal(actual, whole)
+    for name, actual, whole in zip(
+        ("scores", "slots", "half scores", "sub-keys"), lookup.lookup(*inputs, **options), expected, strict=True
+    ):
+        testing.assert_bitwise_equal(actual, whole, name)
 
 
 def test_a_token_does_not_depend_on_its_batch(triton_place):
