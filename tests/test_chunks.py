@@ -123,6 +123,15 @@ def assert_same_in_triton(case: Case, bound: float = 1e-12) -> Writes:
     gates=True,
 )
 @example(
+    cut={"length": 18, "chunk_size": 4, "lookahead": 1, "boundary": "drop"},
+    options={"top_k": 3},
+    batch=2,
+    carries=False,
+    num_slots=20,
+    mask="some",
+    gates=True,
+)
+@example(
     cut={"length": 5, "chunk_size": 3, "lookahead": 1, "boundary": "carry"},
     options={"top_k": 2},
     batch=0,
