@@ -573,7 +573,7 @@ FAULTS = [
         "weight_decay=o.weight_decay",
         "a last chunk that waits decays the table, if gradients are wanted",
         "memory",
-        "all_options_together",
+        "edges or all_options_together",
     ),
     Fault(
         "decay-missing-in-backward-of-a-sequence",

@@ -253,6 +253,10 @@ EDGES = {
     "full chunks": ((2, 6, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
     "one token more than full chunks": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
     "lookahead of a chunk": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 3}),
+    "decay, and a chunk that waits": (
+        (2, 7, 1, 4, 4, 3),
+        {"chunk_size": 3, "top_k": 2, "lr": 0.5, "weight_decay": 0.1},
+    ),
     "no lookahead": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 0}),
     "chunks of one token": ((1, 4, 1, 4, 4, 3), {"chunk_size": 1, "top_k": 2}),
     "all sub-keys": ((1, 5, 2, 3, 4, 3), {"chunk_size": 2, "top_k": 3}),
