@@ -564,7 +564,7 @@ FAULTS = [
         "self.addressing_weight != 0.0",
         "under λ = 0 keys do not decay",
         "memory",
-        "golden or all_options_together",
+        "edges or golden or all_options_together",
     ),
     Fault(
         "unfilled-chunk-decays",
@@ -582,7 +582,7 @@ FAULTS = [
         "decay = 1.0",
         "dvalues without 1 - lr·wd",
         "memory",
-        "golden or all_options_together",
+        "edges or golden or all_options_together",
     ),
     Fault(
         "rereads-in-the-key-step-of-backward",
@@ -591,7 +591,7 @@ FAULTS = [
         "first_row=0,",
         "backward counts re-reads in P̄",
         "memory",
-        "golden or all_options_together",
+        "edges or golden or all_options_together",
     ),
     Fault(
         "backward-in-forward-order",
@@ -600,7 +600,7 @@ FAULTS = [
         "for chunk in chunks:",
         "the value scan's backward goes from the first chunk to the last",
         "golden_chunk memory",
-        "value_scan or all_options_together",
+        "edges or value_scan or all_options_together",
     ),
     Fault(
         "target-of-the-token-itself",
@@ -609,7 +609,7 @@ FAULTS = [
         "targets[chunk.first : chunk.last]",
         "eₜ = pₜ - yₜ instead of yₜ₊L",
         "golden_chunk memory",
-        "value_scan or all_options_together",
+        "edges or value_scan or all_options_together",
     ),
     Fault(
         "keys-after-the-step",
@@ -618,7 +618,7 @@ FAULTS = [
         "keys = chunk_keys[min(index + 1, len(chunk_keys) - 1)]\n",
         "backward reads the keys that a chunk left instead of those that it found",
         "memory",
-        "golden or all_options_together",
+        "edges or golden or all_options_together",
     ),
     Fault(
         "unpaired-targets-unwritten",
@@ -663,7 +663,7 @@ FAULTS = [
         "new_values = values.contiguous()",
         "the memory writes into the table that it was given",
         "memory",
-        "golden or all_options_together or rows_that",
+        "edges or golden or all_options_together or rows_that",
     ),
     Fault(
         "incoming-gradient-overwritten",
@@ -690,7 +690,7 @@ FAULTS = [
         "/ len(errors)",
         "ℓ without 1/D",
         "memory",
-        "all_options_together",
+        "edges or all_options_together",
     ),
     Fault(
         "position-not-reset",
