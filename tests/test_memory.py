@@ -708,6 +708,13 @@ def test_normalized_steps_of_vanishing_weights_stay_finite():
         assert all(x.isfinite().all() for x in outputs)
 
 
+@KEY_GRADIENTS
+def test_slots_and_weights_that_come_back_are_not_differentiable(key_gradient):
+    leaves, options = small_call(key_gradient)
+    outputs = fast_weight_memory(**leaves, **options)
+    assert [x.requires_grad for x in outputs] == [True, True, True, False, False]
+
+
 def test_a_mask_that_requires_gradients_gets_none():
     inputs = make_inputs(2, 6, mask="real")
     inputs["mask"] = inputs["mask"].requires_grad_()
