@@ -681,7 +681,7 @@ FAULTS = [
         "ctx.mark_non_differentiable(slots)",
         "a loss of the weights that are given back has a gradient of 0 and no error",
         "memory",
-        "gradient",
+        "differentiable",
     ),
     Fault(
         "mean-over-tokens-alone",
