@@ -734,8 +734,8 @@ FAULTS = [
         "        row + lookahead.to(tl.int64) * B,\n",
         "        row,\n",
         "queries overwrite those that are carried",
-        "streaming streaming_kernels",
-        "put_where or any_cut or strides",
+        "streaming",
+        "precision",
     ),
     Fault(
         "masked-pairs-counted",
