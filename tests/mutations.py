@@ -1005,7 +1005,8 @@ def _code(text: str) -> str:
 
 def described(fault: Fault) -> str:
     """The cells of a fault's row that are known before it is planted."""
-    return f"{fault.name} | {fault.file} | {_code(fault.before)} → {_code(fault.after)} | {fault.breaks}"
+    breaks = fault.breaks.replace("|", "\\|")
+    return f"{fault.name} | {fault.file} | {_code(fault.before)} → {_code(fault.after)} | {breaks}"
 
 
 def rows_of_table() -> dict[str, str]:
@@ -1016,6 +1017,7 @@ def rows_of_table() -> dict[str, str]:
 
 def table(rows: dict[str, str]) -> str:
     """The text of tests/MUTATIONS.md."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
     text = f"""# Faults that were planted, and the tests that caught them
 
 Written by `python -m tests.mutations --write` (`make mutations ARGS=--write`). One fault at a time is planted in a copy
@@ -1023,9 +1025,8 @@ of the package, and the tests must fail. First those run that should notice it, 
 `make test`. Tests of the code's text and of the compiler ({", ".join(IGNORED)})
 do not count, and every test named here passes without a fault.
 
-{len(FAULTS)} faults; Python {platform.python_version()}, torch {metadata.version("torch")}, triton
-{metadata.version("triton")}; kernels in Triton's interpreter on a CPU. Seconds are those of one process until the first
-failure, imports included.
+{len(FAULTS)} faults; Python {platform.python_version()}, {versions}.
+Kernels run in Triton's interpreter on a CPU. Seconds are those of one process until the first failure.
 
 | fault | file | planted | what it breaks | caught by | seconds |
 | --- | --- | --- | --- | --- | --- |
