@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all mutations lint bench gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: $(STAMP) ## run the test suite without its slow cases
 
 test-all: $(STAMP) ## run the slow cases: every kernel for every target, long interpreter runs
 	$(PYTEST) -m slow $(ARGS)
+
+mutations: $(STAMP) ## plant small faults one at a time: the tests must catch each
+	$(BIN)/python -m tests.mutations --jobs $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -111,6 +111,17 @@ def test_all_keys_equal(place):
     assert slots.tolist() == [[[0, 1, 2, 3, 4]]] * 2
 
 
+def test_zero_ties_with_minus_zero(place):
+    # With eps = 1/2 and a query of 0: -log(1/2 + 1/2) is -0.0, the others are log 2 and -log 2, whose sum is 0.0.
+    near, at_one, far = (0.0, 0.0, 0.0), (0.5, 0.5, 0.0), (1.0, 0.5, 0.5)
+    keys = torch.tensor([[[far, at_one], [at_one, near]]], device=place.device)
+    queries = torch.zeros(1, 1, 6, device=place.device)
+    scores, slots = product_key_lookup(queries, keys, 2, eps=0.5, backend=place.backend)
+    assert scores[0, 0, 1] == 0.0
+    # Second is the pair (0, 1) of -0.0 and -0.0, at a lower position than (1, 0) of -log 2 and log 2.
+    assert slots.tolist() == [[[1 * 2 + 1, 1 * 2 + 0]]]
+
+
 def test_every_tile_gives_the_same_slots(triton_place):
     from fwpkm_kernels.kernels.lookup import LookupConfig, lookup
 
@@ -125,11 +136,14 @@ def test_rows_in_slabs(triton_place, monkeypatch):
     """Candidates that would not fit the cache are made and merged some rows at a time; nothing else changes."""
     from fwpkm_kernels.kernels import lookup
 
-    queries, keys = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
-    expected = product_key_lookup(queries, keys, 4, backend="triton")
+    inputs = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
+    options = {"top_k": 4, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
+    expected = lookup.lookup(*inputs, **options)
     monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)
-    for actual, whole in zip(product_key_lookup(queries, keys, 4, backend="triton"), expected, strict=True):
-        testing.assert_bitwise_equal(actual, whole)
+    for name, actual, whole in zip(
+        ("scores", "slots", "half scores", "sub-keys"), lookup.lookup(*inputs, **options), expected, strict=True
+    ):
+        testing.assert_bitwise_equal(actual, whole, name)
 
 
 def test_a_token_does_not_depend_on_its_batch(triton_place):

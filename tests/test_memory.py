@@ -253,6 +253,10 @@ EDGES = {
     "full chunks": ((2, 6, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
     "one token more than full chunks": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2}),
     "lookahead of a chunk": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 3}),
+    "decay, and a chunk that waits": (
+        (2, 7, 1, 4, 4, 3),
+        {"chunk_size": 3, "top_k": 2, "lr": 0.5, "weight_decay": 0.1},
+    ),
     "no lookahead": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "lookahead": 0}),
     "chunks of one token": ((1, 4, 1, 4, 4, 3), {"chunk_size": 1, "top_k": 2}),
     "all sub-keys": ((1, 5, 2, 3, 4, 3), {"chunk_size": 2, "top_k": 3}),
@@ -686,6 +690,13 @@ def test_normalized_steps_of_vanishing_weights_stay_finite():
         options = {"chunk_size": 2, "top_k": 2, "score": "dot", "weighting": "silu", "step": "normalized"}
         outputs = fast_weight_memory(**inputs, temperature=temperature, **options)
         assert all(x.isfinite().all() for x in outputs)
+
+
+@KEY_GRADIENTS
+def test_slots_and_weights_that_come_back_are_not_differentiable(key_gradient):
+    leaves, options = small_call(key_gradient)
+    outputs = fast_weight_memory(**leaves, **options)
+    assert [x.requires_grad for x in outputs] == [True, True, True, False, False]
 
 
 def test_a_mask_that_requires_gradients_gets_none():

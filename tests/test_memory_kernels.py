@@ -204,7 +204,7 @@ def test_slots_of_32_bits(triton_place):
     check(chunk._replace(slots=chunk.slots.int(), step_rows=chunk.step_rows.int()))
 
 
-@pytest.mark.parametrize("block_j", [1, 2, 8])
+@pytest.mark.parametrize("block_j", [1, 2, 4, 8])
 def test_one_tile_and_several(block_j, triton_place):
     check(make_chunk(SHAPES["wide"], device=triton_place.device), config=ReadGradConfig(block_j, 4))
 

@@ -155,6 +155,39 @@ def test_offsets_beyond_32_bits(strides, place):
     testing.assert_bitwise_equal(values.contiguous(), expected)
 
 
+def test_gradient_at_the_bound_of_the_clip(place):
+    """Where |G| is the clip itself the clamp is not active; in the last column it is."""
+    values = torch.zeros(2, 3, device=place.device)
+    slots, weights = torch.ones(1, 1, dtype=torch.int64, device=place.device), torch.ones(1, 1, device=place.device)
+    targets, predictions = (
+        torch.tensor([[-0.5, 0.5, -0.75]], device=place.device),
+        torch.zeros(1, 3, device=place.device),
+    )
+    leaves = [x.requires_grad_() for x in (weights, targets, predictions)]
+    new_values = chunk_value_update(values, slots, *leaves, clip=0.5, backend=place.backend)
+    assert new_values[1].tolist() == [-0.5, 0.5, -0.5]
+    cotangent = torch.tensor([1.0, 2.0, 4.0], device=place.device)
+    grads = torch.autograd.grad(new_values, leaves, cotangent.expand(2, 3))
+    assert [grad.tolist() for grad in grads] == [[[0.5]], [[1.0, 2.0, 0.0]], [[-1.0, -2.0, 0.0]]]
+
+
+def test_a_half_precision_table_is_rounded_once(place):
+    # float16, since Triton's interpreter truncates to bfloat16.
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40, 9, generator=generator).half()
+    errors = 0.3 * torch.randn(30, 9, generator=generator)
+    slots = torch.randperm(40, generator=generator)[:30]
+    expected = table.clone()
+    expected[slots] = (0.9 * table[slots].double() - 0.5 * errors.double()).half()
+    table, slots, errors = (x.to(place.device) for x in (table, slots.unsqueeze(1), errors))
+    arguments = (slots, torch.ones(30, 1, device=place.device), torch.zeros_like(errors), errors)
+    options = {"lr": 0.5, "weight_decay": 0.2, "backend": place.backend}
+    new_values = chunk_value_update(table, *arguments, **options)
+    testing.assert_bitwise_equal(new_values[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "addressed rows")
+    chunk_value_update_(table, *arguments, **options)
+    testing.assert_bitwise_equal(table[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "in place, addressed rows")
+
+
 def test_every_row_masked(place):
     inputs = testing.make_update_inputs(6, 3, 20, 5, mask="bool", device=place.device)
     inputs = inputs._replace(mask=torch.zeros_like(inputs.mask))
