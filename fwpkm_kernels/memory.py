@@ -21,7 +21,7 @@ from .chunks import (
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .plan import Plan, row_dtype
+from .plan import Plan, check_num_accesses, row_dtype
 from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
 
 WEIGHTINGS = ("softmax", "silu", "relu")
@@ -455,6 +455,9 @@ def check_memory(
     checks.check_int("lookahead", o.lookahead, minimum=0)
     if o.lookahead > o.chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {o.lookahead} against {o.chunk_size}")
+    batch, length, heads = queries.shape[:3]
+    rereads = length // o.chunk_size * o.lookahead
+    check_num_accesses(queries, batch * (length + rereads) * heads * o.top_k)
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_number("temperature", o.temperature)
     if not o.temperature > 0:
