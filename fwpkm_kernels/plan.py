@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 #: So many rows are numbered in 32 bits; more in 64.
 NARROW_ROWS = 2**31
 #: So many accesses are numbered in 32 bits, where the sum of two numbers fits too; more in 64.

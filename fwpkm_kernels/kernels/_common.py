@@ -66,7 +66,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **o
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
     # Triton multiplies the axes in 32 bits, and launches nothing, silently, if that gives no positive number.
     if math.prod(grid) >= 2**31 or max(grid[1:], default=0) > 65535:
-        raise ValueError(f"{grid} programs are too many for one launch of {kernel.__name__}: pass fewer tokens at a time")
+        raise ValueError(
+            f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
+        )
     # Entering a device that is current already would cost several microseconds of every launch.
     elsewhere = on.is_cuda and on.get_device() != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else contextlib.nullcontext():
