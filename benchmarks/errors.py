@@ -14,6 +14,7 @@ Everything runs on a CPU in about a minute; the tables go to the terminal, numbe
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STEPS = ("paper", "normalized")
 LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 PASSES = (1, 4, 16, 64, 256, 1024)
+#: The table of growth has medians over the chunks between these.
+EDGES = (1, 8, 32, 64, 128)
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
@@ -194,17 +197,20 @@ def overshoot(sizes: Sizes, seed: int, device: str) -> Iterator[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The three tables, in Markdown."""
+    """The three tables, in Markdown; of growth medians over ranges of chunks, and the worst output in each."""
     by = {name: [row for row in rows if row["experiment"] == name] for name in ("growth", "learning", "overshoot")}
+    columns = ("output", "keys", "values", "output, same slots", "values, same slots")
+    lines = [f"| step | table | chunks | {' | '.join(columns)} | worst output | other slots |"]
+    lines += ["|---|---|---|" + "---:|" * (len(columns) + 2)]
     last = max(row["chunk"] for row in by["growth"])
-    shown = sorted({chunk for chunk in (1, 8, 32, 64, 128, last) if chunk <= last})
-    columns = ("output", "keys", "values", "other slots", "output, same slots", "values, same slots")
-    lines = [f"| step | table | chunk | {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) + 1)]
-    for step in STEPS:
-        for name in TABLES:
-            for row in by["growth"]:
-                if (row["step"], row["table"]) == (step, name) and row["chunk"] in shown:
-                    lines.append(f"| {step} | {name} | {row['chunk']} | {_numbers(row[column] for column in columns)} |")
+    edges = [0, *(edge for edge in EDGES if edge < last), last]
+    for step, name, first, end in ((s, n, *e) for s in STEPS for n in TABLES for e in zip(edges, edges[1:])):
+        found = [
+            row for row in by["growth"] if (row["step"], row["table"]) == (step, name) and first < row["chunk"] <= end
+        ]
+        numbers = [statistics.median(row[column] for row in found) for column in columns]
+        numbers += [max(row["output"] for row in found), statistics.mean(row["other slots"] for row in found)]
+        lines.append(f"| {step} | {name} | {first + 1}-{end} | {_numbers(numbers)} |")
     lines += ["", f"| lr | table | {' | '.join(f'{n} passes' for n in PASSES)} | still moving |"]
     lines += ["|---:|---|" + "---:|" * (len(PASSES) + 1)]
     for lr in LEARNING_RATES:
@@ -212,7 +218,11 @@ def report(rows: list[dict[str, Any]]) -> str:
             found = [row for row in by["learning"] if (row["lr"], row["table"]) == (lr, name)]
             lines.append(f"| {lr} | {name} | {_numbers(row['error'] for row in found)} | {found[-1]['moved']:.1%} |")
     columns = ("J·Σw²", "before", "after 1", "after 10")
-    lines += ["", f"| tokens | temperature | step | {' | '.join(columns)} |", "|---:|---:|---|" + "---:|" * len(columns)]
+    lines += [
+        "",
+        f"| tokens | temperature | step | {' | '.join(columns)} |",
+        "|---:|---:|---|" + "---:|" * len(columns),
+    ]
     for row in sorted(by["overshoot"], key=lambda row: (row["tokens"], -row["temperature"])):
         labels = (str(row["tokens"]), str(row["temperature"]), row["step"])
         lines.append(f"| {' | '.join(labels)} | {_numbers(row[column] for column in columns)} |")

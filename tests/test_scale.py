@@ -1,6 +1,7 @@
 """Past 2³¹: tables, strides and numbers of accesses that 32 bits do not hold; and what is refused by name."""
 
 import functools
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +40,18 @@ from fwpkm_kernels.plan import (
     position_dtype,
     row_dtype,
 )
-from tests.conftest import PLACES, Place
+from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
 from tests.test_memory_kernels import Chunk, make_chunk
 from tests.test_plan import make_picks
 
-DEVICE = PLACES[1].device
+
+@pytest.fixture(autouse=True)
+def _leave_no_memory_behind():
+    """To the other processes that share a GPU with this one."""
+    yield
+    if HAS_GPU:
+        torch.cuda.empty_cache()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -318,18 +325,18 @@ def test_a_lookup_of_far_queries_and_keys(name, dim, triton_place):
     assert_far(call, {"queries": queries, "keys": keys}, name, dim)
 
 
-@pytest.mark.parametrize("name, dim", [("queries", 0), ("queries", 2), ("keys", 2), ("keys", 3)], ids=str)
+@pytest.mark.parametrize("name, dim", [("queries", 0), ("queries", 2), ("table", 0), ("table", 1)], ids=str)
 def test_a_key_step_of_far_queries_and_keys(name, dim, triton_place):
-    """With its gradient; one head, so that keys are flattened without a copy."""
-    heads = 1 if name == "queries" else 2
-    queries, keys = testing.make_lookup_inputs(2, heads, 3, 6, dtype=HALF, keys_dtype=HALF, device=triton_place.device)
+    """With its gradient; keys of which a table [H·2·n, Dk/2] is no copy."""
+    queries, keys = testing.make_lookup_inputs(2, 1, 3, 6, dtype=HALF, keys_dtype=HALF, device=triton_place.device)
 
-    def call(queries, keys):
+    def call(queries, table):
+        keys = table.unflatten(0, (1, 2, 3))
         leaves = [x.detach().requires_grad_() for x in (queries, keys)]
         new_keys = product_key_update(leaves[1], leaves[0], top_k=2, backend="triton")
         return new_keys.detach(), *torch.autograd.grad(new_keys.float().square().sum(), leaves)
 
-    assert_far(call, {"queries": queries, "keys": keys}, name, dim)
+    assert_far(call, {"queries": queries, "table": keys.flatten(0, 2)}, name, dim)
 
 
 @pytest.mark.parametrize("name, dim", [("grad_halves", 0), ("grad_halves", 3), ("queries", 2), ("keys", 0)], ids=str)
@@ -528,3 +535,179 @@ def test_rows_at_the_end_of_a_table_of_more_than_32_bits(place):
     for x, wanted in zip(actual, (expected[0], rows[expected[1]], *expected[2:]), strict=True):
         testing.assert_bitwise_equal(x, wanted)
     testing.assert_bitwise_equal(values[rows], inputs.values, "written in place")
+
+
+# A table of more than 2³¹ elements, against the few rows of it that are touched.
+
+
+class LargeTable:
+    """A memory of n² slots of which only those of `chosen` sub-keys can be addressed, the very last among them.
+
+    Without the sub-keys that no query comes near it is a small memory, whose slots are in the same order.
+    """
+
+    def __init__(self, n: int, width: int, dtype: torch.dtype, place: Place) -> None:
+        self.n, self.place, generator = n, place, torch.Generator().manual_seed(0)
+        self.chosen = torch.tensor([0, 1, n // 3, n // 2, n // 2 + 1, n - 3, n - 2, n - 1])
+        few = len(self.chosen)
+        self.small_keys = torch.randn(1, 2, few, 16, generator=generator).to(place.device)
+        self.small_values = torch.randn(few * few, width, generator=generator).to(place.device, dtype)
+        self.keys = torch.full((1, 2, n, 16), 1e3, device=place.device)
+        self.keys[:, :, self.chosen.to(place.device)] = self.small_keys
+        self.rows = (self.chosen.unsqueeze(1) * n + self.chosen).flatten().to(place.device)
+        self.values = torch.zeros(n * n, width, dtype=dtype, device=place.device)
+        self.values[self.rows] = self.small_values
+        self.queries = torch.randn(2, 22, 1, 32, generator=generator).to(place.device)
+        self.targets = torch.randn(2, 22, width, generator=generator).to(place.device)
+
+    def large_slots(self, small: Tensor) -> Tensor:
+        return self.rows[small]
+
+    def check_operations(self) -> None:
+        """A gather, its gradients, and a write in place: the same bits."""
+        inputs = testing.make_update_inputs(
+            40, 3, len(self.rows), self.values.shape[1], slot_pattern="zipf", dtype=self.values.dtype, gates=True
+        )
+        inputs = type(inputs)(*(None if x is None else x.to(self.place.device) for x in inputs))
+        inputs.slots[0] = len(self.rows) - 1
+        results = []
+        for values, slots in ((self.values, self.large_slots(inputs.slots)), (self.small_values, inputs.slots)):
+            leaf, weights = values.detach().requires_grad_(), inputs.weights.clone().requires_grad_()
+            out = sparse_value_gather(leaf, slots, weights, sparse_grad=True, backend=self.place.backend)
+            grad_values, grad_weights = torch.autograd.grad(out.float().square().sum(), [leaf, weights])
+            arguments = inputs._replace(values=values, slots=slots)._asdict()
+            chunk_value_update_(**arguments, clip=0.5, lr=0.7, backend=self.place.backend)
+            results.append((out.detach(), grad_values._values(), grad_weights, grad_values._indices()[0]))
+        for actual, expected in zip(results[0][:3], results[1][:3], strict=True):
+            testing.assert_bitwise_equal(actual, expected)
+        assert torch.equal(results[0][3], self.large_slots(results[1][3]))
+        testing.assert_bitwise_equal(self.values[self.rows], self.small_values, "written in place")
+
+    def check_a_stream(self) -> None:
+        """Part of a chunk, its end, and several chunks at once; and a reset."""
+        results = []
+        for keys, values in ((self.keys, self.values), (self.small_keys, self.small_values)):
+            state = MemoryState(keys, values)
+            outputs = [
+                fast_weight_memory_step(
+                    state,
+                    self.queries[:, part],
+                    self.targets[:, part],
+                    chunk_size=4,
+                    top_k=3,
+                    step="normalized",
+                    backend=self.place.backend,
+                )
+                for part in (slice(0, 3), slice(3, 4), slice(4, 8), slice(8, 22))
+            ]
+            written = state.values[self.rows] if keys is self.keys else state.values.clone()
+            state.reset()
+            reset = state.values[self.rows] if keys is self.keys else state.values
+            results.append((torch.cat(outputs, 1), written, reset))
+        assert not torch.equal(results[0][1], self.small_values)
+        testing.assert_bitwise_equal(results[0][2], self.small_values, "after a reset")
+        for actual, expected in zip(*results, strict=True):
+            self.assert_close(actual, expected)
+
+    def check_training(self) -> None:
+        """Outputs and gradients of a short sequence; the table's gradient is 0 in all other rows."""
+        results = []
+        for keys, values in ((self.keys, self.values), (self.small_keys, self.small_values)):
+            leaves = [x.detach().requires_grad_() for x in (self.queries, self.targets, keys, values)]
+            found = fast_weight_memory(
+                *leaves, chunk_size=4, top_k=3, step="normalized", clip=0.5, backend=self.place.backend
+            )
+            slots, output = found.slots, found.output
+            del found  # and with it the new table
+            *gradients, grad_values = torch.autograd.grad(output.square().sum(), leaves)
+            if keys is self.keys:
+                gradients[2] = gradients[2][:, :, self.chosen.to(keys.device)]
+                total = grad_values.count_nonzero()
+                grad_values = grad_values[self.rows]
+                assert grad_values.count_nonzero() == total, "other rows have a gradient"
+            else:
+                slots = self.large_slots(slots)
+            results.append((output.detach(), *gradients, grad_values, slots))
+        assert torch.equal(results[0][-1], results[1][-1])
+        assert self.rows[-1] in results[0][-1]
+        for actual, expected in zip(results[0][:-1], results[1][:-1], strict=True):
+            self.assert_close(actual, expected)
+
+    def assert_close(self, actual: Tensor, expected: Tensor) -> None:
+        """Up to a rounding: tiles of a lookup depend on n."""
+        error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+        assert error <= 8 * torch.finfo(self.values.dtype).eps, error
+
+
+@pytest.mark.parametrize("place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=str)
+def test_what_the_large_tables_are_held_against(place):
+    """The same with a table that is not large."""
+    table = LargeTable(24, 5, torch.float32, place)
+    table.check_operations()
+    table.check_a_stream()
+    table.check_training()
+
+
+def room(gigabytes: float) -> None:
+    """Skip a test that needs more memory than the GPU has, or than other processes leave of it for a while."""
+    for _ in range(20):
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        if free >= gigabytes:
+            return
+        time.sleep(1)
+    pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB are free")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, gigabytes", [(torch.bfloat16, 52), (torch.float32, 42)], ids=str)
+def test_a_table_of_more_than_32_bits(dtype, gigabytes):
+    """16.7 M slots of 256 columns: 2³² elements. Training has a table, a new one, and the gradient in float32."""
+    room(gigabytes)
+    table = LargeTable(4096, 256, dtype, Place("triton", "cuda"))
+    assert table.values.numel() == 2**32
+    table.check_operations()
+    if dtype == torch.bfloat16:
+        table.check_training()
+    torch.cuda.empty_cache()
+    table.check_a_stream()
+
+
+@pytest.mark.gpu
+def test_many_accesses(force_64_bits):
+    """2²⁷ of them: their plan, and the sums that go by it, in 32 bits and in 64."""
+    room(24)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    slots = torch.randint(1000, (2**24, 8), generator=generator, device="cuda", dtype=torch.int32)
+    weights = torch.rand(slots.shape, generator=generator, device="cuda")
+    values = torch.zeros(1000, 4, device="cuda", requires_grad=True)
+
+    def gradient() -> Tensor:
+        out = sparse_value_gather(values, slots, weights)
+        return torch.autograd.grad(out.sum(), [values])[0]
+
+    narrow = gradient()
+    expected = torch.zeros(1000, dtype=torch.float64, device="cuda")
+    expected.index_add_(0, slots.flatten(), weights.flatten().double())
+    torch.testing.assert_close(narrow.double(), expected.unsqueeze(1).expand(-1, 4), rtol=1e-5, atol=0.0)
+    force_64_bits()
+    testing.assert_bitwise_equal(gradient(), narrow)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accesses, gigabytes", [(2**27, 10), (2**30 + 8, 60)], ids=str)
+def test_a_plan_of_many_accesses(accesses, gigabytes):
+    """The larger one has positions of 64 bits."""
+    room(gigabytes)
+    slots = torch.randint(2**20, (accesses,), device="cuda", dtype=torch.int32)
+    planned = plan_segments(slots, 2**20)
+    assert planned.start.dtype == position_dtype(accesses)
+    for part in torch.arange(accesses, device="cuda").split(2**26):
+        row, start, end = planned.rows[part], planned.start[part], planned.end[part]
+        assert torch.equal(slots[planned.order[part]], row)
+        assert ((start <= part) & (part < end)).all()
+        assert torch.equal(planned.rows[start], row)
+        assert torch.equal(planned.rows[end - 1], row)
+        before = (start - 1).clamp(min=0)
+        assert ((planned.rows[before] < row) | (start == 0)).all()
+        same = planned.rows[part[1:] - 1] == row[1:]
+        assert (~same | (planned.order[part[1:] - 1] < planned.order[part[1:]])).all(), "a stable sort"
