@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +205,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|" + "---:|" * (len(columns) + 2)]
     last = max(row["chunk"] for row in by["growth"])
     edges = [0, *(edge for edge in EDGES if edge < last), last]
-    for step, name, first, end in ((s, n, *e) for s in STEPS for n in TABLES for e in zip(edges, edges[1:])):
+    for step, name, first, end in ((s, n, *e) for s in STEPS for n in TABLES for e in pairwise(edges)):
         found = [
             row for row in by["growth"] if (row["step"], row["table"]) == (step, name) and first < row["chunk"] <= end
         ]
