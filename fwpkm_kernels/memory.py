@@ -539,7 +539,7 @@ def fast_weight_memory(
         targets: [B, T, D].
         keys: [H, 2, n, Dk/2].
         values: [N, D], N = n²; one table for all heads and the whole batch. A half-precision table is rounded once per
-            row and write.
+            row and write, so steps below its rounding are lost: where lr is far below 1 a table of float32 learns on.
         chunk_size: C, positions that are read before they are written.
         top_k: K, picks per head, from 1 to n; J = H·K.
         lookahead: L, from 0 to C.
