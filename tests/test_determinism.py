@@ -243,11 +243,8 @@ def warps(*numbers: int) -> tuple[int, ...]:
     return numbers if HAS_GPU else numbers[:1]
 
 
-SEGMENT_CONFIGS = [
-    segments.SegmentConfig(block_a, num_warps, window)
-    for block_a, window in ((1, 1), (2, 3), (32, 8))
-    for num_warps in warps(4, 1, 8)
-]
+#: Accesses at a time, warps, positions that a program looks at.
+SEGMENT_CONFIGS = [segments.SegmentConfig(*config) for config in ((1, 4, 1), (2, 1, 3), (2, 8, 2), (32, 8, 8))]
 
 
 @pytest.mark.parametrize("config", SEGMENT_CONFIGS, ids=str)
@@ -309,7 +306,7 @@ def test_every_tile_of_a_plan_of_picks(programs, config, triton_place, monkeypat
 
 
 @pytest.mark.parametrize("block_j", [1, 2, 8])
-@pytest.mark.parametrize("num_warps", warps(4, 1, 8))
+@pytest.mark.parametrize("num_warps", warps(4, 8))
 def test_every_tile_of_the_backward_of_a_read(num_warps, block_j, triton_place):
     shape = (8, 513, 512, 512, 8, 4096, 512) if HAS_GPU else (1, 3, 2, 2, 8, 9, 5)
     chunk = make_chunk(shape, device=triton_place.device)
