@@ -65,7 +65,7 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
     # Triton multiplies the axes in 32 bits, and launches nothing, silently, if that gives no positive number.
-    if math.prod(grid) >= 2**31 or max(grid[1:], default=0) > 65535:
+    if math.prod(grid) >= 2**31 or (len(grid) > 1 and max(grid[1:]) > 65535):
         raise ValueError(
             f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
         )
