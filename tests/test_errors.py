@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import errors
+errors = pytest.importorskip("benchmarks.errors", reason="needs tqdm")
 
 SMALL = errors.Sizes(batch=1, chunk=16, top_k=4, num_keys=16, key_width=16, width=16)
 
@@ -55,6 +55,7 @@ def test_a_narrow_table_stops_learning_where_steps_are_below_its_rounding(monkey
 
 
 def test_the_report_has_every_number(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(errors, "Sizes", lambda: SMALL)
     monkeypatch.setattr(errors, "PASSES", (1, 2))
     monkeypatch.setattr(errors, "TEMPERATURES", (0.1,))
