@@ -173,13 +173,8 @@ def _slots(*shape: int) -> torch.Tensor:
     return _meta(*shape, dtype=torch.int64)
 
 
-def _plan(accesses: int) -> list[torch.Tensor]:
-    return [
-        _slots(accesses),
-        _meta(accesses, dtype=torch.int32),
-        _meta(accesses, dtype=torch.int32),
-        _meta(accesses, dtype=torch.int32),
-    ]
+def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
+    return [_slots(accesses), *(_meta(accesses, dtype=dtype) for _ in range(3))]
 
 
 def cases() -> list[Case]:
@@ -409,6 +404,18 @@ def cases() -> list[Case]:
             chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
 
         result.append(Case(f"chunks/{name}", of_reads))
+
+    def wide() -> None:
+        for dtype in (torch.float32, bf16):
+            table, vectors, coefficients = _meta(512 * 512, 512, dtype=dtype), _meta(4096, 512), _meta(4096, 8)
+            plan = _plan(32768, torch.int64)
+            update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
+            segments.segment_rows(table, vectors, coefficients, *plan)
+        order, first = _slots(4096 * 2 * 8), _slots(2 * 512 + 1)
+        addressing.pick_sums(_meta(4096, 1, 2, 8), order, first, _meta(1024, 256), _meta(1024, 256), heads=1)
+
+    # Rows and positions that need 64 bits.
+    result.append(Case("wide/paper", wide))
     # A table of width 1 sums scalars by segment.
     result.append(
         Case(

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
-from .plan import Plan, plan_segments, segment_totals
+from .plan import Plan, check_tokens, plan_segments, segment_totals
 
 # Gathered rows that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -194,6 +194,7 @@ def _check_gather(values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: b
     if slots.dim() < 1:
         raise ValueError("`slots` must have at least 1 dimension [..., J], got a scalar")
     checks.check_like("weights", weights, "slots", slots)
+    check_tokens("slots", slots, slots.shape[:-1].numel())
     checks.check_together(values=values, slots=slots, weights=weights)
     checks.check_flag("sparse_grad", sparse_grad)
     checks.check_choice("backend", backend, checks.BACKENDS)

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import FirstOrderFunction, refuse_transforms
 from .kernels import compute_dtype
-from .plan import Plan, plan_segments, segment_totals
+from .plan import Plan, check_num_keys, check_tokens, plan_segments, segment_totals
 
 # Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -367,6 +367,8 @@ def check_lookup(
             f"`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk, "
             f"got {checks.shape(queries)} against {checks.shape(keys)}"
         )
+    check_num_keys(keys)
+    check_tokens("queries", queries, queries.shape[:-1].numel())
     checks.check_together(queries=queries, keys=keys)
     top_k = checks.check_int("top_k", top_k, minimum=1)
     if top_k > num_keys:

@@ -21,7 +21,7 @@ from .chunks import (
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .plan import Plan, row_dtype
+from .plan import Plan, check_num_accesses, row_dtype
 from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
 
 WEIGHTINGS = ("softmax", "silu", "relu")
@@ -459,6 +459,8 @@ def check_memory(
     lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
     if lookahead > chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
+    batch, length, heads = queries.shape[:3]
+    check_num_accesses(queries, batch * (length + length // chunk_size * lookahead) * heads * top_k)
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
@@ -542,7 +544,7 @@ def fast_weight_memory(
         targets: [B, T, D].
         keys: [H, 2, n, Dk/2].
         values: [N, D], N = n²; one table for all heads and the whole batch. A half-precision table is rounded once per
-            row and write.
+            row and write, so steps below its rounding are lost: where lr is far below 1 a table of float32 learns on.
         chunk_size: C, positions that are read before they are written.
         top_k: K, picks per head, from 1 to n; J = H·K.
         lookahead: L, from 0 to C.

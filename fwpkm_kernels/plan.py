@@ -11,21 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: So many rows are numbered in 32 bits; more in 64.
+NARROW_ROWS = 2**31
+#: So many accesses are numbered in 32 bits, where the sum of two numbers fits too; more in 64.
+NARROW_ACCESSES = 2**30
+#: torch.sort takes no more on a GPU.
+MOST_SORTED = 2**31 - 1
+#: Rows of tokens (and heads), which kernels number in 32 bits: two programs for each are a launch.
+MOST_TOKENS = 2**30 - 1
+#: What kernels number in 32 bits in one call of the whole memory.
+MOST_ACCESSES = 2**30 - 1
+#: Heads, and sub-keys of a half: two heads' halves, and tiles of 64 sub-keys, are axes of a launch, of 65535 at most.
+MOST_HEADS, MOST_KEYS = 2**14, 2**21
+
 
 class Plan(NamedTuple):
     """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
 
     order: Tensor  #: int64: which access stands at this position
     rows: Tensor  #: the row that it touches, ascending
-    start: Tensor  #: int32: where the segment of that row begins
-    end: Tensor  #: int32: one past where it ends
+    start: Tensor  #: where the segment of that row begins, in `position_dtype`
+    end: Tensor  #: one past where it ends, likewise
 
 
 class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and what the key step needs beside it."""
 
     plan: Plan
-    first: Tensor  #: int32 [H·2·n + 1]: where the picks of each sub-key begin
+    first: Tensor  #: [H·2·n + 1]: where the picks of each sub-key begin, in the dtype of `plan.start`
     probabilities: Tensor  #: [M, H, 2, K]: the softmax of the half scores
 
 
@@ -34,12 +47,14 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
 
     Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes.
     """
+    check_sort("slots", slots)
     keys = slots.reshape(-1)
     if keys.is_cuda:
         keys = keys.to(row_dtype(num_slots))
     rows, order = torch.sort(keys, stable=True)
-    start = torch.searchsorted(rows, rows, out_int32=True)
-    end = torch.searchsorted(rows, rows, right=True, out_int32=True)
+    is_narrow = position_dtype(keys.numel()) == torch.int32
+    start = torch.searchsorted(rows, rows, out_int32=is_narrow)
+    end = torch.searchsorted(rows, rows, right=True, out_int32=is_narrow)
     return Plan(order, rows, start, end)
 
 
@@ -57,30 +72,32 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
     num_rows = sub_keys.shape[1] * 2 * num_keys
     plan = plan_segments(sub_keys, num_rows)
     bounds = torch.arange(num_rows + 1, dtype=plan.rows.dtype, device=sub_keys.device)
-    first = torch.searchsorted(plan.rows, bounds, out_int32=True)
+    first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
     probabilities = half_scores.softmax(-1)
     probabilities[:first_row] = 0.0
     return PickPlan(plan, first, probabilities)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:
-    """n_s of each access: how many accesses its slot has, at least 1; [A] int32, in the accesses' own order.
+    """n_s of each access: how many accesses its slot has, at least 1; [A], in the accesses' own order.
 
     `counted` [A], bool, in that order too, says which accesses count; None means all.
     """
     if counted is None:
         counts = plan.end - plan.start
     else:
-        running = F.pad(torch.cumsum(counted[plan.order], 0, dtype=torch.int32), (1, 0))
+        running = F.pad(torch.cumsum(counted[plan.order], 0, dtype=plan.start.dtype), (1, 0))
         counts = (running[plan.end] - running[plan.start]).clamp_(min=1)
     return torch.empty_like(counts).scatter_(0, plan.order, counts)
 
 
 def count_among(plan: Plan, count_slots: Tensor) -> Tensor:
     """n_s of each access, counted over other slots: how often its slot occurs in `count_slots`, at least 1."""
+    check_sort("count_slots", count_slots)
     counted = torch.sort(count_slots.reshape(-1).to(plan.rows.dtype)).values
-    first = torch.searchsorted(counted, plan.rows, out_int32=True)
-    last = torch.searchsorted(counted, plan.rows, right=True, out_int32=True)
+    is_narrow = position_dtype(counted.numel()) == torch.int32
+    first = torch.searchsorted(counted, plan.rows, out_int32=is_narrow)
+    last = torch.searchsorted(counted, plan.rows, right=True, out_int32=is_narrow)
     return torch.empty_like(first).scatter_(0, plan.order, (last - first).clamp_(min=1))
 
 
@@ -98,7 +115,47 @@ def within_chunks(plan: Plan, num_slots: int, chunk: Tensor, first_access: Tenso
 
 def row_dtype(num_slots: int) -> torch.dtype:
     """The narrowest dtype, int32 or int64, that numbers so many rows."""
-    return torch.int32 if num_slots <= 2**31 else torch.int64
+    return torch.int32 if num_slots <= NARROW_ROWS else torch.int64
+
+
+def position_dtype(num_accesses: int) -> torch.dtype:
+    """The narrowest dtype, int32 or int64, for where each of so many accesses stands, and for how many there are."""
+    return torch.int32 if num_accesses <= NARROW_ACCESSES else torch.int64
+
+
+def check_sort(name: str, slots: Tensor) -> None:
+    """No more slots than can be sorted where they are."""
+    if slots.is_cuda and slots.numel() > MOST_SORTED:
+        raise ValueError(
+            f"`{name}` must hold at most {MOST_SORTED} slots to be sorted on a GPU, got shape {list(slots.shape)}"
+        )
+
+
+def check_tokens(name: str, x: Tensor, num_tokens: int) -> None:
+    """No more tokens (times heads) than the kernels number in 32 bits."""
+    if num_tokens > MOST_TOKENS:
+        raise ValueError(
+            f"`{name}` must hold at most {MOST_TOKENS} tokens (times heads) in one call, got shape {list(x.shape)}"
+        )
+
+
+def check_num_keys(keys: Tensor) -> None:
+    """No more heads and sub-keys [H, 2, n, Dk/2] than the kernels number in 32 bits and launch."""
+    heads, _, num_keys, _ = keys.shape
+    if heads > MOST_HEADS or num_keys > MOST_KEYS or 2 * heads * num_keys > NARROW_ROWS:
+        raise ValueError(
+            f"`keys` [H, 2, n, Dk/2] must have at most {MOST_HEADS} heads, {MOST_KEYS} sub-keys in each half, and "
+            f"{NARROW_ROWS} in all, got shape {list(keys.shape)}"
+        )
+
+
+def check_num_accesses(queries: Tensor, num_accesses: int) -> None:
+    """No more accesses than the kernels of a sequence number in 32 bits."""
+    if num_accesses > MOST_ACCESSES:
+        raise ValueError(
+            f"`queries` [B, T, H, Dk] must make at most {MOST_ACCESSES} accesses in one call, top_k for each head and "
+            f"token, and those that are read again; got {num_accesses} for shape {list(queries.shape)}"
+        )
 
 
 def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:

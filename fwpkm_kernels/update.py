@@ -9,7 +9,7 @@ from . import _checks as checks
 from ._autograd import FirstOrderFunction, refuse_transforms
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
-from .plan import Plan, check_rows, count_accesses, count_among, plan_segments, segment_totals
+from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
 
 
 def write_torch(
@@ -329,6 +329,7 @@ def _check_update(
     checks.check_slots("slots", slots)
     floats = {"values": values, "weights": weights, "targets": targets, "predictions": predictions}
     checks.check_like("weights", weights, "slots", slots)
+    check_tokens("slots", slots, slots.shape[0])
     checks.check_like("predictions", predictions, "targets", targets)
     for name, x, other_name, other, dim in (
         ("targets", targets, "slots", slots, 0),

@@ -263,14 +263,6 @@ def test_golden_keys(name, place):
     )
 
 
-def test_two_runs_are_bitwise_equal(place):
-    """Also where the picks of a sub-key are many, and with threads."""
-    rows = 200 if place.backend == "torch" or place.device == "cuda" else 3
-    inputs = testing.make_lookup_inputs(rows, 1, 5, 8, device=place.device)._asdict()
-    run = functools.partial(product_key_update, top_k=2, clip=0.02, backend=place.backend)
-    testing.assert_deterministic(lambda: testing.forward_and_gradients(run, inputs, wrt=("queries", "keys")))
-
-
 def test_gradient_of_one_input_only(place):
     inputs = testing.make_lookup_inputs(2, 1, 6, 8, device=place.device)._asdict()
     run = functools.partial(product_key_update, top_k=2, backend=place.backend)

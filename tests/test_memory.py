@@ -441,14 +441,6 @@ def test_values_of_no_width(boundary):
 
 
 @PLACES_SLOW
-@pytest.mark.parametrize(("boundary", "key_gradient"), [("carry", "addressing"), ("drop", "all")])
-def test_two_runs_are_bitwise_equal(boundary, key_gradient, place):
-    inputs = make_inputs(2, 5, dtype=torch.float32, device=place.device)
-    options = {"chunk_size": 2, "top_k": 2, "boundary": boundary, "key_gradient": key_gradient}
-    testing.assert_deterministic(lambda: run(fast_weight_memory, inputs, **options, backend=place.backend))
-
-
-@PLACES_SLOW
 @KEY_GRADIENTS
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
 def test_strides_of_inputs_and_of_incoming_gradients(layout, key_gradient, place):

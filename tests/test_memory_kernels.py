@@ -244,11 +244,6 @@ def test_nan_stays_in_its_row(triton_place):
     assert output.isfinite().all()
 
 
-def test_two_runs_are_bitwise_equal(triton_place):
-    chunk = make_chunk(SHAPES["two tiles"], device=triton_place.device)
-    testing.assert_deterministic(lambda: (run_read(chunk), run_read_grad(chunk, 0.3)))
-
-
 def test_tiles_of_the_backward():
     """Rows are read once wherever both tiles stay in registers."""
     for width, dtype in ((512, torch.float32), (1024, torch.float32), (512, torch.bfloat16), (512, torch.float64)):

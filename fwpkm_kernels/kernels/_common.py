@@ -1,6 +1,7 @@
 """What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,11 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
+    # Triton multiplies the axes in 32 bits, and launches nothing, silently, if that gives no positive number.
+    if math.prod(grid) >= 2**31 or (len(grid) > 1 and max(grid[1:]) > 65535):
+        raise ValueError(
+            f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
+        )
     # Entering a device that is current already would cost several microseconds of every launch.
     elsewhere = on.is_cuda and on.get_device() != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else contextlib.nullcontext():

@@ -247,7 +247,8 @@ def merge_kernel(
         q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh + offs_d * stride_qd
         k_ptrs = keys_ptr + i_head * stride_kh + offs_d[None, :] * stride_kd  # [1, BLOCK_D]
         q1 = tl.load(q_ptrs, mask=mask_d, other=0.0).to(dtype)[None, :]  # [1, BLOCK_D]
-        q2 = tl.load(q_ptrs + HALF * stride_qd, mask=mask_d, other=0.0).to(dtype)[None, :]
+        second_half = tl.full([], HALF, tl.int64) * stride_qd
+        q2 = tl.load(q_ptrs + second_half, mask=mask_d, other=0.0).to(dtype)[None, :]
         distances1 = tl.zeros([BLOCK_R], dtype)
         distances2 = tl.zeros([BLOCK_R], dtype)
         for start in range(0, TOP_K, BLOCK_K):

@@ -109,7 +109,7 @@ def segment_kernel(
     Grid: (accesses / WINDOW,).
     """
     for i_w in range(WINDOW):
-        i_a = tl.program_id(0) * WINDOW + i_w
+        i_a = tl.program_id(0).to(start_ptr.dtype.element_ty) * WINDOW + i_w
         # Where there is no position an empty segment stands, which opens at 0 only.
         start = tl.load(start_ptr + i_a, mask=i_a < A, other=0)
         end = tl.load(end_ptr + i_a, mask=i_a < A, other=0)
@@ -190,7 +190,7 @@ def hot_segment_kernel(
     At most one hot segment starts within PIECE positions; its program looks for it there. A program owns BLOCK_D
     columns of one such window. Grid: (accesses / PIECE, column blocks).
     """
-    i_window = tl.program_id(0)
+    i_window = tl.program_id(0).to(start_ptr.dtype.element_ty)
     offs_a = i_window * PIECE + tl.arange(0, PIECE)
     mask_a = offs_a < A
     starts = tl.load(start_ptr + offs_a, mask=mask_a, other=-1)

@@ -1,0 +1,372 @@
+"""The same bits every time: of every operation, forward and backward, whatever the launch and whatever ran before.
+
+On a GPU runs are repeated while other work is under way. In the interpreter, which runs one program after the other, a
+plain repetition would prove nothing: there the programs of a launch run in another order each time, as nothing orders
+them on a GPU. Everywhere fresh memory holds something else in each run, and every other run is under
+torch.use_deterministic_algorithms(True), which refuses what is not, and must not change the bits. A program that read
+what another one of its launch writes, two that wrote the same place, or a sum that took in unwritten memory would show.
+"""
+
+import ast
+import contextlib
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import fwpkm_kernels
+from fwpkm_kernels import (
+    MemoryState,
+    chunk_value_update,
+    chunk_value_update_,
+    fast_weight_memory,
+    fast_weight_memory_step,
+    product_key_lookup,
+    product_key_update,
+    sparse_value_gather,
+    testing,
+)
+from fwpkm_kernels.chunks import Options, plan_writes
+from fwpkm_kernels.kernels import addressing, chunks, lookup, memory, segments, streaming
+from fwpkm_kernels.kernels import plan as pick_plan
+from fwpkm_kernels.plan import plan_picks, plan_segments
+from fwpkm_kernels.streaming import _plan_pairs
+from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
+from tests.test_memory import make_inputs, named, run
+from tests.test_memory_kernels import make_chunk, run_read, run_read_grad
+from tests.test_plan import make_picks
+
+# cuBLAS, which the composed path under key_gradient="all" calls, is deterministic only with it; read at its first call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+Function = Callable[[], Any]
+RUNS = 20 if HAS_GPU else 2
+#: M, J, N, D of a gather and an update: hot slots beside others. Where a program takes milliseconds there are fewer.
+GPU_SHAPE, SHAPE = (4096, 8, 2**16, 256), (48, 2, 9, 5)
+
+
+@contextlib.contextmanager
+def programs_in_order(seed: int) -> Iterator[None]:
+    """In Triton's interpreter, run the programs of every launch in another order: backwards, or shuffled by a seed."""
+    if HAS_GPU or seed == 0:
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_dim, set_idx, orders = builder.set_grid_dim, builder.set_grid_idx, [[0]] * 3
+
+    def set_grid_dim(*sizes: int) -> None:
+        orders[:] = [list(reversed(range(size))) for size in sizes]
+        if seed > 1:
+            for order in orders:
+                random.Random(seed).shuffle(order)
+        set_dim(*sizes)
+
+    def set_grid_idx(*place: int) -> None:
+        set_idx(*(order[i] for order, i in zip(orders, place, strict=True)))
+
+    builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_dim, builder.set_grid_idx  # the class has its own
+
+
+@contextlib.contextmanager
+def strict_mode() -> Iterator[None]:
+    """torch raises where it has no deterministic form of an operation, and fills unwritten memory with NaN."""
+    with testing.poisoned_memory():
+        torch.use_deterministic_algorithms(True)
+        yield
+
+
+def disturb(device: str, seed: int) -> None:
+    """Leave numbers in memory that is then free; on a GPU work too, of which some is still under way."""
+    for size in (64, 1024, 2**14, 2**18):
+        blocks = [torch.full((size,), float(seed) - 3.5, device=device) for _ in range(4)]
+        del blocks
+    if device == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x = torch.randn(1024, 256 * (1 + seed % 3), device=device)
+            for _ in range(3):
+                x = torch.tanh(x @ x.T) @ x
+
+
+def assert_same_bits_always(function: Function, device: str, runs: int = RUNS) -> None:
+    """Every run gives the same bits: see the top of this file for what differs between them."""
+
+    def disturbed() -> Any:
+        number = next(numbers)
+        disturb(device, number)
+        with strict_mode() if number % 2 else contextlib.nullcontext(), programs_in_order(number):
+            return function()
+
+    numbers = iter(range(runs))
+    testing.assert_deterministic(disturbed, runs=runs)
+
+
+def gather(place: Place, sparse_grad: bool = False) -> Function:
+    """Hot slots beside others, which are read once."""
+    shape = GPU_SHAPE if place.device == "cuda" else SHAPE
+    inputs = testing.make_gather_inputs(*shape, slot_pattern="zipf", device=place.device)._asdict()
+
+    def call() -> Any:
+        function = functools.partial(sparse_value_gather, sparse_grad=sparse_grad, backend=place.backend)
+        out, gradients = testing.forward_and_gradients(function, inputs, wrt=("values", "weights"))
+        grad = gradients["values"]
+        return out, gradients["weights"], (grad._indices(), grad._values()) if sparse_grad else grad
+
+    return call
+
+
+def update(place: Place, pattern: str = "zipf", **options: Any) -> Function:
+    shape = GPU_SHAPE if place.device == "cuda" else SHAPE
+    inputs = testing.make_update_inputs(*shape, slot_pattern=pattern, gates=True, mask="real", device=place.device)
+    wrt = ("values", "weights", "targets", "predictions", "gates")
+
+    def call() -> Any:
+        function = functools.partial(chunk_value_update, **options, backend=place.backend)
+        table = inputs.values.clone()
+        chunk_value_update_(**inputs._replace(values=table)._asdict(), **options, backend=place.backend)
+        return table, testing.forward_and_gradients(function, inputs._asdict(), wrt=wrt)
+
+    return call
+
+
+def of_keys(place: Place, function: Callable[..., Any], key_pattern: str = "random", **options: Any) -> Function:
+    """A lookup or a key step; with few sub-keys, so that each is picked by many."""
+    rows, heads, n, width = (4096, 2, 64, 64) if place.device == "cuda" else (3, 2, 5, 8)
+    rows = 200 if place == PLACES[0] else rows  # threads
+    inputs = testing.make_lookup_inputs(rows, heads, n, width, key_pattern=key_pattern, device=place.device)._asdict()
+    call = functools.partial(function, top_k=3, **options, backend=place.backend)
+    return lambda: testing.forward_and_gradients(call, inputs, wrt=("queries", "keys"))
+
+
+def memory_inputs(place: Place, length: int) -> dict[str, Tensor]:
+    sizes = {"num_keys": 16, "key_width": 32, "width": 64} if place.device == "cuda" else {"num_keys": 4}
+    batch, length = (4, 100 * length) if place.device == "cuda" else (2, length)
+    return make_inputs(batch, length, mask="real", dtype=torch.float32, device=place.device, **sizes)
+
+
+def whole_memory(place: Place, **options: Any) -> Function:
+    inputs = memory_inputs(place, 5)
+    chunk_size = 200 if place.device == "cuda" else 2
+    options |= {"chunk_size": chunk_size, "top_k": 2, "backend": place.backend}
+    return lambda: named(*run(fast_weight_memory, inputs, **options))
+
+
+def stream(place: Place, **options: Any) -> Function:
+    """A part of a chunk, its end, several chunks at once; all that the state then is."""
+    inputs = memory_inputs(place, 7)
+    factor = 100 if place.device == "cuda" else 1
+    options |= {"chunk_size": 2 * factor, "top_k": 2, "backend": place.backend}
+
+    def call() -> Any:
+        state, outputs = MemoryState(inputs["keys"], inputs["values"]), []
+        for begin, end in ((0, 1), (1, 2), (2, 6), (6, 7)):
+            part = slice(begin * factor, end * factor)
+            tokens = {name: inputs[name][:, part] for name in ("queries", "targets", "gates", "mask")}
+            outputs.append(fast_weight_memory_step(state, **tokens, **options))
+        return outputs, state.state_dict()
+
+    return call
+
+
+#: By name; those that the interpreter runs in `make test-all`.
+OPERATIONS: dict[str, Callable[[Place], Function]] = {
+    "lookup": lambda place: of_keys(place, product_key_lookup),
+    "lookup by dot products, with ties": lambda place: of_keys(place, product_key_lookup, "equal", score="dot"),
+    "gather": gather,
+    "gather, sparse gradient": lambda place: gather(place, True),
+    "update": update,
+    "update, clip and decay": lambda place: update(place, clip=0.3, weight_decay=0.1),
+    "update of one slot": lambda place: update(place, "one_slot"),
+    "key step": lambda place: of_keys(place, product_key_update),
+    "key step, clip and decay": lambda place: of_keys(place, product_key_update, clip=0.02, weight_decay=0.1),
+    "stream": stream,
+    "stream, normalized": lambda place: stream(place, step="normalized", clip=0.1, weight_decay=0.1),
+    "memory": whole_memory,
+    "memory, drop": lambda place: whole_memory(place, boundary="drop", step="normalized", clip=0.1, weight_decay=0.1),
+    "memory, all key gradients": lambda place: whole_memory(place, boundary="drop", key_gradient="all"),
+}
+SLOW = ("stream, normalized", "memory, drop", "memory, all key gradients", "key step, clip and decay")
+ON_PLACES = pytest.mark.parametrize(
+    "name, place",
+    [
+        pytest.param(
+            name,
+            place,
+            marks=SLOW_IN_INTERPRETER if name in SLOW and place.backend == "triton" else [],
+            id=f"{name}-{place.backend}",
+        )
+        for name in OPERATIONS
+        for place in PLACES
+    ],
+)
+
+
+@ON_PLACES
+def test_every_operation_gives_the_same_bits(name, place):
+    assert_same_bits_always(OPERATIONS[name](place), place.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_torch_backend_on_a_gpu(name):
+    assert_same_bits_always(OPERATIONS[name](Place("torch", "cuda")), "cuda", 5)
+
+
+def test_no_kernel_has_atomics():
+    """Nor does anything else read or write what another program of its launch may be writing: `tl` has no other way."""
+    folder = Path(fwpkm_kernels.__file__).parent / "kernels"
+    files = sorted(folder.glob("*.py"))
+    assert len(files) >= 9
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [getattr(node, field, None) for field in ("attr", "id", "name")]
+            assert not any("atomic" in name for name in names if isinstance(name, str)), f"{file}:{node.lineno}"
+
+
+# Every launch table: whatever a launch is given, the bits are the same each time.
+
+
+def warps(*numbers: int) -> tuple[int, ...]:
+    """Numbers of warps, which mean nothing to the interpreter."""
+    return numbers if HAS_GPU else numbers[:1]
+
+
+#: Accesses at a time, warps, positions that a program looks at.
+SEGMENT_CONFIGS = [segments.SegmentConfig(*config) for config in ((1, 4, 1), (2, 1, 3), (2, 8, 2), (32, 8, 8))]
+
+
+@pytest.mark.parametrize("config", SEGMENT_CONFIGS, ids=str)
+def test_every_tile_of_segment_sums(config, triton_place, monkeypatch):
+    for module in (segments, addressing):
+        monkeypatch.setattr(module, "segment_config", lambda *_: config)
+    assert_same_bits_always(update(triton_place, clip=0.3), triton_place.device, min(RUNS, 5))
+
+
+@pytest.mark.parametrize("piece", [16, 64])
+def test_every_length_of_a_piece(piece, triton_place, monkeypatch):
+    monkeypatch.setattr(segments, "PIECE", piece)
+    assert_same_bits_always(gather(triton_place), triton_place.device, 2)
+
+
+def test_the_positions_that_a_program_looks_at_change_no_bits(triton_place, monkeypatch):
+    windows = iter((1, 2, 7))
+    function = gather(triton_place)
+
+    def call() -> Any:
+        config = segments.SegmentConfig(2, 4, next(windows))
+        monkeypatch.setattr(segments, "segment_config", lambda *_: config)
+        return function()
+
+    assert_same_bits_always(call, triton_place.device, 3)
+
+
+LOOKUP_CONFIGS = [
+    lookup.LookupConfig(block_m, block_n, block_d, num_warps)
+    for block_m, block_n, block_d in ((16, 16, 16), (64, 32, 32), (128, 128, 16))
+    for num_warps in warps(4, 8)
+]
+
+
+@pytest.mark.parametrize("config", LOOKUP_CONFIGS, ids=str)
+def test_every_tile_of_a_lookup(config, triton_place, monkeypatch):
+    monkeypatch.setattr(lookup, "lookup_config", lambda *_: config)
+    rows = 4096 if HAS_GPU else 5
+    inputs = testing.make_lookup_inputs(rows, 1, 40, 24, device=triton_place.device)
+    options = {"top_k": 3, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
+    assert_same_bits_always(lambda: lookup.lookup(*inputs, **options), triton_place.device, min(RUNS, 5))
+
+
+@pytest.mark.parametrize("config", [{}, {"block_k": 1, "block_p": 1}, {"block_low": 32, "block_high": 64}], ids=str)
+@pytest.mark.parametrize("programs", [64, 2])
+def test_every_tile_of_a_plan_of_picks(programs, config, triton_place, monkeypatch):
+    """And they are all the same plan."""
+    sub_keys, half_scores = make_picks(20000 if HAS_GPU else 70, 1, 7, 3, device=triton_place.device)
+    plan, *others = plan_picks(sub_keys, half_scores, 7)
+    table = pick_plan.plan_config
+    monkeypatch.setattr(pick_plan, "PROGRAMS", programs)
+    monkeypatch.setattr(pick_plan, "plan_config", lambda *sizes: table(*sizes)._replace(**config))
+    results = iter([(plan, *others)])
+
+    def call() -> Any:
+        return next(results, None) or plan_picks(sub_keys, half_scores, 7)
+
+    assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
+
+
+@pytest.mark.parametrize("block_j", [1, 2, 8])
+@pytest.mark.parametrize("num_warps", warps(4, 8))
+def test_every_tile_of_the_backward_of_a_read(num_warps, block_j, triton_place):
+    shape = (8, 513, 512, 512, 8, 4096, 512) if HAS_GPU else (1, 3, 2, 2, 8, 9, 5)
+    chunk = make_chunk(shape, device=triton_place.device)
+    config = memory.ReadGradConfig(block_j, num_warps)
+    call = lambda: (run_read(chunk), run_read_grad(chunk, 0.3, config=config))  # noqa: E731
+    assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
+
+
+@pytest.mark.parametrize("tile", [16, 512])
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_every_tile_of_the_plan_of_a_sequence(boundary, tile, triton_place, monkeypatch):
+    """Counts, write weights and the sort that they follow."""
+    monkeypatch.setattr(chunks, "_TILE", tile)
+    o = Options(chunk_size=7, top_k=3, boundary=boundary, step="normalized", backend="triton")
+    length, batch = (3000, 8) if HAS_GPU else (16, 2)
+    reads = o.layout(length, batch).positions * batch
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(reads, 3, generator=generator).to(triton_place.device)
+    slots = testing.make_slots((reads, 3), 9, "zipf").to(triton_place.device)
+    mask = torch.rand(length, batch, generator=generator).sub(0.3).clamp(min=0.0).to(triton_place.device)
+    call = lambda: plan_writes(scores, slots, 9, mask, mask, length, batch, 0, None, o)  # noqa: E731
+    assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
+
+
+@pytest.mark.parametrize("most", [0, 8192], ids=["by a sort", "by comparing"])
+def test_both_plans_of_a_streamed_chunk(most, triton_place, monkeypatch):
+    monkeypatch.setattr(streaming, "MOST_ACCESSES", most)
+    slots = testing.make_slots((2000 if HAS_GPU else 30, 4), 11, "zipf").to(triton_place.device)
+    weights = torch.rand(slots.shape, generator=torch.Generator().manual_seed(0)).to(triton_place.device)
+    gates, mask = weights[:, 0].contiguous(), weights[:, 1].contiguous()
+
+    def call() -> Any:
+        touched = torch.zeros(11, dtype=torch.uint8, device=slots.device)
+        return _plan_pairs(
+            slots.view(-1, 1, 4), weights, gates, mask, touched, Options(top_k=4, backend="triton")
+        ), touched
+
+    assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
+
+
+def test_a_plan_is_the_same_each_time(place):
+    slots = testing.make_slots((2**20 if place.device == "cuda" else 300,), 50, "zipf").to(place.device)
+    assert_same_bits_always(lambda: plan_segments(slots, 50), place.device, min(RUNS, 5))
+
+
+@triton.jit
+def overwrite_kernel(out_ptr):
+    """What the last program of a launch leaves. Grid: any of two axes."""
+    tl.store(out_ptr, tl.program_id(0) * 10 + tl.program_id(1))
+
+
+def test_other_orders_of_programs_are_other_orders():
+    """What this file rests on where there is no GPU."""
+    if HAS_GPU:
+        pytest.skip("the interpreter is not used")
+    last = []
+    for seed in range(4):
+        out = torch.zeros(1, dtype=torch.int32)
+        with programs_in_order(seed):
+            overwrite_kernel[(5, 4)](out)
+        last.append(int(out))
+    assert last[:2] == [43, 0]
+    assert len(set(last)) > 2
