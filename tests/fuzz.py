@@ -2,8 +2,8 @@
 
 `tests.strategies` draws the cases and `tests.judge` judges them. A failure is shrunk, printed as a few lines of Python
 that reproduce it, and stored in `fuzz-failures/`, as are hypothesis's examples of it, which the next run tries first;
-the other operations go on. `--seed` repeats a run with a number of cases case by case; with `--seconds` it is as long as
-the machine is fast. Exit status: 0, 1 if anything failed, 130 if interrupted.
+the other operations go on. The same `--seed` draws the same cases, as many as `--cases` says or `--seconds` allow. Exit
+status: 0, 1 if anything failed, 130 if interrupted.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     fuzzer.bar.close()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in fuzzer.summary():
         console.print(table)
     print(f"{fuzzer.cases} cases, {len(fuzzer.reproductions)} failures, seed {o.seed}")

@@ -2,22 +2,25 @@
 
 Everything that a call returns, and all gradients of its differentiable outputs together, is compared with the reference
 in float64 within the error budget of `fwpkm_kernels.testing`, whose baseline is the reference in the precision of the
-case; of float64 it is exact up to 2⁻²⁹ times what float32 is off. Where the budget says nothing, these rules do; a case in which one of them was needed counts as judged in part:
+case; of float64 it is exact up to 2⁻²⁹ times what float32 is off. Where the budget says nothing, these rules do; a case
+in which one of them was needed counts as judged in part:
 
-overflow    An element that is NaN or infinite in the baseline, or in the exact result once rounded, or in the baseline of
-            8192 times as large inputs (of those that are large: so no order of a sum overflows) may be anything, but
-            not a finite number in a read or a written row where an input is NaN or infinite. All other elements are
-            judged as always: so what overflows in one token may not reach another. Slots of a query whose half scores
-            are not all finite must only be valid; key steps are taken without such queries, unless it is NaN that they
-            hold, and a memory is judged up to the chunk that has one.
+overflow    An element that is NaN or infinite in the baseline, or in the exact result once rounded, may be anything,
+            and so may one that would be if large inputs were 8192 times as large: nowhere else does it take another
+            order of a sum to overflow. But it is not finite in a read or a written row if inputs are NaN or infinite.
+            All other elements are judged as always: so what overflows in one token may not reach another. Slots of a
+            query whose half scores are not all finite must only be valid; key steps are taken without such queries,
+            unless it is NaN that they hold, and a memory is judged up to the chunk that has one.
 near ties   Slots that differ from the exact ones must be explained by the rounding band of `assert_lookup_matches`, and
             integer keys, whose scores are exact, have no band. Numbers are compared where the slots agree: in the
             lookup by row; in the key step without rows that the band leaves open; in the memory up to the chunk with
             the first other slot, as a sequence of its own.
-unstable    A number over budget may be as far off as the exact result moves when each input changes by 4 units of
-            rounding of the computation (at most 16 tries): cancellation, a gradient beside a jump (|G| at `clip`, a
-            score at the kink of relu). Inputs that tie exactly are not changed, and what is 0 stays 0. A gradient that
-            vanishes up to rounding, below √ε of the incoming one, may have errors relative to that.
+unstable    A number over budget may be as far off as the exact result and the baseline move when each input, and eps,
+            changes by 4 units of rounding of the computation (16 tries): cancellation, a gradient beside a jump (|G| at
+            `clip`, a score at the kink of relu). What is 0 stays 0. Queries and keys that tie exactly are not changed;
+            as their few distinct numbers make an error of the baseline a matter of luck, 10 times that are allowed
+            there instead of 3. A gradient that vanishes up to rounding, below √ε of the incoming one, may have errors
+            relative to that.
 """
 
 import functools
@@ -31,7 +34,7 @@ import fwpkm_kernels
 import reference
 from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
-from tests.strategies import EXACT_FILLS, KINDS, Case, make_tensors
+from tests.strategies import EXACT_FILLS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
 #: What was needed beside the budget to judge a case.
@@ -98,17 +101,19 @@ class Run:
         self.reference = functools.partial(getattr(reference, name), **options)
         self.incoming: list[Tensor] | None = None
         self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
-        self.is_special = bool({"nan", "inf"} & set(case.fills.values()))
+        # Beside a key step that depends on the values, keys of reads that are not written get 0·∞ in the reference.
+        follows = {"nan", "inf"} & set(case.fills.values()) and case.options.get("key_gradient") != "all"
+        self.hard = HARD if follows else ()
         # Integer keys have exact scores, and exact ties, which no rounding excuses.
         exact = all(case.fills.get(key, "huge") in EXACT_FILLS for key in ("queries", "keys"))
         leaves_out = case.options.get("top_k", 0) < case.sizes.get("n", 0)
         self.exact_ties = case.pattern == "equal" and exact and (leaves_out or case.op == "product_key_lookup")
 
-    def evaluate(self, function: Callable[..., Any], tensors: Tensors) -> Tensors:
+    def evaluate(self, function: Callable[..., Any], tensors: Tensors, **options: Any) -> Tensors:
         """Outputs and gradients by name. The incoming gradients are those of the first call, rounded as its outputs."""
         signature = self.signature
         leaves = {name: tensors[name].detach().requires_grad_() for name in signature.inputs if name in tensors}
-        outputs = function(**tensors | leaves)
+        outputs = function(**tensors | leaves, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         found = dict(zip(signature.outputs, outputs, strict=True))
         moving = outputs[: signature.differentiable]
@@ -138,14 +143,8 @@ class Run:
     ) -> Reasons:
         """All results, or `names`, against the reference; of those [rows, …] like `keep` only the rows in it."""
         evaluate = functools.partial(self.evaluate, self.reference)
-        doubles = testing.as_float64(tensors)
-        exact = evaluate(doubles)
-        singles = {name: x.float() if x.dtype == torch.float64 else x for name, x in tensors.items()}
-        baseline = evaluate(singles)
-        if self.case.is_double:
-            # The baseline is as far off as float32 is, in float64's units of rounding.
-            errors = {name: (baseline[name] - x) * 2.0**-29 for name, x in exact.items()}
-            baseline = {name: x + torch.where(errors[name].isfinite(), errors[name], 0.0) for name, x in exact.items()}
+        exact = evaluate(testing.as_float64(tensors))
+        baseline = self.baseline(tensors, exact)
         larger = self.larger(tensors)
         if larger:
             baseline = {name: torch.where(x.isfinite(), baseline[name], x) for name, x in evaluate(larger).items()}
@@ -157,13 +156,15 @@ class Run:
             one, other, basis = x, exact[name], baseline[name].to(x.dtype)
             if keep is not None and x.shape[: keep.dim()] == keep.shape:
                 one, other, basis = x[keep], other[keep], basis[keep]
-            bounds = (length, (floors or {}).get(name, 0.0), name in HARD and self.is_special)
+            bounds = (length, (floors or {}).get(name, 0.0), name in self.hard)
             try:
                 reasons |= compare(name, one, other, basis, *bounds)
             except AssertionError as error:
                 if not tried:
-                    tried += [evaluate(self.changed(doubles, i)) for i in range(TRIES)]
-                moves = torch.stack([(t[name] - exact[name]).abs() for t in tried]).amax(0)
+                    for i in range(TRIES):
+                        inputs, options = self.changed(tensors, i)
+                        tried += [evaluate(inputs, **options), self.baseline(inputs, exact, **options)]
+                moves = torch.stack([(t[name].double() - exact[name]).abs() for t in tried]).amax(0)
                 moves = moves if keep is None or x.shape[: keep.dim()] != keep.shape else moves[keep]
                 farthest = torch.maximum(moves, (basis.double() - other).abs())
                 if name.startswith("gradient"):
@@ -172,11 +173,23 @@ class Run:
                     vanishes = float(other.square().mean().sqrt()) <= torch.finfo(self.dtype).eps ** 0.5 * incoming
                     bounds = (length, max(floor, incoming) if vanishes else floor, strict)
                 try:
-                    compare(name, one, other, (other + farthest).to(x.dtype), *bounds)
+                    compare(name, one, other, (other + farthest).to(x.dtype), *bounds, 10.0 if self.exact_ties else 3.0)
                 except AssertionError:
                     raise error from None
                 reasons.add("unstable")
         return reasons
+
+    def baseline(self, tensors: Tensors, exact: Tensors, **options: Any) -> Tensors:
+        """The reference in the dtypes of the case; in float64 as far from `exact` as float32 is, in units of rounding."""
+        dtypes = {
+            name: torch.float32 if self.case.is_double else getattr(torch, x) for name, x in self.case.dtypes.items()
+        }
+        rounded = {name: x.to(dtypes[name]) if x.is_floating_point() else x for name, x in tensors.items()}
+        results = self.evaluate(self.reference, rounded, **options)
+        if not double:
+            return results
+        errors = {name: (x - exact[name]) * 2.0**-29 for name, x in results.items()}
+        return {name: x + torch.where(errors[name].isfinite(), errors[name], 0.0) for name, x in exact.items()}
 
     def larger(self, tensors: Tensors) -> Tensors:
         """The inputs in the precision of the computation, the large ones times a power of two; empty without any."""
@@ -186,20 +199,33 @@ class Run:
         computed = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
         return computed | {name: computed[name] * 2**13 for name in large}
 
-    def changed(self, doubles: Tensors, seed: int) -> Tensors:
-        """The inputs in float64, each number changed by about 4 units of rounding of the computation."""
+    def changed(self, tensors: Tensors, seed: int) -> tuple[Tensors, dict[str, float]]:
+        """The inputs in float64, and eps, each number changed by about 4 units of rounding of the computation."""
         generator = torch.Generator().manual_seed(seed)
         info = torch.finfo(self.dtype)
-        changed = dict(doubles)
-        for name, x in doubles.items():
+
+        def noise(*shape: int) -> Tensor:
+            return 4 * info.eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+
+        changed = testing.as_float64(tensors)
+        for name, x in changed.items():
             if x.is_floating_point() and name != "mask" and not (self.exact_ties and name in ("queries", "keys")):
-                relative, absolute = (torch.rand(x.shape, generator=generator, dtype=x.dtype) * 2 - 1 for _ in "12")
-                step = x.cpu() * 4 * info.eps * relative + x.cpu().sign() * 4 * info.eps * info.tiny * absolute
+                step = x.cpu() * noise(*x.shape) + x.cpu().sign() * info.tiny * noise(*x.shape)
                 changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
-        return changed
+        options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
+        return changed, options
 
 
-def compare(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, length: int, floor: float, strict: bool) -> Reasons:
+def compare(
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    length: int,
+    floor: float,
+    strict: bool,
+    factor: float = 3.0,
+) -> Reasons:
     """The budget, where both results are finite; relative to no less than `floor` and the smallest normal number.
 
     With `strict` what is finite in neither result is not finite in `actual` either.
@@ -211,9 +237,10 @@ def compare(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, length: 
         assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
     one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
     rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
-    smallest = torch.finfo(actual.dtype).tiny
+    # Below the smallest normal number each term has an absolute error.
+    smallest = torch.finfo(actual.dtype).tiny * length**0.5
     testing.assert_within_budget(
-        one, other, basis, name=name, reduction_length=length, scale=max(rms, floor, smallest)
+        one, other, basis, name=name, reduction_length=length, scale=max(rms, floor, smallest), factor=factor
     )
     return set() if promised.all() else {"overflow"}
 
@@ -306,9 +333,7 @@ def check_key_step(run: Run, tensors: Tensors) -> Reasons:
     rows, heads = tensors["queries"].shape[:2]
     n, top_k = tensors["keys"].shape[2], options["top_k"]
     if rows and top_k < n and not run.exact_ties:
-        half, band = half_scores_and_bands(
-            tensors["queries"], tensors["keys"], options["score"], options["eps"], unit
-        )
+        half, band = half_scores_and_bands(tensors["queries"], tensors["keys"], options["score"], options["eps"], unit)
         best, at = half.sort(-1, descending=True)
         band = band.gather(-1, at)
         reach = (best - band)[..., :top_k].amin(-1) > (best + band)[..., top_k:].amax(-1)  # [rows·H, 2]
