@@ -180,10 +180,9 @@ class Run:
         return reasons
 
     def baseline(self, tensors: Tensors, exact: Tensors, **options: Any) -> Tensors:
-        """The reference in the dtypes of the case; in float64 as far from `exact` as float32 is, in units of rounding."""
-        dtypes = {
-            name: torch.float32 if self.case.is_double else getattr(torch, x) for name, x in self.case.dtypes.items()
-        }
+        """The reference in the dtypes of the case; of float64 as far off as float32 is, in units of rounding."""
+        double = self.case.is_double
+        dtypes = {name: torch.float32 if double else getattr(torch, x) for name, x in self.case.dtypes.items()}
         rounded = {name: x.to(dtypes[name]) if x.is_floating_point() else x for name, x in tensors.items()}
         results = self.evaluate(self.reference, rounded, **options)
         if not double:
