@@ -10,7 +10,8 @@ overflow    An element that is NaN or infinite in the baseline, or in the exact 
             order of a sum to overflow. But it is not finite in a read or a written row if inputs are NaN or infinite.
             All other elements are judged as always: so what overflows in one token may not reach another. Slots of a
             query whose half scores are not all finite must only be valid; key steps are taken without such queries,
-            unless it is NaN that they hold, and a memory is judged up to the chunk that has one.
+            unless it is NaN that they hold, and a memory is judged up to the chunk that has one, or weights whose
+            squares underflow where `step` divides by them.
 near ties   Slots that differ from the exact ones must be explained by the rounding band of `assert_lookup_matches`, and
             integer keys, whose scores are exact, have no band. Numbers are compared where the slots agree: in the
             lookup by row; in the key step without rows that the band leaves open; in the memory up to the chunk with
@@ -24,7 +25,7 @@ unstable    A number over budget may be as far off as the exact result and the b
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ class Run:
         follows = {"nan", "inf"} & set(case.fills.values()) and case.options.get("key_gradient") != "all"
         self.hard = HARD if follows else ()
         # Integer keys have exact scores, and exact ties, which no rounding excuses.
-        exact = all(case.fills.get(key, "huge") in EXACT_FILLS for key in ("queries", "keys"))
+        exact = all(case.fills.get(key, "same") in EXACT_FILLS for key in ("queries", "keys"))
         leaves_out = case.options.get("top_k", 0) < case.sizes.get("n", 0)
         self.exact_ties = case.pattern == "equal" and exact and (leaves_out or case.op == "product_key_lookup")
 
@@ -136,48 +137,56 @@ class Run:
         actual: Tensors,
         tensors: Tensors,
         *,
-        names: Sequence[str] | None = None,
         length: int = 64,
         floors: dict[str, float] | None = None,
         keep: Tensor | None = None,
     ) -> Reasons:
-        """All results, or `names`, against the reference; of those [rows, …] like `keep` only the rows in it."""
+        """All results against the reference; of those [rows, …] like `keep` only the rows in it."""
         evaluate = functools.partial(self.evaluate, self.reference)
         exact = evaluate(testing.as_float64(tensors))
         baseline = self.baseline(tensors, exact)
-        larger = self.larger(tensors)
-        if larger:
-            baseline = {name: torch.where(x.isfinite(), baseline[name], x) for name, x in evaluate(larger).items()}
+        larger = baseline
+        if large := [name for name, fill in self.case.fills.items() if fill in ("huge", "extreme")]:
+            larger = evaluate(self.larger(tensors, large))
+        moves: Tensors = {}
         reasons: Reasons = set()
-        tried: list[Tensors] = []
         for name, x in actual.items():
-            if not x.is_floating_point() or (names is not None and name not in names):
+            if not x.is_floating_point():
                 continue
-            one, other, basis = x, exact[name], baseline[name].to(x.dtype)
-            if keep is not None and x.shape[: keep.dim()] == keep.shape:
-                one, other, basis = x[keep], other[keep], basis[keep]
-            bounds = (length, (floors or {}).get(name, 0.0), name in self.hard)
+            assert x.dtype == baseline[name].dtype, f"{name}: {x.dtype}, expected {baseline[name].dtype}"
+            kept = keep if keep is not None and x.shape[: keep.dim()] == keep.shape else ...
+            one, other, basis = (each[kept] for each in (x, exact[name], baseline[name]))
+            budget = Budget(length, (floors or {}).get(name, 0.0), name in self.hard, larger[name][kept].isfinite())
             try:
-                reasons |= compare(name, one, other, basis, *bounds)
+                reasons |= budget.compare(name, one, other, basis)
             except AssertionError as error:
-                if not tried:
-                    for i in range(TRIES):
-                        inputs, options = self.changed(tensors, i)
-                        tried += [evaluate(inputs, **options), self.baseline(inputs, exact, **options)]
-                moves = torch.stack([(t[name].double() - exact[name]).abs() for t in tried]).amax(0)
-                moves = moves if keep is None or x.shape[: keep.dim()] != keep.shape else moves[keep]
-                farthest = torch.maximum(moves, (basis.double() - other).abs())
+                moves = moves or self.moves(tensors, exact)
+                farthest = torch.maximum(moves[name][kept], (basis.double() - other).abs())
+                factor = 10.0 if self.exact_ties else 3.0
                 if name.startswith("gradient"):
-                    length, floor, strict = bounds
-                    incoming = max(float(x.double().square().mean().sqrt()) for x in self.incoming or ())
-                    vanishes = float(other.square().mean().sqrt()) <= torch.finfo(self.dtype).eps ** 0.5 * incoming
-                    bounds = (length, max(floor, incoming) if vanishes else floor, strict)
+                    incoming = max(float(each.double().square().mean().sqrt()) for each in self.incoming or ())
+                    if float(other.square().mean().sqrt()) <= torch.finfo(self.dtype).eps ** 0.5 * incoming:
+                        budget = budget._replace(floor=max(budget.floor, incoming))
                 try:
-                    compare(name, one, other, (other + farthest).to(x.dtype), *bounds, 10.0 if self.exact_ties else 3.0)
+                    budget.compare(name, one, other, (other + farthest).to(x.dtype), factor)
                 except AssertionError:
                     raise error from None
                 reasons.add("unstable")
         return reasons
+
+    def moves(self, tensors: Tensors, exact: Tensors) -> Tensors:
+        """How far at most the exact result and the baseline are off for inputs that rounding may have changed."""
+        farthest = {name: torch.zeros_like(x) for name, x in exact.items()}
+        for i in range(TRIES):
+            inputs, options = self.changed(tensors, i)
+            for results in (
+                self.evaluate(self.reference, inputs, **options),
+                self.baseline(inputs, exact, **options),
+            ):
+                for name, x in results.items():
+                    if x.is_floating_point():
+                        farthest[name] = torch.maximum(farthest[name], (x.double() - exact[name]).abs())
+        return farthest
 
     def baseline(self, tensors: Tensors, exact: Tensors, **options: Any) -> Tensors:
         """The reference in the dtypes of the case; of float64 as far off as float32 is, in units of rounding."""
@@ -190,13 +199,10 @@ class Run:
         errors = {name: (x - exact[name]) * 2.0**-29 for name, x in results.items()}
         return {name: x + torch.where(errors[name].isfinite(), errors[name], 0.0) for name, x in exact.items()}
 
-    def larger(self, tensors: Tensors) -> Tensors:
-        """The inputs in the precision of the computation, the large ones times a power of two; empty without any."""
-        large = [name for name, fill in self.case.fills.items() if fill in ("huge", "extreme") and name in tensors]
-        if not large:
-            return {}
+    def larger(self, tensors: Tensors, large: list[str]) -> Tensors:
+        """The inputs in the precision of the computation, those named in `large` times a power of two."""
         computed = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
-        return computed | {name: computed[name] * 2**13 for name in large}
+        return {name: x * 2**13 if name in large else x for name, x in computed.items()}
 
     def changed(self, tensors: Tensors, seed: int) -> tuple[Tensors, dict[str, float]]:
         """The inputs in float64, and eps, each number changed by about 4 units of rounding of the computation."""
@@ -215,33 +221,29 @@ class Run:
         return changed, options
 
 
-def compare(
-    name: str,
-    actual: Tensor,
-    exact: Tensor,
-    baseline: Tensor,
-    length: int,
-    floor: float,
-    strict: bool,
-    factor: float = 3.0,
-) -> Reasons:
-    """The budget, where both results are finite; relative to no less than `floor` and the smallest normal number.
-
-    With `strict` what is finite in neither result is not finite in `actual` either.
+class Budget(NamedTuple):
+    """What is asked of a result: about `length` terms are added up for an element; errors are relative to no less than
+    `floor`; with `strict` what is finite in neither result is not finite either; only what is in `stays` is promised.
     """
-    rounded = exact.to(actual.dtype)
-    promised = rounded.isfinite() & baseline.isfinite()
-    if strict:
-        lost = ~rounded.isfinite() & ~baseline.isfinite() & actual.isfinite()
-        assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
-    one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
-    rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
-    # Below the smallest normal number each term has an absolute error.
-    smallest = torch.finfo(actual.dtype).tiny * length**0.5
-    testing.assert_within_budget(
-        one, other, basis, name=name, reduction_length=length, scale=max(rms, floor, smallest), factor=factor
-    )
-    return set() if promised.all() else {"overflow"}
+
+    length: int
+    floor: float
+    strict: bool
+    stays: Tensor
+
+    def compare(self, name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 3.0) -> Reasons:
+        rounded = exact.to(actual.dtype)
+        promised = rounded.isfinite() & baseline.isfinite() & self.stays
+        if self.strict:
+            lost = ~rounded.isfinite() & ~baseline.isfinite() & actual.isfinite()
+            assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
+        one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
+        rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
+        # Below the smallest normal number each term has an absolute error.
+        scale = max(rms, self.floor, torch.finfo(actual.dtype).tiny * self.length**0.5)
+        options = {"reduction_length": self.length, "scale": scale, "factor": factor}
+        testing.assert_within_budget(one, other, basis, name=name, **options)
+        return set() if promised.all() else {"overflow"}
 
 
 def check_plain(run: Run, tensors: Tensors) -> Reasons:
@@ -362,9 +364,12 @@ def first_other_slots(run: Run, tensors: Tensors, slots: Tensor) -> tuple[int, R
     nowhere. What differs is explained by the keys that the package itself has there."""
     length, chunk_size = slots.shape[1], run.case.options["chunk_size"]
     with torch.no_grad():
-        exact, baseline = (run.reference(**x).slots for x in (testing.as_float64(tensors), tensors))
-        other = ((slots != exact) | (baseline != exact)).any(-1)  # [B, T]
+        exact, baseline = (run.reference(**x) for x in (testing.as_float64(tensors), tensors))
+        other = ((slots != exact.slots) | (baseline.slots != exact.slots)).any(-1)  # [B, T]
         overflowing = overflows(tensors["queries"], tensors["keys"], run.case.options).any(-1)
+        if run.case.options["step"] == "normalized":
+            squares = exact.weights.square().sum(-1)
+            overflowing |= (squares > 0) & (squares < 2 * torch.finfo(run.dtype).tiny)
         reasons = {why for why, at in (("near ties", other), ("overflow", overflowing)) if at.any()}
         if not reasons:
             return length, set()
