@@ -218,8 +218,8 @@ class _ChunkValueUpdateBackward(Function):
                     grad = grad * _per_row(factor, dtype, grad)
             return grad
 
-        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first, as
-        # what is masked stays 0 then if a product of the others overflows.
+        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first:
+        # what is masked stays 0 then, even if a product of the others overflows.
         per_weight = -dots / counts.view(slots.shape)
         if mask is not None:
             per_weight = per_weight * _per_row(mask, dtype, per_weight)

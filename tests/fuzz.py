@@ -63,16 +63,17 @@ class Fuzzer:
         worst: list[tuple[Case, BaseException]] = []
         shrink_until = 0.0
 
-        @hypothesis.seed(seed)
         @settings(
             max_examples=ROUND,
             deadline=None,
-            database=DirectoryBasedExampleDatabase(self.failures / "examples"),
+            derandomize=False,
+            database=DirectoryBasedExampleDatabase(self.failures / "examples" / f"{op}-{self.backend}-{self.device}"),
             phases=(Phase.reuse, Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
             print_blob=False,
         )
+        @hypothesis.seed(seed)  # below the settings: above them it would take the database away
         @given(strategies.cases(op, small=small))
         def run(case: Case) -> None:
             nonlocal shrink_until
@@ -92,7 +93,6 @@ class Fuzzer:
             if not worst:
                 self.count(case, reasons)
 
-        run.hypothesis.inner_test.__qualname__ = f"fuzz {op} {self.backend} {self.device}"  # the name of its examples
         self.bar.set_description(op)
         try:
             run()

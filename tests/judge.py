@@ -11,7 +11,7 @@ overflow    An element that is NaN or infinite in the baseline, or in the exact 
             All other elements are judged as always: so what overflows in one token may not reach another. Slots of a
             query whose half scores are not all finite must only be valid; key steps are taken without such queries,
             unless it is NaN that they hold, and a memory is judged up to the chunk that has one, or weights whose
-            squares underflow where `step` divides by them.
+            squares underflow or overflow where `step` divides by them.
 near ties   Slots that differ from the exact ones must be explained by the rounding band of `assert_lookup_matches`, and
             integer keys, whose scores are exact, have no band. Numbers are compared where the slots agree: in the
             lookup by row; in the key step without rows that the band leaves open; in the memory up to the chunk with
@@ -20,12 +20,12 @@ unstable    A number over budget may be as far off as the exact result and the b
             changes by 4 units of rounding of the computation (16 tries): cancellation, a gradient beside a jump (|G| at
             `clip`, a score at the kink of relu). What is 0 stays 0. Queries and keys that tie exactly are not changed;
             as their few distinct numbers make an error of the baseline a matter of luck, 10 times that are allowed
-            there instead of 3. A gradient that vanishes up to rounding, below √ε of the incoming one, may have errors
-            relative to that.
+            there instead of 3. A result that vanishes up to rounding, below √ε of the largest input, or a gradient
+            below √ε of the incoming one, may have errors relative to that, where inputs are not tiny themselves.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,9 @@ class Run:
         self.reference = functools.partial(getattr(reference, name), **options)
         self.incoming: list[Tensor] | None = None
         self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
+        # Only sums of few factors are rightly as small as tiny inputs make them.
+        small = {"tiny", "denormal"} & set(case.fills.values())
+        self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
         # Beside a key step that depends on the values, keys of reads that are not written get 0·∞ in the reference.
         follows = {"nan", "inf"} & set(case.fills.values()) and case.options.get("key_gradient") != "all"
         self.hard = HARD if follows else ()
@@ -163,10 +166,9 @@ class Run:
                 moves = moves or self.moves(tensors, exact)
                 farthest = torch.maximum(moves[name][kept], (basis.double() - other).abs())
                 factor = 10.0 if self.exact_ties else 3.0
-                if name.startswith("gradient"):
-                    incoming = max(float(each.double().square().mean().sqrt()) for each in self.incoming or ())
-                    if float(other.square().mean().sqrt()) <= torch.finfo(self.dtype).eps ** 0.5 * incoming:
-                        budget = budget._replace(floor=max(budget.floor, incoming))
+                if self.may_vanish:
+                    sources = self.incoming or () if name.startswith("gradient") else tensors.values()
+                    budget = budget._replace(floor=max(budget.floor, largest_rms(sources, other, self.dtype)))
                 try:
                     budget.compare(name, one, other, (other + farthest).to(x.dtype), factor)
                 except AssertionError:
@@ -219,6 +221,14 @@ class Run:
                 changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
         options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
         return changed, options
+
+
+def largest_rms(sources: Iterable[Tensor], result: Tensor, dtype: torch.dtype) -> float:
+    """The largest RMS of `sources` if that of `result` is at most √ε times that; else 0."""
+    floats = [x.double() for x in sources if x.is_floating_point() and x.numel()]
+    largest = max((float(x[x.isfinite()].square().mean().sqrt()) for x in floats), default=0.0)
+    vanishes = float(result[result.isfinite()].square().mean().sqrt()) <= torch.finfo(dtype).eps ** 0.5 * largest
+    return largest if vanishes else 0.0
 
 
 class Budget(NamedTuple):
@@ -369,7 +379,8 @@ def first_other_slots(run: Run, tensors: Tensors, slots: Tensor) -> tuple[int, R
         overflowing = overflows(tensors["queries"], tensors["keys"], run.case.options).any(-1)
         if run.case.options["step"] == "normalized":
             squares = exact.weights.square().sum(-1)
-            overflowing |= (squares > 0) & (squares < 2 * torch.finfo(run.dtype).tiny)
+            info = torch.finfo(run.dtype)
+            overflowing |= (squares > 0) & ~((squares > 2 * info.tiny) & (squares < info.max / 2))
         reasons = {why for why, at in (("near ties", other), ("overflow", overflowing)) if at.any()}
         if not reasons:
             return length, set()
