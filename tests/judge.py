@@ -314,6 +314,12 @@ def check_slots(run: Run, scores: Tensor | None, slots: Tensor, queries: Tensor,
     return set() if finite.all() else {"overflow"}
 
 
+def most_terms(tensors: Tensors, top_k: int) -> int:
+    """As many terms as a sub-key's gradient may have, or a dot product."""
+    rows, heads, width = tensors["queries"].shape
+    return max(1, rows * heads * top_k, width)
+
+
 def check_lookup(run: Run, tensors: Tensors) -> Reasons:
     queries, keys = tensors["queries"], tensors["keys"]
     actual = run.evaluate(run.package, tensors)
@@ -329,7 +335,9 @@ def check_lookup(run: Run, tensors: Tensors) -> Reasons:
         actual = run.evaluate(run.package, tensors)
     # A logarithm is as wrong as the relative error of its argument, however near to 0 it is.
     floors = {"scores": 1.0 if run.case.options["score"] == "idw" else 0.0}
-    return reasons | run.judge(actual, tensors, length=max(queries.shape), floors=floors, keep=keep)
+    return reasons | run.judge(
+        actual, tensors, length=most_terms(tensors, run.case.options["top_k"]), floors=floors, keep=keep
+    )
 
 
 def check_key_step(run: Run, tensors: Tensors) -> Reasons:
@@ -353,7 +361,7 @@ def check_key_step(run: Run, tensors: Tensors) -> Reasons:
             reasons.add("near ties")
             tensors = tensors | {"queries": tensors["queries"][decided]}
     actual = run.evaluate(run.package, tensors)
-    return reasons | run.judge(actual, tensors, length=max(tensors["queries"].shape))
+    return reasons | run.judge(actual, tensors, length=most_terms(tensors, run.case.options["top_k"]))
 
 
 def check_memory(run: Run, tensors: Tensors) -> Reasons:
