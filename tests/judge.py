@@ -406,7 +406,7 @@ def first_other_slots(run: Run, tensors: Tensors, slots: Tensor) -> tuple[int, R
 
 
 def check_stream(run: Run, tensors: Tensors) -> Reasons:
-    """Steps against the whole: in the reference, and in the package, whose slots say how far they can be compared."""
+    """Steps against the whole in the reference; slots of the whole in the package say how far they can be compared."""
     initial = MemoryState(tensors["keys"], tensors["values"])
     step = functools.partial(fwpkm_kernels.fast_weight_memory_step, **run.package.keywords)
     with torch.no_grad():
@@ -436,9 +436,7 @@ def check_stream(run: Run, tensors: Tensors) -> Reasons:
         return reasons
     actual = {"output": torch.cat(outputs, 1), "keys": state.keys, "values": state.values}
     whole = {**tensors, **tokens(tensors, 0, state.position)}
-    package, run.reference = run.package(**whole), _first_three(run.reference)
-    for name, x in actual.items():
-        assert (x.shape, x.dtype) == (getattr(package, name).shape, getattr(package, name).dtype), name
+    run.reference = _first_three(run.reference)
     return reasons | run.judge(actual, whole)
 
 

@@ -321,7 +321,7 @@ def memory_case(draw: st.DrawFn, op: str, small: bool, num_keys: int, options: d
     dtypes = draw(draw_dtypes(("queries", "targets", "keys", "values"), ("gates", "mask")))
     length = longest(cuts)
     if not cuts:
-        length = draw(size(min(6 if small else 17, 3 * options["chunk_size"] + 2))) - draw(choose(0, 0, 0, 0, 0, 1))
+        length = draw(size(min(4 if small else 17, 3 * options["chunk_size"] + 2))) - draw(choose(0, 0, 0, 0, 0, 1))
     sizes = {
         "B": draw(st.integers(1, 2 if small else 3)) - draw(choose(0, 0, 0, 0, 0, 1)),
         "T": length,
@@ -340,7 +340,7 @@ def memory_case(draw: st.DrawFn, op: str, small: bool, num_keys: int, options: d
 @st.composite
 def streams(draw: st.DrawFn, op: str, small: bool) -> Case:
     """Cuts into single tokens, to a chunk's end, over several chunks; between them the state is copied or reset."""
-    num_keys, options = draw(memory_options(3 if small else 6, 2 if small else 6))
+    num_keys, options = draw(memory_options(2 if small else 6, 2 if small else 6))
     chunk_size = options["chunk_size"]
     cuts: list[int | str] = []
     position = 0
