@@ -6,6 +6,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 OUT ?= gpu-results
 MINUTES ?= 9
+SECONDS ?= 60
 PEERS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all mutations lint bench gpu clean
+.PHONY: help demo test test-all fuzz mutations lint bench gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +28,9 @@ test: $(STAMP) ## run the test suite without its slow cases
 
 test-all: $(STAMP) ## run the slow cases: every kernel for every target, long interpreter runs
 	$(PYTEST) -m slow $(ARGS)
+
+fuzz: $(STAMP) ## run drawn cases for SECONDS= against the reference; ARGS="--op NAME --seed 1 --backend triton"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 mutations: $(STAMP) ## plant small faults one at a time: the tests must catch each
 	$(BIN)/python -m tests.mutations --jobs $(WORKERS) $(ARGS)
@@ -44,7 +48,7 @@ gpu: ## test, check and time on a GPU, results in OUT=; installs nothing, uses P
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(if $(PEERS),--peers "$(PEERS)") $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fuzz-failures
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # setuptools comes first, by itself: pip's isolated builds would fetch one that no constraint pins.

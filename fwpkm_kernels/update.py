@@ -215,21 +215,25 @@ class _ChunkValueUpdateBackward(FirstOrderFunction):
         )
         sums, dots = _update_grad_op(grad_values, errors, write_weights, slots, *plan, lr, clip, backend)
 
-        def times_all_but(grad: Tensor, left_out: str) -> Tensor:
-            for name, factor in factors.items():
+        def times_other(grad: Tensor, left_out: str) -> Tensor:
+            for name in ("scale", "gates"):
+                factor = factors[name]
                 if name != left_out and factor is not None:
                     grad = grad * _per_row(factor, dtype, grad)
             return grad
 
-        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others.
+        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first:
+        # what is masked stays 0 then, even if a product of the others overflows.
         per_weight = -dots / counts.view(slots.shape)
+        if mask is not None:
+            per_weight = per_weight * _per_row(mask, dtype, per_weight)
         per_row = (per_weight * weights.to(dtype)).sum(1)
         return (
-            times_all_but(per_weight, "").to(weights.dtype),
+            times_other(per_weight, "").to(weights.dtype),
             sums.to(targets.dtype),
             (-sums).to(predictions.dtype),
-            None if gates is None else times_all_but(per_row, "gates").to(gates.dtype),
-            times_all_but(per_row, "scale").to(scale.dtype) if isinstance(scale, Tensor) else None,
+            None if gates is None else times_other(per_row, "gates").to(gates.dtype),
+            times_other(per_row, "scale").to(scale.dtype) if isinstance(scale, Tensor) else None,
         )
 
     @staticmethod

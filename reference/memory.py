@@ -76,7 +76,6 @@ def fast_weight_memory(
     """
     batch, length = queries.shape[:2]
     differentiable = torch.is_grad_enabled()
-    reads: list[Read] = []
 
     def read(keys: Tensor, values: Tensor, start: int, stop: int) -> Read:
         scores, slots = product_key_lookup(queries[:, start:stop], keys, top_k, score=score, eps=eps)
@@ -84,6 +83,7 @@ def fast_weight_memory(
         # Predictions inside the memory are not rounded, whatever the dtype of the table.
         return Read(sparse_value_gather(values.to(weights.dtype), slots, weights), slots, weights)
 
+    reads = [read(keys, values, 0, 0)]  # of nothing: a sequence may be empty
     for start in range(0, length, chunk_size):
         stop = min(start + chunk_size, length)
         with torch.enable_grad():

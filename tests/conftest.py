@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads it once, when it is first imported.
@@ -21,6 +22,13 @@ SLOW_IN_INTERPRETER = [] if HAS_GPU else [pytest.mark.slow]
 def slow_in_interpreter(test: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a test without parameters."""
     return test if HAS_GPU else pytest.mark.slow(test)
+
+
+# Examples of a property: few and always the same, or many and others each night. Either --hypothesis-profile or the
+# environment variable chooses.
+settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 class Place(NamedTuple):

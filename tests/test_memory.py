@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
@@ -15,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, memory, testing
-from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place, slow_in_interpreter
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_golden_chunk import NAMES, assert_near, load, tolerance
 
 OPTIONS = (
@@ -188,63 +186,6 @@ def test_key_step_of_a_single_chunk():
         clip=config["clip"],
     )
     assert_near(keys, tensors["final_keys"], 1e-12, "final_keys")
-
-
-@st.composite
-def calls(draw: st.DrawFn, most_tokens: int = 17, most_keys: int = 6) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every option of the public function, drawn jointly: tensors and options."""
-    chunk_size = draw(st.integers(1, 5))
-    num_keys = draw(st.integers(1, most_keys))
-    options = {
-        "chunk_size": chunk_size,
-        "top_k": draw(st.integers(1, num_keys)),
-        "lookahead": draw(st.integers(0, chunk_size)),
-        "score": draw(st.sampled_from(["idw", "dot"])),
-        "eps": draw(st.sampled_from([1e-3, 0.3])),
-        "weighting": draw(st.sampled_from(["softmax", "silu", "relu"])),
-        "temperature": draw(st.sampled_from([1.0, 0.6, 3.0])),
-        "lr": draw(st.sampled_from([1.0, 0.3, 0.0])),
-        "weight_decay": draw(st.sampled_from([0.0, 0.05])),
-        "clip": draw(st.sampled_from([None, 0.0, 0.02, 10.0])),
-        "addressing_weight": draw(st.sampled_from([1.0, 0.2, 0.0])),
-        "key_gradient": draw(st.sampled_from(["addressing", "all"])),
-        "step": draw(st.sampled_from(["paper", "normalized"])),
-        "boundary": draw(st.sampled_from(["carry", "drop"])),
-    }
-    inputs = make_inputs(
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, min(most_tokens, 3 * chunk_size + 2))),
-        draw(st.integers(1, 2)),
-        num_keys,
-        2 * draw(st.integers(1, 3)),
-        draw(st.integers(1, 4)),
-        gates=draw(st.booleans()),
-        mask=draw(st.sampled_from([None, *testing.MASK_KINDS, "none left"])),
-        seed=draw(st.integers(0, 2**16)),
-    )
-    return inputs, options
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(calls())
-def test_all_options_together(call):
-    inputs, options = call
-    check(inputs, PLACES[0], **options)
-
-
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(calls(most_tokens=4, most_keys=3))
-def test_all_options_together_in_triton(call):
-    inputs, options = call
-    check(inputs, PLACES[1], **options)
-
-
-@slow_in_interpreter
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(calls(most_tokens=7, most_keys=4))
-def test_many_options_together_in_triton(call):
-    inputs, options = call
-    check(inputs, PLACES[1], **options)
 
 
 #: Shapes and cuts at the edges: (batch, length, heads, num_keys, key_width, width), options.

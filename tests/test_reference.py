@@ -362,3 +362,16 @@ def test_update_gradcheck(clip: float | None, masked: bool):
         ),
         tensors,
     )
+
+
+def test_a_memory_without_tokens_is_as_it_was():
+    queries, keys = make_lookup_inputs((2, 0), 1, 3, 4)
+    values = torch.randn(9, 5)
+    for boundary in ("carry", "drop"):
+        outputs = reference.fast_weight_memory(
+            queries, values.new_zeros(2, 0, 5), keys, values, top_k=2, weight_decay=0.1, boundary=boundary
+        )
+        assert outputs.output.shape == (2, 0, 5)
+        assert outputs.slots.shape == outputs.weights.shape == (2, 0, 2)
+        assert torch.equal(outputs.values, values)
+        assert torch.equal(outputs.keys, keys)

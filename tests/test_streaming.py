@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +22,7 @@ from fwpkm_kernels import (
 )
 from fwpkm_kernels.chunks import Options
 from fwpkm_kernels.state import FREE_OPTIONS
-from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place, slow_in_interpreter
+from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER
 from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
 
 Inputs = dict[str, Any]
@@ -87,83 +85,6 @@ def contents(state: MemoryState) -> dict[str, Tensor]:
 
 def assert_same_state(state: MemoryState, expected: MemoryState) -> None:
     assert_same_bits(contents(state), contents(expected))
-
-
-@st.composite
-def calls(
-    draw: st.DrawFn, most_chunk: int = 6, most_steps: int = 7, most_keys: int = 6, most_items: int = 3
-) -> tuple[Inputs, dict[str, Any], Cuts]:
-    """Every option of a step, drawn jointly, and random cuts: single tokens, to a chunk's end, over several chunks."""
-    chunk_size = draw(st.integers(1, most_chunk))
-    num_keys = draw(st.integers(1, most_keys))
-    options = {
-        "chunk_size": chunk_size,
-        "top_k": draw(st.integers(1, num_keys)),
-        "lookahead": draw(st.integers(0, chunk_size)),
-        "score": draw(st.sampled_from(["idw", "dot"])),
-        "eps": draw(st.sampled_from([1e-3, 0.3])),
-        "weighting": draw(st.sampled_from(["softmax", "silu", "relu"])),
-        "temperature": draw(st.sampled_from([1.0, 0.6, 3.0])),
-        "lr": draw(st.sampled_from([1.0, 0.3, 0.0])),
-        "weight_decay": draw(st.sampled_from([0.0, 0.05])),
-        "clip": draw(st.sampled_from([None, 0.0, 0.02, 10.0])),
-        "addressing_weight": draw(st.sampled_from([1.0, 0.2, 0.0])),
-        "key_gradient": draw(st.sampled_from(["addressing", "all"])),
-        "step": draw(st.sampled_from(["paper", "normalized"])),
-    }
-    cuts: Cuts = []
-    kinds = st.sampled_from(["one token", "to the end of a chunk", "a chunk", "any"])
-    for kind in draw(st.lists(kinds, min_size=1, max_size=most_steps)):
-        lengths = {
-            "one token": 1,
-            "to the end of a chunk": chunk_size - sum(cuts) % chunk_size,
-            "a chunk": chunk_size,
-        }
-        cuts.append(lengths[kind] if kind in lengths else draw(st.integers(1, 2 * chunk_size + 1)))
-    inputs = make_inputs(
-        draw(st.integers(1, most_items)),
-        sum(cuts),
-        draw(st.integers(1, 2)),
-        num_keys,
-        2 * draw(st.integers(1, 3)),
-        draw(st.integers(1, 4)),
-        gates=draw(st.booleans()),
-        mask=draw(st.sampled_from([None, *testing.MASK_KINDS, "none left"])),
-        seed=draw(st.integers(0, 2**16)),
-    )
-    return inputs, options, cuts
-
-
-def check_cuts(inputs: Inputs, options: dict[str, Any], cuts: Cuts, place: Place) -> None:
-    """Outputs and final memory of the steps are those of the whole sequence, here and in the reference."""
-    inputs = {name: x.to(place.device) for name, x in inputs.items()}
-    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
-        answers = streamed(cuts, **inputs, **options, backend=place.backend)
-    actual = dict(zip(("output", "keys", "values"), answers, strict=True))
-    for bound, whole in (
-        (1e-12, fast_weight_memory(**inputs, **options, backend=place.backend)),
-        (1e-9, reference.fast_weight_memory(**inputs, **options)),
-    ):
-        assert_close(actual, {name: getattr(whole, name) for name in actual}, bound)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(calls())
-def test_any_cut_is_the_whole(call):
-    check_cuts(*call, PLACES[0])
-
-
-@settings(max_examples=2, deadline=None, derandomize=True)
-@given(calls(most_chunk=2, most_steps=2, most_keys=2, most_items=2))
-def test_any_cut_is_the_whole_in_triton(call):
-    check_cuts(*call, PLACES[1])
-
-
-@slow_in_interpreter
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(calls(most_chunk=4, most_steps=4, most_keys=4))
-def test_many_cuts_are_the_whole_in_triton(call):
-    check_cuts(*call, PLACES[1])
 
 
 #: keys and values, activations, options; with those of OPTIONS, and 9 tokens cut into CUTS.

@@ -448,3 +448,24 @@ def test_forward_and_gradients_sends_strides_through():
         lambda tensor: Record.apply(tensor), {"tensor": tensor}, wrt=["tensor"], cotangent=cotangent
     )
     assert [t.stride() for t in seen] == [(1, 3), (0, 0), (1, 3), (9, 2)]
+
+
+def test_slots_without_scores_are_judged_by_the_band():
+    queries, keys = testing.make_lookup_inputs(5, 1, 12, 8)
+    _, exact = reference.product_key_lookup(queries.double(), keys.double(), 4)
+    assert testing.assert_lookup_matches(None, exact, queries, keys, exact) == 0
+    with pytest.raises(AssertionError, match="a better slot comes later in 5 of 5 rows"):
+        testing.assert_lookup_matches(None, exact.flip(-1), queries, keys, exact)
+    missed = exact.clone()
+    missed[0, 0, 3] = reference.product_key_lookup(queries.double(), keys.double(), 12)[1][0, 0, 11]
+    with pytest.raises(AssertionError, match="a better slot was missed in 1 of 5 rows"):
+        testing.assert_lookup_matches(None, missed, queries, keys, exact)
+
+
+def test_products_below_the_smallest_normal_number_may_be_zero():
+    queries, keys = testing.make_lookup_inputs(3, 1, 6, 4)
+    queries, keys = queries * 1e-30, keys * 1e-30
+    _, exact = reference.product_key_lookup(queries.double(), keys.double(), 2, score="dot")
+    testing.assert_lookup_matches(torch.zeros(3, 1, 2), exact, queries, keys, exact, score="dot")
+    with pytest.raises(AssertionError, match="rounding band"):
+        testing.assert_lookup_matches(torch.full((3, 1, 2), 1e-36), exact, queries, keys, exact, score="dot")

@@ -195,6 +195,17 @@ def test_every_row_masked(place):
     testing.assert_bitwise_equal(chunk_value_update(**inputs._asdict(), backend=place.backend), inputs.values)
 
 
+def test_a_masked_row_has_no_gradients_even_if_products_overflow(place):
+    """As in plain PyTorch, where the mask comes before the weights."""
+    inputs = testing.make_update_inputs(1, 1, 1, 1, gates=True, mask="bool", device=place.device)
+    large = {name: getattr(inputs, name) * 1e30 for name in ("weights", "targets")}
+    arguments = inputs._asdict() | large | {"mask": torch.zeros_like(inputs.mask)}
+    run = functools.partial(chunk_value_update, backend=place.backend)
+    _, gradients = testing.forward_and_gradients(run, arguments, wrt=("weights", "targets", "predictions", "gates"))
+    for name, gradient in gradients.items():
+        assert (gradient == 0).all(), name
+
+
 def test_a_slot_alone_is_rewritten_by_uniform_weights(place):
     """One token, J slots of its own, w = 1/J and α = J: the read after the write is the target (paper's step)."""
     values, slots, weights, targets, _, _, _ = testing.make_update_inputs(

@@ -1,0 +1,444 @@
+"""How a case of `tests.strategies` is run through the package and the reference, and judged.
+
+Everything that a call returns, and all gradients of its differentiable outputs together, is compared with the reference
+in float64 within the error budget of `fwpkm_kernels.testing`, whose baseline is the reference in the precision of the
+case; of float64 it is exact up to 2⁻²⁹ times what float32 is off. Where the budget says nothing, these rules do; a case
+in which one of them was needed counts as judged in part:
+
+overflow    An element that is NaN or infinite in the baseline, or in the exact result once rounded, may be anything,
+            and so may one that would be if large inputs were 8192 times as large: nowhere else does it take another
+            order of a sum to overflow. But it is not finite in a read or a written row if inputs are NaN or infinite.
+            All other elements are judged as always: so what overflows in one token may not reach another. Slots of a
+            query whose half scores are not all finite must only be valid; key steps are taken without such queries,
+            unless it is NaN that they hold, and a memory is judged up to the chunk that has one, or weights whose
+            squares underflow or overflow where `step` divides by them.
+near ties   Slots that differ from the exact ones must be explained by the rounding band of `assert_lookup_matches`, and
+            integer keys, whose scores are exact, have no band. Numbers are compared where the slots agree: in the
+            lookup by row; in the key step without rows that the band leaves open; in the memory up to the chunk with
+            the first other slot, as a sequence of its own.
+unstable    A number over budget may be as far off as the exact result and the baseline move when each input, and eps,
+            changes by 4 units of rounding of the computation (16 tries): cancellation, a gradient beside a jump (|G| at
+            `clip`, a score at the kink of relu). What is 0 stays 0. Queries and keys that tie exactly are not changed;
+            as their few distinct numbers make an error of the baseline a matter of luck, 10 times that are allowed
+            there instead of 3. A result that vanishes up to rounding, below √ε of the largest input, or a gradient
+            below √ε of the incoming one, may have errors relative to that, where inputs are not tiny themselves.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fwpkm_kernels
+import reference
+from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels.testing.asserts import half_scores_and_bands
+from tests.strategies import EXACT_FILLS, Case, make_tensors
+
+Tensors = dict[str, Tensor]
+#: What was needed beside the budget to judge a case.
+Reasons = set[str]
+#: Options that say how to compute; the reference has none of them.
+HOW = ("precision", "sparse_grad", "backend")
+TRIES = 16
+UNIT = {"ieee": 2.0**-24, "tf32x3": 2.0**-22}
+#: Results that nothing but the inputs can make NaN or infinite, unlike dense gradients, in which 0·∞ may be.
+HARD = ("out", "new values", "output", "values")
+BY_TOKEN = ("queries", "targets", "gates", "mask")
+
+
+class Signature(NamedTuple):
+    """What an operation returns, how many of that are differentiable, and with respect to what."""
+
+    outputs: tuple[str, ...]
+    differentiable: int
+    inputs: tuple[str, ...]
+
+
+_UPDATE = Signature(("new values",), 1, ("values", "weights", "targets", "predictions", "gates", "scale"))
+SIGNATURES = {
+    "product_key_lookup": Signature(("scores", "slots"), 1, ("queries", "keys")),
+    "sparse_value_gather": Signature(("out",), 1, ("values", "weights")),
+    "chunk_value_update": _UPDATE,
+    "chunk_value_update_": _UPDATE._replace(inputs=()),
+    "product_key_update": Signature(("new keys",), 1, ("queries", "keys")),
+    "fast_weight_memory": Signature(
+        ("output", "keys", "values", "slots", "weights"), 3, ("queries", "targets", "keys", "values", "gates")
+    ),
+    "fast_weight_memory_step": Signature(("output", "keys", "values"), 0, ()),
+}
+
+
+def check(case: Case, backend: str = "torch", device: str = "cpu") -> Reasons:
+    """Run `case` through the package and the reference; AssertionError, or whatever the package raises, if it fails.
+
+    Returns:
+        Why it was judged in part; empty if it was judged in full.
+    """
+    checks: dict[str, Callable[..., Reasons]] = {
+        "product_key_lookup": check_lookup,
+        "chunk_value_update_": check_in_place,
+        "product_key_update": check_key_step,
+        "fast_weight_memory": check_memory,
+        "fast_weight_memory_step": check_stream,
+    }
+    tensors = make_tensors(case, device)
+    with testing.poisoned_memory(), testing.assert_unchanged(tensors):
+        return checks.get(case.op, check_plain)(Run(case, backend, device), tensors)
+
+
+class Run:
+    """The two sides of a case."""
+
+    def __init__(self, case: Case, backend: str, device: str) -> None:
+        self.case, self.device = case, device
+        self.dtype = torch.float64 if case.is_double else torch.float32  # of the computation
+        self.signature = SIGNATURES[case.op]
+        name = case.op.removesuffix("_step").removesuffix("update_") + "update" * case.op.endswith("update_")
+        self.package = functools.partial(getattr(fwpkm_kernels, name), **case.options, backend=backend)
+        options = {key: value for key, value in case.options.items() if key not in HOW}
+        self.reference = functools.partial(getattr(reference, name), **options)
+        self.incoming: list[Tensor] | None = None
+        self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
+        # Only sums of few factors are rightly as small as tiny inputs make them.
+        small = {"tiny", "denormal"} & set(case.fills.values())
+        self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
+        # Beside a key step that depends on the values, keys of reads that are not written get 0·∞ in the reference.
+        follows = {"nan", "inf"} & set(case.fills.values()) and case.options.get("key_gradient") != "all"
+        self.hard = HARD if follows else ()
+        # Integer keys have exact scores, and exact ties, which no rounding excuses.
+        exact = all(case.fills.get(key, "same") in EXACT_FILLS for key in ("queries", "keys"))
+        leaves_out = case.options.get("top_k", 0) < case.sizes.get("n", 0)
+        self.exact_ties = case.pattern == "equal" and exact and (leaves_out or case.op == "product_key_lookup")
+
+    def evaluate(self, function: Callable[..., Any], tensors: Tensors, **options: Any) -> Tensors:
+        """Outputs and gradients by name. The incoming gradients are those of the first call, rounded as its outputs."""
+        signature = self.signature
+        leaves = {name: tensors[name].detach().requires_grad_() for name in signature.inputs if name in tensors}
+        outputs = function(**tensors | leaves, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        found = dict(zip(signature.outputs, outputs, strict=True))
+        moving = outputs[: signature.differentiable]
+        if self.incoming is None:
+            layout = self.case.layouts.get("cotangent", "contiguous")
+            self.incoming = [
+                testing.random_cotangent(x, seed=self.case.seed + i, layout=layout) for i, x in enumerate(moving)
+            ]
+        if leaves:
+            incoming = [gradient.to(x.dtype) for gradient, x in zip(self.incoming, moving, strict=True)]
+            gradients = torch.autograd.grad(
+                moving, list(leaves.values()), incoming, allow_unused=True, materialize_grads=True
+            )
+            for name, gradient in zip(leaves, gradients, strict=True):
+                found[f"gradient of {name}"] = gradient.to_dense() if gradient.is_sparse else gradient
+        return {name: x.detach() for name, x in found.items()}
+
+    def judge(
+        self,
+        actual: Tensors,
+        tensors: Tensors,
+        *,
+        length: int = 64,
+        floors: dict[str, float] | None = None,
+        keep: Tensor | None = None,
+    ) -> Reasons:
+        """All results against the reference; of those [rows, …] like `keep` only the rows in it."""
+        evaluate = functools.partial(self.evaluate, self.reference)
+        exact = evaluate(testing.as_float64(tensors))
+        baseline = self.baseline(tensors, exact)
+        larger = baseline
+        if large := [name for name, fill in self.case.fills.items() if fill in ("huge", "extreme")]:
+            larger = evaluate(self.larger(tensors, large))
+        moves: Tensors = {}
+        reasons: Reasons = set()
+        for name, x in actual.items():
+            if not x.is_floating_point():
+                continue
+            assert x.dtype == baseline[name].dtype, f"{name}: {x.dtype}, expected {baseline[name].dtype}"
+            kept = keep if keep is not None and x.shape[: keep.dim()] == keep.shape else ...
+            one, other, basis = (each[kept] for each in (x, exact[name], baseline[name]))
+            budget = Budget(length, (floors or {}).get(name, 0.0), name in self.hard, larger[name][kept].isfinite())
+            try:
+                reasons |= budget.compare(name, one, other, basis)
+            except AssertionError as error:
+                moves = moves or self.moves(tensors, exact)
+                farthest = torch.maximum(moves[name][kept], (basis.double() - other).abs())
+                factor = 10.0 if self.exact_ties else 3.0
+                if self.may_vanish:
+                    sources = self.incoming or () if name.startswith("gradient") else tensors.values()
+                    budget = budget._replace(floor=max(budget.floor, largest_rms(sources, other, self.dtype)))
+                try:
+                    budget.compare(name, one, other, (other + farthest).to(x.dtype), factor)
+                except AssertionError:
+                    raise error from None
+                reasons.add("unstable")
+        return reasons
+
+    def moves(self, tensors: Tensors, exact: Tensors) -> Tensors:
+        """How far at most the exact result and the baseline are off for inputs that rounding may have changed."""
+        farthest = {name: torch.zeros_like(x) for name, x in exact.items()}
+        for i in range(TRIES):
+            inputs, options = self.changed(tensors, i)
+            for results in (
+                self.evaluate(self.reference, inputs, **options),
+                self.baseline(inputs, exact, **options),
+            ):
+                for name, x in results.items():
+                    if x.is_floating_point():
+                        farthest[name] = torch.maximum(farthest[name], (x.double() - exact[name]).abs())
+        return farthest
+
+    def baseline(self, tensors: Tensors, exact: Tensors, **options: Any) -> Tensors:
+        """The reference in the dtypes of the case; of float64 as far off as float32 is, in units of rounding."""
+        double = self.case.is_double
+        dtypes = {name: torch.float32 if double else getattr(torch, x) for name, x in self.case.dtypes.items()}
+        rounded = {name: x.to(dtypes[name]) if x.is_floating_point() else x for name, x in tensors.items()}
+        results = self.evaluate(self.reference, rounded, **options)
+        if not double:
+            return results
+        errors = {name: (x - exact[name]) * 2.0**-29 for name, x in results.items()}
+        return {name: x + torch.where(errors[name].isfinite(), errors[name], 0.0) for name, x in exact.items()}
+
+    def larger(self, tensors: Tensors, large: list[str]) -> Tensors:
+        """The inputs in the precision of the computation, those named in `large` times a power of two."""
+        computed = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+        return {name: x * 2**13 if name in large else x for name, x in computed.items()}
+
+    def changed(self, tensors: Tensors, seed: int) -> tuple[Tensors, dict[str, float]]:
+        """The inputs in float64, and eps, each number changed by about 4 units of rounding of the computation."""
+        generator = torch.Generator().manual_seed(seed)
+        info = torch.finfo(self.dtype)
+
+        def noise(*shape: int) -> Tensor:
+            return 4 * info.eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+
+        changed = testing.as_float64(tensors)
+        for name, x in changed.items():
+            if x.is_floating_point() and name != "mask" and not (self.exact_ties and name in ("queries", "keys")):
+                step = x.cpu() * noise(*x.shape) + x.cpu().sign() * info.tiny * noise(*x.shape)
+                changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
+        options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
+        return changed, options
+
+
+def largest_rms(sources: Iterable[Tensor], result: Tensor, dtype: torch.dtype) -> float:
+    """The largest RMS of `sources` if that of `result` is at most √ε times that; else 0."""
+    floats = [x.double() for x in sources if x.is_floating_point() and x.numel()]
+    largest = max((float(x[x.isfinite()].square().mean().sqrt()) for x in floats), default=0.0)
+    vanishes = float(result[result.isfinite()].square().mean().sqrt()) <= torch.finfo(dtype).eps ** 0.5 * largest
+    return largest if vanishes else 0.0
+
+
+class Budget(NamedTuple):
+    """What is asked of a result: about `length` terms are added up for an element; errors are relative to no less than
+    `floor`; with `strict` what is finite in neither result is not finite either; only what is in `stays` is promised.
+    """
+
+    length: int
+    floor: float
+    strict: bool
+    stays: Tensor
+
+    def compare(self, name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 3.0) -> Reasons:
+        rounded = exact.to(actual.dtype)
+        promised = rounded.isfinite() & baseline.isfinite() & self.stays
+        if self.strict:
+            lost = ~rounded.isfinite() & ~baseline.isfinite() & actual.isfinite()
+            assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
+        one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
+        rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
+        # Below the smallest normal number each term has an absolute error.
+        scale = max(rms, self.floor, torch.finfo(actual.dtype).tiny * self.length**0.5)
+        options = {"reduction_length": self.length, "scale": scale, "factor": factor}
+        testing.assert_within_budget(one, other, basis, name=name, **options)
+        return set() if promised.all() else {"overflow"}
+
+
+def check_plain(run: Run, tensors: Tensors) -> Reasons:
+    """Operations whose slots are given: the gather, and a write into a new table."""
+    actual = run.evaluate(run.package, tensors)
+    if "new values" in actual and not run.case.options["weight_decay"]:
+        testing.assert_untouched_rows_equal(tensors["values"], actual["new values"], tensors["slots"])
+    return run.judge(actual, tensors, length=max(tensors["slots"].numel(), tensors["values"].shape[1]))
+
+
+def check_in_place(run: Run, tensors: Tensors) -> Reasons:
+    """The table is what the write into a new one gives, bit by bit, where it was; nothing else is written."""
+    table = testing.with_layout(tensors["values"], run.case.layouts.get("values", "contiguous"))
+    place = table.data_ptr()
+    write = functools.partial(fwpkm_kernels.chunk_value_update_, **run.package.keywords)
+    assert write(**tensors | {"values": table}) is None
+    assert table.data_ptr() == place
+    decays = bool(run.case.options["weight_decay"])
+    expected = run.evaluate(run.package, tensors)
+    if not decays:
+        testing.assert_untouched_rows_equal(tensors["values"], table, tensors["slots"])
+    rows = torch.arange(len(table), device=table.device)
+    if decays and table.dtype == torch.bfloat16 and run.device == "cpu":
+        # Triton's interpreter truncates where PyTorch, which decays the other rows of a new table, rounds.
+        rows = tensors["slots"].unique()
+    testing.assert_bitwise_equal(table[rows], expected["new values"][rows], "in place")
+    return run.judge({"new values": table}, tensors, length=max(tensors["slots"].numel(), table.shape[1]))
+
+
+def finite_rows(queries: Tensor, keys: Tensor, options: dict[str, Any]) -> Tensor:
+    """[..., H]: all half scores are finite numbers in the precision of the computation, and the norms too."""
+    scored = {key: options[key] for key in ("score", "eps")}
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    finite = torch.stack(reference.lookup.half_scores(queries, keys, **scored)).isfinite().all(-1).all(0)
+    norms = keys.to(dtype).square().sum(-1).isfinite().all(-1).all(-1)  # [H]
+    return finite & norms & queries.to(dtype).square().sum(-1).isfinite()
+
+
+def overflows(queries: Tensor, keys: Tensor, options: dict[str, Any]) -> Tensor:
+    """[..., H]: the picks are a matter of rounding alone: half scores are not finite, and not for NaN in the query."""
+    return ~finite_rows(queries, keys, options) & ~queries.isnan().any(-1)
+
+
+def check_slots(run: Run, scores: Tensor | None, slots: Tensor, queries: Tensor, keys: Tensor) -> Reasons:
+    """Slots [..., H, K] of a lookup are the exact ones up to rounding; of queries that overflow they are valid."""
+    case = run.case
+    n = keys.shape[2]
+    assert ((slots >= 0) & (slots < n * n)).all(), f"slots outside of [0, {n * n})"
+    finite = finite_rows(queries, keys, case.options).all(-1)  # [...]
+    options = {key: case.options[key] for key in ("score", "eps")}
+    _, exact = reference.product_key_lookup(queries.double(), keys.double(), slots.shape[-1], **options)
+    testing.assert_lookup_matches(
+        None if scores is None else scores[finite], slots[finite], queries[finite], keys, exact[finite],
+        precision=run.precision, **options,
+    )  # fmt: skip
+    if run.exact_ties:
+        testing.assert_bitwise_equal(slots[finite], exact[finite], "slots of keys that tie exactly")
+    return set() if finite.all() else {"overflow"}
+
+
+def most_terms(tensors: Tensors, top_k: int) -> int:
+    """As many terms as a sub-key's gradient may have, or a dot product."""
+    rows, heads, width = tensors["queries"].shape
+    return max(1, rows * heads * top_k, width)
+
+
+def check_lookup(run: Run, tensors: Tensors) -> Reasons:
+    queries, keys = tensors["queries"], tensors["keys"]
+    actual = run.evaluate(run.package, tensors)
+    reasons = check_slots(run, actual["scores"], actual["slots"], queries, keys)
+    exact, baseline = (run.reference(**x)[1] for x in (testing.as_float64(tensors), tensors))
+    agree = ((actual["slots"] == exact) & (baseline == exact)).all(-1)  # [rows, H]
+    keep = agree & finite_rows(queries, keys, run.case.options)
+    if not agree.all():
+        reasons.add("near ties")
+    if not keep.all():
+        # What is not compared sends no gradient either.
+        run.incoming = [torch.where(keep.unsqueeze(-1), x, 0.0) for x in run.incoming]
+        actual = run.evaluate(run.package, tensors)
+    # A logarithm is as wrong as the relative error of its argument, however near to 0 it is.
+    floors = {"scores": 1.0 if run.case.options["score"] == "idw" else 0.0}
+    return reasons | run.judge(
+        actual, tensors, length=most_terms(tensors, run.case.options["top_k"]), floors=floors, keep=keep
+    )
+
+
+def check_key_step(run: Run, tensors: Tensors) -> Reasons:
+    """Without the rows of which rounding may pick other sub-keys than the exact scores."""
+    options = run.case.options
+    reasons: Reasons = set()
+    unit = 2.0**-53 if run.case.is_double else UNIT[run.precision]
+    overflowing = overflows(tensors["queries"], tensors["keys"], options).any(-1)
+    if overflowing.any():
+        reasons.add("overflow")
+        tensors = tensors | {"queries": tensors["queries"][~overflowing]}
+    rows, heads = tensors["queries"].shape[:2]
+    n, top_k = tensors["keys"].shape[2], options["top_k"]
+    if rows and top_k < n and not run.exact_ties:
+        half, band = half_scores_and_bands(tensors["queries"], tensors["keys"], options["score"], options["eps"], unit)
+        best, at = half.sort(-1, descending=True)
+        band = band.gather(-1, at)
+        reach = (best - band)[..., :top_k].amin(-1) > (best + band)[..., top_k:].amax(-1)  # [rows·H, 2]
+        decided = (reach | ~half.isfinite().all(-1)).all(-1).view(rows, heads).all(-1)
+        if not decided.all():
+            reasons.add("near ties")
+            tensors = tensors | {"queries": tensors["queries"][decided]}
+    actual = run.evaluate(run.package, tensors)
+    return reasons | run.judge(actual, tensors, length=most_terms(tensors, run.case.options["top_k"]))
+
+
+def check_memory(run: Run, tensors: Tensors) -> Reasons:
+    actual = run.evaluate(run.package, tensors)
+    stop, reasons = first_other_slots(run, tensors, actual["slots"])
+    if stop < tensors["queries"].shape[1]:
+        run.incoming = None
+        return reasons | check_memory(run, {**tensors, **tokens(tensors, 0, stop)})
+    return reasons | run.judge(actual, tensors)
+
+
+def tokens(tensors: Tensors, begin: int, end: int) -> Tensors:
+    return {name: tensors[name][:, begin:end] for name in BY_TOKEN if name in tensors}
+
+
+def first_other_slots(run: Run, tensors: Tensors, slots: Tensor) -> tuple[int, Reasons]:
+    """Where the chunk begins in which slots [B, T, J] first differ from the exact ones here or in the baseline; T if
+    nowhere. What differs is explained by the keys that the package itself has there."""
+    length, chunk_size = slots.shape[1], run.case.options["chunk_size"]
+    with torch.no_grad():
+        exact, baseline = (run.reference(**x) for x in (testing.as_float64(tensors), tensors))
+        other = ((slots != exact.slots) | (baseline.slots != exact.slots)).any(-1)  # [B, T]
+        overflowing = overflows(tensors["queries"], tensors["keys"], run.case.options).any(-1)
+        if run.case.options["step"] == "normalized":
+            squares = exact.weights.square().sum(-1)
+            info = torch.finfo(run.dtype)
+            overflowing |= (squares > 0) & ~((squares > 2 * info.tiny) & (squares < info.max / 2))
+        reasons = {why for why, at in (("near ties", other), ("overflow", overflowing)) if at.any()}
+        if not reasons:
+            return length, set()
+        other = (other | overflowing).any(0)  # [T]
+        heads = tensors["keys"].shape[0]
+        for begin in range(0, length, chunk_size):
+            end = min(begin + chunk_size, length)
+            keys = tensors["keys"]
+            if begin:
+                keys = run.package(**{**tensors, **tokens(tensors, 0, begin)}).keys
+                run.exact_ties = False  # of keys that have moved, rounding decides
+            picked = slots[:, begin:end].unflatten(-1, (heads, -1))
+            reasons |= check_slots(run, None, picked, tensors["queries"][:, begin:end], keys)
+    return int(other.nonzero()[0]) // chunk_size * chunk_size, reasons
+
+
+def check_stream(run: Run, tensors: Tensors) -> Reasons:
+    """Steps against the whole in the reference; slots of the whole in the package say how far they can be compared."""
+    initial = MemoryState(tensors["keys"], tensors["values"])
+    step = functools.partial(fwpkm_kernels.fast_weight_memory_step, **run.package.keywords)
+    with torch.no_grad():
+        stop, reasons = first_other_slots(run, tensors, run.package(**tensors).slots)
+    state, outputs = initial, []
+    for action in run.case.actions:
+        begin = state.position
+        if action == "clone":
+            other = state
+            state = state.clone()
+            # The other goes its own way.
+            step(other, **tokens(tensors, 0, 1))
+        elif action == "state_dict":
+            saved = state.state_dict()
+            state = MemoryState(tensors["keys"], tensors["values"])
+            state.load_state_dict(saved)
+        elif action == "reset":
+            state.reset()
+            outputs = []
+            for name in ("keys", "values"):
+                testing.assert_bitwise_equal(getattr(state, name), tensors[name], f"{name} after a reset")
+            assert state.position == 0
+        else:
+            outputs.append(step(state, **tokens(tensors, begin, min(begin + action, stop))))
+            assert state.position == min(begin + action, stop)
+    if not outputs:
+        return reasons
+    actual = {"output": torch.cat(outputs, 1), "keys": state.keys, "values": state.values}
+    whole = {**tensors, **tokens(tensors, 0, state.position)}
+    run.reference = _first_three(run.reference)
+    return reasons | run.judge(actual, whole)
+
+
+def _first_three(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **tensors: tuple(function(**tensors)[:3])

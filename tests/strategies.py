@@ -1,0 +1,389 @@
+"""Hypothesis strategies for the inputs of every operation: what the fuzzer and the property tests draw.
+
+A strategy draws a `Case`: plain data, whose repr is Python that makes it again. Its tensors are made from it by
+`make_tensors`. Strategies shrink to small and plain cases: the simplest choice always comes first.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fwpkm_kernels import testing
+
+#: What hypothesis draws, by the name of the function or method that is called.
+OPERATIONS = (
+    "product_key_lookup",
+    "sparse_value_gather",
+    "chunk_value_update",
+    "chunk_value_update_",
+    "product_key_update",
+    "fast_weight_memory",
+    "fast_weight_memory_step",
+)
+#: Kinds of numbers in a tensor, beside normal ones.
+FILLS = ("zeros", "same", "tiny", "denormal", "huge", "extreme", "nan", "inf")
+#: Those that keep the order and the ties of the scores of integer keys.
+EXACT_FILLS = ("same", "zeros")
+FLOATS = ("float32", "bfloat16", "float16")
+LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "contiguous")
+MASKS = ("bool", "int64", *FLOATS)
+#: What a stream may do between its steps.
+ACTIONS = ("clone", "state_dict", "reset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an operation.
+
+    Attributes:
+        op: one of OPERATIONS.
+        sizes: by name, as the docstrings have them.
+        dtypes: of the tensors, by name; an optional tensor that is missing here is None.
+        layouts: one of LAYOUTS for each tensor that is not contiguous; "cotangent" is the incoming gradient.
+        fills: one of FILLS for each tensor whose numbers are not normal.
+        pattern: one of `testing.KEY_PATTERNS`, or of `testing.SLOT_PATTERNS`.
+        options: the other arguments.
+        actions: of a stream: numbers of tokens, and ACTIONS.
+        seed: of all numbers.
+    """
+
+    op: str
+    sizes: dict[str, int]
+    dtypes: dict[str, str]
+    layouts: dict[str, str] = dataclasses.field(default_factory=dict)
+    fills: dict[str, str] = dataclasses.field(default_factory=dict)
+    pattern: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    actions: tuple[int | str, ...] = ()
+    seed: int = 0
+
+    @property
+    def is_double(self) -> bool:
+        return "float64" in self.dtypes.values()
+
+
+def make_tensors(case: Case, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensor arguments by name, in their dtypes and layouts."""
+    generator = torch.Generator().manual_seed(case.seed)
+    make = {"lookup": _lookup, "gather": _gather, "update": _update, "memory": _memory}[KINDS[case.op]]
+    numbers = make(case, generator)
+    tensors = {}
+    for name, dtype_name in case.dtypes.items():
+        dtype = getattr(torch, dtype_name)
+        x = numbers[name]
+        if name == "mask" and not dtype.is_floating_point:
+            x = (x > 0).double()
+        if name in case.fills:
+            x = filled(x, case.fills[name], dtype, generator)
+        tensors[name] = testing.with_layout(x.to(device, dtype), case.layouts.get(name, "contiguous"))
+    return tensors
+
+
+def filled(x: Tensor, fill: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Other numbers in `x`, as far from 1 as `dtype` has room for.
+
+    - "zeros"; "same": all rows are the first one.
+    - "tiny", "huge": squares are still normal and finite. "denormal"; "extreme": sums of many overflow, and products.
+    - "nan", "inf" (of both signs): at one element in eight, and at least at one.
+    """
+    if x.numel() == 0:
+        return x
+    if fill == "zeros":
+        return torch.zeros_like(x)
+    if fill == "same":
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[:1].expand_as(rows).reshape(x.shape)
+    if fill in ("nan", "inf"):
+        hit = torch.rand(x.shape, generator=generator) < 1 / 8
+        hit.view(-1)[int(torch.randint(x.numel(), (), generator=generator))] = True
+        return torch.where(hit, math.nan if fill == "nan" else x.sign() * math.inf, x)
+    info = torch.finfo(dtype)
+    narrow = dtype == torch.float16
+    factors = {
+        "tiny": 2.0**-5 if narrow else 2.0**-60,
+        "huge": 2.0**6 if narrow else 2.0**40,
+        "denormal": info.tiny / 8,
+        "extreme": info.max / (8 if narrow else 2**16),
+    }
+    return (x * factors[fill]).clamp(-info.max, info.max)
+
+
+def _lookup(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    s = case.sizes
+    return testing.make_lookup_inputs(
+        s["rows"], s["H"], s["n"], s["Dk"], key_pattern=case.pattern, dtype=torch.float64, seed=generator
+    )._asdict()
+
+
+def _gather(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    s = case.sizes
+    return testing.make_gather_inputs(
+        s["rows"], s["J"], s["N"], s["D"], slot_pattern=case.pattern, dtype=torch.float64, seed=generator
+    )._asdict()
+
+
+def _update(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    s = case.sizes
+    numbers = testing.make_update_inputs(
+        s["rows"], s["J"], s["N"], s["D"], slot_pattern=case.pattern, gates=True, mask="real", dtype=torch.float64,
+        seed=generator,
+    )._asdict()  # fmt: skip
+    scale = torch.randn(s["rows"], generator=generator, dtype=torch.float64)
+    count_slots = testing.make_slots((3, 5, 7), s["N"], "zipf", seed=generator)
+    return numbers | {"scale": scale, "count_slots": count_slots}
+
+
+def _memory(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    s = case.sizes
+    batch, length = s["B"], s["T"]
+    queries, keys = testing.make_lookup_inputs(
+        (batch, length), s["H"], s["n"], s["Dk"], key_pattern=case.pattern, dtype=torch.float64, seed=generator
+    )
+    update = testing.make_update_inputs(
+        batch * length, 1, s["n"] ** 2, s["D"], gates=True, mask="real", dtype=torch.float64, seed=generator
+    )
+    by_token = {name: getattr(update, name) for name in ("targets", "gates", "mask")}
+    by_token = {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items()}
+    return by_token | {"queries": queries, "keys": keys, "values": update.values}
+
+
+def size(*most: int, least: int = 1) -> st.SearchStrategy[int]:
+    """From `least` to each of `most`, one as likely as the other."""
+    bounds = [least - 1, *most]
+    return st.one_of([st.integers(low + 1, high) for low, high in itertools.pairwise(bounds)])
+
+
+def choose(*choices: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(choices)
+
+
+@st.composite
+def draw_dtypes(draw: st.DrawFn, always: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
+    """Dtypes of the tensors there are: all float64, all float32, or any of the narrower ones beside each other."""
+    kind = draw(choose("float32", "float64", "mixed"))
+    dtypes = {}
+    for name in (*always, *(name for name in optional if draw(st.booleans()))):
+        if "slots" in name:
+            dtypes[name] = draw(choose("int64", "int32"))
+        elif name == "mask":
+            dtypes[name] = draw(choose("bool", "int64", "float64") if kind == "float64" else choose(*MASKS))
+        else:
+            dtypes[name] = draw(choose(*FLOATS)) if kind == "mixed" else kind
+    return dtypes
+
+
+@st.composite
+def draw_layouts(draw: st.DrawFn, names: Sequence[str], dense: Sequence[str] = ()) -> dict[str, str]:
+    """Layouts of some tensors; those named in `dense` are not expanded."""
+    if not draw(st.booleans()):
+        return {}
+    layouts = {name: draw(choose("contiguous", *(x for x in LAYOUTS if x != "expanded" or name not in dense)))
+               for name in (*names, "cotangent")}  # fmt: skip
+    return {name: layout for name, layout in layouts.items() if layout != "contiguous"}
+
+
+@st.composite
+def draw_fills(draw: st.DrawFn, dtypes: dict[str, str], small: bool) -> dict[str, str]:
+    """One kind of unusual numbers, in some of the tensors, in one case of two."""
+    names = [name for name in dtypes if "slots" not in name]
+    fills = list(FILLS)
+    if small and "bfloat16" in dtypes.values():
+        fills.remove("denormal")  # Triton's interpreter reads such bfloat16 numbers as others
+    fill = draw(st.one_of(st.none(), choose(*fills)))
+    if fill is None:
+        return {}
+    chosen = draw(st.lists(choose(*names), min_size=1, max_size=len(names), unique=True))
+    # a mask is not negative, and an integer one holds little
+    return {name: fill for name in names if name in chosen and (name != "mask" or fill == "zeros")}
+
+
+def seeds() -> st.SearchStrategy[int]:
+    return st.integers(0, 2**16)
+
+
+@st.composite
+def keyed_sizes(draw: st.DrawFn, rows: st.SearchStrategy[int], most_keys: Sequence[int]) -> tuple[dict[str, int], int]:
+    """Sizes of queries and keys, and K: 1 and n among others."""
+    n = draw(size(*most_keys))
+    top_k = draw(st.one_of(st.integers(1, min(n, 8)), st.just(min(n, 64))))
+    sizes = {"rows": draw(rows), "H": draw(size(1, 3)), "n": n, "Dk": 2 * draw(size(3, 20))}
+    return sizes, top_k
+
+
+@st.composite
+def lookups(draw: st.DrawFn, op: str, small: bool) -> Case:
+    """Of a lookup, and of a key step, which looks up too."""
+    step = op == "product_key_update"
+    rows = size(3, 6, least=0) if small else size(4, 40, least=0)
+    sizes, top_k = draw(keyed_sizes(rows, (4, 12) if small else (6, 40) if step else (6, 40, 150)))
+    names = ("queries", "keys")
+    options = {"top_k": top_k, "score": draw(choose("idw", "dot")), "eps": draw(choose(1e-3, 0.3, 1e-6))}
+    if step:
+        options |= {
+            "lr": draw(choose(1.0, 0.3, 0.0)),
+            "weight": draw(choose(1.0, -2.5, 0.0)),
+            "weight_decay": draw(choose(0.0, 0.05)),
+            "clip": draw(choose(None, 0.02, 0.0, 10.0)),
+        }
+    options["precision"] = draw(choose("tf32x3", "ieee") if step else choose("tf32x3", "ieee", "tf32"))
+    dtypes = draw(draw_dtypes(names))
+    return Case(
+        op, sizes, dtypes, draw(draw_layouts(names)), draw(draw_fills(dtypes, small)),
+        draw(choose(*testing.KEY_PATTERNS)), options, seed=draw(seeds()),
+    )  # fmt: skip
+
+
+@st.composite
+def slotted_sizes(draw: st.DrawFn, small: bool) -> tuple[dict[str, int], str]:
+    """Sizes of a table and of the accesses to it, and a pattern of slots: up to many times PIECE on one slot."""
+    sizes = {
+        "rows": draw(size(4, 20) if small else size(6, 40, 130)) - draw(choose(0, 0, 0, 1)),
+        "J": draw(size(3, 10) if small else size(4, 20, 40)),
+        "N": draw(size(4, 20) if small else size(8, 70)),
+        "D": draw(size(4, 20) if small else size(8, 40, 1100)),
+    }
+    distinct = sizes["rows"] * sizes["J"] <= sizes["N"]
+    pattern = draw(choose(*(x for x in testing.SLOT_PATTERNS if distinct or x != "distinct")))
+    return sizes, pattern
+
+
+@st.composite
+def gathers(draw: st.DrawFn, op: str, small: bool) -> Case:
+    sizes, pattern = draw(slotted_sizes(small))
+    names = ("values", "slots", "weights")
+    dtypes = draw(draw_dtypes(names))
+    return Case(
+        op, sizes, dtypes, draw(draw_layouts(names)), draw(draw_fills(dtypes, small)), pattern,
+        {"sparse_grad": draw(st.booleans())}, seed=draw(seeds()),
+    )  # fmt: skip
+
+
+@st.composite
+def updates(draw: st.DrawFn, op: str, small: bool) -> Case:
+    sizes, pattern = draw(slotted_sizes(small))
+    dtypes = draw(
+        draw_dtypes(("values", "slots", "weights", "targets", "predictions"), ("gates", "mask", "scale", "count_slots"))
+    )
+    names = tuple(dtypes)
+    options = {
+        "lr": draw(choose(1.0, 0.3, 0.0, -1.7)),
+        "weight_decay": draw(choose(0.0, 0.1)),
+        "clip": draw(choose(None, 0.2, 0.0, 10.0)),
+    }
+    if "scale" not in dtypes and draw(st.booleans()):
+        options["scale"] = 0.7
+    dense = ("values",) if op.endswith("_") else ()
+    return Case(
+        op, sizes, dtypes, draw(draw_layouts(names, dense)), draw(draw_fills(dtypes, small)), pattern, options,
+        seed=draw(seeds()),
+    )  # fmt: skip
+
+
+@st.composite
+def memory_options(draw: st.DrawFn, most_chunk: int, most_keys: int) -> tuple[int, dict[str, Any]]:
+    """n, and every option of the whole memory, drawn jointly."""
+    chunk_size = draw(st.integers(1, most_chunk))
+    num_keys = draw(st.integers(1, most_keys))
+    return num_keys, {
+        "chunk_size": chunk_size,
+        "top_k": draw(st.integers(1, num_keys)),
+        "lookahead": draw(st.integers(0, chunk_size)),
+        "score": draw(choose("idw", "dot")),
+        "eps": draw(choose(1e-3, 0.3)),
+        "weighting": draw(choose("softmax", "silu", "relu")),
+        "temperature": draw(choose(1.0, 0.6, 3.0)),
+        "lr": draw(choose(1.0, 0.3, 0.0)),
+        "weight_decay": draw(choose(0.0, 0.05)),
+        "clip": draw(choose(None, 0.02, 0.0, 10.0)),
+        "addressing_weight": draw(choose(1.0, 0.2, 0.0)),
+        "key_gradient": draw(choose("addressing", "all")),
+        "step": draw(choose("paper", "normalized")),
+        "precision": draw(choose("tf32x3", "ieee")),
+    }
+
+
+@st.composite
+def memories(draw: st.DrawFn, op: str, small: bool) -> Case:
+    most_keys = 3 if small else 6
+    num_keys, options = draw(memory_options(3 if small else 5, most_keys))
+    return draw(memory_case(op, small, num_keys, options | {"boundary": draw(choose("carry", "drop"))}))
+
+
+@st.composite
+def memory_case(draw: st.DrawFn, op: str, small: bool, num_keys: int, options: dict[str, Any], cuts=()) -> Case:
+    """The rest of a case of the whole memory, or of its streaming."""
+    dtypes = draw(draw_dtypes(("queries", "targets", "keys", "values"), ("gates", "mask")))
+    length = longest(cuts)
+    if not cuts:
+        length = draw(size(min(4 if small else 17, 3 * options["chunk_size"] + 2))) - draw(choose(0, 0, 0, 0, 0, 1))
+    sizes = {
+        "B": draw(st.integers(1, 2 if small else 3)) - draw(choose(0, 0, 0, 0, 0, 1)),
+        "T": length,
+        "H": draw(st.integers(1, 2)),
+        "n": num_keys,
+        "Dk": 2 * draw(st.integers(1, 3)),
+        "D": draw(size(4) if small else size(4, 33)),
+    }
+    names = tuple(dtypes)
+    return Case(
+        op, sizes, dtypes, draw(draw_layouts(names)), draw(draw_fills(dtypes, small)),
+        draw(choose(*testing.KEY_PATTERNS)), options, tuple(cuts), draw(seeds()),
+    )  # fmt: skip
+
+
+@st.composite
+def streams(draw: st.DrawFn, op: str, small: bool) -> Case:
+    """Cuts into single tokens, to a chunk's end, over several chunks; between them the state is copied or reset."""
+    num_keys, options = draw(memory_options(2 if small else 6, 2 if small else 6))
+    chunk_size = options["chunk_size"]
+    cuts: list[int | str] = []
+    position = 0
+    kinds = choose("one token", "to the end of a chunk", "a chunk", "any", *ACTIONS)
+    for kind in draw(st.lists(kinds, min_size=1, max_size=3 if small else 7)):
+        if kind in ACTIONS:
+            cuts.append(kind)
+            position = 0 if kind == "reset" else position
+            continue
+        most = 2 * chunk_size + 1
+        lengths = {"one token": 1, "to the end of a chunk": chunk_size - position % chunk_size, "a chunk": chunk_size}
+        cuts.append(lengths[kind] if kind in lengths else draw(st.integers(0, most)))
+        position += cuts[-1]
+    return draw(memory_case(op, small, num_keys, options, cuts or [1]))
+
+
+def longest(cuts: Sequence[int | str]) -> int:
+    """Most tokens that a stream reads between two resets."""
+    most = position = 0
+    for cut in cuts:
+        position = 0 if cut == "reset" else position + (cut if isinstance(cut, int) else 0)
+        most = max(most, position)
+    return most
+
+
+#: How an operation's tensors are made.
+KINDS = {
+    "product_key_lookup": "lookup",
+    "sparse_value_gather": "gather",
+    "chunk_value_update": "update",
+    "chunk_value_update_": "update",
+    "product_key_update": "lookup",
+    "fast_weight_memory": "memory",
+    "fast_weight_memory_step": "memory",
+}
+
+
+def cases(op: str, *, small: bool = False) -> st.SearchStrategy[Case]:
+    """Cases of one of OPERATIONS; `small` ones are for Triton's interpreter."""
+    strategies: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
+        "lookup": lookups,
+        "gather": gathers,
+        "update": updates,
+        "memory": streams if op == "fast_weight_memory_step" else memories,
+    }
+    return strategies[KINDS[op]](op, small)
