@@ -4,7 +4,6 @@ Each check raises TypeError or ValueError that names the argument in backticks, 
 """
 
 import functools
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -124,21 +123,22 @@ def check_writable(name: str, x: Tensor, function: str) -> None:
     """`x` [rows, columns] can be written in place, as `function` would not."""
     if x.requires_grad:
         raise ValueError(f"`{name}` must not require grad to be written in place; use {function}")
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"`{name}` must not be an inference tensor to be written in place outside of inference mode")
-    if x.is_neg():
-        raise ValueError(f"`{name}` must not be a negated view to be written in place; use resolve_neg()")
+    if not torch.compiler.is_compiling():  # which can trace neither is_inference() nor is_neg()
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"`{name}` must not be an inference tensor to be written in place outside of inference mode"
+            )
+        if x.is_neg():
+            raise ValueError(f"`{name}` must not be a negated view to be written in place; use resolve_neg()")
     _check_no_overlap(name, x)
 
 
 def _check_no_overlap(name: str, x: Tensor) -> None:
-    """No two entries of `x` lie at the same address, where writes of two programs would meet."""
-    if x.is_contiguous():
-        return
+    """Rows of `x` [rows, columns] lie one after the other, or columns do: no two programs write one address."""
     (rows, columns), (row, column) = x.shape, x.stride()
-    # Entries i rows and j columns apart meet where i·row = j·column; the least such pair is this one.
-    divisor = math.gcd(row, column) or 1
-    if x.numel() > 1 and column // divisor < rows and row // divisor < columns:
+    rows_apart = (columns <= 1 or column > 0) and (rows <= 1 or row > (columns - 1) * column)
+    columns_apart = (rows <= 1 or row > 0) and (columns <= 1 or column > (rows - 1) * row)
+    if not (rows_apart or columns_apart):
         raise ValueError(
             f"`{name}` must not overlap itself in memory to be written in place, got strides {list(x.stride())} "
             f"for shape {shape(x)}"
