@@ -3,10 +3,11 @@
     python -m benchmarks.gpu --out DIR --minutes M [--peers DIR] [--compare FILE] [--device cpu]
 
 Installs nothing, and ends before M minutes are over: what it has by then is kept. Files, none of them in a subfolder:
-environment.json, tests.txt (pytest), sanitizer.txt, results.jsonl (one line per measurement, as they come), time.png,
-roofline.png, scaling.png, and summary.txt, which is also printed last. Exit status: 0 if tests and benchmarks ran and
-all that ran is right, 1 if not (a test failed, compute-sanitizer found something, a number of this package is wrong,
-one of the steps could not run, or this package is slower than in FILE), 2 if there is no GPU.
+environment.json, tests.txt (pytest and the fuzzer), sanitizer.txt, results.jsonl (one line per measurement, as they
+come), time.png, roofline.png, scaling.png, and summary.txt, which is also printed last. Exit status: 0 if tests and
+benchmarks ran and all that ran is right, 1 if not (a test or a case of the fuzzer failed, compute-sanitizer found
+something, a number of this package is wrong, one of the steps could not run, or this package is slower than in FILE), 2
+if there is no GPU.
 """
 
 import argparse
@@ -56,6 +57,7 @@ KERNEL_TESTS = (
 )
 #: Of the whole time. Tests get a part at most, and so does compute-sanitizer; what they leave is for the benchmarks.
 TESTS_SHARE, SANITIZER_SHARE, SANITIZER_END, BENCHMARKS_END, ALARM = 0.54, 0.15, 0.62, 0.92, 0.97
+FUZZER_SHARE = 0.4  #: of the time for tests: it takes as long as it is given
 #: A measurement that takes longer on a GPU hangs: it may have to compile every kernel, and then takes half of this.
 CASE_SECONDS = 90.0
 
@@ -137,7 +139,8 @@ def compiled_environment() -> dict[str, str]:
 
 
 def run_tests(path: Path, seconds: float) -> str:
-    """pytest, in several processes, since a GPU waits for the compiler; outputs to `path`; how it ended, in words."""
+    """pytest, in several processes, since a GPU waits for the compiler, and the fuzzer beside it; outputs to `path`;
+    how it ended, in words."""
     first = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
     others = sorted(f"tests/{file.name}" for file in (ROOT / "tests").glob("test_*.py"))
     others.sort(key=lambda name: name == "tests/test_compiled.py")
@@ -149,21 +152,21 @@ def run_tests(path: Path, seconds: float) -> str:
     environment = {**compiled_environment(), "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // parts)))
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(parts)]
+        commands = {f"{i + 1} of {parts}": [*arguments, "--part", f"{i + 1}/{parts}"] for i in range(parts)}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        commands["fuzzer"] = ["-m", "tests.fuzz", "--device", device, "--seconds", str(FUZZER_SHARE * seconds)]
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in commands]
         children = [
-            (
-                [sys.executable, *arguments, "--part", f"{i + 1}/{parts}"],
-                {"stdout": outputs[i], "stderr": subprocess.STDOUT, "env": environment},
-            )
-            for i in range(parts)
+            ([sys.executable, *command], {"stdout": output, "stderr": subprocess.STDOUT, "env": environment})
+            for command, output in zip(commands.values(), outputs, strict=True)
         ]
         try:
             statuses = run_children(children, seconds, grace=10.0)
         finally:  # what there is is kept
             with path.open("w", encoding="utf-8") as file:
-                for i, output in enumerate(outputs):
+                for name, output in zip(commands, outputs, strict=True):
                     output.seek(0)
-                    file.write(f"{PART} {i + 1} of {parts}\n{output.read()}\n")
+                    file.write(f"{PART} {name}\n{output.read()}\n")
     if None in statuses:
         return f"{STOPPED} at their time limit of {seconds:.0f} s"
     return f"{FINISHED}, status {max(status or 0 for status in statuses)}"
@@ -184,8 +187,15 @@ def count_tests(text: str) -> str:
     return ", ".join(f"{number} {name}" for name, number in sums.items() if number) or "none finished"
 
 
+def count_fuzzed(text: str) -> str:
+    """The fuzzer's last line."""
+    found = re.findall(r"^\d+ cases, \d+ failures, seed \d+$", text, re.M)
+    return found[-1] if found else "none finished"
+
+
 def tests_failed(text: str) -> bool:
-    return bool(re.search(r"[1-9]\d* (failed|error)", count_tests(text)))
+    """A test, or a case of the fuzzer."""
+    return bool(re.search(r"[1-9]\d* (failed|error|failures)", f"{count_tests(text)}; {count_fuzzed(text)}"))
 
 
 #: Each tool, and what its last line says of what it found.
@@ -316,6 +326,7 @@ def write_summary(
         f"driver {environment['driver']}",
         "",
         f"tests: {count_tests(text) if text else 'none'} ({tests_note})",
+        f"fuzzer: {count_fuzzed(text)}",
         *failures[:30],
         *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
         "",

@@ -11,6 +11,7 @@ import collections
 import hashlib
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
+from benchmarks.results import plain_table
 from tests import judge, strategies
 from tests.strategies import Case
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a machine with a GPU may lack it: then there is no bar
+    tqdm = None
 
 FAILURES = Path("fuzz-failures")
 #: Cases of an operation before it is another one's turn.
@@ -51,7 +54,7 @@ class Fuzzer:
         self.seconds: collections.Counter[str] = collections.Counter()
         self.covered: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.reproductions: list[str] = []
-        self.bar = tqdm(total=most_cases, unit=" cases", disable=None, dynamic_ncols=True)
+        self.bar = None if tqdm is None else tqdm(total=most_cases, unit=" cases", disable=None, dynamic_ncols=True)
 
     @property
     def is_over(self) -> bool:
@@ -93,7 +96,8 @@ class Fuzzer:
             if not worst:
                 self.count(case, reasons)
 
-        self.bar.set_description(op)
+        if self.bar is not None:
+            self.bar.set_description(op)
         try:
             run()
         except Exception:
@@ -108,7 +112,8 @@ class Fuzzer:
 
     def count(self, case: Case, reasons: judge.Reasons) -> None:
         self.cases += 1
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.update()
         self.by_op[case.op].update(["cases", *reasons], **{"in part": bool(reasons)})
         covered = {
             "dtypes": set(case.dtypes.values()),
@@ -133,26 +138,35 @@ class Fuzzer:
         path = self.failures / f"{case.op}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"
         path.write_text(text)
         self.reproductions.append(text)
-        self.bar.write(f"\n{text}\nstored as {path}; run it with PYTHONPATH=. from the repository root\n")
+        say = print if self.bar is None else self.bar.write
+        say(f"\n{text}\nstored as {path}; run it with PYTHONPATH=. from the repository root\n")
 
-    def summary(self) -> list[Table]:
+    def summary(self) -> str:
         """By operation, and by what was covered: how many cases."""
         reasons = ("overflow", "near ties", "unstable")
-        by_op = Table(box=box.SIMPLE, title=f"backend {self.backend} on {self.device}")
-        for name in ("operation", "cases", "seconds", "in part", *reasons, "failures"):
-            by_op.add_column(name, justify="left" if name == "operation" else "right")
         total: collections.Counter[str] = sum(self.by_op.values(), collections.Counter())
+        lines = []
         for op, counts in [*self.by_op.items(), ("all", total)]:
             seconds = self.seconds[op] if op != "all" else self.seconds.total()
-            shown = [counts[name] for name in ("cases", "in part", *reasons, "failures")]
-            by_op.add_row(op, str(shown[0]), f"{seconds:.1f}", *map(str, shown[1:]), end_section=op == "all")
-        covered = Table(box=box.SIMPLE, title="cases by what they cover")
-        covered.add_column("what")
-        covered.add_column("cases")
-        for what, counts in self.covered.items():
-            if counts:
-                covered.add_row(what, ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items())))
-        return [by_op, covered]
+            rate = counts["cases"] / seconds if seconds else 0.0
+            shown = [counts[name] for name in ("in part", *reasons, "failures")]
+            lines.append([op, str(counts["cases"]), f"{seconds:.1f}", f"{rate:.1f}", *map(str, shown)])
+        header = ["operation", "cases", "seconds", "cases/s", "in part", *reasons, "failures"]
+        covered = [
+            f"{what}: " + ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
+            for what, counts in self.covered.items()
+            if counts
+        ]
+        return "\n".join(
+            [
+                f"backend {self.backend} on {self.device}",
+                plain_table(header, lines),
+                "",
+                "how many cases had",
+                *(textwrap.fill(line, 120, subsequent_indent="    ") for line in covered),
+                "",
+            ]
+        )
 
 
 def reproduction(case: Case, error: BaseException, backend: str, device: str) -> str:
@@ -204,10 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     turn += 1
     except KeyboardInterrupt:
         status = 130
-    fuzzer.bar.close()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in fuzzer.summary():
-        console.print(table)
+    if fuzzer.bar is not None:
+        fuzzer.bar.close()
+    print(fuzzer.summary())
     print(f"{fuzzer.cases} cases, {len(fuzzer.reproductions)} failures, seed {o.seed}")
     return 1 if fuzzer.reproductions else status
 

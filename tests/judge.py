@@ -18,10 +18,12 @@ near ties   Slots that differ from the exact ones must be explained by the round
             the first other slot, as a sequence of its own.
 unstable    A number over budget may be as far off as the exact result and the baseline move when each input, and eps,
             changes by 4 units of rounding of the computation (16 tries): cancellation, a gradient beside a jump (|G| at
-            `clip`, a score at the kink of relu). What is 0 stays 0. Queries and keys that tie exactly are not changed;
-            as their few distinct numbers make an error of the baseline a matter of luck, 10 times that are allowed
-            there instead of 3. A result that vanishes up to rounding, below √ε of the largest input, or a gradient
-            below √ε of the incoming one, may have errors relative to that, where inputs are not tiny themselves.
+            `clip`, a score at the kink of relu). Keys and values that a memory keeps in half precision from chunk to
+            chunk change by half a unit of that, since they are rounded there. What is 0 stays 0. Queries and keys that
+            tie exactly are not changed; as their few distinct numbers make an error of the baseline a matter of luck,
+            10 times that are allowed there instead of 3. A result that vanishes up to rounding, below √ε of the largest
+            input, or a gradient below √ε of the incoming one, may have errors relative to that, where inputs are not
+            tiny themselves.
 """
 
 import functools
@@ -207,17 +209,20 @@ class Run:
         return {name: x * 2**13 if name in large else x for name, x in computed.items()}
 
     def changed(self, tensors: Tensors, seed: int) -> tuple[Tensors, dict[str, float]]:
-        """The inputs in float64, and eps, each number changed by about 4 units of rounding of the computation."""
+        """The inputs in float64, and eps, each number changed as the rule of the unstable says."""
         generator = torch.Generator().manual_seed(seed)
         info = torch.finfo(self.dtype)
+        kept = ("keys", "values") if self.case.op.startswith("fast_weight") else ()
 
-        def noise(*shape: int) -> Tensor:
-            return 4 * info.eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+        def noise(*shape: int, unit: float = 4 * info.eps) -> Tensor:
+            return unit * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
 
         changed = testing.as_float64(tensors)
         for name, x in changed.items():
             if x.is_floating_point() and name != "mask" and not (self.exact_ties and name in ("queries", "keys")):
-                step = x.cpu() * noise(*x.shape) + x.cpu().sign() * info.tiny * noise(*x.shape)
+                own = torch.finfo(tensors[name].dtype).eps / 2 if name in kept else 0.0
+                relative = noise(*x.shape, unit=max(own, 4 * info.eps))
+                step = x.cpu() * relative + x.cpu().sign() * info.tiny * noise(*x.shape)
                 changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
         options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
         return changed, options

@@ -692,6 +692,8 @@ def test_a_child_that_does_not_end_is_ended(tmp_path):
         ("2 passed, 1 error in 1.00s\n", "2 passed, 1 error", True),
         ("..s.x [ 50%]\n.F.\n", "1 failed, 5 passed, 1 skipped, 1 xfailed", True),
         ("== part 1 of 2\n.. [100%]\n2 passed in 1.00s\n== part 2 of 2\n.F\n", "1 failed, 3 passed", True),
+        ("= 2 passed in 3.00s =\n== part fuzzer\n9 cases, 0 failures, seed 0\n", "2 passed", False),
+        ("= 2 passed in 3.00s =\n== part fuzzer\n9 cases, 10 failures, seed 0\n", "2 passed", True),
         ("", "none finished", False),
     ],
 )
