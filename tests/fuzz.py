@@ -143,7 +143,7 @@ class Fuzzer:
 
     def summary(self) -> str:
         """By operation, and by what was covered: how many cases."""
-        reasons = ("overflow", "near ties", "unstable")
+        reasons = ("overflow", "near ties", "unstable", "nothing left")
         total: collections.Counter[str] = sum(self.by_op.values(), collections.Counter())
         lines = []
         for op, counts in [*self.by_op.items(), ("all", total)]:

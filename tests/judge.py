@@ -14,8 +14,8 @@ overflow    An element that is NaN or infinite in the baseline, or in the exact 
             squares underflow or overflow where `step` divides by them.
 near ties   Slots that differ from the exact ones must be explained by the rounding band of `assert_lookup_matches`, and
             integer keys, whose scores are exact, have no band. Numbers are compared where the slots agree: in the
-            lookup by row; in the key step without rows that the band leaves open; in the memory up to the chunk with
-            the first other slot, as a sequence of its own.
+            lookup of each head without the other rows; in the key step without rows that the band leaves open; in the
+            memory up to the chunk with the first other slot, as a sequence of its own.
 unstable    A number over budget may be as far off as the exact result and the baseline move when each input, and eps,
             changes by 4 units of rounding of the computation (16 tries): cancellation, a gradient beside a jump (|G| at
             `clip`, a score at the kink of relu). Keys and values that a memory keeps in half precision from chunk to
@@ -24,6 +24,10 @@ unstable    A number over budget may be as far off as the exact result and the b
             10 times that are allowed there instead of 3. A result that vanishes up to rounding, below √ε of the largest
             input, or a gradient below √ε of the incoming one, may have errors relative to that, where inputs are not
             tiny themselves.
+
+Where no row or token of a case is left to compare numbers of, "nothing left" is counted too. On a GPU the baseline of
+one tf32 product has operands of 11 bits, and float32 may be off by the smallest normal number: subnormal operands lose
+bits there.
 """
 
 import functools
@@ -104,6 +108,8 @@ class Run:
         self.reference = functools.partial(getattr(reference, name), **options)
         self.incoming: list[Tensor] | None = None
         self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
+        normal = torch.finfo(torch.float32)
+        self.floor = normal.tiny / normal.eps if device == "cuda" and not case.is_double else 0.0
         # Only sums of few factors are rightly as small as tiny inputs make them.
         small = {"tiny", "denormal"} & set(case.fills.values())
         self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
@@ -144,9 +150,8 @@ class Run:
         *,
         length: int = 64,
         floors: dict[str, float] | None = None,
-        keep: Tensor | None = None,
     ) -> Reasons:
-        """All results against the reference; of those [rows, …] like `keep` only the rows in it."""
+        """All results against the reference."""
         evaluate = functools.partial(self.evaluate, self.reference)
         exact = evaluate(testing.as_float64(tensors))
         baseline = self.baseline(tensors, exact)
@@ -159,20 +164,20 @@ class Run:
             if not x.is_floating_point():
                 continue
             assert x.dtype == baseline[name].dtype, f"{name}: {x.dtype}, expected {baseline[name].dtype}"
-            kept = keep if keep is not None and x.shape[: keep.dim()] == keep.shape else ...
-            one, other, basis = (each[kept] for each in (x, exact[name], baseline[name]))
-            budget = Budget(length, (floors or {}).get(name, 0.0), name in self.hard, larger[name][kept].isfinite())
+            other, basis = exact[name], baseline[name]
+            floor = max((floors or {}).get(name, 0.0), self.floor)
+            budget = Budget(length, floor, name in self.hard, larger[name].isfinite())
             try:
-                reasons |= budget.compare(name, one, other, basis)
+                reasons |= budget.compare(name, x, other, basis)
             except AssertionError as error:
                 moves = moves or self.moves(tensors, exact)
-                farthest = torch.maximum(moves[name][kept], (basis.double() - other).abs())
+                farthest = torch.maximum(moves[name], (basis.double() - other).abs())
                 factor = 10.0 if self.exact_ties else 3.0
                 if self.may_vanish:
                     sources = self.incoming or () if name.startswith("gradient") else tensors.values()
                     budget = budget._replace(floor=max(budget.floor, largest_rms(sources, other, self.dtype)))
                 try:
-                    budget.compare(name, one, other, (other + farthest).to(x.dtype), factor)
+                    budget.compare(name, x, other, (other + farthest).to(x.dtype), factor)
                 except AssertionError:
                     raise error from None
                 reasons.add("unstable")
@@ -197,6 +202,8 @@ class Run:
         double = self.case.is_double
         dtypes = {name: torch.float32 if double else getattr(torch, x) for name, x in self.case.dtypes.items()}
         rounded = {name: x.to(dtypes[name]) if x.is_floating_point() else x for name, x in tensors.items()}
+        if self.precision == "tf32":
+            rounded = {name: as_tf32(x) for name, x in rounded.items()}
         results = self.evaluate(self.reference, rounded, **options)
         if not double:
             return results
@@ -226,6 +233,11 @@ class Run:
                 changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
         options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
         return changed, options
+
+
+def as_tf32(x: Tensor) -> Tensor:
+    """Float32 with the 13 lowest bits cut off, as one product of tensor cores reads it; other dtypes as they are."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
 
 def largest_rms(sources: Iterable[Tensor], result: Tensor, dtype: torch.dtype) -> float:
@@ -332,17 +344,20 @@ def check_lookup(run: Run, tensors: Tensors) -> Reasons:
     exact, baseline = (run.reference(**x)[1] for x in (testing.as_float64(tensors), tensors))
     agree = ((actual["slots"] == exact) & (baseline == exact)).all(-1)  # [rows, H]
     keep = agree & finite_rows(queries, keys, run.case.options)
-    if not agree.all():
-        reasons.add("near ties")
-    if not keep.all():
-        # What is not compared sends no gradient either.
-        run.incoming = [torch.where(keep.unsqueeze(-1), x, 0.0) for x in run.incoming]
-        actual = run.evaluate(run.package, tensors)
     # A logarithm is as wrong as the relative error of its argument, however near to 0 it is.
     floors = {"scores": 1.0 if run.case.options["score"] == "idw" else 0.0}
-    return reasons | run.judge(
-        actual, tensors, length=most_terms(tensors, run.case.options["top_k"]), floors=floors, keep=keep
-    )
+    judge = functools.partial(run.judge, length=most_terms(tensors, run.case.options["top_k"]), floors=floors)
+    if keep.all():
+        return reasons | judge(actual, tensors)
+    if not agree.all():
+        reasons.add("near ties")
+    if not keep.any():
+        reasons.add("nothing left")
+    for head in range(keep.shape[1]):
+        part = {"queries": queries[keep[:, head], head : head + 1], "keys": keys[head : head + 1]}
+        run.incoming = None
+        reasons |= judge(run.evaluate(run.package, part), part)
+    return reasons
 
 
 def check_key_step(run: Run, tensors: Tensors) -> Reasons:
@@ -365,6 +380,8 @@ def check_key_step(run: Run, tensors: Tensors) -> Reasons:
         if not decided.all():
             reasons.add("near ties")
             tensors = tensors | {"queries": tensors["queries"][decided]}
+    if rows and not len(tensors["queries"]):
+        reasons.add("nothing left")
     actual = run.evaluate(run.package, tensors)
     return reasons | run.judge(actual, tensors, length=most_terms(tensors, run.case.options["top_k"]))
 
@@ -373,6 +390,7 @@ def check_memory(run: Run, tensors: Tensors) -> Reasons:
     actual = run.evaluate(run.package, tensors)
     stop, reasons = first_other_slots(run, tensors, actual["slots"])
     if stop < tensors["queries"].shape[1]:
+        reasons |= set() if stop else {"nothing left"}
         run.incoming = None
         return reasons | check_memory(run, {**tensors, **tokens(tensors, 0, stop)})
     return reasons | run.judge(actual, tensors)
@@ -410,13 +428,33 @@ def first_other_slots(run: Run, tensors: Tensors, slots: Tensor) -> tuple[int, R
     return int(other.nonzero()[0]) // chunk_size * chunk_size, reasons
 
 
+def without_gates(actions: Iterable[int | str], length: int, device: str) -> Tensor:
+    """[length]: of the tokens after the last reset, which are in a step that is given neither gates nor mask."""
+    bare, begin, is_bare = torch.zeros(length, dtype=torch.bool, device=device), 0, False
+    for action in actions:
+        if isinstance(action, int):
+            bare[begin : begin + action] = is_bare
+            begin += action
+        elif action == "reset":
+            begin = 0
+        is_bare = action == "no gates"
+    return bare
+
+
 def check_stream(run: Run, tensors: Tensors) -> Reasons:
     """Steps against the whole in the reference; slots of the whole in the package say how far they can be compared."""
     initial = MemoryState(tensors["keys"], tensors["values"])
     step = functools.partial(fwpkm_kernels.fast_weight_memory_step, **run.package.keywords)
+    length = tensors["queries"].shape[1]
+    bare = without_gates(run.case.actions, length, run.device)
+    optional = {name: torch.where(bare, 1, tensors[name]).to(tensors[name].dtype) for name in ("gates", "mask")
+                if name in tensors}  # fmt: skip
+    tensors = tensors | optional
     with torch.no_grad():
         stop, reasons = first_other_slots(run, tensors, run.package(**tensors).slots)
-    state, outputs = initial, []
+    if length and not stop:
+        reasons.add("nothing left")
+    state, outputs, is_bare = initial, [], False
     for action in run.case.actions:
         begin = state.position
         if action == "clone":
@@ -434,11 +472,13 @@ def check_stream(run: Run, tensors: Tensors) -> Reasons:
             for name in ("keys", "values"):
                 testing.assert_bitwise_equal(getattr(state, name), tensors[name], f"{name} after a reset")
             assert state.position == 0
-        else:
-            outputs.append(step(state, **tokens(tensors, begin, min(begin + action, stop))))
+        elif isinstance(action, int):
+            given = tokens(tensors, begin, min(begin + action, stop))
+            if is_bare:
+                given = {name: x for name, x in given.items() if name not in optional}
+            outputs.append(step(state, **given))
             assert state.position == min(begin + action, stop)
-    if not outputs:
-        return reasons
+        is_bare = action == "no gates"
     actual = {"output": torch.cat(outputs, 1), "keys": state.keys, "values": state.values}
     whole = {**tensors, **tokens(tensors, 0, state.position)}
     run.reference = _first_three(run.reference)

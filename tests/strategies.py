@@ -33,8 +33,8 @@ EXACT_FILLS = ("same", "zeros")
 FLOATS = ("float32", "bfloat16", "float16")
 LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "contiguous")
 MASKS = ("bool", "int64", *FLOATS)
-#: What a stream may do between its steps.
-ACTIONS = ("clone", "state_dict", "reset")
+#: What a stream may do between its steps; "no gates": the next one is given neither gates nor mask.
+ACTIONS = ("clone", "state_dict", "reset", "no gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,12 @@ def choose(*choices: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(choices)
 
 
+def mostly(*choices: Any, seldom: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of `choices`, and in about one case of eight one of `seldom`, in which little happens."""
+    times = max(1, round(7 * len(seldom) / len(choices)))
+    return st.sampled_from([*(choices * times), *seldom])
+
+
 @st.composite
 def draw_dtypes(draw: st.DrawFn, always: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
     """Dtypes of the tensors there are: all float64, all float32, or any of the narrower ones beside each other."""
@@ -210,8 +216,8 @@ def seeds() -> st.SearchStrategy[int]:
 @st.composite
 def keyed_sizes(draw: st.DrawFn, rows: st.SearchStrategy[int], most_keys: Sequence[int]) -> tuple[dict[str, int], int]:
     """Sizes of queries and keys, and K: 1 and n among others."""
-    n = draw(size(*most_keys))
-    top_k = draw(st.one_of(st.integers(1, min(n, 8)), st.just(min(n, 64))))
+    n = draw(size(*most_keys, least=2)) if draw(mostly(True, seldom=[False])) else 1
+    top_k = draw(mostly(*range(1, min(n, 9)), seldom=[min(n, 64)])) if n > 1 else 1
     sizes = {"rows": draw(rows), "H": draw(size(1, 3)), "n": n, "Dk": 2 * draw(size(3, 20))}
     return sizes, top_k
 
@@ -226,10 +232,10 @@ def lookups(draw: st.DrawFn, op: str, small: bool) -> Case:
     options = {"top_k": top_k, "score": draw(choose("idw", "dot")), "eps": draw(choose(1e-3, 0.3, 1e-6))}
     if step:
         options |= {
-            "lr": draw(choose(1.0, 0.3, 0.0)),
-            "weight": draw(choose(1.0, -2.5, 0.0)),
+            "lr": draw(mostly(1.0, 0.3, seldom=[0.0])),
+            "weight": draw(mostly(1.0, -2.5, seldom=[0.0])),
             "weight_decay": draw(choose(0.0, 0.05)),
-            "clip": draw(choose(None, 0.02, 0.0, 10.0)),
+            "clip": draw(mostly(None, 0.02, 10.0, seldom=[0.0])),
         }
     options["precision"] = draw(choose("tf32x3", "ieee") if step else choose("tf32x3", "ieee", "tf32"))
     dtypes = draw(draw_dtypes(names))
@@ -272,9 +278,9 @@ def updates(draw: st.DrawFn, op: str, small: bool) -> Case:
     )
     names = tuple(dtypes)
     options = {
-        "lr": draw(choose(1.0, 0.3, 0.0, -1.7)),
+        "lr": draw(mostly(1.0, 0.3, -1.7, seldom=[0.0])),
         "weight_decay": draw(choose(0.0, 0.1)),
-        "clip": draw(choose(None, 0.2, 0.0, 10.0)),
+        "clip": draw(mostly(None, 0.2, 10.0, seldom=[0.0])),
     }
     if "scale" not in dtypes and draw(st.booleans()):
         options["scale"] = 0.7
@@ -286,21 +292,21 @@ def updates(draw: st.DrawFn, op: str, small: bool) -> Case:
 
 
 @st.composite
-def memory_options(draw: st.DrawFn, most_chunk: int, most_keys: int) -> tuple[int, dict[str, Any]]:
+def memory_options(draw: st.DrawFn, small: bool) -> tuple[int, dict[str, Any]]:
     """n, and every option of the whole memory, drawn jointly."""
-    chunk_size = draw(st.integers(1, most_chunk))
-    num_keys = draw(st.integers(1, most_keys))
+    chunk_size = draw(st.integers(1, 3 if small else 5))
+    num_keys = draw(mostly(*range(2, 4 if small else 7), seldom=[1]))
     return num_keys, {
         "chunk_size": chunk_size,
-        "top_k": draw(st.integers(1, num_keys)),
-        "lookahead": draw(st.integers(0, chunk_size)),
+        "top_k": draw(mostly(*range(1, num_keys), seldom=[num_keys])) if num_keys > 1 else 1,
+        "lookahead": draw(mostly(*range(1, chunk_size + 1), seldom=[0])),
         "score": draw(choose("idw", "dot")),
         "eps": draw(choose(1e-3, 0.3)),
         "weighting": draw(choose("softmax", "silu", "relu")),
         "temperature": draw(choose(1.0, 0.6, 3.0)),
-        "lr": draw(choose(1.0, 0.3, 0.0)),
+        "lr": draw(mostly(1.0, 0.3, seldom=[0.0])),
         "weight_decay": draw(choose(0.0, 0.05)),
-        "clip": draw(choose(None, 0.02, 0.0, 10.0)),
+        "clip": draw(mostly(None, 0.02, 10.0, seldom=[0.0])),
         "addressing_weight": draw(choose(1.0, 0.2, 0.0)),
         "key_gradient": draw(choose("addressing", "all")),
         "step": draw(choose("paper", "normalized")),
@@ -310,42 +316,47 @@ def memory_options(draw: st.DrawFn, most_chunk: int, most_keys: int) -> tuple[in
 
 @st.composite
 def memories(draw: st.DrawFn, op: str, small: bool) -> Case:
-    most_keys = 3 if small else 6
-    num_keys, options = draw(memory_options(3 if small else 5, most_keys))
-    return draw(memory_case(op, small, num_keys, options | {"boundary": draw(choose("carry", "drop"))}))
+    num_keys, options = draw(memory_options(small))
+    options["boundary"] = draw(choose("carry", "drop"))
+    chunk_size = options["chunk_size"]
+    several = st.integers(chunk_size + 1, min(3 * chunk_size + 2, 7 if small else 17))
+    length = draw(several) if draw(mostly(True, seldom=[False])) else draw(st.integers(0, chunk_size))
+    return draw(memory_case(op, small, num_keys, options, length))
 
 
 @st.composite
-def memory_case(draw: st.DrawFn, op: str, small: bool, num_keys: int, options: dict[str, Any], cuts=()) -> Case:
+def memory_case(
+    draw: st.DrawFn, op: str, small: bool, num_keys: int, options: dict[str, Any], length: int, cuts=()
+) -> Case:
     """The rest of a case of the whole memory, or of its streaming."""
     dtypes = draw(draw_dtypes(("queries", "targets", "keys", "values"), ("gates", "mask")))
-    length = longest(cuts)
-    if not cuts:
-        length = draw(size(min(4 if small else 17, 3 * options["chunk_size"] + 2))) - draw(choose(0, 0, 0, 0, 0, 1))
     sizes = {
-        "B": draw(st.integers(1, 2 if small else 3)) - draw(choose(0, 0, 0, 0, 0, 1)),
+        "B": draw(mostly(*range(1, 3 if small else 4), seldom=[0])) if draw(st.booleans()) else 1,
         "T": length,
         "H": draw(st.integers(1, 2)),
         "n": num_keys,
         "Dk": 2 * draw(st.integers(1, 3)),
         "D": draw(size(4) if small else size(4, 33)),
     }
-    names = tuple(dtypes)
+    fills = draw(draw_fills(dtypes, small))
+    if options["key_gradient"] == "all":  # in whose gradients are products of three values
+        fills = {name: "huge" if fill == "extreme" else fill for name, fill in fills.items()}
     return Case(
-        op, sizes, dtypes, draw(draw_layouts(names)), draw(draw_fills(dtypes, small)),
-        draw(choose(*testing.KEY_PATTERNS)), options, tuple(cuts), draw(seeds()),
+        op, sizes, dtypes, draw(draw_layouts(tuple(dtypes))), fills, draw(choose(*testing.KEY_PATTERNS)), options,
+        tuple(cuts), draw(seeds()),
     )  # fmt: skip
 
 
 @st.composite
 def streams(draw: st.DrawFn, op: str, small: bool) -> Case:
     """Cuts into single tokens, to a chunk's end, over several chunks; between them the state is copied or reset."""
-    num_keys, options = draw(memory_options(2 if small else 6, 2 if small else 6))
+    num_keys, options = draw(memory_options(small))
     chunk_size = options["chunk_size"]
     cuts: list[int | str] = []
     position = 0
-    kinds = choose("one token", "to the end of a chunk", "a chunk", "any", *ACTIONS)
-    for kind in draw(st.lists(kinds, min_size=1, max_size=3 if small else 7)):
+    steps = ("one token", "to the end of a chunk", "a chunk", "any")
+    kinds = choose(*steps, *steps, *ACTIONS)
+    for kind in [*draw(st.lists(kinds, min_size=1, max_size=2 if small else 7)), draw(choose(*steps))]:
         if kind in ACTIONS:
             cuts.append(kind)
             position = 0 if kind == "reset" else position
@@ -354,7 +365,7 @@ def streams(draw: st.DrawFn, op: str, small: bool) -> Case:
         lengths = {"one token": 1, "to the end of a chunk": chunk_size - position % chunk_size, "a chunk": chunk_size}
         cuts.append(lengths[kind] if kind in lengths else draw(st.integers(0, most)))
         position += cuts[-1]
-    return draw(memory_case(op, small, num_keys, options, cuts or [1]))
+    return draw(memory_case(op, small, num_keys, options, longest(cuts), cuts))
 
 
 def longest(cuts: Sequence[int | str]) -> int:

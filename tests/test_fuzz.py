@@ -72,8 +72,8 @@ def test_the_summary_counts_what_ran(seen, tmp_path, capsys):
     by_op = collections.Counter(case.op for case in seen)
     for op, count in by_op.items():
         assert rows[op][0] == str(count)
-    # cases, seconds, cases/s, in part, overflow, near ties, unstable, failures
-    assert rows["all"][0:1] + rows["all"][3:] == ["120", "40", "40", "40", "0", "0"]
+    # cases, seconds, cases/s, in part, overflow, near ties, unstable, nothing left, failures
+    assert rows["all"][0:1] + rows["all"][3:] == ["120", "40", "40", "40", "0", "0", "0"]
     covered = " ".join(printed.split())
     for text, count in {
         "bfloat16": sum("bfloat16" in case.dtypes.values() for case in seen),
