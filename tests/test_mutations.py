@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from tests import mutations
-from tests.mutations import FAULTS, ROOT, TABLE, Fault, Result
+from tests.faults import FAULTS, Fault
+
+mutations = pytest.importorskip("tests.mutations", reason="needs tqdm")
+ROOT, TABLE, Result = mutations.ROOT, mutations.TABLE, mutations.Result
 
 FAULT = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 
