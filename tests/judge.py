@@ -360,6 +360,14 @@ def check_lookup(run: Run, tensors: Tensors) -> Reasons:
     return reasons
 
 
+def step_floor(run: Run, weight: str, queries: Tensor) -> float:
+    """How large the terms are whose sum moves a sub-key: under "dot" multiples of queries, which cancel where all scores
+    are nearly equal."""
+    finite = queries[queries.isfinite()].double()
+    largest = float(finite.square().mean().sqrt()) if run.case.options["score"] == "dot" and finite.numel() else 0.0
+    return abs(run.case.options["lr"] * run.case.options[weight]) * largest
+
+
 def check_key_step(run: Run, tensors: Tensors) -> Reasons:
     """Without the rows of which rounding may pick other sub-keys than the exact scores."""
     options = run.case.options
@@ -383,7 +391,8 @@ def check_key_step(run: Run, tensors: Tensors) -> Reasons:
     if rows and not len(tensors["queries"]):
         reasons.add("nothing left")
     actual = run.evaluate(run.package, tensors)
-    return reasons | run.judge(actual, tensors, length=most_terms(tensors, run.case.options["top_k"]))
+    floors = {"new keys": step_floor(run, "weight", tensors["queries"])}
+    return reasons | run.judge(actual, tensors, length=most_terms(tensors, top_k), floors=floors)
 
 
 def check_memory(run: Run, tensors: Tensors) -> Reasons:
@@ -393,7 +402,11 @@ def check_memory(run: Run, tensors: Tensors) -> Reasons:
         reasons |= set() if stop else {"nothing left"}
         run.incoming = None
         return reasons | check_memory(run, {**tensors, **tokens(tensors, 0, stop)})
-    return reasons | run.judge(actual, tensors)
+    return reasons | run.judge(actual, tensors, floors=memory_floors(run, tensors))
+
+
+def memory_floors(run: Run, tensors: Tensors) -> dict[str, float]:
+    return {"keys": step_floor(run, "addressing_weight", tensors["queries"])}
 
 
 def tokens(tensors: Tensors, begin: int, end: int) -> Tensors:
@@ -482,7 +495,7 @@ def check_stream(run: Run, tensors: Tensors) -> Reasons:
     actual = {"output": torch.cat(outputs, 1), "keys": state.keys, "values": state.values}
     whole = {**tensors, **tokens(tensors, 0, state.position)}
     run.reference = _first_three(run.reference)
-    return reasons | run.judge(actual, whole)
+    return reasons | run.judge(actual, whole, floors=memory_floors(run, whole))
 
 
 def _first_three(function: Callable[..., Any]) -> Callable[..., Any]:
