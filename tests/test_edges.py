@@ -155,6 +155,21 @@ def test_steps_with_nan_are_the_whole_with_nan():
         assert_same(actual, whole._asdict())
 
 
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05, "weight_decay": 0.1}], ids=["plain", "clip, decay"])
+@pytest.mark.parametrize("case", ["infinity in a sub-key", "-infinity in a sub-key"])
+def test_infinite_sub_keys_under_all_key_gradients(case, options):
+    """They stay what they are, and nothing else hears of them: as in the definition, also backward and in steps."""
+    inputs = {name: x.clone() for name, x in make_inputs(2, 9, num_keys=6, mask="real").items()}
+    NOT_FINITE[case](inputs)
+    options = {"chunk_size": 3, "top_k": 2, "key_gradient": "all", **options}
+    expected = named(*run(reference.fast_weight_memory, inputs, **options))
+    assert all(x.isfinite().all() for name, x in expected.items() if name not in ("keys", "gradient of keys"))
+    assert_same(named(*run(fast_weight_memory, inputs, **options)), expected)
+    state = make_state(inputs)
+    output = stream(state, inputs, [2, 5, 2], **options)
+    assert_same({"output": output, "keys": state.keys, "values": state.values}, expected)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("score", "top_k"), [("idw", 2), ("idw", 6), ("dot", 2)])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
