@@ -463,8 +463,9 @@ def chunk_value_update_(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
-            requires grad, overlaps itself in memory, is a negated view, or is an inference tensor outside of inference
-            mode. Nothing has been written by then.
+            requires grad, does not lie in memory row after row or column after column (so that it could overlap
+            itself), is a negated view, or is an inference tensor outside of inference mode. Nothing has been written by
+            then.
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))
