@@ -94,6 +94,22 @@ def test_counts_over_other_slots(clip, place):
     check(inputs, place, count_slots=counted, clip=clip)
 
 
+def test_the_range_of_slots_under_compile():
+    """On a CPU that of the slots is checked; slots counted that are out of it count for none."""
+    inputs = testing.make_update_inputs(5, 2, 9, 3, slot_pattern="one_slot")._asdict()
+    inputs["slots"] = inputs["slots"].int()
+    run = torch.compile(functools.partial(chunk_value_update, lr=0.5), backend="aot_eager", fullgraph=True)
+    near = inputs["slots"].flatten().long()
+    expected = chunk_value_update(**inputs, lr=0.5, count_slots=near)
+    outside = torch.cat((near, near + 2**32, near - 2**32))
+    testing.assert_bitwise_equal(run(**inputs, count_slots=outside), expected)
+    gather = torch.compile(lambda values, slots, weights, **_: sparse_value_gather(values, slots, weights), backend="eager")
+    for function in (run, gather):
+        wide = inputs["slots"] + torch.tensor([2**32, 0])
+        with pytest.raises(ValueError, match=r"`slots` must lie in \[0, 9\), got values from"):
+            function(**inputs | {"slots": wide})
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"clip": 0.2, "weight_decay": 0.05}], ids=["plain", "clip-decay"])
 def test_dtypes(options, dtypes, place):
