@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ChunkValueUpdate, chunk_value_update, chunk_value_update_, sparse_value_gather, testing
+from fwpkm_kernels.kernels import _common
 from tests.conftest import HAS_GPU, Place
 
 # M, J, N, D
@@ -202,6 +203,14 @@ def test_a_half_precision_table_is_rounded_once(place):
     testing.assert_bitwise_equal(new_values[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "addressed rows")
     chunk_value_update_(table, *arguments, **options)
     testing.assert_bitwise_equal(table[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "in place, addressed rows")
+
+
+def test_too_many_programs_are_refused_before_anything_is_written(monkeypatch, triton_place):
+    """The second launch of a write, that of hot segments, is the larger one for wide rows."""
+    inputs = testing.make_update_inputs(64, 1, 12, 4225, device=triton_place.device)
+    monkeypatch.setattr(_common, "MOST_PROGRAMS", 64)
+    with testing.assert_unchanged(inputs), pytest.raises(ValueError, match="too many for one launch of hot_segment"):
+        chunk_value_update_(**inputs._asdict(), backend="triton")
 
 
 def test_every_row_masked(place):
