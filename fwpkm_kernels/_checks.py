@@ -134,14 +134,17 @@ def check_writable(name: str, x: Tensor, function: str) -> None:
 
 
 def _check_no_overlap(name: str, x: Tensor) -> None:
-    """Rows of `x` [rows, columns] lie one after the other, or columns do: no two programs write one address."""
+    """Rows of `x` [rows, columns] lie one after the other, or columns do: no two programs write one address.
+
+    A simple rule, which refuses some strides too that interleave rows and columns without an overlap.
+    """
     (rows, columns), (row, column) = x.shape, x.stride()
     rows_apart = (columns <= 1 or column > 0) and (rows <= 1 or row > (columns - 1) * column)
     columns_apart = (rows <= 1 or row > 0) and (columns <= 1 or column > (rows - 1) * row)
     if not (rows_apart or columns_apart):
         raise ValueError(
-            f"`{name}` must not overlap itself in memory to be written in place, got strides {list(x.stride())} "
-            f"for shape {shape(x)}"
+            f"`{name}` must lie in memory row after row or column after column to be written in place, "
+            f"got strides {list(x.stride())} for shape {shape(x)}"
         )
 
 

@@ -100,7 +100,7 @@ def step_keys(
     where that is given: a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
     options: dict[str, Any] = {"eps": eps, "lr": lr, "weight": weight, "weight_decay": weight_decay, "clip": clip}
-    stepped = weight != 0.0 and half_scores.numel() > 0
+    stepped = weight != 0.0 and queries.numel() > 0  # sub-keys of no width do not move
     if stepped and not checks.use_triton(backend, queries):
         return _step_keys_torch(keys, queries, half_scores, sub_keys, score=score, out=out, **options)
     in_place = out is keys
@@ -249,7 +249,7 @@ def address_grad(
     """
     grad_new_keys = grad_new_keys.contiguous()
     grad_queries = torch.empty(queries.shape, dtype=grad_new_keys.dtype, device=queries.device) if out is None else out
-    if sub_keys.numel() == 0:
+    if queries.numel() == 0:
         return grad_queries.zero_(), grad_new_keys * (1.0 - lr * weight_decay)
     options: dict[str, Any] = {
         "eps": eps,

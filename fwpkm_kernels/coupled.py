@@ -95,7 +95,8 @@ def coupled_step(
         gradient = gradient + _keys_gradient(grad_halves, pair_queries, current, pair_sub_keys, o)
     if o.clip is not None:
         gradient = gradient.clamp(-o.clip, o.clip)
-    return (current - o.lr * (gradient + o.weight_decay * current)).to(keys.dtype)
+    # The decay apart from the step: without decay 0·∞ would make NaN of an infinite sub-key.
+    return ((1.0 - o.lr * o.weight_decay) * current - o.lr * gradient).to(keys.dtype)
 
 
 @checks.without_autocast

@@ -211,8 +211,8 @@ def sparse_value_gather(
 
     Args:
         values: the table, [N, D], any strides; float32, float64, float16 or bfloat16.
-        slots: [..., J], int64 or int32, in [0, N). The range is checked on CPU tensors; on a GPU, where a check would
-            synchronise, by the kernel under TRITON_DEBUG=1 only.
+        slots: [..., J], int64 or int32, in [0, N). The range is checked on CPU tensors, also under torch.compile; on a
+            GPU, where a check would synchronise, by the kernel under TRITON_DEBUG=1 only, set before the import.
         weights: [..., J], any float dtype (float64 exactly if the table is).
         sparse_grad: give the table's gradient as an uncoalesced sparse COO tensor with one entry per access, as
             torch.nn.Embedding(sparse=True) does: no dense [N, D] gradient. Not with torch.compile, which has no sparse

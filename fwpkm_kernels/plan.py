@@ -5,6 +5,7 @@ order: one segment, with one owner that adds them up in that order. So sums over
 atomics, and nothing here has the size of the table or a shape that depends on the data.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 NARROW_ROWS = 2**31
 #: So many accesses are numbered in 32 bits, where the sum of two numbers fits too; more in 64.
 NARROW_ACCESSES = 2**30
+#: Whether Triton compiles the kernels' asserts, which then see slots as they came: 2³² in 32 bits would be slot 0.
+ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes", "y")
 #: torch.sort takes no more on a GPU.
 MOST_SORTED = 2**31 - 1
 #: Rows of tokens (and heads), which kernels number in 32 bits: two programs for each are a launch.
@@ -45,11 +48,12 @@ class PickPlan(NamedTuple):
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
 
-    Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes.
+    Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes; not
+    under TRITON_DEBUG, where kernels assert that they do.
     """
     check_sort("slots", slots)
     keys = slots.reshape(-1)
-    if keys.is_cuda:
+    if keys.is_cuda and not ASSERTS:
         keys = keys.to(row_dtype(num_slots))
     rows, order = torch.sort(keys, stable=True)
     is_narrow = position_dtype(keys.numel()) == torch.int32
@@ -92,9 +96,15 @@ def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:
 
 
 def count_among(plan: Plan, count_slots: Tensor) -> Tensor:
-    """n_s of each access, counted over other slots: how often its slot occurs in `count_slots`, at least 1."""
+    """n_s of each access, counted over other slots: how often its slot occurs in `count_slots`, at least 1.
+
+    What no access names counts for none, as any number outside of the table.
+    """
     check_sort("count_slots", count_slots)
-    counted = torch.sort(count_slots.reshape(-1).to(plan.rows.dtype)).values
+    # In the wider dtype of the two: a slot of 64 bits cut to 32 could be another slot.
+    dtype = torch.promote_types(plan.rows.dtype, count_slots.dtype)
+    plan = plan._replace(rows=plan.rows.to(dtype))
+    counted = torch.sort(count_slots.reshape(-1).to(dtype)).values
     is_narrow = position_dtype(counted.numel()) == torch.int32
     first = torch.searchsorted(counted, plan.rows, out_int32=is_narrow)
     last = torch.searchsorted(counted, plan.rows, right=True, out_int32=is_narrow)

@@ -408,8 +408,8 @@ def chunk_value_update(
 
     Args:
         values: the table, [N, D], any strides; float32, float64, float16 or bfloat16. Never changed.
-        slots: [M, J], int64 or int32, in [0, N). The range is checked on CPU tensors; on a GPU, where a check would
-            synchronise, by the kernel under TRITON_DEBUG=1 only.
+        slots: [M, J], int64 or int32, in [0, N). The range is checked on CPU tensors, also under torch.compile; on a
+            GPU, where a check would synchronise, by the kernel under TRITON_DEBUG=1 only, set before the import.
         weights: [M, J], the read weights w.
         targets: y, [M, D].
         predictions: p, [M, D], what was read with these slots and weights.
@@ -417,7 +417,8 @@ def chunk_value_update(
         mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
-            m > 0. The range is checked on CPU tensors; on a GPU what is outside counts for no slot.
+            m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere what is outside counts for
+            no slot.
         lr: the step size, a finite number in the dtype of the sums, as all numbers here.
         scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
@@ -463,8 +464,9 @@ def chunk_value_update_(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
-            requires grad, overlaps itself in memory, is a negated view, or is an inference tensor outside of inference
-            mode. Nothing has been written by then.
+            requires grad, does not lie in memory row after row or column after column (so that it could overlap
+            itself), is a negated view, or is an inference tensor outside of inference mode. Nothing has been written by
+            then.
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))

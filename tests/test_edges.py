@@ -155,6 +155,21 @@ def test_steps_with_nan_are_the_whole_with_nan():
         assert_same(actual, whole._asdict())
 
 
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05, "weight_decay": 0.1}], ids=["plain", "clip, decay"])
+@pytest.mark.parametrize("case", ["infinity in a sub-key", "-infinity in a sub-key"])
+def test_infinite_sub_keys_under_all_key_gradients(case, options):
+    """They stay what they are, and nothing else hears of them: as in the definition, also backward and in steps."""
+    inputs = {name: x.clone() for name, x in make_inputs(2, 9, num_keys=6, mask="real").items()}
+    NOT_FINITE[case](inputs)
+    options = {"chunk_size": 3, "top_k": 2, "key_gradient": "all", **options}
+    expected = named(*run(reference.fast_weight_memory, inputs, **options))
+    assert all(x.isfinite().all() for name, x in expected.items() if name not in ("keys", "gradient of keys"))
+    assert_same(named(*run(fast_weight_memory, inputs, **options)), expected)
+    state = make_state(inputs)
+    output = stream(state, inputs, [2, 5, 2], **options)
+    assert_same({"output": output, "keys": state.keys, "values": state.values}, expected)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("score", "top_k"), [("idw", 2), ("idw", 6), ("dot", 2)])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -222,15 +237,64 @@ def test_the_least_eps(place):
     assert new_keys.isfinite().all()
 
 
+@pytest.mark.parametrize("key_gradient", ["addressing", "all"])
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
-def test_no_heads(boundary):
+def test_no_heads(boundary, key_gradient, place):
     """J = 0: tokens read zeros and write nothing; chunks decay."""
-    inputs = make_inputs(2, 7, heads=0)
-    options = {"chunk_size": 3, "top_k": 2, "weight_decay": 0.25, "boundary": boundary}
-    actual = named(*run(fast_weight_memory, inputs, **options))
+    inputs = make_inputs(2, 7, heads=0, device=place.device)
+    options = {"chunk_size": 3, "top_k": 2, "weight_decay": 0.25, "key_gradient": key_gradient}
+    options |= {"clip": 1.0, "backend": place.backend}
+    actual = named(*run(fast_weight_memory, inputs, **options, boundary=boundary))
     assert not actual["output"].any()
     assert actual["slots"].shape == (2, 7, 0)
     torch.testing.assert_close(actual["values"], inputs["values"] * 0.75 ** (2 if boundary == "carry" else 3))
+    assert all(not actual[f"gradient of {name}"].any() for name in ("queries", "targets", "gates"))
+    if boundary == "carry":
+        check_steps(inputs, actual, options)
+
+
+@pytest.mark.parametrize(
+    ("place", "heads", "key_width", "width", "key_gradient"),
+    [
+        pytest.param(place, *sizes, key_gradient, id=f"{place.backend}-{sizes}-{key_gradient}", marks=marks)
+        for place in PLACES
+        for sizes in ((1, 0, 3), (1, 4, 0), (0, 0, 0))
+        for key_gradient in ("addressing", "all")
+        for marks in [SLOW_IN_INTERPRETER if place.backend == "triton" and key_gradient == "all" else []]
+    ],
+)
+def test_no_widths(place, heads, key_width, width, key_gradient):
+    """Sub-keys of no width are all as near, so the lowest win, with equal weights."""
+    inputs = make_inputs(1, 5, heads, 4, key_width, width, mask="real", device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "lookahead": 1, "weight_decay": 0.25, "key_gradient": key_gradient}
+    actual = named(*run(fast_weight_memory, inputs, **options, backend=place.backend))
+    on_cpu = {name: x.cpu() for name, x in inputs.items()}
+    assert_same(actual, named(*run(fast_weight_memory, on_cpu, **options, backend="torch")))
+    if key_width == 0:
+        assert (actual["slots"] == torch.tensor([0, 1] * heads, device=place.device)).all()
+        torch.testing.assert_close(actual["weights"], torch.full_like(actual["weights"], 0.5 / max(1, heads)))
+    check_steps(inputs, actual, options | {"backend": place.backend})
+
+
+def check_steps(inputs: dict[str, Tensor], expected: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """A sequence in steps, the last of which is more than a chunk, is the whole."""
+    state = make_state(inputs)
+    output = stream(state, inputs, [1, 1, inputs["queries"].shape[1] - 2], **options)
+    assert_same({"output": output, "keys": state.keys, "values": state.values}, expected)
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize(("heads", "key_width"), [(0, 4), (2, 0)], ids=["no heads", "no width"])
+def test_key_steps_of_no_heads_or_widths(heads, key_width, score, place):
+    """Nothing moves, forward or backward; sub-keys of no width all score alike."""
+    queries, keys = testing.make_lookup_inputs(3, heads, 6, key_width, device=place.device)
+    queries.requires_grad_(), keys.requires_grad_()
+    new_keys = product_key_update(keys, queries, top_k=2, score=score, clip=1.0, backend=place.backend)
+    scores, slots = product_key_lookup(queries, keys, 2, score=score, backend=place.backend)
+    (new_keys.sum() + scores.sum()).backward()
+    assert new_keys.shape == keys.grad.shape == keys.shape
+    assert queries.grad.shape == queries.shape
+    assert slots.tolist() == [[[0, 1]] * heads] * 3
 
 
 @pytest.mark.parametrize("name", ["targets", "predictions", "weights"])

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fwpkm_kernels import plan as plans
 from fwpkm_kernels import testing
 from fwpkm_kernels.kernels import plan as kernels
 from fwpkm_kernels.plan import check_rows, count_accesses, count_among, plan_picks, plan_segments, segment_totals
@@ -134,6 +136,29 @@ def test_counting_at_real_sizes(shape):
 def test_range_is_checked_on_cpu(slots):
     with pytest.raises(ValueError, match=r"`slots` must lie in \[0, 9\)"):
         check_rows(plan_segments(torch.tensor(slots), 9), 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_slots_counted_that_are_out_of_range_are_no_other_slots(dtype):
+    """Though their low 32 bits are those of a slot."""
+    plan = plan_segments(torch.tensor([1, 0, 3], dtype=dtype), 4)
+    count_slots = torch.tensor([2**32 + 1, 2**33, -(2**32), 2**32 - 1, 2**31, -(2**31) - 1, 0, 0, -1, 4])
+    assert count_among(plan, count_slots).tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("asserts", [False, True])
+def test_rows_are_narrow_on_a_gpu_unless_kernels_assert_their_range(asserts, monkeypatch):
+    """2³² would be row 0 in 32 bits, and pass."""
+    monkeypatch.setattr(plans, "ASSERTS", asserts)
+    with FakeTensorMode():
+        slots = torch.empty(3, 2, dtype=torch.int64, device="cuda")
+        assert plan_segments(slots, 12).rows.dtype == (torch.int64 if asserts else torch.int32)
+
+
+@pytest.mark.gpu
+def test_a_plan_on_a_gpu_under_debug_holds_slots_as_they_came(monkeypatch):
+    monkeypatch.setattr(plans, "ASSERTS", True)
+    assert plan_segments(torch.tensor([3, 2**32, -(2**32)], device="cuda"), 12).rows.tolist() == [-(2**32), 3, 2**32]
 
 
 @pytest.mark.gpu

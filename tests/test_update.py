@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ChunkValueUpdate, chunk_value_update, chunk_value_update_, sparse_value_gather, testing
+from fwpkm_kernels.kernels import _common
 from tests.conftest import HAS_GPU, Place
 
 # M, J, N, D
@@ -92,6 +93,22 @@ def test_counts_over_other_slots(clip, place):
     inputs = testing.make_update_inputs(20, 4, 15, 6, mask="bool", device=place.device)
     counted = testing.make_slots((3, 5, 7), 15, "zipf", seed=3).to(place.device)  # not every slot is among them
     check(inputs, place, count_slots=counted, clip=clip)
+
+
+def test_the_range_of_slots_under_compile():
+    """On a CPU that of the slots is checked; slots counted that are out of it count for none."""
+    inputs = testing.make_update_inputs(5, 2, 9, 3, slot_pattern="one_slot")._asdict()
+    inputs["slots"] = inputs["slots"].int()
+    run = torch.compile(functools.partial(chunk_value_update, lr=0.5), backend="aot_eager", fullgraph=True)
+    near = inputs["slots"].flatten().long()
+    expected = chunk_value_update(**inputs, lr=0.5, count_slots=near)
+    outside = torch.cat((near, near + 2**32, near - 2**32))
+    testing.assert_bitwise_equal(run(**inputs, count_slots=outside), expected)
+    gather = torch.compile(lambda values, slots, weights, **_: sparse_value_gather(values, slots, weights), backend="eager")
+    for function in (run, gather):
+        wide = inputs["slots"] + torch.tensor([2**32, 0])
+        with pytest.raises(ValueError, match=r"`slots` must lie in \[0, 9\), got values from"):
+            function(**inputs | {"slots": wide})
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -186,6 +203,14 @@ def test_a_half_precision_table_is_rounded_once(place):
     testing.assert_bitwise_equal(new_values[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "addressed rows")
     chunk_value_update_(table, *arguments, **options)
     testing.assert_bitwise_equal(table[slots[:, 0]].cpu(), expected[slots[:, 0].cpu()], "in place, addressed rows")
+
+
+def test_too_many_programs_are_refused_before_anything_is_written(monkeypatch, triton_place):
+    """The second launch of a write, that of hot segments, is the larger one for wide rows."""
+    inputs = testing.make_update_inputs(64, 1, 12, 4225, device=triton_place.device)
+    monkeypatch.setattr(_common, "MOST_PROGRAMS", 64)
+    with testing.assert_unchanged(inputs), pytest.raises(ValueError, match="too many for one launch of hot_segment"):
+        chunk_value_update_(**inputs._asdict(), backend="triton")
 
 
 def test_every_row_masked(place):

@@ -75,13 +75,21 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
     return max(1, min(8, block_d * dtype.itemsize // (16 * lanes)))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
-    """Run `kernel` on the device of tensor `on`, which need not be the current one."""
-    # Triton multiplies the axes in 32 bits, and launches nothing, silently, if that gives no positive number.
-    if math.prod(grid) >= 2**31 or (len(grid) > 1 and max(grid[1:]) > 65535):
+#: Programs of a launch: Triton multiplies the axes in 32 bits, and launches nothing, silently, if that overflows.
+MOST_PROGRAMS = 2**31 - 1
+
+
+def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
+    """No more programs than one launch takes; to be asked early where an earlier launch would have written by then."""
+    if math.prod(grid) > MOST_PROGRAMS or (len(grid) > 1 and max(grid[1:]) > 65535):
         raise ValueError(
             f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
         )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
+    """Run `kernel` on the device of tensor `on`, which need not be the current one."""
+    check_grid(kernel, grid)
     # Entering a device that is current already would cost several microseconds of every launch.
     elsewhere = on.is_cuda and on.get_device() != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else contextlib.nullcontext():

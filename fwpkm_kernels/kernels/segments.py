@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import compute_dtype
-from ._common import cdiv, launch, next_power_of_2, row_warps
+from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
 
 PIECE = 32
 
@@ -262,6 +262,8 @@ def segment_rows(
     block_d = next_power_of_2(width)
     # Narrow column blocks: hot segments are few, and their partial sums should come through many programs.
     hot_block_d = min(block_d, 128)
+    hot_grid = (cdiv(accesses, PIECE), cdiv(width, hot_block_d))
+    check_grid(hot_segment_kernel, hot_grid)
     launch(
         segment_kernel,
         (cdiv(accesses, config.window),),
@@ -304,7 +306,7 @@ def segment_rows(
         table = table if base is None else base
         launch(
             hot_segment_kernel,
-            (cdiv(accesses, PIECE), cdiv(width, hot_block_d)),
+            hot_grid,
             table,
             out,
             out if log is None else log,

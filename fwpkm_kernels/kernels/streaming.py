@@ -374,7 +374,7 @@ def read_to_queue(
     picks, width = found[1].shape[1], values.shape[1]
     if length * batch == 0:
         return
-    block_d, block_w = next_power_of_2(max(1, width)), next_power_of_2(max(1, heads * head))
+    block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
     factors, strides, flags = _factors(gates, mask, queue[1])
     is_known = isinstance(place, int)
     launch(
@@ -401,8 +401,8 @@ def read_to_queue(
         D=width,
         WIDTH=heads * head,
         HEAD=max(1, head),
-        BLOCK_J=max(1, min(next_power_of_2(picks), 8, 8192 // block_d)),
-        BLOCK_P=next_power_of_2(picks),
+        BLOCK_J=max(1, min(block_p, 8, 8192 // block_d)),
+        BLOCK_P=block_p,
         BLOCK_D=block_d,
         BLOCK_W=block_w,
         **flags,
