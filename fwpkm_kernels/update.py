@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_transforms
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
@@ -186,10 +187,8 @@ def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count
     return count_accesses(plan, counted)
 
 
-class _ChunkValueUpdateBackward(FirstOrderFunction):
+class _ChunkValueUpdateBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -241,11 +240,9 @@ class _ChunkValueUpdateBackward(FirstOrderFunction):
         raise RuntimeError("chunk_value_update cannot be differentiated twice")
 
 
-class ChunkValueUpdate(FirstOrderFunction):
+class ChunkValueUpdate(Function):
     """`chunk_value_update` as an autograd Function: apply(values, slots, weights, targets, predictions, gates, mask,
     count_slots, lr, scale, weight_decay, clip, backend)."""
-
-    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -285,6 +282,7 @@ class ChunkValueUpdate(FirstOrderFunction):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         """The closed form: gathers of the incoming gradient at the rows that were written."""
         slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan = ctx.saved_tensors
+        refuse_transforms("chunk_value_update", (grad_out, weights, targets, predictions, gates, mask, tensor_scale))
         lr, scale, weight_decay, clip, backend = ctx.options
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
@@ -434,6 +432,7 @@ def chunk_value_update(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
     out: Tensor = ChunkValueUpdate.apply(
         values, slots, weights, targets, predictions, gates, mask, count_slots, lr, scale, weight_decay, clip, backend
     )

@@ -15,7 +15,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fwpkm_kernels import (
+    ChunkValueUpdate,
+    FastWeightMemory,
     MemoryState,
+    ProductKeyLookup,
+    ProductKeyUpdate,
+    SparseValueGather,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
@@ -204,6 +209,53 @@ def test_compiled_training(backend, dynamic):
     counter = CompileCounterWithBackend(backend)
     compiled = functools.partial(torch.compile, fullgraph=True, backend=counter, dynamic=dynamic)
     assert_same_training(compiled, counter, mark=dynamic is None)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_with_coupled_keys(backend):
+    """What Dynamo cannot trace, the backward of key_gradient="all", runs as it is; all else is compiled around it."""
+    results = []
+    for compiled in (True, False):
+        model, x = Model(), make_x(5).requires_grad_()
+        model.options |= {"key_gradient": "all"}
+        torch._dynamo.reset()
+        outputs = (torch.compile(model, backend=backend) if compiled else model)(x)
+        squares(outputs).backward()
+        results.append([*outputs, x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(x.any() for x in results[1])
+    torch.testing.assert_close(*results)
+
+
+def bad_calls() -> dict[str, tuple[str, Callable[[Tensor], Any], Tensor]]:
+    """Of every public function: an argument that it refuses, a call with that one, and the tensor to call it with."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 6, 8)
+    update = testing.make_update_inputs(3, 4, 36, 7)
+    tensors = update._asdict()
+    del tensors["weights"]
+    targets, state = torch.randn(1, 3, 7), MemoryState(keys, update.values)
+    memory, options = (targets, keys, update.values), {"chunk_size": 2, "top_k": 2}
+    other = torch.zeros(3, 5, dtype=torch.int64)
+    return {
+        "product_key_lookup": ("top_k", lambda x: product_key_lookup(x, keys, 99), queries),
+        "sparse_value_gather": ("weights", lambda x: sparse_value_gather(update.values, other, x), update.weights),
+        "chunk_value_update": ("clip", lambda x: chunk_value_update(**tensors, weights=x, clip=-1.0), update.weights),
+        "chunk_value_update_": ("clip", lambda x: chunk_value_update_(**tensors, weights=x, clip=-1.0), update.weights),
+        "product_key_update": ("eps", lambda x: product_key_update(keys, x, top_k=2, eps=0.0), queries),
+        "fast_weight_memory": ("step", lambda x: fast_weight_memory(x, *memory, **options, step="?"), queries[None]),
+        "fast_weight_memory_step": (
+            "lookahead",
+            lambda x: fast_weight_memory_step(state, x, targets, **options, lookahead=-1),
+            queries[None],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_compiled_functions_name_a_bad_argument(name):
+    argument, call, x = bad_calls()[name]
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=f"^`{argument}` must "):
+        torch.compile(lambda x: call(x * 2.0), backend="eager")(x.requires_grad_())
 
 
 @pytest.mark.slow
@@ -506,6 +558,35 @@ def test_transforms_are_refused_in_a_compiled_function(name, transform):
     compiled = torch.compile(lambda x: TRANSFORMS[transform](function, x), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=f"{name} does not run under transforms"):
         compiled(x)
+
+
+def applications() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Every Function, applied by hand, as a function of one of its tensors, and that tensor."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 6, 8)
+    update, targets = testing.make_update_inputs(3, 4, 36, 7), torch.randn(1, 3, 7)
+    values, slots, weights, *errors = update[:5]
+    return {
+        "ProductKeyLookup": (lambda x: ProductKeyLookup.apply(x, keys, 2)[0], queries),
+        "SparseValueGather": (lambda x: SparseValueGather.apply(values, slots, x), weights),
+        "ChunkValueUpdate": (lambda x: ChunkValueUpdate.apply(values, slots, x, *errors), weights),
+        "ProductKeyUpdate": (lambda x: ProductKeyUpdate.apply(keys, x, 2), queries),
+        "FastWeightMemory": (lambda x: FastWeightMemory.apply(x, targets, keys, values, 2, 2)[0], queries[None]),
+    }
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "forward mode"])
+@pytest.mark.parametrize("name", applications())
+def test_transforms_of_functions_applied_by_hand_are_refused(name, transform, compiled):
+    """By PyTorch, or by what the Function runs; nothing comes out."""
+    function, x = applications()[name]
+
+    def run(x: Tensor) -> Any:
+        return TRANSFORMS[transform](function, x)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"functorch transforms|the jvp function|transforms of torch.func|forward-mode"):
+        (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(x)
 
 
 def test_triton_on_cpu_tensors_without_the_interpreter_is_an_error():
