@@ -48,6 +48,6 @@ def refuse_recomputation(name: str) -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{name} was called in a backward pass, as if by an activation checkpoint that computes its function again:"
-            " the state would be written twice. Call it outside of the checkpoint, or save its output by a policy"
+            " the memory would be written twice. Call it outside of the checkpoint, or let a policy save it"
             " (torch.utils.checkpoint.create_selective_checkpoint_contexts)"
         )

@@ -140,7 +140,12 @@ def _forward_op(
 ) -> list[Tensor]:
     o = Options(*options)
     if o.key_gradient == "all":
-        return list(coupled_memory(queries, targets, keys, values, gates, mask, o))
+        q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
+        g, m = (None if x is None else x.detach() for x in (gates, mask))
+        # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
+        # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
+        with torch.set_grad_enabled(torch._C._current_graph_task_id() != -1):
+            return list(coupled_memory(q, y, k, v, g, m, o))
     return _forward(queries, targets, keys, values, gates, mask, keep, o)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import refuse_transforms
+from ._autograd import refuse_recomputation, refuse_transforms
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
@@ -95,6 +95,7 @@ def _update_inplace_op(
     clip: float | None,
     backend: str,
 ) -> None:
+    refuse_recomputation("chunk_value_update_")
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -463,7 +464,12 @@ def chunk_value_update_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
             requires grad, overlaps itself in memory, is a negated view, or is an inference tensor outside of inference
-            mode. Nothing has been written by then.
+            mode. In a compiled function the last two are errors of PyTorch's own, which do not name the table.
+        RuntimeError: in a backward pass, where an activation checkpoint would write again: write outside of it, or let
+            a policy save the operator (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform
+            of torch.func.
+
+    Nothing has been written by then.
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))

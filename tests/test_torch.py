@@ -364,6 +364,49 @@ def test_a_policy_that_saves_the_output_of_a_step():
         testing.assert_bitwise_equal(saved, states[1].state_dict()[name], name)
 
 
+def make_writer() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """A layer that writes a table in place, its input, and that table. What it does after that saves a tensor."""
+    inputs = testing.make_update_inputs()
+
+    def layer(x: Tensor) -> Tensor:
+        x = x.sin()
+        chunk_value_update_(*inputs[:4], x.detach(), lr=0.5)
+        return x.exp()
+
+    return layer, inputs.predictions.requires_grad_(), inputs.values
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_checkpoint_does_not_write_in_place_twice(compiled, use_reentrant):
+    layer, x, expected = make_writer()
+    layer(x)
+    layer, x, table = make_writer()
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    output = checkpoint(run, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="chunk_value_update_ was called in a backward pass.*checkpoint"):
+        output.sum().backward()
+    testing.assert_bitwise_equal(table, expected)
+
+
+def test_a_policy_that_saves_a_write_in_place():
+    """The way to have one inside of a checkpoint: backward does not do it again."""
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_write = op is torch.ops.fwpkm_kernels.chunk_value_update_.default
+        return CheckpointPolicy.MUST_SAVE if is_write else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    results = []
+    for run in (lambda layer, x: layer(x), functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)):
+        layer, x, table = make_writer()
+        run(layer, x).sum().backward()
+        results.append((x.grad, table))
+    for one, other in zip(*results, strict=True):
+        testing.assert_bitwise_equal(one, other)
+
+
 def test_gradients_add_up():
     """Over several backward passes: of two batches, and of two losses of one graph."""
     model = Model()
