@@ -324,14 +324,19 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     return targets.new_empty(targets.shape)
 
 
+def _refuse_replays(values: Tensor) -> None:
+    """Raise where a step would not run once and now: in a CUDA graph's capture, in a backward pass."""
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
+    refuse_recomputation("fast_weight_memory_step")
+
+
 @checks.without_autocast
 def _step(
     keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, queue: Queue, tokens: Tokens, o: Options
 ) -> Tensor:
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
-    refuse_recomputation("fast_weight_memory_step")
+    _refuse_replays(values)
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
     begin, now, lanes = 0, int(position), Lanes()
@@ -420,6 +425,8 @@ def fast_weight_memory_step(
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
+    if not torch.compiler.is_compiling():  # else the operator alone can ask, whose error keeps the binding off too
+        _refuse_replays(state.values)
     with torch.no_grad():
         queue = state._bind(queries, targets, o)
         memory = (state.keys, state.values, state._position, state._touched)
