@@ -542,6 +542,12 @@ def fast_weight_memory(
     the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
     private copy of the table is written in place. Inputs are never changed.
 
+    torch.compile. Numbers such as `lr` are constants of what is compiled: every new value compiles again, and after
+    torch._dynamo.config.recompile_limit of them (8) fullgraph=True raises, while without it the call runs eagerly. A
+    schedule that compiles once is a tensor: gates times f write to the values what lr times f would, without clip and
+    weight_decay. They belong to tokens, not to chunks, and the key step keeps its `lr`. For other schedules call
+    eagerly, let `lr` take few values, or raise that limit.
+
     Args:
         queries: [B, T, H, Dk]. Half precision is cast to float32 on load, here and below.
         targets: [B, T, D].

@@ -417,7 +417,10 @@ def chunk_value_update(
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
             m > 0. The range is checked on CPU tensors; on a GPU what is outside counts for no slot.
-        lr: the step size, a finite number in the dtype of the sums, as all numbers here.
+        lr: the step size, a finite number in the dtype of the sums, as all numbers here. torch.compile compiles again
+            for every new number, at most torch._dynamo.config.recompile_limit times (8), after which fullgraph=True
+            raises. A schedule that compiles once is a tensor scale: it times f is lr times f, without clip and
+            weight_decay.
         scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
         clip: bound of each element of G, >= 0; None means no bound.

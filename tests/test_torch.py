@@ -292,6 +292,66 @@ def test_compiled_streaming(backend):
         torch.testing.assert_close(saved, states[1].state_dict()[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+def test_compilations_of_a_streaming_step(bound):
+    """One where tokens are marked dynamic, one more if the first call binds, one more for single tokens."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = Model().requires_grad_(False)
+    state, expected = MemoryState(model.keys, model.values), MemoryState(model.keys, model.values)
+    if bound:
+        for one in (state, expected):
+            model.stream(one, make_x(3))
+    compiled = torch.compile(Model.stream, fullgraph=True, backend=counter)
+    frames = []
+    for seed, length in enumerate((3, 5, 2, 9, 4, 1, 1, 7, 1)):
+        x, plain = make_x(length, seed), make_x(length, seed)
+        if length > 1:
+            torch._dynamo.mark_dynamic(x, 1)
+        torch.testing.assert_close(compiled(model, state, x), model.stream(expected, plain))
+        frames.append(counter.frame_count)
+    assert frames == [1, *([1] * 4 + [2] * 4 if bound else [2] * 4 + [3] * 4)]
+
+
+def scheduled(name: str) -> Callable[..., Tensor]:
+    """A call of a public function with a step size, a number or a tensor; the table that it leaves."""
+    update = testing.make_update_inputs(6, 4, 36, 7, gates=True, dtype=torch.float64)
+    tokens = {name: x.detach() for name, x in Model().tokens(make_x(4)).items()}
+    gates = tokens.pop("gates")
+    _, keys = testing.make_lookup_inputs(3, 2, 6, 8, dtype=torch.float64)
+    state = MemoryState(keys, update.values)
+    options = {"chunk_size": 4, "top_k": 2, "lookahead": 0, "addressing_weight": 0.0}
+
+    def write(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        scale = None if factor is None else (4.0 * factor).expand(6)
+        return chunk_value_update(**update._asdict(), lr=lr, scale=scale)
+
+    def memory(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        scaled = gates if factor is None else gates * factor
+        return fast_weight_memory(**tokens, keys=keys, values=update.values, gates=scaled, lr=lr, **options).values
+
+    def step(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        fast_weight_memory_step(state, **tokens, gates=gates if factor is None else gates * factor, lr=lr, **options)
+        return state.values.clone()
+
+    return {"chunk_value_update": write, "fast_weight_memory": memory, "fast_weight_memory_step": step}[name]
+
+
+@pytest.mark.parametrize("name", ["chunk_value_update", "fast_weight_memory", "fast_weight_memory_step"])
+def test_a_schedule_of_step_sizes_compiles_once_as_a_tensor(name):
+    """The way around a compilation for every new number, of which there may be few."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run, expected = scheduled(name), scheduled(name)
+    expected(), run()  # the first step of a state binds
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    factors = [1.0 / (1 + i) ** 0.5 for i in range(torch._dynamo.config.recompile_limit + 2)]
+    for factor in factors:
+        actual = compiled(factor=torch.tensor(factor, dtype=torch.float64))
+        torch.testing.assert_close(actual, expected(lr=factor), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("place", PLACES[:1] + [place for place in PLACES[1:] if place.device == "cuda"], ids=str)
 def test_a_model_in_autocast(dtype, place):
