@@ -1,11 +1,11 @@
-"""What every Function shares: where PyTorch has no rule for one, a refusal that says so before anything is computed."""
+"""Where PyTorch has no rule for an operation, a refusal that says so before anything is computed."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 
 _LOOP = "call it once for each item of a batch"
 
@@ -13,7 +13,9 @@ _LOOP = "call it once for each item of a batch"
 def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LOOP) -> None:
     """Raise under a transform of torch.func, or for a tensor with a tangent of forward-mode differentiation.
 
-    The operators have no rules for either, and those that run without autograd would drop derivatives silently.
+    The operators have no rules for either, and those that run without autograd would drop derivatives silently. Public
+    functions ask, backward passes before they apply a Function of their own, and Functions when they run, for those who
+    apply them in a compiled function; a Function applied under a transform elsewhere is PyTorch's to refuse.
 
     Args:
         name: of the public function.
@@ -46,20 +48,6 @@ def refuse_recomputation(name: str) -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{name} was called in a backward pass, as if by an activation checkpoint that computes its function again:"
-            " the state would be written twice. Call it outside of the checkpoint, or save its output by a policy"
+            " the memory would be written twice. Call it outside of the checkpoint, or let a policy save it"
             " (torch.utils.checkpoint.create_selective_checkpoint_contexts)"
         )
-
-
-class FirstOrderFunction(Function):
-    """A Function with a backward, and with rules for nothing else; or its backward, as a Function itself."""
-
-    #: The public function that it belongs to, and what to do there instead of vmap.
-    function: str
-    instead_of_vmap = _LOOP
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """As ever, but refuse transforms first; `forward` does it too, because torch.compile goes around this."""
-        refuse_transforms(cls.function, args, cls.instead_of_vmap)
-        return super().apply(*args)

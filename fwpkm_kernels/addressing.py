@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_transforms
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
 from .plan import Plan, plan_picks, plan_segments, segment_totals
@@ -369,10 +370,8 @@ def _(  # type: ignore[no-untyped-def]
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-class _ProductKeyUpdateBackward(FirstOrderFunction):
+class _ProductKeyUpdateBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "product_key_update"
 
     @staticmethod
     def forward(ctx: Any, grad_new_keys: Tensor, keys: Tensor, queries: Tensor, *rest: Any) -> Any:
@@ -383,11 +382,9 @@ class _ProductKeyUpdateBackward(FirstOrderFunction):
         raise RuntimeError("product_key_update cannot be differentiated twice")
 
 
-class ProductKeyUpdate(FirstOrderFunction):
+class ProductKeyUpdate(Function):
     """`product_key_update` as an autograd Function: apply(keys, queries, top_k, score, eps, lr, weight, weight_decay,
     clip, precision, backend)."""
-
-    function = "product_key_update"
 
     @staticmethod
     def forward(
@@ -420,6 +417,7 @@ class ProductKeyUpdate(FirstOrderFunction):
     def backward(ctx: Any, grad_new_keys: Tensor) -> Any:
         """The closed form of the second derivatives of the addressing loss, times the incoming gradient."""
         needs_keys, needs_queries = ctx.needs_input_grad[:2]
+        refuse_transforms("product_key_update", (grad_new_keys, *ctx.saved_tensors))
         grad_queries, grad_keys = _ProductKeyUpdateBackward.apply(grad_new_keys, *ctx.saved_tensors, *ctx.options)
         grads = (grad_keys if needs_keys else None, grad_queries if needs_queries else None)
         return (*grads, None, None, None, None, None, None, None, None, None)
@@ -501,6 +499,7 @@ def product_key_update(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    refuse_transforms("product_key_update", (keys, queries))
     new_keys: Tensor = ProductKeyUpdate.apply(
         keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
     )

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, check_tokens, plan_segments, segment_totals
 
@@ -109,10 +110,8 @@ def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, bac
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
-class _SparseValueGatherBackward(FirstOrderFunction):
+class _SparseValueGatherBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "sparse_value_gather"
 
     @staticmethod
     def forward(
@@ -145,11 +144,8 @@ class _SparseValueGatherBackward(FirstOrderFunction):
         raise RuntimeError("sparse_value_gather cannot be differentiated twice")
 
 
-class SparseValueGather(FirstOrderFunction):
+class SparseValueGather(Function):
     """`sparse_value_gather` as an autograd Function: apply(values, slots, weights, sparse_grad, backend)."""
-
-    function = "sparse_value_gather"
-    instead_of_vmap = "put the batch into the leading dimensions of `slots` and `weights`"
 
     @staticmethod
     def forward(
@@ -169,6 +165,7 @@ class SparseValueGather(FirstOrderFunction):
         """Dots of the incoming gradient with the rows for the weights; a row-owned scatter for the table."""
         needs_values, _, needs_weights = ctx.needs_input_grad[:3]
         values, slots, weights = ctx.saved_tensors
+        refuse_transforms("sparse_value_gather", (grad_out, values, weights))
         sparse_grad, backend = ctx.options
         flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
         grad_values, grad_weights = _SparseValueGatherBackward.apply(
@@ -226,5 +223,7 @@ def sparse_value_gather(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    instead_of_vmap = "put the batch into the leading dimensions of `slots` and `weights`"
+    refuse_transforms("sparse_value_gather", (values, slots, weights), instead_of_vmap)
     out: Tensor = SparseValueGather.apply(values, slots, weights, sparse_grad, backend)
     return out

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_transforms
 from .kernels import compute_dtype
 from .plan import Plan, check_num_keys, check_tokens, plan_segments, segment_totals
 
@@ -285,10 +286,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
-class _ProductKeyLookupBackward(FirstOrderFunction):
+class _ProductKeyLookupBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "product_key_lookup"
 
     @staticmethod
     def forward(ctx: Any, grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, *options: Any) -> Any:
@@ -299,11 +298,8 @@ class _ProductKeyLookupBackward(FirstOrderFunction):
         raise RuntimeError("product_key_lookup cannot be differentiated twice")
 
 
-class ProductKeyLookup(FirstOrderFunction):
+class ProductKeyLookup(Function):
     """`product_key_lookup` as an autograd Function: apply(queries, keys, top_k, score, eps, precision, backend)."""
-
-    function = "product_key_lookup"
-    instead_of_vmap = "put the batch into the leading dimensions of `queries`"
 
     @staticmethod
     def forward(
@@ -332,6 +328,7 @@ class ProductKeyLookup(FirstOrderFunction):
         """Gradients of the K winners' scores, to queries and to the sub-keys that won."""
         needs_queries, needs_keys = ctx.needs_input_grad[:2]
         queries, keys, slots = ctx.saved_tensors
+        refuse_transforms("product_key_lookup", (grad_scores, queries, keys))
         score, eps, backend = ctx.options
         grad_queries, grad_keys = _ProductKeyLookupBackward.apply(
             _flat(grad_scores),
@@ -424,5 +421,7 @@ def product_key_lookup(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    instead_of_vmap = "put the batch into the leading dimensions of `queries`"
+    refuse_transforms("product_key_lookup", (queries, keys), instead_of_vmap)
     result: tuple[Tensor, Tensor] = ProductKeyLookup.apply(queries, keys, top_k, score, eps, precision, backend)
     return result

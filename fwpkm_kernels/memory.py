@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_transforms
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
@@ -139,7 +140,12 @@ def _forward_op(
 ) -> list[Tensor]:
     o = Options(*options)
     if o.key_gradient == "all":
-        return list(coupled_memory(queries, targets, keys, values, gates, mask, o))
+        q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
+        g, m = (None if x is None else x.detach() for x in (gates, mask))
+        # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
+        # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
+        with torch.set_grad_enabled(torch._C._current_graph_task_id() != -1):
+            return list(coupled_memory(q, y, k, v, g, m, o))
     return _forward(queries, targets, keys, values, gates, mask, keep, o)
 
 
@@ -285,10 +291,8 @@ def _(  # type: ignore[no-untyped-def]
     return [queries.new_empty(size, dtype=kind) for size, kind in shapes]
 
 
-class _FastWeightMemoryBackward(FirstOrderFunction):
+class _FastWeightMemoryBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "fast_weight_memory"
 
     @staticmethod
     def forward(
@@ -340,12 +344,10 @@ def _coupled_backward(
     return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
 
 
-class FastWeightMemory(FirstOrderFunction):
+class FastWeightMemory(Function):
     """`fast_weight_memory` as an autograd Function: apply(queries, targets, keys, values, chunk_size, top_k, lookahead,
     score, eps, weighting, temperature, gates, mask, lr, weight_decay, clip, addressing_weight, key_gradient, step,
     boundary, precision, backend) gives output, keys, values, slots and weights."""
-
-    function = "fast_weight_memory"
 
     @staticmethod
     def forward(
@@ -399,6 +401,7 @@ class FastWeightMemory(FirstOrderFunction):
         if all(grad is None for grad in grads):
             return (None, None, None, None, *none)
         queries, targets, keys, gates, mask, *saved = ctx.saved_tensors
+        refuse_transforms("fast_weight_memory", (*grads, queries, targets, keys, gates, mask, *saved))
         needed = ctx.needs_input_grad[:4]
         with_addresses = needed[0] or needed[2]
         results = _FastWeightMemoryBackward.apply(
@@ -539,6 +542,12 @@ def fast_weight_memory(
     the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
     private copy of the table is written in place. Inputs are never changed.
 
+    torch.compile. Numbers such as `lr` are constants of what is compiled: every new value compiles again, and after
+    torch._dynamo.config.recompile_limit of them (8) fullgraph=True raises, while without it the call runs eagerly. A
+    schedule that compiles once is a tensor: gates times f write to the values what lr times f would, without clip and
+    weight_decay. They belong to tokens, not to chunks, and the key step keeps its `lr`. For other schedules call
+    eagerly, let `lr` take few values, or raise that limit.
+
     Args:
         queries: [B, T, H, Dk]. Half precision is cast to float32 on load, here and below.
         targets: [B, T, D].
@@ -577,10 +586,10 @@ def fast_weight_memory(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     tensors = (queries, targets, keys, values)
+    refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         return MemoryOutput(*FastWeightMemory.apply(*tensors, *o[:7], gates, mask, *o[7:]))
-    refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
     with torch.no_grad():  # a mask may require gradients; it gets none
         return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))

@@ -324,14 +324,19 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     return targets.new_empty(targets.shape)
 
 
+def _refuse_replays(values: Tensor) -> None:
+    """Raise where a step would not run once and now: in a CUDA graph's capture, in a backward pass."""
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
+    refuse_recomputation("fast_weight_memory_step")
+
+
 @checks.without_autocast
 def _step(
     keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, queue: Queue, tokens: Tokens, o: Options
 ) -> Tensor:
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the position; use MemoryGraph")
-    refuse_recomputation("fast_weight_memory_step")
+    _refuse_replays(values)
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
     begin, now, lanes = 0, int(position), Lanes()
@@ -390,8 +395,10 @@ def fast_weight_memory_step(
 
     A token is looked up and read when it comes; only the `lookahead` tokens that are carried from one chunk into the
     next are read again. When the last token of a chunk has been read, the chunk is written, with the options of that
-    call. A step never waits for the GPU, and is one operator that mutates the state: torch.compile(fullgraph=True)
-    compiles it once for each number of tokens. `MemoryGraph` captures steps as CUDA graphs.
+    call. A step never waits for the GPU, and is one operator that mutates the state. torch.compile(fullgraph=True)
+    compiles it once for all numbers of tokens if their dimension is marked (torch._dynamo.mark_dynamic), once more for
+    a single token, and once more if its first call binds; numbers among the options are constants to it, as in
+    `fast_weight_memory`. `MemoryGraph` captures steps as CUDA graphs.
 
     Args:
         state: the memory; its first step binds batch size, dtypes and all options but lr, weight_decay, clip and
@@ -420,6 +427,8 @@ def fast_weight_memory_step(
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
+    if not torch.compiler.is_compiling():  # else the operator alone can ask, whose error keeps the binding off too
+        _refuse_replays(state.values)
     with torch.no_grad():
         queue = state._bind(queries, targets, o)
         memory = (state.keys, state.values, state._position, state._touched)

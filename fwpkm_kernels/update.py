@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import FirstOrderFunction, refuse_transforms
+from ._autograd import refuse_recomputation, refuse_transforms
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
@@ -94,6 +95,7 @@ def _update_inplace_op(
     clip: float | None,
     backend: str,
 ) -> None:
+    refuse_recomputation("chunk_value_update_")
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -186,10 +188,8 @@ def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count
     return count_accesses(plan, counted)
 
 
-class _ChunkValueUpdateBackward(FirstOrderFunction):
+class _ChunkValueUpdateBackward(Function):
     """First derivatives; differentiating them again raises."""
-
-    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -241,11 +241,9 @@ class _ChunkValueUpdateBackward(FirstOrderFunction):
         raise RuntimeError("chunk_value_update cannot be differentiated twice")
 
 
-class ChunkValueUpdate(FirstOrderFunction):
+class ChunkValueUpdate(Function):
     """`chunk_value_update` as an autograd Function: apply(values, slots, weights, targets, predictions, gates, mask,
     count_slots, lr, scale, weight_decay, clip, backend)."""
-
-    function = "chunk_value_update"
 
     @staticmethod
     def forward(
@@ -285,6 +283,7 @@ class ChunkValueUpdate(FirstOrderFunction):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         """The closed form: gathers of the incoming gradient at the rows that were written."""
         slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan = ctx.saved_tensors
+        refuse_transforms("chunk_value_update", (grad_out, weights, targets, predictions, gates, mask, tensor_scale))
         lr, scale, weight_decay, clip, backend = ctx.options
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
@@ -419,7 +418,10 @@ def chunk_value_update(
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
             m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere what is outside counts for
             no slot.
-        lr: the step size, a finite number in the dtype of the sums, as all numbers here.
+        lr: the step size, a finite number in the dtype of the sums, as all numbers here. torch.compile compiles again
+            for every new number, at most torch._dynamo.config.recompile_limit times (8), after which fullgraph=True
+            raises. A schedule that compiles once is a tensor scale: it times f is lr times f, without clip and
+            weight_decay.
         scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
         clip: bound of each element of G, >= 0; None means no bound.
@@ -435,6 +437,7 @@ def chunk_value_update(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
     out: Tensor = ChunkValueUpdate.apply(
         values, slots, weights, targets, predictions, gates, mask, count_slots, lr, scale, weight_decay, clip, backend
     )
@@ -465,8 +468,13 @@ def chunk_value_update_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
             requires grad, does not lie in memory row after row or column after column (so that it could overlap
-            itself), is a negated view, or is an inference tensor outside of inference mode. Nothing has been written by
-            then.
+            itself), is a negated view, or is an inference tensor outside of inference mode. In a compiled function the
+            last two are errors of PyTorch's own, which do not name the table.
+        RuntimeError: in a backward pass, where an activation checkpoint would write again: write outside of it, or let
+            a policy save the operator (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform
+            of torch.func.
+
+    Nothing has been written by then.
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fwpkm_kernels import MemoryGraph, MemoryState, addressing, graphs, plan, testing
+from fwpkm_kernels import MemoryGraph, MemoryState, addressing, fast_weight_memory_step, graphs, plan, testing
 from tests.conftest import HAS_GPU
 from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
 from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
@@ -239,6 +239,20 @@ def test_replays_in_triton(make_graph, triton_place):
     wanted = stream(expected, inputs, [1] * 6, **options)
     testing.assert_bitwise_equal(replayed(graph, state, inputs, 6), wanted)
     assert_same_state(state, expected)
+
+
+def test_a_step_that_is_refused_in_a_capture_binds_nothing(monkeypatch):
+    inputs = make_inputs(2, 8, device=DEVICE)
+    state = make_state(inputs)
+    table, before = state.values, contents(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        state.values = table.as_subclass(OnGpu)
+        with pytest.raises(RuntimeError, match="would freeze the position; use MemoryGraph"):
+            fast_weight_memory_step(state, **tokens_of(inputs, 0, 4), **OPTIONS)
+    state.values = table
+    assert_same_bits(contents(state), before)
+    assert state._binding is None
 
 
 @pytest.mark.gpu

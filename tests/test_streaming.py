@@ -351,6 +351,23 @@ def test_what_the_first_step_binds_may_not_change(name):
         fast_weight_memory_step(state, **{key: x[:, :0] for key, x in tokens.items()}, **options)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_first_step_that_is_refused_binds_nothing(compiled):
+    """In a backward pass, as an activation checkpoint would run it; later steps may be of another batch size."""
+    inputs = make_inputs(2, 6)
+    state = make_state(inputs)
+    before = contents(state)
+    torch._dynamo.reset()
+    run = torch.compile(fast_weight_memory_step, backend="eager") if compiled else fast_weight_memory_step
+    leaf = torch.ones((), requires_grad=True)
+    doubled = leaf * 2.0
+    doubled.register_hook(lambda grad: stream(state, inputs, [3], run=run, **OPTIONS).sum())
+    with pytest.raises(RuntimeError, match="fast_weight_memory_step was called in a backward pass"):
+        doubled.backward()
+    assert_same_bits(contents(state), before)
+    stream(state, {name: x[:1] if name in BY_TOKEN else x for name, x in inputs.items()}, [3], **OPTIONS)
+
+
 def test_numbers_of_another_type_are_the_same_options():
     inputs = make_inputs(2, 8)
     state, expected = make_state(inputs), make_state(inputs)

@@ -15,7 +15,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fwpkm_kernels import (
+    ChunkValueUpdate,
+    FastWeightMemory,
     MemoryState,
+    ProductKeyLookup,
+    ProductKeyUpdate,
+    SparseValueGather,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
@@ -206,6 +211,53 @@ def test_compiled_training(backend, dynamic):
     assert_same_training(compiled, counter, mark=dynamic is None)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_with_coupled_keys(backend):
+    """What Dynamo cannot trace, the backward of key_gradient="all", runs as it is; all else is compiled around it."""
+    results = []
+    for compiled in (True, False):
+        model, x = Model(), make_x(5).requires_grad_()
+        model.options |= {"key_gradient": "all"}
+        torch._dynamo.reset()
+        outputs = (torch.compile(model, backend=backend) if compiled else model)(x)
+        squares(outputs).backward()
+        results.append([*outputs, x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(x.any() for x in results[1])
+    torch.testing.assert_close(*results)
+
+
+def bad_calls() -> dict[str, tuple[str, Callable[[Tensor], Any], Tensor]]:
+    """Of every public function: an argument that it refuses, a call with that one, and the tensor to call it with."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 6, 8)
+    update = testing.make_update_inputs(3, 4, 36, 7)
+    tensors = update._asdict()
+    del tensors["weights"]
+    targets, state = torch.randn(1, 3, 7), MemoryState(keys, update.values)
+    memory, options = (targets, keys, update.values), {"chunk_size": 2, "top_k": 2}
+    other = torch.zeros(3, 5, dtype=torch.int64)
+    return {
+        "product_key_lookup": ("top_k", lambda x: product_key_lookup(x, keys, 99), queries),
+        "sparse_value_gather": ("weights", lambda x: sparse_value_gather(update.values, other, x), update.weights),
+        "chunk_value_update": ("clip", lambda x: chunk_value_update(**tensors, weights=x, clip=-1.0), update.weights),
+        "chunk_value_update_": ("clip", lambda x: chunk_value_update_(**tensors, weights=x, clip=-1.0), update.weights),
+        "product_key_update": ("eps", lambda x: product_key_update(keys, x, top_k=2, eps=0.0), queries),
+        "fast_weight_memory": ("step", lambda x: fast_weight_memory(x, *memory, **options, step="?"), queries[None]),
+        "fast_weight_memory_step": (
+            "lookahead",
+            lambda x: fast_weight_memory_step(state, x, targets, **options, lookahead=-1),
+            queries[None],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_compiled_functions_name_a_bad_argument(name):
+    argument, call, x = bad_calls()[name]
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=f"^`{argument}` must "):
+        torch.compile(lambda x: call(x * 2.0), backend="eager")(x.requires_grad_())
+
+
 @pytest.mark.slow
 def test_compiled_autograd():
     """The backward pass, too, goes through Dynamo, in one graph."""
@@ -238,6 +290,66 @@ def test_compiled_streaming(backend):
     assert counter.frame_count == 1
     for name, saved in states[0].state_dict().items():
         torch.testing.assert_close(saved, states[1].state_dict()[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+def test_compilations_of_a_streaming_step(bound):
+    """One where tokens are marked dynamic, one more if the first call binds, one more for single tokens."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = Model().requires_grad_(False)
+    state, expected = MemoryState(model.keys, model.values), MemoryState(model.keys, model.values)
+    if bound:
+        for one in (state, expected):
+            model.stream(one, make_x(3))
+    compiled = torch.compile(Model.stream, fullgraph=True, backend=counter)
+    frames = []
+    for seed, length in enumerate((3, 5, 2, 9, 4, 1, 1, 7, 1)):
+        x, plain = make_x(length, seed), make_x(length, seed)
+        if length > 1:
+            torch._dynamo.mark_dynamic(x, 1)
+        torch.testing.assert_close(compiled(model, state, x), model.stream(expected, plain))
+        frames.append(counter.frame_count)
+    assert frames == [1, *([1] * 4 + [2] * 4 if bound else [2] * 4 + [3] * 4)]
+
+
+def scheduled(name: str) -> Callable[..., Tensor]:
+    """A call of a public function with a step size, a number or a tensor; the table that it leaves."""
+    update = testing.make_update_inputs(6, 4, 36, 7, gates=True, dtype=torch.float64)
+    tokens = {name: x.detach() for name, x in Model().tokens(make_x(4)).items()}
+    gates = tokens.pop("gates")
+    _, keys = testing.make_lookup_inputs(3, 2, 6, 8, dtype=torch.float64)
+    state = MemoryState(keys, update.values)
+    options = {"chunk_size": 4, "top_k": 2, "lookahead": 0, "addressing_weight": 0.0}
+
+    def write(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        scale = None if factor is None else (4.0 * factor).expand(6)
+        return chunk_value_update(**update._asdict(), lr=lr, scale=scale)
+
+    def memory(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        scaled = gates if factor is None else gates * factor
+        return fast_weight_memory(**tokens, keys=keys, values=update.values, gates=scaled, lr=lr, **options).values
+
+    def step(lr: float = 1.0, factor: Tensor | None = None) -> Tensor:
+        fast_weight_memory_step(state, **tokens, gates=gates if factor is None else gates * factor, lr=lr, **options)
+        return state.values.clone()
+
+    return {"chunk_value_update": write, "fast_weight_memory": memory, "fast_weight_memory_step": step}[name]
+
+
+@pytest.mark.parametrize("name", ["chunk_value_update", "fast_weight_memory", "fast_weight_memory_step"])
+def test_a_schedule_of_step_sizes_compiles_once_as_a_tensor(name):
+    """The way around a compilation for every new number, of which there may be few."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run, expected = scheduled(name), scheduled(name)
+    expected(), run()  # the first step of a state binds
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    factors = [1.0 / (1 + i) ** 0.5 for i in range(torch._dynamo.config.recompile_limit + 2)]
+    for factor in factors:
+        actual = compiled(factor=torch.tensor(factor, dtype=torch.float64))
+        torch.testing.assert_close(actual, expected(lr=factor), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -310,6 +422,49 @@ def test_a_policy_that_saves_the_output_of_a_step():
     assert states[0].position == 9
     for name, saved in states[0].state_dict().items():
         testing.assert_bitwise_equal(saved, states[1].state_dict()[name], name)
+
+
+def make_writer() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """A layer that writes a table in place, its input, and that table. What it does after that saves a tensor."""
+    inputs = testing.make_update_inputs()
+
+    def layer(x: Tensor) -> Tensor:
+        x = x.sin()
+        chunk_value_update_(*inputs[:4], x.detach(), lr=0.5)
+        return x.exp()
+
+    return layer, inputs.predictions.requires_grad_(), inputs.values
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_checkpoint_does_not_write_in_place_twice(compiled, use_reentrant):
+    layer, x, expected = make_writer()
+    layer(x)
+    layer, x, table = make_writer()
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    output = checkpoint(run, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="chunk_value_update_ was called in a backward pass.*checkpoint"):
+        output.sum().backward()
+    testing.assert_bitwise_equal(table, expected)
+
+
+def test_a_policy_that_saves_a_write_in_place():
+    """The way to have one inside of a checkpoint: backward does not do it again."""
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_write = op is torch.ops.fwpkm_kernels.chunk_value_update_.default
+        return CheckpointPolicy.MUST_SAVE if is_write else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    results = []
+    for run in (lambda layer, x: layer(x), functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)):
+        layer, x, table = make_writer()
+        run(layer, x).sum().backward()
+        results.append((x.grad, table))
+    for one, other in zip(*results, strict=True):
+        testing.assert_bitwise_equal(one, other)
 
 
 def test_gradients_add_up():
@@ -506,6 +661,35 @@ def test_transforms_are_refused_in_a_compiled_function(name, transform):
     compiled = torch.compile(lambda x: TRANSFORMS[transform](function, x), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=f"{name} does not run under transforms"):
         compiled(x)
+
+
+def applications() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Every Function, applied by hand, as a function of one of its tensors, and that tensor."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 6, 8)
+    update, targets = testing.make_update_inputs(3, 4, 36, 7), torch.randn(1, 3, 7)
+    values, slots, weights, *errors = update[:5]
+    return {
+        "ProductKeyLookup": (lambda x: ProductKeyLookup.apply(x, keys, 2)[0], queries),
+        "SparseValueGather": (lambda x: SparseValueGather.apply(values, slots, x), weights),
+        "ChunkValueUpdate": (lambda x: ChunkValueUpdate.apply(values, slots, x, *errors), weights),
+        "ProductKeyUpdate": (lambda x: ProductKeyUpdate.apply(keys, x, 2), queries),
+        "FastWeightMemory": (lambda x: FastWeightMemory.apply(x, targets, keys, values, 2, 2)[0], queries[None]),
+    }
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "forward mode"])
+@pytest.mark.parametrize("name", applications())
+def test_transforms_of_functions_applied_by_hand_are_refused(name, transform, compiled):
+    """By PyTorch, or by what the Function runs; nothing comes out."""
+    function, x = applications()[name]
+
+    def run(x: Tensor) -> Any:
+        return TRANSFORMS[transform](function, x)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"functorch transforms|the jvp function|transforms of torch.func|forward-mode"):
+        (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(x)
 
 
 def test_triton_on_cpu_tensors_without_the_interpreter_is_an_error():
