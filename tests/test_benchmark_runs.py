@@ -420,7 +420,9 @@ def test_gpu_run_shows_the_tests_that_found_no_room(monkeypatch, tmp_path):
     with pytest.raises(pytest.skip.Exception) as skipped:
         wait_for_room(52, patience=0)
     line = f"SKIPPED [1] tests/test_scale.py:80: {skipped.value}"
-    text = f"=== short test summary info ===\nSKIPPED [9] tests/test_x.py:1: another reason\n{line}\n2 passed in 0.10s\n"
+    text = (
+        f"=== short test summary info ===\nSKIPPED [9] tests/test_x.py:1: another reason\n{line}\n2 passed in 0.10s\n"
+    )
     fake_steps(monkeypatch, run_tests=lambda path, seconds: path.write_text(text) and "finished, status 0")
     gpu.main(["--device", "cpu", "--out", str(tmp_path)])
     summary = (tmp_path / "summary.txt").read_text("utf-8")
