@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fwpkm_kernels.kernels
 from fwpkm_kernels import (
+    MemoryGraph,
     MemoryState,
     chunk_value_update,
     chunk_value_update_,
@@ -47,6 +48,7 @@ from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
 from tests.test_memory_kernels import make_chunk, run_read, run_read_grad
 from tests.test_plan import make_picks
+from tests.test_streaming import contents, make_state, stream, tokens_of
 
 # cuBLAS, which the composed path under key_gradient="all" calls, is deterministic only with it; read at its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -167,7 +169,7 @@ def whole_memory(place: Place, **options: Any) -> Function:
     return lambda: named(*run(fast_weight_memory, inputs, **options))
 
 
-def stream(place: Place, **options: Any) -> Function:
+def stream_steps(place: Place, **options: Any) -> Function:
     """A part of a chunk, its end, several chunks at once; all that the state then is."""
     inputs = memory_inputs(place, 7)
     factor = 100 if place.device == "cuda" else 1
@@ -195,8 +197,8 @@ OPERATIONS: dict[str, Callable[[Place], Function]] = {
     "update of one slot": lambda place: update(place, "one_slot"),
     "key step": lambda place: of_keys(place, product_key_update),
     "key step, clip and decay": lambda place: of_keys(place, product_key_update, clip=0.02, weight_decay=0.1),
-    "stream": stream,
-    "stream, normalized": lambda place: stream(place, step="normalized", clip=0.1, weight_decay=0.1),
+    "stream": stream_steps,
+    "stream, normalized": lambda place: stream_steps(place, step="normalized", clip=0.1, weight_decay=0.1),
     "memory": whole_memory,
     "memory, drop": lambda place: whole_memory(place, boundary="drop", step="normalized", clip=0.1, weight_decay=0.1),
     "memory, all key gradients": lambda place: whole_memory(place, boundary="drop", key_gradient="all"),
@@ -226,6 +228,25 @@ def test_every_operation_gives_the_same_bits(name, place):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_torch_backend_on_a_gpu(name):
     assert_same_bits_always(OPERATIONS[name](Place("torch", "cuda")), "cuda", 5)
+
+
+@pytest.mark.gpu
+def test_replays_of_a_graph(triton_place):
+    """From equal states, and they are those of eager steps; tests/test_graphs.py has other options and sizes."""
+    inputs = memory_inputs(triton_place, 8)
+    count, options = 100, {"chunk_size": 200, "top_k": 2, "backend": "triton"}
+    expected = make_state(inputs)
+    wanted = stream(expected, inputs, [count] * 8, **options), contents(expected)
+    state = make_state(inputs)
+    graph = MemoryGraph(state, **tokens_of(inputs, 0, count), **options)
+
+    def call() -> Any:
+        state.reset()
+        return graph(**tokens_of(inputs, 0, 8 * count)), contents(state)
+
+    assert_same_bits_always(call, "cuda")
+    for x, y in zip(*map(testing.asserts._tensors, (call(), wanted)), strict=True):
+        testing.assert_bitwise_equal(x, y)
 
 
 def test_no_kernel_has_atomics():
