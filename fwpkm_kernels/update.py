@@ -417,7 +417,9 @@ def chunk_value_update(
         mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
-            m > 0. The range is checked on CPU tensors; on a GPU what is outside counts for no slot.
+            m > 0. The range is checked on CPU tensors. On a GPU it is not, nor under TRITON_DEBUG=1, and need not be:
+            they address no memory, and are only compared with `slots`, as int32 if N <= 2³¹. What is outside of [0, N)
+            then counts for no slot, or, if it does not fit into these 32 bits, for the one that is left of it.
         lr: the step size, a finite number in the dtype of the sums, as all numbers here.
         scale: α, a number or [M]; default J.
         weight_decay: >= 0; applies to every row of the table.
