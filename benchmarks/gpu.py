@@ -193,6 +193,11 @@ def count_fuzzed(text: str) -> str:
     return found[-1] if found else "none finished"
 
 
+def too_large(text: str) -> list[str]:
+    """pytest's lines on the tests that were skipped because others held the memory that they need."""
+    return re.findall(r"^SKIPPED .*needs .* of a GPU's memory.*$", text, re.M)
+
+
 def tests_failed(text: str) -> bool:
     """A test, or a case of the fuzzer."""
     return bool(re.search(r"[1-9]\d* (failed|error|failures)", f"{count_tests(text)}; {count_fuzzed(text)}"))
@@ -329,6 +334,7 @@ def write_summary(
         f"fuzzer: {count_fuzzed(text)}",
         *failures[:30],
         *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
+        *too_large(text),
         "",
         *(f"{tool}: {verdict}" for tool, verdict in sanitizer.items()),
         "",

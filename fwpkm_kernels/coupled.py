@@ -94,7 +94,9 @@ def coupled_step(
         grad_halves = grad_scores.unsqueeze(2).expand(pair_sub_keys.shape)
         gradient = gradient + _keys_gradient(grad_halves, pair_queries, current, pair_sub_keys, o)
     if o.clip is not None:
-        gradient = gradient.clamp(-o.clip, o.clip)
+        # Not clamp alone, which passes the gradient of NaN on: only what is within the bounds has one.
+        bounded = gradient.detach().clamp(-o.clip, o.clip)
+        gradient = torch.where(gradient.abs() <= o.clip, gradient, bounded)
     # The decay apart from the step: without decay 0·∞ would make NaN of an infinite sub-key.
     return ((1.0 - o.lr * o.weight_decay) * current - o.lr * gradient).to(keys.dtype)
 

@@ -416,8 +416,8 @@ def chunk_value_update(
         mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
-            m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere what is outside counts for
-            no slot.
+            m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere, also under TRITON_DEBUG=1,
+            what is outside counts for no slot: they address no memory and are only compared with `slots`.
         lr: the step size, a finite number in the dtype of the sums, as all numbers here. torch.compile compiles again
             for every new number, at most torch._dynamo.config.recompile_limit times (8), after which fullgraph=True
             raises. A schedule that compiles once is a tensor scale: it times f is lr times f, without clip and

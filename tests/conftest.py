@@ -1,7 +1,7 @@
 """Where the tests run: the Triton backend on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -51,6 +51,14 @@ def triton_place() -> Place:
     return PLACES[1]
 
 
+@pytest.fixture
+def errors_on_synchronisation() -> Iterator[None]:
+    """Of a test that sets torch's sync debug mode: the others do not find it set."""
+    yield
+    if HAS_GPU:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="I/N", help="of all test functions only each N-th, from the I-th on")
 
@@ -69,4 +77,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not HAS_GPU:
+        # What pytest would say first on a GPU.
+        assert not set(item.fixturenames) - set(item._fixtureinfo.name2fixturedefs) - {"request"}, "unknown fixtures"
         pytest.skip("needs a GPU")
+
+
+#: Of a GPU's memory, what the allocator of a process may keep between tests: others share the GPU.
+MOST_CACHED = 2**30
+
+
+@pytest.hookimpl(trylast=True)  # after what the test's fixtures hold is gone
+def pytest_runtest_teardown() -> None:
+    if HAS_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MOST_CACHED:
+        torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from benchmarks.compare import Stored, compare
 from benchmarks.measure import Machine, Result, Shared, measure, no_result, peak_cpu
 from benchmarks.results import Figure, figures_table, per_chunk
 from tests.conftest import HAS_GPU
+from tests.test_scale import wait_for_room
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
@@ -410,6 +411,24 @@ def test_gpu_run_reports_failures(monkeypatch, tmp_path):
         )
         assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == status
         assert "over budget" in (tmp_path / "summary.txt").read_text("utf-8")
+
+
+def test_gpu_run_shows_the_tests_that_found_no_room(monkeypatch, tmp_path):
+    """Of what was skipped those alone."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3e9, 80e9))
+    wait_for_room(3, patience=0)
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        wait_for_room(52, patience=0)
+    line = f"SKIPPED [1] tests/test_scale.py:80: {skipped.value}"
+    text = (
+        f"=== short test summary info ===\nSKIPPED [9] tests/test_x.py:1: another reason\n{line}\n2 passed in 0.10s\n"
+    )
+    fake_steps(monkeypatch, run_tests=lambda path, seconds: path.write_text(text) and "finished, status 0")
+    gpu.main(["--device", "cpu", "--out", str(tmp_path)])
+    summary = (tmp_path / "summary.txt").read_text("utf-8")
+    assert f"\n{line}\n" in summary
+    assert "needs 52 GB of a GPU's memory, 3 GB were free" in line
+    assert "another reason" not in summary
 
 
 @pytest.mark.parametrize("broken", ["tests", "benchmarks"])

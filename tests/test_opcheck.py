@@ -1,6 +1,5 @@
 """torch.library.opcheck of every operator that the package registers, with all of its tests."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -189,19 +188,33 @@ def test_every_operator_has_samples():
     assert {name for name in names if name.startswith("fwpkm_kernels::")} == {f"fwpkm_kernels::{op}" for op in SAMPLES}
 
 
+def names(op: str) -> list[str]:
+    """Of the samples: they are small, and made in PyTorch on the CPU in no time."""
+    return [name for name, _ in SAMPLES[op](PLACES[0])]
+
+
 def cases() -> list[Any]:
+    """One sample each; in the interpreter the first alone, of the whole memory in `make test-all`."""
     return [
-        pytest.param(op, place, marks=SLOW_IN_INTERPRETER if place.backend == "triton" and "memory" in op else ())
+        pytest.param(
+            op,
+            name,
+            place,
+            marks=SLOW_IN_INTERPRETER if place.backend == "triton" and "memory" in op else (),
+            id=f"{op}-{name}-{place.backend}",
+        )
         for op in SAMPLES
         for place in PLACES
+        for name in names(op)[: 1 if place == ("triton", "cpu") else None]
     ]
 
 
-@pytest.mark.parametrize(("op", "place"), cases(), ids=lambda x: getattr(x, "backend", x))
-def test_opcheck(op, place):
-    few = 1 if place == ("triton", "cpu") else None  # in the interpreter
-    for name, arguments in itertools.islice(SAMPLES[op](place), few):
-        try:
-            torch.library.opcheck(getattr(OPS, op).default, arguments)
-        except Exception as error:
-            raise AssertionError(f"{op}, {name}") from error
+@pytest.mark.parametrize("op, name, place", cases())
+def test_opcheck(op, name, place):
+    arguments = next(arguments for other, arguments in SAMPLES[op](place) if other == name)
+    torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", SAMPLES)
+def test_samples_have_names_of_their_own(op):
+    assert len(set(names(op))) == len(names(op))

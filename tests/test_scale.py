@@ -1,8 +1,11 @@
 """Past 2³¹: tables, strides and numbers of accesses that 32 bits do not hold; and what is refused by name."""
 
 import functools
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,12 +48,38 @@ from tests.test_memory import make_inputs, named, run
 from tests.test_memory_kernels import Chunk, make_chunk
 from tests.test_plan import make_picks
 
+#: Seconds that a test waits for the memory that it needs, once it is alone.
+PATIENCE = 90
+
+
+def wait_for_room(gigabytes: float, patience: float = PATIENCE) -> None:
+    """Skip the test if other processes do not leave so much of the GPU's memory for so many seconds."""
+    end = time.monotonic() + patience
+    while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
+        if time.monotonic() >= end:
+            pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB were free for {patience} s")
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def gigabytes() -> int:
+    """What of a GPU's memory a test needs for itself; 0, unless its parameters say so, for up to a tenth of it."""
+    return 0
+
 
 @pytest.fixture(autouse=True)
-def _leave_no_memory_behind():
-    """To the other processes that share a GPU with this one."""
-    yield
-    if HAS_GPU:
+def _room(gigabytes: int) -> Iterator[None]:
+    """A GPU's memory is shared by all processes of the suite: a test that needs most of it runs alone of this file."""
+    if not HAS_GPU:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with open(Path(tempfile.gettempdir()) / f"fwpkm-kernels-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if gigabytes else fcntl.LOCK_SH)
+        torch.cuda.empty_cache()
+        wait_for_room(gigabytes)
+        yield
         torch.cuda.empty_cache()
 
 
@@ -642,9 +671,9 @@ class LargeTable:
             self.assert_close(actual, expected)
 
     def assert_close(self, actual: Tensor, expected: Tensor) -> None:
-        """Up to a rounding: tiles of a lookup depend on n."""
+        """Up to a rounding: tiles of a lookup depend on n, and a query near a sub-key magnifies what they change."""
         error = float((actual.double() - expected.double()).norm() / expected.double().norm())
-        assert error <= 8 * torch.finfo(self.values.dtype).eps, error
+        assert error <= max(8 * torch.finfo(self.values.dtype).eps, 1e-5), error
 
 
 @pytest.mark.parametrize("place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=str)
@@ -656,21 +685,10 @@ def test_what_the_large_tables_are_held_against(place):
     table.check_training()
 
 
-def room(gigabytes: float) -> None:
-    """Skip a test that needs more memory than the GPU has, or than other processes leave of it for a while."""
-    for _ in range(20):
-        free = torch.cuda.mem_get_info()[0] / 1e9
-        if free >= gigabytes:
-            return
-        time.sleep(1)
-    pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB are free")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, gigabytes", [(torch.bfloat16, 52), (torch.float32, 42)], ids=str)
 def test_a_table_of_more_than_32_bits(dtype, gigabytes):
     """16.7 M slots of 256 columns: 2³² elements. Training has a table, a new one, and the gradient in float32."""
-    room(gigabytes)
     table = LargeTable(4096, 256, dtype, Place("triton", "cuda"))
     assert table.values.numel() == 2**32
     table.check_operations()
@@ -681,9 +699,9 @@ def test_a_table_of_more_than_32_bits(dtype, gigabytes):
 
 
 @pytest.mark.gpu
-def test_many_accesses(force_64_bits):
+@pytest.mark.parametrize("gigabytes", [24])
+def test_many_accesses(gigabytes, force_64_bits):
     """2²⁷ of them: their plan, and the sums that go by it, in 32 bits and in 64."""
-    room(24)
     generator = torch.Generator(device="cuda").manual_seed(0)
     slots = torch.randint(1000, (2**24, 8), generator=generator, device="cuda", dtype=torch.int32)
     weights = torch.rand(slots.shape, generator=generator, device="cuda")
@@ -705,7 +723,6 @@ def test_many_accesses(force_64_bits):
 @pytest.mark.parametrize("accesses, gigabytes", [(2**27, 10), (2**30 + 8, 60)], ids=str)
 def test_a_plan_of_many_accesses(accesses, gigabytes):
     """The larger one has positions of 64 bits."""
-    room(gigabytes)
     slots = torch.randint(2**20, (accesses,), device="cuda", dtype=torch.int32)
     planned = plan_segments(slots, 2**20)
     assert planned.start.dtype == position_dtype(accesses)

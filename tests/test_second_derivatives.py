@@ -11,6 +11,7 @@ from torch.autograd import gradgradcheck
 import fwpkm_kernels
 import reference
 from fwpkm_kernels import chunk_value_update, testing
+from tests.conftest import SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs
 
 LOOKUP = testing.make_lookup_inputs(3, 2, 5, 4, dtype=torch.float64)._asdict()
@@ -74,17 +75,19 @@ def parameters() -> list[Any]:
     ]
 
 
-def call(module: Any, case: Case, leaves: dict[str, Tensor]) -> list[Tensor]:
+def call(module: Any, case: Case, leaves: dict[str, Tensor], **backend: str) -> list[Tensor]:
     """The differentiable results."""
-    results = getattr(module, case.function)(**{**case.inputs, **leaves}, **case.options)
+    results = getattr(module, case.function)(**{**case.inputs, **leaves}, **case.options, **backend)
     results = [results] if isinstance(results, Tensor) else list(results)
     return results[: case.outputs]
 
 
-def second_derivatives(module: Any, case: Case, wanted: tuple[str, ...], loss: str, asked: str) -> dict[str, Tensor]:
+def second_derivatives(
+    module: Any, case: Case, wanted: tuple[str, ...], loss: str, asked: str, **backend: str
+) -> dict[str, Tensor]:
     """Gradients of the squared norm, the penalty on gradients that people use, of the gradient in `asked`."""
     leaves = {name: case.inputs[name].detach().clone().requires_grad_() for name in wanted}
-    value = LOSSES[loss](call(module, case, leaves))
+    value = LOSSES[loss](call(module, case, leaves, **backend))
     (gradient,) = torch.autograd.grad(value, [leaves[asked]], create_graph=True, materialize_grads=True)
     zeros = {name: torch.zeros_like(x) for name, x in leaves.items()}
     penalty = gradient.square().sum()
@@ -94,21 +97,47 @@ def second_derivatives(module: Any, case: Case, wanted: tuple[str, ...], loss: s
     return dict(zip(leaves, found, strict=True))
 
 
-@pytest.mark.parametrize(("name", "wanted", "loss"), parameters())
-def test_right_or_an_error(name, wanted, loss):
+def check(name: str, wanted: tuple[str, ...], loss: str, device: str = "cpu", **backend: str) -> None:
+    """Right, or the error."""
     case = CASES[name]
+    there = case._replace(inputs={key: x.to(device) for key, x in case.inputs.items() if x is not None})
     for asked in wanted:
-        arguments = (case, wanted, loss, asked)
         try:
-            actual, raised = second_derivatives(fwpkm_kernels, *arguments), ""
+            actual, raised = second_derivatives(fwpkm_kernels, there, wanted, loss, asked, **backend), ""
         except RuntimeError as error:
             actual, raised = {}, str(error)
         assert raised in ("", f"{case.function} cannot be differentiated twice")
         if len(wanted) == 1:
             assert (raised == "") == (loss in RIGHT.get((name, asked), ()))
-        expected = second_derivatives(reference, *arguments)
+        expected = second_derivatives(reference, case, wanted, loss, asked)
         for leaf, x in actual.items():
-            torch.testing.assert_close(x, expected[leaf], msg=lambda m, leaf=leaf, asked=asked: f"{asked}, {leaf}: {m}")
+            message = f"{asked}, {leaf}"
+            torch.testing.assert_close(x.to("cpu"), expected[leaf], msg=lambda m, message=message: f"{message}: {m}")
+
+
+@pytest.mark.parametrize(("name", "wanted", "loss"), parameters())
+def test_right_or_an_error(name, wanted, loss):
+    check(name, wanted, loss)
+
+
+#: What the interpreter runs in `make test-all`.
+SLOW = ("memory", "memory with coupled keys", "key step by dot", "decay of keys", "lookup by dot")
+
+
+@pytest.mark.parametrize(
+    "name, wanted, loss",
+    [
+        pytest.param(name, wanted, loss, marks=SLOW_IN_INTERPRETER if name in SLOW else [])
+        for name, wanted, loss in (
+            *((name, wanted, loss) for (name, wanted), losses in RIGHT.items() for loss in losses),
+            *((name, case.differentiable[-1], "squares") for name, case in CASES.items()),
+            ("gather", "values", "squares"),
+            ("write", "weights", "sum"),
+        )
+    ],
+)
+def test_triton_is_right_or_an_error(name, wanted, loss, triton_place: Place):
+    check(name, (wanted,), loss, triton_place.device, backend="triton")
 
 
 def test_second_derivatives_of_a_write_in_the_table():

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -491,13 +491,6 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     with torch.no_grad(), NoSynchronisation(state._position):
         streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
         streaming.close_chunk(state.keys, state.values, state._touched, queue, False, streaming.Lanes(), o)
-
-
-@pytest.fixture
-def errors_on_synchronisation() -> Iterator[None]:
-    yield
-    if HAS_GPU:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -30,7 +30,12 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from tests.conftest import PLACES
+from tests.conftest import PLACES, Place
+
+CPU = Place("auto", "cpu")
+ON_A_GPU = pytest.param(Place("triton", "cuda"), marks=pytest.mark.gpu)
+#: Without kernels, and with them compiled.
+PLACES_OF_LAYERS = pytest.mark.parametrize("place", [CPU, ON_A_GPU], ids=lambda place: place.device)
 
 
 def make_leaves(rows: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -54,8 +59,8 @@ def loss(outputs):
     return out.sum() + new_values.square().sum()
 
 
-def assert_same_step(compiled, rows: int):
-    leaves, eager_leaves = make_leaves(rows), make_leaves(rows)
+def assert_same_step(compiled, rows: int, device: str = "cpu"):
+    leaves, eager_leaves = make_leaves(rows, device), make_leaves(rows, device)
     for name in ("queries", "targets", "gates"):
         torch._dynamo.mark_dynamic(leaves[name], 0)
     outputs, eager_outputs = compiled(**leaves), step(**eager_leaves)
@@ -67,8 +72,9 @@ def assert_same_step(compiled, rows: int):
         torch.testing.assert_close(leaf.grad, eager_leaves[name].grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_compiled_step_equals_eager():
-    assert_same_step(torch.compile(step, fullgraph=True), 20)
+@PLACES_OF_LAYERS
+def test_compiled_step_equals_eager(place):
+    assert_same_step(torch.compile(step, fullgraph=True), 20, place.device)
 
 
 def test_one_compilation_serves_every_number_of_tokens():
@@ -114,9 +120,10 @@ def test_autocast_changes_nothing(dtype, place):
         testing.assert_bitwise_equal(leaf.grad, plain_leaves[name].grad, name)
 
 
+@PLACES_OF_LAYERS
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant):
-    leaves, plain_leaves = make_leaves(20), make_leaves(20)
+def test_checkpointing(use_reentrant, place):
+    leaves, plain_leaves = make_leaves(20, place.device), make_leaves(20, place.device)
     loss(checkpoint(step, *leaves.values(), use_reentrant=use_reentrant)).backward()
     loss(step(**plain_leaves)).backward()
     for name, leaf in leaves.items():
@@ -171,16 +178,18 @@ def squares(outputs: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([x.double().square().sum() for x in outputs]).sum()
 
 
-def assert_same_training(compiled: Callable[[Model], Any], counter: CompileCounterWithBackend, mark: bool) -> None:
+def assert_same_training(
+    compiled: Callable[[Model], Any], counter: CompileCounterWithBackend, mark: bool, place: Place
+) -> None:
     """Several training steps of varying lengths, outputs and gradients and what the optimizer makes of them."""
-    models = Model(), Model()
+    models = [Model(device=place.device, backend=place.backend) for _ in range(2)]
     runs = compiled(models[0]), models[1]
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in models]
     frames = []
     for length in (13, 18, 12, 22):  # products of fewer rows on a CPU are compiled otherwise by inductor itself
         results = []
         for run, optimizer in zip(runs, optimizers, strict=True):
-            x = make_x(length, seed=length).requires_grad_()
+            x = make_x(length, seed=length).to(place.device).requires_grad_()
             if mark and run is runs[0]:
                 torch._dynamo.mark_dynamic(x, 1)
             optimizer.zero_grad()
@@ -199,16 +208,27 @@ def assert_same_training(compiled: Callable[[Model], Any], counter: CompileCount
     assert len(set(frames)) == 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "dynamic"),
-    [("aot_eager", None), ("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],
-)
-def test_compiled_training(backend, dynamic):
-    """One compilation for all lengths, where their dimension is marked dynamic, or all of them are."""
+#: Inductor on a CPU starts a C++ compiler for each graph.
+BACKENDS_AND_PLACES = [
+    ("aot_eager", CPU),
+    pytest.param("inductor", CPU, marks=pytest.mark.slow),
+    *(pytest.param(backend, *ON_A_GPU.values, marks=pytest.mark.gpu) for backend in ("aot_eager", "inductor")),
+]
+
+
+@pytest.mark.parametrize("backend, place", BACKENDS_AND_PLACES, ids=lambda x: getattr(x, "device", x))
+def test_compiled_training(backend, place):
+    """One compilation for all lengths, as their dimension is marked dynamic."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    compiled = functools.partial(torch.compile, fullgraph=True, backend=counter, dynamic=dynamic)
-    assert_same_training(compiled, counter, mark=dynamic is None)
+    assert_same_training(functools.partial(torch.compile, fullgraph=True, backend=counter), counter, True, place)
+
+
+def test_compiled_training_where_all_dimensions_are_dynamic():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = functools.partial(torch.compile, fullgraph=True, backend=counter, dynamic=True)
+    assert_same_training(compiled, counter, False, CPU)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -273,18 +293,18 @@ def test_compiled_autograd():
         torch.testing.assert_close(parameter.grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_streaming(backend):
+@pytest.mark.parametrize("backend, place", BACKENDS_AND_PLACES, ids=lambda x: getattr(x, "device", x))
+def test_compiled_streaming(backend, place):
     """Steps of varying lengths through one compilation, with the layers around them."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    model = Model().requires_grad_(False)
+    model = Model(device=place.device, backend=place.backend).requires_grad_(False)
     states = [MemoryState(model.keys, model.values) for _ in range(2)]
     for state in states:
-        model.stream(state, make_x(3))  # the first step binds
+        model.stream(state, make_x(3).to(place.device))  # the first step binds
     compiled = torch.compile(Model.stream, fullgraph=True, backend=counter)
     for seed, length in enumerate((2, 5, 9, 3, 4)):
-        x, plain = make_x(length, seed), make_x(length, seed)
+        x, plain = (make_x(length, seed).to(place.device) for _ in range(2))
         torch._dynamo.mark_dynamic(x, 1)
         torch.testing.assert_close(compiled(model, states[0], x), model.stream(states[1], plain))
     assert counter.frame_count == 1
@@ -384,17 +404,18 @@ def test_a_checkpointed_model_in_autocast(use_reentrant):
         testing.assert_bitwise_equal(one, other)
 
 
+@PLACES_OF_LAYERS
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_checkpoint_does_not_apply_a_step_twice(compiled, use_reentrant):
+def test_a_checkpoint_does_not_apply_a_step_twice(compiled, use_reentrant, place):
     """Its backward is refused, and the state is what one step made it."""
-    model = Model()
+    model = Model(device=place.device, backend=place.backend)
     state, expected = MemoryState(model.keys, model.values), MemoryState(model.keys, model.values)
     run = torch.compile(model.stream, backend="aot_eager") if compiled else model.stream
     for one in (state, expected):
-        model.stream(one, make_x(3))
-    model.stream(expected, make_x(6))
-    output = checkpoint(run, state, make_x(6).requires_grad_(), use_reentrant=use_reentrant)
+        model.stream(one, make_x(3).to(place.device))
+    model.stream(expected, make_x(6).to(place.device))
+    output = checkpoint(run, state, make_x(6).to(place.device).requires_grad_(), use_reentrant=use_reentrant)
     with pytest.raises(RuntimeError, match="fast_weight_memory_step was called in a backward pass.*checkpoint"):
         output.sum().backward()
     for name, saved in state.state_dict().items():
@@ -708,8 +729,8 @@ else:
 
 
 @pytest.mark.gpu
-def test_the_torch_backend_runs_on_a_gpu():
-    """It gives what it gives on the CPU, up to rounding, also where PyTorch is told to be deterministic."""
+def test_operations_of_the_torch_backend_on_a_gpu():
+    """They give what they give on the CPU, up to rounding; tests/test_memory.py has the whole memory."""
 
     def run(device):
         queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(20, 2, 9, 14, device=device))

@@ -104,11 +104,38 @@ def test_the_range_of_slots_under_compile():
     expected = chunk_value_update(**inputs, lr=0.5, count_slots=near)
     outside = torch.cat((near, near + 2**32, near - 2**32))
     testing.assert_bitwise_equal(run(**inputs, count_slots=outside), expected)
-    gather = torch.compile(lambda values, slots, weights, **_: sparse_value_gather(values, slots, weights), backend="eager")
+
+    @torch.compile(backend="eager")
+    def gather(values, slots, weights, **_):
+        return sparse_value_gather(values, slots, weights)
+
     for function in (run, gather):
         wide = inputs["slots"] + torch.tensor([2**32, 0])
         with pytest.raises(ValueError, match=r"`slots` must lie in \[0, 9\), got values from"):
             function(**inputs | {"slots": wide})
+
+
+@pytest.mark.parametrize("slot", [-1, 15, -(2**31), 2**31 - 1])
+def test_counted_slots_out_of_range(slot, place):
+    """An error for CPU tensors; on a GPU, where a check would synchronise, they count for no slot."""
+    inputs = testing.make_update_inputs(20, 4, 15, 6, device=place.device)._asdict()
+    counted = testing.make_slots((40,), 15, "zipf", seed=3).to(place.device)
+    outside = torch.cat((counted, counted.new_tensor([slot])))
+    for function in (chunk_value_update, chunk_value_update_):
+        changed = inputs | {"values": inputs["values"].clone()}
+        if place.device == "cpu":
+            with (
+                testing.assert_unchanged(changed),
+                pytest.raises(ValueError, match=rf"`count_slots` must lie in \[0, 15\).*{slot}"),
+            ):
+                function(**changed, count_slots=outside, backend=place.backend)
+            continue
+        expected = inputs | {"values": inputs["values"].clone()}
+        results = [
+            function(**arguments, count_slots=count_slots, backend=place.backend)
+            for arguments, count_slots in ((changed, outside), (expected, counted))
+        ]
+        testing.assert_bitwise_equal(*results if results[0] is not None else (changed["values"], expected["values"]))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
