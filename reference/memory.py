@@ -95,10 +95,8 @@ def fast_weight_memory(
                 break
             first = start if boundary == "drop" else max(0, start - lookahead)
             last = max(first, stop - lookahead)  # one past the last position that is written
-            written = Read(*(x[:, : max(0, last - start)] for x in output))
-            if first < start:
-                again = read(moved, values, first, min(start, last))
-                written = Read(*(torch.cat(pair, dim=1) for pair in zip(again, written, strict=True)))
+            # Read for themselves, so that what is read and not written has no part in the loss, not even 0·NaN.
+            written = read(moved, values, first, last)
             pair_targets = targets[:, first + lookahead : last + lookahead]
             pair_gates = None if gates is None else gates[:, first:last]
             pair_mask = None if mask is None else mask[:, first:last]
