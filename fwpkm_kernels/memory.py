@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from . import _checks as checks
@@ -412,6 +413,14 @@ class FastWeightMemory(Function):
         return (*main, *none[:7], grad_gates, *none[8:])
 
 
+# Dynamo cannot trace the backward, and that of torch 2.11 then fails in what it runs instead. This decorator, unlike
+# torch.compiler.disable, does not import Dynamo with the package.
+@_disable_dynamo
+def _train_coupled(*args: Any) -> Any:
+    """`FastWeightMemory` under key_gradient="all", as it is, in a compiled function too."""
+    return FastWeightMemory.apply(*args)
+
+
 def check_memory(
     queries: Tensor,
     targets: Tensor,
@@ -568,7 +577,8 @@ def fast_weight_memory(
         clip: clamp gradients of values and keys to [-clip, clip]; >= 0, None does not clamp.
         addressing_weight: λ, weight of the key step's loss; 0 removes the loss, not the decay.
         key_gradient: "addressing", or "all": the memorisation loss moves the keys too. The gradient of that is of
-            second order; "all" is a plain composed path, slower, and its backward does not compile with fullgraph=True.
+            second order; "all" is a plain composed path, slower, and with gradients torch.compile runs it as it is:
+            fullgraph=True raises.
         step: "paper" or "normalized".
         boundary: "carry" or "drop".
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
@@ -589,7 +599,8 @@ def fast_weight_memory(
     refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
-        return MemoryOutput(*FastWeightMemory.apply(*tensors, *o[:7], gates, mask, *o[7:]))
+        train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
+        return MemoryOutput(*train(*tensors, *o[:7], gates, mask, *o[7:]))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
     with torch.no_grad():  # a mask may require gradients; it gets none
         return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))

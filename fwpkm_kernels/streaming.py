@@ -427,7 +427,9 @@ def fast_weight_memory_step(
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
-    if not torch.compiler.is_compiling():  # else the operator alone can ask, whose error keeps the binding off too
+    # The operator asks as well, but after what is not bound yet has been. Not so in a compiled function, which binds
+    # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
+    if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
     with torch.no_grad():
         queue = state._bind(queries, targets, o)

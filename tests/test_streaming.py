@@ -392,6 +392,7 @@ def test_gates_and_mask_may_change_their_dtypes():
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 def test_one_compilation_serves_all_steps(bound):
     """Over chunk ends, for one number of tokens; binding at the first step costs at most one more."""
+    torch._dynamo.reset()
     inputs = make_inputs(2, 24, mask="bool", dtype=torch.float32)
     state, expected = make_state(inputs), make_state(inputs)
     counter = CompileCounterWithBackend("aot_eager")
@@ -413,6 +414,7 @@ def test_one_compilation_serves_all_steps(bound):
 
 
 def test_compiled_steps_of_many_tokens():
+    torch._dynamo.reset()
     inputs = make_inputs(2, 23, dtype=torch.float32)
     state, expected = make_state(inputs), make_state(inputs)
     compiled = torch.compile(fast_weight_memory_step, fullgraph=True, backend="aot_eager")
@@ -424,6 +426,7 @@ def test_compiled_steps_of_many_tokens():
 
 def test_a_compiled_model_around_a_step():
     """What the graph does with the output and with the memory before and after is in the right order."""
+    torch._dynamo.reset()
     inputs = make_inputs(2, 8, dtype=torch.float32)
 
     def model(state: MemoryState, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
