@@ -104,7 +104,9 @@ def test_the_range_of_slots_under_compile():
     expected = chunk_value_update(**inputs, lr=0.5, count_slots=near)
     outside = torch.cat((near, near + 2**32, near - 2**32))
     testing.assert_bitwise_equal(run(**inputs, count_slots=outside), expected)
-    gather = torch.compile(lambda values, slots, weights, **_: sparse_value_gather(values, slots, weights), backend="eager")
+    gather = torch.compile(
+        lambda values, slots, weights, **_: sparse_value_gather(values, slots, weights), backend="eager"
+    )
     for function in (run, gather):
         wide = inputs["slots"] + torch.tensor([2**32, 0])
         with pytest.raises(ValueError, match=r"`slots` must lie in \[0, 9\), got values from"):
