@@ -477,7 +477,9 @@ def product_key_update(
     FwPKM, arXiv 2601.00671, the addressing loss.
 
     Ties: of equal scores the lower sub-key is picked. A half of a query that is NaN or, under "idw", infinite picks the
-    sub-keys 0 to K - 1, and turns them to NaN, and those of its half that other rows pick beside them; no others.
+    sub-keys 0 to K - 1, and turns them to NaN, and those of its half that other rows pick beside them; no others. One
+    that is finite but whose square overflows does so to the K that it picks: which ones `product_key_lookup` does not
+    promise.
 
     Args:
         keys: [H, 2, n, Dk/2], any strides; float32, float64, float16 or bfloat16. Never changed.

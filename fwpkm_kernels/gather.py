@@ -218,7 +218,8 @@ def sparse_value_gather(
 
     Returns:
         out [..., D] in the table's dtype, differentiable in values and weights. NaN in a row or weight reaches only
-        the tokens that read it. No tokens give an empty result; J = 0 gives zeros.
+        the tokens that read it. No tokens give an empty result; J = 0 gives zeros. Denormals are numbers like others on
+        CPUs and, as sums and products in float32 keep them there, on NVIDIA GPUs.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

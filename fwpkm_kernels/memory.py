@@ -538,11 +538,11 @@ def fast_weight_memory(
     a mask, the unmasked among the E); the last chunk is written even if it is not full.
     Every chunk that is written decays and takes the key step, even if nothing in it is written or unmasked.
 
-    NaN and infinities. A query that is not finite picks sub-keys as `product_key_lookup` says. Its weights, and so its
-    output, are NaN (but 0 under "relu" if its scores are -inf); the other tokens of its chunk read what they would
-    without it. The write turns its slots to NaN, and the key step its sub-keys and those picked beside them (see
-    `product_key_update`): so does what reads them later become. NaN in a target or gate goes to the slots of its
-    token's pair. A mask or gate of 0 multiplies, which does not hide NaN.
+    NaN and infinities. A query that is not finite, or whose square overflows, picks sub-keys as `product_key_lookup`
+    says. Its weights, and so its output, are NaN (but 0 under "relu" if its scores are -inf); the other tokens of its
+    chunk read what they would without it. The write turns its slots to NaN, and the key step its sub-keys and those
+    picked beside them (see `product_key_update`): so does what reads them later become. NaN in a target or gate goes to
+    the slots of its token's pair. A mask or gate of 0 multiplies, which does not hide NaN.
 
     Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
     the mask are constants. What is kept for them is O(B · T · (J + 1) · (D + Dk)): the rows that each chunk reads, as

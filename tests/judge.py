@@ -115,9 +115,7 @@ class Run:
         # Only sums of few factors are rightly as small as tiny inputs make them.
         small = {"tiny", "denormal"} & set(case.fills.values())
         self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
-        # Beside a key step that depends on the values, keys of reads that are not written get 0·∞ in the reference.
-        follows = {"nan", "inf"} & set(case.fills.values()) and case.options.get("key_gradient") != "all"
-        self.hard = HARD if follows else ()
+        self.hard = HARD if {"nan", "inf"} & set(case.fills.values()) else ()
         # The slope of a distance's logarithm, squared, which the gradients of a key step have.
         key_step = case.op == "product_key_update" and case.options["score"] == "idw"
         self.steepness = 1 / case.options["eps"] if key_step else 1.0

@@ -18,6 +18,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
+from fwpkm_kernels.lookup import lookup_halves
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER
 from tests.test_memory import make_inputs, named, run
 from tests.test_streaming import make_state, stream
@@ -186,6 +187,53 @@ def test_slots_of_what_is_not_finite(where, dtype, value, score, top_k, place):
     expected = reference.product_key_lookup(*inputs, top_k, score=score)
     testing.assert_bitwise_equal(slots, expected[1], "slots")
     torch.testing.assert_close(scores, expected[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("place", "value", "top_k"),
+    [
+        pytest.param(place, value, top_k, id=f"{place.backend}-{value}-{top_k}", marks=marks)
+        for place in PLACES
+        for value in (2e19, -1e25, 3e38)
+        for top_k in (2, 4)
+        for marks in [SLOW_IN_INTERPRETER if place.backend == "triton" and (value, top_k) != (2e19, 2) else []]
+    ],
+)
+def test_finite_queries_whose_squares_overflow(place, value, top_k):
+    """Scores of -inf at valid slots; other queries and halves are left alone, and the key step is what NaN makes of it."""
+    inputs = testing.make_lookup_inputs(3, 2, 4, 4, device=place.device)
+    queries, keys = (x.clone().requires_grad_() for x in inputs)
+    with torch.no_grad():
+        queries[2, 1, 1] = value
+    clean = product_key_lookup(*inputs, top_k, backend=place.backend)
+    scores, slots = product_key_lookup(queries, keys, top_k, backend=place.backend)
+    others = torch.ones(3, 2, dtype=torch.bool, device=place.device)
+    others[2, 1] = False
+    for x, expected in zip((scores, slots), clean, strict=True):
+        testing.assert_bitwise_equal(x[others].detach(), expected[others])
+    assert (scores[2, 1] == -INF).all()
+    options = {"top_k": top_k, "score": "idw", "eps": 1e-3, "precision": "tf32x3", "backend": place.backend}
+    with torch.no_grad():
+        *_, sub_keys = lookup_halves(queries, keys, **options)
+    half_keys = keys.detach()[1, 1]
+    nearest = torch.cdist(queries.detach()[2, 1:, 2:], half_keys).topk(top_k, largest=False).indices[0]
+    assert sub_keys[2, 1, 1].tolist() == (nearest + 12).tolist(), "picks of the other half"
+    picked = set((sub_keys[2, 1, 0] - 8).tolist())
+    assert len(picked) == top_k
+    assert picked <= set(range(4))
+    assert set((slots[2, 1] // 4).tolist()) <= picked
+    assert set((slots[2, 1] % 4).tolist()) <= set(nearest.tolist())
+    gradients = torch.autograd.grad(scores, [queries, keys], torch.ones_like(scores))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][2, 1, :2].any()
+    assert gradients[0][2, 1, 2:].all()
+    # The step turns to NaN what is picked, and what others pick beside it.
+    new_keys = product_key_update(keys.detach(), queries.detach(), top_k=top_k, backend=place.backend)
+    of_first = sub_keys[:, :, 0].flatten(0, 1).tolist()
+    expected = {row for rows in of_first if {row % 8 for row in rows} & picked for row in rows}
+    assert set(new_keys.isnan().any(-1).flatten().nonzero().flatten().tolist()) == expected
+    assert new_keys[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.25])
