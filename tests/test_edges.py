@@ -201,7 +201,7 @@ def test_slots_of_what_is_not_finite(where, dtype, value, score, top_k, place):
     ],
 )
 def test_finite_queries_whose_squares_overflow(place, value, top_k):
-    """Scores of -inf at valid slots; other queries and halves are left alone, and the key step is what NaN makes of it."""
+    """Scores of -inf at valid slots; other queries and halves are left alone, and the key step takes them for NaN."""
     inputs = testing.make_lookup_inputs(3, 2, 4, 4, device=place.device)
     queries, keys = (x.clone().requires_grad_() for x in inputs)
     with torch.no_grad():
