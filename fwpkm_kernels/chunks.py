@@ -328,17 +328,17 @@ def fold_write_weights_grad(
     """Gradients of `fold_write_weights` to the weights, [R, J], and to the gates, [R]."""
     scale = write_scale(weights, ratio, step)
     per_weight = torch.where(written.unsqueeze(1), grad, 0.0) / counts
+    if mask is not None:  # it comes first: what is masked stays 0 then, even if a product of the others overflows
+        per_weight = per_weight * mask.unsqueeze(1)
     per_read = (per_weight * weights).sum(1)
-    factor = torch.ones_like(per_read)
-    for x in (gates, mask):
-        factor = factor if x is None else factor * x
-    for_gates = per_read * scale if mask is None else per_read * scale * mask
+    for_gates = per_read * scale
     if step == "normalized":
         # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
         squares = weights.square().sum(-1, keepdim=True)
         is_zero = squares < torch.finfo(squares.dtype).tiny
         per_weight = per_weight - 2.0 * per_read.unsqueeze(1) * (weights / torch.where(is_zero, 1.0, squares))
-    for_weights = per_weight * (factor * scale).unsqueeze(1)
+    factor = (torch.ones_like(per_read) if gates is None else gates) * scale
+    for_weights = per_weight * factor.unsqueeze(1)
     # As in `fold_write_weights`, not a product.
     return torch.where(written.unsqueeze(1), for_weights, 0.0), torch.where(written, for_gates, 0.0)
 

@@ -635,17 +635,18 @@ def fold_grad_kernel(
         B, T, C, L, REREADS, MISSING, FULL, P, J, NORMALIZED, RATIO, GATES, MASK,
     )  # fmt: skip
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
-    per_weight = grad / counts.to(dtype)
+    # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
+    per_weight = grad * token_mask[:, None] / counts.to(dtype)
     per_read = tl.sum(per_weight * weights, axis=1)  # [BLOCK_R]
     if GATES:
         item, position, _, _, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
-        grad_gate = per_read * scale * token_mask
+        grad_gate = per_read * scale
         out = grad_gates_ptr + item.to(tl.int64) * T + position
         tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
     if NORMALIZED:
         # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
         per_weight -= 2.0 * per_read[:, None] * (weights / squares[:, None])
-    through_write = per_weight * (gate * token_mask * scale)[:, None]
+    through_write = per_weight * (gate * scale)[:, None]
     # Not a product: what is not written has no effect even if it is NaN.
     grad = tl.load(grad_weights_ptr + at, mask=mask, other=0.0) + tl.where(is_written[:, None], through_write, 0.0)
     if WEIGHTING == "softmax":
