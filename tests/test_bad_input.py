@@ -211,13 +211,9 @@ def table_cases() -> Cases:
         "columns and rows that meet": table(lambda x: torch.ones(999).as_strided((64, 16), (6, 9)), "[6, 9]"),
         # 16·64 numbers none of which shares an address: refused all the same, and said so truly.
         "rows among columns": table(
-<<<<<<< HEAD
-            lambda x: torch.ones(2095).as_strided((64, 16), (3, 127)), "row after row or column after", "[3, 127]"
-=======
             lambda x: torch.ones(2095).as_strided((64, 16), (3, 127)),
             "row after row or column after column",
             "[3, 127]",
->>>>>>> w-num
         ),
         "an inference tensor": table(torch.inference_mode()(Tensor.clone), "inference"),
         "a negated view": table(lambda x: torch.complex(x, x).conj().imag, "resolve_neg"),
