@@ -72,7 +72,7 @@ def coupled_step(
         pair_slots: [E, H, K].
         pair_rows: [E, J, D], the value rows of these slots, as read.
         errors: e, [E, D].
-        factors: g and m as far as there are any, each [E].
+        factors: m and g as far as there are any, each [E].
     """
     dtype = errors.dtype
     num_keys = keys.shape[2]
@@ -87,9 +87,11 @@ def coupled_step(
         # l = 1/(2·E·D) Σ g m |e|², e = Σ w·row - y, reaches the keys through the weights.
         pair_sub_keys = sub_key_rows(pair_slots, num_keys)
         scores = _scores_at(pair_queries, current, pair_sub_keys, o).sum(2).flatten(1)
-        grad_weights = torch.einsum("mjd,md->mj", pair_rows, errors) / errors.numel()
+        # The factors come first: what is masked stays 0 then, even if a product of the others overflows.
+        scaled = errors
         for factor in factors:
-            grad_weights = grad_weights * factor.unsqueeze(1)
+            scaled = scaled * factor.unsqueeze(1)
+        grad_weights = torch.einsum("mjd,md->mj", pair_rows, scaled) / errors.numel()
         grad_scores = weigh_grad(grad_weights, scores, o.weighting, o.temperature).view(pair_slots.shape)
         grad_halves = grad_scores.unsqueeze(2).expand(pair_sub_keys.shape)
         gradient = gradient + _keys_gradient(grad_halves, pair_queries, current, pair_sub_keys, o)
@@ -148,7 +150,7 @@ def coupled_memory(
             slots[written],
             value_rows[written],
             errors,
-            [x for x in (pair_gates, pair_mask) if x is not None],
+            [x for x in (pair_mask, pair_gates) if x is not None],
             o,
         )
         ratio = None

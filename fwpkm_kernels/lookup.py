@@ -399,12 +399,12 @@ def product_key_lookup(
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
     as the largest: a half of a query with NaN picks the sub-keys 0 to K - 1 with scores of NaN, and leaves its other
-    half and other queries alone; a sub-key with NaN is picked by every query. Under "idw" the scores of an infinite
-    half of a query are all -inf, so it picks 0 to K - 1 too; so are those of an infinite sub-key, or of one whose
-    square overflows, which is picked only where the others are fewer than K. A finite half of a query whose square
-    overflows (in float32 from 1.8e19 on) scores -inf at sub-keys of ordinary size too, and its gradient is 0. It picks
-    K different ones, so its slots are valid; which ones is not promised and differs between backends. Its other half
-    and other queries are left alone.
+    half and other queries alone; a sub-key with NaN is picked by every query, on GPUs before others by one with NaN.
+    Under "idw" the scores of an infinite half of a query are all -inf, so it picks 0 to K - 1 too; so are those of an
+    infinite sub-key, or of one whose square overflows, which is picked only where the others are fewer than K. A finite
+    half of a query whose square overflows (in float32 from 1.8e19 on) scores -inf at sub-keys of ordinary size too, and
+    its gradient is 0. It picks K different ones, so its slots are valid; which ones is not promised and differs between
+    backends. Its other half and other queries are left alone.
 
     Denormals are numbers like others on CPUs. On NVIDIA GPUs sums and products in float32 keep them too; the dot
     products that choose the picks under "tf32x3" and "tf32" may not. eps, and so what log is taken of, is none.

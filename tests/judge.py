@@ -314,8 +314,10 @@ def finite_rows(queries: Tensor, keys: Tensor, options: dict[str, Any]) -> Tenso
 
 
 def overflows(queries: Tensor, keys: Tensor, options: dict[str, Any]) -> Tensor:
-    """[..., H]: the picks are a matter of rounding alone: half scores are not finite, and not for NaN in the query."""
-    return ~finite_rows(queries, keys, options) & ~queries.isnan().any(-1)
+    """[..., H]: which sub-keys are picked is not promised: half scores are not finite, and not for NaN in the query
+    alone."""
+    for_nan = queries.isnan().any(-1) & ~keys.isnan().flatten(1).any(-1)
+    return ~finite_rows(queries, keys, options) & ~for_nan
 
 
 def check_slots(run: Run, scores: Tensor | None, slots: Tensor, queries: Tensor, keys: Tensor) -> Reasons:
