@@ -532,7 +532,7 @@ FAULTS = [
         "self.addressing_weight != 0.0",
         "under λ = 0 keys do not decay",
         "memory properties",
-        "edges or golden or (in_torch and fast_weight_memory)",
+        "keys_decay or edges or golden or (in_torch and fast_weight_memory)",
     ),
     Fault(
         "unfilled-chunk-decays",
@@ -753,7 +753,7 @@ FAULTS = [
         "buffer[: o.lookahead] = buffer[o.chunk_size - 1 : -1]",
         "the tokens before the last L are carried",
         "streaming properties",
-        "(in_torch and fast_weight_memory_step) or strides",
+        "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
     ),
     Fault(
         "second-chunk-taken-for-the-first",
@@ -762,7 +762,7 @@ FAULTS = [
         "now <= o.chunk_size",
         "the tokens carried into the second chunk are not written if it comes whole",
         "streaming properties",
-        "(in_torch and fast_weight_memory_step) or strides",
+        "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
     ),
     Fault(
         "key-step-over-the-carried",
@@ -771,7 +771,7 @@ FAULTS = [
         "step_keys(keys, window[: len(half_scores)], half_scores",
         "the queries of the key step are those of L tokens before",
         "streaming properties",
-        "(in_torch and fast_weight_memory_step) or strides",
+        "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
     ),
     Fault(
         "decayed-rows-not-flagged",

@@ -1,8 +1,12 @@
 """The fuzzer itself: what it finds, prints, stores and counts."""
 
 import collections
+import os
 import re
 import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ import torch
 import fwpkm_kernels
 from tests import fuzz, judge
 from tests.strategies import OPERATIONS, Case
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -130,6 +136,22 @@ def test_a_reproduction_says_where_it_ran():
         assert ('["TRITON_INTERPRET"] = "1"' in text) == ((backend, device) == ("triton", "cpu"))
         assert ('pop("TRITON_INTERPRET"' in text) == (device == "cuda")
         assert eval(repr(case), {"Case": Case}) == case
+
+
+def test_the_command_runs_kernels_in_the_interpreter(tmp_path):
+    command = ["-m", "tests.fuzz", "--backend", "triton", "--op", "sparse_value_gather", "--cases", "3", "--failures"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "backend triton on cpu" in done.stdout
+    assert "3 cases, 0 failures, seed 0" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

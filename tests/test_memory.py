@@ -339,6 +339,15 @@ def test_chunks_that_are_all_masked_still_decay_and_step(boundary, key_gradient,
     torch.testing.assert_close(outputs.keys, keys)
 
 
+@KEY_GRADIENTS
+def test_keys_decay_where_no_loss_moves_them(key_gradient, place):
+    """λ = 0; along the memorisation loss, whose gradient vanishes where all is masked, too."""
+    inputs = make_inputs(1, 7, mask="none left", device=place.device)
+    options = {"chunk_size": 3, "top_k": 2, "addressing_weight": 0.0, "key_gradient": key_gradient}
+    outputs = fast_weight_memory(**inputs, **options, lr=0.5, weight_decay=0.1, backend=place.backend)
+    torch.testing.assert_close(outputs.keys, inputs["keys"] * 0.95**2)
+
+
 @BOUNDARIES
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_rows_that_no_token_reads_keep_their_bits(clip, boundary, place):
