@@ -6,8 +6,9 @@ For each fault the tests that should notice it run first; if none fails, the who
 survives, or whose text is gone, makes the exit status 1. `--write` writes tests/MUTATIONS.md, with `--only` the rows of
 these faults alone.
 
-What counts is a test that fails. An error in collecting them, as by a copy that cannot be imported, does not; and the
-tests that caught something run once more at the end, all of them, on a copy without a fault, and must pass.
+What counts is a test that fails, or the end of Python itself, as a kernel that writes past its tensors brings about in
+the interpreter. An error in collecting tests, as by a copy that cannot be imported, does not; and the tests that caught
+something run once more at the end, all of them, on a copy without a fault, and must pass.
 """
 
 import argparse

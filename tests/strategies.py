@@ -169,11 +169,6 @@ def mostly(*choices: Any, seldom: Sequence[Any]) -> st.SearchStrategy[Any]:
     return st.sampled_from([*(choices * times), *seldom])
 
 
-def key_patterns(clip: float | None) -> st.SearchStrategy[str]:
-    """Under clip = 0 a gradient passes where G is 0 and nowhere else; with equal keys rounding decides which it is."""
-    return choose(*(pattern for pattern in testing.KEY_PATTERNS if pattern != "equal" or clip != 0.0))
-
-
 @st.composite
 def draw_dtypes(draw: st.DrawFn, always: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
     """Dtypes of the tensors there are: all float64, all float32, or any of the narrower ones beside each other."""
@@ -246,7 +241,7 @@ def lookups(draw: st.DrawFn, op: str, small: bool) -> Case:
     dtypes = draw(draw_dtypes(names))
     return Case(
         op, sizes, dtypes, draw(draw_layouts(names)), draw(draw_fills(dtypes, small)),
-        draw(key_patterns(options.get("clip"))), options, seed=draw(seeds()),
+        draw(choose(*testing.KEY_PATTERNS)), options, seed=draw(seeds()),
     )  # fmt: skip
 
 
@@ -346,7 +341,7 @@ def memory_case(
     fills = draw(draw_fills(dtypes, small))
     if options["key_gradient"] == "all" and set(fills.values()) & {"huge", "extreme"}:
         fills = {next(iter(fills)): "huge"}  # in whose gradients are products of many factors
-    pattern = draw(key_patterns(options["clip"]))
+    pattern = draw(choose(*testing.KEY_PATTERNS))
     return Case(
         op, sizes, dtypes, draw(draw_layouts(tuple(dtypes))), fills, pattern, options, tuple(cuts), draw(seeds())
     )

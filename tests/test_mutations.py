@@ -38,6 +38,8 @@ def test_the_committed_table_lists_these_faults():
 @FAULT
 def test_the_committed_table_says_who_caught_a_fault(fault: Fault):
     caught_by = mutations.rows_of_table()[fault.name].split(" | ")[-2]
+    if caught_by.startswith("`(Python died"):  # before a test could say so
+        return
     file, test = re.fullmatch(r"`(tests/test_\w+\.py)::(\w+)(?:\[.*\])?`", caught_by).groups()
     assert f"def {test}(" in (ROOT / file).read_text("utf-8")
 
