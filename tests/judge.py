@@ -27,9 +27,10 @@ unstable    A number over budget may be as far off as the exact result and the b
             relative to that, where inputs are not tiny themselves; in a key step under "idw" 1/eps times that, and then
             nothing of integer keys is judged more strictly, since terms as large as that cancel.
 
-Where no row or token of a case is left to compare numbers of, "nothing left" is counted too. On a GPU the baseline of
-one tf32 product has operands of 11 bits, and float32 may be off by the smallest normal number: subnormal operands lose
-bits there.
+Under clip = 0 a gradient passes a key step where G is exactly 0 and nowhere else: there only results are judged. Where
+no row or token of a case is left to compare numbers of, "nothing left" is counted too. On a GPU the baseline of one
+tf32 product has operands of 11 bits, and float32 may be off by the smallest normal number: subnormal operands lose bits
+there.
 """
 
 import functools
