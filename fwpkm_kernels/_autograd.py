@@ -44,10 +44,14 @@ def _has_tangent(x: Any) -> bool:
 
 
 def refuse_recomputation(name: str) -> None:
-    """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time."""
+    """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time.
+
+    PyTorch does not tell whether it is a checkpoint or a hook that calls.
+    """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            f"{name} was called in a backward pass, as if by an activation checkpoint that computes its function again:"
-            " the memory would be written twice. Call it outside of the checkpoint, or let a policy save it"
-            " (torch.utils.checkpoint.create_selective_checkpoint_contexts)"
+            f"{name} was called in a backward pass. If it was by an activation checkpoint, which computes its function"
+            " again, the memory would be written twice: call it outside of the checkpoint, or let a policy save it"
+            " (torch.utils.checkpoint.create_selective_checkpoint_contexts). If it was by a gradient hook: note there"
+            " what is to be written, and call it when backward() has returned"
         )

@@ -1,5 +1,6 @@
 """CUDA graphs of streaming steps: what a step launches, captured once and replayed as one launch."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ class MemoryGraph:
                 f"`queries` [B, t, H, Dk] must have a t that divides `chunk_size` or is a multiple of it, "
                 f"got {checks.shape(queries)} against {o.chunk_size}"
             )
-        self._state, self._options = state, o
+        self._state, self._options, self._process = state, o, os.getpid()
         state._bind(queries, targets, o)
         self._captured = self._tensors()
         static = (None if x is None else torch.empty_like(x.transpose(0, 1)) for x in (gates, mask))
@@ -102,7 +103,10 @@ class MemoryGraph:
                 self._read = capture(lambda: self._run_read(state), lambda: self._run_read(spare))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a MemoryGraph cannot be copied or pickled: copy its state, and capture a graph of the copy")
+        raise TypeError(
+            "a MemoryGraph cannot be copied, pickled or sent to another process: copy or send its state, and capture a"
+            " graph of the copy"
+        )
 
     def _full_state(self, state: MemoryState) -> MemoryState:
         """A copy for warming up, as if all tokens of a chunk had been read: each picked the first sub-keys."""
@@ -166,8 +170,14 @@ class MemoryGraph:
             ValueError: where the graphs would be wrong: m is not a multiple of t, the state's position is not, the
                 state's tensors are not those that were captured, or gates or mask are there and were not, or the
                 reverse. Nothing has been written by then.
-            RuntimeError: where `fast_weight_memory_step` raises it, but for captures.
+            RuntimeError: where `fast_weight_memory_step` raises it, but for captures; in a process that was forked
+                after the capture.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "a MemoryGraph runs in the process that captured it, and this one was forked from it:"
+                " capture a graph of the state here"
+            )
         o, state = self._options, self._state
         refuse_transforms("MemoryGraph", (queries, targets, gates, mask))
         refuse_recomputation("MemoryGraph")

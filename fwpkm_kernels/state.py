@@ -1,53 +1,40 @@
-"""The state of a streamed memory: its private copies, the queue of the present chunk, and what its first step bound."""
+"""The state of a streamed memory: its private copies, what it is tied to, copies of it, saving and loading."""
 
-import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import copy
+import pickle
+from collections.abc import Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
+from .binding import Binding, Queue, check_binding, check_queue, from_bytes, make_queue, to_bytes, to_plain, waiting
 from .chunks import Options
-from .kernels import compute_dtype
 from .memory import check_memory
 
-#: Options that may change from step to step.
-FREE_OPTIONS = ("lr", "weight_decay", "clip", "addressing_weight")
-
-
-class Queue(NamedTuple):
-    """What waits for a chunk to be full: C tokens of the present chunk, after L that are carried from the one before.
-
-    Time first, so that the tokens of a chunk are a slice.
-    """
-
-    queries: Tensor  #: [L + C, B, H, Dk]
-    gates: Tensor  #: [L + C, B]
-    mask: Tensor  #: [L + C, B]
-    targets: Tensor  #: [C, B, D]
-    predictions: Tensor  #: [C, B, D], not rounded
-    slots: Tensor  #: int64 [C, B, H, K]
-    weights: Tensor  #: [C, B, J]
-    half_scores: Tensor  #: [C, B, H, 2, K]
-    sub_keys: Tensor  #: int32 [C, B, H, 2, K]
-
-
-class Binding(NamedTuple):
-    """What the first step of a state settles for all later ones."""
-
-    batch: int
-    queries_dtype: torch.dtype
-    targets_dtype: torch.dtype
-    options: Options  #: the free ones at their defaults
+#: What a copy of a state has anew; other attributes are the initial memory, and those of subclasses.
+_COPIED = frozenset(("_keys", "_values", "_touched", "_position", "_binding", "_queue"))
 
 
 class MemoryState:
     """A memory that reads and writes step by step: see `fast_weight_memory_step`.
 
-    It keeps `keys` [H, 2, n, Dk/2] and `values` [N, D], detached, as the initial memory, and never writes them: many
-    states may share them. It writes private copies, `state.keys` and `state.values`. The first step binds batch size,
-    dtypes and all options but lr, weight_decay, clip and addressing_weight.
+    It keeps `keys` [H, 2, n, Dk/2] and `values` [N, D] as the initial memory and never writes them: many states may
+    share them. It writes private copies, `state.keys` and `state.values`. The first step binds batch size, dtypes and
+    all options but lr, weight_decay, clip and addressing_weight.
+
+    The tie to the initial memory is to the very tensors that were given (of one that autograd has computed, to the same
+    storage), so give the Parameters themselves. `reset` copies what they hold then, whoever wrote it. A state in a
+    module stays tied to the module's Parameters through copy.deepcopy, pickle and torch.save of the whole module, in
+    other processes, and through `.to()`, `.double()` and what else sets `Parameter.data`: the state itself takes over
+    another dtype or device at its next reset. Untied is a state whose module gets other tensors: by
+    load_state_dict(assign=True), by `.to()` for a buffer, by a parametrization. `rebind` ties it again.
+
+    Copies are independent: `clone` and copy.copy share the initial memory; copy.deepcopy and pickle copy it too, once
+    for all states that are copied together. A state that is sent to another process is a copy there, whatever the
+    start method, and only its initial memory may lie in shared memory. torch.load(weights_only=True) accepts a state.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -55,94 +42,244 @@ class MemoryState:
 
     @torch.inference_mode(False)  # a state that is set up in inference mode can be stepped outside of it
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        check_initial_memory(keys, values)
-        self._initial_keys, self._initial_values = keys.detach(), values.detach()
-        self.keys = self._initial_keys.clone(memory_format=torch.contiguous_format)
-        self.values = self._initial_values.clone(memory_format=torch.contiguous_format)
+        self._device: torch.device | None = None  # of the private copies; None is that of the initial memory
+        self._tie(keys, values)
+        self._set_up(keys, values)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _for_another_process)
+
+    def _set_up(self, keys: Tensor, values: Tensor) -> None:
+        """Make private copies of these, with nothing read and nothing bound."""
+        device = self._device or values.device
+        self._keys, self._values = (
+            x.detach().to(device, copy=True, memory_format=torch.contiguous_format) for x in (keys, values)
+        )
         # On the CPU, so that reading it never waits for a GPU; a tensor, so that torch.compile does not count with it.
-        self._position = torch.zeros((), dtype=torch.int64)
-        self._touched = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
-        self._initial_version = _version(self._initial_values)
+        self._position = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._touched = torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """The present sub-keys, [H, 2, n, Dk/2]. What is assigned, or written in place, lasts until the next reset."""
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._assign("keys", self._keys, keys)
+
+    @property
+    def values(self) -> Tensor:
+        """The present table, [N, D]. What is assigned, or written in place, lasts until the next reset."""
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._assign("values", self._values, values)
+
+    def _assign(self, name: str, own: Tensor, x: Tensor) -> None:
+        """Copy what is assigned: steps write in place, and would write the tensor of somebody else."""
+        checks.check_tensor(name, x)
+        if x.shape != own.shape or x.dtype != own.dtype:
+            wanted, came = (f"{checks.shape(t)} of {t.dtype}" for t in (own, x))
+            raise ValueError(f"`{name}` must be {wanted} as in the state, got {came}")
+        with torch.no_grad():
+            own.copy_(x)
+        self._all_touched()
 
     @property
     def position(self) -> int:
         """Tokens read so far, by each item of the batch."""
         return int(self._position)
 
-    def reset(self) -> None:
-        """Return to the initial memory and position 0; what is bound stays bound.
+    def rebind(self, keys: Tensor, values: Tensor) -> None:
+        """Tie the state to another initial memory, to which `reset` returns from now on.
 
-        Copies back the rows that were touched; all of them after a write with weight_decay > 0, or if the initial
-        memory was itself changed in place since.
+        The present memory, the position and what is bound stay as they are.
+
+        Args:
+            keys: [H, 2, n, Dk/2], of any strides, float32, float64, float16 or bfloat16.
+            values: [N, D], N = n², likewise and on the same device.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        with torch.no_grad():
-            if self._initial_version != (version := _version(self._initial_values)):
-                self._touched.fill_(1)
-                self._initial_version = version
-            self.keys.copy_(self._initial_keys)
-            if self.values.is_cuda:
-                from .kernels.memory import restore_rows
+        check_initial_memory(keys, values)
+        for name, x, own in (("keys", keys, self._keys), ("values", values, self._values)):
+            if x.shape != own.shape:
+                raise ValueError(f"`{name}` must be {checks.shape(own)} as in the state, got {checks.shape(x)}")
+        self._tie(keys, values)
+        self._all_touched()
 
-                restore_rows(self.values, self._initial_values, self._touched)
-            else:
-                rows = torch.nonzero(self._touched).flatten()
-                self.values[rows] = self._initial_values[rows]
-            for x in (self._touched, self._position, *(self._queue or ())):
-                x.zero_()
+    def _tie(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the initial memory."""
+        check_initial_memory(keys, values)
+        # A leaf is kept itself, since only it shows what its `.data` is set to; of another its graph must not be kept.
+        self._initial_keys, self._initial_values = _leaf(keys), _leaf(values)
+
+    def _all_touched(self) -> None:
+        """Note that any row may differ from the initial memory."""
+        with torch.inference_mode(False):
+            self._touched.fill_(1)
 
     @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset(self, *, touched_rows_only: bool = False) -> None:
+        """Return to the initial memory as it is now, and to position 0; what is bound stays bound.
+
+        All rows are copied, so nothing is believed of who wrote the initial memory or `state.keys` and `state.values`.
+        Where the initial memory has another shape, dtype or device than the state by now, the state is set up anew,
+        and nothing is bound.
+
+        Args:
+            touched_rows_only: copy back only the rows of `values` that steps have written since the last reset, which
+                is faster where these are few. It believes that nothing but steps has written `state.values`, and that
+                nobody has written the initial values since: what else was changed stays as it is. Sub-keys are copied
+                whole. All rows are copied after a write with weight_decay > 0, a load, an assignment or `rebind`.
+
+        Raises:
+            TypeError, ValueError: if the initial memory is none any more, or `touched_rows_only` is no bool.
+        """
+        checks.check_flag("touched_rows_only", touched_rows_only)
+        check_initial_memory(self._initial_keys, self._initial_values)
+        device = self._device or self._initial_values.device
+        initial = ((self._keys, self._initial_keys), (self._values, self._initial_values))
+        if any(own.shape != x.shape or own.dtype != x.dtype or own.device != device for own, x in initial):
+            self._set_up(self._initial_keys, self._initial_values)
+            return
+        self._keys.copy_(self._initial_keys)
+        if not touched_rows_only or self._initial_values.device != device:
+            self._values.copy_(self._initial_values)
+        elif self._values.is_cuda:
+            from .kernels.memory import restore_rows
+
+            restore_rows(self._values, self._initial_values, self._touched)
+        else:
+            rows = torch.nonzero(self._touched).flatten()
+            self._values[rows] = self._initial_values[rows]
+        for x in (self._touched, self._position, *(self._queue or ())):
+            x.zero_()
+
     def clone(self) -> "MemoryState":
         """An independent copy that shares the initial memory."""
-        other = MemoryState.__new__(MemoryState)
-        other._initial_keys, other._initial_values = self._initial_keys, self._initial_values
-        other.keys, other.values = self.keys.clone(), self.values.clone()
-        other._position, other._touched = self._position.clone(), self._touched.clone()
-        other._initial_version, other._binding = self._initial_version, self._binding
-        other._queue = None if self._queue is None else Queue(*(x.clone() for x in self._queue))
-        return other
+        return self._copy(self._values.device)
 
     __copy__ = clone
 
-    # For copy.deepcopy and pickle, which copy the initial memory too; one that is shared by states that are copied
-    # together stays shared under copy.deepcopy and torch.save.
-    def __getstate__(self) -> dict[str, Any]:
-        fields = dict(self.__dict__)
-        if self._initial_version != _version(self._initial_values):
-            fields["_touched"] = torch.ones_like(self._touched)
-        return fields
+    def to(self, device: torch.device | str | int) -> "MemoryState":
+        """An independent copy on `device`, where it stays: its resets copy the initial memory, which is shared, there.
+
+        Raises:
+            TypeError, ValueError: for what is no device.
+        """
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"`device` must be a device, got {device!r}: {str(error).splitlines()[0]}") from None
+        other = self._copy(device)
+        other._device = other._values.device  # which has an index
+        return other
 
     @torch.inference_mode(False)
-    def __setstate__(self, fields: dict[str, Any]) -> None:
-        self.__dict__.update(fields)
-        # What was copied in inference mode can be stepped outside of it.
-        for name in ("keys", "values", "_position", "_touched"):
-            setattr(self, name, _usable(getattr(self, name)))
+    def _copy(self, device: torch.device) -> "MemoryState":
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        for name in ("_keys", "_values", "_touched"):
+            setattr(other, name, getattr(self, name).to(device, copy=True))
+        other._position = self._position.clone()
         if self._queue is not None:
-            self._queue = Queue(*map(_usable, self._queue))
-        self._initial_version = _version(self._initial_values)  # the copy counts its own changes
+            other._queue = Queue(*(x.to(device, copy=True) for x in self._queue))
+        return other
+
+    def select(self, indices: Tensor | Sequence[int]) -> "MemoryState":
+        """An independent copy in which only some items of the batch go on: a sub-batch, or the beams that are kept.
+
+        They share keys and values, as all items do; what is selected is whose tokens wait for the chunk to be full. The
+        copy is as if the others had ended here, and as if items that are selected twice had read the same tokens.
+
+        Args:
+            indices: [new B], integers in [0, B), in any order and with repetitions. The range is checked on CPUs only.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came; ValueError too for a state
+                that is not bound, which has no items yet.
+        """
+        other = self.clone()
+        other.select_(indices)
+        return other
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def select_(self, indices: Tensor | Sequence[int]) -> None:
+        """`select` in this state itself: no table is copied, so that beams may be reordered at every token."""
+        if self._binding is None or self._queue is None:
+            raise ValueError("`indices` must select among the items of a batch, and this state has not read one yet")
+        batch = self._binding.batch
+        rows = _check_indices(indices, batch).to(self._values.device)
+        selected = Queue(*(x.index_select(1, rows) for x in self._queue))
+        if len(rows) == batch:  # the tensors stay, and so do graphs that were captured with them
+            for x, new in zip(self._queue, selected, strict=True):
+                x.copy_(new)
+        else:
+            self._queue, self._binding = selected, self._binding._replace(batch=len(rows))
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryState":
+        other = memo[id(self)] = self.clone()
+        self._initial_keys, self._initial_values = _leaf(self._initial_keys), _leaf(self._initial_values)
+        for name in set(self.__dict__) - _COPIED:
+            setattr(other, name, copy.deepcopy(getattr(self, name), memo))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: tensors and plain types, so that a careful unpickler needs to trust this class only."""
+        fields = {name: x for name, x in self.__dict__.items() if name not in _COPIED}
+        fields["_initial_keys"], fields["_initial_values"] = _leaf(self._initial_keys), _leaf(self._initial_values)
+        # The position is no tensor here, for torch.load would put that on another device.
+        binding = None if self._binding is None else to_plain(self._binding)
+        queue = None if self._queue is None else self._queue._asdict()
+        memory = {"keys": self._keys, "values": self._values, "touched": self._touched, "queue": queue}
+        return fields | {"_memory": memory, "_position": self.position, "_binding": binding}
+
+    @torch.inference_mode(False)  # what is unpickled in inference mode can be stepped outside of it
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        missing = {"_initial_keys", "_initial_values", "_device", "_memory", "_position", "_binding"} - set(fields)
+        if missing:
+            raise ValueError(f"a pickled MemoryState must hold {sorted(missing)}, got {sorted(map(str, fields))}")
+        memory, position, binding = (fields[name] for name in ("_memory", "_position", "_binding"))
+        self.__dict__.update({name: x for name, x in fields.items() if name != "_memory"})
+        self._tie(self._initial_keys, self._initial_values)
+        # The file may be anybody's: what it holds is checked as an initial memory and a state dict are.
+        check_initial_memory(memory["keys"], memory["values"])
+        if self._device is not None:
+            self._device = memory["values"].device  # torch.load may have moved it
+        self._set_up(memory["keys"], memory["values"])
+        tensors = {"keys": memory["keys"], "values": memory["values"]}
+        position = checks.check_int("position", position, minimum=0)
+        tensors["position"] = torch.tensor(position, dtype=torch.int64, device="cpu")
+        if binding is not None:
+            tensors["binding"] = to_bytes(binding)
+            tensors |= {f"queue.{name}": x for name, x in memory["queue"].items()}
+        self.load_state_dict(tensors)
+        self._touched.copy_(memory["touched"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Memory, position, queue and bound options as flat, contiguous, unshared tensors, as safetensors wants them.
 
-        The initial memory is not included.
+        The initial memory is not included. What a state holds that is not bound is keys, values and position. So
+        torch.distributed.checkpoint, which loads only the tensors that there are already, needs a state that is bound:
+        a step of no tokens, with batch, dtypes and options of the one that was saved, binds a fresh one.
         """
-        tensors = {"keys": self.keys, "values": self.values, "position": self._position}
+        tensors = {"keys": self._keys, "values": self._values, "position": self._position}
         if self._binding is not None and self._queue is not None:
-            tensors["binding"] = _to_bytes(self._binding)
-            tensors |= {f"queue.{name}": x for name, x in self._waiting(self._binding.options, self._queue).items()}
+            tensors["binding"] = to_bytes(to_plain(self._binding))
+            queue = waiting(self._queue, self.position, self._binding.options)
+            tensors |= {f"queue.{name}": x for name, x in queue.items()}
         return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-
-    def _waiting(self, o: Options, queue: Queue) -> dict[str, Tensor]:
-        """The queue without what no longer waits: equal states save equal tensors, and no other tokens."""
-        waiting = {name: x.clone() for name, x in queue._asdict().items()}
-        for name, x in waiting.items():
-            first = o.lookahead if name in ("queries", "gates", "mask") else 0
-            x[first + self.position % o.chunk_size :] = 0
-            if self.position < o.chunk_size:
-                x[:first] = 0
-        return waiting
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over what `state_dict` saved; `reset` still returns to the initial memory of this state.
@@ -158,22 +295,26 @@ class MemoryState:
             if name not in state_dict:
                 raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(map(str, state_dict))}")
         for name, x in state_dict.items():
-            if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided or x.is_meta):
+            has_data = isinstance(x, Tensor) and (not x.is_meta or self._values.is_meta)
+            if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided or not has_data):
                 raise ValueError(
                     f"`state_dict` must hold dense tensors with data, got {x.layout} on {x.device} for {name!r}"
                 )
         binding = self._load_binding(state_dict["binding"]) if "binding" in state_dict else None
-        expected = {"keys": self.keys, "values": self.values, "position": self._position}
+        expected = {"keys": self._keys, "values": self._values, "position": self._position}
         position, queue = state_dict["position"], None
-        # What is not bound has not stepped.
-        is_number = isinstance(position, Tensor) and position.numel() == 1
+        # An unbound state has read no tokens, so its position must be 0.
+        is_number = isinstance(position, Tensor) and position.numel() == 1 and not position.is_meta
         if is_number and (position < 0 or (binding is None and position != 0)):
-            raise ValueError(f"`state_dict` must hold a 'position' that its 'binding' allows, got {int(position)}")
+            raise ValueError(
+                f"`state_dict` must hold a 'position' that its 'binding' allows, got {int(position)}; a checkpoint that"
+                " loads only what a state has needs one that is bound: step it with no tokens first"
+            )
         if binding is not None:
             if self._binding is not None:
-                _check_binding(self._binding, binding)
-            # Of no memory yet: what is asked for may be absurd.
-            queue = self._make_queue(binding, torch.device("meta"))
+                check_binding(self._binding, binding)
+            # Compare with meta tensors: sizes from a foreign dict may not fit in memory.
+            queue = make_queue(self._keys, self._values, binding, torch.device("meta"))
             expected |= {f"queue.{name}": x for name, x in queue._asdict().items()}
         names = set(expected) | ({"binding"} if binding is not None else set())
         if set(state_dict) != names:
@@ -188,18 +329,18 @@ class MemoryState:
                     f"got {came}"
                 )
         if binding is not None:
-            for name, size in (("queue.slots", len(self.values)), ("queue.sub_keys", self.keys.shape[:3].numel())):
-                checks.check_slot_range(f"state_dict[{name!r}]", state_dict[name].cpu(), size)
-            waiting = int(position) % binding.options.chunk_size
-            self._check_picks(state_dict["queue.sub_keys"][:waiting])
-            queue = self._queue if self._queue is not None else self._make_queue(binding, self.values.device)
-        buffers = {"keys": self.keys, "values": self.values, "position": self._position}
+            if not self._values.is_meta:
+                tensors = {name: state_dict[f"queue.{name}"] for name in ("slots", "sub_keys")}
+                check_queue(tensors, self._keys, len(self._values), int(position) % binding.options.chunk_size)
+            queue = self._queue
+            if queue is None:
+                queue = make_queue(self._keys, self._values, binding, self._values.device)
+        buffers = {"keys": self._keys, "values": self._values, "position": self._position}
         buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
         with torch.no_grad():
             for name, x in buffers.items():
                 x.copy_(state_dict[name])
-            # Which rows differ from the initial memory is not known: reset copies all of them.
-            self._touched.fill_(1)
+        self._all_touched()
         self._binding, self._queue = binding, queue
 
     def __repr__(self) -> str:
@@ -209,69 +350,32 @@ class MemoryState:
             f"values={checks.shape(self.values)} of {self.values.dtype} on {self.values.device})"
         )
 
-    def _check_picks(self, sub_keys: Tensor) -> None:
-        """Picks [tokens, B, H, 2, K] are of their own half, and differ: what plans a key step relies on that."""
-        heads, _, num_keys, _ = self.keys.shape
-        picks = sub_keys.cpu().sort(-1).values
-        half = torch.arange(2 * heads, dtype=picks.dtype).view(heads, 2, 1)
-        if not ((picks // num_keys == half).all() and (picks.diff(dim=-1) > 0).all()):
-            raise ValueError("`state_dict` must hold different sub-keys of each token's own half in 'queue.sub_keys'")
-
     def _load_binding(self, x: Tensor) -> Binding:
         """What a state dict says was bound; ValueError if no step on this state could have bound it."""
         try:
-            binding = _from_bytes(x)
-            heads, _, _, half = self.keys.shape
-            queries = self.keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
-            targets = self.values.new_empty((binding.batch, 0, self.values.shape[1]), dtype=binding.targets_dtype)
+            binding = from_bytes(x)
+            heads, _, _, half = self._keys.shape
+            queries = self._keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
+            targets = self._values.new_empty((binding.batch, 0, self._values.shape[1]), dtype=binding.targets_dtype)
             check_step(self, queries, targets, None, None, binding.options)
         except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"`state_dict` must hold bound options that fit under 'binding', got {error!r}") from None
         return binding
 
-    @torch.inference_mode(False)
-    def _make_queue(self, binding: Binding, device: torch.device) -> Queue:
-        """An empty queue for what is bound."""
-        batch, o = binding.batch, binding.options
-        heads, _, _, half = self.keys.shape
-        chunk, window, width = o.chunk_size, o.lookahead + o.chunk_size, self.values.shape[1]
-        dtype = compute_dtype(self.values.dtype)
-
-        def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        return Queue(
-            queries=zeros(window, batch, heads, 2 * half, dtype=binding.queries_dtype),
-            gates=zeros(window, batch),
-            mask=zeros(window, batch),
-            targets=zeros(chunk, batch, width, dtype=binding.targets_dtype),
-            predictions=zeros(chunk, batch, width),
-            slots=zeros(chunk, batch, heads, o.top_k, dtype=torch.int64),
-            weights=zeros(chunk, batch, heads * o.top_k),
-            half_scores=zeros(chunk, batch, heads, 2, o.top_k),
-            sub_keys=zeros(chunk, batch, heads, 2, o.top_k, dtype=torch.int32),
-        )
-
-    def _bind(self, queries: Tensor, targets: Tensor, o: Options) -> Queue:
-        """Bind at the first step; later refuse what differs."""
-        defaults = {name: Options._field_defaults[name] for name in FREE_OPTIONS}
-        bound = Options(**{**o._asdict(), **defaults})  # o._replace(…) is more than torch.compile of 2.11 can keep
-        binding = Binding(queries.shape[0], queries.dtype, targets.dtype, bound)
+    def _bind(self, queries: Tensor, targets: Tensor, o: Options, queue: Queue | None = None) -> Queue:
+        """Bind at the first step, with `queue` where that is made already; later refuse what differs."""
+        binding = Binding.of(queries, targets, o)
         if self._binding is None or self._queue is None:
-            self._binding, self._queue = binding, self._make_queue(binding, self.values.device)
+            self._queue = make_queue(self._keys, self._values, binding, self._values.device) if queue is None else queue
+            self._binding = binding
         else:
-            _check_binding(self._binding, binding)
+            check_binding(self._binding, binding)
         return self._queue
 
 
-def _usable(x: Tensor) -> Tensor:
-    """A tensor that may be written outside of inference mode."""
-    return x.clone() if x.is_inference() else x
-
-
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was changed in place; None in inference mode, which does not count."""
-    return None if x.is_inference() else x._version
+def _leaf(x: Tensor) -> Tensor:
+    """The tensor itself, or without the graph that autograd computed it by."""
+    return x if x.is_leaf else x.detach()
 
 
 def check_initial_memory(keys: Tensor, values: Tensor) -> None:
@@ -290,43 +394,52 @@ def check_initial_memory(keys: Tensor, values: Tensor) -> None:
         )
 
 
-def _check_binding(bound: Binding, came: Binding) -> None:
-    """Name the first thing that is not as it was bound."""
-    if came.batch != bound.batch:
-        raise ValueError(f"`queries` must keep the state's batch size, {bound.batch}, got {came.batch}")
-    dtypes = {
-        "queries": (bound.queries_dtype, came.queries_dtype),
-        "targets": (bound.targets_dtype, came.targets_dtype),
-    }
-    for name, (before, after) in dtypes.items():
-        if before != after:
-            raise ValueError(f"`{name}` must keep the dtype of the state's first step, {before}, got {after}")
-    for name, was, now in zip(Options._fields, bound.options, came.options, strict=True):
-        if was != now:
-            raise ValueError(f"`{name}` must stay as in the state's first step, {was!r}, got {now!r}")
+def _check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
+    """Validate the argument of `select`, and make it an int64 tensor [new B]."""
+    if not isinstance(indices, Tensor):
+        indices = [checks.check_int("indices", x, minimum=0) for x in indices]
+        indices = torch.tensor(indices, dtype=torch.int64, device="cpu")
+    checks.check_tensor("indices", indices, 1, "[new B]")
+    checks.check_slots("indices", indices)
+    checks.check_slot_range("indices", indices, batch)
+    return indices.long()
 
 
-def _to_bytes(binding: Binding) -> Tensor:
-    """What is bound as JSON in a uint8 tensor."""
-    dtypes = [str(x).removeprefix("torch.") for x in (binding.queries_dtype, binding.targets_dtype)]
-    text = json.dumps({"batch": binding.batch, "dtypes": dtypes, "options": binding.options._asdict()})
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def _from_bytes(x: Tensor) -> Binding:
-    """The inverse; any of several errors if it is not one."""
-    fields = json.loads(bytes(x.tolist()))
-    queries_dtype, targets_dtype = (getattr(torch, name) for name in fields["dtypes"])
-    return Binding(fields["batch"], queries_dtype, targets_dtype, Options(**fields["options"]))
+def _is_state(x: object) -> bool:
+    """Whether `x` is a MemoryState, also one that was made before this module was reloaded."""
+    name = (MemoryState.__module__, MemoryState.__qualname__)
+    return isinstance(x, MemoryState) or any((c.__module__, c.__qualname__) == name for c in type(x).__mro__)
 
 
 def check_step(
     state: MemoryState, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None, o: Options
 ) -> Options:
     """Validate the arguments of a step; returns the options with their numbers as floats."""
-    if not isinstance(state, MemoryState):
-        raise TypeError(f"`state` must be a MemoryState, got {type(state).__name__}")
+    if not _is_state(state):
+        kind = type(state)
+        raise TypeError(f"`state` must be a MemoryState of {__package__}, got {kind.__module__}.{kind.__qualname__}")
     o = check_memory(queries, targets, state.keys, state.values, gates, mask, o)
     checks.check_choice("boundary", o.boundary, ("carry",))
     checks.use_triton(o.backend, state.values)  # raises where it cannot run, before anything is bound
     return o
+
+
+def _for_another_process(state: MemoryState) -> tuple[Any, ...]:
+    """How multiprocessing pickles a state: the initial memory as it pickles tensors, which then share memory.
+
+    All else goes as bytes, for tensors of a copy must not be shared.
+    """
+    fields = state.__getstate__()
+    initial = {name: fields.pop(name) for name in ("_initial_keys", "_initial_values")}
+    return _from_another_process, (type(state), initial, pickle.dumps(fields))
+
+
+def _from_another_process(cls: type[MemoryState], initial: dict[str, Tensor], fields: bytes) -> MemoryState:
+    """The inverse."""
+    state = cls.__new__(cls)
+    state.__setstate__(initial | pickle.loads(fields))
+    return state
+
+
+ForkingPickler.register(MemoryState, _for_another_process)
+torch.serialization.add_safe_globals([MemoryState])

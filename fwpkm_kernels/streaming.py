@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
 from .addressing import step_keys
+from .binding import Binding, Queue, make_queue
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
@@ -22,7 +23,7 @@ from .lookup import lookup_halves
 from .memory import run_scans
 from .plan import Plan, count_accesses, plan_segments, row_dtype
 from .scans import read, write
-from .state import MemoryState, Queue, check_step
+from .state import MemoryState, check_step
 
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -311,17 +312,33 @@ _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for 
 )
 def _step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> Tensor:
     count = len(Queue._fields)
-    queue, o = Queue(*rest[:count]), Options(*rest[count + 4 :])
-    queries, targets, gates, mask = rest[count : count + 4]
-    gates, mask = (None if x is None else x.transpose(0, 1) for x in (gates, mask))
-    tokens = Tokens(queries.transpose(0, 1), targets.transpose(0, 1), gates, mask)
-    return _step(keys, values, position, touched, queue, tokens, o)
+    return _step(keys, values, position, touched, Queue(*rest[:count]), *rest[count:])
 
 
 @_step_op.register_fake
 def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     targets = rest[len(Queue._fields) + 1]
     return targets.new_empty(targets.shape)
+
+
+@torch.library.custom_op(
+    "fwpkm_kernels::fast_weight_memory_first_step",
+    mutates_args=_STATE_FIELDS[:4],
+    schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS[:4]))}, "
+    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> "
+    f"({', '.join(['Tensor'] * (1 + len(Queue._fields)))})",
+)
+def _first_step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """A step that makes the queue too; output and queue."""
+    queries, targets, _, _, *options = rest
+    queue = make_queue(keys, values, Binding.of(queries, targets, Options(*options)), values.device)
+    return _step(keys, values, position, touched, queue, *rest), *queue
+
+
+@_first_step_op.register_fake
+def _(keys, values, position, touched, queries, targets, gates, mask, *options):  # type: ignore[no-untyped-def]
+    queue = make_queue(keys, values, Binding.of(queries, targets, Options(*options)), values.device)
+    return targets.new_empty(targets.shape), *queue
 
 
 def _refuse_replays(values: Tensor) -> None:
@@ -333,10 +350,22 @@ def _refuse_replays(values: Tensor) -> None:
 
 @checks.without_autocast
 def _step(
-    keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, queue: Queue, tokens: Tokens, o: Options
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    touched: Tensor,
+    queue: Queue,
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    *options: Any,
 ) -> Tensor:
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
     _refuse_replays(values)
+    o = Options(*options)
+    by_time = (None if x is None else x.transpose(0, 1) for x in (queries, targets, gates, mask))
+    tokens = Tokens(*by_time)  # type: ignore[arg-type]
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
     begin, now, lanes = 0, int(position), Lanes()
@@ -432,7 +461,12 @@ def fast_weight_memory_step(
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
     with torch.no_grad():
-        queue = state._bind(queries, targets, o)
-        memory = (state.keys, state.values, state._position, state._touched)
-        output: Tensor = _step_op(*memory, *queue, queries, targets, gates, mask, *o)
+        memory, tokens = (state.keys, state.values, state._position, state._touched), (queries, targets, gates, mask)
+        output: Tensor
+        if state._binding is None and torch.compiler.is_compiling():
+            # What a compiled function makes itself in inference mode no step outside of it could write.
+            output, *queue = _first_step_op(*memory, *tokens, *o)
+            state._bind(queries, targets, o, Queue(*queue))
+        else:
+            output = _step_op(*memory, *state._bind(queries, targets, o), *tokens, *o)
     return output

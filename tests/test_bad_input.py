@@ -627,7 +627,7 @@ def test_a_replay_on_other_tensors_is_refused(name, make_graph):
     inputs = make_inputs(2, 8, device=DEVICE)
     state = make_state(inputs)
     graph = make_graph(state, inputs, 4, **OPTIONS)
-    setattr(state, name, getattr(state, name).clone())
+    setattr(state, f"_{name}", getattr(state, name).clone())
     before = contents(state)
     with pytest.raises(ValueError, match="`state`"):
         replayed(graph, state, inputs, 8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels.binding import Queue
 from fwpkm_kernels.chunks import Options
 from fwpkm_kernels.plan import plan_segments
 from fwpkm_kernels.streaming import Tokens
@@ -161,6 +162,11 @@ def step_samples(place: Place) -> Samples:
         yield name, (*tensors_of(state), *given, *Options(**small, **options))
 
 
+def first_step_samples(place: Place) -> Samples:
+    for name, arguments in step_samples(place):
+        yield name, (*arguments[:4], *arguments[4 + len(Queue._fields) :])
+
+
 def tensors_of(state: MemoryState) -> tuple[Tensor, ...]:
     assert state._queue is not None
     return (state.keys, state.values, state._position, state._touched, *state._queue)
@@ -180,6 +186,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "fast_weight_memory": memory_samples,
     "fast_weight_memory_backward": memory_grad_samples,
     "fast_weight_memory_step": step_samples,
+    "fast_weight_memory_first_step": first_step_samples,
 }
 
 

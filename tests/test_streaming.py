@@ -20,8 +20,8 @@ from fwpkm_kernels import (
     streaming,
     testing,
 )
+from fwpkm_kernels.binding import FREE_OPTIONS
 from fwpkm_kernels.chunks import Options
-from fwpkm_kernels.state import FREE_OPTIONS
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER
 from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
 
@@ -481,15 +481,15 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     begin = 0
     for count in (2, 1, 7):
         tokens = tokens_of(inputs, begin, begin + count)
-        by_time = streaming.Tokens(*(tokens[name].transpose(0, 1) for name in BY_TOKEN))
+        given = [tokens[name] for name in BY_TOKEN]
         with torch.no_grad(), NoSynchronisation(state._position) as mode:
-            streaming._step(state.keys, state.values, state._position, state._touched, queue, by_time, o)
+            streaming._step(state.keys, state.values, state._position, state._touched, queue, *given, *o)
         assert mode.calls > 10
         begin += count
     assert state.position == 10
 
     # What a graph captures, where gates and masks are not given and the place is a tensor.
-    tokens = streaming.Tokens(by_time.queries[:1], by_time.targets[:1], None, None)
+    tokens = streaming.Tokens(*(x[:, :1].transpose(0, 1) for x in given[:2]), None, None)
     output, place = torch.empty_like(tokens.targets), torch.tensor(1, device=triton_place.device)
     with torch.no_grad(), NoSynchronisation(state._position):
         streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
