@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _checks as checks
 from .binding import Binding, Queue, check_binding, check_queue, from_bytes, make_queue, to_bytes, to_plain, waiting
@@ -34,7 +35,8 @@ class MemoryState:
 
     Copies are independent: `clone` and copy.copy share the initial memory; copy.deepcopy and pickle copy it too, once
     for all states that are copied together. A state that is sent to another process is a copy there, whatever the
-    start method, and only its initial memory may lie in shared memory. torch.load(weights_only=True) accepts a state.
+    start method; its initial memory is shared if it is Parameters, or was in shared memory before.
+    torch.load(weights_only=True) accepts a state.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -425,19 +427,22 @@ def check_step(
 
 
 def _for_another_process(state: MemoryState) -> tuple[Any, ...]:
-    """How multiprocessing pickles a state: the initial memory as it pickles tensors, which then share memory.
+    """How multiprocessing pickles a state: as bytes, since tensors that it pickles share memory from then on.
 
-    All else goes as bytes, for tensors of a copy must not be shared.
+    An initial memory that is shared already, or as Parameters of a module is about to be, stays so: the copy of the
+    state is then tied to the copy of the module.
     """
     fields = state.__getstate__()
-    initial = {name: fields.pop(name) for name in ("_initial_keys", "_initial_values")}
-    return _from_another_process, (type(state), initial, pickle.dumps(fields))
+    names = ("_initial_keys", "_initial_values")
+    shared = {name: fields[name] for name in names if isinstance(fields[name], Parameter) or fields[name].is_shared()}
+    own = {name: x for name, x in fields.items() if name not in shared}
+    return _from_another_process, (type(state), shared, pickle.dumps(own))
 
 
-def _from_another_process(cls: type[MemoryState], initial: dict[str, Tensor], fields: bytes) -> MemoryState:
+def _from_another_process(cls: type[MemoryState], shared: dict[str, Tensor], own: bytes) -> MemoryState:
     """The inverse."""
     state = cls.__new__(cls)
-    state.__setstate__(initial | pickle.loads(fields))
+    state.__setstate__(shared | pickle.loads(own))
     return state
 
 
