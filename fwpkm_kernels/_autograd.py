@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
 
 _LOOP = "call it once for each item of a batch"
 
@@ -54,4 +56,33 @@ def refuse_recomputation(name: str) -> None:
             " again, the memory would be written twice: call it outside of the checkpoint, or let a policy save it"
             " (torch.utils.checkpoint.create_selective_checkpoint_contexts). If it was by a gradient hook: note there"
             " what is to be written, and call it when backward() has returned"
+        )
+
+
+def refuse_traces(name: str, memory: Tensor, tokens: Tensor, is_bound: bool) -> None:
+    """Raise where a trace of what mutates a state would be a program that does something else.
+
+    torch.export and make_fx keep the tensors of a state as constants of the program, which its calls then write. What a
+    first step binds they would make anew at every call; a state that is made in the trace itself is part of it.
+
+    Args:
+        memory: one of the state's tensors.
+        tokens: one of the tensors that the state reads.
+        is_bound: whether the state has stepped before.
+    """
+    is_exporting = torch.compiler.is_exporting()
+    if torch.compiler.is_compiling() and not is_exporting:
+        return
+    mode = None if torch.compiler.is_dynamo_compiling() else get_proxy_mode()
+    if isinstance(memory, FakeTensor) or (mode is not None and has_proxy_slot(memory, mode.tracer)):
+        return
+    if not is_bound and (is_exporting or mode is not None):
+        raise RuntimeError(
+            f"{name} cannot be traced with a state that is not bound, since the program would bind it anew at every"
+            " call: step the state with no tokens and the same options first"
+        )
+    if isinstance(tokens, FakeTensor) and not is_exporting:
+        raise RuntimeError(
+            f"{name} cannot read fake tensors into a state of real ones: make the state of fake ones too, inside of"
+            " what make_fx traces, or use torch.export"
         )

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -269,6 +269,15 @@ class MemoryState:
         self.load_state_dict(tensors)
         self._touched.copy_(memory["touched"])
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a step writes, themselves: for a program that is to keep them as its buffers.
+
+        A module exports with its state to AOTInductor once the state is bound, by a step of no tokens, and these are
+        registered as buffers: torch.export.export(module, …, strict=True) finds them so, and may make tokens dynamic.
+        """
+        tensors = {"keys": self._keys, "values": self._values, "position": self._position, "touched": self._touched}
+        return tensors | {f"queue_{name}": x for name, x in (self._queue._asdict() if self._queue else {}).items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Memory, position, queue and bound options as flat, contiguous, unshared tensors, as safetensors wants them.
 
@@ -399,6 +408,8 @@ def check_initial_memory(keys: Tensor, values: Tensor) -> None:
 def _check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
     """Validate the argument of `select`, and make it an int64 tensor [new B]."""
     if not isinstance(indices, Tensor):
+        if not isinstance(indices, Iterable):
+            raise TypeError(f"`indices` must be a tensor or a sequence of ints, got {type(indices).__name__}")
         indices = [checks.check_int("indices", x, minimum=0) for x in indices]
         indices = torch.tensor(indices, dtype=torch.int64, device="cpu")
     checks.check_tensor("indices", indices, 1, "[new B]")

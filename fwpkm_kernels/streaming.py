@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import refuse_recomputation, refuse_transforms
+from ._autograd import refuse_recomputation, refuse_traces, refuse_transforms
 from .addressing import step_keys
 from .binding import Binding, Queue, make_queue
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
@@ -448,7 +448,8 @@ def fast_weight_memory_step(
         RuntimeError: in a CUDA graph capture; `MemoryGraph` is there for that. In a backward pass, where an activation
             checkpoint would apply the step again: step outside of it, or let a policy save the step's output
             (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform of torch.func. The state is
-            unchanged then.
+            unchanged then. Where torch.export or make_fx traces a state that is not bound, or make_fx one of real
+            tensors with fake tokens.
     """
     o = Options(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
@@ -456,6 +457,7 @@ def fast_weight_memory_step(
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
+    refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)
     # The operator asks as well, but after what is not bound yet has been. Not so in a compiled function, which binds
     # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
     if state._binding is None and not torch.compiler.is_compiling():

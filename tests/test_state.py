@@ -4,6 +4,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fwpkm_kernels import (
     MemoryState,
+    fast_weight_memory_step,
     scans,
     streaming,
     testing,
@@ -21,12 +23,14 @@ from tests.test_memory import assert_close, assert_same_bits, make_inputs
 from tests.test_streaming import (
     BOTH,
     BY_TOKEN,
+    DEVICE,
     DEVICES,
     OPTIONS,
     assert_same_state,
     contents,
     make_state,
     stream,
+    tokens_of,
 )
 
 Inputs = dict[str, Any]
@@ -347,3 +351,179 @@ def test_an_unbound_state_saves_and_loads(tmp_path):
     state.load_state_dict(saved)
     assert state.position == 0
     assert_same_bits(state.state_dict(), saved)
+
+
+def test_torch_load_accepts_a_state_that_it_need_not_trust():
+    """As it does a state dict: what is pickled is plain, and checked when it is loaded."""
+    inputs, state = half_read()
+    state.rebind(torch.nn.Parameter(inputs["keys"]), torch.nn.Parameter(inputs["values"]))
+    other = saved_and_loaded(state, weights_only=True)
+    assert_same_state(other, state)
+    testing.assert_bitwise_equal(stream(other, inputs, [5], **OPTIONS), stream(state, inputs, [5], **OPTIONS))
+    other.reset()
+    testing.assert_bitwise_equal(other.values, inputs["values"])
+
+
+#: Changes to what is pickled that must be refused: the message, and the change.
+BAD_PICKLES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "a slot out of range": ("queue.slots", lambda x: x["_memory"]["queue"]["slots"].fill_(10**6)),
+    "equal sub-keys": ("queue.sub_keys", lambda x: x["_memory"]["queue"]["sub_keys"].fill_(0)),
+    "no queue": ("queue", lambda x: x["_memory"]["queue"].clear()),
+    "a negative position": ("`position`", lambda x: x.update(_position=-1)),
+    "no position": ("_position", lambda x: x.pop("_position")),
+    "another table": ("`values`", lambda x: x["_memory"].update(values=torch.zeros(9, 3))),
+    "an absurd chunk": ("binding", lambda x: x["_binding"]["options"].update(chunk_size=10**12, lookahead=10**12 + 1)),
+    "no initial memory": ("`keys`", lambda x: x.update(_initial_keys=None)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PICKLES)
+def test_a_pickle_that_is_no_state_is_refused(what):
+    message, change = BAD_PICKLES[what]
+    fields = copy.deepcopy(half_read()[1].__getstate__())
+    change(fields)
+    with pytest.raises((TypeError, ValueError), match=message):
+        MemoryState.__new__(MemoryState).__setstate__(fields)
+
+
+class WithName(MemoryState):
+    """A subclass with an attribute of its own."""
+
+
+@pytest.mark.parametrize("how", copies())
+def test_copies_of_a_subclass(how):
+    inputs = make_inputs()
+    state = WithName(inputs["keys"], inputs["values"])
+    state.names = ["one"]
+    other = copies()[how](state)
+    assert type(other) is WithName
+    assert other.names == ["one"]
+    assert (other.names is state.names) == (how in ("clone", "copy"))
+
+
+@pytest.mark.parametrize("device", [DEVICE, "meta"])
+@pytest.mark.parametrize("read", [0, 6])
+def test_a_copy_on_a_device_stays_there(read, device):
+    """All of it but the position, which must not be waited for; the initial memory is shared where it is."""
+    inputs = make_inputs(2, 11, dtype=torch.float32)
+    state = make_state(inputs)
+    stream(state, inputs, [read], **OPTIONS)
+    before, other = contents(state), state.to(device)
+    assert other._initial_values is state._initial_values
+    for position in (read, 0):
+        tensors = [other.keys, other.values, other._touched, *(other._queue or ())]
+        assert {x.device.type for x in tensors} == {torch.device(device).type}
+        assert other._position.device.type == "cpu"
+        assert other.position == position
+        other.reset()
+    assert saved_and_loaded(other)._device == other.values.device
+    given = {name: x[:, :4].to(device) for name, x in inputs.items() if name in ("queries", "targets")}
+    output = fast_weight_memory_step(other, **given, **OPTIONS)
+    assert output.device.type == torch.device(device).type
+    assert_same_bits(contents(state), before)
+    if device != "meta":
+        expected = fast_weight_memory_step(make_state(inputs), **tokens_of(given, 0, 4), **OPTIONS)
+        testing.assert_bitwise_equal(output, expected)
+        assert not torch.equal(other.values, inputs["values"])
+
+
+@pytest.mark.parametrize(
+    "device, error", [("nowhere", ValueError), (torch.float32, TypeError), (None, TypeError), ("cpu:x", ValueError)]
+)
+def test_what_is_no_device_is_named(device, error):
+    with pytest.raises(error, match="`device` must be a device, got"):
+        make_state(make_inputs()).to(device)
+
+
+@DEVICES
+@pytest.mark.parametrize("indices", [[0], [2, 1], [1, 1, 0, 2], [2, 0, 1], []], ids=str)
+@pytest.mark.parametrize("in_place", [False, True], ids=["select", "select_"])
+def test_selected_items_go_on_as_if_they_had_been_alone(in_place, indices, place):
+    """In the first chunk, which nothing has been written before: so the others leave no trace."""
+    inputs = make_inputs(3, 13, mask="real", device=place.device)
+    options = OPTIONS | {"chunk_size": 6, "lookahead": 2, "backend": place.backend}
+    state, alone = make_state(inputs), make_state(inputs)
+    stream(state, inputs, [5], **options)
+    chosen = {name: x[indices] if name in BY_TOKEN else x for name, x in inputs.items()}
+    stream(alone, chosen, [5], **options)
+    before = contents(state)
+    other = state
+    if in_place:
+        state.select_(indices)
+    else:
+        other = state.select(torch.tensor(indices, dtype=torch.int32, device=place.device))
+        assert_same_bits(contents(state), before)
+    output, expected = (stream(one, chosen, [1, 7], **options) for one in (other, alone))
+    torch.testing.assert_close(output, expected)
+    assert_close({"values": other.values, "keys": other.keys}, {"values": alone.values, "keys": alone.keys}, 1e-12)
+
+
+def test_beams_share_what_was_written():
+    """After a chunk an item's tokens are in the table that all items read, so a selection keeps what others wrote."""
+    inputs = make_inputs(3, 12)
+    options = OPTIONS | {"lookahead": 0}
+    state = make_state(inputs)
+    stream(state, inputs, [8], **options)
+    other = state.select([1])
+    fresh = MemoryState(state.keys, state.values)
+    chosen = {name: x[[1]] if name in BY_TOKEN else x for name, x in inputs.items()}
+    expected = fast_weight_memory_step(fresh, **tokens_of(chosen, 8, 12), **options)
+    testing.assert_bitwise_equal(stream(other, chosen, [4], **options), expected)
+    testing.assert_bitwise_equal(other.values, fresh.values)
+
+
+@pytest.mark.parametrize(
+    "indices, error, message",
+    [
+        ([3], ValueError, r"`indices` must lie in \[0, 3\), got values from 3 to 3"),
+        (torch.tensor([-1]), ValueError, r"`indices` must lie in \[0, 3\)"),
+        ([0.5], TypeError, "`indices` must be an int, got float"),
+        ([True], TypeError, "`indices` must be an int, got bool"),
+        (torch.tensor([True]), TypeError, "`indices` must be int64 or int32"),
+        (torch.tensor(1), ValueError, "`indices` must have 1 dimensions"),
+        (1, TypeError, "`indices` must be a tensor or a sequence of ints, got int"),
+    ],
+)
+def test_what_cannot_be_selected(indices, error, message):
+    inputs = make_inputs(3, 5)
+    state = make_state(inputs)
+    stream(state, inputs, [5], **OPTIONS)
+    before = contents(state)
+    for select in (state.select, state.select_):
+        with pytest.raises(error, match=message):
+            select(indices)
+    assert_same_bits(contents(state), before)
+
+
+def test_a_state_that_has_read_nothing_has_no_items_to_select():
+    with pytest.raises(ValueError, match="`indices` .*has not read one yet"):
+        make_state(make_inputs()).select([0])
+
+
+@pytest.mark.parametrize("read", [0, 6, 8])
+def test_a_distributed_checkpoint_loads_into_a_state_that_a_step_of_no_tokens_has_bound(read, tmp_path):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    inputs = make_inputs(2, 11, mask="real")
+    state = make_state(inputs)
+    stream(state, inputs, [read], **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about running without process groups
+        checkpoint.save({"memory": state}, checkpoint_id=tmp_path)
+        fresh = make_state(inputs | {name: torch.zeros_like(inputs[name]) for name in ("keys", "values")})
+        if read:
+            with pytest.raises(ValueError, match="'position'.*step it with no tokens first"):
+                checkpoint.load({"memory": fresh}, checkpoint_id=tmp_path)
+            assert fresh.position == 0
+            assert not fresh.values.any()
+        for options, fits in (({"temperature": 0.123456789}, False), ({}, True)):
+            other = fresh.clone()
+            stream(other, inputs, [0], **OPTIONS, **options)
+            if fits:
+                checkpoint.load({"memory": other}, checkpoint_id=tmp_path)
+                assert_same_bits(other.state_dict(), state.state_dict())
+                testing.assert_bitwise_equal(
+                    stream(other, inputs, [3], **OPTIONS), stream(state, inputs, [3], **OPTIONS)
+                )
+            else:
+                with pytest.raises(ValueError, match="`temperature` must stay"):
+                    checkpoint.load({"memory": other}, checkpoint_id=tmp_path)
