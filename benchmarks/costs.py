@@ -102,6 +102,11 @@ def update_inplace(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     return Cost(2 * _touched(c, inputs) + _small_update_inputs(inputs), 2 * c.accesses * c.width)
 
 
+def reset(c: Configuration, direction: str, inputs: Inputs) -> Cost:
+    """The U rows that were written, read and written back, 2·U·D·s, and a flag of one byte for each of all rows."""
+    return Cost(2 * _touched(c, inputs) + c.slots, 0)
+
+
 def _chunk_rows(c: Configuration, inputs: Inputs, keys: Tensor) -> int:
     """Bytes of the distinct rows that each chunk addresses, summed over the chunks: as the initial keys find them,
     since those of later chunks differ little, and without the `lookahead` tokens that are read again."""

@@ -130,6 +130,12 @@ def of_gather(c: Configuration, device: str, seed: int) -> Inputs:
     return {"values": table(c.slots, c.width, c.dtype, device), "slots": slots, "weights": weights}
 
 
+def of_reset(c: Configuration, device: str, seed: int) -> Inputs:
+    """The initial values, and the slots that were written since."""
+    inputs = of_gather(c, device, seed)
+    return {name: inputs[name] for name in ("values", "slots")}
+
+
 def of_update(c: Configuration, device: str, seed: int) -> Inputs:
     return {
         **of_gather(c, device, seed),

@@ -6,6 +6,7 @@ and values, a memory of their own that is kept between calls: see `Provider.own`
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -341,6 +342,32 @@ def graph_step(memory: GraphedMemory, queries: Tensor, targets: Tensor, **option
 
 def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:
     return memory.step(**inputs)
+
+
+def own_written(inputs: Inputs) -> Inputs:
+    """A state whose rows in `slots` have been written; its keys have no width, so that the table is what is moved."""
+    values = inputs["values"]
+    state = fwpkm.MemoryState(values.new_zeros(1, 2, math.isqrt(len(values)), 0), values)
+    state.values[inputs["slots"].flatten()] += 1.0
+    return {"values": state.values, "state": state}
+
+
+def package_reset(values: Tensor, slots: Tensor, state: fwpkm.MemoryState, *, touched_rows_only: bool = False) -> None:
+    state._touched.index_fill_(0, slots.flatten(), 1)  # as the steps that wrote these rows have noted
+    state.reset(touched_rows_only=touched_rows_only)
+
+
+def own_copied(inputs: Inputs) -> Inputs:
+    return {"values": inputs["values"] + 1.0, "initial": inputs["values"]}
+
+
+def torch_reset(values: Tensor, slots: Tensor, initial: Tensor) -> None:
+    values.copy_(initial)
+
+
+def initial_values(values: Tensor, slots: Tensor) -> Tensor:
+    """What a reset leaves."""
+    return values
 
 
 def compile_lazily(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -259,6 +259,23 @@ OPERATIONS = (
         in_place=True,
     ),
     Operation(
+        "reset",
+        ("forward",),
+        providers.initial_values,
+        inputs.of_reset,
+        costs.reset,
+        (
+            Provider(PACKAGE, providers.package_reset, own=providers.own_written),
+            Provider(
+                f"{PACKAGE}-touched",
+                functools.partial(providers.package_reset, touched_rows_only=True),
+                own=providers.own_written,
+            ),
+            Provider("pytorch", providers.torch_reset, own=providers.own_copied),
+        ),
+        in_place=True,
+    ),
+    Operation(
         "key-step",
         ("forward", "backward"),
         reference.product_key_update,
@@ -310,14 +327,14 @@ CONFIGURATIONS = (
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
     Configuration("1x1024-drop", 1024, ("sequence",), _BOTH, boundary="drop"),
     # Streams: chunks, a prompt, single tokens.
-    Configuration("inference", 512, ("step", *_OPERATIONS), _BOTH),
+    Configuration("inference", 512, ("step", *_OPERATIONS, "reset"), _BOTH),
     Configuration("inference-still-keys", 512, ("step",), _BOTH, **_STILL),
     Configuration("inference-n128", 512, ("step",), _BOTH, sub_keys=128),
     Configuration("128k", 131072, ("prefill",), _GPU),
     Configuration("4k", 4096, ("prefill",), _CPU),
     Configuration("token", 1, ("decode",), _BOTH),
     # A chunk in training, 8 × 512 tokens; at inference it has 512 (above).
-    Configuration("training", 4096, _OPERATIONS, _GPU),
+    Configuration("training", 4096, (*_OPERATIONS, "reset"), _GPU),
     Configuration("training-bf16", 4096, ("lookup", "gather", "update_", "update"), _GPU, **_BF16),
     Configuration("inference-bf16", 512, ("gather", "update_"), _CPU, **_BF16),
     # Other widths of the rows.
