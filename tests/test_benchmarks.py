@@ -360,11 +360,11 @@ def test_replayed_graphs_are_compared_with_the_reference(name, capture, monkeypa
 
     def make_graph(state, *tokens, **options):
         table = state.values
-        state.values = table.as_subclass(OnGpu)
+        state._values = table.as_subclass(OnGpu)
         try:
             return MemoryGraph(state, *tokens, **options)
         finally:
-            state.values = table
+            state._values = table
 
     row = ROWS[name]
     provider = next(p for p in row.operation.providers if p.name == "fwpkm_kernels-graph")

@@ -189,11 +189,13 @@ def test_touched_rows_only_believes_what_it_says(place):
 
 
 @DEVICES
-def test_touched_rows_only_after_decay_restores_all_rows(place):
-    inputs = make_inputs(1, 8, num_keys=8, device=place.device)
+@pytest.mark.parametrize("decayed", [4, 8])
+def test_touched_rows_only_after_decay_restores_all_rows(decayed, place):
+    """After a chunk, and after several at once."""
+    inputs = make_inputs(1, 12, num_keys=8, device=place.device)
     state = make_state(inputs)
     options = {"chunk_size": 4, "top_k": 1, "backend": place.backend}
-    stream(state, inputs, [4], **options, weight_decay=0.1)
+    stream(state, inputs, [decayed], **options, weight_decay=0.1)
     stream(state, inputs, [4], **options)  # which does not forget it
     state.values.fill_(7.0)
     state.reset(touched_rows_only=True)
