@@ -19,6 +19,21 @@ from .memory import check_memory
 _COPIED = frozenset(("_keys", "_values", "_touched", "_position", "_binding", "_queue"))
 
 
+@torch.library.custom_op("fwpkm_kernels::private_copy", mutates_args=())
+def _private_copy(x: Tensor, device: torch.device) -> Tensor:
+    """A contiguous copy on a device, which a step may write in and out of inference mode.
+
+    An operator, since what compiled code makes itself in inference mode can be written there alone.
+    """
+    with torch.inference_mode(False):
+        return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+@_private_copy.register_fake
+def _(x, device):  # type: ignore[no-untyped-def]
+    return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+
 class MemoryState:
     """A memory that reads and writes step by step: see `fast_weight_memory_step`.
 
@@ -55,9 +70,8 @@ class MemoryState:
     def _set_up(self, keys: Tensor, values: Tensor) -> None:
         """Make private copies of these, with nothing read and nothing bound."""
         device = self._device or values.device
-        self._keys, self._values = (
-            x.detach().to(device, copy=True, memory_format=torch.contiguous_format) for x in (keys, values)
-        )
+        with torch.no_grad():
+            self._keys, self._values = _private_copy(keys, device), _private_copy(values, device)
         # On the CPU, so that reading it never waits for a GPU; a tensor, so that torch.compile does not count with it.
         self._position = torch.zeros((), dtype=torch.int64, device="cpu")
         self._touched = torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device)
@@ -186,15 +200,15 @@ class MemoryState:
         other._device = other._values.device  # which has an index
         return other
 
-    @torch.inference_mode(False)
+    @torch.no_grad()
     def _copy(self, device: torch.device) -> "MemoryState":
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         for name in ("_keys", "_values", "_touched"):
-            setattr(other, name, getattr(self, name).to(device, copy=True))
-        other._position = self._position.clone()
+            setattr(other, name, _private_copy(getattr(self, name), device))
+        other._position = _private_copy(self._position, self._position.device)
         if self._queue is not None:
-            other._queue = Queue(*(x.to(device, copy=True) for x in self._queue))
+            other._queue = Queue(*(_private_copy(x, device) for x in self._queue))
         return other
 
     def select(self, indices: Tensor | Sequence[int]) -> "MemoryState":
@@ -222,7 +236,7 @@ class MemoryState:
             raise ValueError("`indices` must select among the items of a batch, and this state has not read one yet")
         batch = self._binding.batch
         rows = _check_indices(indices, batch).to(self._values.device)
-        selected = Queue(*(x.index_select(1, rows) for x in self._queue))
+        selected = Queue(*(_private_copy(x.index_select(1, rows), x.device) for x in self._queue))
         if len(rows) == batch:  # the tensors stay, and so do graphs that were captured with them
             for x, new in zip(self._queue, selected, strict=True):
                 x.copy_(new)

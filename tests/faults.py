@@ -836,8 +836,8 @@ FAULTS = [
     Fault(
         "others-selected",
         "state.py",
-        "x.index_select(1, rows) for x in self._queue",
-        "x.index_select(1, rows.sort().values) for x in self._queue",
+        "x.index_select(1, rows)",
+        "x.index_select(1, rows.sort().values)",
         "items go on with the tokens of others",
         "state",
         "selected",

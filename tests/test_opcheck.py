@@ -172,6 +172,14 @@ def tensors_of(state: MemoryState) -> tuple[Tensor, ...]:
     return (state.keys, state.values, state._position, state._touched, *state._queue)
 
 
+def copy_samples(place: Place) -> Samples:
+    x = torch.randn(3, 4, device=place.device)
+    yield "plain", (x, x.device)
+    yield "transposed", (x.t(), x.device)
+    yield "expanded", (x[:1].expand(3, 4), x.device)
+    yield "empty", (x[:0], x.device)
+
+
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_lookup": lookup_samples,
     "product_key_lookup_backward": lookup_grad_samples,
@@ -187,6 +195,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "fast_weight_memory_backward": memory_grad_samples,
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
+    "private_copy": copy_samples,
 }
 
 
