@@ -57,7 +57,6 @@ class MemoryState:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    @torch.inference_mode(False)  # a state that is set up in inference mode can be stepped outside of it
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._device: torch.device | None = None  # of the private copies; None is that of the initial memory
         self._tie(keys, values)
@@ -73,8 +72,9 @@ class MemoryState:
         with torch.no_grad():
             self._keys, self._values = _private_copy(keys, device), _private_copy(values, device)
         # On the CPU, so that reading it never waits for a GPU; a tensor, so that torch.compile does not count with it.
-        self._position = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._touched = torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device)
+        cpu = torch.device("cpu")
+        self._position = _private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)
+        self._touched = _private_copy(torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device), device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
 
