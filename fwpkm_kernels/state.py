@@ -77,6 +77,7 @@ class MemoryState:
         self._touched = _private_copy(torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device), device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
+        self._made_in_export = torch.compiler.is_exporting()  # then it is part of the program
 
     @property
     def keys(self) -> Tensor:

@@ -457,7 +457,8 @@ def fast_weight_memory_step(
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
     o = check_step(state, queries, targets, gates, mask, o)
-    refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)
+    if not state._made_in_export:
+        refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)
     # The operator asks as well, but after what is not bound yet has been. Not so in a compiled function, which binds
     # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
     if state._binding is None and not torch.compiler.is_compiling():
