@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from fwpkm_kernels._commands import check_outputs, command, write_output
 from tests.faults import FAULTS, ON_GPUS_ONLY, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,7 @@ Not planted: the interpreter runs the programs of a launch one after the other, 
     return text + "".join(f"| {fault.file} | {fault.change} | {fault.shown_by} |\n" for fault in ON_GPUS_ONLY)
 
 
+@command("mutations")
 def main(arguments: list[str] | None = None) -> int:
     """Run the check; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.partition("\n")[0])
@@ -240,6 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.name}  ({fault.file}): {fault.breaks}")
         return 0
+    if options.write:
+        check_outputs(TABLE)
     try:
         results = check_all(faults, options.jobs)
     except RuntimeError as error:
@@ -251,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         caught_by = f"`{result.caught_by}`".replace("|", "\\|") if result.caught_by else "**nothing**"
         rows[fault.name] = f"| {described(fault)} | {caught_by} | {result.seconds:.0f} s |"
     if options.write:
-        TABLE.write_text(table(rows), "utf-8")
+        write_output(TABLE, table(rows))
     lost = [fault for fault in faults if not results[fault.name].caught_by]
     for fault in lost:
         print(f"{fault.name}: {results[fault.name].trouble or 'no test noticed it'}", file=sys.stderr)
