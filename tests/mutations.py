@@ -76,10 +76,18 @@ def plant(fault: Fault, root: Path = ROOT) -> str:
     return text.replace(fault.before, fault.after)
 
 
+def project_files() -> list[str]:
+    """The files that git knows; in an unpacked sdist, which has no git, those that were packed."""
+    if not (ROOT / ".git").exists():
+        return (ROOT / "fwpkm_kernels.egg-info" / "SOURCES.txt").read_text("utf-8").splitlines()
+    command = ["git", "ls-files", "-z"]
+    names = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode("utf-8")
+    return [name for name in names.split("\0") if name]
+
+
 def copy_checkout(to: Path) -> None:
-    """The files that git knows, as they are now."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
+    """The files of the project, as they are now."""
+    for name in project_files():
         if (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, to / name)
