@@ -161,11 +161,11 @@ def _try(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int] | Non
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return _create(os.path.realpath(path), stack)
+        return _create(_target(path), stack)
     if stat.S_ISDIR(found.st_mode):
         os.open(path, os.O_WRONLY)  # which raises what there is to say
     if not stat.S_ISREG(found.st_mode):  # a device, or a pipe that may have no reader yet
-        if not os.access(path, os.W_OK):
+        if not _may(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return None
     os.close(os.open(path, os.O_WRONLY))
@@ -174,17 +174,28 @@ def _try(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int] | Non
     return found.st_dev, found.st_ino
 
 
+def _may(path: str | Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
 def _create(path: str, stack: contextlib.ExitStack) -> tuple[int, int]:
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb") as file:
         stack.callback(Path(path).unlink, missing_ok=True)
         file.write(bytes(_TRIAL))
+        file.flush()
         found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino
 
 
+def _target(path: str | Path) -> str:
+    """The file that a path means, which may not exist. A relative path stays so: folders above the current one may be
+    another user's."""
+    return os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
+
+
 def _beside(path: str | Path) -> str:
     """A new file in the folder of the file that a path means."""
-    return os.path.join(os.path.dirname(os.path.realpath(path)), f".{secrets.token_hex(8)}.part")
+    return os.path.join(os.path.dirname(_target(path)), f".{secrets.token_hex(8)}.part")
 
 
 def _own_stream(path: str | Path) -> int | None:
@@ -199,10 +210,12 @@ def _own_stream(path: str | Path) -> int | None:
 def _is_replaced(path: str | Path) -> bool:
     """Whether a file is written beside its place and then moved there: not devices, pipes, what a standard stream
     writes to, and a file in a folder that takes no others."""
-    if not os.path.exists(path):
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
         return True
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.isfile(path) and _own_stream(path) is None and os.access(folder, os.W_OK | os.X_OK)
+    folder = os.path.dirname(_target(path)) or "."
+    return is_file and _own_stream(path) is None and _may(folder, os.W_OK | os.X_OK)
 
 
 def write_output(path: str | Path, data: str | bytes) -> None:
@@ -212,7 +225,7 @@ def write_output(path: str | Path, data: str | bytes) -> None:
         if not _is_replaced(path):
             _write_in_place(path, content)
             return
-        place, beside = os.path.realpath(path), _beside(path)
+        place, beside = _target(path), _beside(path)
         try:
             with open(beside, "xb") as file:
                 file.write(content)
