@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[fault.name for fault in FAULTS])
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write {os.path.relpath(TABLE, ROOT)}")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time (default: 2)")
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]

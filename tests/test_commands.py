@@ -383,3 +383,78 @@ def test_every_program_takes_any_text(name):
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     assert module.main.__wrapped__.__name__ == "main", "not decorated with `command`"
+
+
+#: Of each program: how it is told where to write, where {} is that place, and what would be its work.
+WRITERS = [
+    ("benchmarks.run", ["--device=cpu", "--op=gather", "--json={}"], "measure_machine"),
+    ("benchmarks.cpu", ["--json={}"], "measure_machine"),
+    ("benchmarks.compiled", ["--json={}"], "report_cases"),
+    ("benchmarks.launches", ["--json={}"], "rows"),
+    ("benchmarks.errors", ["--out={}"], "growth"),
+    ("benchmarks.plots", ["results", "--out={}"], "read_results"),
+    ("benchmarks.gpu", ["--device=cpu", "--out={}"], "run_tests"),
+    ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
+    ("benchmarks.compiled", ["--write"], "report_cases"),
+    ("tests.mutations", ["--write"], "check_all"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, work", WRITERS)
+def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, here, monkeypatch, capsys):
+    module = pytest.importorskip(name, exc_type=ImportError)
+
+    def worked(*args, **options):
+        raise AssertionError("it worked first")
+
+    monkeypatch.setattr(module, work, worked)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for path in ("file", "results"):
+        Path(path).write_text("old")
+    place = here / "file" / "below"
+    if "--write" in arguments:
+        monkeypatch.setattr(module, "TABLE", place)
+    if name == "benchmarks.run":
+        monkeypatch.setattr(module, "has_pytest_benchmark", lambda: True)
+    monkeypatch.setattr(sys, "argv", [name, *(argument.format(place) for argument in arguments)])
+    assert module.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"{name.rpartition('.')[2]}: error: cannot write {place}")
+    assert sorted(os.listdir(here)) == ["file", "results"]
+
+
+def test_a_plot_that_fails_costs_no_numbers(here, monkeypatch, capsys):
+    errors = pytest.importorskip("benchmarks.errors")
+    pytest.importorskip("matplotlib")
+
+    def no_plot(rows):
+        raise RuntimeError("no fonts")
+
+    for name in ("growth", "learning", "overshoot"):
+        monkeypatch.setattr(errors, name, lambda *args, name=name: [{"experiment": name}])
+    monkeypatch.setattr(errors, "report", lambda rows: "| Σ |")
+    monkeypatch.setattr(errors, "plot", no_plot)
+    monkeypatch.setattr(sys, "argv", ["errors", "--out=out"])
+    with pytest.raises(RuntimeError, match="no fonts"):
+        errors.main()
+    assert len(Path("out/errors_cpu.jsonl").read_text().splitlines()) == 4
+    assert "Σ" in capsys.readouterr().out
+
+
+@FULL
+def test_measurements_are_shown_where_the_disk_is_full(monkeypatch, capsys):
+    from benchmarks import cpu
+    from tests.test_benchmark_runs import MACHINE, some_figures
+
+    def measure(machine, *, on_figure):
+        for figure in some_figures():
+            on_figure(figure)
+
+    monkeypatch.setattr(cpu, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(cpu, "run", measure)
+    assert cpu.main(["--json=/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert cpu.STEP in captured.out
+    assert captured.err == "failed: cannot write /dev/full: No space left on device\n"
