@@ -180,14 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("timing on a CPU needs pytest-benchmark: pip install 'fwpkm-kernels[bench]'", file=sys.stderr)
         return 2
 
-    if options.json:
-        check_outputs(options.json, running(options.json))
+    is_device = options.json and os.path.exists(options.json) and not os.path.isfile(options.json)
+    marker = running(options.json) if options.json and not is_device else None
+    check_outputs(options.json, marker)
     results = read_results(options.json) if options.resume else []
     figures = read_figures(options.json) if options.resume else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
     cases = [(row, p) for row, p in select_cases(device, options.op) if (row.name, p.name) not in done]
-    marker = running(options.json) if options.json else None
     ended = marker.read_text("utf-8") if options.resume and marker and marker.exists() else ""
     known_figures = {f.figure for f in figures}
     deadline = begin + 60 * options.minutes

@@ -242,8 +242,13 @@ def write_output(path: str | Path, data: str | bytes) -> None:
 
 def _write_in_place(path: str | Path, content: bytes) -> None:
     with _open_in_place(path, "wb") as file:
-        while content:
-            content = content[file.write(content) :]
+        _write_all(file, content)
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    """Until an error says why there is no more; a disk that is nearly full takes a part first."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def _open_in_place(path: str | Path, mode: str) -> io.FileIO:
@@ -272,8 +277,7 @@ class Lines:
     def write(self, line: str) -> None:
         content = (line + "\n").encode("utf-8", "backslashreplace")
         with _writing(self.path):
-            while content:
-                content = content[self.file.write(content) :]
+            _write_all(self.file, content)
 
 
 def check_folder(path: str | Path, *names: str) -> None:

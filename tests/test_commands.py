@@ -184,6 +184,9 @@ def test_a_disk_that_is_full_half_way_costs_nothing(here):
         for path in ("file", "new"):
             with pytest.raises(CommandError, match=f"cannot write {path}: File too large"):
                 write_output(path, bytes(100_000))
+        with Lines("lines") as lines, pytest.raises(CommandError, match="File too large"):
+            lines.write("x" * 10_000)
+        os.unlink("lines")
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         for path in ("file", "new"):
             with pytest.raises(CommandError, match="File too large"):
@@ -220,7 +223,7 @@ def run_alone(code: str, **options) -> "subprocess.CompletedProcess[bytes]":
 OWN_STREAM = """
 @command("x")
 def main():
-    print("before", flush=True)
+    print("before", end=" ")
     check_outputs("/dev/stdout")
     write_output("/dev/stdout", "data\\n")
     with Lines("/dev/stdout") as lines:
