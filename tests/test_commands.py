@@ -428,6 +428,16 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
     assert sorted(os.listdir(here)) == ["file", "results"]
 
 
+def test_a_run_tries_the_file_beside_its_results_too(here, monkeypatch, capsys):
+    run = importlib.import_module("benchmarks.run")
+    monkeypatch.setattr(run, "has_pytest_benchmark", lambda: True)
+    name = "n" * 250
+    Path(name).write_text("old")
+    assert run.main(["--device=cpu", "--op=gather", f"--json={name}"]) == 2
+    assert capsys.readouterr().err == f"run: error: cannot write {name}.running: File name too long\n"
+    assert Path(name).read_text() == "old"
+
+
 def test_a_plot_that_fails_costs_no_numbers(here, monkeypatch, capsys):
     errors = pytest.importorskip("benchmarks.errors")
     pytest.importorskip("matplotlib")
