@@ -14,6 +14,9 @@ if VERSION is None:
 
 README = ROOT / "README.md"
 DEMO = ["matplotlib", "rich", "tqdm"]
+# Not required: torch's own builds bring the Triton that fits them, each under another name (triton, triton-rocm,
+# triton-xpu), and this one would be laid over the others. It is for a CPU build of torch, which brings none.
+TRITON = ['triton>=3.4; platform_system == "Linux"']
 
 setup(
     name="fwpkm_kernels",
@@ -46,12 +49,12 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
-        'triton>=3.4; platform_system == "Linux"',
         "numpy",
     ],
     extras_require={
         "demo": DEMO,
         "bench": [*DEMO, "pytest-benchmark"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools>=77"],
+        "triton": TRITON,
+        "dev": [*TRITON, "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools>=77"],
     },
 )

@@ -29,6 +29,8 @@ from unittest import mock
 
 import torch
 
+from fwpkm_kernels._commands import Lines, check_outputs, command, write_output
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -870,11 +872,12 @@ def write_table(pool: ProcessPoolExecutor) -> None:
     for target in TARGETS:
         parts += [f"## {target}\n", _table(report_cases(TABLE_CASES, target, pool)) + "\n"]
     parts.append(launches.markdown(launches.rows()))
-    TABLE.write_text("\n".join(parts), "utf-8")
+    write_output(TABLE, "\n".join(parts))
 
 
-def main() -> None:
-    """Print the table; with --json also write one line per kernel."""
+@command("compiled")
+def main() -> int:
+    """Print the table; with --json also write one line per kernel. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
@@ -886,10 +889,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    check_outputs(TABLE if arguments.write else arguments.json)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ProcessPoolExecutor(arguments.jobs))
         if arguments.write:
             write_table(pool)
-            return
+            return 0
+        file = stack.enter_context(Lines(arguments.json, append=True)) if arguments.json else None
         columns = ("case", "kernel", "target", "num_warps", "registers", "stack", "spills", "shared", "occupancy")
         columns += ("wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_core", "instructions")
         columns += ("topk_per_row",)
@@ -900,10 +906,10 @@ def main() -> None:
                 row = dataclasses.asdict(report)
                 cells = ("-" if row[c] is None else row[c] for c in columns)
                 print(template.format(*(round(x, 2) if isinstance(x, float) else x for x in cells)), flush=True)
-                if arguments.json:
-                    with open(arguments.json, "a") as file:
-                        print(json.dumps(row), file=file)
+                if file is not None:
+                    file.write(json.dumps(row))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

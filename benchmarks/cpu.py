@@ -26,6 +26,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
+from fwpkm_kernels._commands import CommandError, Lines, command
 
 HEADING = "The whole memory on this CPU (minima)"
 STEP, STEP_NO_KEYS = "step of 512 tokens", "step of 512 tokens, no key step"
@@ -225,27 +226,32 @@ def run(
     say(TRAINING, long.less(short, CHUNKS - 1))
 
 
+@command("cpu")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit status, 1 if a table came out wrong."""
+    """Measure and print; returns the exit status, 1 if a table came out wrong or the file could not be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write a JSON line for each figure, as it comes")
     options = parser.parse_args(argv)
     figures: list[Figure] = []
+    status = 0
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(options.json, "w", encoding="utf-8")) if options.json else None
+        file = stack.enter_context(Lines(options.json)) if options.json else None
 
         def keep(figure: Figure) -> None:
             figures.append(figure)
             if file is not None:
-                print(to_json(figure), file=file, flush=True)
+                file.write(to_json(figure))
 
         try:
             run(measure_machine("cpu"), on_figure=keep)
         except AssertionError as error:
             print(f"wrong: {error}", file=sys.stderr)
             return 1
+        except CommandError as error:  # what was measured is still shown
+            print(f"failed: {error}", file=sys.stderr)
+            status = 1
     print(f"{HEADING}\n\n{figures_table(figures)}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ Everything runs on a CPU in about a minute; the tables go to the terminal, numbe
 """
 
 import argparse
+import io
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
+from fwpkm_kernels._commands import check_folder, command, need, try_all, write_output
 
 TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = ("paper", "normalized")
@@ -234,8 +237,8 @@ def _numbers(values: Any) -> str:
     return " | ".join(f"{value:.2g}" for value in values)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Errors over the chunks, a row of panels for each step; dashed with the addresses of the float64 memory."""
+def plot(rows: list[dict[str, Any]]) -> bytes:
+    """Errors over the chunks, a row of panels for each step; dashed with the addresses of the float64 memory. A PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -259,28 +262,40 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("chunks written")
     panels[0][0].set_ylabel("relative error against float64")
     panels[1][0].set_ylabel("relative error against float64")
-    figure.savefig(path, dpi=75)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=75)
     pyplot.close(figure)
+    return png.getvalue()
 
 
-def main() -> None:
+@command("errors")
+def main() -> int:
+    """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=256, help="how many chunks the sequence has (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where everything runs (%(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for errors_DEVICE.png and errors_DEVICE.jsonl")
     arguments = parser.parse_args()
+    out, name = arguments.out, f"errors_{torch.device(arguments.device).type}"
+    if out is not None:
+        check_folder(out, f"{name}.jsonl", f"{name}.png")
+        need("matplotlib.backends.backend_agg", "bench")
     sizes, place = Sizes(), (arguments.seed, arguments.device)
     rows = [row for step in STEPS for row in growth(arguments.chunks, step, sizes, *place)]
     rows += [*learning(sizes, *place), *overshoot(sizes, *place)]
     print(report(rows))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = f"errors_{torch.device(arguments.device).type}"
-        plot(rows, arguments.out / f"{name}.png")
-        with (arguments.out / f"{name}.jsonl").open("w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        try_all(
+            [
+                lambda: write_output(out / f"{name}.jsonl", lines),
+                lambda: write_output(out / f"{name}.png", plot(rows)),
+            ]
+        )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,6 +36,7 @@ from benchmarks.registry import is_package, rows
 from benchmarks.results import figures_table, read_figures, read_results, report
 from benchmarks.run import running
 from fwpkm_kernels import env_report
+from fwpkm_kernels._commands import check_folder, command
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Run first: what a GPU is needed for. The rest of the suite follows, the compiler's cases last.
@@ -365,6 +366,7 @@ def draw_plots(out: Path) -> str | None:
     return None
 
 
+@command("gpu")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; `argv` replaces the command line. Returns the exit status."""
     begin = time.monotonic()
@@ -395,8 +397,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ[FOLDERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(FOLDERS)])])
     old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
     out = Path(options.out).resolve()
+    names = ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "sanitizer.txt", *FILES)
+    check_folder(out, *names)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "sanitizer.txt", *FILES):
+    for name in names:
         (out / name).unlink(missing_ok=True)
     environment = env_report.collect()
     (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", "utf-8")

@@ -25,6 +25,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fwpkm_kernels._commands import check_outputs, command, write_output
+
 from .compiled import Launch, recorded_launches
 
 BANDWIDTH = 3.0e12  # bytes a second, of an H100
@@ -546,20 +548,21 @@ def _micros(megabytes: float) -> float:
     return megabytes * 1e12 / BANDWIDTH
 
 
-def main() -> None:
-    """Print the tables; with --json also write a line for each stage and total."""
+@command("launches")
+def main() -> int:
+    """Print the tables; with --json also write a line for each stage and total. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write JSON lines to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter launches nothing: unset TRITON_INTERPRET")
+    check_outputs(arguments.json)
     every = rows()
     print(markdown(every))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            for row in every + totals(every):
-                print(json.dumps(row._asdict()), file=file)
+        write_output(arguments.json, "".join(json.dumps(row._asdict()) + "\n" for row in every + totals(every)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

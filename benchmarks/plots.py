@@ -1,6 +1,8 @@
 """Plots of a results file: python -m benchmarks.plots results.jsonl [--out DIR]. Needs matplotlib."""
 
 import argparse
+import functools
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 from benchmarks.measure import Result
 from benchmarks.registry import PACKAGE
 from benchmarks.results import alike, read_results, tokens_of
+from fwpkm_kernels._commands import check_folder, command, need, try_all, write_output
 
 #: The files; none is written without data for it.
 FILES = ("time.png", "roofline.png", "scaling.png")
@@ -36,8 +39,10 @@ def _save(figure: Any, results: Sequence[Result], path: Path) -> Path:
 
     r = results[-1]
     figure.suptitle(f"{r.device}, torch {r.versions.get('torch')}, commit {(r.commit or 'unknown')[:12]}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
     pyplot.close(figure)
+    write_output(path, png.getvalue())
     return path
 
 
@@ -149,19 +154,26 @@ def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
 
 
 def plot(results: Sequence[Result], out: Path) -> list[Path]:
-    """Draw whatever `results` has data for; the files written."""
+    """Draw whatever `results` has data for, the other files too where one cannot be written; the files written."""
     timed = [r for r in results if r.status == "ok" and r.time_us]
     draw = (_plot_times, _plot_roofline, _plot_scaling)
-    return [path for name, function in zip(FILES, draw, strict=True) for path in function(timed, out / name)]
+    actions = [functools.partial(function, timed, out / name) for name, function in zip(FILES, draw, strict=True)]
+    return [path for paths in try_all(actions) for path in paths]
 
 
+@command("plots")
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw; returns the exit status, 1 if there was nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description="Plot a results file.")
     parser.add_argument("results", help="a file of JSON lines from benchmarks.run --json")
-    parser.add_argument("--out", default=".", help="folder for the PNGs")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the PNGs, made if need be")
     options = parser.parse_args(argv)
-    files = plot(read_results(options.results), Path(options.out))
+    if not Path(options.results).exists():
+        parser.error(f"there is no file {options.results}")
+    check_folder(options.out, *FILES)
+    need("matplotlib.backends.backend_agg", "bench")
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = plot(read_results(options.results), options.out)
     print("\n".join(map(str, files)) or "nothing to plot")
     return 0 if files else 1
 

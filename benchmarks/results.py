@@ -41,13 +41,13 @@ class Figure:
 
 
 def to_json(line: Result | Figure) -> str:
-    return json.dumps(dataclasses.asdict(line), ensure_ascii=False)
+    return json.dumps(dataclasses.asdict(line))
 
 
 def _read(path: str | Path, kind: Any) -> list[Any]:
     lines = []
     if os.path.exists(path):
-        for line in Path(path).read_text("utf-8").splitlines():
+        for line in Path(path).read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError, TypeError):
                 lines.append(kind(**json.loads(line)))
     return lines

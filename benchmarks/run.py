@@ -22,6 +22,7 @@ from benchmarks.inputs import make_room
 from benchmarks.measure import Machine, Result, Shared, measure, measure_machine, no_result, release
 from benchmarks.registry import Provider, Row, is_package, rows
 from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
+from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command
 
 #: Exit status when the GPU no longer answers: nothing more can be measured by this process, but by another.
 DEVICE_LOST = 3
@@ -150,6 +151,7 @@ def compare_with_stored(options: argparse.Namespace, old: Stored, new: Stored) -
     return slower
 
 
+@command("run")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the registry; `argv` replaces the command line. Exit status 1: something is wrong, failed or got slower."""
     options = parse(argv)
@@ -178,12 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("timing on a CPU needs pytest-benchmark: pip install 'fwpkm-kernels[bench]'", file=sys.stderr)
         return 2
 
+    is_device = options.json and os.path.exists(options.json) and not os.path.isfile(options.json)
+    marker = running(options.json) if options.json and not is_device else None
+    check_outputs(options.json, marker)
     results = read_results(options.json) if options.resume else []
     figures = read_figures(options.json) if options.resume else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
     cases = [(row, p) for row, p in select_cases(device, options.op) if (row.name, p.name) not in done]
-    marker = running(options.json) if options.json else None
     ended = marker.read_text("utf-8") if options.resume and marker and marker.exists() else ""
     known_figures = {f.figure for f in figures}
     deadline = begin + 60 * options.minutes
@@ -191,11 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         file = None
         if options.json:
-            # A line that was cut off must not run into the next one.
-            mode = "a" if options.resume else "w"
-            file = stack.enter_context(open(options.json, mode, encoding="utf-8"))
-            if options.resume and file.tell():
-                file.write("\n")
+            file = stack.enter_context(Lines(options.json, append=options.resume))
+            if options.resume and os.path.getsize(options.json):
+                file.write("")  # a line that was cut off must not run into the next one
         new_figures = [name for name in cpu.NAMES if name not in known_figures] if with_figures else []
         progress = Progress(len(cases) + len(new_figures))
         stack.callback(progress.close)
@@ -210,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def write(line: Result | Figure) -> None:
             if file is not None:
-                print(to_json(line), file=file, flush=True)
+                file.write(to_json(line))
 
         def keep(result: Result) -> None:
             results.append(result)
@@ -242,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("stopped", file=sys.stderr)
         except AssertionError as error:
             print(f"wrong: {error}", file=sys.stderr)
+            failed = True
+        except CommandError as error:  # a disk that is full: what was measured is still shown
+            print(f"failed: {error}", file=sys.stderr)
             failed = True
         except RuntimeError as error:
             print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
+from fwpkm_kernels._commands import command
 
 #: Odd, so that every tile has lanes that must be masked.
 TOKENS, HEADS, SUB_KEYS, PICKS, HALF, WIDTH, CHUNK = 21, 2, 13, 3, 5, 11, 6
@@ -64,6 +65,7 @@ def run(device: str, backend: str = "auto") -> None:
         torch.cuda.synchronize()
 
 
+@command("sanitize")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it on the GPU; returns the exit status, 2 if there is none."""
     if not torch.cuda.is_available():

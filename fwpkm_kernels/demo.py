@@ -46,6 +46,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import math
@@ -61,13 +62,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwpkm_kernels import (
-    MemoryState,
-    __version__,
-    fast_weight_memory_step,
-    product_key_lookup,
-    sparse_value_gather,
-)
+from . import MemoryState, __version__, fast_weight_memory_step, product_key_lookup, sparse_value_gather
+from ._commands import CommandError, check_outputs, command, need, try_all, write_output
 
 CONTEXT = 8
 SUFFIXES = ((3, 8), (2, 4, 5, 8))  #: lengths of the suffixes that name vectors, for each half of the query
@@ -94,10 +90,6 @@ MEMORIES = MappingProxyType(
         "normalized": Kind("normalized", False, "#228833"),
     }
 )
-
-
-class DemoError(Exception):
-    """Something the user can put right, told in one line."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -135,16 +127,17 @@ class EpisodicMemory:
         self.options, self.name = options, name
         n, half, width = options.sub_keys, options.query_width // 2, options.value_width
         # Drawn on the CPU: the same seed means the same features on every device.
-        generator = torch.Generator().manual_seed(options.seed)
-        features = torch.randn(1, 2, n, half, generator=generator)
-        codes = torch.randn(256, width, generator=generator)
-        lengths = torch.tensor([length for lengths in SUFFIXES for length in lengths])
-        hashes = torch.randint(2**63 - 1, (len(lengths), CONTEXT), generator=generator)
-        hashes[torch.arange(CONTEXT) < CONTEXT - lengths.unsqueeze(1)] = 0  # bytes before the suffix do not count
+        generator = torch.Generator("cpu").manual_seed(options.seed)
+        features = torch.randn(1, 2, n, half, generator=generator, device="cpu", dtype=torch.float32)
+        codes = torch.randn(256, width, generator=generator, device="cpu", dtype=torch.float32)
+        lengths = torch.tensor([length for lengths in SUFFIXES for length in lengths], device="cpu")
+        hashes = torch.randint(2**63 - 1, (len(lengths), CONTEXT), generator=generator, device="cpu")
+        before = torch.arange(CONTEXT, device="cpu") < CONTEXT - lengths.unsqueeze(1)
+        hashes[before] = 0  # bytes before the suffix do not count
         self.features = F.normalize(features, dim=-1).to(options.device)
         self.codes = F.normalize(codes, dim=-1).to(options.device)  # [256, D]
         self.hashes = hashes.to(options.device)  # [suffixes, 8]
-        no_values = torch.zeros(1, 1, device=options.device).expand(n * n, width)  # takes no room
+        no_values = torch.zeros(1, 1, device=options.device, dtype=torch.float32).expand(n * n, width)  # takes no room
         self.state = MemoryState(self.features, no_values)
         # The first calls may compile kernels, which is not to be timed.
         self.recent = torch.full((CONTEXT - 1,), ord("\n"), dtype=torch.uint8, device=options.device)
@@ -235,7 +228,7 @@ def make_sentences(count: int, text: bytes, rng: random.Random) -> list[bytes]:
             sentences.append(sentence)
             seen |= contexts
     if len(sentences) < count:
-        raise DemoError(f"could not draw {count} different needles; ask for fewer with --needles")
+        raise CommandError(f"could not draw {count} different needles; ask for fewer with --needles")
     return sentences
 
 
@@ -331,35 +324,35 @@ def default_text() -> bytes:
 def read_text(path: Path, limit: int) -> bytes:
     """At most ``limit`` bytes of a text file in any encoding that has no control bytes but white space.
 
-    DemoError says what is wrong with any other file.
+    CommandError says what is wrong with any other file.
     """
     try:
         with path.open("rb") as file:
             data = file.read(limit)
     except OSError as error:
-        raise DemoError(f"cannot read {path}: {error.strerror}") from None
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
     if not data:
-        raise DemoError(f"{path} is empty; the demo needs a text to read")
+        raise CommandError(f"{path} is empty; the demo needs a text to read")
     for position, byte in enumerate(data):
         if byte in CONTROL_BYTES:
-            raise DemoError(f"{path} is a binary file: byte {position} is 0x{byte:02x}")
+            raise CommandError(f"{path} is a binary file: byte {position} is 0x{byte:02x}")
     return data
 
 
 def check(options: Options) -> None:
-    """Raise DemoError for options that no run can have."""
+    """Raise CommandError for options that no run can have."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name != "seed" and isinstance(value, (int, float)) and not value > 0:
-            raise DemoError(f"{_flag(field.name)} must be positive, got {value}")
+            raise CommandError(f"{_flag(field.name)} must be positive, got {value}")
     if options.chunk_size < NEEDLE_LENGTH:
-        raise DemoError(f"--chunk-size must hold a needle of {NEEDLE_LENGTH} bytes, got {options.chunk_size}")
+        raise CommandError(f"--chunk-size must hold a needle of {NEEDLE_LENGTH} bytes, got {options.chunk_size}")
     if len(set(options.depths)) < len(options.depths) or any(d < 1 or d % options.chunk_size for d in options.depths):
-        raise DemoError(f"--depths must be different multiples of --chunk-size {options.chunk_size}")
+        raise CommandError(f"--depths must be different multiples of --chunk-size {options.chunk_size}")
     if len(set(options.memories)) < len(options.memories):
-        raise DemoError(f"--memories must be different, got {' '.join(options.memories)}")
+        raise CommandError(f"--memories must be different, got {' '.join(options.memories)}")
     if options.query_width % 2 or options.top_k > options.sub_keys:
-        raise DemoError("--query-width must be even and --top-k at most --sub-keys")
+        raise CommandError("--query-width must be even and --top-k at most --sub-keys")
 
 
 def _flag(name: str) -> str:
@@ -369,7 +362,7 @@ def _flag(name: str) -> str:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     """The command line: where to read and write, and the options of the run."""
     parser = argparse.ArgumentParser(
-        prog="python -m fwpkm_kernels.demo",
+        prog=f"python -m {__package__}.demo",
         description="FwPKM as an episodic memory without training: it reads a text, predicts every byte from the eight "
         "before it, and recalls access codes hidden in the text. Memories with and without the key step, and with the "
         "normalized step, are compared.",
@@ -398,14 +391,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     return arguments, options
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        package = name.split(".")[0]
-        raise DemoError(f"{package} is missing; install it with: pip install 'fwpkm_kernels[demo]'") from None
-
-
 def depth_label(depth: int) -> str:
     """4096 as 4K; any other number in full."""
     return f"{depth // 1024}K" if depth % 1024 == 0 else str(depth)
@@ -418,7 +403,7 @@ def chance(results: Sequence[PassResult]) -> list[float]:
 
 def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float) -> None:
     """Print the tables of accuracy and of needles."""
-    console, table = _import("rich.console"), _import("rich.table")
+    console, table = need("rich.console", "demo"), need("rich.table", "demo")
     out = console.Console()
     numbers = range(1, options.passes + 1)
     columns = ("memory", *(f"pass {number}" for number in numbers), "seconds a pass", "bytes/s")
@@ -444,11 +429,11 @@ def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: O
     out.print(f"Guessing all {CODE_DIGITS} digits finds {10.0**-CODE_DIGITS * options.needles:g} of {options.needles}.")
 
 
-def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commonest: float, path: Path) -> None:
-    """Draw accuracy by pass for all memories, and for each one a grid of the needles found by depth and pass."""
-    figure = _import("matplotlib.figure").Figure(figsize=(12, 7.5), layout="constrained", dpi=150)
+def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commonest: float) -> bytes:
+    """Draw accuracy by pass for all memories, and for each one a grid of the needles found by depth and pass: a PNG."""
+    figure = need("matplotlib.figure", "demo").Figure(figsize=(12, 7.5), layout="constrained", dpi=150)
     figure.get_layout_engine().set(hspace=0.06)
-    colour_map = _import("matplotlib.colors").LinearSegmentedColormap
+    colour_map = need("matplotlib.colors", "demo").LinearSegmentedColormap
     top, *grids = figure.subplot_mosaic([["top"] * len(results), list(results)]).values()
     passes = range(1, options.passes + 1)
 
@@ -480,24 +465,48 @@ def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commones
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.invert_yaxis()
-    figure.savefig(path, format="png")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def as_json(
+    results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float, text: str
+) -> str:
+    """Options and results; ``text`` is the name of what was read."""
+    report = {
+        __package__: __version__,
+        "torch": str(torch.__version__),
+        "text": text,
+        "text_bytes": sum(stream.is_text),
+        "options": dataclasses.asdict(options),
+        "commonest_byte": commonest,
+        "memories": {
+            name: {
+                "step": MEMORIES[name].step,
+                "addressing_weight": options.addressing_weight if MEMORIES[name].has_key_step else 0.0,
+                "passes": [result._asdict() for result in passes],
+            }
+            for name, passes in results.items()
+        },
+    }
+    return json.dumps(report, indent=2) + "\n"
 
 
 def set_up(options: Options, name: str) -> EpisodicMemory:
-    """A new memory; DemoError if the device or the backend cannot have it."""
+    """A new memory; CommandError if the device or the backend cannot have it."""
     try:
         return EpisodicMemory(options, name)
     except (ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise DemoError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
+        raise CommandError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
 
 
 def demo(arguments: argparse.Namespace, options: Options) -> None:
     """Let every memory read the text, and show, plot and save what came out."""
-    for path in filter(None, (arguments.plot, arguments.json)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise DemoError(f"cannot write {path}: it is a directory, or its directory is missing")
+    check_outputs(arguments.json, arguments.plot, read=arguments.file)
     text = read_text(arguments.file, chunks_in_pass(options) * options.chunk_size) if arguments.file else default_text()
-    tqdm, _, _ = map(_import, ("tqdm", "rich", "matplotlib"))  # what is missing shows before the work, not after it
+    # What is missing shows before the work, not after it.
+    tqdm, *_ = (need(name, "demo") for name in ("tqdm", "rich.table", "matplotlib.backends.backend_agg"))
     stream = make_stream(text, options)
     commonest = max(map(stream.data.count, set(stream.data))) / len(stream.data)
     print(f"text: {arguments.file or DEFAULT_TEXT}, {sum(stream.is_text):,} bytes a pass")
@@ -519,36 +528,25 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
                 results[name].append(read_pass(memory, stream, bar.update))
                 bar.set_postfix_str(f"{results[name][-1].accuracy:.1%} predicted")
             del memory  # before the next one: a table is large
-    show(results, stream, options, commonest)
-    plot(results, options, commonest, arguments.plot)
+
+    def save() -> None:
+        name = str(arguments.file or DEFAULT_TEXT)
+        write_output(arguments.json, as_json(results, stream, options, commonest, name))
+
+    def draw() -> None:
+        write_output(arguments.plot, plot(results, options, commonest))
+
+    try:
+        try_all([save, draw] if arguments.json else [draw])
+    finally:
+        show(results, stream, options, commonest)
     print(f"plot: {arguments.plot}")
-    if arguments.json:
-        report = {
-            "fwpkm_kernels": __version__,
-            "torch": str(torch.__version__),
-            "text": str(arguments.file or DEFAULT_TEXT),
-            "text_bytes": sum(stream.is_text),
-            "options": dataclasses.asdict(options),
-            "commonest_byte": commonest,
-            "memories": {
-                name: {
-                    "step": MEMORIES[name].step,
-                    "addressing_weight": options.addressing_weight if MEMORIES[name].has_key_step else 0.0,
-                    "passes": [result._asdict() for result in passes],
-                }
-                for name, passes in results.items()
-            },
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+@command("demo")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; ``argv`` replaces the command line. Returns the exit status."""
-    try:
-        demo(*parse(argv))
-    except DemoError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 2
+    demo(*parse(argv))
     return 0
 
 

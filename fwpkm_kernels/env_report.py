@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-import fwpkm_kernels
+from . import __version__
+from ._commands import command, one_line
 
 # Settings that change which code runs, where, or how exactly it computes.
 ENVIRONMENT_VARIABLES = (
@@ -42,13 +43,13 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
-def _run(*command: str) -> str | None:
+def _run(*words: str) -> str | None:
     """Standard output of a command, stripped; None if it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, timeout=20, check=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode("utf-8", "backslashreplace").strip()
 
 
 def _read(path: str) -> str:
@@ -138,7 +139,7 @@ def collect() -> dict[str, Any]:
     triton = _version("triton")
     gpus = _gpus()
     return {
-        "fwpkm_kernels": fwpkm_kernels.__version__,
+        __package__: __version__,
         "commit": _commit(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
@@ -170,14 +171,15 @@ def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
         elif isinstance(value, list) and value:
             lines += [label, *(line for i, item in enumerate(value) for line in _lines({str(i): item}, indent + "  "))]
         else:
-            lines.append(f"{label} {'none' if value in (None, {}, []) else value}")
+            lines.append(f"{label} {'none' if value in (None, {}, []) else one_line(value)}")
     return lines
 
 
+@command("env_report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; ``argv`` replaces the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m fwpkm_kernels.env_report", description="Print what a bug report about fwpkm_kernels needs."
+        prog=f"python -m {__package__}.env_report", description=f"Print what a bug report about {__package__} needs."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.results import plain_table
+from fwpkm_kernels._commands import CommandError, check_folder, command, write_output
 from tests import judge, strategies
 from tests.strategies import Case
 
@@ -134,12 +135,18 @@ class Fuzzer:
 
     def report(self, case: Case, error: BaseException) -> None:
         text = reproduction(case, error, self.backend, self.device)
-        self.failures.mkdir(parents=True, exist_ok=True)
-        path = self.failures / f"{case.op}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"
-        path.write_text(text)
+        path = (
+            self.failures / f"{case.op}-{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}.py"
+        )
         self.reproductions.append(text)
+        try:
+            self.failures.mkdir(parents=True, exist_ok=True)
+            write_output(path, text)
+            stored = f"stored as {path}; run it with PYTHONPATH=. from the repository root"
+        except (CommandError, OSError) as error:  # by now it is printed at least
+            stored = f"not stored: {error}"
         say = print if self.bar is None else self.bar.write
-        say(f"\n{text}\nstored as {path}; run it with PYTHONPATH=. from the repository root\n")
+        say(f"\n{text}\n{stored}\n")
 
     def summary(self) -> str:
         """By operation, and by what was covered: how many cases."""
@@ -185,6 +192,7 @@ def reproduction(case: Case, error: BaseException, backend: str, device: str) ->
     return "\n".join(lines) + "\n"
 
 
+@command("fuzz")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--op", choices=strategies.OPERATIONS, help="one operation; default: all in turns")
@@ -203,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.pop("TRITON_INTERPRET", None)
         if not torch.cuda.is_available():
             parser.error("--device cuda: no GPU is available")
+    check_folder(o.failures)
     seconds = o.seconds if o.seconds is not None else (60.0 if o.cases is None else float("inf"))
     fuzzer = Fuzzer(backend, o.device, o.failures, seconds, o.cases)
     ops = [o.op] if o.op else list(strategies.OPERATIONS)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from fwpkm_kernels._commands import check_outputs, command, write_output
 from tests.faults import FAULTS, ON_GPUS_ONLY, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +76,18 @@ def plant(fault: Fault, root: Path = ROOT) -> str:
     return text.replace(fault.before, fault.after)
 
 
+def project_files() -> list[str]:
+    """The files that git knows; in an unpacked sdist, which has no git, those that were packed."""
+    if not (ROOT / ".git").exists():
+        return (ROOT / "fwpkm_kernels.egg-info" / "SOURCES.txt").read_text("utf-8").splitlines()
+    command = ["git", "ls-files", "-z"]
+    names = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode("utf-8")
+    return [name for name in names.split("\0") if name]
+
+
 def copy_checkout(to: Path) -> None:
-    """The files that git knows, as they are now."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
+    """The files of the project, as they are now."""
+    for name in project_files():
         if (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, to / name)
@@ -227,12 +236,13 @@ Not planted: the interpreter runs the programs of a launch one after the other, 
     return text + "".join(f"| {fault.file} | {fault.change} | {fault.shown_by} |\n" for fault in ON_GPUS_ONLY)
 
 
+@command("mutations")
 def main(arguments: list[str] | None = None) -> int:
     """Run the check; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[fault.name for fault in FAULTS])
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write {os.path.relpath(TABLE, ROOT)}")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time (default: 2)")
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]
@@ -240,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.name}  ({fault.file}): {fault.breaks}")
         return 0
+    if options.write:
+        check_outputs(TABLE)
     try:
         results = check_all(faults, options.jobs)
     except RuntimeError as error:
@@ -251,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         caught_by = f"`{result.caught_by}`".replace("|", "\\|") if result.caught_by else "**nothing**"
         rows[fault.name] = f"| {described(fault)} | {caught_by} | {result.seconds:.0f} s |"
     if options.write:
-        TABLE.write_text(table(rows), "utf-8")
+        write_output(TABLE, table(rows))
     lost = [fault for fault in faults if not results[fault.name].caught_by]
     for fault in lost:
         print(f"{fault.name}: {results[fault.name].trouble or 'no test noticed it'}", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +308,69 @@ def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, ar
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--plot=folder"], "cannot write folder: Is a directory"),
+        (["--json=folder"], "cannot write folder: Is a directory"),
+        (["--json=missing/result.json"], "cannot write missing/result.json: No such file"),
+        (["--json=text/result.json"], "cannot write text/result.json: Not a directory"),
+        (["--plot=link"], "cannot write link: No such file"),
+        (["--plot=result", "--json=./result"], "cannot write result: it is the same file as result"),
+        (["--json=text"], "cannot write text: it is the file that is read"),
+        (["--plot=" + "n" * 256], "File name too long"),
+    ],
+)
+def test_outputs_are_tried_before_a_byte_is_read(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(demo, "read_text")
+    (tmp_path / "text").write_bytes(prose())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("missing/demo.png")
+    assert message in failure(capsys, "text", *arguments)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "text"]
+
+
+def test_a_current_folder_that_is_gone_gets_one_clear_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert "cannot write demo.png: No such file" in failure(capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+    need_demo_extra()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(prose())
+    (tmp_path / "plot").write_bytes(b"old")
+    (tmp_path / "demo.png").symlink_to("plot")
+    arguments = ["text", "--memories=plain", *FEW_ARGUMENTS]
+
+    def told(*outputs):
+        assert demo.main([*arguments, *outputs]) == 2
+        captured = capsys.readouterr()
+        assert "Needles found" in captured.out
+        return captured.err.splitlines()[-1]
+
+    full = "cannot write /dev/full: No space left on device"
+    assert told("--plot=/dev/full", "--json=kept.json") == f"demo: error: {full}"
+    assert list(json.loads((tmp_path / "kept.json").read_text())["memories"]) == ["plain"]
+    assert told("--json=/dev/full") == f"demo: error: {full}"
+    assert (tmp_path / "plot").read_bytes().startswith(b"\x89PNG")
+    assert told("--plot=/dev/full", "--json=/dev/full") == f"demo: error: {full}; {full}"
+
+    def no_plot(*args):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(demo, "plot", no_plot)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        demo.main([*arguments, "--json=again.json"])
+    assert "Needles found" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["again.json", "demo.png", "kept.json", "plot", "text"]
+
+
 def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert "pip install 'fwpkm_kernels[demo]'" in failure(capsys)
@@ -351,6 +416,41 @@ def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeyp
     assert " normalized " in shown.out
     assert " plain " not in shown.out
     assert list(json.loads((tmp_path / "result.json").read_text())["memories"]) == ["normalized"]
+
+
+@pytest.fixture(params=["meta", torch.float64, torch.bfloat16], ids=str)
+def ambient(request):
+    """What a process may have set for all of its tensors."""
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    if isinstance(request.param, str):
+        torch.set_default_device(request.param)
+    else:
+        torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+    torch.set_default_dtype(dtype)
+
+
+FEW_ARGUMENTS = [*SMALL_ARGUMENTS, "--passes=1", "--text-bytes=512", "--depths", "128"]
+
+
+def few_numbers():
+    """What the command finds in a few bytes."""
+    assert demo.main(["text", *FEW_ARGUMENTS, "--plot=/dev/null", "--json=result.json"]) == 0
+    memories = json.loads(Path("result.json").read_text())["memories"]
+    return [(p["accuracy"], p["found"]) for memory in memories.values() for p in memory["passes"]]
+
+
+@pytest.fixture
+def expected(tmp_path, monkeypatch):
+    need_demo_extra()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(prose())
+    return few_numbers()
+
+
+def test_defaults_of_the_process_change_nothing(expected, ambient):
+    assert few_numbers() == expected
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The house itself: what is installed, what a bare machine can import, what a bug report says."""
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -90,6 +92,65 @@ def test_env_report_text_and_collect(capsys):
     text = capsys.readouterr().out
     assert set(re.findall(r"^(\w+):", text, re.M)) == set(report)
     assert f"  version: {torch.__version__}\n" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_env_report_shows_what_it_is_about(monkeypatch, encoding, arguments):
+    """Any bytes that a variable may have, and any lines; the streams of the caller are left alone."""
+    place = os.fsdecode("/tmp/josé/ł".encode() + b"/\xe9\n/x")
+    monkeypatch.setenv("TRITON_CACHE_DIR", place)
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding, "strict"))
+    assert env_report.main(arguments) == 0
+    assert sys.stdout is out
+    text = out.buffer.getvalue().decode(encoding)
+    if arguments:
+        assert json.loads(text)["environment"]["TRITON_CACHE_DIR"] == place
+    else:
+        shown = "/tmp/josé/ł/\udce9\\n/x".encode(encoding, "backslashreplace").decode(encoding)
+        assert f"  TRITON_CACHE_DIR: {shown}\n" in text
+
+
+def test_env_report_where_the_current_folder_is_gone(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert env_report.main([]) == 0
+    assert capsys.readouterr().out.startswith("fwpkm_kernels: ")
+
+
+def test_env_report_takes_any_answer_of_a_command():
+    say = "import sys; sys.stdout.buffer.write(b'caf\\xe9 ')"
+    assert env_report._run(sys.executable, "-c", say) == "caf\\xe9"
+    assert env_report._run(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert env_report._run("no such command") is None
+
+
+def test_a_copy_under_another_name_uses_itself(tmp_path):
+    """As a project does that carries its own copy; the programs go by its name."""
+    shutil.copytree(
+        ROOT / "fwpkm_kernels", tmp_path / "vendored" / "memory", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    code = """
+import contextlib, io, json, runpy
+from vendored.memory import demo, env_report
+assert "vendored.memory" in env_report.collect()
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    assert env_report.main([]) == 0
+assert out.getvalue().startswith("vendored.memory: "), out.getvalue()
+for name in ("vendored.memory.demo", "vendored.memory.env_report"):
+    del sys.modules[name]
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_module(name, run_name="__main__")
+    assert out.getvalue().startswith(f"usage: python -m {name} "), out.getvalue()
+options = demo.Options(device="cpu", sub_keys=16, query_width=32, value_width=16, chunk_size=64)
+demo.set_up(options, "plain")
+assert demo.MemoryState.__module__.startswith("vendored.memory.")
+assert not [name for name in sys.modules if name.startswith("fwpkm_kernels")]
+"""
+    run_hidden(code, cwd=tmp_path)
 
 
 DRIVER_LINES = [
@@ -177,8 +238,69 @@ def test_setup_installs_only_the_package(tmp_path):
     assert about["Requires-Python"] == ">=3.10"
     assert about["License-Expression"] == "MIT"
     needed = sorted(text for text in about.get_all("Requires-Dist") if "extra ==" not in text)
-    assert needed == ["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"']
-    assert {"dev", "bench", "demo"} <= set(about.get_all("Provides-Extra"))
+    assert needed == ["numpy", "torch>=2.8"]  # no Triton: torch brings the one that fits it, or has no use for any
+    assert {"dev", "bench", "demo", "triton"} <= set(about.get_all("Provides-Extra"))
+    for extra in ("triton", "dev"):
+        text = f'triton>=3.4; platform_system == "Linux" and extra == "{extra}"'
+        assert text in [re.sub("[()]", "", text) for text in about.get_all("Requires-Dist")]
+
+
+#: What nobody needs who has no git.
+LEFT_OUT = {".gitignore"}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The sdist of the project's files as they are now, built where other files lie around."""
+    pytest.importorskip("setuptools", minversion="77")
+    mutations = pytest.importorskip("tests.mutations", reason="needs tqdm")
+    folder = tmp_path_factory.mktemp("sdist")
+    try:
+        mutations.copy_checkout(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git does not say which files are the project's: {error}")
+    junk = ["tests/__pycache__/test_x.pyc", "fuzz-failures/x.py", "gpu-results/results.jsonl", ".venv/x.py", "demo.png"]
+    junk += ["benchmarks/results/errors_cpu.jsonl", "fwpkm_kernels/__pycache__/x.pyc", "build/lib/fwpkm_kernels/x.py"]
+    for name in junk:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    run_hidden(
+        "sys.argv = ['setup.py', '-q', 'sdist']; import runpy; runpy.run_path('setup.py', run_name='__main__')",
+        *("torch", "triton", "numpy", "fwpkm_kernels"),
+        cwd=folder,
+    )
+    (path,) = (folder / "dist").glob("*.tar.gz")
+    return path
+
+
+def test_the_sdist_holds_the_project_and_nothing_else(sdist):
+    from tests.mutations import project_files
+
+    project = set(project_files())
+    with tarfile.open(sdist) as archive:
+        packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert project - packed <= LEFT_OUT
+    made = {name for name in packed - project if not name.startswith("fwpkm_kernels.egg-info/")}
+    assert made <= {"PKG-INFO", "setup.cfg"}
+
+
+@pytest.mark.slow
+def test_the_tests_run_in_an_unpacked_sdist(sdist, tmp_path):
+    """All are found there, and some that read other files of the project pass."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (root,) = tmp_path.iterdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def pytest_there(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "error" not in pytest_there("--collect-only").splitlines()[-1]
+    names = "no_golden_file or every_kernel_is_listed or committed_table or installs_only or (test_plan and torch)"
+    files = ("golden_chunk", "compiled", "house", "plan")
+    pytest_there("-k", names, *(f"tests/test_{name}.py" for name in files))
 
 
 def canonical(name: str) -> str:
@@ -211,7 +333,7 @@ def test_everything_that_make_installs_is_pinned():
 
 
 def test_the_examples_of_the_readme_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         names: dict[str, object] = {}

@@ -1,0 +1,473 @@
+"""What the programs share: outputs tried before the work and written whole after it, and text for any terminal."""
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import resource
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fwpkm_kernels import _commands
+from fwpkm_kernels._commands import CommandError, Lines, check_folder, check_outputs, command, try_all, write_output
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder of the test's own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All that is in a folder: names, links, contents, modes and times."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        what = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[str(path)] = (what, about.st_mode, about.st_mtime_ns if path.is_file() else 0)
+    return found
+
+
+def plant(folder: Path) -> None:
+    """A file, a folder, links, a pipe, and what cannot be written."""
+    (folder / "file").write_text("old")
+    (folder / "folder").mkdir()
+    (folder / "link").symlink_to("file")
+    (folder / "dangling").symlink_to("folder/new")
+    (folder / "lost").symlink_to("missing/new")
+    (folder / "loop").symlink_to("loop")
+    os.link(folder / "file", folder / "other")
+    os.mkfifo(folder / "pipe")
+
+
+@pytest.mark.parametrize("path", ["file", "new", "link", "dangling", "folder/new", "pipe", "/dev/null", None])
+def test_what_can_be_written_is_left_as_it_was(here, path):
+    plant(here)
+    before = contents(here)
+    check_outputs(path)
+    check_outputs(None if path is None else Path(path))
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("folder", "Is a directory"),
+        ("", ""),
+        ("missing/new", "No such file"),
+        ("lost", "No such file"),
+        ("file/new", "Not a directory"),
+        ("loop", "Too many levels"),
+        ("n" * 300, "File name too long"),
+        ("nul\0", "null"),
+        ("\ud800", "surrogates"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_and_after_the_work(here, path, reason):
+    plant(here)
+    before = contents(here)
+    for act in (check_outputs, lambda path: write_output(path, "new"), Lines):
+        with pytest.raises(CommandError, match="^cannot write ") as raised:
+            act(path)
+        assert reason in str(raised.value)
+    assert contents(here) == before
+
+
+@pytest.fixture
+def as_another(here):
+    """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
+    here.chmod(0o777)
+    plant(here)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_permissions_count(here, as_another):
+    os.mkdir("mine")
+    Path("mine/protected").write_text("old")
+    Path("mine/writable").write_text("old")
+    os.chmod("mine/protected", 0o444)
+    check_outputs("new", "mine/new", "mine/writable")
+    with pytest.raises(CommandError, match="Permission denied"):
+        check_outputs("mine/protected")
+    os.chmod("mine", 0o555)
+    with pytest.raises(CommandError, match="cannot write mine/new: Permission denied"):
+        check_outputs("mine/new")
+    with pytest.raises(CommandError, match="Permission denied"):
+        check_folder("mine/deep")
+    check_outputs("mine/writable")  # its folder takes no other file, so it is written in place
+    write_output("mine/writable", "new")
+    assert Path("mine/writable").read_text() == "new"
+    assert sorted(os.listdir("mine")) == ["protected", "writable"]
+    os.chmod("mine", 0o644)
+    with pytest.raises(CommandError, match="Permission denied"):
+        check_outputs("mine/writable")
+    os.chmod("mine", 0o755)
+    os.mkfifo("mine/pipe", 0o444)
+    with pytest.raises(CommandError, match="Permission denied"):
+        check_outputs("mine/pipe")
+
+
+@pytest.mark.parametrize(
+    "one, other", [("new", "./new"), ("file", "link"), ("file", "other"), ("dangling", "folder/new"), ("new", "new")]
+)
+def test_two_outputs_are_two_files(here, one, other):
+    plant(here)
+    before = contents(here)
+    with pytest.raises(CommandError, match="is the same file as"):
+        check_outputs(one, other)
+    if one != "new":
+        with contextlib.suppress(FileNotFoundError):
+            os.link("file", "folder/new")
+        with pytest.raises(CommandError, match="is the file that is read"):
+            check_outputs(one, read=other)
+        os.unlink("folder/new")
+    assert contents(here).keys() == before.keys()
+    check_outputs("/dev/null", "/dev/null", read="/dev/null")
+
+
+def test_a_current_folder_that_is_gone_cannot_be_written(here):
+    (here / "gone").mkdir()
+    os.chdir("gone")
+    (here / "gone").rmdir()
+    with pytest.raises(CommandError, match="cannot write new: No such file"):
+        check_outputs("new")
+
+
+def test_a_file_is_replaced_whole(here, monkeypatch):
+    plant(here)
+    os.chmod("file", 0o640)
+    os.umask(mask := os.umask(0))
+    write_output("link", "é\ud800")
+    assert (here / "file").read_bytes() == "é\\ud800".encode()
+    assert stat.S_IMODE(os.stat("file").st_mode) == 0o640
+    assert (here / "other").read_text() == "old"  # another name of what was there before
+    write_output(here / "new", b"\0")
+    assert stat.S_IMODE(os.stat("new").st_mode) == 0o666 & ~mask
+    write_output("dangling", b"1")
+    assert (here / "folder" / "new").read_bytes() == b"1"
+    assert (here / "link").is_symlink()
+    assert (here / "dangling").is_symlink()
+
+    def replace(*paths):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", replace)  # as where the file is a mount point
+    write_output("file", "2")
+    assert (here / "file").read_text() == "2"
+    assert not [name for name in os.listdir(here) if name.endswith(".part")]
+
+
+def test_a_disk_that_is_full_half_way_costs_nothing(here):
+    plant(here)
+    before = contents(here)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        check_outputs("file", "new")
+        for path in ("file", "new"):
+            with pytest.raises(CommandError, match=f"cannot write {path}: File too large"):
+                write_output(path, bytes(100_000))
+        with Lines("lines") as lines, pytest.raises(CommandError, match="File too large"):
+            lines.write("x" * 10_000)
+        os.unlink("lines")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        for path in ("file", "new"):
+            with pytest.raises(CommandError, match="File too large"):
+                check_outputs(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(here) == before
+
+
+@FULL
+def test_devices_and_pipes_are_written_as_they_are(here):
+    plant(here)
+    check_outputs("/dev/full")  # only the writing tells
+    with pytest.raises(CommandError, match="cannot write /dev/full: No space left on device"):
+        write_output("/dev/full", "text")
+    with Lines("/dev/full") as lines, pytest.raises(CommandError, match="No space left"):
+        lines.write("text")
+    write_output("/dev/null", "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(Path("pipe").read_bytes()))
+    reader.start()
+    write_output("pipe", bytes(200_000))  # more than a pipe holds
+    reader.join(10)
+    assert read == [bytes(200_000)]
+
+
+def run_alone(code: str, **options) -> "subprocess.CompletedProcess[bytes]":
+    """Run code in a new Python that has the helpers' names, but need not import torch."""
+    source = Path(_commands.__file__).read_text("utf-8")
+    return subprocess.run([sys.executable, "-c", f"{source}\n{code}"], timeout=60, **options)
+
+
+OWN_STREAM = """
+@command("x")
+def main():
+    print("before", end=" ")
+    check_outputs("/dev/stdout")
+    write_output("/dev/stdout", "data\\n")
+    with Lines("/dev/stdout") as lines:
+        lines.write("line")
+    print("after")
+    return 0
+
+print("first")
+main()
+print("last")
+"""
+
+
+def test_standard_output_as_a_file_keeps_what_is_printed(here):
+    with open("out", "wb") as out:
+        run_alone(OWN_STREAM, stdout=out, check=True)
+    assert Path("out").read_text().split() == ["first", "before", "data", "line", "after", "last"]
+    done = run_alone(OWN_STREAM, stdout=subprocess.PIPE, check=True)
+    assert done.stdout.split() == [b"first", b"before", b"data", b"line", b"after", b"last"]
+
+
+def test_lines_come_as_they_are_written(here):
+    plant(here)
+    with Lines("file") as lines:
+        lines.write("é\ud800")
+        assert Path("file").read_bytes() == "é\\ud800\n".encode()
+    with Lines("file", append=True) as lines:
+        lines.write("2")
+    assert Path("file").read_text("utf-8").splitlines()[1] == "2"
+
+
+def test_a_folder_is_tried_and_not_left_behind(here):
+    plant(here)
+    before = contents(here)
+    for path in ("folder", "a/b/c", "."):
+        check_folder(path)
+        check_folder(path, "x.png", "y.png")
+    for path, names in (("file", ()), ("a/" + "n" * 300, ()), ("a", ("n" * 300,)), (".", ("new", "folder"))):
+        with pytest.raises(CommandError, match="^cannot write "):
+            check_folder(path, *names)
+    assert contents(here) == before
+
+
+def test_all_are_tried():
+    done = []
+
+    def fail(what):
+        raise CommandError(what)
+
+    assert try_all([lambda: 1, lambda: 2]) == [1, 2]
+    with pytest.raises(CommandError, match="^one; two$"):
+        try_all([lambda: fail("one"), lambda: done.append(1), lambda: fail("two"), lambda: done.append(2)])
+    assert done == [1, 2]
+
+
+SHOWN = "é ł \udce9 µs"
+
+
+@command("program")
+def program(argument: str = SHOWN) -> int:
+    print(argument)
+    raise CommandError(f"{argument}\nand more")
+
+
+ENCODINGS = {
+    "ascii": "\\xe9 \\u0142 \\udce9 \\xb5s",
+    "latin-1": "é \\u0142 \\udce9 µs",
+    "cp1252": "é \\u0142 \\udce9 µs",
+    "utf-8": "é ł \\udce9 µs",
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("has_file", [True, False])
+def test_any_text_is_shown(here, monkeypatch, encoding, has_file):
+    streams = []
+    for name in ("stdout", "stderr"):
+        buffer = open(name, "w+b") if has_file else io.BytesIO()  # noqa: SIM115
+        streams.append(io.TextIOWrapper(buffer, encoding, "strict"))
+        monkeypatch.setattr(sys, name, streams[-1])
+    print("first", end=" ")
+    print("first", end=" ", file=sys.stderr)
+    assert program() == 2
+    assert [sys.stdout, sys.stderr] == streams
+    for stream, expected in zip(streams, ("first {}\n", "first program: error: {}\\nand more\n"), strict=True):
+        assert stream.errors == "strict"
+        stream.write("last")
+        stream.flush()
+        stream.buffer.seek(0)
+        assert stream.buffer.read().decode(encoding) == expected.format(ENCODINGS[encoding]) + "last"
+        stream.close()
+
+
+def test_a_stream_without_bytes_is_left_alone():
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert program() == 2
+    assert out.getvalue() == f"{SHOWN}\n"
+    assert err.getvalue().count("\n") == 1
+
+
+def test_streams_that_are_closed_are_no_error(monkeypatch):
+    for out in (None, io.TextIOWrapper(io.BytesIO())):
+        if out is not None:
+            out.close()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", out)
+        assert program() == 2
+        assert sys.stdout is out
+
+
+PRINTS = """
+@command("x")
+def main():
+    for number in range(20000):
+        print(number)
+    open("worked", "w").close()
+    return 0
+
+sys.exit(main())
+"""
+
+
+def test_a_pipe_that_ends_early_does_not_end_the_work(here):
+    """Nor does it leave a message when Python ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as out:
+        done = run_alone(PRINTS, stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (here / "worked").exists()
+
+
+@FULL
+def test_full_standard_output_is_told(here):
+    with open("/dev/full", "wb") as full:
+        done = run_alone(PRINTS, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, b"x: error: cannot write standard output: No space left on device\n")
+    assert (here / "worked").exists()
+
+
+def programs() -> list[str]:
+    """Every module that `python -m` runs."""
+    files = [
+        *(ROOT / "fwpkm_kernels").rglob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+    ]
+    named = {path: ast.parse(path.read_text("utf-8")).body for path in files}
+    return sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path, body in named.items()
+        if any(isinstance(part, ast.If) and "__main__" in ast.unparse(part.test) for part in body)
+    )
+
+
+@pytest.mark.parametrize("name", programs())
+def test_every_program_takes_any_text(name):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    assert module.main.__wrapped__.__name__ == "main", "not decorated with `command`"
+
+
+#: Of each program: how it is told where to write, where {} is that place, and what would be its work.
+WRITERS = [
+    ("benchmarks.run", ["--device=cpu", "--op=gather", "--json={}"], "measure_machine"),
+    ("benchmarks.cpu", ["--json={}"], "measure_machine"),
+    ("benchmarks.compiled", ["--json={}"], "report_cases"),
+    ("benchmarks.launches", ["--json={}"], "rows"),
+    ("benchmarks.errors", ["--out={}"], "growth"),
+    ("benchmarks.plots", ["results", "--out={}"], "read_results"),
+    ("benchmarks.gpu", ["--device=cpu", "--out={}"], "run_tests"),
+    ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
+    ("benchmarks.compiled", ["--write"], "report_cases"),
+    ("tests.mutations", ["--write"], "check_all"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, work", WRITERS)
+def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, here, monkeypatch, capsys):
+    module = pytest.importorskip(name, exc_type=ImportError)
+
+    def worked(*args, **options):
+        raise AssertionError("it worked first")
+
+    monkeypatch.setattr(module, work, worked)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for path in ("file", "results"):
+        Path(path).write_text("old")
+    place = here / "file" / "below"
+    if "--write" in arguments:
+        monkeypatch.setattr(module, "TABLE", place)
+    if name == "benchmarks.run":
+        monkeypatch.setattr(module, "has_pytest_benchmark", lambda: True)
+    monkeypatch.setattr(sys, "argv", [name, *(argument.format(place) for argument in arguments)])
+    assert module.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"{name.rpartition('.')[2]}: error: cannot write {place}")
+    assert sorted(os.listdir(here)) == ["file", "results"]
+
+
+def test_a_run_tries_the_file_beside_its_results_too(here, monkeypatch, capsys):
+    run = importlib.import_module("benchmarks.run")
+    monkeypatch.setattr(run, "has_pytest_benchmark", lambda: True)
+    name = "n" * 250
+    Path(name).write_text("old")
+    assert run.main(["--device=cpu", "--op=gather", f"--json={name}"]) == 2
+    assert capsys.readouterr().err == f"run: error: cannot write {name}.running: File name too long\n"
+    assert Path(name).read_text() == "old"
+
+
+def test_a_plot_that_fails_costs_no_numbers(here, monkeypatch, capsys):
+    errors = pytest.importorskip("benchmarks.errors")
+    pytest.importorskip("matplotlib")
+
+    def no_plot(rows):
+        raise RuntimeError("no fonts")
+
+    for name in ("growth", "learning", "overshoot"):
+        monkeypatch.setattr(errors, name, lambda *args, name=name: [{"experiment": name}])
+    monkeypatch.setattr(errors, "report", lambda rows: "| Σ |")
+    monkeypatch.setattr(errors, "plot", no_plot)
+    monkeypatch.setattr(sys, "argv", ["errors", "--out=out"])
+    with pytest.raises(RuntimeError, match="no fonts"):
+        errors.main()
+    assert len(Path("out/errors_cpu.jsonl").read_text().splitlines()) == 4
+    assert "Σ" in capsys.readouterr().out
+
+
+@FULL
+def test_measurements_are_shown_where_the_disk_is_full(monkeypatch, capsys):
+    from benchmarks import cpu
+    from tests.test_benchmark_runs import MACHINE, some_figures
+
+    def measure(machine, *, on_figure):
+        for figure in some_figures():
+            on_figure(figure)
+
+    monkeypatch.setattr(cpu, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(cpu, "run", measure)
+    assert cpu.main(["--json=/dev/full"]) == 1
+    captured = capsys.readouterr()
+    assert cpu.STEP in captured.out
+    assert captured.err == "failed: cannot write /dev/full: No space left on device\n"
