@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
 from .plan import Plan, plan_picks, plan_segments, segment_totals
@@ -287,7 +288,7 @@ def address_grad(
     return grad_queries, grad_keys.view(keys.shape)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_update", mutates_args=())
+@operator("product_key_update")
 def _update_op(
     keys: Tensor,
     queries: Tensor,
@@ -328,7 +329,7 @@ def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precisio
     return keys.new_empty(keys.shape), half_scores, keys.new_empty(size, dtype=torch.int32)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_update_backward", mutates_args=())
+@operator("product_key_update_backward")
 def _update_grad_op(
     grad_new_keys: Tensor,
     keys: Tensor,

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .plan import Plan, check_tokens, plan_segments, segment_totals
 
@@ -40,7 +41,7 @@ def gather_rows(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch
     return gather_torch(values, slots, weights, out_dtype)
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather", mutates_args=())
+@operator("sparse_value_gather")
 def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
     checks.check_slot_range("slots", slots, values.shape[0])
     return gather_rows(values, slots, weights, values.dtype, backend)
@@ -51,7 +52,7 @@ def _(values, slots, weights, backend):  # type: ignore[no-untyped-def]
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_weights", mutates_args=())
+@operator("sparse_value_gather_backward_weights")
 def _weights_grad_op(grad_out: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     if checks.use_triton(backend, values):
         from .kernels.gather import gather
@@ -77,7 +78,7 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_values", mutates_args=())
+@operator("sparse_value_gather_backward_values")
 def _values_grad_op(
     grad_out: Tensor,
     weights: Tensor,

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .plan import Plan, check_num_keys, check_tokens, plan_segments, segment_totals
 
@@ -116,7 +117,7 @@ def lookup_halves(
     return _lookup_torch(queries, keys, top_k, score, eps)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_lookup", mutates_args=())
+@operator("product_key_lookup")
 def _lookup_op(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -237,7 +238,7 @@ def half_grad_torch(
     return grad_queries, grad_keys
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_lookup_backward", mutates_args=())
+@operator("product_key_lookup_backward")
 def _lookup_grad_op(
     grad_scores: Tensor,
     queries: Tensor,

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
@@ -123,9 +124,8 @@ def _forward(
     return [output, new_keys, new_values, slots, weights, *(kept if keep else ())]
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory",
-    mutates_args=(),
+@operator(
+    "fast_weight_memory",
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
     f"{OPTIONS_SCHEMA}) -> Tensor[]",
 )
@@ -189,9 +189,8 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     return results
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory_backward",
-    mutates_args=(),
+@operator(
+    "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
     f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
 )

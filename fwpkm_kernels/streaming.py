@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
+from ._operators import operator
 from .addressing import step_keys
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
@@ -303,8 +304,8 @@ def _plan_pairs(
 _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for name in Queue._fields))
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory_step",
+@operator(
+    "fast_weight_memory_step",
     mutates_args=_STATE_FIELDS,
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS))}, "
     f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> Tensor",

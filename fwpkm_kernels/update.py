@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
+from ._operators import operator
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
@@ -48,7 +49,7 @@ def write_torch(
         values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update", mutates_args=())
+@operator("chunk_value_update")
 def _update_op(
     values: Tensor,
     errors: Tensor,
@@ -81,7 +82,7 @@ def _(values, errors, write_weights, order, rows, start, end, lr, weight_decay, 
     return values.new_empty(values.shape)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update_", mutates_args=("values",))
+@operator("chunk_value_update_", mutates_args=("values",))
 def _update_inplace_op(
     values: Tensor,
     errors: Tensor,
@@ -127,7 +128,7 @@ def write_grad_torch(
     return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update_backward", mutates_args=())
+@operator("chunk_value_update_backward")
 def _update_grad_op(
     grad_values: Tensor,
     errors: Tensor,
