@@ -140,6 +140,7 @@ def _forward_op(
     *options: Any,
 ) -> list[Tensor]:
     o = Options(*options)
+    check_num_accesses(queries, _most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
         q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
         g, m = (None if x is None else x.detach() for x in (gates, mask))
@@ -420,6 +421,12 @@ def _train_coupled(*args: Any) -> Any:
     return FastWeightMemory.apply(*args)
 
 
+def _most_accesses(queries: Tensor, chunk_size: int, lookahead: int, top_k: int) -> int:
+    """How many accesses a sequence can make, with those of tokens that are read again."""
+    batch, length, heads = queries.shape[:3]
+    return batch * (length + length // chunk_size * lookahead) * heads * top_k
+
+
 def check_memory(
     queries: Tensor,
     targets: Tensor,
@@ -470,8 +477,7 @@ def check_memory(
     lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
     if lookahead > chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
-    batch, length, heads = queries.shape[:3]
-    check_num_accesses(queries, batch * (length + length // chunk_size * lookahead) * heads * top_k)
+    check_num_accesses(queries, _most_accesses(queries, chunk_size, lookahead, top_k))
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
@@ -596,7 +602,9 @@ def fast_weight_memory(
     )  # fmt: skip
     tensors = (queries, targets, keys, values)
     refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
+    # What torch.export makes has no gradients: it keeps nothing for them.
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
         return MemoryOutput(*train(*tensors, *o[:7], gates, mask, *o[7:]))

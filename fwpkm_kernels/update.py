@@ -63,6 +63,7 @@ def _update_op(
     clip: float | None,
     backend: str,
 ) -> Tensor:
+    check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -97,6 +98,7 @@ def _update_inplace_op(
     backend: str,
 ) -> None:
     refuse_recomputation("chunk_value_update_")
+    check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -179,11 +181,23 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
     return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
+@operator("chunk_value_update_check")
+def _checked_op(count_slots: Tensor, num_slots: int) -> Tensor:
+    """The same slots, in the table: an operator, since what traces has no numbers to look at."""
+    checks.check_slot_range("count_slots", count_slots, num_slots)
+    return count_slots.clone(memory_format=torch.contiguous_format)
+
+
+@_checked_op.register_fake
+def _(count_slots, num_slots):  # type: ignore[no-untyped-def]
+    return count_slots.new_empty(count_slots.shape)
+
+
 def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
     if count_slots is not None:
-        if not torch.compiler.is_compiling():  # which has no numbers to look at
-            checks.check_slot_range("count_slots", count_slots, num_slots)
+        if count_slots.device.type == "cpu":
+            count_slots = _checked_op(count_slots, num_slots)
         return count_among(plan, count_slots)
     counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
     return count_accesses(plan, counted)
@@ -417,7 +431,7 @@ def chunk_value_update(
         mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
-            m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere, also under TRITON_DEBUG=1,
+            m > 0. The range is checked on CPU tensors, also under torch.compile; on a GPU, also under TRITON_DEBUG=1,
             what is outside counts for no slot: they address no memory and are only compared with `slots`.
         lr: the step size, a finite number in the dtype of the sums, as all numbers here. torch.compile compiles again
             for every new number, at most torch._dynamo.config.recompile_limit times (8), after which fullgraph=True

@@ -77,6 +77,13 @@ def write_samples(place: Place) -> Samples:
     yield "empty", (values, *nothing, 1.0, 0.1, None, place.backend)
 
 
+def check_samples(place: Place) -> Samples:
+    count_slots = testing.make_slots((5, 3), 64).to(place.device)
+    yield "plain", (count_slots, 64)
+    yield "transposed, int32", (count_slots.int().t(), 64)
+    yield "empty", (count_slots[:0], 64)
+
+
 def write_grad_samples(place: Place) -> Samples:
     grad, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
     errors, plan = predictions - targets, plan_segments(slots, 64)
@@ -168,6 +175,7 @@ def tensors_of(state: MemoryState) -> tuple[Tensor, ...]:
 
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_lookup": lookup_samples,
+    "product_key_lookup_halves": lookup_samples,
     "product_key_lookup_backward": lookup_grad_samples,
     "sparse_value_gather": gather_samples,
     "sparse_value_gather_backward_weights": weights_grad_samples,
@@ -175,6 +183,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "chunk_value_update": write_samples,
     "chunk_value_update_": write_samples,
     "chunk_value_update_backward": write_grad_samples,
+    "chunk_value_update_check": check_samples,
     "product_key_update": key_step_samples,
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
