@@ -609,5 +609,6 @@ def fast_weight_memory(
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
         return MemoryOutput(*train(*tensors, *o[:7], gates, mask, *o[7:]))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
-    with torch.no_grad():  # a mask may require gradients; it gets none
-        return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))
+    # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
+    detached = (None if x is None else x.detach() for x in (*tensors, gates, mask))
+    return MemoryOutput(*_forward_op(*detached, False, *o))

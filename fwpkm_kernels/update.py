@@ -495,11 +495,12 @@ def chunk_value_update_(
     refuse_transforms("chunk_value_update_", (*tensors, scale))
     lr, scale, weight_decay, clip = _check_update(*tensors, lr, scale, weight_decay, clip, backend)
     checks.check_writable("values", values, "chunk_value_update")
-    with torch.no_grad():
-        plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, values.shape[0], mask, count_slots)
-        factors = (scale, gates, mask)
-        errors, write_weights = _fold_write(
-            slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
-        )
-        _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
+    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
+    weights, targets, predictions = (x.detach() for x in (weights, targets, predictions))
+    factors = tuple(x.detach() if isinstance(x, Tensor) else x for x in (scale, gates, mask))
+    plan = plan_segments(slots, values.shape[0])
+    counts = _count(plan, slots, values.shape[0], mask, count_slots)
+    errors, write_weights = _fold_write(
+        slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
+    )
+    _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
