@@ -181,26 +181,39 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
     return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
-@operator("chunk_value_update_check")
-def _checked_op(count_slots: Tensor, num_slots: int) -> Tensor:
-    """The same slots, in the table: an operator, since what traces has no numbers to look at."""
+@operator("chunk_value_update_counts")
+def _counts_op(
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
+    counted: Tensor | None,
+    count_slots: Tensor | None,
+    num_slots: int,
+) -> Tensor:
+    """n_s of every access, [A]: in the dtype of `start`, or int64 for `count_slots`, of which there may be more.
+
+    An operator, since what traces has no numbers to look at, and since Inductor (of torch 2.13) may read what a scatter
+    fills before it is filled.
+    """
+    plan = Plan(order, rows, start, end)
+    if count_slots is None:
+        return count_accesses(plan, counted)
     checks.check_slot_range("count_slots", count_slots, num_slots)
-    return count_slots.clone(memory_format=torch.contiguous_format)
+    return count_among(plan, count_slots).long()
 
 
-@_checked_op.register_fake
-def _(count_slots, num_slots):  # type: ignore[no-untyped-def]
-    return count_slots.new_empty(count_slots.shape)
+@_counts_op.register_fake
+def _(order, rows, start, end, counted, count_slots, num_slots):  # type: ignore[no-untyped-def]
+    return start.new_empty(start.shape, dtype=start.dtype if count_slots is None else torch.int64)
 
 
 def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
-    if count_slots is not None:
-        if count_slots.device.type == "cpu":
-            count_slots = _checked_op(count_slots, num_slots)
-        return count_among(plan, count_slots)
-    counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
-    return count_accesses(plan, counted)
+    counted = None
+    if mask is not None and count_slots is None:
+        counted = (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
+    return _counts_op(*plan, counted, count_slots, num_slots)
 
 
 class _ChunkValueUpdateBackward(Function):

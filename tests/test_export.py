@@ -271,3 +271,15 @@ def test_packages_of_ahead_of_time_compilation(tmp_path):
     for size in RUN:
         tokens = make_tokens(names, size)
         torch.testing.assert_close(package(tokens), layer(tokens))
+
+
+@pytest.mark.slow
+def test_two_writes_compiled_by_inductor():
+    """Which fuses what belongs to several of them."""
+    cases = [CASES[name] for name in ("update", "plain update", "plain update")]
+    inputs = make_tokens("slots weights targets gates mask", TRACED) | make_tables("values")
+
+    def write(**inputs: Tensor) -> list[Tensor]:
+        return [case.function(**{name: inputs[name] for name in f"{case.tokens} values".split()}) for case in cases]
+
+    torch.testing.assert_close(torch.compile(write, fullgraph=True)(**inputs), write(**inputs))

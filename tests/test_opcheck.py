@@ -77,11 +77,14 @@ def write_samples(place: Place) -> Samples:
     yield "empty", (values, *nothing, 1.0, 0.1, None, place.backend)
 
 
-def check_samples(place: Place) -> Samples:
-    count_slots = testing.make_slots((5, 3), 64).to(place.device)
-    yield "plain", (count_slots, 64)
-    yield "transposed, int32", (count_slots.int().t(), 64)
-    yield "empty", (count_slots[:0], 64)
+def count_samples(place: Place) -> Samples:
+    slots, count_slots = (testing.make_slots(size, 64).to(place.device) for size in ((9, 3), (5, 4)))
+    plan = plan_segments(slots, 64)
+    yield "all", (*plan, None, None, 64)
+    yield "some", (*plan, plan.order % 2 > 0, None, 64)
+    yield "among others", (*plan, None, count_slots.int().t(), 64)
+    yield "among none", (*plan, None, count_slots[:0], 64)
+    yield "no accesses", (*plan_segments(slots[:0], 64), None, count_slots, 64)
 
 
 def write_grad_samples(place: Place) -> Samples:
@@ -183,7 +186,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "chunk_value_update": write_samples,
     "chunk_value_update_": write_samples,
     "chunk_value_update_backward": write_grad_samples,
-    "chunk_value_update_check": check_samples,
+    "chunk_value_update_counts": count_samples,
     "product_key_update": key_step_samples,
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
