@@ -30,6 +30,7 @@ TRACED, RUN = (3, 7), [(3, 7), (2, 13), (5, 2), (1, 1)]
 DIMS: dict[str, tuple[Callable[[str], Any], tuple[int, int]]] = {
     "a range": (lambda name: Dim(name, min=1, max=64), TRACED),
     "no maximum": (Dim, TRACED),
+    "tokens alone": (lambda name: Dim(name) if name == "tokens" else None, TRACED),
     "DYNAMIC": (lambda name: Dim.DYNAMIC, TRACED),
     "AUTO": (lambda name: Dim.AUTO, (5, 2)),
 }
@@ -127,10 +128,11 @@ def test_exported(name, how):
     layer = Layer(case)
     programs = [exported(layer, case.tokens, how)]
     if how == "no maximum":
-        programs += [exported(layer, case.tokens, how, strict=True), loaded(programs[0])]
-        programs.append(programs[0].run_decompositions())
-    for size in RUN:
-        tokens = make_tokens(case.tokens, size)
+        programs += [loaded(programs[0]), programs[0].run_decompositions()]
+    if how in ("no maximum", "tokens alone"):
+        programs.append(exported(layer, case.tokens, how, strict=True))
+    for batch, length in RUN:
+        tokens = make_tokens(case.tokens, (TRACED[0] if how == "tokens alone" else batch, length))
         for program in programs:
             torch.testing.assert_close(program.module()(tokens), layer(tokens))
 
