@@ -33,9 +33,11 @@ def shape(x: Tensor) -> list[int]:
 
 
 def check_tensor(name: str, x: object, rank: int | None = None, layout: str = "") -> None:
-    """`x` is a dense tensor, of rank `rank` if given; `layout` says in words what its dimensions are."""
+    """`x` is a dense tensor, no DTensor, of rank `rank` if given; `layout` says in words what its dimensions are."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if hasattr(x, "to_local"):  # its class would have to be imported to be asked for
+        raise TypeError(f"`{name}` must be a plain tensor, got a DTensor: pass what it holds here, x.to_local()")
     if x.is_nested:
         raise TypeError(f"`{name}` must be a dense (strided) tensor, got a nested one")
     if x.layout != torch.strided:
@@ -175,7 +177,12 @@ def use_triton(backend: str, x: Tensor) -> bool:
     try:
         from .kernels import _common
     except ImportError as error:
-        raise ImportError(f'`backend`="{backend}" needs Triton for tensors on {x.device.type}: {error}') from error
+        where = "it comes with PyTorch's build for this GPU"
+        if on_cpu:
+            where = "install it with: pip install 'fwpkm_kernels[triton]'"
+        raise ImportError(
+            f'`backend`="{backend}" needs Triton for tensors on {x.device.type} ({error}): {where}'
+        ) from error
 
     if on_cpu and not _common.INTERPRETED:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The key step: one step of the sub-keys toward being used evenly; and the joint backward of lookup and key step."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
-from .plan import Plan, plan_picks, plan_segments, segment_totals
+from .plan import Plan, check_tokens, plan_picks, plan_segments, segment_totals
 
 
 def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
@@ -287,7 +289,7 @@ def address_grad(
     return grad_queries, grad_keys.view(keys.shape)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_update", mutates_args=())
+@operator("product_key_update")
 def _update_op(
     keys: Tensor,
     queries: Tensor,
@@ -302,6 +304,7 @@ def _update_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new keys, and what backward reads: the half scores and sub-keys that won."""
+    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     _, _, half_scores, sub_keys = lookup_halves(
         queries, keys, top_k=top_k, score=score, eps=eps, precision=precision, backend=backend
     )
@@ -328,7 +331,7 @@ def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precisio
     return keys.new_empty(keys.shape), half_scores, keys.new_empty(size, dtype=torch.int32)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_update_backward", mutates_args=())
+@operator("product_key_update_backward")
 def _update_grad_op(
     grad_new_keys: Tensor,
     keys: Tensor,

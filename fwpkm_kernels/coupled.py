@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks as checks
 from .chunks import Options, items_of, rows_of, weigh, weigh_grad, write_scale
 from .kernels import compute_dtype
-from .lookup import lookup_halves, sub_key_rows
+from .lookup import halves_op, sub_key_rows
 from .plan import sum_at
 from .update import chunk_value_update, chunk_value_update_
 
@@ -127,7 +127,7 @@ def coupled_memory(
     for chunk in o.cut(length):
         window = rows[chunk.first * batch : chunk.stop * batch].to(dtype)
         with torch.no_grad():
-            _, slots, _, sub_keys = lookup_halves(window, new_keys, **o.lookup)
+            slots, sub_keys = halves_op(window, new_keys, **o.lookup)
         scores = _scores_at(window, new_keys.to(dtype), sub_key_rows(slots, keys.shape[2]), o).sum(2).flatten(1)
         weights = weigh(scores, o.weighting, o.temperature)
         value_rows = F.embedding(slots.flatten(1), new_values).to(dtype)

@@ -1,5 +1,6 @@
 """Sparse value gather: weighted sums of a few rows of a large table."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .plan import Plan, check_tokens, plan_segments, segment_totals
 
@@ -40,8 +42,9 @@ def gather_rows(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch
     return gather_torch(values, slots, weights, out_dtype)
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather", mutates_args=())
+@operator("sparse_value_gather")
 def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    check_tokens("slots", slots, slots.shape[0])
     checks.check_slot_range("slots", slots, values.shape[0])
     return gather_rows(values, slots, weights, values.dtype, backend)
 
@@ -51,7 +54,7 @@ def _(values, slots, weights, backend):  # type: ignore[no-untyped-def]
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_weights", mutates_args=())
+@operator("sparse_value_gather_backward_weights")
 def _weights_grad_op(grad_out: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     if checks.use_triton(backend, values):
         from .kernels.gather import gather
@@ -77,7 +80,7 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fwpkm_kernels::sparse_value_gather_backward_values", mutates_args=())
+@operator("sparse_value_gather_backward_values")
 def _values_grad_op(
     grad_out: Tensor,
     weights: Tensor,
@@ -154,7 +157,7 @@ class SparseValueGather(Function):
         """Validate, gather, and keep the three inputs for backward."""
         refuse_transforms("sparse_value_gather", (values, slots, weights))
         _check_gather(values, slots, weights, sparse_grad, backend)
-        flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
+        flat, picks = math.prod(slots.shape[:-1]), slots.shape[-1]
         out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)
         ctx.save_for_backward(values, slots, weights)
         ctx.options = (sparse_grad, backend)
@@ -167,7 +170,7 @@ class SparseValueGather(Function):
         values, slots, weights = ctx.saved_tensors
         refuse_transforms("sparse_value_gather", (grad_out, values, weights))
         sparse_grad, backend = ctx.options
-        flat, picks = slots.shape[:-1].numel(), slots.shape[-1]
+        flat, picks = math.prod(slots.shape[:-1]), slots.shape[-1]
         grad_values, grad_weights = _SparseValueGatherBackward.apply(
             grad_out.reshape(flat, values.shape[1]),
             values,
@@ -191,7 +194,7 @@ def _check_gather(values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: b
     if slots.dim() < 1:
         raise ValueError("`slots` must have at least 1 dimension [..., J], got a scalar")
     checks.check_like("weights", weights, "slots", slots)
-    check_tokens("slots", slots, slots.shape[:-1].numel())
+    check_tokens("slots", slots, math.prod(slots.shape[:-1]))
     checks.check_together(values=values, slots=slots, weights=weights)
     checks.check_flag("sparse_grad", sparse_grad)
     checks.check_choice("backend", backend, checks.BACKENDS)
@@ -213,7 +216,8 @@ def sparse_value_gather(
         weights: [..., J], any float dtype (float64 exactly if the table is).
         sparse_grad: give the table's gradient as an uncoalesced sparse COO tensor with one entry per access, as
             torch.nn.Embedding(sparse=True) does: no dense [N, D] gradient. Not with torch.compile, which has no sparse
-            gradients.
+            gradients. DistributedDataParallel takes them only for the weight of a torch.nn.EmbeddingBag or Embedding
+            with sparse=True; for other parameters it fails with "Cannot access storage of SparseTensorImpl".
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Returns:

@@ -1,5 +1,6 @@
 """Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .plan import Plan, check_num_keys, check_tokens, plan_segments, segment_totals
 
@@ -116,10 +118,11 @@ def lookup_halves(
     return _lookup_torch(queries, keys, top_k, score, eps)
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_lookup", mutates_args=())
+@operator("product_key_lookup")
 def _lookup_op(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
+    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
     scores, slots, _, _ = lookup_halves(queries, keys, top_k=top_k, **options)
     return scores, slots
@@ -129,6 +132,25 @@ def _lookup_op(
 def _(queries, keys, top_k, score, eps, precision, backend):  # type: ignore[no-untyped-def]
     size = (queries.shape[0], queries.shape[1], top_k)
     return queries.new_empty(size, dtype=compute_dtype(keys.dtype)), queries.new_empty(size, dtype=torch.int64)
+
+
+@operator("product_key_lookup_halves")
+def halves_op(
+    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Slots [M, H, K] and sub-keys [M, H, 2, K] of `lookup_halves`, as an operator: for what may be traced."""
+    options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
+    _, slots, _, sub_keys = lookup_halves(queries, keys, top_k=top_k, **options)
+    return slots, sub_keys
+
+
+@halves_op.register_fake
+def _(queries, keys, top_k, score, eps, precision, backend):  # type: ignore[no-untyped-def]
+    size = queries.shape[:2]
+    return (
+        queries.new_empty((*size, top_k), dtype=torch.int64),
+        queries.new_empty((*size, 2, top_k), dtype=torch.int32),
+    )
 
 
 def _first_rows(heads: int, num_keys: int, like: Tensor) -> Tensor:
@@ -237,7 +259,7 @@ def half_grad_torch(
     return grad_queries, grad_keys
 
 
-@torch.library.custom_op("fwpkm_kernels::product_key_lookup_backward", mutates_args=())
+@operator("product_key_lookup_backward")
 def _lookup_grad_op(
     grad_scores: Tensor,
     queries: Tensor,
@@ -283,7 +305,7 @@ def _(grad_scores, queries, keys, slots, score, eps, with_keys, backend):  # typ
 
 def _flat(x: Tensor) -> Tensor:
     """[..., a, b] as [rows, a, b]."""
-    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 class _ProductKeyLookupBackward(Function):
@@ -365,7 +387,7 @@ def check_lookup(
             f"got {checks.shape(queries)} against {checks.shape(keys)}"
         )
     check_num_keys(keys)
-    check_tokens("queries", queries, queries.shape[:-1].numel())
+    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     checks.check_together(queries=queries, keys=keys)
     top_k = checks.check_int("top_k", top_k, minimum=1)
     if top_k > num_keys:

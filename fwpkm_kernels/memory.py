@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
+from ._operators import operator
 from .chunks import (
     OPTIONS_SCHEMA,
     Options,
@@ -123,9 +124,8 @@ def _forward(
     return [output, new_keys, new_values, slots, weights, *(kept if keep else ())]
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory",
-    mutates_args=(),
+@operator(
+    "fast_weight_memory",
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
     f"{OPTIONS_SCHEMA}) -> Tensor[]",
 )
@@ -140,6 +140,7 @@ def _forward_op(
     *options: Any,
 ) -> list[Tensor]:
     o = Options(*options)
+    check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
         q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
         g, m = (None if x is None else x.detach() for x in (gates, mask))
@@ -189,9 +190,8 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     return results
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory_backward",
-    mutates_args=(),
+@operator(
+    "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
     f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
 )
@@ -421,6 +421,12 @@ def _train_coupled(*args: Any) -> Any:
     return FastWeightMemory.apply(*args)
 
 
+def count_most_accesses(queries: Tensor, chunk_size: int, lookahead: int, top_k: int) -> int:
+    """How many accesses a sequence can make, with those of tokens that are read again."""
+    batch, length, heads = queries.shape[:3]
+    return batch * (length + length // chunk_size * lookahead) * heads * top_k
+
+
 def check_memory(
     queries: Tensor,
     targets: Tensor,
@@ -471,8 +477,7 @@ def check_memory(
     lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
     if lookahead > chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
-    batch, length, heads = queries.shape[:3]
-    check_num_accesses(queries, batch * (length + length // chunk_size * lookahead) * heads * top_k)
+    check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, top_k))
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
@@ -597,10 +602,13 @@ def fast_weight_memory(
     )  # fmt: skip
     tensors = (queries, targets, keys, values)
     refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
+    # What torch.export makes has no gradients: it keeps nothing for them.
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
         return MemoryOutput(*train(*tensors, *o[:7], gates, mask, *o[7:]))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
-    with torch.no_grad():  # a mask may require gradients; it gets none
-        return MemoryOutput(*_forward_op(queries, targets, keys, values, gates, mask, False, *o))
+    # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
+    detached = (None if x is None else x.detach() for x in (*tensors, gates, mask))
+    return MemoryOutput(*_forward_op(*detached, False, *o))

@@ -129,13 +129,28 @@ def row_dtype(num_slots: int) -> torch.dtype:
 
 
 def position_dtype(num_accesses: int) -> torch.dtype:
-    """The narrowest dtype, int32 or int64, for where each of so many accesses stands, and for how many there are."""
-    return torch.int32 if num_accesses <= NARROW_ACCESSES else torch.int64
+    """The narrowest dtype, int32 or int64, for where each of so many accesses stands, and for how many there are.
+
+    int64 where something traces that does not know how many.
+    """
+    return torch.int32 if exceeds(NARROW_ACCESSES + 1, num_accesses) else torch.int64
+
+
+def exceeds(size: int, most: int) -> bool:
+    """Whether size > most; where something traces, whether every size that may come does.
+
+    What is traced then serves all sizes, and the operators' bodies, which see numbers, ask again.
+    """
+    if torch.compiler.is_compiling() or isinstance(size, torch.SymInt) or isinstance(most, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+        return statically_known_true(size > most)
+    return size > most
 
 
 def check_sort(name: str, slots: Tensor) -> None:
     """No more slots than can be sorted where they are."""
-    if slots.is_cuda and slots.numel() > MOST_SORTED:
+    if slots.is_cuda and exceeds(slots.numel(), MOST_SORTED):
         raise ValueError(
             f"`{name}` must hold at most {MOST_SORTED} slots to be sorted on a GPU, got shape {list(slots.shape)}"
         )
@@ -143,7 +158,7 @@ def check_sort(name: str, slots: Tensor) -> None:
 
 def check_tokens(name: str, x: Tensor, num_tokens: int) -> None:
     """No more tokens (times heads) than the kernels number in 32 bits."""
-    if num_tokens > MOST_TOKENS:
+    if exceeds(num_tokens, MOST_TOKENS):
         raise ValueError(
             f"`{name}` must hold at most {MOST_TOKENS} tokens (times heads) in one call, got shape {list(x.shape)}"
         )
@@ -161,7 +176,7 @@ def check_num_keys(keys: Tensor) -> None:
 
 def check_num_accesses(queries: Tensor, num_accesses: int) -> None:
     """No more accesses than the kernels of a sequence number in 32 bits."""
-    if num_accesses > MOST_ACCESSES:
+    if exceeds(num_accesses, MOST_ACCESSES):
         raise ValueError(
             f"`queries` [B, T, H, Dk] must make at most {MOST_ACCESSES} accesses in one call, top_k for each head and "
             f"token, and those that are read again; got {num_accesses} for shape {list(queries.shape)}"

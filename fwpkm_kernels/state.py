@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _checks as checks
+from ._operators import operator
 from .binding import Binding, Queue, check_binding, check_queue, from_bytes, make_queue, to_bytes, to_plain, waiting
 from .chunks import Options
 from .memory import check_memory
@@ -19,7 +20,7 @@ from .memory import check_memory
 _COPIED = frozenset(("_keys", "_values", "_touched", "_position", "_binding", "_queue"))
 
 
-@torch.library.custom_op("fwpkm_kernels::private_copy", mutates_args=())
+@operator("private_copy")
 def _private_copy(x: Tensor, device: torch.device) -> Tensor:
     """A contiguous copy on a device, which a step may write in and out of inference mode.
 
@@ -321,10 +322,12 @@ class MemoryState:
             if name not in state_dict:
                 raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(map(str, state_dict))}")
         for name, x in state_dict.items():
-            has_data = isinstance(x, Tensor) and (not x.is_meta or self._values.is_meta)
-            if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided or not has_data):
+            if not isinstance(x, Tensor) or (x.is_meta and self._values.is_meta):
+                continue
+            if x.is_nested or x.layout != torch.strided or x.is_meta or hasattr(x, "to_local"):
                 raise ValueError(
-                    f"`state_dict` must hold dense tensors with data, got {x.layout} on {x.device} for {name!r}"
+                    f"`state_dict` must hold dense, plain tensors with data, got a {type(x).__name__} of {x.layout} on "
+                    f"{x.device} for {name!r}"
                 )
         binding = self._load_binding(state_dict["binding"]) if "binding" in state_dict else None
         expected = {"keys": self._keys, "values": self._values, "position": self._position}

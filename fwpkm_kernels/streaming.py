@@ -14,14 +14,15 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_traces, refuse_transforms
+from ._operators import operator
 from .addressing import step_keys
 from .binding import Binding, Queue, make_queue
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
 from .lookup import lookup_halves
-from .memory import run_scans
-from .plan import Plan, count_accesses, plan_segments, row_dtype
+from .memory import count_most_accesses, run_scans
+from .plan import Plan, check_num_accesses, count_accesses, plan_segments, row_dtype
 from .scans import read, write
 from .state import MemoryState, check_step
 
@@ -304,8 +305,8 @@ def _plan_pairs(
 _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for name in Queue._fields))
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory_step",
+@operator(
+    "fast_weight_memory_step",
     mutates_args=_STATE_FIELDS,
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS))}, "
     f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> Tensor",
@@ -321,8 +322,8 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     return targets.new_empty(targets.shape)
 
 
-@torch.library.custom_op(
-    "fwpkm_kernels::fast_weight_memory_first_step",
+@operator(
+    "fast_weight_memory_first_step",
     mutates_args=_STATE_FIELDS[:4],
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS[:4]))}, "
     f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> "
@@ -364,6 +365,7 @@ def _step(
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
     _refuse_replays(values)
     o = Options(*options)
+    check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     by_time = (None if x is None else x.transpose(0, 1) for x in (queries, targets, gates, mask))
     tokens = Tokens(*by_time)  # type: ignore[arg-type]
     length, batch, width = tokens.targets.shape
@@ -463,13 +465,23 @@ def fast_weight_memory_step(
     # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
+    tokens = [None if x is None else x.detach() for x in (queries, targets, gates, mask)]
+    if torch.compiler.is_exporting():  # where an error within no_grad would leave gradients off for the whole process
+        return _run_step(state, tokens, o)
     with torch.no_grad():
-        memory, tokens = (state.keys, state.values, state._position, state._touched), (queries, targets, gates, mask)
-        output: Tensor
-        if state._binding is None and torch.compiler.is_compiling():
-            # What a compiled function makes itself in inference mode no step outside of it could write.
-            output, *queue = _first_step_op(*memory, *tokens, *o)
-            state._bind(queries, targets, o, Queue(*queue))
-        else:
-            output = _step_op(*memory, *state._bind(queries, targets, o), *tokens, *o)
+        return _run_step(state, tokens, o)
+
+
+def _run_step(state: MemoryState, tokens: list[Tensor | None], o: Options) -> Tensor:
+    """Bind the state at its first step, and run the operator."""
+    queries, targets, *_ = tokens
+    assert queries is not None and targets is not None
+    memory = (state.keys, state.values, state._position, state._touched)
+    output: Tensor
+    if state._binding is None and torch.compiler.is_compiling():
+        # What a compiled function makes itself in inference mode no step outside of it could write.
+        output, *queue = _first_step_op(*memory, *tokens, *o)
+        state._bind(queries, targets, o, Queue(*queue))
+    else:
+        output = _step_op(*memory, *state._bind(queries, targets, o), *tokens, *o)
     return output

@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
+from ._operators import operator
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
@@ -48,7 +49,7 @@ def write_torch(
         values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update", mutates_args=())
+@operator("chunk_value_update")
 def _update_op(
     values: Tensor,
     errors: Tensor,
@@ -62,6 +63,7 @@ def _update_op(
     clip: float | None,
     backend: str,
 ) -> Tensor:
+    check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -81,7 +83,7 @@ def _(values, errors, write_weights, order, rows, start, end, lr, weight_decay, 
     return values.new_empty(values.shape)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update_", mutates_args=("values",))
+@operator("chunk_value_update_", mutates_args=("values",))
 def _update_inplace_op(
     values: Tensor,
     errors: Tensor,
@@ -96,6 +98,7 @@ def _update_inplace_op(
     backend: str,
 ) -> None:
     refuse_recomputation("chunk_value_update_")
+    check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
     check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
@@ -127,7 +130,7 @@ def write_grad_torch(
     return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
 
 
-@torch.library.custom_op("fwpkm_kernels::chunk_value_update_backward", mutates_args=())
+@operator("chunk_value_update_backward")
 def _update_grad_op(
     grad_values: Tensor,
     errors: Tensor,
@@ -178,14 +181,39 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
     return factor.to(dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
+@operator("chunk_value_update_counts")
+def _counts_op(
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
+    counted: Tensor | None,
+    count_slots: Tensor | None,
+    num_slots: int,
+) -> Tensor:
+    """n_s of every access, [A]: in the dtype of `start`, or int64 for `count_slots`, of which there may be more.
+
+    An operator, since what traces has no numbers to look at, and since Inductor (of torch 2.13) may read what a scatter
+    fills before it is filled.
+    """
+    plan = Plan(order, rows, start, end)
+    if count_slots is None:
+        return count_accesses(plan, counted)
+    checks.check_slot_range("count_slots", count_slots, num_slots)
+    return count_among(plan, count_slots).long()
+
+
+@_counts_op.register_fake
+def _(order, rows, start, end, counted, count_slots, num_slots):  # type: ignore[no-untyped-def]
+    return start.new_empty(start.shape, dtype=start.dtype if count_slots is None else torch.int64)
+
+
 def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
-    if count_slots is not None:
-        if not torch.compiler.is_compiling():  # which has no numbers to look at
-            checks.check_slot_range("count_slots", count_slots, num_slots)
-        return count_among(plan, count_slots)
-    counted = None if mask is None else (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
-    return count_accesses(plan, counted)
+    counted = None
+    if mask is not None and count_slots is None:
+        counted = (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
+    return _counts_op(*plan, counted, count_slots, num_slots)
 
 
 class _ChunkValueUpdateBackward(Function):
@@ -416,7 +444,7 @@ def chunk_value_update(
         mask: m >= 0, [M], bool, integer or real; it multiplies, and gets no gradient. None means 1. Not checked for
             its sign: a negative or NaN mask multiplies too, and counts as masked.
         count_slots: the accesses that n_s is counted over, any shape, in [0, N); default: the slots of the rows with
-            m > 0. The range is checked on CPU tensors outside of torch.compile; elsewhere, also under TRITON_DEBUG=1,
+            m > 0. The range is checked on CPU tensors, also under torch.compile; on a GPU, also under TRITON_DEBUG=1,
             what is outside counts for no slot: they address no memory and are only compared with `slots`.
         lr: the step size, a finite number in the dtype of the sums, as all numbers here. torch.compile compiles again
             for every new number, at most torch._dynamo.config.recompile_limit times (8), after which fullgraph=True
@@ -480,11 +508,12 @@ def chunk_value_update_(
     refuse_transforms("chunk_value_update_", (*tensors, scale))
     lr, scale, weight_decay, clip = _check_update(*tensors, lr, scale, weight_decay, clip, backend)
     checks.check_writable("values", values, "chunk_value_update")
-    with torch.no_grad():
-        plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, values.shape[0], mask, count_slots)
-        factors = (scale, gates, mask)
-        errors, write_weights = _fold_write(
-            slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
-        )
-        _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
+    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
+    weights, targets, predictions = (x.detach() for x in (weights, targets, predictions))
+    factors = tuple(x.detach() if isinstance(x, Tensor) else x for x in (scale, gates, mask))
+    plan = plan_segments(slots, values.shape[0])
+    counts = _count(plan, slots, values.shape[0], mask, count_slots)
+    errors, write_weights = _fold_write(
+        slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
+    )
+    _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)

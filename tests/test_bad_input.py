@@ -1,13 +1,15 @@
 """What every public function refuses: by which error, that it names the argument and what came, and changes nothing."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 import fwpkm_kernels
 from fwpkm_kernels import (
@@ -69,6 +71,7 @@ def tensor_cases(name: str, kind: str = "float", *, ranks: bool = True, optional
         "of NumPy": case(TypeError, Tensor.numpy, "type"),
         "a str": case(TypeError, str, "type"),
         "sparse": case(TypeError, Tensor.to_sparse, "", "sparse"),
+        "a DTensor": case(TypeError, distributed, "", "got a DTensor", "to_local()"),
         "on another device": case(ValueError, lambda x: x.to("meta"), "", "meta", "cpu"),
         **{f"of {dtype}": case(TypeError, lambda x, dtype=dtype: x.to(dtype), "dtype") for dtype in dtypes},
     }
@@ -81,6 +84,18 @@ def tensor_cases(name: str, kind: str = "float", *, ranks: bool = True, optional
         cases["nested"] = case(TypeError, lambda x: torch.nested.nested_tensor([x, x]), "", "nested")
         cases["of float64 beside float32"] = case(TypeError, Tensor.double, "", "torch.float64", "torch.float32")
     return {f"{name} {what}": one for what, one in cases.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    """Of this process alone, for DTensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(x: Tensor) -> DTensor:
+    return DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Replicate()])
 
 
 def mismatch(name: str, other: str, change: Callable[[Tensor], Tensor], *says: str, **others: Any) -> Case:

@@ -78,6 +78,16 @@ def write_samples(place: Place) -> Samples:
     yield "empty", (values, *nothing, 1.0, 0.1, None, place.backend)
 
 
+def count_samples(place: Place) -> Samples:
+    slots, count_slots = (testing.make_slots(size, 64).to(place.device) for size in ((9, 3), (5, 4)))
+    plan = plan_segments(slots, 64)
+    yield "all", (*plan, None, None, 64)
+    yield "some", (*plan, plan.order % 2 > 0, None, 64)
+    yield "among others", (*plan, None, count_slots.int().t(), 64)
+    yield "among none", (*plan, None, count_slots[:0], 64)
+    yield "no accesses", (*plan_segments(slots[:0], 64), None, count_slots, 64)
+
+
 def write_grad_samples(place: Place) -> Samples:
     grad, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
     errors, plan = predictions - targets, plan_segments(slots, 64)
@@ -182,6 +192,7 @@ def copy_samples(place: Place) -> Samples:
 
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_lookup": lookup_samples,
+    "product_key_lookup_halves": lookup_samples,
     "product_key_lookup_backward": lookup_grad_samples,
     "sparse_value_gather": gather_samples,
     "sparse_value_gather_backward_weights": weights_grad_samples,
@@ -189,6 +200,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "chunk_value_update": write_samples,
     "chunk_value_update_": write_samples,
     "chunk_value_update_backward": write_grad_samples,
+    "chunk_value_update_counts": count_samples,
     "product_key_update": key_step_samples,
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,

@@ -96,14 +96,16 @@ def test_counts_over_other_slots(clip, place):
 
 
 def test_the_range_of_slots_under_compile():
-    """On a CPU that of the slots is checked; slots counted that are out of it count for none."""
+    """On a CPU that of the slots is checked, and of those that are counted."""
     inputs = testing.make_update_inputs(5, 2, 9, 3, slot_pattern="one_slot")._asdict()
     inputs["slots"] = inputs["slots"].int()
     run = torch.compile(functools.partial(chunk_value_update, lr=0.5), backend="aot_eager", fullgraph=True)
     near = inputs["slots"].flatten().long()
     expected = chunk_value_update(**inputs, lr=0.5, count_slots=near)
-    outside = torch.cat((near, near + 2**32, near - 2**32))
-    testing.assert_bitwise_equal(run(**inputs, count_slots=outside), expected)
+    testing.assert_bitwise_equal(run(**inputs, count_slots=near), expected)
+    for outside in (near + 2**32, near - 2**32):
+        with pytest.raises(ValueError, match=r"`count_slots` must lie in \[0, 9\), got values from"):
+            run(**inputs, count_slots=outside)
 
     @torch.compile(backend="eager")
     def gather(values, slots, weights, **_):

@@ -1,0 +1,63 @@
+"""How operators are registered: under the package's own name, once in a process.
+
+Where PyTorch registers a name again, it frees what was registered before, and those who still hold it crash.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._library.custom_ops import CustomOpDef, _maybe_get_opdef
+
+#: A copy of the package under another name, ``a.b.fwpkm_kernels`` say, has operators of its own.
+NAMESPACE = re.sub(r"\W|^(?=\d)", "_", __package__ or "", flags=re.ASCII)
+
+
+def operator(
+    name: str, *, mutates_args: str | Iterable[str] = (), schema: str | None = None
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """torch.library.custom_op, which gives a known operator the new function where a module is loaded again.
+
+    So what was compiled, or imported from the module before, goes on working, with the newest code.
+
+    Raises:
+        ImportError: where the operator is known with another schema.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        known = _maybe_get_opdef(qualified)
+        if known is None:
+            return torch.library.custom_op(qualified, mutates_args=mutates_args, schema=schema)(function)
+        if known._schema != (schema or torch.library.infer_schema(function, mutates_args=mutates_args)):
+            raise ImportError(
+                f"the arguments of {qualified} have changed since {_folder(known._init_fn)} was first imported: restart"
+                " Python, since PyTorch cannot replace an operator that is in use"
+            )
+        known.register_kernel(None)(function)
+        return known
+
+    return register
+
+
+def _folder(function: Callable[..., Any]) -> str:
+    """Where the source of a function lies."""
+    return os.path.realpath(os.path.dirname(function.__code__.co_filename))
+
+
+def _refuse_other_owners() -> None:
+    """Raise where names of the namespace are another's, before any of them is taken away."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith(f"{NAMESPACE}::"):
+            known = _maybe_get_opdef(name)
+            owner = "a torch.library.Library" if known is None else _folder(known._init_fn)
+            if owner != _folder(operator):
+                raise ImportError(
+                    f"{__package__} in {_folder(operator)} cannot register its operators, since {owner} has registered"
+                    f" {name}: import one of the two in a process, or give one of them another name"
+                )
+
+
+_refuse_other_owners()

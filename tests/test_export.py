@@ -1,0 +1,287 @@
+"""torch.export, make_fx, FakeTensorMode, AOTInductor: what is traced with some tokens serves other numbers of them."""
+
+import functools
+import io
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fwpkm_kernels import (
+    chunk_value_update,
+    chunk_value_update_,
+    fast_weight_memory,
+    plan,
+    product_key_lookup,
+    product_key_update,
+    sparse_value_gather,
+)
+
+SMALL = {"chunk_size": 4, "top_k": 3}
+#: Batch and tokens of what is traced, and of what it runs with then: also less than a chunk, and one token.
+TRACED, RUN = (3, 7), [(3, 7), (2, 13), (5, 2), (1, 1)]
+#: Numbers of tokens as torch.export takes them. A size that it may choose to fix is traced with less than a chunk.
+DIMS: dict[str, tuple[Callable[[str], Any], tuple[int, int]]] = {
+    "a range": (lambda name: Dim(name, min=1, max=64), TRACED),
+    "no maximum": (Dim, TRACED),
+    "tokens alone": (lambda name: Dim(name) if name == "tokens" else None, TRACED),
+    "DYNAMIC": (lambda name: Dim.DYNAMIC, TRACED),
+    "AUTO": (lambda name: Dim.AUTO, (5, 2)),
+}
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def update(write: Callable[..., Any], values, slots, weights, targets, gates, mask):
+    """Everything that is a tensor, as one."""
+    options = {"gates": rows(gates), "mask": rows(mask), "scale": 2.0 * rows(gates), "count_slots": slots, "lr": 0.5}
+    return write(values, rows(slots), rows(weights), rows(targets), rows(targets) + 1.0, clip=0.5, **options)
+
+
+def plain_update(values, slots, weights, targets):
+    return chunk_value_update(values, rows(slots), rows(weights), rows(targets), rows(targets) + 1.0, weight_decay=0.1)
+
+
+def memory(queries, targets, keys, values, gates=None, mask=None, **options):
+    return tuple(fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **SMALL, **options))
+
+
+class Case(NamedTuple):
+    function: Callable[..., Any]
+    tokens: str  #: names of arguments [B, T, ...]
+    tables: str  #: names of the others
+
+
+WHOLE = "queries targets gates mask"
+CASES = {
+    "lookup": Case(lambda queries, keys: product_key_lookup(queries, keys, 3), "queries", "keys"),
+    "gather": Case(sparse_value_gather, "slots weights", "values"),
+    "update": Case(functools.partial(update, chunk_value_update), "slots weights targets gates mask", "values"),
+    "plain update": Case(plain_update, "slots weights targets", "values"),
+    "key step": Case(lambda queries, keys: product_key_update(keys, rows(queries), top_k=3), "queries", "keys"),
+    "memory": Case(memory, WHOLE, "keys values"),
+    "no gates": Case(functools.partial(memory, step="normalized"), "queries targets", "keys values"),
+    "drop": Case(functools.partial(memory, boundary="drop", weight_decay=0.1), WHOLE, "keys values"),
+    "coupled keys": Case(functools.partial(memory, key_gradient="all"), WHOLE, "keys values"),
+}
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+def make_tokens(names: str, size: tuple[int, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(sum(size))
+    real = functools.partial(torch.rand, generator=generator)
+    tokens = {"queries": real(*size, 2, 8), "targets": real(*size, 6), "gates": real(size), "mask": real(size)}
+    tokens["slots"] = torch.randint(64, (*size, 6), generator=generator)
+    tokens["weights"] = real(*size, 6)
+    return {name: tokens[name] for name in names.split()}
+
+
+def make_tables(names: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tables = {
+        name: torch.randn(size, generator=generator) for name, size in (("keys", (2, 2, 8, 4)), ("values", (64, 6)))
+    }
+    return {name: tables[name] for name in names.split()}
+
+
+class Layer(torch.nn.Module):
+    """A function of tokens, and of tables that are parameters."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.case = case
+        for name, x in make_tables(case.tables).items():
+            setattr(self, name, torch.nn.Parameter(x))
+
+    def forward(self, tokens: dict[str, Tensor]) -> Any:
+        return self.case.function(**tokens, **{name: getattr(self, name) for name in self.case.tables.split()})
+
+
+def exported(
+    module: torch.nn.Module, names: str, how: str = "no maximum", strict: bool = False, tables: tuple[Tensor, ...] = ()
+) -> torch.export.ExportedProgram:
+    make_dim, size = DIMS[how]
+    shapes = {name: {0: make_dim("batch"), 1: make_dim("tokens")} for name in names.split()}
+    arguments = (make_tokens(names, size), *tables)
+    return export(module, arguments, dynamic_shapes=(shapes, *[None] * len(tables)), strict=strict)
+
+
+def loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@pytest.mark.parametrize("how", DIMS)
+@EACH
+def test_exported(name, how):
+    case = CASES[name]
+    layer = Layer(case)
+    programs = [exported(layer, case.tokens, how)]
+    if how == "no maximum":
+        programs += [loaded(programs[0]), programs[0].run_decompositions()]
+    if how in ("no maximum", "tokens alone"):
+        programs.append(exported(layer, case.tokens, how, strict=True))
+    for batch, length in RUN:
+        tokens = make_tokens(case.tokens, (TRACED[0] if how == "tokens alone" else batch, length))
+        for program in programs:
+            torch.testing.assert_close(program.module()(tokens), layer(tokens))
+
+
+def test_an_exported_memory_keeps_nothing_for_gradients():
+    graph = exported(Layer(CASES["memory"]), WHOLE).graph
+    (node,) = [node for node in graph.nodes if "fast_weight_memory" in str(node.target)]
+    assert node.args[6] is False
+    assert len(node.meta["val"]) == 5
+
+
+@EACH
+def test_operators_ask_for_limits_again(name, monkeypatch):
+    """What was traced for any number of tokens; a number that is known is refused while tracing."""
+    case = CASES[name]
+    layer = Layer(case)
+    program = exported(layer, case.tokens)
+    for limit in ("MOST_TOKENS", "MOST_ACCESSES"):
+        monkeypatch.setattr(plan, limit, 7)
+    tokens = make_tokens(case.tokens, (2, 4))
+    for run in (program.module(), layer, lambda tokens: export(layer, (tokens,), strict=False)):
+        with pytest.raises(ValueError, match="must (hold|make) at most 7 "):
+            run(tokens)
+        assert torch.is_grad_enabled()
+
+
+def with_gradients(case: Case) -> Callable[..., tuple[Tensor, ...]]:
+    def run(**inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+        results = case.function(**leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        loss = sum(x.square().sum() for x in results if x.requires_grad)
+        wrt = [x for x in leaves.values() if x.requires_grad]
+        gradients = torch.autograd.grad(loss, wrt, allow_unused=True)  # a mask has none
+        return (*(x.detach() for x in results), *(x for x in gradients if x is not None))
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["symbolic", "fake", "real"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@EACH
+def test_make_fx(name, backward, mode):
+    case = CASES[name]
+    function = with_gradients(case) if backward else case.function
+
+    def run(inputs: dict[str, Tensor]) -> Any:
+        return function(**inputs)
+
+    traced = make_fx(run, tracing_mode=mode)(make_tokens(case.tokens, TRACED) | make_tables(case.tables))
+    # The gradient of coupled keys is a loop over chunks, which is traced for their number.
+    is_loop = backward and name == "coupled keys"
+    for size in [TRACED] if is_loop or mode != "symbolic" else RUN[:3]:
+        inputs = make_tokens(case.tokens, size) | make_tables(case.tables)
+        torch.testing.assert_close(traced(inputs), run(inputs))
+
+
+def shapes_of(results: Any) -> list[torch.Size]:
+    return [x.shape for x in (results if isinstance(results, tuple) else (results,))]
+
+
+@EACH
+def test_fake_tensors(name):
+    case = CASES[name]
+    # PyTorch runs backward passes outside of the mode; that of coupled keys makes tensors of its own.
+    functions = [case.function, with_gradients(case)][: 1 if name == "coupled keys" else 2]
+    for size, function in itertools.product(RUN, functions):
+        inputs = make_tokens(case.tokens, size) | make_tables(case.tables)
+        with FakeTensorMode() as mode:
+            results = function(**{name: mode.from_tensor(x) for name, x in inputs.items()})
+        assert shapes_of(results) == shapes_of(function(**inputs))
+
+
+class WriteInPlace(torch.nn.Module):
+    """Into a table that is a buffer, or an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", make_tables("values")["values"])
+
+    def forward(self, tokens: dict[str, Tensor], values: Tensor | None = None) -> Tensor:
+        values = self.values if values is None else values
+        update(chunk_value_update_, values, **tokens)
+        return values.sum(0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_writes_in_place(strict):
+    names = CASES["update"].tokens
+    program = exported(WriteInPlace(), names, strict=strict)
+    # A program and what is made of it share the buffer.
+    programs = [program, loaded(program), loaded(program).run_decompositions()]
+    (table,) = make_tables("values").values()
+    programs.append(exported(WriteInPlace(), names, strict=strict, tables=(table,)))
+    arguments = [()] * 3 + [(table,)]
+    layer, modules = WriteInPlace(), [program.module() for program in programs]
+    for size in RUN:
+        tokens = make_tokens(names, size)
+        expected = layer(tokens)
+        for module, tables in zip(modules, arguments, strict=True):
+            torch.testing.assert_close(module(tokens, *tables), expected)
+    torch.testing.assert_close(table, layer.values)
+
+
+@pytest.mark.parametrize("mode", ["symbolic", "fake", "real"])
+def test_writes_in_place_by_make_fx(mode):
+    names = CASES["update"].tokens
+
+    def run(values, tokens):
+        update(chunk_value_update_, values, **tokens)
+        return values.sum(0)
+
+    table, other = (make_tables("values")["values"] for _ in range(2))
+    traced = make_fx(run, tracing_mode=mode)(other.clone(), make_tokens(names, TRACED))
+    for size in RUN[:3] if mode == "symbolic" else [TRACED] * 2:
+        tokens = make_tokens(names, size)
+        torch.testing.assert_close(traced(table, tokens), run(other, tokens))
+    torch.testing.assert_close(table, other)
+
+
+class Everything(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(case) for case in CASES.values())
+        self.write = WriteInPlace()
+
+    def forward(self, tokens: dict[str, Tensor]) -> list[Any]:
+        results = [layer({name: tokens[name] for name in layer.case.tokens.split()}) for layer in self.layers]
+        return [*results, self.write({name: tokens[name] for name in CASES["update"].tokens.split()})]
+
+
+@pytest.mark.slow
+def test_packages_of_ahead_of_time_compilation(tmp_path):
+    layer, names = Everything(), "queries targets gates mask slots weights"
+    program = exported(layer, names, "a range")
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "everything.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for size in RUN:
+        tokens = make_tokens(names, size)
+        torch.testing.assert_close(package(tokens), layer(tokens))
+
+
+@pytest.mark.slow
+def test_two_writes_compiled_by_inductor():
+    """Which fuses what belongs to several of them."""
+    cases = [CASES[name] for name in ("update", "plain update", "plain update")]
+    inputs = make_tokens("slots weights targets gates mask", TRACED) | make_tables("values")
+
+    def write(**inputs: Tensor) -> list[Tensor]:
+        return [case.function(**{name: inputs[name] for name in f"{case.tokens} values".split()}) for case in cases]
+
+    torch.testing.assert_close(torch.compile(write, fullgraph=True)(**inputs), write(**inputs))
