@@ -465,17 +465,17 @@ def fast_weight_memory_step(
     # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
-    tokens = [None if x is None else x.detach() for x in (queries, targets, gates, mask)]
+    gates, mask = (None if x is None else x.detach() for x in (gates, mask))
+    tokens = (queries.detach(), targets.detach(), gates, mask)
     if torch.compiler.is_exporting():  # where an error within no_grad would leave gradients off for the whole process
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
 
 
-def _run_step(state: MemoryState, tokens: list[Tensor | None], o: Options) -> Tensor:
+def _run_step(state: MemoryState, tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None], o: Options) -> Tensor:
     """Bind the state at its first step, and run the operator."""
-    queries, targets, *_ = tokens
-    assert queries is not None and targets is not None
+    queries, targets, _, _ = tokens
     memory = (state.keys, state.values, state._position, state._touched)
     output: Tensor
     if state._binding is None and torch.compiler.is_compiling():

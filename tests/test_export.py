@@ -14,9 +14,11 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fwpkm_kernels import (
+    MemoryState,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
+    fast_weight_memory_step,
     plan,
     product_key_lookup,
     product_key_update,
@@ -253,6 +255,93 @@ def test_writes_in_place_by_make_fx(mode):
     torch.testing.assert_close(table, other)
 
 
+class Stream(torch.nn.Module):
+    """A state that is kept between calls; as buffers of the module, too, if they are asked for."""
+
+    def __init__(self, bound: bool = True, buffers: bool = False) -> None:
+        super().__init__()
+        self.state = MemoryState(*make_tables("keys values").values())
+        if bound:
+            self(make_tokens(WHOLE, (TRACED[0], 0)))
+        if buffers:
+            for name, x in self.state.named_tensors().items():
+                self.register_buffer(name, x)
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        return fast_weight_memory_step(self.state, **tokens, **SMALL)
+
+
+def own_state(tokens: dict[str, Tensor], keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """A state that is made, bound and stepped in what is traced."""
+    state = MemoryState(keys, values)
+    outputs = [fast_weight_memory_step(state, **tokens, **SMALL) for _ in range(2)]
+    return (*outputs, state.keys, state.values)
+
+
+class OwnState(torch.nn.Module):
+    def forward(self, tokens: dict[str, Tensor], keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        return own_state(tokens, keys, values)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_stream_goes_on_from_call_to_call(strict):
+    layer, expected = Stream(), Stream()
+    program = exported(layer, WHOLE, "tokens alone", strict)
+    modules = [program.module(), loaded(program).module()]
+    if strict:
+        modules.append(exported(Stream(buffers=True), WHOLE, "tokens alone", strict).run_decompositions().module())
+    for length in (7, 2, 13, 1):
+        tokens = make_tokens(WHOLE, (TRACED[0], length))
+        wanted = expected(tokens)
+        for module in modules:
+            torch.testing.assert_close(module(tokens), wanted)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_state_of_its_own(strict):
+    tables = tuple(make_tables("keys values").values())
+    program = exported(OwnState(), WHOLE, "a range", strict, tables)
+    for size in RUN:
+        tokens = make_tokens(WHOLE, size)
+        for one in (program, program.run_decompositions()):
+            torch.testing.assert_close(one.module()(tokens, *tables), own_state(tokens, *tables))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_of_a_stream_that_is_not_bound_is_refused(strict):
+    """It would be bound anew at every call."""
+    layer = Stream(bound=False)
+    message = "fast_weight_memory_step cannot be traced with a state that is not bound.*no tokens"
+    with pytest.raises(RuntimeError, match=message):  # Dynamo's error holds it too
+        exported(layer, WHOLE, "tokens alone", strict)
+    for mode in ("symbolic", "fake", "real"):
+        with pytest.raises(RuntimeError, match=message):
+            make_fx(layer, tracing_mode=mode)(make_tokens(WHOLE, TRACED))
+    assert layer.state.named_tensors().keys() == {"keys", "values", "position", "touched"}
+    torch.testing.assert_close(layer(make_tokens(WHOLE, TRACED)), Stream()(make_tokens(WHOLE, TRACED)))
+
+
+def test_steps_by_make_fx():
+    tokens, tables = make_tokens(WHOLE, TRACED), tuple(make_tables("keys values").values())
+    for mode in ("symbolic", "fake", "real"):
+        traced = make_fx(own_state, tracing_mode=mode)(tokens, *tables)
+        for size in RUN[:3] if mode == "symbolic" else RUN[:1]:
+            torch.testing.assert_close(
+                traced(make_tokens(WHOLE, size), *tables), own_state(make_tokens(WHOLE, size), *tables)
+            )
+    for mode in ("symbolic", "fake"):
+        with pytest.raises(RuntimeError, match="fast_weight_memory_step cannot read fake tensors into a state of real"):
+            make_fx(Stream(), tracing_mode=mode)(tokens)
+
+
+def test_an_exported_stream_that_fails_leaves_gradients_on(monkeypatch):
+    module = exported(Stream(), WHOLE, "tokens alone").module()
+    monkeypatch.setattr(plan, "MOST_ACCESSES", 7)
+    with pytest.raises(ValueError, match="at most 7"):
+        module(make_tokens(WHOLE, TRACED))
+    assert torch.is_grad_enabled()
+
+
 class Everything(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -273,6 +362,17 @@ def test_packages_of_ahead_of_time_compilation(tmp_path):
     for size in RUN:
         tokens = make_tokens(names, size)
         torch.testing.assert_close(package(tokens), layer(tokens))
+
+
+@pytest.mark.slow
+def test_a_stream_of_ahead_of_time_compilation(tmp_path):
+    """Whose tensors the program keeps as buffers of its own."""
+    program = exported(Stream(buffers=True), WHOLE, "tokens alone", strict=True)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "stream.pt2"))
+    package, expected = torch._inductor.aoti_load_package(path), Stream()
+    for length in (7, 2, 13, 1):
+        tokens = make_tokens(WHOLE, (TRACED[0], length))
+        torch.testing.assert_close(package(tokens), expected(tokens))
 
 
 @pytest.mark.slow
