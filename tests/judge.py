@@ -34,6 +34,7 @@ there.
 """
 
 import functools
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ import fwpkm_kernels
 import reference
 from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
-from tests.strategies import EXACT_FILLS, Case, make_tensors
+from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
 #: What was needed beside the budget to judge a case.
@@ -477,7 +478,7 @@ def without_gates(actions: Iterable[int | str], length: int, device: str) -> Ten
         if isinstance(action, int):
             bare[begin : begin + action] = is_bare
             begin += action
-        elif action == "reset":
+        elif action in RESETS:
             begin = 0
         is_bare = action == "no gates"
     return bare
@@ -528,8 +529,14 @@ def check_stream(run: Run, tensors: Tensors, most: int | None = None) -> Reasons
             saved = state.state_dict()
             state = MemoryState(tensors["keys"], tensors["values"])
             state.load_state_dict(saved)
-        elif action == "reset":
-            state.reset()
+        elif action == "pickle":
+            state = pickle.loads(pickle.dumps(state))
+        elif action == "select" and outputs:  # before its first step a state has no items
+            turned = list(reversed(range(len(tensors["queries"]))))
+            state = state.select(turned)
+            state.select_(turned)
+        elif action in RESETS:
+            state.reset(touched_rows_only=action != "reset")
             outputs = []
             for name in ("keys", "values"):
                 testing.assert_bitwise_equal(getattr(state, name), tensors[name], f"{name} after a reset")

@@ -34,7 +34,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "contiguous")
 MASKS = ("bool", "int64", *FLOATS)
 #: What a stream may do between its steps; "no gates": the next one is given neither gates nor mask.
-ACTIONS = ("clone", "state_dict", "reset", "no gates")
+RESETS = ("reset", "reset of touched rows")
+ACTIONS = ("clone", "state_dict", "pickle", "select", *RESETS, "no gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +360,7 @@ def streams(draw: st.DrawFn, op: str, small: bool) -> Case:
     for kind in [*draw(st.lists(kinds, min_size=1, max_size=2 if small else 7)), draw(choose(*steps))]:
         if kind in ACTIONS:
             cuts.append(kind)
-            position = 0 if kind == "reset" else position
+            position = 0 if kind in RESETS else position
             continue
         most = 2 * chunk_size + 1
         lengths = {"one token": 1, "to the end of a chunk": chunk_size - position % chunk_size, "a chunk": chunk_size}
@@ -372,7 +373,7 @@ def longest(cuts: Sequence[int | str]) -> int:
     """Most tokens that a stream reads between two resets."""
     most = position = 0
     for cut in cuts:
-        position = 0 if cut == "reset" else position + (cut if isinstance(cut, int) else 0)
+        position = 0 if cut in RESETS else position + (cut if isinstance(cut, int) else 0)
         most = max(most, position)
     return most
 
