@@ -818,8 +818,8 @@ FAULTS = [
     Fault(
         "position-on-the-default-device",
         "state.py",
-        'self._position = torch.zeros((), dtype=torch.int64, device="cpu")',
-        "self._position = torch.zeros((), dtype=torch.int64)",
+        "_private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)",
+        "torch.zeros((), dtype=torch.int64)",
         "under a default device the position is there, and every step waits for it",
         "ambient",
         "of_a_state",
