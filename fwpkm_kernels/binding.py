@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _checks as checks
 from .chunks import Options
 from .kernels import compute_dtype
+from .memory import check_memory
 
 #: Options that may change from step to step.
 FREE_OPTIONS = ("lr", "weight_decay", "clip", "addressing_weight")
@@ -132,3 +133,35 @@ def from_bytes(x: Tensor) -> Binding:
     fields = json.loads(bytes(x.tolist()))
     queries_dtype, targets_dtype = (getattr(torch, name) for name in fields["dtypes"])
     return Binding(fields["batch"], queries_dtype, targets_dtype, Options(**fields["options"]))
+
+
+def check_initial_memory(keys: Tensor, values: Tensor) -> None:
+    """Validate what may be a state's memory."""
+    checks.check_tensor("keys", keys, 4, "[H, 2, n, Dk/2]")
+    checks.check_tensor("values", values, 2, "[N, D]")
+    checks.check_float("keys", keys)
+    checks.check_float("values", values)
+    checks.check_together(values=values, keys=keys)
+    if keys.shape[1] != 2:
+        raise ValueError(f"`keys` must hold two halves, [H, 2, n, Dk/2], got shape {checks.shape(keys)}")
+    if values.shape[0] != keys.shape[2] ** 2:
+        raise ValueError(
+            f"`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2], "
+            f"got {checks.shape(values)} against {checks.shape(keys)}"
+        )
+
+
+def check_tokens(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    o: Options,
+) -> Options:
+    """Validate what a step of a memory is given; returns the options with their numbers as floats."""
+    o = check_memory(queries, targets, keys, values, gates, mask, o)
+    checks.check_choice("boundary", o.boundary, ("carry",))
+    checks.use_triton(o.backend, values)  # raises where it cannot run, before anything is bound
+    return o

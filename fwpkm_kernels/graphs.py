@@ -182,9 +182,9 @@ class MemoryGraph:
         refuse_transforms("MemoryGraph", (queries, targets, gates, mask))
         refuse_recomputation("MemoryGraph")
         check_step(state, queries, targets, gates, mask, o)
-        state._bind(queries, targets, o)
-        if self._tensors() != self._captured:
+        if state._queue is None or self._tensors() != self._captured:
             raise ValueError("`state` has other tensors than at the capture; capture it again")
+        state._bind(queries, targets, o)
         for name, x, static in (("gates", gates, self._tokens.gates), ("mask", mask, self._tokens.mask)):
             if (x is None) != (static is None):
                 raise ValueError(f"`{name}` must be given if and only if it was for the capture")

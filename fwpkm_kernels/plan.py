@@ -167,7 +167,8 @@ def check_tokens(name: str, x: Tensor, num_tokens: int) -> None:
 def check_num_keys(keys: Tensor) -> None:
     """No more heads and sub-keys [H, 2, n, Dk/2] than the kernels number in 32 bits and launch."""
     heads, _, num_keys, _ = keys.shape
-    if heads > MOST_HEADS or num_keys > MOST_KEYS or 2 * heads * num_keys > NARROW_ROWS:
+    limits = ((heads, MOST_HEADS), (num_keys, MOST_KEYS), (2 * heads * num_keys, NARROW_ROWS))
+    if any(exceeds(size, most) for size, most in limits):
         raise ValueError(
             f"`keys` [H, 2, n, Dk/2] must have at most {MOST_HEADS} heads, {MOST_KEYS} sub-keys in each half, and "
             f"{NARROW_ROWS} in all, got shape {list(keys.shape)}"

@@ -476,12 +476,12 @@ def fast_weight_memory_step(
 def _run_step(state: MemoryState, tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None], o: Options) -> Tensor:
     """Bind the state at its first step, and run the operator."""
     queries, targets, _, _ = tokens
-    memory = (state.keys, state.values, state._position, state._touched)
     output: Tensor
     if state._binding is None and torch.compiler.is_compiling():
         # What a compiled function makes itself in inference mode no step outside of it could write.
-        output, *queue = _first_step_op(*memory, *tokens, *o)
-        state._bind(queries, targets, o, Queue(*queue))
+        output, *new = _first_step_op(state._keys, state._values, state._position, state._touched, *tokens, *o)
+        state._bind(queries, targets, o, Queue(*new))
     else:
-        output = _step_op(*memory, *state._bind(queries, targets, o), *tokens, *o)
+        queue = state._bind(queries, targets, o)
+        output = _step_op(state._keys, state._values, state._position, state._touched, *queue, *tokens, *o)
     return output

@@ -672,8 +672,8 @@ FAULTS = [
     Fault(
         "flags-shared-with-a-clone",
         "state.py",
-        'for name in ("_keys", "_values", "_touched"):\n            setattr(other',
-        'for name in ("_keys", "_values"):\n            setattr(other',
+        'for name in ("_keys", "_values", "_touched"):\n                setattr(other',
+        'for name in ("_keys", "_values"):\n                setattr(other',
         "a clone and its original reset rows of each other, and miss their own",
         "state",
         "cop or clone",
@@ -689,9 +689,9 @@ FAULTS = [
     ),
     Fault(
         "loaded-rows-not-touched",
-        "state.py",
-        "        self._all_touched()\n        self._binding",
-        "        self._binding",
+        "saving.py",
+        "    state._all_touched()\n",
+        "",
         "a reset of touched rows after loading leaves rows as they were loaded",
         "reset",
         "touched",
@@ -810,7 +810,7 @@ FAULTS = [
     Fault(
         "states-shared-with-processes",
         "state.py",
-        "ForkingPickler.register(MemoryState, _for_another_process)\n",
+        "ForkingPickler.register(MemoryState, reduce_for_processes)\n",
         "",
         "a state in a process that was spawned is that of its parent",
         "processes",

@@ -350,6 +350,29 @@ def test_a_state_that_a_compiled_step_binds_in_inference_mode(backend):
     testing.assert_bitwise_equal(state.values, inputs["values"])
 
 
+def make_and_step(queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor) -> MemoryState:
+    state = MemoryState(keys, values)
+    for _ in range(2):
+        fk.fast_weight_memory_step(state, queries, targets, **OPTIONS)
+    return state.select([1, 0])
+
+
+def test_what_compiled_code_leaves_in_inference_mode_can_be_used_outside():
+    """Made, stepped twice and selected from in one function, which makes the tensors that it writes itself."""
+    torch._dynamo.reset()
+    names = ("queries", "targets", "keys", "values")
+    inputs = make_inputs(2, 6, dtype=torch.float32)
+    with torch.inference_mode():
+        made = torch.compile(make_and_step, backend="aot_eager", fullgraph=True)(*(inputs[name] for name in names))
+    expected = make_and_step(*(inputs[name] for name in names))
+    for one in (made, expected):
+        step(one)
+    assert_same([*contents(made).values()], [*contents(expected).values()], True)
+    made.reset()
+    made.load_state_dict(expected.state_dict())
+    assert_same([step(made.clone()), step(made)], [step(expected.clone()), step(expected)], True)
+
+
 def test_a_position_stays_on_the_cpu_wherever_a_state_is_loaded():
     state = make_state(make_inputs(dtype=torch.float32))
     step(state)

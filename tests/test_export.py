@@ -1,5 +1,6 @@
 """torch.export, make_fx, FakeTensorMode, AOTInductor: what is traced with some tokens serves other numbers of them."""
 
+import copy
 import functools
 import io
 import itertools
@@ -332,6 +333,33 @@ def test_steps_by_make_fx():
     for mode in ("symbolic", "fake"):
         with pytest.raises(RuntimeError, match="fast_weight_memory_step cannot read fake tensors into a state of real"):
             make_fx(Stream(), tracing_mode=mode)(tokens)
+
+
+def test_an_export_does_not_reset_a_state_itself():
+    class Reset(Stream):
+        def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+            self.state.reset()
+            return super().forward(tokens)
+
+    layer = Reset()
+    fast_weight_memory_step(layer.state, **make_tokens(WHOLE, TRACED), **SMALL)
+    before = layer.state.state_dict()
+    with pytest.raises(RuntimeError, match="reset would be done by torch.export itself; use strict=True"):
+        exported(layer, WHOLE, "tokens alone")
+    program = exported(layer, WHOLE, "tokens alone", strict=True)
+    for name, x in layer.state.state_dict().items():
+        torch.testing.assert_close(x, before[name])
+    tokens = make_tokens(WHOLE, TRACED)
+    for _ in range(2):
+        torch.testing.assert_close(program.module()(tokens), Stream()(tokens))
+
+
+def test_a_copy_of_a_module_has_the_copy_of_its_state_as_buffers():
+    layer = copy.deepcopy(Stream(buffers=True))
+    layer(make_tokens(WHOLE, TRACED))
+    for name, x in layer.state.named_tensors().items():
+        assert getattr(layer, name) is x
+    assert int(layer.position) == TRACED[1]
 
 
 def test_an_exported_stream_that_fails_leaves_gradients_on(monkeypatch):

@@ -86,6 +86,19 @@ def test_replays_are_eager_steps(count, lookahead, batch, names, key_gradient, m
         expected.reset()
 
 
+def test_a_refused_replay_binds_nothing(make_graph):
+    """Of a state that was set up anew, for another dtype."""
+    inputs = make_inputs(2, 8, dtype=torch.float32, device=DEVICE)
+    keys, values = (torch.nn.Parameter(inputs[name]) for name in ("keys", "values"))
+    state = MemoryState(keys, values)
+    graph = make_graph(state, inputs, 4, **OPTIONS)
+    keys.data, values.data = keys.data.bfloat16(), values.data.bfloat16()
+    state.reset()
+    with pytest.raises(ValueError, match="`state` has other tensors than at the capture"):
+        graph(**{name: inputs[name][:, :4] for name in ("queries", "targets")})
+    stream(state, {name: inputs[name].bfloat16() for name in ("queries", "targets")}, [8], **OPTIONS)
+
+
 def test_making_a_graph_changes_nothing(make_graph):
     inputs = make_inputs(2, 9, device=DEVICE)
     state = make_state(inputs)

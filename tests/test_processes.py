@@ -23,7 +23,7 @@ class Named(MemoryState):
 
     def __init__(self, keys: Tensor, values: Tensor, name: str) -> None:
         super().__init__(keys, values)
-        self.name = name
+        self.name, self.itself = name, self
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def as_bytes(*tensors: Tensor) -> bytes:
     return pickle.dumps([x.detach().clone() for x in tensors])
 
 
-def work(alone: MemoryState, named: Named, module: Layer, answers: Any) -> None:
+def work(alone: MemoryState, named: Named, module: Layer, answers: Any, may_end: Any) -> None:
     """In another process: step all states; change the Parameters of the module, and reset its state to them."""
     torch.set_num_threads(1)
     results = [step(alone), step(named), step(module.state), alone.values]
@@ -50,8 +50,9 @@ def work(alone: MemoryState, named: Named, module: Layer, answers: Any) -> None:
         x.data.mul_(0.5)
     module.state.reset()
     results += [module.state.values, module.values, module.state.keys, module.keys]
-    answers.put((named.name, alone.position, as_bytes(*results)))
+    answers.put((named.name, named.itself is named, alone.position, as_bytes(*results)))
     answers.put(alone)  # and back: a copy again
+    may_end.wait(120)  # what is shared is sent while its sender lives
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,14 +66,15 @@ def test_a_state_in_another_process_is_a_copy(method):
     for state in states:
         stream(state, inputs, [3], **OPTIONS)
     before, parameters = [contents(state) for state in states], [x.detach().clone() for x in module.parameters()]
-    answers = context.Queue()
-    child = context.Process(target=work, args=(alone, named, module, answers))
+    answers, may_end = context.Queue(), context.Event()
+    child = context.Process(target=work, args=(alone, named, module, answers, may_end))
     child.start()
-    name, position, results = answers.get(timeout=120)
+    *found, results = answers.get(timeout=120)
     returned = answers.get(timeout=120)
+    may_end.set()
     child.join(120)
     assert child.exitcode == 0
-    assert (name, position) == ("one", 6)
+    assert found == ["one", True, 6]
     for state, old in zip(states, before, strict=True):
         for key, x in contents(state).items():
             testing.assert_bitwise_equal(x, old[key], key)
@@ -94,31 +96,35 @@ def test_a_state_in_another_process_is_a_copy(method):
 
 
 class Steps(Dataset):
-    """A data set whose workers step a state of theirs."""
+    """A data set whose workers step a state of theirs, and change its initial memory, which is pickled behind it."""
 
     def __init__(self) -> None:
-        self.state = make_state(make_inputs(2, 6, dtype=torch.float32))
+        inputs = make_inputs(2, 6, dtype=torch.float32)
+        self.state, self.values = make_state(inputs), inputs["values"]
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> tuple[int, int, int]:
+    def __getitem__(self, index: int) -> tuple[int, int, int, bool]:
         before = self.state.position
+        self.values.fill_(7.0)
         self.state.reset()
+        is_tied = bool((self.state.values == 7.0).all())
         step(self.state)
-        return index, before, self.state.position
+        return index, before, self.state.position, is_tied
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader_have_states_of_their_own(method):
     data = Steps()
     loader = DataLoader(data, num_workers=2, batch_size=None, multiprocessing_context=method)
-    found = {index: (before, after) for index, before, after in loader}
-    assert found == {0: (0, 6), 1: (0, 6), 2: (6, 6), 3: (6, 6)}  # each of two workers has its first and its second
+    found = {index: others for index, *others in loader}
+    # Each of two workers has its first and its second.
+    assert found == {0: [0, 6, True], 1: [0, 6, True], 2: [6, 6, True], 3: [6, 6, True]}
     assert data.state.position == 0
 
 
-def test_no_tensor_of_a_state_is_shared_by_being_sent():
+def test_no_private_tensor_is_shared_by_being_sent():
     inputs = make_inputs(2, 6, dtype=torch.float32)
     inputs["queries"], inputs["targets"] = tokens()
     state = make_state(inputs)
@@ -126,17 +132,14 @@ def test_no_tensor_of_a_state_is_shared_by_being_sent():
     other = pickle.loads(ForkingPickler.dumps(state))
     own = [state.keys, state.values, state._touched, state._position, *state._queue]
     assert not any(x.is_shared() for x in own)
-    assert not state._initial_values.is_shared()
-    assert other._initial_values.data_ptr() != state._initial_values.data_ptr()
+    assert state._initial_values.is_shared()
     assert not any(x.is_shared() for x in (other.keys, other.values, *other._queue))
     testing.assert_bitwise_equal(step(other), step(state))
 
 
 def test_what_is_shared_stays_shared():
-    """The initial memory, of several states once, where it was in shared memory, or belongs to a module."""
+    """The initial memory, of several states once, also where it belongs to a module."""
     inputs = make_inputs(dtype=torch.float32)
-    for name in ("keys", "values"):
-        inputs[name].share_memory_()
     modules = Layer(), Layer(buffers=True)
     states, (learned, frozen) = pickle.loads(ForkingPickler.dumps(([make_state(inputs), make_state(inputs)], modules)))
     assert states[0]._initial_values is states[1]._initial_values

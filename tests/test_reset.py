@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from fwpkm_kernels import MemoryState, fast_weight_memory_step, testing
 from tests.conftest import Place
@@ -168,6 +169,79 @@ def test_what_cannot_be_assigned(name, x, error, message):
         setattr(state, name, x)
     for key, saved in state.state_dict().items():
         testing.assert_bitwise_equal(saved, before[key])
+
+
+@DEVICES
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("how", ["transposed", "expanded", "negated", "initial"])
+def test_reset_after_the_data_of_a_private_tensor_was_set(how, name, place):
+    """To what a step could not write, or must not."""
+    inputs, keys, values = learned(place)
+    state, initial = MemoryState(keys, values), {"keys": keys, "values": values}[name]
+    stream(state, inputs, [6], **OPTIONS, backend=place.backend)
+    with torch.no_grad():
+        layouts = {
+            "transposed": torch.zeros_like(initial.mT.contiguous()).mT,
+            "expanded": torch.zeros_like(initial[:1]).expand_as(initial),
+            "negated": torch.complex(initial, initial).conj().imag,
+            "initial": initial.detach(),
+        }
+    getattr(state, name).data = layouts[how]
+    before = {one: x.detach().clone() for one, x in (("keys", keys), ("values", values))}
+    assert_reset_to(state, keys, values)
+    fresh = make_state(inputs)
+    for one in (state, fresh):
+        stream(one, inputs, [9], **OPTIONS, backend=place.backend)
+    testing.assert_bitwise_equal(state.values, fresh.values)
+    testing.assert_bitwise_equal(keys.detach(), before["keys"])
+    testing.assert_bitwise_equal(values.detach(), before["values"])
+
+
+def test_reset_forgets_what_autograd_knows_of_a_private_tensor():
+    _, keys, values = learned(Place("torch", "cpu"))
+    state = MemoryState(keys, values)
+    state.values.add_(values)
+    assert state.values.requires_grad
+    assert_reset_to(state, keys, values)
+    assert not state.values.requires_grad
+
+
+@DEVICES
+def test_what_a_state_has_learned_becomes_its_initial_memory(place):
+    inputs, keys, values = learned(place)
+    state = MemoryState(keys, values)
+    stream(state, inputs, [6], **OPTIONS, backend=place.backend)
+    state.rebind(state.keys, state.values)
+    new_keys, new_values = state.keys.clone(), state.values.clone()
+    stream(state, inputs, [3], **OPTIONS, backend=place.backend)
+    assert not torch.equal(state.values, new_values)
+    assert_reset_to(state, new_keys, new_values)
+
+
+@pytest.mark.parametrize("what", ["reset", "select_", "load_state_dict", "rebind", "values"])
+def test_what_an_activation_checkpoint_would_do_again_is_refused(what):
+    inputs = make_inputs(2, 6, dtype=torch.float32)
+    state = make_state(inputs)
+    stream(state, inputs, [6], **OPTIONS)
+    saved = state.state_dict()
+    calls = {
+        "reset": state.reset,
+        "select_": lambda: state.select_([1, 0]),
+        "load_state_dict": lambda: state.load_state_dict(saved),
+        "rebind": lambda: state.rebind(inputs["keys"], inputs["values"]),
+        "values": lambda: setattr(state, "values", inputs["values"]),
+    }
+
+    def function(x: Tensor) -> Tensor:
+        calls[what]()
+        return x * x
+
+    loss = checkpoint(function, torch.ones(3, requires_grad=True), use_reentrant=False).sum()
+    before = state.state_dict()
+    with pytest.raises(RuntimeError, match=f"{what}.* was called in a backward pass.*activation checkpoint.*hook"):
+        loss.backward()
+    for name, x in state.state_dict().items():
+        testing.assert_bitwise_equal(x, before[name], name)
 
 
 @DEVICES

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -374,6 +375,13 @@ BAD_PICKLES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "another table": ("`values`", lambda x: x["_memory"].update(values=torch.zeros(9, 3))),
     "an absurd chunk": ("binding", lambda x: x["_binding"]["options"].update(chunk_size=10**12, lookahead=10**12 + 1)),
     "no initial memory": ("`keys`", lambda x: x.update(_initial_keys=None)),
+    "a method": ("'reset'", lambda x: x.update(reset={})),
+    "a name that is none": ("unknown=", lambda x: x.update({1: 2})),
+    "no memory": ("hold what it was", lambda x: x.update(_memory=None)),
+    "a queue of other things": ("hold what it was", lambda x: x["_memory"].update(queue=[1])),
+    "no flags": ("hold what it was", lambda x: x["_memory"].pop("touched")),
+    "flags of another size": ("touched", lambda x: x["_memory"].update(touched=torch.zeros(3, dtype=torch.uint8))),
+    "a huge batch": ("binding", lambda x: x["_binding"].update(batch=2**62)),
 }
 
 
@@ -384,6 +392,16 @@ def test_a_pickle_that_is_no_state_is_refused(what):
     change(fields)
     with pytest.raises((TypeError, ValueError), match=message):
         MemoryState.__new__(MemoryState).__setstate__(fields)
+
+
+def test_a_file_of_the_old_format_is_refused():
+    """Which has no data when objects are made."""
+    file = io.BytesIO()
+    torch.save(half_read()[1], file, _use_new_zipfile_serialization=False)
+    for weights_only in (False, True):
+        file.seek(0)
+        with pytest.raises(ValueError, match="MemoryState cannot be read from a file in torch.save's old format"):
+            torch.load(file, weights_only=weights_only)
 
 
 class WithName(MemoryState):
@@ -475,7 +493,10 @@ def test_beams_share_what_was_written():
 @pytest.mark.parametrize(
     "indices, error, message",
     [
-        ([3], ValueError, r"`indices` must lie in \[0, 3\), got values from 3 to 3"),
+        ([3], ValueError, r"`indices` must lie in \[0, 3\), got 3"),
+        ([torch.tensor(3)], ValueError, r"`indices` must lie in \[0, 3\), got 3"),
+        (torch.tensor([1], device="meta"), ValueError, "`indices` must have data"),
+        (np.array(1), TypeError, "`indices` must be a tensor or a sequence of ints, got ndarray"),
         (torch.tensor([-1]), ValueError, r"`indices` must lie in \[0, 3\)"),
         ([0.5], TypeError, "`indices` must be an int, got float"),
         ([True], TypeError, "`indices` must be an int, got bool"),
