@@ -204,6 +204,10 @@ def test_a_file_of_another_user_stays_his(here, as_another, monkeypatch):
         Path(name).write_text("old")
         os.chmod(name, 0o666)
         os.chown(name, 1, 1)
+    os.seteuid(65534)
+    write_output("his", "moving it here would be allowed")
+    assert os.stat("his").st_uid == 1
+    os.seteuid(0)
     os.chmod(here, 0o1777)
     os.seteuid(65534)
     really_open = os.open
@@ -334,10 +338,25 @@ with Lines(path) as lines:
 
 
 def test_standard_error_as_a_file_keeps_its_order(here):
+    code = """
+@command("x")
+def main():
+    print("first", end=" ", file=sys.stderr)
+    write_output("/dev/stderr", "data")
+
+main()
+"""
     with open("err", "wb") as err:
-        code = 'print("first", end=" ", file=sys.stderr)\nwrite_output("/dev/stderr", "data")'
         run_alone(code, stderr=err, check=True)
     assert Path("err").read_text() == "first data"
+
+
+def test_standard_output_may_be_a_socket(here):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        run_alone(OWN_STREAM, stdout=theirs, check=True)
+        theirs.close()
+        assert ours.recv(1000).split()[1:4] == [b"before", b"data", b"line"]
 
 
 def test_lines_come_as_they_are_written(here):
