@@ -206,7 +206,7 @@ def is_stream(path: str | Path) -> bool:
 
 def _is_replaced(path: str | Path) -> bool:
     """Whether a file is written beside its place and then moved there: a new one, and one that has this name alone, is
-    the user's own, is no standard stream's, and lies in a folder that takes others."""
+    the user's own, is no stream that is open, and lies in a folder that takes others."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
