@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 
-from fwpkm_kernels._commands import Lines, check_outputs, command, write_output
+from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -878,7 +878,7 @@ def write_table(pool: ProcessPoolExecutor) -> None:
 @command("compiled")
 def main() -> int:
     """Print the table; with --json also write one line per kernel. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
     parser.add_argument("--json", help="append JSON lines to this file")
@@ -889,6 +889,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    need("triton", "triton")
     check_outputs(TABLE if arguments.write else arguments.json)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(arguments.jobs))

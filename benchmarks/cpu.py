@@ -26,7 +26,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels._commands import CommandError, Lines, command
+from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command
 
 HEADING = "The whole memory on this CPU (minima)"
 STEP, STEP_NO_KEYS = "step of 512 tokens", "step of 512 tokens, no key step"
@@ -229,9 +229,10 @@ def run(
 @command("cpu")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status, 1 if a table came out wrong or the file could not be written."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write a JSON line for each figure, as it comes")
     options = parser.parse_args(argv)
+    check_outputs(options.json)
     figures: list[Figure] = []
     status = 0
     with contextlib.ExitStack() as stack:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
-from fwpkm_kernels._commands import check_folder, command, need, try_all, write_output
+from fwpkm_kernels._commands import CommandError, command, make_folder, need, try_all, write_output
 
 TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = ("paper", "normalized")
@@ -277,16 +277,19 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="where everything runs (%(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for errors_DEVICE.png and errors_DEVICE.jsonl")
     arguments = parser.parse_args()
-    out, name = arguments.out, f"errors_{torch.device(arguments.device).type}"
+    try:
+        name = f"errors_{torch.empty(1, device=arguments.device).device.type}"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise CommandError(f"cannot use the device {arguments.device}: {str(error).splitlines()[0]}") from None
+    out = arguments.out
     if out is not None:
-        check_folder(out, f"{name}.jsonl", f"{name}.png")
+        make_folder(out, f"{name}.jsonl", f"{name}.png")
         need("matplotlib.backends.backend_agg", "bench")
     sizes, place = Sizes(), (arguments.seed, arguments.device)
     rows = [row for step in STEPS for row in growth(arguments.chunks, step, sizes, *place)]
     rows += [*learning(sizes, *place), *overshoot(sizes, *place)]
     print(report(rows))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         try_all(
             [

@@ -36,7 +36,7 @@ from benchmarks.registry import is_package, rows
 from benchmarks.results import figures_table, read_figures, read_results, report
 from benchmarks.run import running
 from fwpkm_kernels import env_report
-from fwpkm_kernels._commands import check_folder, command
+from fwpkm_kernels._commands import CommandError, command, make_folder, write_output
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Run first: what a GPU is needed for. The rest of the suite follows, the compiler's cases last.
@@ -352,8 +352,12 @@ def write_summary(
         ),
     ]
     summary = "\n".join(parts) + "\n"
-    (out / "summary.txt").write_text(summary, "utf-8")
     print("\n" + summary, flush=True)
+    try:
+        write_output(out / "summary.txt", summary)
+    except CommandError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return False
     return all_right and not slower
 
 
@@ -361,7 +365,7 @@ def draw_plots(out: Path) -> str | None:
     """None, or why there are none."""
     try:
         plot(read_results(out / "results.jsonl"), out)
-    except ImportError as error:
+    except (ImportError, CommandError) as error:
         return f"none: {error}"
     return None
 
@@ -370,7 +374,7 @@ def draw_plots(out: Path) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; `argv` replaces the command line. Returns the exit status."""
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", default="gpu-results", metavar="DIR", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="ends before this time is over")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out without a GPU")
@@ -398,8 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
     out = Path(options.out).resolve()
     names = ("results.jsonl", "summary.txt", "environment.json", "tests.txt", "sanitizer.txt", *FILES)
-    check_folder(out, *names)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, *names, running("results.jsonl").name)
     for name in names:
         (out / name).unlink(missing_ok=True)
     environment = env_report.collect()

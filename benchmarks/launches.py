@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwpkm_kernels._commands import check_outputs, command, write_output
+from fwpkm_kernels._commands import check_outputs, command, need, write_output
 
 from .compiled import Launch, recorded_launches
 
@@ -551,11 +551,12 @@ def _micros(megabytes: float) -> float:
 @command("launches")
 def main() -> int:
     """Print the tables; with --json also write a line for each stage and total. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", help="write JSON lines to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter launches nothing: unset TRITON_INTERPRET")
+    need("triton", "triton")
     check_outputs(arguments.json)
     every = rows()
     print(markdown(every))

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.measure import Result
 from benchmarks.registry import PACKAGE
 from benchmarks.results import alike, read_results, tokens_of
-from fwpkm_kernels._commands import check_folder, command, need, try_all, write_output
+from fwpkm_kernels._commands import command, make_folder, need, one_line, try_all, write_output
 
 #: The files; none is written without data for it.
 FILES = ("time.png", "roofline.png", "scaling.png")
@@ -168,13 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", help="a file of JSON lines from benchmarks.run --json")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the PNGs, made if need be")
     options = parser.parse_args(argv)
-    if not Path(options.results).exists():
-        parser.error(f"there is no file {options.results}")
-    check_folder(options.out, *FILES)
+    results = read_results(options.results)
+    make_folder(options.out, *FILES)
     need("matplotlib.backends.backend_agg", "bench")
-    options.out.mkdir(parents=True, exist_ok=True)
-    files = plot(read_results(options.results), options.out)
-    print("\n".join(map(str, files)) or "nothing to plot")
+    files = plot(results, options.out)
+    print("\n".join(map(one_line, files)) or "nothing to plot")
     return 0 if files else 1
 
 

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.measure import Result
 from benchmarks.registry import PACKAGE, is_package
+from fwpkm_kernels._commands import reading
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
 SEQUENCES = ("sequence", "prefill")
@@ -45,11 +45,12 @@ def to_json(line: Result | Figure) -> str:
 
 
 def _read(path: str | Path, kind: Any) -> list[Any]:
+    with reading(path):
+        text = Path(path).read_text("utf-8", "replace")
     lines = []
-    if os.path.exists(path):
-        for line in Path(path).read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, TypeError):
-                lines.append(kind(**json.loads(line)))
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError, TypeError):
+            lines.append(kind(**json.loads(line)))
     return lines
 
 

@@ -22,7 +22,7 @@ from benchmarks.inputs import make_room
 from benchmarks.measure import Machine, Result, Shared, measure, measure_machine, no_result, release
 from benchmarks.registry import Provider, Row, is_package, rows
 from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
-from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command
+from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, need, reading, write_output
 
 #: Exit status when the GPU no longer answers: nothing more can be measured by this process, but by another.
 DEVICE_LOST = 3
@@ -110,7 +110,7 @@ def outcome_of(result: Result) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--op", default="", metavar="SUBSTRING", help=f"only rows whose name contains this; {FIGURES}: none of them"
     )
@@ -138,9 +138,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--resume needs --json FILE")
     if options.results and not options.compare:
         parser.error("--results needs --compare FILE")
-    for path in filter(None, (options.compare, options.results)):
-        if not os.path.exists(path):
-            parser.error(f"there is no file {path}")
     return options
 
 
@@ -176,22 +173,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case_name(*case) for case in select_cases(device, options.op)))
         return 0
-    if device == "cpu" and not has_pytest_benchmark():
-        print("timing on a CPU needs pytest-benchmark: pip install 'fwpkm-kernels[bench]'", file=sys.stderr)
-        return 2
+    if device == "cpu":
+        need("pytest_benchmark", "bench")
 
-    is_device = options.json and os.path.exists(options.json) and not os.path.isfile(options.json)
-    marker = running(options.json) if options.json and not is_device else None
+    marker = running(options.json) if options.json and not is_stream(options.json) else None
     check_outputs(options.json, marker)
-    results = read_results(options.json) if options.resume else []
-    figures = read_figures(options.json) if options.resume else []
+    has_file = options.resume and marker is not None and os.path.exists(options.json)
+    results = read_results(options.json) if has_file else []
+    figures = read_figures(options.json) if has_file else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
     cases = [(row, p) for row, p in select_cases(device, options.op) if (row.name, p.name) not in done]
-    ended = marker.read_text("utf-8") if options.resume and marker and marker.exists() else ""
+    ended = ""
+    if options.resume and marker and marker.exists():
+        with reading(marker):
+            ended = marker.read_text("utf-8", "replace")
     known_figures = {f.figure for f in figures}
     deadline = begin + 60 * options.minutes
     failed = lost = False
+    unwritten: list[CommandError] = []
     with contextlib.ExitStack() as stack:
         file = None
         if options.json:
@@ -204,15 +204,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         stack.callback(faulthandler.cancel_dump_traceback_later)
 
+        def store(act: Callable[[], None]) -> None:
+            """Nothing more is written after an error, which is told when all is measured."""
+            if not unwritten:
+                try:
+                    act()
+                except CommandError as error:
+                    unwritten.append(error)
+
         def begin_case(row: Row, provider: Provider) -> None:
             if marker is not None:
-                marker.write_text(case_name(row, provider), "utf-8")
+                store(lambda: write_output(marker, case_name(row, provider)))
             if options.case_seconds:
                 faulthandler.dump_traceback_later(options.case_seconds, exit=True)
 
         def write(line: Result | Figure) -> None:
             if file is not None:
-                file.write(to_json(line))
+                store(lambda: file.write(to_json(line)))
 
         def keep(result: Result) -> None:
             results.append(result)
@@ -245,9 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except AssertionError as error:
             print(f"wrong: {error}", file=sys.stderr)
             failed = True
-        except CommandError as error:  # a disk that is full: what was measured is still shown
-            print(f"failed: {error}", file=sys.stderr)
-            failed = True
         except RuntimeError as error:
             print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)
             lost, failed = device == "cuda", True
@@ -267,15 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lost:
         return DEVICE_LOST
     slower = old is not None and compare_with_stored(options, old, Stored(shown, figures if with_figures else []))
+    if unwritten:
+        raise unwritten[0]
     return int(failed or slower or any(r.status != "ok" for r in shown))
-
-
-def has_pytest_benchmark() -> bool:
-    try:
-        import pytest_benchmark  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -28,8 +29,9 @@ class CommandError(Exception):
 
 
 def one_line(text: object) -> str:
-    """The text with its line breaks escaped."""
-    return "\\n".join(str(text).splitlines())
+    """The text with its line breaks and all else that moves the cursor escaped."""
+    text = str(text).strip()
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
@@ -44,12 +46,16 @@ def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
         @functools.wraps(main)
         def run(*args: _P.args, **options: _P.kwargs) -> int:
             lost: list[OSError] = []
-            with _standard_streams(lost):
+            with _any_text("stdout", lost), _any_text("stderr", []):
                 try:
                     status = main(*args, **options)
                 except CommandError as error:
                     print(f"{name}: error: {one_line(error)}", file=sys.stderr)
                     return 2
+                except SystemExit as end:
+                    if end.code or not lost:
+                        raise
+                    status = 0  # of --help, which was lost
                 sys.stdout.flush()
                 if lost and not isinstance(lost[0], BrokenPipeError):
                     print(f"{name}: error: cannot write standard output: {lost[0].strerror}", file=sys.stderr)
@@ -62,38 +68,25 @@ def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
 
 
 @contextlib.contextmanager
-def _standard_streams(lost: list[OSError]) -> Iterator[None]:
-    """Standard output and error that take any text; ``lost`` gets the first error of standard output."""
-    before = sys.stdout, sys.stderr
-    with _any_text(before[0], lost) as out, _any_text(before[1], []) as err:
-        sys.stdout, sys.stderr = out, err
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
-
-
-@contextlib.contextmanager
-def _any_text(stream: Any, lost: list[OSError]) -> Iterator[Any]:
-    """A stream to use in place of a standard one."""
-    if stream is None or getattr(stream, "closed", False):
-        with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
-            yield nowhere
-    elif not isinstance(stream, io.TextIOWrapper):  # a StringIO, or a notebook's
-        yield stream
-    else:
-        with contextlib.suppress(OSError):
-            stream.flush()
-        buffer: Any = stream.buffer
-        with contextlib.suppress(OSError):  # raised where there is no file below
-            # Not its own buffer: that would keep what could not be written, and fail once more when Python ends.
-            buffer = io.BufferedWriter(_Descriptor(stream.fileno(), lost))
-        text = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
-        try:
-            yield text
-        finally:
-            text.flush()
-            text.detach()
+def _any_text(name: str, lost: list[OSError]) -> Iterator[None]:
+    """A stream that takes any text in the place of a standard one; ``lost`` gets the first error of what is below."""
+    before: Any = getattr(sys, name)
+    with contextlib.ExitStack() as stack:
+        now = before  # a StringIO, or a notebook's
+        if before is None or getattr(before, "closed", False):
+            now = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
+        elif isinstance(before, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                before.flush()
+            buffer: Any = before.buffer
+            with contextlib.suppress(OSError):  # raised where there is no file below
+                # Not its own buffer: that would keep what could not be written, and fail once more when Python ends.
+                buffer = io.BufferedWriter(_Descriptor(before.fileno(), lost))
+            now = io.TextIOWrapper(buffer, before.encoding, "backslashreplace", line_buffering=True)
+            stack.callback(now.detach)  # which flushes
+        setattr(sys, name, now)
+        stack.callback(setattr, sys, name, before)
+        yield
 
 
 class _Descriptor(io.FileIO):
@@ -117,21 +110,26 @@ def need(module: str, extra: str) -> Any:
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == package:
-            raise CommandError(f"{package} is missing; install it with: pip install 'fwpkm_kernels[{extra}]'") from None
-        raise CommandError(f"{package} cannot be imported: {error}") from error
-    except ImportError as error:
-        raise CommandError(f"{package} cannot be imported: {error}") from error
+    except (ImportError, OSError) as error:  # OSError: a shared library, or a cache that cannot be made
+        if isinstance(error, ModuleNotFoundError) and (error.name or package).split(".")[0] == package:
+            reason = f"is missing; install it with: pip install 'fwpkm_kernels[{extra}]'"
+        else:
+            reason = f"cannot be imported: {error}"
+        raise CommandError(f"{package} {reason}") from error
 
 
 @contextlib.contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
+def _telling(action: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CommandError(f"cannot write {path}: {reason}") from None
+        raise CommandError(f"cannot {action} {path}: {reason}") from None
+
+
+#: Around what opens, reads or writes the file at a path: CommandError says why it cannot be.
+reading = functools.partial(_telling, "read")
+_writing = functools.partial(_telling, "write")
 
 
 def check_outputs(*paths: str | Path | None, read: str | Path | None = None) -> None:
@@ -161,24 +159,23 @@ def _try(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int] | Non
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return _create(_target(path), stack)
-    if stat.S_ISDIR(found.st_mode):
-        os.open(path, os.O_WRONLY)  # which raises what there is to say
-    if not stat.S_ISREG(found.st_mode):  # a device, or a pipe that may have no reader yet
-        if not _may(path, os.W_OK):
+        # A relative path stays so where it can: folders above the current one may be another user's.
+        return _create(os.path.realpath(path) if os.path.islink(path) else path, stack)
+    if stat.S_ISFIFO(found.st_mode) or _own_stream(path) is not None:
+        if not _may(path, os.W_OK):  # not opened: a pipe may have no reader yet, and a socket cannot be
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return None
-    os.close(os.open(path, os.O_WRONLY))
+    else:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY))  # a folder raises here
     if _is_replaced(path):
         _create(_beside(path), stack)
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def _may(path: str | Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _create(path: str, stack: contextlib.ExitStack) -> tuple[int, int]:
+def _create(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int]:
     with open(path, "xb") as file:
         stack.callback(Path(path).unlink, missing_ok=True)
         file.write(bytes(_TRIAL))
@@ -187,54 +184,57 @@ def _create(path: str, stack: contextlib.ExitStack) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _target(path: str | Path) -> str:
-    """The file that a path means, which may not exist. A relative path stays so: folders above the current one may be
-    another user's."""
-    return os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
-
-
 def _beside(path: str | Path) -> str:
-    """A new file in the folder of the file that a path means."""
-    return os.path.join(os.path.dirname(_target(path)), f".{secrets.token_hex(8)}.part")
+    """A new file in the folder of another."""
+    return os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
 
 
 def _own_stream(path: str | Path) -> int | None:
-    """The descriptor, 1 or 2, of the standard stream that a path means, as /dev/stdout does."""
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
+    """The descriptor that a path means, as /dev/stdout and /dev/fd/3 do; 1 or 2 also by the name of its file."""
+    named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", os.fspath(path))
+    for descriptor in (1, 2, *map(int, named.groups() if named else ())):
+        with contextlib.suppress(OSError, ValueError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return descriptor
     return None
 
 
+def is_stream(path: str | Path) -> bool:
+    """Whether a path means what has no place of its own: a device, a pipe, or a stream that is already open."""
+    return _own_stream(path) is not None or (os.path.exists(path) and not os.path.isfile(path))
+
+
 def _is_replaced(path: str | Path) -> bool:
-    """Whether a file is written beside its place and then moved there: not devices, pipes, what a standard stream
-    writes to, and a file in a folder that takes no others."""
+    """Whether a file is written beside its place and then moved there: a new one, and one that has this name alone, is
+    the user's own, is no stream that is open, and lies in a folder that takes others."""
     try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
+        found = os.lstat(path)
     except FileNotFoundError:
         return True
-    folder = os.path.dirname(_target(path)) or "."
-    return is_file and _own_stream(path) is None and _may(folder, os.W_OK | os.X_OK)
+    is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid()
+    return is_own and _own_stream(path) is None and _may(os.path.dirname(path) or ".", os.W_OK | os.X_OK)
 
 
 def write_output(path: str | Path, data: str | bytes) -> None:
-    """Write a file whole or not at all, where that can be had; CommandError says why it cannot be written."""
+    """Write a file, and whole or not at all where it is replaced; CommandError says why it cannot be written.
+
+    Links, and files with several names or of other users, keep what they are, and are written in place.
+    """
     content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with _writing(path):
         if not _is_replaced(path):
             _write_in_place(path, content)
             return
-        place, beside = _target(path), _beside(path)
+        beside = _beside(path)
         try:
             with open(beside, "xb") as file:
                 file.write(content)
-            if os.path.exists(place):
-                shutil.copymode(place, beside)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, beside)
             try:
-                os.replace(beside, place)
-            except OSError:  # a mount point, or another user's file in a folder like /tmp: its content can be changed
-                _write_in_place(place, content)
+                os.replace(beside, path)
+            except OSError:  # a mount point: its content can be changed
+                _write_in_place(path, content)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(beside)
@@ -254,10 +254,13 @@ def _write_all(file: io.FileIO, content: bytes) -> None:
 def _open_in_place(path: str | Path, mode: str) -> io.FileIO:
     """Open without a buffer, which would fail again when it is closed."""
     stream = _own_stream(path)
-    if stream is None:
-        return io.FileIO(path, mode)
-    sys.stdout.flush()
-    return io.FileIO(os.dup(stream), "wb")  # opened anew, a file would be emptied
+    if stream is not None:
+        for printed in (sys.stdout, sys.stderr):
+            printed.flush()
+        return io.FileIO(os.dup(stream), "wb")  # opened anew, a file would be emptied
+    # Not created where it exists: in folders like /tmp that is refused for another user's file.
+    drop = os.O_CREAT if os.path.exists(path) else 0
+    return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags & ~drop, 0o666))
 
 
 class Lines:
@@ -280,23 +283,11 @@ class Lines:
             _write_all(self.file, content)
 
 
-def check_folder(path: str | Path, *names: str) -> None:
-    """Raise CommandError unless files of these names can be written in a folder, which may have to be made first.
-
-    Leaves nothing behind.
-    """
-    path, made = Path(path), []
-    try:
-        with _writing(path):
-            for folder in reversed((path, *path.parents)):
-                if not folder.exists():
-                    folder.mkdir()
-                    made.append(folder)
-        check_outputs(*(path / name for name in names or (f".{secrets.token_hex(8)}",)))
-    finally:
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+def make_folder(path: str | Path, *names: str) -> None:
+    """Make a folder, and raise CommandError unless files of these names, or any, can be written in it."""
+    with _writing(path):
+        os.makedirs(path, exist_ok=True)
+    check_outputs(*(os.path.join(path, name) for name in names or (secrets.token_hex(8),)))
 
 
 def try_all(actions: Iterable[Callable[[], _T]]) -> list[_T]:

@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import MemoryState, __version__, fast_weight_memory_step, product_key_lookup, sparse_value_gather
-from ._commands import CommandError, check_outputs, command, need, try_all, write_output
+from ._commands import CommandError, check_outputs, command, need, one_line, reading, try_all, write_output
 
 CONTEXT = 8
 SUFFIXES = ((3, 8), (2, 4, 5, 8))  #: lengths of the suffixes that name vectors, for each half of the query
@@ -326,11 +326,8 @@ def read_text(path: Path, limit: int) -> bytes:
 
     CommandError says what is wrong with any other file.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit)
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path), path.open("rb") as file:
+        data = file.read(limit)
     if not data:
         raise CommandError(f"{path} is empty; the demo needs a text to read")
     for position, byte in enumerate(data):
@@ -497,6 +494,9 @@ def set_up(options: Options, name: str) -> EpisodicMemory:
     """A new memory; CommandError if the device or the backend cannot have it."""
     try:
         return EpisodicMemory(options, name)
+    except OSError as error:
+        needed = "torch's first operator call needs a cache or temporary folder that it can use"
+        raise CommandError(f"cannot set up the memory: {needed}: {error}") from error
     except (ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise CommandError(f"cannot set up the memory: {str(error).partition(chr(10))[0]}") from error
 
@@ -509,7 +509,7 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
     tqdm, *_ = (need(name, "demo") for name in ("tqdm", "rich.table", "matplotlib.backends.backend_agg"))
     stream = make_stream(text, options)
     commonest = max(map(stream.data.count, set(stream.data))) / len(stream.data)
-    print(f"text: {arguments.file or DEFAULT_TEXT}, {sum(stream.is_text):,} bytes a pass")
+    print(f"text: {one_line(arguments.file or DEFAULT_TEXT)}, {sum(stream.is_text):,} bytes a pass")
     if len(text) < sum(stream.is_text):
         print(f"note: the text has only {len(text):,} bytes, so each pass repeats it")
     shown = {k: ",".join(map(str, x)) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(options).items()}
@@ -540,7 +540,7 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
         try_all([save, draw] if arguments.json else [draw])
     finally:
         show(results, stream, options, commonest)
-    print(f"plot: {arguments.plot}")
+    print(f"plot: {one_line(arguments.plot)}")
 
 
 @command("demo")

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.results import plain_table
-from fwpkm_kernels._commands import CommandError, check_folder, command, write_output
+from fwpkm_kernels._commands import CommandError, command, make_folder, write_output
 from tests import judge, strategies
 from tests.strategies import Case
 
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.pop("TRITON_INTERPRET", None)
         if not torch.cuda.is_available():
             parser.error("--device cuda: no GPU is available")
-    check_folder(o.failures)
+    make_folder(o.failures)
     seconds = o.seconds if o.seconds is not None else (60.0 if o.cases is None else float("inf"))
     fuzzer = Fuzzer(backend, o.device, o.failures, seconds, o.cases)
     ops = [o.op] if o.op else list(strategies.OPERATIONS)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from fwpkm_kernels._commands import check_outputs, command, write_output
+from fwpkm_kernels._commands import check_outputs, command, need, write_output
 from tests.faults import FAULTS, ON_GPUS_ONLY, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,7 +210,8 @@ def rows_of_table() -> dict[str, str]:
 
 def table(rows: dict[str, str]) -> str:
     """The text of tests/MUTATIONS.md."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
+    # Triton has other names as a distribution, as that for AMD.
+    versions = f"torch {metadata.version('torch')}, triton {need('triton', 'triton').__version__}"
     text = f"""# Faults that were planted, and the tests that caught them
 
 Written by `python -m tests.mutations --write` (`make mutations ARGS=--write`). One fault at a time is planted in a copy
@@ -239,7 +240,7 @@ Not planted: the interpreter runs the programs of a launch one after the other, 
 @command("mutations")
 def main(arguments: list[str] | None = None) -> int:
     """Run the check; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[fault.name for fault in FAULTS])
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--write", action="store_true", help=f"write {os.path.relpath(TABLE, ROOT)}")
@@ -252,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.write:
         check_outputs(TABLE)
+        need("triton", "triton")  # which the table names
     try:
         results = check_all(faults, options.jobs)
     except RuntimeError as error:

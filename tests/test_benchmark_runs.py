@@ -15,6 +15,7 @@ from benchmarks import cpu, cpu_rows, gpu, inputs, peers, registry, run, sanitiz
 from benchmarks.compare import Stored, compare
 from benchmarks.measure import Machine, Result, Shared, measure, no_result, peak_cpu
 from benchmarks.results import Figure, figures_table, per_chunk
+from fwpkm_kernels._commands import CommandError, write_output
 from tests.conftest import HAS_GPU
 from tests.test_scale import wait_for_room
 
@@ -110,6 +111,35 @@ def test_command_line(shrunk_run, monkeypatch, tmp_path, capsys):
     assert "no such row" in capsys.readouterr().err
     assert run.main([*shrunk_run, "--list", "--op", "gather"]) == 0
     assert "gather/forward/inference fwpkm_kernels" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("file", ["results", "marker"])
+def test_a_full_disk_costs_the_file_alone(file, shrunk_run, monkeypatch, tmp_path, capsys):
+    """All is measured and shown, and the disk told once."""
+    if file == "marker":
+        monkeypatch.setattr(run, "write_output", lambda path, text: write_output("/dev/full", text))
+    path = tmp_path / "out.jsonl" if file == "marker" else "/dev/full"
+    assert run.main([*shrunk_run, "--json", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "measurements were not made" not in captured.out
+    for shown in ("gather/forward/inference", "update_/forward/inference", cpu.STEP):
+        assert shown in captured.out
+    assert captured.err == "run: error: cannot write /dev/full: No space left on device\n"
+
+
+def test_standard_output_has_no_file_beside_it(shrunk_run, monkeypatch, tmp_path):
+    monkeypatch.delattr(run, "running")
+    monkeypatch.setattr(run, "run_rows", lambda *args, **options: None)
+    before = os.dup(1)
+    try:
+        with open(tmp_path / "out", "wb") as out:
+            os.dup2(out.fileno(), 1)
+        assert run.main([*shrunk_run, "--json", "/dev/stdout"]) == 0
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    assert run.read_figures(tmp_path / "out") == some_figures()
 
 
 def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark(pytest_benchmark):
@@ -391,6 +421,31 @@ def test_gpu_run_writes_its_files(monkeypatch, tmp_path, capsys):
     assert summary in capsys.readouterr().out
 
 
+def test_gpu_run_shows_what_it_cannot_write(monkeypatch, tmp_path, capsys):
+    def benchmarks(path, *_):
+        path.write_text(run.to_json(some_result()) + "\n", "utf-8")
+        (tmp_path / "summary.txt").mkdir()
+        return "finished"
+
+    def no_plot(*_):
+        raise CommandError("cannot write time.png: No space left on device")
+
+    fake_steps(monkeypatch, run_benchmarks=benchmarks)
+    monkeypatch.setattr(gpu, "plot", no_plot)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("gather/forward/inference") == 1
+    assert "\nplots: none: cannot write time.png: No space left on device\n" in captured.out
+    assert captured.err == f"failed: cannot write {tmp_path}/summary.txt: Is a directory\n"
+
+
+def test_gpu_run_tries_all_its_files(monkeypatch, tmp_path, capsys):
+    fake_steps(monkeypatch, run_tests=None)
+    (tmp_path / "results.jsonl.running").mkdir()
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "results.jsonl.running: Is a directory" in capsys.readouterr().err
+
+
 def test_gpu_run_reports_failures(monkeypatch, tmp_path):
     failed = "FAILED tests/test_x.py::test_y - assert 0\n1 failed, 2 passed in 3.00s\n"
     line = run.to_json(some_result()) + "\n"
@@ -541,6 +596,7 @@ def test_benchmarks_go_on_after_what_ends_them(cases, note, measured, started, m
 
 def test_benchmarks_that_cannot_start_are_not_started_again(monkeypatch, tmp_path):
     path, started = tmp_path / "results.jsonl", []
+    path.touch()
 
     def broken(arguments, seconds, *, stderr, **options):
         started.append(arguments)

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import resource
+import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +16,18 @@ from pathlib import Path
 import pytest
 
 from fwpkm_kernels import _commands
-from fwpkm_kernels._commands import CommandError, Lines, check_folder, check_outputs, command, try_all, write_output
+from fwpkm_kernels._commands import (
+    CommandError,
+    Lines,
+    check_outputs,
+    command,
+    make_folder,
+    need,
+    one_line,
+    reading,
+    try_all,
+    write_output,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -110,7 +122,7 @@ def test_permissions_count(here, as_another):
     with pytest.raises(CommandError, match="cannot write mine/new: Permission denied"):
         check_outputs("mine/new")
     with pytest.raises(CommandError, match="Permission denied"):
-        check_folder("mine/deep")
+        make_folder("mine/deep")
     check_outputs("mine/writable")  # its folder takes no other file, so it is written in place
     write_output("mine/writable", "new")
     assert Path("mine/writable").read_text() == "new"
@@ -152,43 +164,90 @@ def test_a_current_folder_that_is_gone_cannot_be_written(here):
 
 def test_a_file_is_replaced_whole(here, monkeypatch):
     plant(here)
-    os.chmod("file", 0o640)
+    (here / "own").write_text("old")
+    os.chmod("own", 0o640)
     os.umask(mask := os.umask(0))
-    write_output("link", "é\ud800")
-    assert (here / "file").read_bytes() == "é\\ud800".encode()
-    assert stat.S_IMODE(os.stat("file").st_mode) == 0o640
-    assert (here / "other").read_text() == "old"  # another name of what was there before
+    before = os.stat("own").st_ino
+    write_output("own", "é\ud800")
+    assert (here / "own").read_bytes() == "é\\ud800".encode()
+    assert stat.S_IMODE(os.stat("own").st_mode) == 0o640
+    assert os.stat("own").st_ino != before
     write_output(here / "new", b"\0")
     assert stat.S_IMODE(os.stat("new").st_mode) == 0o666 & ~mask
-    write_output("dangling", b"1")
-    assert (here / "folder" / "new").read_bytes() == b"1"
-    assert (here / "link").is_symlink()
-    assert (here / "dangling").is_symlink()
 
     def replace(*paths):
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(os, "replace", replace)  # as where the file is a mount point
-    write_output("file", "2")
-    assert (here / "file").read_text() == "2"
+    write_output("own", "2")
+    assert (here / "own").read_text() == "2"
     assert not [name for name in os.listdir(here) if name.endswith(".part")]
 
 
-def test_a_disk_that_is_full_half_way_costs_nothing(here):
+def test_links_and_files_with_several_names_stay_what_they_are(here):
     plant(here)
+    before = os.stat("file").st_ino
+    for name in ("file", "link"):
+        write_output(name, name)
+        assert [(here / same).read_text() for same in ("file", "link", "other")] == [name] * 3
+    assert os.stat("file").st_ino == before
+    write_output("dangling", b"1")
+    assert (here / "folder" / "new").read_bytes() == b"1"
+    assert (here / "link").is_symlink()
+    assert (here / "dangling").is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's files")
+def test_a_file_of_another_user_stays_his(here, as_another, monkeypatch):
+    os.seteuid(0)
+    for name in ("his", "lines"):
+        Path(name).write_text("old")
+        os.chmod(name, 0o666)
+        os.chown(name, 1, 1)
+    os.seteuid(65534)
+    write_output("his", "moving it here would be allowed")
+    assert os.stat("his").st_uid == 1
+    os.seteuid(0)
+    os.chmod(here, 0o1777)
+    os.seteuid(65534)
+    really_open = os.open
+
+    def protected(path, flags, *rest, **options):
+        """As fs.protected_regular has it, which not every kernel is set to."""
+        if flags & os.O_CREAT and str(path) in ("his", "lines"):
+            raise PermissionError(13, "Permission denied")
+        opened.append(str(path))
+        return really_open(path, flags, *rest, **options)
+
+    opened: list[str] = []
+    monkeypatch.setattr(os, "open", protected)
+    check_outputs("his", "lines")
+    opened.clear()
+    write_output("his", "new")
+    with Lines("lines") as lines:
+        lines.write("new")
+    assert opened == ["his", "lines"]  # and not past what stands for the kernel
+    assert Path("his").read_text() == "new"
+    assert Path("lines").read_text() == "new\n"
+    assert os.stat("his").st_uid == 1
+
+
+def test_a_disk_that_is_full_half_way_costs_no_file_that_is_replaced(here):
+    plant(here)
+    (here / "own").write_text("old")
     before = contents(here)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
-        check_outputs("file", "new")
-        for path in ("file", "new"):
+        check_outputs("own", "new")
+        for path in ("own", "new"):
             with pytest.raises(CommandError, match=f"cannot write {path}: File too large"):
                 write_output(path, bytes(100_000))
         with Lines("lines") as lines, pytest.raises(CommandError, match="File too large"):
             lines.write("x" * 10_000)
         os.unlink("lines")
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        for path in ("file", "new"):
+        for path in ("own", "new"):
             with pytest.raises(CommandError, match="File too large"):
                 check_outputs(path)
     finally:
@@ -212,6 +271,19 @@ def test_devices_and_pipes_are_written_as_they_are(here):
     write_output("pipe", bytes(200_000))  # more than a pipe holds
     reader.join(10)
     assert read == [bytes(200_000)]
+
+
+def test_what_is_no_file_is_opened_to_try_it(here, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(CommandError, match="cannot write socket: No such device"):
+            check_outputs("socket")
+    flags: list[int] = []
+    monkeypatch.setattr(os, "open", lambda path, flag: flags.append(flag) or os.dup(2))
+    check_outputs("/dev/null")
+    (flag,) = flags
+    assert flag & os.O_NONBLOCK  # a line without a carrier would wait for one
+    assert flag & os.O_NOCTTY
 
 
 def run_alone(code: str, **options) -> "subprocess.CompletedProcess[bytes]":
@@ -245,6 +317,48 @@ def test_standard_output_as_a_file_keeps_what_is_printed(here):
     assert done.stdout.split() == [b"first", b"before", b"data", b"line", b"after", b"last"]
 
 
+def test_an_open_descriptor_is_written_where_it_stands(here):
+    code = """
+import sys
+path = sys.argv[1]
+check_outputs(path)
+write_output(path, "data\\n")
+with Lines(path) as lines:
+    lines.write("line")
+"""
+    for folder in ("/dev/fd", "/proc/self/fd"):
+        with open("out", "wb") as out:
+            out.write(b"before\n")
+            out.flush()
+            source = Path(_commands.__file__).read_text("utf-8")
+            arguments = [sys.executable, "-c", source + code, f"{folder}/{out.fileno()}"]
+            subprocess.run(arguments, check=True, pass_fds=[out.fileno()], timeout=60)
+            out.write(b"after\n")
+        assert Path("out").read_text().split() == ["before", "data", "line", "after"]
+
+
+def test_standard_error_as_a_file_keeps_its_order(here):
+    code = """
+@command("x")
+def main():
+    print("first", end=" ", file=sys.stderr)
+    write_output("/dev/stderr", "data")
+
+main()
+"""
+    with open("err", "wb") as err:
+        run_alone(code, stderr=err, check=True)
+    assert Path("err").read_text() == "first data"
+
+
+def test_standard_output_may_be_a_socket(here):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        run_alone(OWN_STREAM, stdout=theirs, check=True)
+        theirs.close()
+        assert ours.recv(1000).split()[1:4] == [b"before", b"data", b"line"]
+
+
 def test_lines_come_as_they_are_written(here):
     plant(here)
     with Lines("file") as lines:
@@ -255,16 +369,45 @@ def test_lines_come_as_they_are_written(here):
     assert Path("file").read_text("utf-8").splitlines()[1] == "2"
 
 
-def test_a_folder_is_tried_and_not_left_behind(here):
+def test_a_folder_is_made_and_tried(here):
     plant(here)
-    before = contents(here)
     for path in ("folder", "a/b/c", "."):
-        check_folder(path)
-        check_folder(path, "x.png", "y.png")
+        before = contents(here)
+        make_folder(path)
+        make_folder(path, "x.png", "y.png")
+        assert contents(here).items() >= before.items()
+        assert os.path.isdir(path)
+    assert os.listdir("a/b/c") == []
+    before = contents(here)
     for path, names in (("file", ()), ("a/" + "n" * 300, ()), ("a", ("n" * 300,)), (".", ("new", "folder"))):
         with pytest.raises(CommandError, match="^cannot write "):
-            check_folder(path, *names)
+            make_folder(path, *names)
     assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    "path, reason", [("folder", "Is a directory"), ("missing", "No such file"), ("loop", "Too many"), ("nul\0", "null")]
+)
+def test_what_cannot_be_read_is_told(here, path, reason):
+    plant(here)
+    with pytest.raises(CommandError, match=f"^cannot read {path}: .*{reason}"), reading(path), open(path) as file:
+        file.read()
+
+
+def test_an_extra_that_is_broken_is_told(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    for name, text in (("lacks", "import no_such_module"), ("old", "raise ImportError('too old')")):
+        Path(f"{name}.py").write_text(text)
+    Path("cut.py").write_text("raise OSError('libcut.so: cannot open shared object file')")
+    for name, reason in (("lacks", "no_such_module"), ("old", "too old"), ("cut", "libcut.so")):
+        with pytest.raises(CommandError, match=f"^{name} cannot be imported: .*{reason}"):
+            need(name, "demo")
+    with pytest.raises(CommandError, match=r"^absent is missing; install it with: pip install 'fwpkm_kernels\[demo\]'"):
+        need("absent.part", "demo")
+
+
+def test_one_line_moves_no_cursor():
+    assert one_line("a\x1b[31m\a\rb\x85\u2028é ł\n") == "a\\x1b[31m\\x07\\rb\\x85\\u2028é ł"
 
 
 def test_all_are_tried():
@@ -364,6 +507,16 @@ def test_full_standard_output_is_told(here):
     assert (here / "worked").exists()
 
 
+def test_help_that_is_lost_is_told(here):
+    code = 'import argparse\ncommand("x")(lambda: argparse.ArgumentParser().parse_args(["--help"]))()'
+    with open(os.devnull, "wb") as nowhere:
+        assert run_alone(code, stdout=nowhere).returncode == 0
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            done = run_alone(code, stdout=full, stderr=subprocess.PIPE)
+        assert done.stderr == b"x: error: cannot write standard output: No space left on device\n"
+
+
 def programs() -> list[str]:
     """Every module that `python -m` runs."""
     files = [
@@ -379,13 +532,17 @@ def programs() -> list[str]:
     )
 
 
-@pytest.mark.parametrize("name", programs())
-def test_every_program_takes_any_text(name):
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
-    assert module.main.__wrapped__.__name__ == "main", "not decorated with `command`"
+@pytest.mark.parametrize("name", sorted({*programs()} - {"benchmarks.sanitize"}))  # which takes no arguments
+def test_every_program_takes_any_text(name, monkeypatch):
+    """Argparse shows what it was given; and python -OO has no docstring to describe the program."""
+    module, err = pytest.importorskip(name, exc_type=ImportError), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(module, "__doc__", None)
+    monkeypatch.setattr(sys, "argv", [name, "--ł"] if name != "benchmarks.plots" else [name, "results", "--ł"])
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert err.buffer.getvalue().endswith(b"unrecognized arguments: --\\u0142\n")
 
 
 #: Of each program: how it is told where to write, where {} is that place, and what would be its work.
@@ -395,12 +552,19 @@ WRITERS = [
     ("benchmarks.compiled", ["--json={}"], "report_cases"),
     ("benchmarks.launches", ["--json={}"], "rows"),
     ("benchmarks.errors", ["--out={}"], "growth"),
-    ("benchmarks.plots", ["results", "--out={}"], "read_results"),
+    ("benchmarks.plots", ["results", "--out={}"], "plot"),
     ("benchmarks.gpu", ["--device=cpu", "--out={}"], "run_tests"),
+    ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
+    ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
     ("benchmarks.compiled", ["--write"], "report_cases"),
     ("tests.mutations", ["--write"], "check_all"),
 ]
+
+
+def test_every_program_that_writes_is_asked():
+    silent = {"benchmarks.sanitize", "fwpkm_kernels.env_report"}
+    assert {name for name, *_ in WRITERS} == {*programs()} - silent
 
 
 @pytest.mark.parametrize("name, arguments, work", WRITERS)
@@ -417,8 +581,7 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
     place = here / "file" / "below"
     if "--write" in arguments:
         monkeypatch.setattr(module, "TABLE", place)
-    if name == "benchmarks.run":
-        monkeypatch.setattr(module, "has_pytest_benchmark", lambda: True)
+    monkeypatch.setattr(module, "need", lambda *names: None, raising=False)
     monkeypatch.setattr(sys, "argv", [name, *(argument.format(place) for argument in arguments)])
     assert module.main() == 2
     captured = capsys.readouterr()
@@ -430,7 +593,7 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
 
 def test_a_run_tries_the_file_beside_its_results_too(here, monkeypatch, capsys):
     run = importlib.import_module("benchmarks.run")
-    monkeypatch.setattr(run, "has_pytest_benchmark", lambda: True)
+    monkeypatch.setattr(run, "need", lambda *names: None)
     name = "n" * 250
     Path(name).write_text("old")
     assert run.main(["--device=cpu", "--op=gather", f"--json={name}"]) == 2
@@ -471,3 +634,58 @@ def test_measurements_are_shown_where_the_disk_is_full(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert cpu.STEP in captured.out
     assert captured.err == "failed: cannot write /dev/full: No space left on device\n"
+
+
+def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
+    from benchmarks import cpu
+
+    monkeypatch.delattr(cpu, "run")
+    Path("figures").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert cpu.main(["--json=figures"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == "cpu: error: cannot write figures: File too large\n"
+    assert Path("figures").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "name, arguments, reason",
+    [
+        ("benchmarks.plots", ["folder"], "cannot read folder: Is a directory"),
+        ("benchmarks.plots", ["missing"], "cannot read missing: No such file or directory"),
+        ("benchmarks.run", ["--compare=folder"], "cannot read folder: Is a directory"),
+        ("benchmarks.run", ["--compare=file", "--results=missing"], "cannot read missing: No such file or directory"),
+        ("benchmarks.run", ["--device=cpu", "--resume", "--json=closed"], "cannot read closed: Permission denied"),
+        ("benchmarks.errors", ["--device=abacus"], "cannot use the device abacus: "),
+        ("fwpkm_kernels.demo", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_another, monkeypatch, capsys):
+    Path("closed").touch(0o222)
+    os.chmod("closed", 0o222)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "need", lambda *names: None)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert module.main() == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{name.rpartition('.')[2]}: error: {reason}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["benchmarks.compiled", "benchmarks.launches", "tests.mutations"])
+def test_programs_that_need_triton_say_so_first(name, here, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    argument = "--json=new"
+    if name == "tests.mutations":
+        monkeypatch.setattr(module, "TABLE", here / "new")
+        monkeypatch.delattr(module, "check_all")
+        argument = "--write"
+    monkeypatch.setattr(sys, "argv", [name, argument])
+    assert module.main() == 2
+    assert "pip install 'fwpkm_kernels[triton]'" in capsys.readouterr().err
+    assert os.listdir(here) == []

@@ -376,6 +376,25 @@ def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
     assert "pip install 'fwpkm_kernels[demo]'" in failure(capsys)
 
 
+def test_a_folder_that_torch_lacks_gets_one_clear_line(monkeypatch):
+    def no_folder(*args):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(demo, "EpisodicMemory", no_folder)
+    with pytest.raises(demo.CommandError, match="a cache or temporary folder that it can use: .*No usable temporary"):
+        demo.set_up(SMALL, "plain")
+
+
+def test_names_are_shown_on_one_line(tmp_path, capsys, monkeypatch):
+    need_demo_extra()
+    monkeypatch.chdir(tmp_path)
+    Path("te\nxt").write_bytes(prose())
+    assert demo.main(["te\nxt", "--plot=pl\not", "--memories=plain", *FEW_ARGUMENTS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("text: te\\nxt, ")
+    assert lines[-1] == "plot: pl\\not"
+
+
 def test_a_character_cut_by_the_limit_is_no_error(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("ééé".encode())

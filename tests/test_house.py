@@ -261,6 +261,7 @@ def sdist(tmp_path_factory) -> Path:
         pytest.skip(f"git does not say which files are the project's: {error}")
     junk = ["tests/__pycache__/test_x.pyc", "fuzz-failures/x.py", "gpu-results/results.jsonl", ".venv/x.py", "demo.png"]
     junk += ["benchmarks/results/errors_cpu.jsonl", "fwpkm_kernels/__pycache__/x.pyc", "build/lib/fwpkm_kernels/x.py"]
+    junk += [f"tests/{name}/x.py" for name in (".venv", ".hypothesis", "fuzz-failures")]
     for name in junk:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
