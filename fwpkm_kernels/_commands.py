@@ -127,9 +127,13 @@ def _telling(action: str, path: str | Path) -> Iterator[None]:
         raise CommandError(f"cannot {action} {path}: {reason}") from None
 
 
-#: Around what opens, reads or writes the file at a path: CommandError says why it cannot be.
-reading = functools.partial(_telling, "read")
-_writing = functools.partial(_telling, "write")
+def reading(path: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Around what reads the file at a path: CommandError says why it cannot be read."""
+    return _telling("read", path)
+
+
+def _writing(path: str | Path) -> contextlib.AbstractContextManager[None]:
+    return _telling("write", path)
 
 
 def check_outputs(*paths: str | Path | None, read: str | Path | None = None) -> None:
