@@ -151,7 +151,7 @@ def check_initial_memory(keys: Tensor, values: Tensor) -> None:
         )
 
 
-def check_tokens(
+def check_step_inputs(
     queries: Tensor,
     targets: Tensor,
     keys: Tensor,

@@ -16,7 +16,7 @@ from .binding import (
     check_binding,
     check_initial_memory,
     check_queue,
-    check_tokens,
+    check_step_inputs,
     from_bytes,
     make_queue,
     to_bytes,
@@ -105,7 +105,7 @@ def _load_binding(state: "MemoryState", x: Tensor) -> Binding:
         heads, _, _, half = keys.shape
         queries = keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
         targets = values.new_empty((binding.batch, 0, values.shape[1]), dtype=binding.targets_dtype)
-        check_tokens(queries, targets, keys, values, None, None, binding.options)
+        check_step_inputs(queries, targets, keys, values, None, None, binding.options)
         make_queue(keys, values, binding, torch.device("meta"))
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"`state_dict` must hold bound options that fit under 'binding', got {error!r}") from None

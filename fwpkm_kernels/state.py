@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import refuse_recomputation
 from ._operators import operator
-from .binding import Binding, Queue, check_binding, check_initial_memory, check_tokens, make_queue
+from .binding import Binding, Queue, check_binding, check_initial_memory, check_step_inputs, make_queue
 from .chunks import Options
 from .saving import load, pickled, reduce_for_processes, saved, unpickle
 
@@ -408,7 +408,7 @@ def check_step(
     if not _is_state(state):
         kind = type(state)
         raise TypeError(f"`state` must be a MemoryState of {__package__}, got {kind.__module__}.{kind.__qualname__}")
-    return check_tokens(queries, targets, state.keys, state.values, gates, mask, o)
+    return check_step_inputs(queries, targets, state.keys, state.values, gates, mask, o)
 
 
 def _trust_newest() -> None:
