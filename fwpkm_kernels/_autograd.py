@@ -59,6 +59,11 @@ def refuse_recomputation(name: str) -> None:
         )
 
 
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which Dynamo before PyTorch 2.13 takes for true in torch.compile as well."""
+    return torch.compiler._is_exporting_flag
+
+
 def refuse_traces(name: str, memory: Tensor, tokens: Tensor, is_bound: bool) -> None:
     """Raise where a trace of what mutates a state would be a program that does something else.
 
@@ -70,18 +75,17 @@ def refuse_traces(name: str, memory: Tensor, tokens: Tensor, is_bound: bool) -> 
         tokens: one of the tensors that the state reads.
         is_bound: whether the state has stepped before.
     """
-    is_exporting = torch.compiler.is_exporting()
-    if torch.compiler.is_compiling() and not is_exporting:
+    if torch.compiler.is_compiling() and not is_exporting():
         return
     mode = None if torch.compiler.is_dynamo_compiling() else get_proxy_mode()
     if isinstance(memory, FakeTensor) or (mode is not None and has_proxy_slot(memory, mode.tracer)):
         return
-    if not is_bound and (is_exporting or mode is not None):
+    if not is_bound and (is_exporting() or mode is not None):
         raise RuntimeError(
             f"{name} cannot be traced with a state that is not bound, since the program would bind it anew at every"
             " call: step the state with no tokens and the same options first"
         )
-    if isinstance(tokens, FakeTensor) and not is_exporting:
+    if isinstance(tokens, FakeTensor) and not is_exporting():
         raise RuntimeError(
             f"{name} cannot read fake tensors into a state of real ones: make the state of fake ones too, inside of"
             " what make_fx traces, or use torch.export"

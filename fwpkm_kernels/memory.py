@@ -8,7 +8,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import refuse_transforms
+from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
 from .chunks import (
     OPTIONS_SCHEMA,
@@ -603,7 +603,7 @@ def fast_weight_memory(
     tensors = (queries, targets, keys, values)
     refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
     # What torch.export makes has no gradients: it keeps nothing for them.
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
         # The Function takes the arguments in the public order, where gates and mask come in the middle.
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply

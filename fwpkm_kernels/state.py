@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import refuse_recomputation
+from ._autograd import is_exporting, refuse_recomputation
 from ._operators import operator
 from .binding import Binding, Queue, check_binding, check_initial_memory, check_step_inputs, make_queue
 from .chunks import Options
 from .saving import load, pickled, reduce_for_processes, saved, unpickle
 
-#: What a copy of a state has anew; other attributes are the initial memory, and those of subclasses.
-_COPIED = frozenset(("_keys", "_values", "_touched", "_position", "_binding", "_queue"))
+#: What a copy of a state has anew, and what it keeps; other attributes are those of subclasses.
+_COPIED = ("_keys", "_values", "_touched", "_position", "_binding", "_queue")
+_KEPT = ("_initial_keys", "_initial_values", "_device", "_made_in_export", "_binding", "_queue")
 
 
 @operator("private_copy")
@@ -78,7 +79,7 @@ class MemoryState:
         self._touched = _private_copy(torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device), device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
-        self._made_in_export = torch.compiler.is_exporting()  # then it is part of the program
+        self._made_in_export = is_exporting()  # then it is part of the program
 
     @property
     def keys(self) -> Tensor:
@@ -153,7 +154,7 @@ class MemoryState:
     def _prepare(self, what: str) -> None:
         """Refuse what an activation checkpoint would do again, or export itself; make the private tensors writable."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and not self._made_in_export:
+            if is_exporting() and not torch.compiler.is_dynamo_compiling() and not self._made_in_export:
                 raise RuntimeError(f"MemoryState: {what} would be done by torch.export itself; use strict=True")
             return
         refuse_recomputation(f"MemoryState: {what}")
@@ -236,7 +237,9 @@ class MemoryState:
 
     def _copy(self, device: torch.device) -> "MemoryState":
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        # Dynamo before PyTorch 2.13 does not know what there is in a __dict__.
+        for name in _KEPT if torch.compiler.is_compiling() else self.__dict__:
+            setattr(other, name, getattr(self, name))
         with torch.no_grad():
             for name in ("_keys", "_values", "_touched"):
                 setattr(other, name, _private_copy(getattr(self, name), device))
@@ -288,7 +291,7 @@ class MemoryState:
             memo.setdefault(id(x), other.named_tensors()[name])
         other._replace({name: memo[id(x)] for name, x in self.named_tensors().items()})
         self._initial_keys, self._initial_values = _leaf(self._initial_keys), _leaf(self._initial_values)
-        for name in set(self.__dict__) - _COPIED:
+        for name in set(self.__dict__) - set(_COPIED):
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from ._autograd import refuse_recomputation, refuse_traces, refuse_transforms
+from ._autograd import is_exporting, refuse_recomputation, refuse_traces, refuse_transforms
 from ._operators import operator
 from .addressing import step_keys
 from .binding import Binding, Queue, make_queue
@@ -467,7 +467,7 @@ def fast_weight_memory_step(
         _refuse_replays(state.values)
     gates, mask = (None if x is None else x.detach() for x in (gates, mask))
     tokens = (queries.detach(), targets.detach(), gates, mask)
-    if torch.compiler.is_exporting():  # where an error within no_grad would leave gradients off for the whole process
+    if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
