@@ -50,9 +50,8 @@ CHANGES: dict[str, Change] = {
     "optimizer": step_of_adam,
     "vector_to_parameters": lambda x: vector_to_parameters(parameters_to_vector([x]).detach() * 2.0, [x]),
     "inference mode": torch.inference_mode()(lambda x: x.data.mul_(0.5)),
+    "NumPy": lambda x: x.detach().numpy().__imul__(0.5),
 }
-if torch.get_default_device().type == "cpu":
-    CHANGES["NumPy"] = lambda x: x.detach().cpu().numpy().__imul__(0.5)
 
 #: Ways to write a tensor of a state from outside.
 WRITES: dict[str, Callable[[MemoryState, str], Any]] = {
@@ -300,9 +299,9 @@ def test_touched_rows_only_is_a_bool():
 class Layer(nn.Module):
     """A module with a memory and a state of it."""
 
-    def __init__(self, place: Place = Place("torch", "cpu"), buffers: bool = False) -> None:  # noqa: B008
+    def __init__(self, buffers: bool = False) -> None:
         super().__init__()
-        inputs, self.keys, self.values = learned(place, dtype=torch.float32)
+        inputs, self.keys, self.values = learned(Place("torch", "cpu"), dtype=torch.float32)
         if buffers:
             del self.keys, self.values
             self.register_buffer("keys", inputs["keys"])
