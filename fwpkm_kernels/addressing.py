@@ -112,16 +112,15 @@ def step_keys(
     if stepped:
         from .kernels import addressing
 
-        plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2])
+        del options["eps"]  # which the half scores have in them
+        sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
         addressing.step_keys(
             keys.flatten(0, 2),
             out.view(-1, keys.shape[3]),
             queries,
-            probabilities,
+            half_scores,
             sub_keys,
-            plan,
-            first,
-            in_place=in_place,
+            plan_picks(sub_keys, half_scores, keys.shape[2]),
             idw=score == "idw",
             **options,
         )
@@ -271,18 +270,19 @@ def address_grad(
         return grads if out is None else out.copy_(grads), grad_keys
     from .kernels import addressing
 
-    plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row)
+    sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
+    del options["num_rows"]
     grad_keys = addressing.address_grad(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,
-        probabilities,
+        half_scores,
         sub_keys,
         grad_scores,
         slots,
-        plan,
-        first,
+        plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row),
         grad_queries,
+        first_row=first_row,
         idw=score == "idw",
         **options,
     )

@@ -38,11 +38,12 @@ class Plan(NamedTuple):
 
 
 class PickPlan(NamedTuple):
-    """The plan of sub-keys [M, H, 2, K], and what the key step needs beside it."""
+    """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 
-    plan: Plan
-    first: Tensor  #: [H·2·n + 1]: where the picks of each sub-key begin, in the dtype of `plan.start`
-    probabilities: Tensor  #: [M, H, 2, K]: the softmax of the half scores
+    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
+    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
+    bend: Tensor  #: [2·n]: the derivative of the slope
 
 
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
@@ -63,23 +64,22 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
 
 
 def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> PickPlan:
-    """`plan_segments(sub_keys, H·2·n)` and more, by Triton kernels: for the few rows of a table of sub-keys.
+    """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
-    `sub_keys` and `half_scores` [M, H, 2, K] are those that a lookup gives. The probabilities before `first_row` are 0.
+    `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
+    from `first_row` on.
     """
     from .kernels import plan as kernels
 
-    sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
-    if kernels.can_plan(sub_keys.shape[0], sub_keys.shape[1], num_keys):
-        fields, first, probabilities = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row)
-        return PickPlan(Plan(*fields), first, probabilities)
-    num_rows = sub_keys.shape[1] * 2 * num_keys
-    plan = plan_segments(sub_keys, num_rows)
-    bounds = torch.arange(num_rows + 1, dtype=plan.rows.dtype, device=sub_keys.device)
-    first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
-    probabilities = half_scores.softmax(-1)
-    probabilities[:first_row] = 0.0
-    return PickPlan(plan, first, probabilities)
+    rows, heads, _, top_k = sub_keys.shape
+    listed = None
+    if not kernels.can_plan(rows, heads, num_keys):
+        plan = plan_segments(sub_keys, heads * 2 * num_keys)
+        bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
+        first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
+        listed = (plan.order // (2 * heads * top_k), first)
+    options = {"num_keys": num_keys, "first_row": first_row, "listed": listed}
+    return PickPlan(*kernels.plan_picks(sub_keys, half_scores, **options))
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

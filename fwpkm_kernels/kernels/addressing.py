@@ -1,111 +1,211 @@
 """The key step: a step of the sub-keys toward being used evenly, and its backward, joint with the lookup's.
 
-A half of a row picks K sub-keys with probabilities P; P̄ is their mean over the rows of all heads, and
-u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside the rows of the
-sub-keys that were picked; of all sub-keys the plan (`kernels/plan.py`) has a bit for each row. Sums over the picks of a
-sub-key go by that plan: of vectors in `kernels/segments.py`, of numbers in `pick_sums_kernel`, which takes care of the
-rows that nobody picked too.
+A half of a row picks K sub-keys with probabilities P, the softmax of its half scores; P̄ is their mean over the rows of
+all heads, and u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside
+the rows of the sub-keys that were picked. `kernels/plan.py` lists the tokens that picked each sub-key, and has its u and
+u'; which pick of a token it was, a sum over them finds by comparing the K sub-keys of the token with its own.
 
-Forward is `pick_sums_kernel`, from P to P̄; `step_kernel`, from the picks to the factors of q - k; and one sum with the
-"update" epilogue: the gradient is never stored. Backward runs these two again, with the gradient V of the totals, then
-`score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's own included, to `half_grad` in
-`kernels/lookup.py`.
+Forward is then one launch, `key_sum_kernel`, which forms the factors of q - k as it needs them: neither they nor the
+gradient is stored. Backward is `step_grad_kernel`, from the gradient V of the totals; `pick_sums_kernel`, the sums that
+the gradient of P̄ takes; `score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's own
+included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. A sub-key has few other sums beside it, and
+all of its tokens are one program's: many at a time, as all may have picked it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import launch, next_power_of_2, row_warps
+from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
-from .segments import SegmentConfig, segment_config, segment_rows
+from .plan import probabilities
+from .segments import finish_row
+
+
+class KeySumConfig(NamedTuple):
+    """Tile of `key_sum_kernel`: BLOCK_A tokens by BLOCK_D columns at a time."""
+
+    block_a: int
+    block_d: int
+    num_warps: int
+
+
+def key_sum_config(width: int, top_k: int, dtype: torch.dtype) -> KeySumConfig:
+    """Launch table, keyed by the width of a sub-key, the number of picks and the dtype of the sums."""
+    # Narrow column blocks: a sub-key that every token picks should come through several programs. Each reads the picks
+    # of the tokens too, an eighth of what it reads of a row of 128 columns.
+    most = 4096 // (dtype.itemsize // 4)
+    block_d = min(next_power_of_2(max(1, width)), 128)
+    return KeySumConfig(max(1, min(32, most // block_d, most // next_power_of_2(top_k))), block_d, 4)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def key_sum_kernel(
+    queries_ptr,
+    sub_keys_ptr,
+    half_scores_ptr,
+    slope_ptr,
+    factor_ptr,
+    step_factor_ptr,
+    tokens_ptr,
+    first_ptr,
+    keys_ptr,
+    steps_ptr,
+    base_ptr,
+    out_ptr,
+    stride_qm,
+    stride_qh,
+    stride_qd,
+    stride_kn,
+    stride_kd,
+    H,
+    first_row,
+    share: tl.float64,
+    weight: tl.float64,
+    decay: tl.float64,
+    lr: tl.float64,
+    clip: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IDW: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    CLIP: tl.constexpr,
+    STEP: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """total = Σ f·(q - k) over the tokens that picked sub-key k (or Σ f·q, for dot); then the EPILOGUE:
+
+        "update"     out = decay·k - lr·clamp(total)                            the key step
+        "step_grad"  out = lr·base where |total| <= clip, else 0                V, where the clamp was not active
+        "grad"       out = decay·base - (Σ step_factor)·step + total            the gradient of the sub-keys
+
+    In the first two, f = c·2/E with c = weight·share·P·(u - Σ P·u) and 2/E = 2·exp(half score), E = eps + |q - k|², for
+    idw, else c, in rows from `first_row` on. In the third f is `factor`, and the middle term is there only with STEP. A
+    program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]; of a row that nobody picked only with ALL_ROWS,
+    and nothing is added to it. Grid: (H·2·n, column blocks).
+    """
+    i_row = tl.program_id(0)
+    begin = tl.load(first_ptr + i_row)
+    end = tl.load(first_ptr + i_row + 1)
+    is_written = begin < end
+    if ALL_ROWS:
+        is_written = begin <= end
+    if is_written:
+        dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
+        i_group = i_row // NUM_KEYS
+        i_head = (i_group // 2).to(tl.int64)
+        i_half = (i_group % 2).to(tl.int64)
+        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask_d = offs_d < HALF
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_k = (offs_k < TOP_K)[None, :]
+        q_ptrs = queries_ptr + i_head * stride_qh + (i_half * HALF + offs_d) * stride_qd  # [BLOCK_D]
+        k_ptrs = keys_ptr + i_row.to(tl.int64) * stride_kn + offs_d * stride_kd
+        k = tl.load(k_ptrs, mask=mask_d, other=0.0).to(dtype)
+        totals = tl.zeros([BLOCK_A, BLOCK_D], dtype)
+        step_totals = tl.zeros([BLOCK_A], dtype)
+        offs_a = begin + tl.arange(0, BLOCK_A)
+        token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=-1).to(tl.int64)  # [BLOCK_A]
+        position = begin
+        while position < end:
+            # The tokens after these are read before what these name: so each step takes one trip to memory, not two.
+            position += BLOCK_A
+            offs_a = position + tl.arange(0, BLOCK_A)
+            next_token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=-1).to(tl.int64)
+            mask_a = token >= first_row
+            q = tl.load(
+                q_ptrs[None, :] + token[:, None] * stride_qm, mask=mask_a[:, None] & mask_d[None, :], other=0.0
+            ).to(dtype)  # [BLOCK_A, BLOCK_D]
+            picks = (token * (2 * H) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
+            mask = mask_a[:, None] & mask_k
+            sub_key = tl.load(sub_keys_ptr + picks, mask=mask, other=-1)
+            is_own = sub_key == i_row
+            if EPILOGUE == "grad":
+                factor = tl.load(factor_ptr + picks, mask=mask, other=0.0)
+                if STEP:
+                    step_factor = tl.load(step_factor_ptr + picks, mask=mask, other=0.0)
+                    step_totals += tl.sum(tl.where(is_own, step_factor, 0.0), axis=1)
+            else:
+                scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
+                u = tl.load(slope_ptr + sub_key - i_head * (2 * NUM_KEYS), mask=mask, other=0.0)
+                probability = probabilities(scores, mask_a)
+                factor = probability * (u - tl.sum(probability * u, axis=1)[:, None])
+                factor *= tl.full([], weight, dtype) * tl.full([], share, dtype)
+                if IDW:
+                    factor *= 2.0 * tl.exp(scores)
+            if IDW:
+                q = tl.where(mask_a[:, None], q - k[None, :], 0.0)
+            totals += tl.sum(tl.where(is_own, factor, 0.0), axis=1)[:, None] * q
+            token = next_token
+        total = tl.sum(totals, axis=0)  # [BLOCK_D]
+        scale = tl.full([], decay, dtype)
+        out = out_ptr + i_row.to(tl.int64) * HALF + offs_d
+        if EPILOGUE == "grad":
+            base = tl.load(base_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=mask_d, other=0.0)
+            result = scale * base
+            if STEP:  # steps of rows that nobody picked are not defined
+                step_d = offs_d < tl.where(begin < end, HALF, 0)
+                step = tl.load(steps_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=step_d, other=0.0)
+                result -= tl.sum(step_totals, axis=0) * step
+            result += total
+        else:
+            old = k
+            if EPILOGUE == "step_grad":
+                old = tl.load(base_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=mask_d, other=0.0)
+            result = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+            result = tl.where(begin < end, result, scale * k)
+        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
 def pick_sums_kernel(
     coefficient_ptr,
-    step_factor_ptr,
-    order_ptr,
+    sub_keys_ptr,
+    tokens_ptr,
     first_ptr,
     sums_ptr,
-    table_ptr,
-    steps_ptr,
-    out_ptr,
-    stride_tn,
-    stride_td,
     H,
-    decay: tl.float64,
     NUM_KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n]; and rows of `out` [H·2·n, Dk/2].
+    """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n].
 
-    ROWS: out[row] = decay·table[row] where "unpicked" or in "all" rows; STEP: less the sum of the row's `step_factor`
-    times steps[row]. A program owns one sub-key of one half, of all heads. Grid: (2·n,).
+    A program owns one sub-key of one half, of all heads. Grid: (2·n,).
     """
     i_key = tl.program_id(0)
-    dtype: tl.constexpr = sums_ptr.dtype.element_ty
-    total = tl.zeros([BLOCK_A], dtype)
+    offs_k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
     i_head = 0
     while i_head < H:
         row = i_head * (2 * NUM_KEYS) + i_key
-        begin = tl.load(first_ptr + row)
+        position = tl.load(first_ptr + row)
         end = tl.load(first_ptr + row + 1)
-        if STEP:
-            step_total = tl.zeros([BLOCK_A], dtype)
-        position = begin
         while position < end:
             offs_a = position + tl.arange(0, BLOCK_A)
             mask_a = offs_a < end
-            access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
-            total += tl.load(coefficient_ptr + access, mask=mask_a, other=0.0)  # [BLOCK_A]
-            if STEP:
-                step_total += tl.load(step_factor_ptr + access, mask=mask_a, other=0.0)
+            token = tl.load(tokens_ptr + offs_a, mask=mask_a, other=0).to(tl.int64)  # [BLOCK_A]
+            picks = (token * (2 * H) + row // NUM_KEYS)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
+            mask = mask_a[:, None] & (offs_k < TOP_K)[None, :]
+            is_own = tl.load(sub_keys_ptr + picks, mask=mask, other=-1) == row
+            total += tl.sum(tl.load(coefficient_ptr + picks, mask=is_own, other=0.0), axis=1)
             position += BLOCK_A
-        if ROWS != "none":
-            is_written = begin == end
-            if ROWS == "all":
-                is_written = begin <= end
-            if is_written:
-                base = row.to(tl.int64)
-                for start in range(0, HALF, BLOCK_D):
-                    offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-                    mask_d = offs_d < HALF
-                    x = tl.load(table_ptr + base * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
-                    x *= tl.full([], decay, dtype)
-                    if STEP:  # steps of rows that nobody picked are not defined
-                        mask_s = offs_d < tl.where(begin < end, HALF, 0)
-                        step = tl.load(steps_ptr + base * HALF + offs_d, mask=mask_s, other=0.0)
-                        x -= tl.sum(step_total, axis=0) * step
-                    tl.store(out_ptr + base * HALF + offs_d, x.to(out_ptr.dtype.element_ty), mask=mask_d)
         i_head += 1
     tl.store(sums_ptr + i_key, tl.sum(total, axis=0))
 
 
-@triton.jit
-def load_usage(marginal_ptr, row, mask, i_head, share, NUM_KEYS: tl.constexpr):
-    """P̄ of the sub-keys in the rows `row` of the table, from the sums [2, n] of P over all rows."""
-    total = tl.load(marginal_ptr + row - i_head * (2 * NUM_KEYS), mask=mask, other=1.0)
-    return total * tl.full([], share, total.dtype)
-
-
-@triton.jit
-def slope(usage):
-    """Derivative of P̄·log(P̄ + 1e-8)."""
-    return tl.log(usage + 1e-8) + usage / (usage + 1e-8)
-
-
-@triton.jit
-def step_kernel(
-    probability_ptr,
+@triton.jit(do_not_specialize=["first_row"])
+def step_grad_kernel(
+    half_scores_ptr,
     sub_keys_ptr,
-    marginal_ptr,
+    slope_ptr,
     queries_ptr,
     keys_ptr,
     grad_totals_ptr,
@@ -118,7 +218,7 @@ def step_kernel(
     stride_kn,
     stride_kd,
     H,
-    eps: tl.float64,
+    first_row,
     share: tl.float64,
     weight: tl.float64,
     direction: tl.float64,
@@ -126,67 +226,63 @@ def step_kernel(
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
     IDW: tl.constexpr,
-    GRAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Factors f = 2c/E of q - k, E = eps + |q - k|² (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u).
+    """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
+    the gradient of u; and the factors f of `key_sum_kernel`.
 
-    Their sums over the picks of a sub-key are the totals that it steps by. `share` is 1 / (the number of rows). GRAD:
-    with V, the gradient of the totals, also a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>) and the parts P·(a - Σ P·a) of
-    the gradient of u. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that
-    table. A program owns one half of one (token, head) row. Grid: (rows, 2).
+    V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
+    rows before `first_row`. A program owns one half of one (token, head) row. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
     i_m = i_row // H
     i_head = i_row % H
     dtype: tl.constexpr = factor_ptr.dtype.element_ty
+    is_stepped = i_m >= first_row
 
     offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < TOP_K
+    mask_s = offs_k < tl.where(is_stepped, TOP_K, 0)
     picks = (i_row * 2 + i_half) * TOP_K + offs_k  # [BLOCK_K]
-    probability = tl.load(probability_ptr + picks, mask=mask_k, other=0.0)
-    row = tl.load(sub_keys_ptr + picks, mask=mask_k, other=0).to(tl.int64)
-    u = slope(load_usage(marginal_ptr, row, mask_k, i_head, share, NUM_KEYS))
-    factor = (
-        tl.full([], weight, dtype) * tl.full([], share, dtype) * probability * (u - tl.sum(probability * u, axis=0))
-    )
-    if IDW or GRAD:
-        norm = tl.zeros([BLOCK_K], dtype)
-        dot = tl.zeros([BLOCK_K], dtype)
-        q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
-        for start in range(0, HALF, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-            mask_d = offs_d < HALF
-            mask = mask_k[:, None] & mask_d[None, :]
-            vector = tl.load(q_base + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)[None, :]  # [1, BLOCK_D]
-            if IDW:
-                k = tl.load(keys_ptr + row[:, None] * stride_kn + offs_d[None, :] * stride_kd, mask=mask, other=0.0)
-                vector = vector - k.to(dtype)  # [BLOCK_K, BLOCK_D]
-                norm += tl.sum(vector * vector, axis=1)
-            if GRAD:
-                v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
-                dot += tl.sum(v * vector, axis=1)
+    scores = tl.load(half_scores_ptr + picks, mask=mask_s, other=float("-inf"))
+    row = tl.load(sub_keys_ptr + picks, mask=mask_s, other=0).to(tl.int64)
+    u = tl.load(slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_s, other=0.0)
+    dot = tl.zeros([BLOCK_K], dtype)
+    q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
+    for start in range(0, HALF, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = offs_d < HALF
+        mask = mask_s[:, None] & mask_d[None, :]
+        vector = tl.load(q_base + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)[None, :]  # [1, BLOCK_D]
         if IDW:
-            scale = 2.0 / (tl.full([], eps, dtype) + norm)
-            factor *= scale
-            dot *= scale
-        if GRAD:
-            dot *= tl.full([], direction, dtype)
-            factor *= tl.full([], direction, dtype)
-            tl.store(dot_ptr + picks, dot, mask=mask_k)
-            tl.store(share_ptr + picks, probability * (dot - tl.sum(probability * dot, axis=0)), mask=mask_k)
+            k = tl.load(keys_ptr + row[:, None] * stride_kn + offs_d[None, :] * stride_kd, mask=mask, other=0.0)
+            vector = vector - k.to(dtype)  # [BLOCK_K, BLOCK_D]
+        v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
+        dot += tl.sum(v * vector, axis=1)
+    dot = tl.where(mask_s, dot, 0.0)  # also where a query that is no part of the key step is NaN
+    probability = tl.reshape(probabilities(scores[None, :], is_stepped), [BLOCK_K])
+    factor = probability * (u - tl.sum(probability * u, axis=0))
+    factor *= tl.full([], weight, dtype) * tl.full([], share, dtype) * tl.full([], direction, dtype)
+    dot *= tl.full([], direction, dtype)
+    if IDW:
+        scale = 2.0 * tl.exp(scores)  # 2/E
+        factor *= scale
+        dot *= scale
+    mask_k = offs_k < TOP_K
     tl.store(factor_ptr + picks, factor, mask=mask_k)
+    tl.store(dot_ptr + picks, dot, mask=mask_k)
+    tl.store(share_ptr + picks, probability * (dot - tl.sum(probability * dot, axis=0)), mask=mask_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def score_grad_kernel(
     grad_scores_ptr,
     slots_ptr,
     sub_keys_ptr,
-    probability_ptr,
-    marginal_ptr,
+    half_scores_ptr,
+    slope_ptr,
+    bend_ptr,
     grad_slope_ptr,
     dot_ptr,
     grad_halves_ptr,
@@ -194,6 +290,7 @@ def score_grad_kernel(
     stride_gh,
     stride_gk,
     H,
+    first_row,
     share: tl.float64,
     weight: tl.float64,
     NUM_KEYS: tl.constexpr,
@@ -206,10 +303,10 @@ def score_grad_kernel(
 ):
     """Gradient of each half score that was picked.
 
-    LOOKUP: the sum of the gradients of the picked slots that it is part of. STEP: P·(dP - Σ P·dP), where up to a
-    constant dP = weight·share·((u - Σ P·u)·(a - Σ P·a) + share·B·u'), a is `dot` and B the sum of P·(a - Σ P·a) over
-    the picks of a sub-key; for idw also c·a, since a is divided by E like the factors. A program owns one half of one
-    (token, head) row. Grid: (rows, 2).
+    LOOKUP: the sum of the gradients of the picked slots that it is part of. STEP, in rows from `first_row` on:
+    P·(dP - Σ P·dP), where up to a constant dP = weight·share·((u - Σ P·u)·(a - Σ P·a) + share·B·u'), a is `dot` and B
+    the sum of P·(a - Σ P·a) over the picks of a sub-key; for idw also c·a, since a is divided by E like the factors. A
+    program owns one half of one (token, head) row. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -233,13 +330,16 @@ def score_grad_kernel(
             part = tl.where(i_half == 0, slot // NUM_KEYS, slot % NUM_KEYS)
             grad += tl.sum(tl.where(column[:, None] == part[None, :], grad_score[None, :], 0.0), axis=1)
     if STEP:
-        probability = tl.load(probability_ptr + picks, mask=mask_k, other=0.0)
-        dot = tl.load(dot_ptr + picks, mask=mask_k, other=0.0)
-        usage = load_usage(marginal_ptr, row, mask_k, i_head, share, NUM_KEYS)
-        grad_slope = tl.load(grad_slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_k, other=0.0)
-        u = slope(usage)
+        is_stepped = i_m >= first_row
+        mask_s = offs_k < tl.where(is_stepped, TOP_K, 0)
+        scores = tl.load(half_scores_ptr + picks, mask=mask_s, other=float("-inf"))
+        dot = tl.load(dot_ptr + picks, mask=mask_s, other=0.0)
+        key = row - i_head * (2 * NUM_KEYS)
+        u = tl.load(slope_ptr + key, mask=mask_s, other=0.0)
+        bend = tl.load(bend_ptr + key, mask=mask_s, other=0.0)
+        grad_slope = tl.load(grad_slope_ptr + key, mask=mask_s, other=0.0)
+        probability = tl.reshape(probabilities(scores[None, :], is_stepped), [BLOCK_K])
         u -= tl.sum(probability * u, axis=0)
-        bend = 1.0 / (usage + 1e-8) + 1e-8 / ((usage + 1e-8) * (usage + 1e-8))  # u'
         grad_p = u * (dot - tl.sum(probability * dot, axis=0)) + tl.full([], share, dtype) * grad_slope * bend
         grad_p -= tl.sum(probability * grad_p, axis=0)
         if IDW:
@@ -248,111 +348,181 @@ def score_grad_kernel(
     tl.store(grad_halves_ptr + picks, grad, mask=mask_k)
 
 
-def pick_sums(
-    coefficients: torch.Tensor,
-    order: torch.Tensor,
-    first: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor | None,
+def sum_picks(
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    half_scores: torch.Tensor,
+    sub_keys: torch.Tensor,
+    plan: tuple[torch.Tensor, ...],
     *,
-    heads: int,
-    all_rows: bool = False,
-    decay: float = 1.0,
+    epilogue: str,
+    idw: bool,
+    factors: torch.Tensor | None = None,
     step_factors: torch.Tensor | None = None,
     steps: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n].
+    base: torch.Tensor | None = None,
+    all_rows: bool = True,
+    first_row: int = 0,
+    weight: float = 0.0,
+    decay: float = 1.0,
+    lr: float = 1.0,
+    clip: float | None = None,
+    config: KeySumConfig | None = None,
+) -> None:
+    """Launch the sums over the tokens that picked each sub-key, and with them the `epilogue` into `out`.
 
-    Beside it `out`, unless None, gets decay·table in the rows that nobody picked, or in all rows; with `step_factors`,
-    like `coefficients`, less their sum over the picks of a row times that row of `steps`. `out` and `steps` are tables
-    [H·2·n, Dk/2], contiguous.
+    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same; `base` and `steps`, like them, are
+    contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], as `sub_keys` is.
     """
-    num_keys, half = table.shape[0] // (2 * heads), table.shape[1]
-    block_d = min(next_power_of_2(half), 1024)
-    sums = torch.empty(2 * num_keys, dtype=coefficients.dtype, device=coefficients.device)
+    heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
+    tokens, first, slope, _ = plan
+    config = config or key_sum_config(half, top_k, half_scores.dtype)
+    launch(
+        key_sum_kernel,
+        (keys.shape[0], cdiv(half, config.block_d)),
+        queries,
+        sub_keys,
+        half_scores,
+        slope,
+        half_scores if factors is None else factors,
+        half_scores if step_factors is None else step_factors,
+        tokens,
+        first,
+        keys,
+        keys if steps is None else steps,
+        keys if base is None else base,
+        out,
+        *queries.stride(),
+        *keys.stride(),
+        heads,
+        first_row,
+        1.0 / max(1, (queries.shape[0] - first_row) * heads),
+        weight,
+        decay,
+        lr,
+        0.0 if clip is None else clip,
+        NUM_KEYS=keys.shape[0] // (2 * heads),
+        HALF=half,
+        TOP_K=top_k,
+        IDW=idw,
+        EPILOGUE=epilogue,
+        CLIP=clip is not None,
+        STEP=step_factors is not None,
+        ALL_ROWS=all_rows,
+        BLOCK_A=config.block_a,
+        BLOCK_K=next_power_of_2(top_k),
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        on=queries,
+    )
+
+
+def step_keys(
+    keys: torch.Tensor,
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    half_scores: torch.Tensor,
+    sub_keys: torch.Tensor,
+    plan: tuple[torch.Tensor, ...],
+    *,
+    idw: bool,
+    lr: float,
+    weight: float,
+    weight_decay: float,
+    clip: float | None,
+) -> None:
+    """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])), where the sum is over the picks of j.
+
+    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same. `half_scores` and `sub_keys`
+    [M, H, 2, K] are those of queries [M, H, Dk], and `plan` is `plan_picks` of them.
+    """
+    decay = 1.0 - lr * weight_decay
+    sum_picks(
+        out,
+        keys,
+        queries,
+        half_scores,
+        sub_keys,
+        plan,
+        epilogue="update",
+        idw=idw,
+        all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(),
+        weight=weight,
+        decay=decay,
+        lr=lr,
+        clip=clip,
+    )
+
+
+def pick_sums(coefficients: torch.Tensor, sub_keys: torch.Tensor, plan: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
+    tokens, first, slope, _ = plan
+    heads, _, top_k = sub_keys.shape[1:]
+    sums = torch.empty_like(slope)
+    block_k = next_power_of_2(top_k)
     launch(
         pick_sums_kernel,
-        (2 * num_keys,),
+        (sums.numel(),),
         coefficients,
-        coefficients if step_factors is None else step_factors,
-        order,
+        sub_keys,
+        tokens,
         first,
         sums,
-        table,
-        table if steps is None else steps,
-        table if out is None else out,
-        *table.stride(),
         heads,
-        decay,
-        NUM_KEYS=num_keys,
-        HALF=half,
-        ROWS="none" if out is None else "all" if all_rows else "unpicked",
-        STEP=step_factors is not None,
-        # A sub-key that every token picks is one program's: many picks at a time, as many numbers as registers hold.
-        BLOCK_A=1024 if step_factors is None else 512,
-        BLOCK_D=block_d,
-        num_warps=row_warps(block_d, table.dtype),
+        NUM_KEYS=sums.numel() // 2,
+        TOP_K=top_k,
+        BLOCK_A=max(1, min(128, 1024 // block_k)),
+        BLOCK_K=block_k,
+        num_warps=4,
         on=coefficients,
     )
     return sums
 
 
-def pick_config(queries: torch.Tensor, keys: torch.Tensor) -> SegmentConfig:
-    """Tiles for sums over the picks of each sub-key: of these there are few, and of picks many."""
-    config = segment_config(keys.shape[1], min(queries.dtype, keys.dtype, key=lambda dtype: dtype.itemsize))
-    # Four rows at a time are as many bytes under way as the cache can serve. A program for every pick would mostly be
-    # one that looks and leaves, which takes longer than the sums.
-    return config._replace(block_a=2 * config.block_a, window=8)
-
-
-def step_factors(
+def step_grad(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    probabilities: torch.Tensor,
+    half_scores: torch.Tensor,
     sub_keys: torch.Tensor,
-    marginal: torch.Tensor,
+    slope: torch.Tensor,
+    grad_totals: torch.Tensor,
     *,
+    direction: float,
     idw: bool,
-    eps: float,
     weight: float,
-    num_rows: int,
-    grad_totals: torch.Tensor | None = None,
-    direction: float = 1.0,
+    first_row: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the factors of the key step; with V = direction·grad_totals also a and the parts of B; each [M, H, 2, K].
+    """Launch the factors of the key step times `direction`, a, and the parts of B, each [M, H, 2, K].
 
-    With V the factors are already multiplied by `direction`.
+    V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype.
     """
     heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
-    factors = torch.empty_like(probabilities)
-    dots, shares = factors, factors
-    if grad_totals is not None:
-        dots, shares = torch.empty_like(factors), torch.empty_like(factors)
+    factors, dots, shares = (torch.empty_like(half_scores) for _ in range(3))
     block_k = next_power_of_2(top_k)
     launch(
-        step_kernel,
+        step_grad_kernel,
         (queries.shape[0] * heads, 2),
-        probabilities,
+        half_scores,
         sub_keys,
-        marginal,
+        slope,
         queries,
         keys,
-        keys if grad_totals is None else grad_totals,
+        grad_totals,
         factors,
         dots,
         shares,
         *queries.stride(),
         *keys.stride(),
         heads,
-        eps,
-        1.0 / num_rows,
+        first_row,
+        1.0 / ((queries.shape[0] - first_row) * heads),
         weight,
         direction,
-        NUM_KEYS=keys.shape[0] // (2 * heads),
+        NUM_KEYS=slope.numel() // 2,
         HALF=half,
         TOP_K=top_k,
         IDW=idw,
-        GRAD=grad_totals is not None,
         BLOCK_K=block_k,
         # All picks at a time, so that sums over them need no second pass; of each as many columns as registers hold.
         BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)),
@@ -362,91 +532,39 @@ def step_factors(
     return factors, dots, shares
 
 
-def step_keys(
-    keys: torch.Tensor,
-    out: torch.Tensor,
-    queries: torch.Tensor,
-    probabilities: torch.Tensor,
-    sub_keys: torch.Tensor,
-    plan: tuple[torch.Tensor, ...],
-    first: torch.Tensor,
-    *,
-    in_place: bool,
-    idw: bool,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-) -> None:
-    """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])), where the sum is over the picks of j.
-
-    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous; `in_place` says that they are the same. `probabilities`
-    and `sub_keys` [M, H, 2, K] are those of queries [M, H, Dk], and `plan` and `first` are the plan of `sub_keys`.
-    """
-    heads, half = queries.shape[1], keys.shape[1]
-    decay = 1.0 - lr * weight_decay
-    # A row that somebody picked is first written when its sum is known, and nobody else reads it by then.
-    unpicked = None if in_place and decay == 1.0 else out
-    marginal = pick_sums(probabilities, plan[0], first, keys, unpicked, heads=heads, decay=decay)
-    factors, _, _ = step_factors(
-        queries,
-        keys,
-        probabilities,
-        sub_keys,
-        marginal,
-        idw=idw,
-        eps=eps,
-        weight=weight,
-        num_rows=queries.shape[0] * heads,
-    )
-    segment_rows(
-        out,
-        queries.reshape(-1, half),
-        factors,
-        *plan,
-        epilogue="update",
-        table=keys,
-        centered=idw,
-        decay=decay,
-        lr=lr,
-        clip=clip,
-        config=pick_config(queries, keys),
-    )
-
-
 def score_grad(
     grad_scores: torch.Tensor | None,
     slots: torch.Tensor | None,
     sub_keys: torch.Tensor,
+    half_scores: torch.Tensor,
     step: tuple[torch.Tensor, ...] | None,
     *,
     num_keys: int,
     idw: bool,
     weight: float,
-    num_rows: int,
-    dtype: torch.dtype,
+    first_row: int,
 ) -> torch.Tensor:
     """Launch the gradients of the half scores picked, [M, H, 2, K].
 
-    `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's; `step` is (probabilities, marginal,
-    sums B, a). Either may be None.
+    `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's; `step` is (u, u', sums B, a). Either
+    may be None.
     """
-    grad_halves = torch.empty(sub_keys.shape, dtype=dtype, device=sub_keys.device)
+    grad_halves = torch.empty_like(half_scores)
     heads, _, top_k = sub_keys.shape[1:]
     block_k = next_power_of_2(top_k)
-    unused = grad_halves
     launch(
         score_grad_kernel,
         (sub_keys.shape[0] * heads, 2),
-        unused if grad_scores is None else grad_scores,
+        half_scores if grad_scores is None else grad_scores,
         sub_keys if slots is None else slots,
         sub_keys,
-        *(step or (unused, unused, unused, unused)),
+        half_scores,
+        *(step or (half_scores,) * 4),
         grad_halves,
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
         heads,
-        1.0 / max(1, num_rows),
+        first_row,
+        1.0 / max(1, (sub_keys.shape[0] - first_row) * heads),
         weight,
         NUM_KEYS=num_keys,
         TOP_K=top_k,
@@ -465,73 +583,54 @@ def address_grad(
     grad_new_keys: torch.Tensor,
     keys: torch.Tensor,
     queries: torch.Tensor,
-    probabilities: torch.Tensor,
+    half_scores: torch.Tensor,
     sub_keys: torch.Tensor,
     grad_scores: torch.Tensor | None,
     slots: torch.Tensor | None,
     plan: tuple[torch.Tensor, ...],
-    first: torch.Tensor,
     out: torch.Tensor,
     *,
+    first_row: int,
     idw: bool,
     eps: float,
     lr: float,
     weight: float,
     weight_decay: float,
     clip: float | None,
-    num_rows: int,
 ) -> torch.Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
     That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous
-    and in the compute dtype, as both gradients are. The key step was over `num_rows` rows, the others having
-    probabilities of 0; without rows or weight there was none.
+    and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on; without rows or
+    weight there was none. `plan` is `plan_picks` of `sub_keys` and `half_scores` [M, H, 2, K], with that `first_row`.
     """
-    heads, half = queries.shape[1], keys.shape[1]
-    num_keys = keys.shape[0] // (2 * heads)
-    rows = queries.reshape(-1, half)
-    options: dict[str, Any] = {"idw": idw, "weight": weight, "num_rows": num_rows}
-    decay = 1.0 - lr * weight_decay
+    _, _, slope, bend = plan
+    picks = (half_scores, sub_keys)
+    options: dict[str, Any] = {"idw": idw, "weight": weight, "first_row": first_row}
     factors = directions = step = None
-    if weight != 0.0 and num_rows > 0:
-        marginal = pick_sums(probabilities, plan[0], first, keys, None, heads=heads)
-        inputs = (queries, keys, probabilities, sub_keys, marginal)
+    if weight != 0.0 and first_row < queries.shape[0]:
         directions, direction = grad_new_keys, -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
-            factors, _, _ = step_factors(*inputs, eps=eps, **options)
             directions, direction = torch.empty_like(grad_new_keys), 1.0
-            segment_rows(
+            sum_picks(
                 directions,
-                rows,
-                factors,
-                *plan,
+                keys,
+                queries,
+                *picks,
+                plan,
                 epilogue="step_grad",
-                table=keys,
                 base=grad_new_keys,
-                centered=idw,
+                all_rows=False,
                 lr=-lr,
                 clip=clip,
-                config=pick_config(queries, keys),
+                **options,
             )
-        factors, dots, shares = step_factors(*inputs, eps=eps, grad_totals=directions, direction=direction, **options)
-        grad_keys = torch.empty_like(grad_new_keys)
-        grad_slope = pick_sums(
-            shares,
-            plan[0],
-            first,
-            grad_new_keys,
-            grad_keys,
-            heads=heads,
-            all_rows=True,
-            decay=decay,
-            step_factors=factors if idw else None,
-            steps=directions,
+        factors, dots, shares = step_grad(
+            queries, keys, *picks, slope, directions, direction=direction, **options
         )
-        step = (probabilities, marginal, grad_slope, dots)
-    else:
-        grad_keys = grad_new_keys * decay
+        step = (slope, bend, pick_sums(shares, sub_keys, plan), dots)
     grad_halves = score_grad(
-        grad_scores, slots, sub_keys, step, num_keys=num_keys, dtype=probabilities.dtype, **options
+        grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options
     )
     _, grad_factors = half_grad(
         grad_halves,
@@ -544,15 +643,19 @@ def address_grad(
         grad_totals=directions,
         out=out,
     )
-    segment_rows(
+    grad_keys = torch.empty_like(grad_new_keys)
+    sum_picks(
         grad_keys,
-        rows,
-        grad_factors,
-        *plan,
-        epilogue="add",
-        table=keys,
-        base=grad_keys,
-        centered=idw,
-        config=pick_config(queries, keys),
+        keys,
+        queries,
+        *picks,
+        plan,
+        epilogue="grad",
+        idw=idw,
+        factors=grad_factors,
+        step_factors=factors if idw else None,
+        steps=directions,
+        base=grad_new_keys,
+        decay=1.0 - lr * weight_decay,
     )
     return grad_keys
