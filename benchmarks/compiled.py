@@ -112,16 +112,18 @@ ROWS = {
         loads=lambda x: min(x.BLOCK_K, x.TOP_K) * x.HALF * (x.keys_ptr + x.STEP * x.grad_totals_ptr),
         stores=lambda x: x.HALF * x.grad_queries_ptr,
     ),
-    "step_kernel": Rows(
-        loads=lambda x: x.TOP_K * min(x.BLOCK_D, x.HALF) * (x.IDW * x.keys_ptr + x.GRAD * x.grad_totals_ptr)
-    ),
-    "score_grad_kernel": Rows(),
-    "pick_sums_kernel": Rows(
-        loads=lambda x: (x.ROWS != "none") * min(x.BLOCK_D, x.HALF) * x.table_ptr,
-        stores=lambda x: (x.ROWS != "none") * min(x.BLOCK_D, x.HALF) * x.out_ptr,
-    ),
     "count_kernel": Rows(),
-    "place_kernel": Rows(),
+    "usage_kernel": Rows(),
+    "key_sum_kernel": Rows(
+        loads=lambda x: x.BLOCK_A * min(x.BLOCK_D, x.HALF) * x.queries_ptr,
+        # A block of columns is less than what all warps store 128 bits of.
+        stores=lambda x: min(x.BLOCK_D, x.HALF) * x.out_ptr,
+    ),
+    "step_grad_kernel": Rows(
+        loads=lambda x: x.TOP_K * min(x.BLOCK_D, x.HALF) * (x.IDW * x.keys_ptr + x.grad_totals_ptr)
+    ),
+    "pick_sums_kernel": Rows(),
+    "score_grad_kernel": Rows(),
     "enqueue_kernel": Rows(loads=lambda x: x.WIDTH * x.queries_ptr, stores=lambda x: x.WIDTH * x.queue_queries_ptr),
     "read_to_queue_kernel": Rows(
         loads=lambda x: min(x.BLOCK_J, x.J) * x.D * x.values_ptr,
@@ -242,25 +244,18 @@ def cases() -> list[Case]:
     ) -> None:
         exact = torch.promote_types(k_dtype, torch.float32)
         queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
-        probabilities, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
-        picks, plan = (queries, probabilities, sub_keys), tuple(_plan(sub_keys.numel()))
-        first = _meta(heads * 2 * n + 1, dtype=torch.int32)
+        half_scores, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
+        picks = (queries, half_scores, sub_keys)
         scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
-        options: dict[str, Any] = {
-            "idw": idw,
-            "eps": 1e-3,
-            "lr": 1.0,
-            "weight": 1.0,
-            "weight_decay": 0.0,
-            "clip": clip,
-        }
+        options: dict[str, Any] = {"idw": idw, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip}
+
+        def plan(first_row: int) -> tuple[torch.Tensor, ...]:
+            return plan_picks(sub_keys, half_scores, num_keys=n, first_row=first_row)
+
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: (
-                    plan_picks(sub_keys, probabilities, num_keys=n, first_row=0),
-                    addressing.step_keys(keys, torch.empty_like(keys), *picks, plan, first, in_place=False, **options),
-                ),
+                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
             )
         )
         result.append(
@@ -272,10 +267,10 @@ def cases() -> list[Case]:
                     *picks,
                     scores,
                     slots,
-                    plan,
-                    first,
+                    plan(8),
                     _meta(m, heads, width, dtype=exact),
-                    num_rows=m * heads,
+                    first_row=8,
+                    eps=1e-3,
                     **options,
                 ),
             )
@@ -413,8 +408,13 @@ def cases() -> list[Case]:
             plan = _plan(32768, torch.int64)
             update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
             segments.segment_rows(table, vectors, coefficients, *plan)
-        order, first = _slots(4096 * 2 * 8), _slots(2 * 512 + 1)
-        addressing.pick_sums(_meta(4096, 1, 2, 8), order, first, _meta(1024, 256), _meta(1024, 256), heads=1)
+        sub_keys, half_scores = _meta(4096, 1, 2, 8, dtype=torch.int32), _meta(4096, 1, 2, 8)
+        listed = (_slots(4096 * 2 * 8), _slots(2 * 512 + 1))
+        by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
+        addressing.pick_sums(half_scores, sub_keys, by_sort)
+        keys = _meta(1024, 256)
+        step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
+        addressing.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
 
     # Rows and positions that need 64 bits.
     result.append(Case("wide/paper", wide))

@@ -41,6 +41,7 @@ class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 
     tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    order: Tensor  #: [M·H·2·K]: which of all picks that was
     first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
     slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
     bend: Tensor  #: [2·n]: the derivative of the slope
@@ -77,7 +78,7 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
         plan = plan_segments(sub_keys, heads * 2 * num_keys)
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
-        listed = (plan.order // (2 * heads * top_k), first)
+        listed = (plan.order // (2 * heads * top_k), plan.order, first)
     options = {"num_keys": num_keys, "first_row": first_row, "listed": listed}
     return PickPlan(*kernels.plan_picks(sub_keys, half_scores, **options))
 

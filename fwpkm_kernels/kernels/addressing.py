@@ -2,14 +2,13 @@
 
 A half of a row picks K sub-keys with probabilities P, the softmax of its half scores; P̄ is their mean over the rows of
 all heads, and u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside
-the rows of the sub-keys that were picked. `kernels/plan.py` lists the tokens that picked each sub-key, and has its u and
-u'; which pick of a token it was, a sum over them finds by comparing the K sub-keys of the token with its own.
+the rows of the sub-keys that were picked. `kernels/plan.py` lists the picks of each sub-key, and has its u and u'.
 
-Forward is then one launch, `key_sum_kernel`, which forms the factors of q - k as it needs them: neither they nor the
-gradient is stored. Backward is `step_grad_kernel`, from the gradient V of the totals; `pick_sums_kernel`, the sums that
+Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_sum_kernel`, whose sum is not stored but
+stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums that
 the gradient of P̄ takes; `score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's own
-included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. A sub-key has few other sums beside it, and
-all of its tokens are one program's: many at a time, as all may have picked it.
+included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. There are few sub-keys, so one program sums
+all picks of one, and there is nothing to be added up after it: many picks at a time, as every token may have picked it.
 """
 
 from typing import Any, NamedTuple
@@ -25,31 +24,74 @@ from .segments import finish_row
 
 
 class KeySumConfig(NamedTuple):
-    """Tile of `key_sum_kernel`: BLOCK_A tokens by BLOCK_D columns at a time."""
+    """Tile of `key_sum_kernel`: BLOCK_A picks by BLOCK_D columns at a time."""
 
     block_a: int
     block_d: int
     num_warps: int
 
 
-def key_sum_config(width: int, top_k: int, dtype: torch.dtype) -> KeySumConfig:
-    """Launch table, keyed by the width of a sub-key, the number of picks and the dtype of the sums."""
-    # Narrow column blocks: a sub-key that every token picks should come through several programs. Each reads the picks
-    # of the tokens too, an eighth of what it reads of a row of 128 columns.
-    most = 4096 // (dtype.itemsize // 4)
-    block_d = min(next_power_of_2(max(1, width)), 128)
-    return KeySumConfig(max(1, min(32, most // block_d, most // next_power_of_2(top_k))), block_d, 4)
+def key_sum_config(width: int, dtype: torch.dtype) -> KeySumConfig:
+    """Launch table, keyed by the width of a sub-key and the dtype of the sums."""
+    # Narrow column blocks: a sub-key that every token picks should come through several programs.
+    block_d = min(next_power_of_2(max(1, width)), 64)
+    return KeySumConfig(256 // dtype.itemsize, block_d, 4)
 
 
 @triton.jit(do_not_specialize=["first_row"])
+def step_kernel(
+    half_scores_ptr,
+    sub_keys_ptr,
+    slope_ptr,
+    factor_ptr,
+    R,
+    H,
+    first_row,
+    share: tl.float64,
+    weight: tl.float64,
+    NUM_KEYS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IDW: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u), in rows from `first_row` on.
+
+    2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
+    that it steps by. `share` is 1 / (the number of rows). A program owns BLOCK_R of the R halves of (token, head) rows.
+    Grid: (tiles of halves,).
+    """
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    is_stepped = (offs_r < R) & (offs_r // (2 * H) >= first_row)
+    mask = is_stepped[:, None] & (offs_k < TOP_K)[None, :]
+    picks = offs_r.to(tl.int64)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_R, BLOCK_K]
+    scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
+    row = tl.load(sub_keys_ptr + picks, mask=mask, other=0)
+    i_head = offs_r // 2 % H
+    u = tl.load(slope_ptr + row - (i_head * (2 * NUM_KEYS))[:, None], mask=mask, other=0.0)
+    factor = step_factors(scores, u, is_stepped, share, weight, IDW)
+    tl.store(factor_ptr + picks, factor, mask=(offs_r < R)[:, None] & (offs_k < TOP_K)[None, :])
+
+
+@triton.jit
+def step_factors(scores, u, mask, share, weight, IDW: tl.constexpr):
+    """Factors of the key step from the half scores and slopes of the picks of each row, 0 where `mask` is not set."""
+    probability = probabilities(scores, mask)
+    factor = probability * (u - tl.sum(probability * u, axis=1)[:, None])
+    factor *= tl.full([], weight, factor.dtype) * tl.full([], share, factor.dtype)
+    if IDW:
+        factor *= 2.0 * tl.exp(scores)
+    return factor
+
+
+@triton.jit
 def key_sum_kernel(
     queries_ptr,
-    sub_keys_ptr,
-    half_scores_ptr,
-    slope_ptr,
     factor_ptr,
     step_factor_ptr,
     tokens_ptr,
+    order_ptr,
     first_ptr,
     keys_ptr,
     steps_ptr,
@@ -60,35 +102,27 @@ def key_sum_kernel(
     stride_qd,
     stride_kn,
     stride_kd,
-    H,
-    first_row,
-    share: tl.float64,
-    weight: tl.float64,
     decay: tl.float64,
     lr: tl.float64,
     clip: tl.float64,
     NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
     IDW: tl.constexpr,
     EPILOGUE: tl.constexpr,
     CLIP: tl.constexpr,
     STEP: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """total = Σ f·(q - k) over the tokens that picked sub-key k (or Σ f·q, for dot); then the EPILOGUE:
+    """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot); then the EPILOGUE:
 
         "update"     out = decay·k - lr·clamp(total)                            the key step
         "step_grad"  out = lr·base where |total| <= clip, else 0                V, where the clamp was not active
         "grad"       out = decay·base - (Σ step_factor)·step + total            the gradient of the sub-keys
 
-    In the first two, f = c·2/E with c = weight·share·P·(u - Σ P·u) and 2/E = 2·exp(half score), E = eps + |q - k|², for
-    idw, else c, in rows from `first_row` on. In the third f is `factor`, and the middle term is there only with STEP. A
-    program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]; of a row that nobody picked only with ALL_ROWS,
-    and nothing is added to it. Grid: (H·2·n, column blocks).
+    The middle term is there only with STEP. A program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]; of a
+    row that nobody picked only with ALL_ROWS, and nothing is added to it. Grid: (H·2·n, column blocks).
     """
     i_row = tl.program_id(0)
     begin = tl.load(first_ptr + i_row)
@@ -97,91 +131,72 @@ def key_sum_kernel(
     if ALL_ROWS:
         is_written = begin <= end
     if is_written:
-        dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
+        dtype: tl.constexpr = factor_ptr.dtype.element_ty
         i_group = i_row // NUM_KEYS
-        i_head = (i_group // 2).to(tl.int64)
-        i_half = (i_group % 2).to(tl.int64)
         offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < HALF
-        offs_k = tl.arange(0, BLOCK_K)
-        mask_k = (offs_k < TOP_K)[None, :]
-        q_ptrs = queries_ptr + i_head * stride_qh + (i_half * HALF + offs_d) * stride_qd  # [BLOCK_D]
+        base_row = i_row.to(tl.int64) * HALF + offs_d  # [BLOCK_D]
         k_ptrs = keys_ptr + i_row.to(tl.int64) * stride_kn + offs_d * stride_kd
         k = tl.load(k_ptrs, mask=mask_d, other=0.0).to(dtype)
+        q_ptrs = queries_ptr + (i_group // 2).to(tl.int64) * stride_qh + ((i_group % 2) * HALF + offs_d) * stride_qd
         totals = tl.zeros([BLOCK_A, BLOCK_D], dtype)
         step_totals = tl.zeros([BLOCK_A], dtype)
         offs_a = begin + tl.arange(0, BLOCK_A)
-        token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=-1).to(tl.int64)  # [BLOCK_A]
+        token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=0)  # [BLOCK_A]
+        pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
         position = begin
         while position < end:
-            # The tokens after these are read before what these name: so each step takes one trip to memory, not two.
+            mask_a = position + tl.arange(0, BLOCK_A) < end
+            # The next picks are read before what these name: so each step takes one trip to memory, not two.
             position += BLOCK_A
             offs_a = position + tl.arange(0, BLOCK_A)
-            next_token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=-1).to(tl.int64)
-            mask_a = token >= first_row
+            next_token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=0)
+            next_pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
+            factor = tl.load(factor_ptr + pick, mask=mask_a, other=0.0)  # [BLOCK_A]
+            if STEP:
+                step_totals += tl.load(step_factor_ptr + pick, mask=mask_a, other=0.0)
             q = tl.load(
-                q_ptrs[None, :] + token[:, None] * stride_qm, mask=mask_a[:, None] & mask_d[None, :], other=0.0
+                q_ptrs[None, :] + token.to(tl.int64)[:, None] * stride_qm,
+                mask=mask_a[:, None] & mask_d[None, :],
+                other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
-            picks = (token * (2 * H) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
-            mask = mask_a[:, None] & mask_k
-            sub_key = tl.load(sub_keys_ptr + picks, mask=mask, other=-1)
-            is_own = sub_key == i_row
-            if EPILOGUE == "grad":
-                factor = tl.load(factor_ptr + picks, mask=mask, other=0.0)
-                if STEP:
-                    step_factor = tl.load(step_factor_ptr + picks, mask=mask, other=0.0)
-                    step_totals += tl.sum(tl.where(is_own, step_factor, 0.0), axis=1)
-            else:
-                scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
-                u = tl.load(slope_ptr + sub_key - i_head * (2 * NUM_KEYS), mask=mask, other=0.0)
-                probability = probabilities(scores, mask_a)
-                factor = probability * (u - tl.sum(probability * u, axis=1)[:, None])
-                factor *= tl.full([], weight, dtype) * tl.full([], share, dtype)
-                if IDW:
-                    factor *= 2.0 * tl.exp(scores)
             if IDW:
                 q = tl.where(mask_a[:, None], q - k[None, :], 0.0)
-            totals += tl.sum(tl.where(is_own, factor, 0.0), axis=1)[:, None] * q
+            totals += factor[:, None] * q
             token = next_token
+            pick = next_pick
         total = tl.sum(totals, axis=0)  # [BLOCK_D]
         scale = tl.full([], decay, dtype)
-        out = out_ptr + i_row.to(tl.int64) * HALF + offs_d
         if EPILOGUE == "grad":
-            base = tl.load(base_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=mask_d, other=0.0)
-            result = scale * base
+            result = scale * tl.load(base_ptr + base_row, mask=mask_d, other=0.0)
             if STEP:  # steps of rows that nobody picked are not defined
-                step_d = offs_d < tl.where(begin < end, HALF, 0)
-                step = tl.load(steps_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=step_d, other=0.0)
+                step = tl.load(steps_ptr + base_row, mask=offs_d < tl.where(begin < end, HALF, 0), other=0.0)
                 result -= tl.sum(step_totals, axis=0) * step
             result += total
         else:
             old = k
             if EPILOGUE == "step_grad":
-                old = tl.load(base_ptr + i_row.to(tl.int64) * HALF + offs_d, mask=mask_d, other=0.0)
+                old = tl.load(base_ptr + base_row, mask=mask_d, other=0.0)
             result = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
             result = tl.where(begin < end, result, scale * k)
-        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(out_ptr + base_row, result.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
 def pick_sums_kernel(
     coefficient_ptr,
-    sub_keys_ptr,
-    tokens_ptr,
+    order_ptr,
     first_ptr,
     sums_ptr,
     H,
     NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n].
 
     A program owns one sub-key of one half, of all heads. Grid: (2·n,).
     """
     i_key = tl.program_id(0)
-    offs_k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
     i_head = 0
     while i_head < H:
@@ -190,12 +205,8 @@ def pick_sums_kernel(
         end = tl.load(first_ptr + row + 1)
         while position < end:
             offs_a = position + tl.arange(0, BLOCK_A)
-            mask_a = offs_a < end
-            token = tl.load(tokens_ptr + offs_a, mask=mask_a, other=0).to(tl.int64)  # [BLOCK_A]
-            picks = (token * (2 * H) + row // NUM_KEYS)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
-            mask = mask_a[:, None] & (offs_k < TOP_K)[None, :]
-            is_own = tl.load(sub_keys_ptr + picks, mask=mask, other=-1) == row
-            total += tl.sum(tl.load(coefficient_ptr + picks, mask=is_own, other=0.0), axis=1)
+            pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
+            total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
             position += BLOCK_A
         i_head += 1
     tl.store(sums_ptr + i_key, tl.sum(total, axis=0))
@@ -230,7 +241,7 @@ def step_grad_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
-    the gradient of u; and the factors f of `key_sum_kernel`.
+    the gradient of u; and the factors f of `step_kernel`.
 
     V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
     rows before `first_row`. A program owns one half of one (token, head) row. Grid: (rows, 2).
@@ -262,13 +273,11 @@ def step_grad_kernel(
         dot += tl.sum(v * vector, axis=1)
     dot = tl.where(mask_s, dot, 0.0)  # also where a query that is no part of the key step is NaN
     probability = tl.reshape(probabilities(scores[None, :], is_stepped), [BLOCK_K])
-    factor = probability * (u - tl.sum(probability * u, axis=0))
-    factor *= tl.full([], weight, dtype) * tl.full([], share, dtype) * tl.full([], direction, dtype)
+    factor = tl.reshape(step_factors(scores[None, :], u[None, :], is_stepped, share, weight, IDW), [BLOCK_K])
+    factor *= tl.full([], direction, dtype)
     dot *= tl.full([], direction, dtype)
     if IDW:
-        scale = 2.0 * tl.exp(scores)  # 2/E
-        factor *= scale
-        dot *= scale
+        dot *= 2.0 * tl.exp(scores)
     mask_k = offs_k < TOP_K
     tl.store(factor_ptr + picks, factor, mask=mask_k)
     tl.store(dot_ptr + picks, dot, mask=mask_k)
@@ -352,42 +361,36 @@ def sum_picks(
     out: torch.Tensor,
     keys: torch.Tensor,
     queries: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
+    factors: torch.Tensor,
     plan: tuple[torch.Tensor, ...],
     *,
     epilogue: str,
     idw: bool,
-    factors: torch.Tensor | None = None,
     step_factors: torch.Tensor | None = None,
     steps: torch.Tensor | None = None,
     base: torch.Tensor | None = None,
     all_rows: bool = True,
-    first_row: int = 0,
-    weight: float = 0.0,
     decay: float = 1.0,
     lr: float = 1.0,
     clip: float | None = None,
     config: KeySumConfig | None = None,
 ) -> None:
-    """Launch the sums over the tokens that picked each sub-key, and with them the `epilogue` into `out`.
+    """Launch the sums over the picks of each sub-key, and with them the `epilogue` into `out`.
 
     `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same; `base` and `steps`, like them, are
-    contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], as `sub_keys` is.
+    contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], of queries [M, H, Dk].
     """
-    heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
-    tokens, first, slope, _ = plan
-    config = config or key_sum_config(half, top_k, half_scores.dtype)
+    heads, half = queries.shape[1], keys.shape[1]
+    tokens, order, first, _, _ = plan
+    config = config or key_sum_config(half, factors.dtype)
     launch(
         key_sum_kernel,
         (keys.shape[0], cdiv(half, config.block_d)),
         queries,
-        sub_keys,
-        half_scores,
-        slope,
-        half_scores if factors is None else factors,
-        half_scores if step_factors is None else step_factors,
+        factors,
+        factors if step_factors is None else step_factors,
         tokens,
+        order,
         first,
         keys,
         keys if steps is None else steps,
@@ -395,27 +398,59 @@ def sum_picks(
         out,
         *queries.stride(),
         *keys.stride(),
-        heads,
-        first_row,
-        1.0 / max(1, (queries.shape[0] - first_row) * heads),
-        weight,
         decay,
         lr,
         0.0 if clip is None else clip,
         NUM_KEYS=keys.shape[0] // (2 * heads),
         HALF=half,
-        TOP_K=top_k,
         IDW=idw,
         EPILOGUE=epilogue,
         CLIP=clip is not None,
         STEP=step_factors is not None,
         ALL_ROWS=all_rows,
         BLOCK_A=config.block_a,
-        BLOCK_K=next_power_of_2(top_k),
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
         on=queries,
     )
+
+
+def find_factors(
+    half_scores: torch.Tensor,
+    sub_keys: torch.Tensor,
+    plan: tuple[torch.Tensor, ...],
+    *,
+    idw: bool,
+    weight: float,
+    first_row: int = 0,
+) -> torch.Tensor:
+    """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K] as `half_scores` is."""
+    _, _, _, slope, _ = plan
+    num_rows, heads, _, top_k = sub_keys.shape
+    factors = torch.empty_like(half_scores)
+    block_k = next_power_of_2(top_k)
+    block_r = max(1, 512 // block_k)
+    launch(
+        step_kernel,
+        (cdiv(num_rows * heads * 2, block_r),),
+        half_scores,
+        sub_keys,
+        slope,
+        factors,
+        num_rows * heads * 2,
+        heads,
+        first_row,
+        1.0 / ((num_rows - first_row) * heads),
+        weight,
+        NUM_KEYS=slope.numel() // 2,
+        TOP_K=top_k,
+        IDW=idw,
+        BLOCK_R=block_r,
+        BLOCK_K=block_k,
+        num_warps=4,
+        on=sub_keys,
+    )
+    return factors
 
 
 def step_keys(
@@ -442,38 +477,31 @@ def step_keys(
         out,
         keys,
         queries,
-        half_scores,
-        sub_keys,
+        find_factors(half_scores, sub_keys, plan, idw=idw, weight=weight),
         plan,
         epilogue="update",
         idw=idw,
         all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(),
-        weight=weight,
         decay=decay,
         lr=lr,
         clip=clip,
     )
 
 
-def pick_sums(coefficients: torch.Tensor, sub_keys: torch.Tensor, plan: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def pick_sums(coefficients: torch.Tensor, plan: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
-    tokens, first, slope, _ = plan
-    heads, _, top_k = sub_keys.shape[1:]
+    _, order, first, slope, _ = plan
     sums = torch.empty_like(slope)
-    block_k = next_power_of_2(top_k)
     launch(
         pick_sums_kernel,
         (sums.numel(),),
         coefficients,
-        sub_keys,
-        tokens,
+        order,
         first,
         sums,
-        heads,
+        coefficients.shape[1],
         NUM_KEYS=sums.numel() // 2,
-        TOP_K=top_k,
-        BLOCK_A=max(1, min(128, 1024 // block_k)),
-        BLOCK_K=block_k,
+        BLOCK_A=512,
         num_warps=4,
         on=coefficients,
     )
@@ -604,7 +632,7 @@ def address_grad(
     and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on; without rows or
     weight there was none. `plan` is `plan_picks` of `sub_keys` and `half_scores` [M, H, 2, K], with that `first_row`.
     """
-    _, _, slope, bend = plan
+    _, _, _, slope, bend = plan
     picks = (half_scores, sub_keys)
     options: dict[str, Any] = {"idw": idw, "weight": weight, "first_row": first_row}
     factors = directions = step = None
@@ -612,23 +640,15 @@ def address_grad(
         directions, direction = grad_new_keys, -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             directions, direction = torch.empty_like(grad_new_keys), 1.0
+            factors = find_factors(*picks, plan, **options)
+            tables = {"base": grad_new_keys, "all_rows": False}
             sum_picks(
-                directions,
-                keys,
-                queries,
-                *picks,
-                plan,
-                epilogue="step_grad",
-                base=grad_new_keys,
-                all_rows=False,
-                lr=-lr,
-                clip=clip,
-                **options,
+                directions, keys, queries, factors, plan, epilogue="step_grad", idw=idw, lr=-lr, clip=clip, **tables
             )
         factors, dots, shares = step_grad(
             queries, keys, *picks, slope, directions, direction=direction, **options
         )
-        step = (slope, bend, pick_sums(shares, sub_keys, plan), dots)
+        step = (slope, bend, pick_sums(shares, plan), dots)
     grad_halves = score_grad(
         grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options
     )
@@ -648,11 +668,10 @@ def address_grad(
         grad_keys,
         keys,
         queries,
-        *picks,
+        grad_factors,
         plan,
         epilogue="grad",
         idw=idw,
-        factors=grad_factors,
         step_factors=factors if idw else None,
         steps=directions,
         base=grad_new_keys,

@@ -119,6 +119,7 @@ def usage_kernel(
     half_scores_ptr,
     words_ptr,
     tokens_ptr,
+    order_ptr,
     first_ptr,
     slope_ptr,
     bend_ptr,
@@ -137,8 +138,9 @@ def usage_kernel(
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
 
     P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. WORDS: first
-    the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; else they
-    are there. A program owns one sub-key of one half, of all heads. Grid: (2·n,).
+    the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; then which
+    of all picks [M, H, 2, K] these are. Else all of this is there. A program owns one sub-key of one half, of all heads.
+    Grid: (2·n,).
     """
     i_key = tl.program_id(0)
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
@@ -185,13 +187,17 @@ def usage_kernel(
         position = begin
         while position < end:
             offs_a = position + tl.arange(0, BLOCK_A)
-            token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=-1)  # [BLOCK_A]
-            mask_a = token >= first_row
+            mask_a = offs_a < end
+            token = tl.load(tokens_ptr + offs_a, mask=mask_a, other=-1)  # [BLOCK_A]
             picks = (token.to(tl.int64) * (2 * H) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
             mask = mask_a[:, None] & mask_k
             scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
             is_own = tl.load(sub_keys_ptr + picks, mask=mask, other=-1) == row
-            usage += tl.sum(tl.where(is_own, probabilities(scores, mask_a), 0.0), axis=1)
+            if WORDS:
+                own = tl.sum(tl.where(is_own, picks, 0), axis=1)
+                tl.store(order_ptr + offs_a, own.to(order_ptr.dtype.element_ty), mask=mask_a)
+            is_used = is_own & (token >= first_row)[:, None]
+            usage += tl.sum(tl.where(is_used, probabilities(scores, mask_a), 0.0), axis=1)
             position += BLOCK_A
         i_head += 1
     mean = tl.sum(usage, axis=0) * tl.full([], share, dtype)
@@ -211,17 +217,18 @@ def plan_picks(
     *,
     num_keys: int,
     first_row: int,
-    listed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     config: PlanConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the plan of `sub_keys` [M, H, 2, K], and the slopes from `half_scores`, like it, both contiguous, M > 0.
 
     The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
     of a lookup do. Of others the plan is undefined. The usage is that of rows from `first_row` on.
 
     Returns:
-        tokens [M·H·2·K], those that picked each sub-key, in order; first [H·2·n + 1], where those of each sub-key begin;
-        both int32, or `listed`, where that is given; and slope and bend [2·n], u and u' of each sub-key of a half.
+        tokens [M·H·2·K], those that picked each sub-key, in order, and order, like it, which of all picks that was;
+        first [H·2·n + 1], where those of each sub-key begin; all int32, or `listed`, where that is given; and slope and
+        bend [2·n], u and u' of each sub-key of a half.
     """
     num_rows, heads, _, top_k = sub_keys.shape
     groups, device = 2 * heads, sub_keys.device
@@ -229,7 +236,7 @@ def plan_picks(
     slope, bend = (torch.empty(2 * num_keys, dtype=half_scores.dtype, device=device) for _ in range(2))
     words = sub_keys  # stands for what is not there
     if listed is None:
-        tokens = torch.empty(sub_keys.numel(), dtype=torch.int32, device=device)
+        tokens, order = torch.empty(2, sub_keys.numel(), dtype=torch.int32, device=device)
         first = torch.empty(groups * num_keys + 1, dtype=torch.int32, device=device)
         tiles = cdiv(num_rows, TILE)
         words = torch.empty(groups * tiles, num_keys, dtype=torch.int32, device=device)
@@ -250,7 +257,7 @@ def plan_picks(
             on=sub_keys,
         )
     else:
-        tokens, first = listed
+        tokens, order, first = listed
     launch(
         usage_kernel,
         (2 * num_keys,),
@@ -258,6 +265,7 @@ def plan_picks(
         half_scores,
         words,
         tokens,
+        order,
         first,
         slope,
         bend,
@@ -275,4 +283,4 @@ def plan_picks(
         num_warps=config.usage_warps,
         on=sub_keys,
     )
-    return tokens, first, slope, bend
+    return tokens, order, first, slope, bend
