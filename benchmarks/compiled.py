@@ -145,8 +145,7 @@ ROWS = {
     "segment_kernel": Rows(
         loads=lambda x: (
             x.D * x.BLOCK_A * x.vectors_ptr
-            + x.D * (x.CENTERED or (x.EPILOGUE != "sum" and not x.BASE)) * x.table_ptr
-            + x.D * x.BASE * x.base_ptr
+            + x.D * (x.CENTERED or x.EPILOGUE != "sum") * x.table_ptr
         ),
         # Or a partial sum: AMD's compiler makes one store of the two.
         stores=lambda x: x.D * (x.out_ptr + x.LOG * x.log_ptr),

@@ -96,31 +96,55 @@ def _half_grad(x: Any) -> Traffic:
     return Traffic(read, size(x.grad_queries_ptr, x.factor_ptr), again)
 
 
-def _step(x: Any) -> Traffic:
+def _step_grad(x: Any) -> Traffic:
     accesses, num_rows = x.sub_keys_ptr.numel(), x.keys_ptr.shape[0]
-    read, written, again = size(x.probability_ptr, x.sub_keys_ptr, x.marginal_ptr), size(x.factor_ptr), 0.0
-    for table, is_read in ((x.keys_ptr, x.IDW), (x.grad_totals_ptr, x.GRAD)):
+    read = size(x.half_scores_ptr, x.sub_keys_ptr, x.slope_ptr, x.queries_ptr)
+    again = 0.0
+    for table, is_read in ((x.keys_ptr, x.IDW), (x.grad_totals_ptr, True)):
         if is_read:
             once, more = _rows(accesses, table, num_rows, x.HALF)
             read, again = read + once, again + more
-    if x.GRAD:
-        written += size(x.dot_ptr, x.share_ptr)
-    return Traffic(read + (size(x.queries_ptr) if x.IDW or x.GRAD else 0), written, again)
+    return Traffic(read, size(x.factor_ptr, x.dot_ptr, x.share_ptr), again)
 
 
 def _score_grad(x: Any) -> Traffic:
     read = size(x.sub_keys_ptr)
     read += size(x.grad_scores_ptr, x.slots_ptr) if x.LOOKUP else 0
-    read += size(x.probability_ptr, x.marginal_ptr, x.grad_slope_ptr, x.dot_ptr) if x.STEP else 0
+    read += size(x.half_scores_ptr, x.slope_ptr, x.bend_ptr, x.grad_slope_ptr, x.dot_ptr) if x.STEP else 0
     return Traffic(read, size(x.grad_halves_ptr))
 
 
+def _usage(x: Any) -> Traffic:
+    # The words are read to see where the tokens of a sub-key begin, and again to list them; what was listed too.
+    read = size(x.words_ptr) if x.WORDS else size(x.tokens_ptr, x.first_ptr)
+    again = size(x.words_ptr, x.tokens_ptr) if x.WORDS else 0
+    # Each token's picks are read for each sub-key that it picked.
+    picks = size(x.half_scores_ptr, x.sub_keys_ptr)
+    written = size(x.tokens_ptr, x.order_ptr, x.first_ptr) if x.WORDS else 0
+    return Traffic(read + picks, written + size(x.slope_ptr, x.bend_ptr), again + (x.TOP_K - 1) * picks)
+
+
+def _key_sum(x: Any) -> Traffic:
+    accesses, num_rows = x.order_ptr.numel(), x.keys_ptr.shape[0]
+    met = num_rows if x.ALL_ROWS else distinct(accesses, num_rows)
+    row, queries = x.HALF * x.keys_ptr.itemsize, size(x.queries_ptr)
+    read = size(x.tokens_ptr, x.order_ptr, x.first_ptr, x.factor_ptr) + queries + met * row
+    read += size(x.step_factor_ptr) + met * x.HALF * x.steps_ptr.itemsize if x.STEP else 0
+    read += met * x.HALF * x.base_ptr.itemsize if x.EPILOGUE != "update" else 0
+    again = max(0.0, accesses * x.HALF * x.queries_ptr.itemsize - queries)
+    return Traffic(read, met * x.HALF * x.out_ptr.itemsize, again)
+
+
 def _pick_sums(x: Any) -> Traffic:
-    accesses, num_rows = x.order_ptr.numel(), x.table_ptr.shape[0]
-    rows = {"none": 0.0, "unpicked": num_rows - distinct(accesses, num_rows), "all": num_rows}[x.ROWS] * x.HALF
-    read = size(x.coefficient_ptr, x.order_ptr, x.first_ptr) + rows * x.table_ptr.itemsize
-    read += size(x.step_factor_ptr) + rows * x.steps_ptr.itemsize if x.STEP else 0
-    return Traffic(read, size(x.sums_ptr) + rows * x.out_ptr.itemsize)
+    return Traffic(size(x.coefficient_ptr, x.order_ptr, x.first_ptr), size(x.sums_ptr))
+
+
+def _step(x: Any) -> Traffic:
+    return Traffic(size(x.half_scores_ptr, x.sub_keys_ptr, x.slope_ptr), size(x.factor_ptr))
+
+
+def _count(x: Any) -> Traffic:
+    return Traffic(size(x.sub_keys_ptr), size(x.words_ptr))
 
 
 def _gather(x: Any) -> Traffic:
@@ -150,10 +174,8 @@ def _segment(x: Any) -> Traffic:
         size(x.order_ptr, x.start_ptr, x.end_ptr) + met * x.rows_ptr.itemsize + accesses * x.coefficients_ptr.itemsize
     )
     vectors = size(x.vectors_ptr)
-    if x.CENTERED or (x.EPILOGUE != "sum" and not x.BASE):
+    if x.CENTERED or x.EPILOGUE != "sum":
         read += met * row["table_ptr"]
-    if x.BASE:
-        read += met * x.D * x.base_ptr.itemsize
     written = (met - hot) * (row["out_ptr"] + x.LOG * row["log_ptr"]) + pieces * x.D * x.partials_ptr.itemsize
     return Traffic(read + vectors, written, max(0.0, accesses * row["vectors_ptr"] - vectors))
 
@@ -209,9 +231,13 @@ TRAFFIC: dict[str, Callable[[Any], Traffic]] = {
     "half_topk_kernel": _half_topk,
     "merge_kernel": _merge,
     "half_grad_kernel": _half_grad,
+    "count_kernel": _count,
+    "usage_kernel": _usage,
     "step_kernel": _step,
-    "score_grad_kernel": _score_grad,
+    "step_grad_kernel": _step_grad,
+    "key_sum_kernel": _key_sum,
     "pick_sums_kernel": _pick_sums,
+    "score_grad_kernel": _score_grad,
     "gather_kernel": _gather,
     "segment_kernel": _segment,
     "hot_segment_kernel": _hot_segment,

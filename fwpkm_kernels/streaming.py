@@ -176,9 +176,17 @@ def _after_carried(queue: Queue, tokens: Tokens, carried: int) -> tuple[Tensor, 
 
 def _carry(queue: Queue, o: Options) -> None:
     """Carry the last L tokens of a chunk into the next one."""
-    if o.lookahead > 0:
-        for buffer in (queue.queries, queue.gates, queue.mask):
-            buffer[: o.lookahead] = buffer[o.chunk_size :]
+    if o.lookahead == 0:
+        return
+    buffers = (queue.queries, queue.gates, queue.mask)
+    carried = [buffer[o.chunk_size :] for buffer in buffers]
+    if checks.use_triton(o.backend, queue.queries):
+        from .kernels import streaming
+
+        streaming.enqueue(*carried, buffers, 0)
+        return
+    for buffer, x in zip(buffers, carried, strict=True):
+        buffer[: o.lookahead] = x
 
 
 def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:

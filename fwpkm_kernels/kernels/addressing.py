@@ -4,11 +4,12 @@ A half of a row picks K sub-keys with probabilities P, the softmax of its half s
 all heads, and u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside
 the rows of the sub-keys that were picked. `kernels/plan.py` lists the picks of each sub-key, and has its u and u'.
 
-Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_sum_kernel`, whose sum is not stored but
-stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums that
-the gradient of P̄ takes; `score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's own
-included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. There are few sub-keys, so one program sums
-all picks of one, and there is nothing to be added up after it: many picks at a time, as every token may have picked it.
+Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_sum_kernel`, whose sum is not stored
+but stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums
+that the gradient of P̄ takes; `score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's
+own included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. There are few sub-keys, so one program
+sums all picks of one, and there is nothing to be added up after it: many picks at a time, as every token may have
+picked it.
 """
 
 from typing import Any, NamedTuple
@@ -31,11 +32,12 @@ class KeySumConfig(NamedTuple):
     num_warps: int
 
 
-def key_sum_config(width: int, dtype: torch.dtype) -> KeySumConfig:
-    """Launch table, keyed by the width of a sub-key and the dtype of the sums."""
-    # Narrow column blocks: a sub-key that every token picks should come through several programs.
-    block_d = min(next_power_of_2(max(1, width)), 64)
-    return KeySumConfig(256 // dtype.itemsize, block_d, 4)
+def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig:
+    """Launch table, keyed by the width of a sub-key, the picks that one has on average, and the dtype of the sums."""
+    block_a = min(max(next_power_of_2(int(picks)), 8), 64)
+    # With many picks narrow column blocks: what every token picks comes through several programs then.
+    block_d = min(next_power_of_2(max(1, width)), 256, 4096 // block_a)
+    return KeySumConfig(block_a * 4 // dtype.itemsize, block_d, max(1, block_a * block_d // 1024))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -55,7 +57,7 @@ def step_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u), in rows from `first_row` on.
+    """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
     2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
     that it steps by. `share` is 1 / (the number of rows). A program owns BLOCK_R of the R halves of (token, head) rows.
@@ -161,7 +163,7 @@ def key_sum_kernel(
                 other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
             if IDW:
-                q = tl.where(mask_a[:, None], q - k[None, :], 0.0)
+                q -= k[None, :]  # also where there is no pick: the factor is 0 there
             totals += factor[:, None] * q
             token = next_token
             pick = next_pick
@@ -382,7 +384,7 @@ def sum_picks(
     """
     heads, half = queries.shape[1], keys.shape[1]
     tokens, order, first, _, _ = plan
-    config = config or key_sum_config(half, factors.dtype)
+    config = config or key_sum_config(half, order.numel() / keys.shape[0], factors.dtype)
     launch(
         key_sum_kernel,
         (keys.shape[0], cdiv(half, config.block_d)),

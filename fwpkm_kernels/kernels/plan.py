@@ -2,10 +2,10 @@
 
 A half of a head has few sub-keys and many picks, so its picks are sorted by counting. Tokens come in tiles of 16: then
 the tokens of a tile that picked a sub-key fit half a word, bit by bit, each at most once since the picks of a half of a
-row differ. `count_kernel` leaves these words; as a bit is a power of two, and a sub-key a pair of digits, all words of a
-tile are one product of matrices of half precision, and exact. The other half of a word is the number of picks in the
-tile that belong before the sub-key's own. So `usage_kernel`, whose program owns a sub-key, finds where its tokens begin,
-and which they are, from the words of that sub-key alone; lists them; and sums what the key step needs of them.
+row differ. `count_kernel` leaves these words; as a bit is a power of two, and a sub-key a pair of digits, all words of
+a tile are one product of matrices of half precision, and exact. The other half of a word is the number of picks in the
+tile that belong before the sub-key's own. So `usage_kernel`, whose program owns a sub-key, finds where its tokens
+begin, and which they are, from the words of that sub-key alone; lists them; and sums what the key step needs of them.
 """
 
 from typing import NamedTuple
@@ -35,19 +35,21 @@ class PlanConfig(NamedTuple):
     usage_warps: int
 
 
-def plan_config(num_keys: int, top_k: int) -> PlanConfig:
-    """Launch table, keyed by the number of sub-keys and of picks."""
+def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
+    """Launch table, keyed by the number of rows, of sub-keys and of picks."""
     bits = max(8, (num_keys - 1).bit_length())  # digits of at least 16, for the product
     low = 2 ** ((bits + 1) // 2)
     block_k = next_power_of_2(top_k)
+    block_t = min(max(next_power_of_2(cdiv(num_rows, TILE)), 32), 512)
+    mean = num_rows * top_k // num_keys  # tokens that picked a sub-key
     return PlanConfig(
         block_high=2**bits // low,
         block_low=low,
         block_k=min(block_k, 8),
-        block_t=512,
-        block_a=max(1, min(128, 1024 // block_k)),
+        block_t=block_t,
+        block_a=min(max(next_power_of_2(mean), 8), 64, max(1, 1024 // block_k)),
         count_warps=8 if bits > 10 else 4,
-        usage_warps=4,
+        usage_warps=max(1, block_t // 128),
     )
 
 
@@ -137,10 +139,10 @@ def usage_kernel(
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
 
-    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. WORDS: first
-    the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; then which
-    of all picks [M, H, 2, K] these are. Else all of this is there. A program owns one sub-key of one half, of all heads.
-    Grid: (2·n,).
+    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. WORDS:
+    first the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; then
+    which of all picks [M, H, 2, K] these are. Else all of this is there. A program owns one sub-key of one half, of all
+    heads. Grid: (2·n,).
     """
     i_key = tl.program_id(0)
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
@@ -232,7 +234,7 @@ def plan_picks(
     """
     num_rows, heads, _, top_k = sub_keys.shape
     groups, device = 2 * heads, sub_keys.device
-    config = config or plan_config(num_keys, top_k)
+    config = config or plan_config(num_rows, num_keys, top_k)
     slope, bend = (torch.empty(2 * num_keys, dtype=half_scores.dtype, device=device) for _ in range(2))
     words = sub_keys  # stands for what is not there
     if listed is None:

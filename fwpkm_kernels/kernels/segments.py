@@ -11,7 +11,6 @@ What is done with a sum is the EPILOGUE:
     "sum"        out[row] = total                                           gradient of a gathered table, of sub-keys
     "update"     out[row] = decay·table[row] - lr·clamp(total)              the write
     "step_grad"  out[row] = lr·table[row] where |total| <= clip, else 0     what the write's backward gathers
-    "add"        out[row] = table[row] + total                              gradient of sub-keys, on top of another
 with out[segment start] instead of out[row] when COMPACT: a [accesses, D] array in place of an [N, D] one. With a LOG
 the table's row as it was is kept too, in such an array.
 """
@@ -26,14 +25,15 @@ from . import compute_dtype
 from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
 
 PIECE = 32
+#: Pieces that a program of `hot_segment_kernel` looks through: most programs look and leave.
+WINDOWS = 4
 
 
 class SegmentConfig(NamedTuple):
-    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time; positions that a program looks at."""
+    """Tile of `segment_kernel`: BLOCK_A accesses by a whole row at a time."""
 
     block_a: int
     num_warps: int
-    window: int = 1
 
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
@@ -47,7 +47,7 @@ def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
 
 @triton.jit
 def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.constexpr):
-    """Turn the sum of one segment, and the row `old` of the table or base, into one row of the output."""
+    """Turn the sum of one segment, and the row `old` of the table, into one row of the output."""
     decay = tl.full([], decay, total.dtype)
     lr = tl.full([], lr, total.dtype)
     clip = tl.full([], clip, total.dtype)
@@ -57,8 +57,6 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
         total = decay * old - lr * total
     if EPILOGUE == "step_grad":
         total = tl.where((total <= clip) & (total >= -clip), lr * old, 0.0)
-    if EPILOGUE == "add":
-        total += old
     return total
 
 
@@ -67,7 +65,6 @@ def segment_kernel(
     vectors_ptr,
     coefficients_ptr,
     table_ptr,
-    base_ptr,
     out_ptr,
     log_ptr,
     partials_ptr,
@@ -79,8 +76,6 @@ def segment_kernel(
     stride_vd,
     stride_tn,
     stride_td,
-    stride_bn,
-    stride_bd,
     stride_on,
     stride_od,
     decay: tl.float64,
@@ -92,71 +87,66 @@ def segment_kernel(
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
     CENTERED: tl.constexpr,
-    BASE: tl.constexpr,
     CLIP: tl.constexpr,
     COMPACT: tl.constexpr,
     LOG: tl.constexpr,
     PIECE: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
-    BASE: the epilogue reads `base` instead of the table.
-    Access a belongs to vector a // PER_VECTOR. A program owns the pieces that open among WINDOW positions. Under
-    TRITON_DEBUG rows outside [0, N) stop it.
-    Grid: (accesses / WINDOW,).
+    Access a belongs to vector a // PER_VECTOR. A program owns the piece that opens at its position, if one does. Under
+    TRITON_DEBUG rows outside [0, N) stop it. Grid: (accesses,).
     """
-    for i_w in range(WINDOW):
-        i_a = tl.program_id(0).to(start_ptr.dtype.element_ty) * WINDOW + i_w
-        # Where there is no position an empty segment stands, which opens at 0 only.
-        start = tl.load(start_ptr + i_a, mask=i_a < A, other=0)
-        end = tl.load(end_ptr + i_a, mask=i_a < A, other=0)
-        is_hot = end - start >= 2 * PIECE
-        # A segment that is not hot is one piece; the last one of a hot segment may be longer.
-        opening = tl.where(is_hot, (end - start) // PIECE * PIECE, 1)
-        if ((i_a - start) % PIECE == 0) & (i_a - start < opening):
-            dtype: tl.constexpr = partials_ptr.dtype.element_ty
-            last = tl.where(end - i_a >= 2 * PIECE, i_a + PIECE, end)
-            row = tl.load(rows_ptr + i_a).to(tl.int64)
-            if CENTERED or not COMPACT or EPILOGUE != "sum":  # which a row of the table is read or written for
-                tl.device_assert((row >= 0) & (row < N), "`slots` must lie in [0, N)")
-            offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-            mask_d = offs_d < D
-            # Read before the accesses, on which it does not depend: two trips to memory at once.
-            old = tl.zeros([BLOCK_D], dtype)
-            if CENTERED or (EPILOGUE != "sum" and not BASE):
-                old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
-            total = tl.zeros([BLOCK_D], dtype)
-            position = i_a
-            while position < last:
-                offs_a = position + tl.arange(0, BLOCK_A)
-                mask_a = offs_a < last
-                access = tl.load(order_ptr + offs_a, mask=mask_a, other=0)
-                coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
-                vector = tl.load(
-                    vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
-                    mask=mask_a[:, None] & mask_d[None, :],
-                    other=0.0,
-                ).to(dtype)  # [BLOCK_A, BLOCK_D]
-                if CENTERED:
-                    vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
-                total += tl.sum(coefficient[:, None] * vector, axis=0)
-                position += BLOCK_A
-            if is_hot:
-                tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
-            else:
-                base = old
-                if BASE:
-                    base = tl.load(base_ptr + row * stride_bn + offs_d * stride_bd, mask=mask_d, other=0.0).to(dtype)
-                total = finish_row(total, base, decay, lr, clip, EPILOGUE, CLIP)
-                out_row = start.to(tl.int64) if COMPACT else row
-                out = out_ptr + out_row * stride_on + offs_d * stride_od
-                tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
-                if LOG:
-                    log = log_ptr + start.to(tl.int64) * D + offs_d
-                    tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
+    i_a = tl.program_id(0).to(start_ptr.dtype.element_ty)
+    # All that stands at a position is read at once, whether a piece opens there or not: nearly always one does, and
+    # then its rows are two trips to memory away, not three.
+    start = tl.load(start_ptr + i_a)
+    end = tl.load(end_ptr + i_a)
+    row = tl.load(rows_ptr + i_a).to(tl.int64)
+    offs_a = i_a + tl.arange(0, BLOCK_A)
+    access = tl.load(order_ptr + offs_a, mask=offs_a < A, other=0)  # [BLOCK_A]
+    is_hot = end - start >= 2 * PIECE
+    # A segment that is not hot is one piece; the last one of a hot segment may be longer.
+    opening = tl.where(is_hot, (end - start) // PIECE * PIECE, 1)
+    if ((i_a - start) % PIECE == 0) & (i_a - start < opening):
+        dtype: tl.constexpr = partials_ptr.dtype.element_ty
+        last = tl.where(end - i_a >= 2 * PIECE, i_a + PIECE, end)
+        if CENTERED or not COMPACT or EPILOGUE != "sum":  # which a row of the table is read or written for
+            tl.device_assert((row >= 0) & (row < N), "`slots` must lie in [0, N)")
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = offs_d < D
+        old = tl.zeros([BLOCK_D], dtype)
+        if CENTERED or EPILOGUE != "sum":
+            old = tl.load(table_ptr + row * stride_tn + offs_d * stride_td, mask=mask_d, other=0.0).to(dtype)
+        total = tl.zeros([BLOCK_D], dtype)
+        position = i_a
+        while position < last:
+            mask_a = position + tl.arange(0, BLOCK_A) < last
+            position += BLOCK_A
+            offs_a = position + tl.arange(0, BLOCK_A)
+            next_access = tl.load(order_ptr + offs_a, mask=offs_a < last, other=0)
+            coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
+            vector = tl.load(
+                vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
+                mask=mask_a[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(dtype)  # [BLOCK_A, BLOCK_D]
+            if CENTERED:
+                vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
+            total += tl.sum(coefficient[:, None] * vector, axis=0)
+            access = next_access
+        if is_hot:
+            tl.store(partials_ptr + (i_a // PIECE).to(tl.int64) * D + offs_d, total, mask=mask_d)
+        else:
+            total = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
+            out_row = start.to(tl.int64) if COMPACT else row
+            out = out_ptr + out_row * stride_on + offs_d * stride_od
+            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_d)
+            if LOG:
+                log = log_ptr + start.to(tl.int64) * D + offs_d
+                tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit(do_not_specialize=["A"])
@@ -182,24 +172,28 @@ def hot_segment_kernel(
     COMPACT: tl.constexpr,
     LOG: tl.constexpr,
     PIECE: tl.constexpr,
+    WINDOWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the partial sums of one hot segment in order, then the epilogue.
+    """Add the partial sums of each hot segment in order, then the epilogue.
 
-    At most one hot segment starts within PIECE positions; its program looks for it there. A program owns BLOCK_D
-    columns of one such window. Grid: (accesses / PIECE, column blocks).
+    At most one hot segment starts within PIECE positions. A program owns BLOCK_D columns of those that start in WINDOWS
+    such pieces. Grid: (accesses / (WINDOWS·PIECE), column blocks).
     """
-    i_window = tl.program_id(0).to(start_ptr.dtype.element_ty)
-    offs_a = i_window * PIECE + tl.arange(0, PIECE)
+    first_piece = tl.program_id(0).to(start_ptr.dtype.element_ty) * WINDOWS
+    offs_a = first_piece * PIECE + tl.arange(0, WINDOWS * PIECE)
     mask_a = offs_a < A
     starts = tl.load(start_ptr + offs_a, mask=mask_a, other=-1)
     ends = tl.load(end_ptr + offs_a, mask=mask_a, other=-1)
     is_hot = (starts == offs_a) & (ends - starts >= 2 * PIECE)
-    start = tl.max(tl.where(is_hot, starts, -1), axis=0)
-    if start >= 0:
+    left = tl.where(is_hot, starts, -1)  # [WINDOWS * PIECE]
+    start = tl.max(left, axis=0)
+    while start >= 0:
+        is_start = left == start
+        end = tl.max(tl.where(is_start, ends, -1), axis=0)
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
-        pieces = (tl.max(tl.where(is_hot, ends, -1), axis=0) - start) // PIECE
+        pieces = (end - start) // PIECE
         row = tl.load(rows_ptr + start).to(tl.int64)
         offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
@@ -211,7 +205,7 @@ def hot_segment_kernel(
         while first < pieces:
             offs_p = first + tl.arange(0, BLOCK_P)
             partial = tl.load(
-                partials_ptr + (i_window + offs_p).to(tl.int64)[:, None] * D + offs_d[None, :],
+                partials_ptr + (start // PIECE + offs_p).to(tl.int64)[:, None] * D + offs_d[None, :],
                 mask=(offs_p < pieces)[:, None] & mask_d[None, :],
                 other=0.0,
             )  # [BLOCK_P, BLOCK_D]
@@ -224,6 +218,8 @@ def hot_segment_kernel(
         if LOG:
             log = log_ptr + start.to(tl.int64) * D + offs_d
             tl.store(log, old.to(log_ptr.dtype.element_ty), mask=mask_d)
+        left = tl.where(is_start, -1, left)
+        start = tl.max(left, axis=0)
 
 
 def segment_rows(
@@ -237,7 +233,6 @@ def segment_rows(
     *,
     epilogue: str = "sum",
     table: torch.Tensor | None = None,
-    base: torch.Tensor | None = None,
     log: torch.Tensor | None = None,
     centered: bool = False,
     compact: bool = False,
@@ -249,9 +244,9 @@ def segment_rows(
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
     `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
-    `table` is the table that the epilogue reads, unless there is a `base` for it, and that `centered` subtracts; either
-    may be `out`. "update" also stores the table's rows as they were in `log` [A, D] (contiguous, in its dtype), each
-    where its segment starts; other rows of `log` are left as they are.
+    `table` is the table that the epilogue reads and that `centered` subtracts; it may be `out`. "update" also stores the
+    table's rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other rows of
+    `log` are left as they are.
     """
     accesses, width = order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
@@ -262,15 +257,14 @@ def segment_rows(
     block_d = next_power_of_2(width)
     # Narrow column blocks: hot segments are few, and their partial sums should come through many programs.
     hot_block_d = min(block_d, 128)
-    hot_grid = (cdiv(accesses, PIECE), cdiv(width, hot_block_d))
+    hot_grid = (cdiv(accesses, WINDOWS * PIECE), cdiv(width, hot_block_d))
     check_grid(hot_segment_kernel, hot_grid)
     launch(
         segment_kernel,
-        (cdiv(accesses, config.window),),
+        (accesses,),
         vectors,
         coefficients,
         table,
-        table if base is None else base,
         out,
         out if log is None else log,
         partials,
@@ -280,7 +274,6 @@ def segment_rows(
         end,
         *vectors.stride(),
         *table.stride(),
-        *(table if base is None else base).stride(),
         *out.stride(),
         decay,
         lr,
@@ -291,19 +284,16 @@ def segment_rows(
         D=width,
         EPILOGUE=epilogue,
         CENTERED=centered,
-        BASE=base is not None,
         CLIP=clip is not None,
         COMPACT=compact,
         LOG=log is not None,
         PIECE=PIECE,
-        WINDOW=config.window,
         BLOCK_A=config.block_a,
         BLOCK_D=block_d,
         num_warps=config.num_warps,
         on=vectors,
     )
     if accesses >= 2 * PIECE:
-        table = table if base is None else base
         launch(
             hot_segment_kernel,
             hot_grid,
@@ -326,8 +316,9 @@ def segment_rows(
             COMPACT=compact,
             LOG=log is not None,
             PIECE=PIECE,
+            WINDOWS=WINDOWS,
             BLOCK_P=16,
             BLOCK_D=hot_block_d,
-            num_warps=4,
+            num_warps=1,
             on=vectors,
         )
