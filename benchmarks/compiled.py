@@ -143,10 +143,7 @@ ROWS = {
         loads=lambda x: min(x.BLOCK_J, x.J) * x.D * x.values_ptr, stores=lambda x: x.HAS_SUM * x.D * x.out_ptr
     ),
     "segment_kernel": Rows(
-        loads=lambda x: (
-            x.D * x.BLOCK_A * x.vectors_ptr
-            + x.D * (x.CENTERED or x.EPILOGUE != "sum") * x.table_ptr
-        ),
+        loads=lambda x: x.D * x.BLOCK_A * x.vectors_ptr + x.D * (x.CENTERED or x.EPILOGUE != "sum") * x.table_ptr,
         # Or a partial sum: AMD's compiler makes one store of the two.
         stores=lambda x: x.D * (x.out_ptr + x.LOG * x.log_ptr),
     ),

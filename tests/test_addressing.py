@@ -10,10 +10,9 @@ from torch.autograd import gradcheck
 import reference
 from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
 from fwpkm_kernels.addressing import address_grad, step_keys
-from fwpkm_kernels.kernels.addressing import pick_sums
-from fwpkm_kernels.kernels.segments import segment_config, segment_rows
+from fwpkm_kernels.kernels.addressing import KeySumConfig, pick_sums, sum_picks
 from fwpkm_kernels.lookup import lookup_halves
-from fwpkm_kernels.plan import plan_segments
+from fwpkm_kernels.plan import plan_picks
 from tests.conftest import SLOW_IN_INTERPRETER, Place
 from tests.test_golden_chunk import load
 
@@ -361,76 +360,65 @@ def test_out_without_rows(weight_decay, place):
     testing.assert_bitwise_equal(out, moved)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", ["none", "unpicked", "all", "all with steps"])
-def test_sums_of_picks(rows, dtype, triton_place):
-    """Also of a sub-key that every token picks, in more than one block, and of one that nobody does."""
+def make_uneven_picks(rows, dtype, device):
+    """Sub-keys [M, 2, 2, 1], of n = 3 of width 5, and their plan: one that every token picks, one that nobody does."""
     generator = torch.Generator().manual_seed(0)
-    sub_keys = torch.tensor([[[0], [4]], [[6], [11]]]).repeat(1100, 1, 1, 1)  # [M, 2, 2, 1], of n = 3 sub-keys
-    sub_keys[torch.rand(1100, generator=generator) < 0.05, 0, 1] = 3
-    coefficients, factors = torch.rand(2, *sub_keys.shape, generator=generator, dtype=dtype).to(triton_place.device)
-    table, steps = torch.randn(2, 12, 5, generator=generator, dtype=dtype).to(triton_place.device)
-    sub_keys = sub_keys.to(triton_place.device)
-    plan = plan_segments(sub_keys, 12)
-    first = torch.searchsorted(plan.rows, torch.arange(13, device=triton_place.device), out_int32=True)
-    sizes, flat = first.diff(), sub_keys.flatten()
-    steps[sizes == 0] = torch.nan  # not defined, not read
-    out = torch.full_like(table, 7.0)
-    arguments = {"heads": 2, "decay": 0.75, "all_rows": rows.startswith("all")}
-    if rows == "all with steps":
-        arguments |= {"step_factors": factors, "steps": steps}
+    sub_keys = torch.tensor([[[0], [4]], [[6], [11]]], dtype=torch.int32).repeat(rows, 1, 1, 1)
+    sub_keys[torch.rand(rows, generator=generator) < 0.05, 0, 1] = 3
+    sub_keys = sub_keys.to(device)
+    plan = plan_picks(sub_keys, torch.zeros(sub_keys.shape, dtype=dtype, device=device), 3)
+    sizes = plan.first.diff()
+    assert (sizes == 0).any()
+    assert (sizes == rows).any()
+    return sub_keys.flatten().long(), plan, sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_picks(dtype, triton_place):
+    flat, plan, _ = make_uneven_picks(600, dtype, triton_place.device)
+    coefficients = torch.rand(600, 2, 2, 1, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    coefficients = coefficients.to(triton_place.device)
     with testing.poisoned_memory():
-        sums = pick_sums(coefficients, plan.order, first, table, None if rows == "none" else out, **arguments)
+        sums = pick_sums(coefficients, plan)
     expected = torch.zeros_like(sums, dtype=torch.float64).index_add_(0, flat % 6, coefficients.flatten().double())
     torch.testing.assert_close(sums.double(), expected, rtol=1e-6, atol=0.0)
-    expected_rows = 0.75 * table
-    if rows == "all with steps":
-        step_totals = torch.zeros(12, 1, dtype=dtype, device=flat.device).index_add_(0, flat, factors.view(-1, 1))
-        expected_rows -= step_totals * steps.nan_to_num()
-    if rows == "none":
-        expected_rows = torch.full_like(table, 7.0)
-    if rows == "unpicked":
-        expected_rows[sizes > 0] = 7.0
-    torch.testing.assert_close(out, expected_rows)
-    assert (sizes == 0).any()
-    assert (sizes > 1024).any()
 
 
-@pytest.mark.parametrize("epilogue", ["update", "step_grad", "add"])
-def test_programs_that_look_at_many_positions(epilogue, triton_place):
-    """Hot segments, cold ones and a last window that is not full: the same bits as with a program for each position.
-
-    The epilogue reads a table of its own.
-    """
-    slots = torch.cat((torch.full((100,), 3), torch.arange(9), torch.full((33,), 5), torch.full((64,), 10)))
-    slots = slots[torch.randperm(len(slots), generator=torch.Generator().manual_seed(0))].to(triton_place.device)
+@pytest.mark.parametrize("idw", [True, False])
+@pytest.mark.parametrize("all_rows", [True, False])
+@pytest.mark.parametrize("epilogue", ["update", "step_grad", "grad", "grad with steps"])
+def test_sums_of_rows_of_picks(epilogue, all_rows, idw, triton_place):
+    """Tiles of any size; nothing of a sub-key that nobody picked is read but its own row."""
+    flat, plan, sizes = make_uneven_picks(90, torch.float32, triton_place.device)
     generator = torch.Generator().manual_seed(1)
-    vectors = torch.randn(len(slots), 6, generator=generator).to(triton_place.device)
-    coefficients = torch.randn(len(slots), generator=generator).to(triton_place.device)
-    table, base = torch.randn(2, 12, 6, generator=generator).to(triton_place.device)
-    options = {"epilogue": epilogue, "table": table, "centered": True, "decay": 0.9, "lr": 0.3, "clip": 4.0}
-    config = segment_config(6, torch.float32)._replace(block_a=4)
-    results = []
-    for window in (1, 8, 32):
-        out = torch.full_like(table, 7.0)
+    factors, step_factors = torch.rand(2, 90, 2, 2, 1, generator=generator).to(triton_place.device)
+    queries = torch.randn(90, 2, 10, generator=generator).to(triton_place.device)
+    keys, base, steps = torch.randn(3, 12, 5, generator=generator).to(triton_place.device)
+    steps[sizes == 0] = torch.nan  # not defined, not read
+    options = {"epilogue": epilogue[:9].strip(), "base": base, "all_rows": all_rows, "idw": idw, "decay": 0.75}
+    clip = 20.0 if idw else 5.0
+    options |= {"lr": 0.01, "clip": clip}
+    if epilogue == "grad with steps":
+        options |= {"epilogue": "grad", "step_factors": step_factors, "steps": steps}
+
+    def totals(coefficients, vectors):
+        return torch.zeros(12, 5, device=flat.device).index_add_(0, flat, coefficients.view(-1, 1) * vectors)
+
+    total = totals(factors, queries.view(-1, 5) - keys[flat] * idw)
+    if epilogue == "update":
+        expected = 0.75 * keys - 0.01 * total.clamp(-clip, clip)
+    elif epilogue == "step_grad":
+        expected = torch.where(total.abs() <= clip, 0.01 * base, 0.0)
+        expected[sizes == 0] = 0.75 * keys[sizes == 0]  # defined, though nobody reads it
+    else:
+        expected = 0.75 * base + total
+        if epilogue == "grad with steps":
+            expected -= totals(step_factors, torch.ones(5, device=flat.device)) * steps.nan_to_num()
+    if not all_rows:
+        expected[sizes == 0] = 7.0
+    assert (total.abs() > clip).any()
+    for config in (None, KeySumConfig(16, 2, 4), KeySumConfig(64, 8, 4)):
+        out = torch.full_like(keys, 7.0)
         with testing.poisoned_memory():
-            segment_rows(
-                out,
-                vectors,
-                coefficients,
-                *plan_segments(slots, 12),
-                base=base,
-                config=config._replace(window=window),
-                **options,
-            )
-        results.append(out)
-    testing.assert_bitwise_equal(results[1], results[0])
-    testing.assert_bitwise_equal(results[2], results[0])
-    totals = torch.zeros_like(table).index_add_(0, slots, coefficients[:, None] * (vectors - table[slots]))
-    expected = {
-        "update": 0.9 * base - 0.3 * totals.clamp(-4, 4),
-        "step_grad": torch.where(totals.abs() <= 4, 0.3 * base, 0.0),
-        "add": base + totals,
-    }[epilogue]
-    expected[[9, 11]] = 7.0
-    torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5)
+            sum_picks(out, keys, queries, factors, plan, config=config, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

@@ -268,14 +268,13 @@ def warps(*numbers: int) -> tuple[int, ...]:
     return numbers if HAS_GPU else numbers[:1]
 
 
-#: Accesses at a time, warps, positions that a program looks at.
-SEGMENT_CONFIGS = [segments.SegmentConfig(*config) for config in ((1, 4, 1), (2, 1, 3), (2, 8, 2), (32, 8, 8))]
+#: Accesses at a time, and warps.
+SEGMENT_CONFIGS = [segments.SegmentConfig(*config) for config in ((1, 4), (2, 1), (2, 8), (32, 8))]
 
 
 @pytest.mark.parametrize("config", SEGMENT_CONFIGS, ids=str)
 def test_every_tile_of_segment_sums(config, triton_place, monkeypatch):
-    for module in (segments, addressing):
-        monkeypatch.setattr(module, "segment_config", lambda *_: config)
+    monkeypatch.setattr(segments, "segment_config", lambda *_: config)
     assert_same_bits_always(update(triton_place, clip=0.3), triton_place.device, min(RUNS, 5))
 
 
@@ -313,21 +312,31 @@ def test_every_tile_of_a_lookup(config, triton_place, monkeypatch):
     assert_same_bits_always(lambda: lookup.lookup(*inputs, **options), triton_place.device, min(RUNS, 5))
 
 
-@pytest.mark.parametrize("config", [{}, {"block_k": 1, "block_p": 1}, {"block_low": 32, "block_high": 64}], ids=str)
-@pytest.mark.parametrize("programs", [64, 2])
-def test_every_tile_of_a_plan_of_picks(programs, config, triton_place, monkeypatch):
+@pytest.mark.parametrize("config", [{"block_k": 1, "block_a": 4}, {"block_low": 32, "block_high": 64}], ids=str)
+@pytest.mark.parametrize("block_t", [512, 2])
+def test_every_tile_of_a_plan_of_picks(block_t, config, triton_place, monkeypatch):
     """And they are all the same plan."""
-    sub_keys, half_scores = make_picks(20000 if HAS_GPU else 70, 1, 7, 3, device=triton_place.device)
-    plan, *others = plan_picks(sub_keys, half_scores, 7)
-    table = pick_plan.plan_config
-    monkeypatch.setattr(pick_plan, "PROGRAMS", programs)
+    sub_keys, half_scores = make_picks(20000 if HAS_GPU else 50, 1, 4, 3, device=triton_place.device)
+    expected, table = plan_picks(sub_keys, half_scores, 4), pick_plan.plan_config
+    config = {**config, "block_t": block_t}
     monkeypatch.setattr(pick_plan, "plan_config", lambda *sizes: table(*sizes)._replace(**config))
-    results = iter([(plan, *others)])
+    assert_same_bits_always(lambda: plan_picks(sub_keys, half_scores, 4), triton_place.device, min(RUNS, 5))
+    for name, x, wanted in zip(expected._fields, plan_picks(sub_keys, half_scores, 4), expected, strict=True):
+        if name in ("slope", "bend"):  # sums of floats, in another order
+            torch.testing.assert_close(x, wanted)
+        else:
+            testing.assert_bitwise_equal(x, wanted, name)
 
-    def call() -> Any:
-        return next(results, None) or plan_picks(sub_keys, half_scores, 7)
 
-    assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
+@pytest.mark.parametrize("block_d", [4, 64])
+@pytest.mark.parametrize("block_a", [1, 16])
+def test_every_tile_of_a_key_step(block_a, block_d, triton_place, monkeypatch):
+    rows, n, width = (4096, 64, 64) if HAS_GPU else (20, 5, 8)
+    queries, keys = testing.make_lookup_inputs(rows, 1, n, width, device=triton_place.device)
+    config = addressing.KeySumConfig(block_a, block_d, 4)
+    monkeypatch.setattr(addressing, "key_sum_config", lambda *_: config)
+    options = {"top_k": 3, "backend": triton_place.backend}
+    assert_same_bits_always(lambda: product_key_update(keys, queries, **options), triton_place.device, min(RUNS, 5))
 
 
 @pytest.mark.parametrize("block_j", [1, 2, 8])
@@ -452,35 +461,25 @@ def sub_key_launches(place: Place) -> Function:
     queries, keys = testing.make_lookup_inputs(rows, heads, n, width, device=place.device)
     table, options = keys.flatten(0, 2), {"idw": True, "eps": 1e-3}
     _, slots, half_scores, sub_keys = lookup.lookup(queries, keys, top_k=top_k, precision="ieee", **options)
-    plan, first, probabilities = plan_picks(sub_keys, half_scores, n)
-    numbers = {"weight": 0.5, "num_rows": rows * heads}
+    plan = plan_picks(sub_keys, half_scores, n)
+    numbers = {"idw": True, "weight": 0.5, "first_row": 1}
 
     def call() -> Any:
-        out = torch.zeros_like(table)
-        sums = addressing.pick_sums(probabilities, plan.order, first, table, out, heads=heads, decay=0.9)
         grad_totals = torch.ones_like(table)
-        factors, dots, shares = addressing.step_factors(
-            queries, table, probabilities, sub_keys, sums, grad_totals=grad_totals, **options, **numbers
+        found = addressing.find_factors(half_scores, sub_keys, plan, **numbers)
+        factors, dots, shares = addressing.step_grad(
+            queries, table, half_scores, sub_keys, plan.slope, grad_totals, direction=1.0, **numbers
         )
-        shares_of_all = addressing.pick_sums(
-            shares, plan.order, first, table, out, heads=heads, all_rows=True, step_factors=factors, steps=grad_totals
-        )
+        sums = addressing.pick_sums(shares, plan)
+        step = (plan.slope, plan.bend, sums, dots)
         grad_halves = addressing.score_grad(
-            half_scores[:, :, 0],
-            slots,
-            sub_keys,
-            (probabilities, sums, shares_of_all, dots),
-            num_keys=n,
-            idw=True,
-            dtype=torch.float32,
-            **numbers,
+            half_scores[:, :, 0], slots, sub_keys, half_scores, step, num_keys=n, **numbers
         )
         step = {"step_factors": factors, "grad_totals": grad_totals}
         return (
-            out,
-            sums,
+            found,
             factors,
-            shares_of_all,
+            sums,
             grad_halves,
             lookup.half_grad(grad_halves, queries, table, sub_keys, **options, **step),
         )
@@ -547,11 +546,14 @@ LAUNCHED = {
     "half_grad_kernel": Launched(
         sub_key_launches, ({"BLOCK_K": 1, "num_warps": 1}, {"BLOCK_K": 2, "num_warps": 8}), ("BLOCK_D",)
     ),
-    "pick_sums_kernel": Launched(
-        sub_key_launches,
-        ({"BLOCK_A": 2, "BLOCK_D": 2, "num_warps": 1}, {"BLOCK_A": 64, "BLOCK_D": 16, "num_warps": 8}),
-    ),
+    "pick_sums_kernel": Launched(sub_key_launches, ({"BLOCK_A": 2, "num_warps": 1}, {"BLOCK_A": 64, "num_warps": 8})),
     "step_kernel": Launched(
+        sub_key_launches,
+        ({"BLOCK_R": 2, "num_warps": 1}, {"BLOCK_R": 32, "num_warps": 8}),
+        ("BLOCK_K",),
+        BY_READS,
+    ),
+    "step_grad_kernel": Launched(
         sub_key_launches, ({"BLOCK_D": 1, "num_warps": 1}, {"BLOCK_D": 2, "num_warps": 8}), ("BLOCK_K",)
     ),
     "score_grad_kernel": Launched(
@@ -596,7 +598,8 @@ BY_TABLE = {
     "half_topk_kernel": lookup.LookupConfig,
     "read_grad_kernel": memory.ReadGradConfig,
     "count_kernel": pick_plan.PlanConfig,
-    "place_kernel": pick_plan.PlanConfig,
+    "usage_kernel": pick_plan.PlanConfig,
+    "key_sum_kernel": addressing.KeySumConfig,
 }
 MODULES = [
     importlib.import_module(module.name)

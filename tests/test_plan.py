@@ -71,19 +71,31 @@ def make_picks(rows, heads, n, top_k, *, same=False, device="cpu"):
     return sub_keys.int().contiguous().to(device), torch.randn(sub_keys.shape, generator=generator).to(device)
 
 
+def slopes(half_scores, sub_keys, n, first_row=0):
+    """u and u' of each sub-key of a half, in float64."""
+    heads = sub_keys.shape[1]
+    probabilities = half_scores.double().softmax(-1)
+    probabilities[:first_row] = 0.0
+    columns = (sub_keys % (2 * n)).flatten().long()
+    usage = probabilities.new_zeros(2 * n).index_add_(0, columns, probabilities.flatten())
+    usage /= max(1, (len(sub_keys) - first_row) * heads)
+    return (usage + 1e-8).log() + usage / (usage + 1e-8), 1 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
+
+
 def check_picks(sub_keys, half_scores, n, first_row=0):
-    """`plan_picks` is the sort, bit by bit, and the softmax."""
+    """`plan_picks` is the sort, bit by bit, and the slopes at the usage of each sub-key."""
+    _, heads, _, top_k = sub_keys.shape
     with testing.poisoned_memory(), testing.assert_unchanged(sub_keys, half_scores):
-        plan, first, probabilities = plan_picks(sub_keys, half_scores, n, first_row=first_row)
-    sort = plan_segments(sub_keys, sub_keys.shape[1] * 2 * n)
-    for name, field, expected in zip(plan._fields, plan, sort, strict=True):
-        testing.assert_bitwise_equal(field, expected, name)
-    sizes = torch.bincount(sub_keys.flatten().long(), minlength=sub_keys.shape[1] * 2 * n)
-    assert first.tolist() == [0, *sizes.cumsum(0).tolist()]
-    expected = half_scores.softmax(-1)
-    expected[:first_row] = 0.0
-    torch.testing.assert_close(probabilities, expected)
-    assert (probabilities[:first_row] == 0).all()
+        plan = plan_picks(sub_keys, half_scores, n, first_row=first_row)
+    sort = plan_segments(sub_keys, heads * 2 * n)
+    assert plan.order.tolist() == sort.order.tolist()
+    assert plan.tokens.tolist() == (sort.order // (heads * 2 * top_k)).tolist()
+    sizes = torch.bincount(sub_keys.flatten().long(), minlength=heads * 2 * n)
+    assert plan.first.tolist() == [0, *sizes.cumsum(0).tolist()]
+    slope, bend = slopes(half_scores, sub_keys, n, first_row)
+    rtol = 1e-5 if half_scores.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(plan.slope.double(), slope, rtol=rtol, atol=rtol, equal_nan=True)
+    torch.testing.assert_close(plan.bend.double(), bend, rtol=rtol, atol=rtol, equal_nan=True)
 
 
 # rows, heads, n, K: tiles that are full and not, K = 1, K = n, K that is no power of two, odd n, many of either.
@@ -96,31 +108,28 @@ def test_counting_picks_is_sorting_them(shape, same, triton_place):
     check_picks(*make_picks(*shape, same=same, device=triton_place.device), shape[2], first_row=2)
 
 
+@pytest.mark.parametrize("blocks", [{}, {"block_t": 1}, {"block_t": 2, "block_a": 4}], ids=str)
 @pytest.mark.parametrize("rows", [48, 70])
-def test_programs_of_several_tiles(rows, monkeypatch, triton_place):
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+def test_more_tiles_and_tokens_than_a_program_takes_at_a_time(rows, blocks, monkeypatch, triton_place):
+    table = kernels.plan_config
+    monkeypatch.setattr(kernels, "plan_config", lambda *sizes: table(*sizes)._replace(**blocks))
     sub_keys, half_scores = make_picks(rows, 2, 7, 3, device=triton_place.device)
     check_picks(sub_keys, half_scores.double(), 7)
 
 
-@pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_ROWS"])
+@pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_WORDS"])
 def test_more_picks_than_can_be_counted(limit, monkeypatch, triton_place):
     monkeypatch.setattr(kernels, limit, 8)
-    monkeypatch.setattr(kernels, "launch", None)
+    monkeypatch.setattr(kernels, "count_kernel", None)
     check_picks(*make_picks(20, 2, 9, 3, device=triton_place.device), 9, first_row=2)
 
 
-def test_no_picks(triton_place):
-    check_picks(*make_picks(0, 2, 9, 3, device=triton_place.device), 9)
-
-
-def test_probabilities_of_extreme_scores(triton_place):
-    """A row with NaN has no probabilities, and others keep theirs."""
+def test_usage_at_extreme_scores(triton_place):
+    """Of a row with NaN the sub-keys have no usage, and others keep theirs."""
     sub_keys, half_scores = make_picks(4, 1, 9, 3, device=triton_place.device)
     half_scores[0, 0, 0] = torch.tensor([torch.nan, 1.0, 0.0])
     half_scores[1, 0, 1] = torch.tensor([1e30, 0.0, -torch.inf])
-    _, _, probabilities = plan_picks(sub_keys, half_scores, 9)
-    torch.testing.assert_close(probabilities, half_scores.softmax(-1), equal_nan=True)
+    check_picks(sub_keys, half_scores, 9)
 
 
 @pytest.mark.gpu

@@ -308,11 +308,11 @@ def test_a_stream_forced_to_64_bits(place, force_64_bits, monkeypatch):
 
 def test_picks_of_keys_planned_in_64_bits(place, force_64_bits):
     sub_keys, half_scores = make_picks(9, 2, 5, 2, device=place.device)
-    expected, first, probabilities = plan_picks(sub_keys, half_scores, 5)
+    expected = plan_picks(sub_keys, half_scores, 5)
     force_64_bits()
-    actual, wide_first, same = plan_picks(sub_keys, half_scores, 5)
-    assert actual.start.dtype == actual.end.dtype == wide_first.dtype == torch.int64
-    for x, wanted in ((wide_first, first), (same, probabilities), *zip(actual, expected, strict=True)):
+    actual = plan_picks(sub_keys, half_scores, 5)
+    assert actual.tokens.dtype == actual.order.dtype == actual.first.dtype == torch.int64
+    for x, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, wanted, check_dtype=False)
 
 
@@ -425,19 +425,18 @@ def test_a_far_gradient_of_an_update(triton_place):
 
 
 @pytest.mark.parametrize("length", [70, 3], ids=["hot", "cold"])
-@pytest.mark.parametrize("name, dim", [("vectors", 0), ("vectors", 1), ("table", 0), ("base", 0), ("base", 1)], ids=str)
+@pytest.mark.parametrize("name, dim", [("vectors", 0), ("vectors", 1), ("table", 0), ("table", 1)], ids=str)
 def test_far_tensors_of_segment_sums(name, dim, length, triton_place):
-    """What is summed, what is subtracted from it, and what the sums are added to; hot segments and cold ones."""
+    """What is summed, and what is subtracted from it and stepped; hot segments and cold ones."""
     generator = torch.Generator().manual_seed(0)
     slots = torch.cat((torch.zeros(length, dtype=torch.int64), torch.tensor([1, 2, 2]))).to(triton_place.device)
     near = {"vectors": torch.randn(len(slots), 3, generator=generator), "table": torch.randn(4, 3, generator=generator)}
-    near |= {"base": torch.randn(4, 3, generator=generator)}
     near = {key: x.to(triton_place.device, HALF) for key, x in near.items()}
     coefficients = torch.randn(len(slots), generator=generator).to(triton_place.device)
 
-    def call(vectors, table, base):
+    def call(vectors, table):
         out = torch.zeros(4, 3, device=triton_place.device)
-        options = {"epilogue": "add", "table": table, "base": base, "centered": True}
+        options = {"epilogue": "update", "table": table, "centered": True}
         segments.segment_rows(out, vectors, coefficients, *plan_segments(slots, 4), **options)
         return out
 

@@ -236,7 +236,7 @@ def test_a_half_precision_table_is_rounded_once(place):
 
 def test_too_many_programs_are_refused_before_anything_is_written(monkeypatch, triton_place):
     """The second launch of a write, that of hot segments, is the larger one for wide rows."""
-    inputs = testing.make_update_inputs(64, 1, 12, 4225, device=triton_place.device)
+    inputs = testing.make_update_inputs(64, 1, 12, 8200, device=triton_place.device)
     monkeypatch.setattr(_common, "MOST_PROGRAMS", 64)
     with testing.assert_unchanged(inputs), pytest.raises(ValueError, match="too many for one launch of hot_segment"):
         chunk_value_update_(**inputs._asdict(), backend="triton")

@@ -647,13 +647,9 @@ def address_grad(
             sum_picks(
                 directions, keys, queries, factors, plan, epilogue="step_grad", idw=idw, lr=-lr, clip=clip, **tables
             )
-        factors, dots, shares = step_grad(
-            queries, keys, *picks, slope, directions, direction=direction, **options
-        )
+        factors, dots, shares = step_grad(queries, keys, *picks, slope, directions, direction=direction, **options)
         step = (slope, bend, pick_sums(shares, plan), dots)
-    grad_halves = score_grad(
-        grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options
-    )
+    grad_halves = score_grad(grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options)
     _, grad_factors = half_grad(
         grad_halves,
         queries,

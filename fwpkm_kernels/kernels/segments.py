@@ -244,9 +244,9 @@ def segment_rows(
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
     `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
-    `table` is the table that the epilogue reads and that `centered` subtracts; it may be `out`. "update" also stores the
-    table's rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other rows of
-    `log` are left as they are.
+    `table` is the table that the epilogue reads and that `centered` subtracts; it may be `out`. "update" also stores
+    the table's rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other rows
+    of `log` are left as they are.
     """
     accesses, width = order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
