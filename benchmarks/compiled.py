@@ -109,7 +109,7 @@ ROWS = {
         loads=lambda x: x.IDW * min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr, topk=lambda x: x.grid[0]
     ),
     "half_grad_kernel": Rows(
-        loads=lambda x: min(x.BLOCK_K, x.TOP_K) * x.HALF * (x.keys_ptr + x.STEP * x.grad_totals_ptr),
+        loads=lambda x: min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr,
         stores=lambda x: x.HALF * x.grad_queries_ptr,
     ),
     "count_kernel": Rows(),
@@ -120,7 +120,8 @@ ROWS = {
         stores=lambda x: min(x.BLOCK_D, x.HALF) * x.out_ptr,
     ),
     "step_grad_kernel": Rows(
-        loads=lambda x: x.TOP_K * min(x.BLOCK_D, x.HALF) * (x.IDW * x.keys_ptr + x.grad_totals_ptr)
+        loads=lambda x: x.TOP_K * min(x.BLOCK_D, x.HALF) * (x.IDW * x.keys_ptr + x.grad_totals_ptr),
+        stores=lambda x: min(x.BLOCK_D, x.HALF) * x.grad_queries_ptr,
     ),
     "pick_sums_kernel": Rows(),
     "score_grad_kernel": Rows(),

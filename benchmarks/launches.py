@@ -89,10 +89,7 @@ def _merge(x: Any) -> Traffic:
 def _half_grad(x: Any) -> Traffic:
     accesses, num_rows = x.sub_keys_ptr.numel(), x.keys_ptr.shape[0]
     keys, again = _rows(accesses, x.keys_ptr, num_rows, x.HALF)
-    read = size(x.grad_halves_ptr, x.queries_ptr, x.sub_keys_ptr) + keys
-    if x.STEP:
-        totals, totals_again = _rows(accesses, x.grad_totals_ptr, num_rows, x.HALF)
-        read, again = read + size(x.step_factor_ptr) + totals, again + totals_again
+    read = size(x.grad_halves_ptr, x.queries_ptr, x.sub_keys_ptr) + keys + x.ADD * size(x.grad_queries_ptr)
     return Traffic(read, size(x.grad_queries_ptr, x.factor_ptr), again)
 
 
@@ -104,7 +101,7 @@ def _step_grad(x: Any) -> Traffic:
         if is_read:
             once, more = _rows(accesses, table, num_rows, x.HALF)
             read, again = read + once, again + more
-    return Traffic(read, size(x.factor_ptr, x.dot_ptr, x.share_ptr), again)
+    return Traffic(read, size(x.factor_ptr, x.dot_ptr, x.share_ptr, x.grad_queries_ptr), again)
 
 
 def _score_grad(x: Any) -> Traffic:

@@ -467,21 +467,21 @@ def sub_key_launches(place: Place) -> Function:
     def call() -> Any:
         grad_totals = torch.ones_like(table)
         found = addressing.find_factors(half_scores, sub_keys, plan, **numbers)
+        out = torch.empty_like(queries)
         factors, dots, shares = addressing.step_grad(
-            queries, table, half_scores, sub_keys, plan.slope, grad_totals, direction=1.0, **numbers
+            queries, table, half_scores, sub_keys, plan.slope, grad_totals, out, direction=1.0, **numbers
         )
         sums = addressing.pick_sums(shares, plan)
         step = (plan.slope, plan.bend, sums, dots)
         grad_halves = addressing.score_grad(
             half_scores[:, :, 0], slots, sub_keys, half_scores, step, num_keys=n, **numbers
         )
-        step = {"step_factors": factors, "grad_totals": grad_totals}
         return (
             found,
             factors,
             sums,
             grad_halves,
-            lookup.half_grad(grad_halves, queries, table, sub_keys, **options, **step),
+            lookup.half_grad(grad_halves, queries, table, sub_keys, out=out, add=True, **options),
         )
 
     return call

@@ -222,6 +222,7 @@ def step_grad_kernel(
     queries_ptr,
     keys_ptr,
     grad_totals_ptr,
+    grad_queries_ptr,
     factor_ptr,
     dot_ptr,
     share_ptr,
@@ -243,10 +244,11 @@ def step_grad_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
-    the gradient of u; and the factors f of `step_kernel`.
+    the gradient of u; the factors f of `step_kernel`; and Σ f·V over the picks, the gradient of q in f·(q - k).
 
     V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
-    rows before `first_row`. A program owns one half of one (token, head) row. Grid: (rows, 2).
+    rows before `first_row`. A program owns one half of one (token, head) row. It reads V once if it fits one tile, else
+    twice. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -262,6 +264,7 @@ def step_grad_kernel(
     row = tl.load(sub_keys_ptr + picks, mask=mask_s, other=0).to(tl.int64)
     u = tl.load(slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_s, other=0.0)
     dot = tl.zeros([BLOCK_K], dtype)
+    v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # outlives its loop if that is one tile long
     q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
     for start in range(0, HALF, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -280,6 +283,14 @@ def step_grad_kernel(
     dot *= tl.full([], direction, dtype)
     if IDW:
         dot *= 2.0 * tl.exp(scores)
+    for start in range(0, HALF, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = offs_d < HALF
+        if BLOCK_D < HALF:
+            mask = mask_s[:, None] & mask_d[None, :]
+            v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
+        grad_q = tl.sum(factor[:, None] * v, axis=0)  # [BLOCK_D]
+        tl.store(grad_queries_ptr + (i_row * 2 + i_half) * HALF + offs_d, grad_q, mask=mask_d)
     mask_k = offs_k < TOP_K
     tl.store(factor_ptr + picks, factor, mask=mask_k)
     tl.store(dot_ptr + picks, dot, mask=mask_k)
@@ -517,6 +528,7 @@ def step_grad(
     sub_keys: torch.Tensor,
     slope: torch.Tensor,
     grad_totals: torch.Tensor,
+    grad_queries: torch.Tensor,
     *,
     direction: float,
     idw: bool,
@@ -525,7 +537,8 @@ def step_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the factors of the key step times `direction`, a, and the parts of B, each [M, H, 2, K].
 
-    V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype.
+    V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype. `grad_queries`
+    [M, H, Dk], contiguous, in that dtype too, receives Σ f·V over the picks of each half.
     """
     heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
     factors, dots, shares = (torch.empty_like(half_scores) for _ in range(3))
@@ -539,6 +552,7 @@ def step_grad(
         queries,
         keys,
         grad_totals,
+        grad_queries,
         factors,
         dots,
         shares,
@@ -647,7 +661,7 @@ def address_grad(
             sum_picks(
                 directions, keys, queries, factors, plan, epilogue="step_grad", idw=idw, lr=-lr, clip=clip, **tables
             )
-        factors, dots, shares = step_grad(queries, keys, *picks, slope, directions, direction=direction, **options)
+        factors, dots, shares = step_grad(queries, keys, *picks, slope, directions, out, direction=direction, **options)
         step = (slope, bend, pick_sums(shares, plan), dots)
     grad_halves = score_grad(grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options)
     _, grad_factors = half_grad(
@@ -657,9 +671,8 @@ def address_grad(
         sub_keys,
         idw=idw,
         eps=eps,
-        step_factors=factors,
-        grad_totals=directions,
         out=out,
+        add=step is not None,
     )
     grad_keys = torch.empty_like(grad_new_keys)
     sum_picks(

@@ -405,8 +405,6 @@ def half_grad_kernel(
     queries_ptr,
     keys_ptr,
     sub_keys_ptr,
-    step_factor_ptr,
-    grad_totals_ptr,
     grad_queries_ptr,
     factor_ptr,
     stride_gm,
@@ -423,15 +421,14 @@ def half_grad_kernel(
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
     IDW: tl.constexpr,
-    STEP: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
 
-    STEP adds Σ_k step_factor_k·V[k], where V, [H·2·n, Dk/2], is the gradient of the key step's totals. A program owns
-    one half of one (token, head) row; it also writes the factors f (or ds), with which the sub-keys' gradient is
-    f·(q - k) (or ds·q). Grid: (rows, 2).
+    ADD adds that to what is there. A program owns one half of one (token, head) row; it also writes the factors f (or
+    ds), with which the sub-keys' gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -461,12 +458,10 @@ def half_grad_kernel(
             k = tl.where(mask_k[:, None], k - q[None, :], 0.0)
             factor = 2.0 * factor / (tl.full([], eps, dtype) + tl.sum(k * k, axis=1))
         grad_q += tl.sum(factor[:, None] * k, axis=0)
-        if STEP:
-            step_factor = tl.load(step_factor_ptr + pick_base + offs_k, mask=mask_k, other=0.0)  # [BLOCK_K]
-            v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
-            grad_q += tl.sum(step_factor[:, None] * v, axis=0)
         tl.store(factor_ptr + pick_base + offs_k, factor, mask=mask_k)
     out = grad_queries_ptr + (i_row * 2 + i_half) * HALF + offs_d
+    if ADD:
+        grad_q += tl.load(out, mask=mask_d, other=0.0).to(dtype)
     tl.store(out, grad_q.to(grad_queries_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -478,16 +473,14 @@ def half_grad(
     *,
     idw: bool,
     eps: float,
-    step_factors: torch.Tensor | None = None,
-    grad_totals: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient.
 
     `grad_halves` are gradients of the half scores [M, H, 2, K], of any strides; `keys` is a table [H·2·n, Dk/2], and
-    `sub_keys` [M, H, 2, K], contiguous, names its rows. `step_factors`, like `sub_keys`, and `grad_totals`, like
-    `keys`, contiguous and in the compute dtype, are what the key step adds. The gradient is written to `out`,
-    contiguous and of any dtype, by default a new tensor in that of the queries.
+    `sub_keys` [M, H, 2, K], contiguous, names its rows. The gradient is written to `out`, contiguous and of any dtype,
+    by default a new tensor in that of the queries; with `add` it is added to what `out` holds.
     """
     half = keys.shape[1]
     top_k = sub_keys.shape[3]
@@ -503,8 +496,6 @@ def half_grad(
         queries,
         keys,
         sub_keys,
-        factors if step_factors is None else step_factors,
-        keys if grad_totals is None else grad_totals,
         grad_queries,
         factors,
         *grad_halves.stride(),
@@ -515,7 +506,7 @@ def half_grad(
         HALF=half,
         TOP_K=top_k,
         IDW=idw,
-        STEP=step_factors is not None,
+        ADD=add,
         BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
         BLOCK_D=block_d,
         num_warps=row_warps(block_d, keys.dtype),
