@@ -1,0 +1,173 @@
+"""How long a chunk should take on an H100, from instructions and bytes: estimates, until somebody measures.
+
+    python -m benchmarks.estimates
+
+Each launch of `benchmarks.launches` is compiled for sm_90, and its time taken as the longest of: its warp instructions,
+at four of them a clock and multiprocessor; its bytes, from device memory; these and what it reads again, from the L2
+cache; and what a launch takes that does nothing but wait for memory twice. A launch that waits for another adds a gap.
+Nothing is known here of latencies that few warps leave open, nor of pipes that are narrower than the issue of
+instructions: so a kernel may take longer, hardly less.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from fwpkm_kernels._commands import command, need
+
+from .compiled import Launch, compile_launch, disassemble, executed_instructions, recorded_launches, specialize
+from .launches import CHUNK, INFERENCE, TRAINING, Count, _of_kernel, _Operators, on_meta, stage, step, training
+
+TARGET = "sm_90"
+#: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
+ISSUE = 132 * 4 * 1.7e9
+MEMORY, CACHE = 3.0e12, 5.5e12  #: bytes a second
+LEAST, GAP = 2.0, 1.0  #: µs of a launch that only waits for memory; between two launches in a CUDA graph
+#: What the design wants of a chunk, in µs.
+GOALS = {TRAINING[0]: 160, TRAINING[1]: 220, INFERENCE: 25}
+
+#: How often the loops run that do not say so: those over the picks of a sub-key, the positions of a search and so on.
+TRIPS: dict[str, Callable[[Any], float]] = {
+    "usage_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / (2 * x.NUM_KEYS * x.H) / x.BLOCK_A),
+    "key_sum_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / x.keys_ptr.shape[0] / x.BLOCK_A),
+    "plan_chunk_kernel": lambda x: math.ceil(x.A / x.BLOCK_B),
+    "plan_kernel": lambda x: x.SPAN.bit_length(),
+}
+
+
+class Estimate(NamedTuple):
+    """A kernel, or an operator of PyTorch, in one kind of work: its launches in a chunk, and all of them together."""
+
+    work: str
+    stage: str
+    name: str
+    launches: float
+    instructions: float | None  #: millions of a warp; None for operators
+    megabytes: float
+    again: float
+    micros: float
+    bound: str
+
+
+def warp_instructions(launch: Launch) -> float:
+    """Of all programs of a launch."""
+    compiled = compile_launch(launch, TARGET)
+    (kernel,) = disassemble([compiled.asm["cubin"]], TARGET)
+    trips = TRIPS.get(launch.name, lambda x: 1.0)(SimpleNamespace(**launch.arguments))
+    executed = executed_instructions(kernel, unknown=trips)
+    assert executed is not None
+    return executed * compiled.metadata.num_warps * math.prod(launch.grid)
+
+
+def _micros(instructions: float | None, moved: float, again: float) -> tuple[float, str]:
+    """µs of one launch, and what they are bound by."""
+    times = {
+        "instructions": 1e6 * (instructions or 0.0) / ISSUE,
+        "memory": 1e6 * moved / MEMORY,
+        "cache": 1e6 * (moved + again) / CACHE,
+        "latency": LEAST,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return times[bound] + GAP, bound
+
+
+def _of_work(work: str) -> list[Estimate]:
+    """A chunk of a sequence that has more before and after it, or a step."""
+
+    def launched(function: Callable[[], Any]) -> list[tuple[Count, Launch | None]]:
+        counts: list[Count] = []
+        kernels: dict[int, Launch] = {}
+
+        def note(launch: Launch) -> None:
+            kernels[len(counts)] = launch
+            counts.append(Count(launch.name, stage(), _of_kernel(launch), True))
+
+        with recorded_launches(note), _Operators(counts):
+            function()
+        return [(count, kernels.get(i)) for i, count in enumerate(counts)]
+
+    def several(chunks: int) -> list[tuple[Count, Launch | None]]:
+        results = [launched(part) for part in training(8, chunks * CHUNK)]
+        return results[TRAINING.index(work)]
+
+    with on_meta():
+        # Of the third chunk: what three have more than two.
+        parts = [(1, launched(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
+    sums: dict[tuple[str, str], list[float]] = {}
+    bounds: dict[tuple[str, str], str] = {}
+    known: dict[str, float] = {}
+    for sign, launches in parts:
+        for count, launch in launches:
+            instructions = None
+            if launch is not None:
+                key = str((launch.name, launch.grid, specialize(launch), launch.options))
+                if key not in known:
+                    known[key] = warp_instructions(launch)
+                instructions = known[key]
+            moved, again = count.traffic.read + count.traffic.written, count.traffic.again
+            micros, bound = _micros(instructions, moved, again)
+            row = sums.setdefault((count.stage, count.name), [0.0] * 5)
+            values = (1.0, instructions or 0.0, moved, again, micros)
+            row[:] = [a + sign * b for a, b in zip(row, values, strict=True)]
+            bounds[count.stage, count.name] = bound if instructions is not None else f"{bound}, operator"
+    return [
+        Estimate(
+            work, *key, row[0], None if "operator" in bounds[key] else row[1] / 1e6, row[2] / 1e6, row[3] / 1e6, row[4],
+            bounds[key],
+        )
+        for key, row in sums.items()
+        if row[0] > 0.01
+    ]  # fmt: skip
+
+
+def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
+    """Every launch of a training chunk, forward and backward, and of a step of one chunk."""
+    works = (*TRAINING, INFERENCE)
+    return [x for part in (pool.map if pool else map)(_of_work, works) for x in part]
+
+
+def markdown(every: list[Estimate]) -> str:
+    """The part of the committed table."""
+    parts = [
+        f"""\
+## Estimates, not measurements
+
+`python -m benchmarks.estimates`: of an H100, from what is above, for the sizes of *launches and bytes*. A launch takes
+the longest of its warp instructions at {ISSUE / 1e12:.2f}·10¹² a second, its bytes at {MEMORY / 1e12:.1f} TB/s, these
+and what it reads again at {CACHE / 1e12:.1f} TB/s, and {LEAST:.0f} µs; and a gap of {GAP:.0f} µs comes before it. What
+this knows nothing of, such as latencies that few warps leave open, makes a kernel slower. What a sequence takes once,
+whatever its length, is not in it."""
+    ]
+    for work in dict.fromkeys(x.work for x in every):
+        rows = [x for x in every if x.work == work]
+        total = sum(x.micros for x in rows)
+        lines = ["| stage | kernel | launches | warp instructions, M | MB | MB again | µs | bound by |"]
+        lines.append("|---|---|--:|--:|--:|--:|--:|---|")
+        for x in rows:
+            millions = "–" if x.instructions is None else f"{x.instructions:.1f}"
+            cells = (f"{x.launches:.0f}", millions, f"{x.megabytes:.1f}", f"{x.again:.1f}", f"{x.micros:.1f}", x.bound)
+            lines.append(f"| {x.stage} | {x.name} | " + " | ".join(cells) + " |")
+        head = f"{work[0].upper()}{work[1:]}: {total:.0f} µs estimated, the goal is {GOALS[work]} µs"
+        parts.append(f"### {head}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+@command("estimates")
+def main() -> int:
+    """Print the tables. Returns the exit status."""
+    need("triton", "triton")
+    from triton.runtime.jit import JITFunction
+
+    from fwpkm_kernels.kernels import gather
+
+    if not isinstance(gather.gather_kernel, JITFunction):
+        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    print(markdown(estimates()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
