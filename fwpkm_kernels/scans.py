@@ -6,6 +6,7 @@ chunks, and the value scan follows. It is one sparse delta rule with read weight
     p = Σⱼ wⱼ values[slotⱼ]      G[s] = Σ cⱼ e      values ← (1 - lr·wd) values - lr·clamp(G)
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,12 @@ def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
+def _by_chunk(chunks: list[Chunk], rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of tensors with `rows` rows for each position read, the rows of each chunk: views that are made all at once."""
+    sizes = [(chunk.stop - chunk.first) * rows for chunk in chunks]
+    return zip(*(torch.split_with_sizes(x, sizes) for x in tensors), strict=True)
+
+
 def address_scan(
     queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, keep: bool, o: Options
 ) -> tuple[Addresses, Tensor, Tensor]:
@@ -243,22 +250,22 @@ def value_scan(
     """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
     batch, picks = targets.shape[0], slots.shape[1]
     targets, output = targets.transpose(0, 1), output.transpose(0, 1)
-    for chunk in chunks:
-        rows = chunk.rows(batch)
-        accesses = slice(rows.start * picks, rows.stop * picks)
+    of_reads = _by_chunk(chunks, batch, slots, weights, write_weights)
+    of_accesses = _by_chunk(chunks, batch * picks, *plan, *([] if log is None else [log]))
+    for chunk, (slots, weights, write_weights), accesses in zip(chunks, of_reads, of_accesses, strict=True):
         pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
-        errors = read(values, slots[rows], weights[rows], pair_targets, output[chunk.start : chunk.stop], o.backend)
+        errors = read(values, slots, weights, pair_targets, output[chunk.start : chunk.stop], o.backend)
         if chunk.is_written or log is not None:
             write(
                 values,
                 errors,
-                write_weights[rows],
-                Plan(*(x[accesses] for x in plan)),
+                write_weights,
+                Plan(*accesses[:4]),
                 lr=o.lr,
                 weight_decay=o.weight_decay if chunk.is_written else 0.0,
                 clip=o.clip,
                 backend=o.backend,
-                log=None if log is None else log[accesses],
+                log=None if log is None else accesses[4],
             )
 
 
@@ -291,26 +298,23 @@ def value_scan_grad(
         if first > done:  # between them no chunk writes
             by_time[done:first].zero_()
         done = last
-    for chunk in reversed(chunks):
-        rows = chunk.rows(batch)
-        accesses = slice(rows.start * picks, rows.stop * picks)
+    inputs = (log_rows, slots, weights, write_weights)
+    of_reads = _by_chunk(chunks, batch, *inputs, grad_weights, grad_write_weights)
+    of_accesses = _by_chunk(chunks, batch * picks, *plan, log)
+    for chunk, reads, accesses in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
-        chunk_plan = Plan(*(x[accesses] for x in plan))
+        chunk_plan = Plan(*accesses[:4])
         grad_predictions = _read_grad(
             grad_values,
-            log[accesses],
-            log_rows[rows],
-            slots[rows],
-            weights[rows],
-            write_weights[rows],
+            accesses[4],
+            *reads[:4],
             chunk_plan,
             targets[pairs],
             grad_output[chunk.start : chunk.stop],
             by_time[pairs],
-            grad_weights[rows],
-            grad_write_weights[rows],
+            *reads[4:],
             o,
         )
         decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
-        _add_rows(grad_values, grad_predictions, weights[rows], chunk_plan, decay, o.backend)
+        _add_rows(grad_values, grad_predictions, reads[2], chunk_plan, decay, o.backend)
     return grad_targets, grad_weights, grad_write_weights
