@@ -171,7 +171,7 @@ def use_triton(backend: str, x: Tensor) -> bool:
         ValueError: "triton" for a CPU tensor, unless Triton's interpreter was on when Python started.
         ImportError: Triton is needed and not installed.
     """
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.is_cpu
     if backend == "torch" or (backend == "auto" and on_cpu):
         return False
     try:

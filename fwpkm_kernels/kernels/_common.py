@@ -1,6 +1,5 @@
 """What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
 
-import math
 from typing import Any
 
 import torch
@@ -81,7 +80,8 @@ MOST_PROGRAMS = 2**31 - 1
 
 def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
     """No more programs than one launch takes; to be asked early where an earlier launch would have written by then."""
-    if math.prod(grid) > MOST_PROGRAMS or (len(grid) > 1 and max(grid[1:]) > 65535):
+    x, y, z = (*grid, 1, 1)[:3]
+    if x * y * z > MOST_PROGRAMS or y > 65535 or z > 65535:
         raise ValueError(
             f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
         )
@@ -90,7 +90,6 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
     check_grid(kernel, grid)
-    options["enable_fp_fusion"] = True  # Triton's default is about to change, and with it the bits of every result
     device = on.get_device()  # -1 of a CPU tensor
     if on.is_cuda and device != torch.cuda.current_device():  # entering that costs several microseconds
         with torch.cuda.device(device):

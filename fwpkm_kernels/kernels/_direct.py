@@ -69,7 +69,7 @@ def _specialize(params: list[Any]) -> Callable[..., tuple[list[Any], tuple[Any, 
             if not x.do_not_specialize:
                 key.append(f"-1 if {x.name} == 1 else {x.name} & 15 == 0")
     defined: dict[str, Any] = {}
-    exec(f"def specialize({', '.join(names)}): return [{', '.join(key)}], ({', '.join(names)},)", defined)
+    exec(f"def specialize({', '.join(names)}): return ({', '.join(key)}), ({', '.join(names)},)", defined)
     function: Callable[..., tuple[list[Any], tuple[Any, ...]]] = defined["specialize"]
     return function
 
@@ -88,15 +88,20 @@ def _is_watched(kernel: Any) -> bool:
         or getattr(runtime, "add_stages_inspection_hook", None)
         or getattr(compilation, "instrumentation_mode", None)
         or kernel.pre_run_hooks
-        or kernel.used_global_vals  # of which Triton asks whether they have changed
         or triton.JITFunction.run is not _RUN
     )
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch by Triton, which compiles what it has not compiled yet."""
+    # Said because Triton's default is about to change, and with it the bits of every result.
+    return kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """`kernel[grid](*args, **options)` on the current device, number `device`; -1 is a CPU."""
     if not SUPPORTED or device < 0 or _is_watched(kernel):
-        kernel[grid](*args, **options)
+        _compile(kernel, grid, args, options)
         return
     known = _KERNELS.get(id(kernel))  # a kernel's own hash is that of its source
     if known is None:
@@ -105,15 +110,19 @@ def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...
         known.compiled.clear()
         known.source = kernel.hash
     kinds, arguments = known.specialize(*args)
-    key = (device, *kinds, *options, *options.values())
+    key = (device, kinds, *options, *options.values())
     found = known.compiled.get(key)
-    if found is not None:
-        stream = driver.active.get_current_stream(device)
-        head = (*grid, 1, 1)[:3]
-        found.run(*head, stream, found.function, found.metadata, None, None, None, *arguments, *found.constants)
+    if found is None:
+        compiled = _compile(kernel, grid, args, options)
+        # Of another type where Triton compiles in the background, or gave up; of globals it asks whether they changed.
+        is_known = type(getattr(compiled, "run", None)) is CudaLauncher and not kernel.used_global_vals
+        if is_known and known.source is not None:
+            constants = tuple(options[name] for name in known.constants)
+            known.compiled[key] = _Compiled(
+                compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+            )
         return
-    compiled = kernel[grid](*args, **options)
-    # Of another type where Triton compiles in the background, or gave up.
-    if known.source is not None and type(getattr(compiled, "run", None)) is CudaLauncher:
-        constants = tuple(options[name] for name in known.constants)
-        known.compiled[key] = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.active.get_current_stream(device)
+    hooks = (None, None, None)  # and what they would be told
+    found.run(x, y, z, stream, found.function, found.metadata, *hooks, *arguments, *found.constants)
