@@ -87,20 +87,19 @@ def _read_grad(
 
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
-    nothing = grad_output.new_empty((0, *grad_output.shape[1:]))
     if checks.use_triton(o.backend, grad_values):
         from .kernels.memory import read_grad
         from .kernels.update import step_grad
 
         steps, step_rows, factor = grad_values, slots, o.lr
         if o.clip is not None:
-            errors = read(log, log_rows, weights, targets, nothing, o.backend)
+            errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
             steps = step_grad(grad_values, errors, write_weights, *plan, lr=o.lr, clip=o.clip)
             step_rows, factor = log_rows, 1.0
         inputs = (log, log_rows, steps, step_rows, weights, write_weights, targets, grad_output)
         return read_grad(*inputs, grad_targets, grad_weights, grad_write_weights, factor=factor)
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
-    errors = read(log, log_rows, weights, targets, nothing, o.backend)
+    errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
     sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
     # Of rows that are not written, c is 0: nothing of the write reaches them, not even NaN.
     sums[num_written:] = 0.0
@@ -173,7 +172,7 @@ def address_scan(
         writes = sum(chunk.is_written for chunk in chunks)
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
-    parts = [lookup_halves(queries[:0], keys, **lookup)]
+    parts = [] if chunks else [lookup_halves(queries[:0], keys, **lookup)]
     carried = _count_carried(chunks)
     in_place = not (keep and not keeps_picks)
     moved = keys.clone() if in_place else keys
@@ -305,19 +304,24 @@ def value_scan_grad(
     of_reads = _by_chunk(chunks, batch, *inputs, grad_weights, grad_write_weights)
     of_accesses = _by_chunk(chunks, batch * picks, *plan, log)
     for chunk, reads, accesses in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):
+        log_rows, slots, weights, write_weights, chunk_grad_weights, chunk_grad_write_weights = reads
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
         chunk_plan = Plan(*accesses[:4])
         grad_predictions = _read_grad(
             grad_values,
             accesses[4],
-            *reads[:4],
+            log_rows,
+            slots,
+            weights,
+            write_weights,
             chunk_plan,
             targets[pairs],
             grad_output[chunk.start : chunk.stop],
             by_time[pairs],
-            *reads[4:],
+            chunk_grad_weights,
+            chunk_grad_write_weights,
             o,
         )
         decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
-        _add_rows(grad_values, grad_predictions, reads[2], chunk_plan, decay, o.backend)
+        _add_rows(grad_values, grad_predictions, weights, chunk_plan, decay, o.backend)
     return grad_targets, grad_weights, grad_write_weights

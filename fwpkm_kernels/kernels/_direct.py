@@ -22,7 +22,7 @@ except ImportError:  # a build for other GPUs
     CudaLauncher = None
 
 #: Releases of Triton with which this was tried, first and last.
-RELEASES = ((3, 4), (3, 9))
+RELEASES = ((3, 5), (3, 9))
 #: Whether launches may pass by Triton at all.
 SUPPORTED = (
     CudaLauncher is not None
@@ -55,22 +55,28 @@ class _Kernel:
         self.specialize = _specialize([x for x in kernel.params if not x.is_constexpr])
 
 
-def _specialize(params: list[Any]) -> Callable[..., tuple[list[Any], tuple[Any, ...]]]:
-    """A function of arguments: what of them decides what is compiled, and the arguments with tensors as addresses.
+def _specialize(params: list[Any]) -> Callable[..., tuple[tuple[Any, ...] | None, tuple[Any, ...]]]:
+    """A function of the arguments of a kernel: what of them Triton compiles for, and what its launcher takes for them.
 
-    It is written for each kernel, as Triton does: a loop over the arguments would take twice as long.
+    The former is None where it takes more than this to tell: a number is negative, or does not fit 32 bits. As Triton
+    does, the function is written for each kernel: a loop over the arguments would take twice as long.
     """
-    names, key = [x.name for x in params], []
-    for x in params:
-        if x.name.endswith("_ptr"):
-            key += [f"{x.name}.dtype", f"({x.name} := {x.name}.data_ptr()) & 15 == 0"]
-        elif not x.annotation_type.startswith("fp"):
-            key.append(f"{-(2**31)} <= {x.name} < {2**31}")
-            if not x.do_not_specialize:
-                key.append(f"-1 if {x.name} == 1 else {x.name} & 15 == 0")
+    pointers = [x.name for x in params if x.name.endswith("_ptr")]
+    integers = [x for x in params[len(pointers) :] if not x.annotation_type.startswith("fp")]
+    key = [f"{x}.dtype" for x in pointers]
+    key += [f"-1 if {x.name} == 1 else {x.name} & 15 == 0" for x in integers if not x.do_not_specialize]
+    names = ", ".join(x.name for x in params)
+    source = f"""
+def specialize({names}):
+    key = {", ".join(key)},
+    {"; ".join(f"{x} = {x}.data_ptr()" for x in pointers)}
+    is_aligned = ({" | ".join(pointers)}) & 15 == 0 or ({", ".join(f"{x} & 15 == 0" for x in pointers)})
+    is_usual = 0 <= {" | ".join(["0", *(x.name for x in integers)])} < {2**31}
+    return (is_aligned, key) if is_usual else None, ({names})
+"""
     defined: dict[str, Any] = {}
-    exec(f"def specialize({', '.join(names)}): return ({', '.join(key)}), ({', '.join(names)},)", defined)
-    function: Callable[..., tuple[list[Any], tuple[Any, ...]]] = defined["specialize"]
+    exec(source, defined)
+    function: Callable[..., tuple[tuple[Any, ...] | None, tuple[Any, ...]]] = defined["specialize"]
     return function
 
 
@@ -92,8 +98,8 @@ def _is_watched(kernel: Any) -> bool:
     )
 
 
-def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Launch by Triton, which compiles what it has not compiled yet."""
+def launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch by Triton's Python, which compiles what it has not compiled yet, and returns it."""
     # Said because Triton's default is about to change, and with it the bits of every result.
     return kernel[grid](*args, enable_fp_fusion=True, **options)
 
@@ -101,7 +107,7 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options:
 def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """`kernel[grid](*args, **options)` on the current device, number `device`; -1 is a CPU."""
     if not SUPPORTED or device < 0 or _is_watched(kernel):
-        _compile(kernel, grid, args, options)
+        launch_by_triton(kernel, grid, args, options)
         return
     known = _KERNELS.get(id(kernel))  # a kernel's own hash is that of its source
     if known is None:
@@ -111,12 +117,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...
         known.source = kernel.hash
     kinds, arguments = known.specialize(*args)
     key = (device, kinds, *options, *options.values())
-    found = known.compiled.get(key)
+    found = known.compiled.get(key) if kinds is not None else None
     if found is None:
-        compiled = _compile(kernel, grid, args, options)
+        compiled = launch_by_triton(kernel, grid, args, options)
         # Of another type where Triton compiles in the background, or gave up; of globals it asks whether they changed.
         is_known = type(getattr(compiled, "run", None)) is CudaLauncher and not kernel.used_global_vals
-        if is_known and known.source is not None:
+        if is_known and kinds is not None and known.source is not None:
             constants = tuple(options[name] for name in known.constants)
             known.compiled[key] = _Compiled(
                 compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
