@@ -248,9 +248,8 @@ def main() -> int:
             forward, backward = training()
             backward(forward())
         spreads, launches = measure(arguments.repeats)
-    print(
-        f"{len(names)} launches give the driver the same directly as through Triton {need('triton', 'triton').__version__}."
-    )
+    version = need("triton", "triton").__version__
+    print(f"{len(names)} launches give the driver the same directly as through Triton {version}.")
     print(f"\nMilliseconds of the processor for {CHUNKS} chunks, least and median of {arguments.repeats}:\n")
     print(f"{'':16s}" + "".join(f"{part:>16s}" for part in spreads[DIRECT]) + f"{'µs a launch':>14s}")
     rest = spreads[NOTHING]["both"]

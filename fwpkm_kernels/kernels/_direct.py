@@ -27,6 +27,7 @@ RELEASES = ((3, 5), (3, 9))
 SUPPORTED = (
     CudaLauncher is not None
     and torch.version.hip is None
+    and not knobs.runtime.interpret
     and RELEASES[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= RELEASES[1]
 )
 _RUN = triton.JITFunction.run
@@ -86,7 +87,7 @@ _KERNELS: dict[int, _Kernel] = {}
 def _is_watched(kernel: Any) -> bool:
     """Whether Triton does something at a launch that is not done here."""
     runtime, compilation = knobs.runtime, knobs.compilation
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # each a list of hooks, or in 3.4 a hook
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # lists of hooks, or a hook in place of one
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
