@@ -164,6 +164,10 @@ def check_choice(name: str, x: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {x!r}")
 
 
+#: `kernels._common` as soon as it was needed: to import it again would take more than all else here.
+_common: Any = None
+
+
 def use_triton(backend: str, x: Tensor) -> bool:
     """Whether `backend` means the Triton kernels for tensors like `x`; the answer is never a silent second choice.
 
@@ -171,11 +175,13 @@ def use_triton(backend: str, x: Tensor) -> bool:
         ValueError: "triton" for a CPU tensor, unless Triton's interpreter was on when Python started.
         ImportError: Triton is needed and not installed.
     """
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.is_cpu
     if backend == "torch" or (backend == "auto" and on_cpu):
         return False
+    global _common
     try:
-        from .kernels import _common
+        if _common is None:
+            from .kernels import _common
     except ImportError as error:
         where = "it comes with PyTorch's build for this GPU"
         if on_cpu:

@@ -142,16 +142,18 @@ class MemoryGraph:
         memory, o = (state.keys, state.values, state._touched, state._queue), self._options
         lanes = Lanes(state.values.is_cuda and torch.cuda.is_current_stream_capturing())
         with torch.autocast(state.values.device.type, enabled=False):
-            if self._count < o.chunk_size:
-                place = o.chunk_size - self._count
-                read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
-                close_chunk(*memory, False, lanes, o)
-            else:
-                for begin in range(0, self._count, o.chunk_size):
-                    part = self._tokens.part(begin, begin + o.chunk_size)
-                    output = self._output[begin : begin + o.chunk_size]
-                    read_and_close_chunk(*memory, part, output, False, lanes, o)
-            lanes.join()
+            try:
+                if self._count < o.chunk_size:
+                    place = o.chunk_size - self._count
+                    read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
+                    close_chunk(*memory, False, lanes, o)
+                else:
+                    for begin in range(0, self._count, o.chunk_size):
+                        part = self._tokens.part(begin, begin + o.chunk_size)
+                        output = self._output[begin : begin + o.chunk_size]
+                        read_and_close_chunk(*memory, part, output, False, lanes, o)
+            finally:  # with a lane left open the capture could not end, and after that no other begin
+                lanes.join()
 
     def __call__(
         self, queries: Tensor, targets: Tensor, *, gates: Tensor | None = None, mask: Tensor | None = None

@@ -6,6 +6,7 @@ chunks, and the value scan follows. It is one sparse delta rule with read weight
     p = Σⱼ wⱼ values[slotⱼ]      G[s] = Σ cⱼ e      values ← (1 - lr·wd) values - lr·clamp(G)
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -86,20 +87,19 @@ def _read_grad(
 
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
-    nothing = grad_output.new_empty((0, *grad_output.shape[1:]))
     if checks.use_triton(o.backend, grad_values):
         from .kernels.memory import read_grad
         from .kernels.update import step_grad
 
         steps, step_rows, factor = grad_values, slots, o.lr
         if o.clip is not None:
-            errors = read(log, log_rows, weights, targets, nothing, o.backend)
+            errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
             steps = step_grad(grad_values, errors, write_weights, *plan, lr=o.lr, clip=o.clip)
             step_rows, factor = log_rows, 1.0
         inputs = (log, log_rows, steps, step_rows, weights, write_weights, targets, grad_output)
         return read_grad(*inputs, grad_targets, grad_weights, grad_write_weights, factor=factor)
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
-    errors = read(log, log_rows, weights, targets, nothing, o.backend)
+    errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
     sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
     # Of rows that are not written, c is 0: nothing of the write reaches them, not even NaN.
     sums[num_written:] = 0.0
@@ -140,6 +140,12 @@ def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
+def _by_chunk(chunks: list[Chunk], rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of tensors with `rows` rows for each position read, the rows of each chunk: views that are made all at once."""
+    sizes = [(chunk.stop - chunk.first) * rows for chunk in chunks]
+    return zip(*(torch.split_with_sizes(x, sizes) for x in tensors), strict=True)
+
+
 def address_scan(
     queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, keep: bool, o: Options
 ) -> tuple[Addresses, Tensor, Tensor]:
@@ -154,8 +160,9 @@ def address_scan(
         less (`Options.keeps_picks`), [R, H, 2, K, Dk/2].
     """
     chunk_keys = keys.new_empty(0)
+    lookup, key_step = o.lookup, o.key_step
     if not o.keys_move:
-        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, **o.lookup)))
+        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, **lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
     if keep and keeps_picks:
@@ -165,14 +172,14 @@ def address_scan(
         writes = sum(chunk.is_written for chunk in chunks)
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
-    parts = [lookup_halves(queries[:0], keys, **o.lookup)]
+    parts = [] if chunks else [lookup_halves(queries[:0], keys, **lookup)]
     carried = _count_carried(chunks)
     in_place = not (keep and not keeps_picks)
     moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
         start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
         rereads = (chunk.start - chunk.first) * batch
-        parts.append(lookup_halves(queries[start - rereads : stop], moved, **o.lookup))
+        parts.append(lookup_halves(queries[start - rereads : stop], moved, **lookup))
         _, _, half_scores, sub_keys = parts[-1]
         if keep and keeps_picks:
             picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
@@ -180,7 +187,7 @@ def address_scan(
         if chunk.is_written:
             picks = (half_scores[rereads:], sub_keys[rereads:])
             out = moved if in_place else chunk_keys[index + 1]
-            moved = step_keys(moved, queries[start:stop], *picks, out=out, **o.key_step)
+            moved = step_keys(moved, queries[start:stop], *picks, out=out, **key_step)
     found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     return found, moved if in_place else moved.clone(), chunk_keys
 
@@ -199,31 +206,33 @@ def address_scan_grad(
 
     Returns the gradients of the query of each read, [R, H, Dk], and of the initial keys.
     """
-    still = o.key_step | {"weight": 0.0, "weight_decay": 0.0}  # no key step
+    key_step = o.key_step
+    still = key_step | {"weight": 0.0, "weight_decay": 0.0}  # no key step
     if not o.keys_move:
         picks = (found.half_scores, found.sub_keys, grad_scores, found.slots)
         return address_grad(grad_keys, chunk_keys[0], _by_read(queries, chunks, batch), *picks, first_row=0, **still)
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
     keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
-    for index, chunk in reversed(list(enumerate(chunks))):
-        rows, window = chunk.rows(batch), slice(chunk.first * batch, chunk.stop * batch)
-        sub_keys = found.sub_keys[rows]
+    of_reads = _by_chunk(chunks, batch, *found, grad_scores, grad_queries)
+    for index, (chunk, reads) in reversed(list(enumerate(zip(chunks, of_reads, strict=True)))):
+        _, slots, half_scores, sub_keys, chunk_grad_scores, chunk_grad_queries = reads
         if keeps_picks:  # rows that nothing picked are not read
-            keys.flatten(0, 2)[sub_keys.flatten().long()] = chunk_keys[rows].flatten(0, 3)
+            picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
+            keys.flatten(0, 2)[sub_keys.flatten().long()] = picked
         else:
             keys = chunk_keys[index]
         _, grad_keys = address_grad(
             grad_keys,
             keys,
-            queries[window],
-            found.half_scores[rows],
+            queries[chunk.first * batch : chunk.stop * batch],
+            half_scores,
             sub_keys,
-            grad_scores[rows],
-            found.slots[rows],
+            chunk_grad_scores,
+            slots,
             first_row=(chunk.start - chunk.first) * batch,
-            out=grad_queries[rows],
-            **(o.key_step if chunk.is_written else still),
+            out=chunk_grad_queries,
+            **(key_step if chunk.is_written else still),
         )
     return grad_queries, grad_keys
 
@@ -243,22 +252,22 @@ def value_scan(
     """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
     batch, picks = targets.shape[0], slots.shape[1]
     targets, output = targets.transpose(0, 1), output.transpose(0, 1)
-    for chunk in chunks:
-        rows = chunk.rows(batch)
-        accesses = slice(rows.start * picks, rows.stop * picks)
+    of_reads = _by_chunk(chunks, batch, slots, weights, write_weights)
+    of_accesses = _by_chunk(chunks, batch * picks, *plan, *([] if log is None else [log]))
+    for chunk, (slots, weights, write_weights), accesses in zip(chunks, of_reads, of_accesses, strict=True):
         pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
-        errors = read(values, slots[rows], weights[rows], pair_targets, output[chunk.start : chunk.stop], o.backend)
+        errors = read(values, slots, weights, pair_targets, output[chunk.start : chunk.stop], o.backend)
         if chunk.is_written or log is not None:
             write(
                 values,
                 errors,
-                write_weights[rows],
-                Plan(*(x[accesses] for x in plan)),
+                write_weights,
+                Plan(*accesses[:4]),
                 lr=o.lr,
                 weight_decay=o.weight_decay if chunk.is_written else 0.0,
                 clip=o.clip,
                 backend=o.backend,
-                log=None if log is None else log[accesses],
+                log=None if log is None else accesses[4],
             )
 
 
@@ -291,26 +300,28 @@ def value_scan_grad(
         if first > done:  # between them no chunk writes
             by_time[done:first].zero_()
         done = last
-    for chunk in reversed(chunks):
-        rows = chunk.rows(batch)
-        accesses = slice(rows.start * picks, rows.stop * picks)
+    inputs = (log_rows, slots, weights, write_weights)
+    of_reads = _by_chunk(chunks, batch, *inputs, grad_weights, grad_write_weights)
+    of_accesses = _by_chunk(chunks, batch * picks, *plan, log)
+    for chunk, reads, accesses in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):
+        log_rows, slots, weights, write_weights, chunk_grad_weights, chunk_grad_write_weights = reads
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
-        chunk_plan = Plan(*(x[accesses] for x in plan))
+        chunk_plan = Plan(*accesses[:4])
         grad_predictions = _read_grad(
             grad_values,
-            log[accesses],
-            log_rows[rows],
-            slots[rows],
-            weights[rows],
-            write_weights[rows],
+            accesses[4],
+            log_rows,
+            slots,
+            weights,
+            write_weights,
             chunk_plan,
             targets[pairs],
             grad_output[chunk.start : chunk.stop],
             by_time[pairs],
-            grad_weights[rows],
-            grad_write_weights[rows],
+            chunk_grad_weights,
+            chunk_grad_write_weights,
             o,
         )
         decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
-        _add_rows(grad_values, grad_predictions, weights[rows], chunk_plan, decay, o.backend)
+        _add_rows(grad_values, grad_predictions, weights, chunk_plan, decay, o.backend)
     return grad_targets, grad_weights, grad_write_weights

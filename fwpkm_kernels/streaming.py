@@ -206,6 +206,7 @@ class Lanes:
     def __init__(self, is_capturing: bool = False) -> None:
         self.plans: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
         self.values: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
+        self._open: list[torch.cuda.Stream] = []  #: on which something has been launched
         #: Memory that is freed on one stream may be handed out on it while another still reads: so nothing is freed.
         self._held: list[Any] = []
 
@@ -214,6 +215,8 @@ class Lanes:
         if lane is None:
             return contextlib.nullcontext()
         lane.wait_stream(torch.cuda.current_stream())
+        if lane not in self._open:
+            self._open.append(lane)
         return torch.cuda.stream(lane)
 
     def hold(self, *tensors: Any) -> None:
@@ -227,9 +230,13 @@ class Lanes:
             torch.cuda.current_stream().wait_stream(lane)
 
     def join(self) -> None:
-        """Let the present stream wait for all lanes; then nothing is held any more."""
-        self.wait(self.plans)
-        self.wait(self.values)
+        """Let the present stream wait for all lanes that were launched on; then nothing is held any more.
+
+        The others are no part of what is captured: to wait for them would be an error.
+        """
+        for lane in self._open:
+            self.wait(lane)
+        self._open.clear()
         self._held.clear()
 
 

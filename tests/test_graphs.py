@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fwpkm_kernels import MemoryGraph, MemoryState, addressing, fast_weight_memory_step, graphs, plan, testing
+from fwpkm_kernels import (
+    MemoryGraph,
+    MemoryState,
+    addressing,
+    fast_weight_memory_step,
+    graphs,
+    plan,
+    streaming,
+    testing,
+)
 from tests.conftest import HAS_GPU
 from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
 from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
@@ -305,3 +314,51 @@ def test_a_capture_warms_up_on_picks_that_can_be_planned(make_graph, monkeypatch
     inputs = make_inputs(2, 4, heads=2, dtype=torch.float32, device=DEVICE)
     make_graph(make_state(inputs), inputs, 2, **OPTIONS, backend="triton")
     assert planned == [8]
+
+
+class Stream:
+    """A stand-in for a CUDA stream: notes what it waits for, and is the current one where it is entered."""
+
+    current: "Stream"
+
+    def __init__(self) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited.append(other)
+
+    def __enter__(self) -> None:
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *exc: object) -> None:
+        Stream.current = self.before
+
+
+@pytest.mark.parametrize("fails, lanes", [("_look_up", 0), ("_plan_pairs", 1), ("write", 2), (None, 2)])
+def test_lanes_are_joined_after_an_error(fails, lanes, monkeypatch, make_graph):
+    """The captured stream waits for every lane that was launched on, and for no other; here streams are stand-ins."""
+    inputs = make_inputs(2, 12, num_keys=5, dtype=torch.float32, device=DEVICE)
+    state = make_state(inputs)
+    graph = make_graph(state, inputs, 6, chunk_size=6, top_k=2)
+    Stream.current = captured = Stream()
+    for name, value in (
+        ("Stream", Stream),
+        ("stream", lambda stream: stream),
+        ("current_stream", lambda: Stream.current),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    state._values = state.values.as_subclass(OnGpu)
+    if fails is None:
+        graph._run_close(state)
+    else:
+
+        def fail(*args: Any, **options: Any) -> None:
+            raise MemoryError("planted")
+
+        monkeypatch.setattr(streaming, fails, fail)
+        captured.waited.clear()
+        with pytest.raises(MemoryError, match="planted"):
+            graph._run_close(state)
+    forked = {stream for stream in captured.waited if captured in stream.waited}
+    assert len(forked) == len(set(captured.waited)) == lanes
