@@ -62,7 +62,7 @@ def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig
     if keys.dtype == torch.float64:
         return LookupConfig(16, max(16, next_power_of_2(top_k), min(64, width)), 1, 4)
     if top_k > 16:
-        return LookupConfig(128, max(16, min(128, width), next_power_of_2(top_k)), 32, 8)
+        return LookupConfig(128, max(16, min(128, width), next_power_of_2(top_k)), 16, 8)
     if width < 64 or (num_rows <= FEW_ROWS and keys.stride(3) == 1):
         return LookupConfig(64, max(16, min(32, width)), 32, 4)
     return LookupConfig(128, 64, 32, 8)
@@ -78,8 +78,11 @@ def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
 
 
 @triton.jit
-def take_top(bits, columns, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The TOP_K largest entries of each row and their columns, as in `take_best`: [ROWS, BLOCK_K] or [BLOCK_K]."""
+def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
+    """The COUNT largest entries of each row, their columns, and what is left, as in `take_best`.
+
+    The first two are [ROWS, BLOCK_K] or [BLOCK_K], COUNT <= BLOCK_K.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     if len(bits.shape) == 1:
         best = tl.zeros([BLOCK_K], bits.dtype)
@@ -87,11 +90,11 @@ def take_top(bits, columns, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
         best = tl.zeros([bits.shape[0], BLOCK_K], bits.dtype)
         offs_k = offs_k[None, :]
     best_columns = best.to(tl.int32)
-    for i_k in range(TOP_K):
+    for i_k in range(COUNT):
         bit, column, bits = take_best(bits, columns)
         best = tl.where(offs_k == i_k, bit, best)
         best_columns = tl.where(offs_k == i_k, column, best_columns)
-    return best, best_columns
+    return best, best_columns, bits
 
 
 @triton.jit
@@ -203,12 +206,13 @@ def half_topk_kernel(
         bits = to_ordered(dots)
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
     out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
-    best, columns = take_top(bits, offs_n[None, :], TOP_K, BLOCK_K)
-    offs_k = tl.arange(0, BLOCK_K)
-    at = out[:, None] + offs_k[None, :]
-    mask = mask_m[:, None] & (offs_k < TOP_K)[None, :]
-    tl.store(candidate_ptr + at, best, mask=mask)
-    tl.store(column_ptr + at, columns, mask=mask)
+    for start in range(0, TOP_K, BLOCK_K):
+        best, columns, bits = take_top(bits, offs_n[None, :], min(BLOCK_K, TOP_K - start), BLOCK_K)
+        offs_k = start + tl.arange(0, BLOCK_K)
+        at = out[:, None] + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+        mask = mask_m[:, None] & (offs_k < TOP_K)[None, :]
+        tl.store(candidate_ptr + at, best, mask=mask)
+        tl.store(column_ptr + at, columns, mask=mask)
 
 
 @triton.jit
@@ -285,8 +289,8 @@ def merge_kernel(
     columns2 = tl.load(column_ptr + candidates2, mask=mask_c, other=0)
     bits1 = tl.where(mask_c, bits1, lowest(bits1))
     bits2 = tl.where(mask_c, bits2, lowest(bits2))
-    best1, keys1 = take_top(bits1, columns1, TOP_K, BLOCK_R)
-    best2, keys2 = take_top(bits2, columns2, TOP_K, BLOCK_R)
+    best1, keys1, _ = take_top(bits1, columns1, TOP_K, BLOCK_R)
+    best2, keys2, _ = take_top(bits2, columns2, TOP_K, BLOCK_R)
 
     if IDW:
         # Each row of sub-keys lies in a few lanes, so that few steps between lanes sum it.
@@ -342,7 +346,7 @@ def merge_kernel(
     slots = tl.gather(keys1, first, 0).to(tl.int64) * NUM_KEYS + tl.gather(keys2, second, 0)
     bits = to_ordered(sums)
     bits = tl.where(mask_p, bits, lowest(bits))
-    best, pairs = take_top(bits, offs_p, TOP_K, BLOCK_R)
+    best, pairs, _ = take_top(bits, offs_p, TOP_K, BLOCK_R)
     scores = from_ordered(best)  # [BLOCK_R]
     slots = tl.gather(slots, pairs, 0)
     out = i_row * TOP_K + offs_r
@@ -416,7 +420,7 @@ def lookup(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
-            BLOCK_K=next_power_of_2(top_k),
+            BLOCK_K=min(next_power_of_2(top_k), 8),
             num_warps=config.num_warps,
             on=queries,
         )
