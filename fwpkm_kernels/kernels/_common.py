@@ -62,8 +62,8 @@ def lowest(bits):
 def take_best(bits, offs):
     """Largest entry of each row, the lowest column among equals: (its bits, its column, the rows without it).
 
-    `bits` are [ROWS, COLUMNS], or one row, [COLUMNS]; the first two results have one column. `offs` are the columns that
-    the entries stand for: [1 or ROWS, COLUMNS] or [COLUMNS], different in each row.
+    `bits` are [ROWS, COLUMNS], or [COLUMNS] of one row; the first two results have one column. `offs` are the columns
+    that the entries stand for: [1 or ROWS, COLUMNS] or [COLUMNS], different in each row.
     """
     axis: tl.constexpr = len(bits.shape) - 1
     best = tl.max(bits, axis=axis, keep_dims=True)

@@ -43,19 +43,20 @@ class LookupConfig(NamedTuple):
     num_warps: int
 
 
-#: Up to so many rows, tiles of as many sub-keys leave half of an H100's multiprocessors without a program.
+#: Up to so many rows, tiles for many leave half of an H100's multiprocessors without a program.
 FEW_ROWS = 1024
 
 
 def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig:
     """Launch table. A token's result never depends on how many come with it.
 
-    A dot product is the sum of products of BLOCK_D columns each, whatever tile it lies in; and |k|² is summed by lanes
-    that stand beside each other in a row of sub-keys, as many in every tile of float32 and half precision, if its
-    columns are consecutive. So BLOCK_M, BLOCK_N and warps may go by the number of rows then; BLOCK_D may not.
+    BLOCK_M, BLOCK_N and the warps may go by the number of rows all the same. A dot product is a sum of those of BLOCK_D
+    columns each, whatever tile it lies in. If the columns of a sub-key are consecutive, all tiles of float32 and half
+    precision spread them over as many lanes, so that |k|² is summed in one order. And where FEW_ROWS count,
+    `merge_kernel` has one warp for the candidates of either tile.
 
     Tiles are as high as 16 rows for each warp: so the matrix units leave a row in one warp, and the K reductions over
-    it need no shared memory. With few picks narrow tiles leave room for two programs of them on a multiprocessor (128
+    it need no shared memory. With few picks they are so narrow that a multiprocessor holds two programs of 8 warps (128
     registers on sm_90); with many, wide ones leave fewer candidates to merge.
     """
     width = next_power_of_2(keys.shape[2])
@@ -63,7 +64,8 @@ def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig
         return LookupConfig(16, max(16, next_power_of_2(top_k), min(64, width)), 1, 4)
     if top_k > 16:
         return LookupConfig(128, max(16, min(128, width), next_power_of_2(top_k)), 16, 8)
-    if width < 64 or (num_rows <= FEW_ROWS and keys.stride(3) == 1):
+    is_few = num_rows <= FEW_ROWS and width * top_k <= 32 * 512 and keys.stride(3) == 1
+    if is_few or width < 64:
         return LookupConfig(64, max(16, min(32, width)), 32, 4)
     return LookupConfig(128, 64, 32, 8)
 
@@ -106,9 +108,9 @@ def split(x):
 
 @triton.jit
 def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constexpr, PRECISION: tl.constexpr):
-    """q·k of a few columns: [BLOCK_M, BLOCK_N].
+    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so no sum of theirs is longer.
 
-    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big, without products of a rest that is 0: not Q_SMALL, K_SMALL.
+    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Not Q_SMALL, not K_SMALL: that rest is 0.
     """
     if PRECISION == "tf32x3":
         q_big, q_small = split(q)
@@ -118,8 +120,8 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
             part = tl.dot(q_small, k_big, part, input_precision="tf32")
         if K_SMALL:
             part = tl.dot(q_big, k_small, part, input_precision="tf32")
-        if not IDW:
-            part = tl.where(part == part, part, 0.0)  # a rest of what is infinite; the last product says what comes
+        if not IDW:  # to which what is not finite is all one
+            part = tl.where(part == part, part, 0.0)  # q_big·k_big says what infinities make
         return tl.dot(q_big, k_big, part, input_precision="tf32")
     return tl.dot(q, k, input_precision=PRECISION)
 
@@ -278,7 +280,7 @@ def merge_kernel(
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
 
-    # Both halves at once: their picks do not wait for each other.
+    # Both halves are loaded before either is looked through.
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < SPLITS * TOP_K
     candidates1 = i_row * (2 * SPLITS * TOP_K) + offs_c
@@ -293,7 +295,7 @@ def merge_kernel(
     best2, keys2, _ = take_top(bits2, columns2, TOP_K, BLOCK_R)
 
     if IDW:
-        # Each row of sub-keys lies in a few lanes, so that few steps between lanes sum it.
+        # A warp holds LINE columns of several sub-keys side by side: so few steps between lanes sum them.
         offs_d = LINE * tl.arange(0, BLOCK_D // LINE)[:, None, None] + tl.arange(0, LINE)[None, None, :]
         mask_d = offs_d < HALF
         offs_d = offs_d.to(tl.int64)  # [BLOCK_D / LINE, 1, LINE]
