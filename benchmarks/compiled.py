@@ -646,16 +646,17 @@ def _loops(kernel: list[Instruction]) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in zip(targets, ends, strict=True) if begin < end]
 
 
-def executed_instructions(kernel: list[Instruction], first: int = 0) -> int | None:
+def executed_instructions(kernel: list[Instruction], first: int = 0, *, unknown: float | None = None) -> float | None:
     """Instructions that a warp executes from index `first` on; None where a loop does not say how often it runs.
 
-    Every instruction once, taken branch or not, and those in a loop as often as it runs.
+    Every instruction once, taken branch or not, and those in a loop as often as it runs: `unknown` times, where that is
+    given and the loop does not say.
     """
     kernel = _to_the_end(kernel)
-    times = [1] * len(kernel)
+    times: list[float] = [1] * len(kernel)
     for begin, end in _loops(kernel):
         if begin >= first:
-            trips = _trips(kernel, begin, end)
+            trips = _trips(kernel, begin, end) or unknown
             if trips is None or trips < 1:
                 return None
             times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
@@ -911,12 +912,13 @@ def write_table(pool: ProcessPoolExecutor) -> None:
     """Write the committed file."""
     import triton
 
-    from . import launches
+    from . import estimates, launches
 
     parts = [INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])]
     for target in TARGETS:
         parts += [f"## {target}\n", _table(report_cases(TABLE_CASES, target, pool)) + "\n"]
     parts.append(launches.markdown(launches.rows()))
+    parts.append(estimates.markdown(estimates.estimates(pool)))
     write_output(TABLE, "\n".join(parts))
 
 

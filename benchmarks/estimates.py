@@ -38,6 +38,10 @@ TRIPS: dict[str, Callable[[Any], float]] = {
 }
 
 
+#: In a graph of streaming steps a chunk's plan and values run beside addresses (`fwpkm_kernels.streaming.Lanes`).
+LANES = {"plan": "plan", "read": "values", "write": "values"}
+
+
 class Estimate(NamedTuple):
     """A kernel, or an operator of PyTorch, in one kind of work: its launches in a chunk, and all of them together."""
 
@@ -129,6 +133,18 @@ def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
     return [x for part in (pool.map if pool else map)(_of_work, works) for x in part]
 
 
+def on_lanes(rows: list[Estimate]) -> tuple[float, float]:
+    """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap."""
+
+    def spent(*stages: str) -> float:
+        return sum(x.micros for x in rows if x.stage in stages)
+
+    lanes = {lane: spent(*(name for name in LANES if LANES[name] == lane)) for lane in LANES.values()}
+    found = spent("queue", "lookup")
+    alone = found + max(spent("key step"), max(spent("plan"), spent("read")) + spent("write"))
+    return alone, max(found + spent("key step"), *lanes.values())
+
+
 def markdown(every: list[Estimate]) -> str:
     """The part of the committed table."""
     parts = [
@@ -139,7 +155,7 @@ def markdown(every: list[Estimate]) -> str:
 the longest of its warp instructions at {ISSUE / 1e12:.2f}·10¹² a second, its bytes at {MEMORY / 1e12:.1f} TB/s, these
 and what it reads again at {CACHE / 1e12:.1f} TB/s, and {LEAST:.0f} µs; and a gap of {GAP:.0f} µs comes before it. What
 this knows nothing of, such as latencies that few warps leave open, makes a kernel slower. What a sequence takes once,
-whatever its length, is not in it."""
+whatever its length, is not in it: its sort, its copies."""
     ]
     for work in dict.fromkeys(x.work for x in every):
         rows = [x for x in every if x.work == work]
@@ -151,7 +167,10 @@ whatever its length, is not in it."""
             cells = (f"{x.launches:.0f}", millions, f"{x.megabytes:.1f}", f"{x.again:.1f}", f"{x.micros:.1f}", x.bound)
             lines.append(f"| {x.stage} | {x.name} | " + " | ".join(cells) + " |")
         head = f"{work[0].upper()}{work[1:]}: {total:.0f} µs estimated, the goal is {GOALS[work]} µs"
-        parts.append(f"### {head}\n\n" + "\n".join(lines))
+        if work == INFERENCE:
+            alone, among_others = on_lanes(rows)
+            head += f".\nIn a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks"
+        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{head.partition(': ')[2]}.\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

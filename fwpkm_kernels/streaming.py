@@ -20,6 +20,7 @@ from .binding import Binding, Queue, make_queue
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
+from .kernels import compute_dtype
 from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
 from .plan import Plan, check_num_accesses, count_accesses, plan_segments, row_dtype
@@ -29,6 +30,14 @@ from .state import MemoryState, check_step
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights [M, J], slots [M, H, K], half scores and sub-keys [M, H, 2, K] of queries [M, H, Dk]."""
+    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # of one head the lookup has all picks of a token
+        from .kernels.lookup import lookup
+
+        weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
+        weighing: dict[str, Any] = {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
+        options = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
+        _, slots, half_scores, sub_keys = lookup(queries, keys, **options, **weighing)
+        return weights.flatten(1), slots, half_scores, sub_keys
     scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **o.lookup)
     return weigh(scores.flatten(1), o.weighting, o.temperature), slots, half_scores, sub_keys
 
