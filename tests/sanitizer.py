@@ -1,22 +1,22 @@
-"""What kernels load and store in Triton's interpreter, watched: faults that would show on a GPU only, and not always.
+"""Watch what kernels load and store in Triton's interpreter, for faults that would show on a GPU only, and not always.
 
     with sanitized() as seen:
         ...  # whatever launches kernels
     assert not seen.faults
 
-The interpreter runs the programs of a launch one after the other, and the lanes of an instruction in order, in memory
-that is rarely protected. So it gives right results in spite of these faults, which are looked for in every launch:
+The interpreter runs programs one after the other, and the lanes of an instruction in order, in memory that nothing
+protects: so results are mostly right in spite of these faults, which are looked for in every launch.
 
 outside    An unmasked lane loads or stores where its argument has no element. What lies between the elements of a
-           strided view is none, and neither is what other arguments have there. The lane is left out.
+           strided view is none, and what other arguments have there is no excuse. The lane is left out.
 race       A program stores an element that another program of the launch loads or stores.
 unordered  A program loads an element that it has stored since its last `tl.debug_barrier()`: perhaps another of its
            threads did.
 twice      Two lanes of one store have the same element.
 
-Marks are excepted by name: all programs and lanes may store one same value. Atomic operations are asked for the first
-only, and what order they make between programs is not known here. An offset of 2⁴⁷ bytes or more is outside, but the
-name of the argument is lost.
+Marks are excepted by name: all programs and lanes may store one same value there. Of atomic operations only the first
+is asked; the order that they make between programs is not known here. Where an offset is so large that it changes which
+argument a pointer belongs to, 2⁴⁷ bytes or more, that is outside, but of another argument or of none.
 """
 
 import contextlib
@@ -31,46 +31,49 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-#: Above the bits of an address stands the number of the argument: arithmetic with pointers keeps it.
+#: Above the bits of an address a pointer has the number of its argument, which arithmetic keeps.
 ADDRESS_BITS = 48
 
-Program = tuple[int, int, int]
+Program = tuple[int, ...]
+#: What is called with an argument, the bytes of it that lanes access, [lanes, size], and what they store there.
+Look = Callable[["Argument", np.ndarray, np.ndarray], None]
 
 KINDS = {
-    "outside": "accesses what is not an element of",
-    "race": "store and load or store the same element of",
+    "outside": "accesses what is no element of",
+    "race": "both access, and one stores, the same element of",
     "unordered": "loads without a barrier what it has stored in",
     "twice": "stores with two lanes at once the same element of",
 }
 
 
 class Fault(NamedTuple):
-    """The first fault of a kind that an argument of a kernel has."""
+    """The first fault of one of KINDS that an argument of a kernel has."""
 
     kind: str
     kernel: str
     argument: str
-    #: its index; one that is outside: (how many elements from the first,)
+    #: its index; of what is outside how many elements it is from the first
     element: tuple[int, ...]
-    #: the place in the grid of the one that does it, of a race those of both
+    #: the place in the grid of the program that does it; of a race, those of both
     programs: tuple[Program, ...]
 
     def __str__(self) -> str:
-        who = " and ".join(map(str, self.programs))
-        return f"{self.kernel}: {who} {KINDS[self.kind]} `{self.argument}`: {list(self.element)}"
+        programs = " and ".join(map(str, self.programs))
+        return f"{self.kernel}: {programs} {KINDS[self.kind]} `{self.argument}`: {list(self.element)}"
 
 
 class Memory:
-    """Who of the programs of a launch, numbered from 1, stored and loaded each byte of a storage; 0 is nobody."""
+    """A storage: who of the programs of a launch, numbered from 1, stored and loaded each of its bytes; 0 is nobody."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.begin = storage.data_ptr()
-        #: the last that stored, and when; the first that loaded: if others did, one of them, as they run in turn
+        #: the last that stored, and after how many barriers; the first that loaded: as they run in turn, it stands for
+        #: all but the present one
         self.writer, self.time, self.reader = np.zeros((3, storage.nbytes()), np.int32)
 
 
 class Argument:
-    """A tensor that a kernel was given."""
+    """A tensor that a kernel is given."""
 
     def __init__(self, name: str, tensor: torch.Tensor, memory: Memory) -> None:
         self.name, self.memory = name, memory
@@ -79,21 +82,21 @@ class Argument:
         self.offsets = np.asarray(functools.reduce(np.add.outer, steps, 0))  # of each element, in elements
         is_element = np.zeros(self.offsets.max(initial=-1) + 1, bool)
         is_element[self.offsets] = True
-        self.has = is_element.repeat(self.size)  # whether a byte belongs to an element
-        self.mark: Any = None  # what was first stored
+        self.is_inside = is_element.repeat(self.size)  # of each byte: whether an element has it
+        self.mark: Any = None  # what was stored first, if it may be a mark
 
-    def index(self, byte: int) -> tuple[int, ...]:
-        """Of the element that has this byte."""
+    def element(self, byte: int) -> tuple[int, ...]:
+        """The index of the one that has this byte."""
         return tuple(np.argwhere(self.offsets == byte // self.size)[0].tolist())
 
 
 class Sanitizer:
-    """What was seen of the launches so far.
+    """What was seen so far.
 
     Attributes:
-        faults: the first of each kind for each argument of a kernel.
-        launched: functions of `triton.jit` that were launched, as "module.name".
-        called: those that were called by others.
+        faults: the first of each kind in each argument of a kernel.
+        launched: kernels, as "module.name".
+        called: functions decorated with `triton.jit` that others called.
     """
 
     def __init__(self, marks: Collection[str]) -> None:
@@ -101,100 +104,88 @@ class Sanitizer:
         self.launched: set[str] = set()
         self.called: set[str] = set()
         self._marks = marks
-        self._kernel = ""
-        self._names: Iterator[str] = iter(())
-        self._memories: dict[int, Memory] = {}
+
+    def begin_launch(self, kernel: Callable[..., Any], pointers: list[str]) -> None:
+        """Of a kernel; `pointers` names the tensors that `add_argument` will be given, in order."""
+        self.launched.add(full_name(kernel))
+        self._kernel, self._names = kernel.__name__, iter(["no argument", *pointers])
         self._arguments: list[Argument] = []
+        self._memories: dict[int, Memory] = {}
         self._programs: list[Program] = []
         self._time = 0
-
-    def begin_launch(self, kernel: Callable[..., Any], names: list[str]) -> None:
-        """`names` are those of the pointers that `add_argument` will be given."""
-        self.launched.add(full_name(kernel))
-        self._kernel, self._names = kernel.__name__, iter(names)
-        self._memories, self._arguments, self._programs = {}, [], []
-        self._argument("no argument", torch.empty(0))
-
-    def _argument(self, name: str, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        memory = self._memories.setdefault(storage.data_ptr(), Memory(storage))
-        self._arguments.append(Argument(name, tensor, memory))
-        return len(self._arguments) - 1
+        self.add_argument(torch.empty(0))
 
     def add_argument(self, tensor: torch.Tensor) -> int:
         """Its number."""
-        return self._argument(next(self._names), tensor)
+        storage = tensor.untyped_storage()
+        memory = self._memories.setdefault(storage.data_ptr(), Memory(storage))
+        self._arguments.append(Argument(next(self._names), tensor, memory))
+        return len(self._arguments) - 1
 
-    def begin_program(self, *program: int) -> None:
+    def begin_program(self, program: Program) -> None:
         self._programs.append(program)
-        self.barrier()
 
     def barrier(self) -> None:
         self._time += 1
 
-    def lanes(self, pointers: Any, mask: Any, see: Callable[..., None], values: Any = 0) -> tuple[Any, Any]:
-        """The addresses that pointers stand for, and the mask without the lanes outside; `see` is given the others."""
+    def access(self, pointers: Any, mask: Any, look: Look | None = None, values: Any = 0) -> tuple[Any, Any]:
+        """The addresses in `pointers`, and `mask` without the lanes outside; `look` is called with the others."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         numbers, addresses = pointers.data >> ADDRESS_BITS, pointers.data & (2**ADDRESS_BITS - 1)
         mask = np.broadcast_to(mask, numbers.shape).copy()
         values = np.broadcast_to(values, numbers.shape)
         for number in np.unique(numbers[mask]):
             argument = self._arguments[number if number < len(self._arguments) else 0]
-            here = mask & (numbers == number)
-            at = addresses[here].astype(np.int64)[:, None] - argument.begin + np.arange(size)  # [lanes, size]
-            inside = (at >= 0) & (at < len(argument.has))
-            inside[inside] = argument.has[at[inside]]
-            is_inside = inside.all(axis=1)
-            if not is_inside.all():
-                first = int(at[~is_inside][0, 0])
-                self._report("outside", argument, (first // argument.size,), len(self._programs))
-                mask[here] = is_inside
-            see(argument, at[is_inside], values[here][is_inside])
+            lanes = mask & (numbers == number)
+            at = addresses[lanes].astype(np.int64)[:, None] - argument.begin + np.arange(size)  # [lanes, size]
+            inside = (at >= 0) & (at < len(argument.is_inside))
+            inside[inside] = argument.is_inside[at[inside]]
+            inside = inside.all(axis=1)
+            if not inside.all():
+                self._report("outside", argument, (int(at[~inside][0, 0]) // argument.size,))
+                mask[lanes] = inside
+            if look is not None:
+                look(argument, at[inside], values[lanes][inside])
         return interpreter.TensorHandle(addresses, pointers.dtype), interpreter.TensorHandle(mask, tl.int1)
 
-    def see_nothing(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
-        """Of an atomic operation."""
-
-    def see_load(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
-        """`at` [lanes, bytes] are bytes of the argument."""
+    def look_at_load(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
         me, memory, where = len(self._programs), argument.memory, at + (argument.begin - argument.memory.begin)
         writer, reader = memory.writer[where], memory.reader[where]
         self._check("unordered", argument, at, (writer == me) & (memory.time[where] == self._time))
-        self._check("race", argument, at, (writer != 0) & (writer != me), writer)
+        self._check_others(argument, at, writer)
         memory.reader[where] = np.where(reader == 0, me, reader)
 
-    def see_store(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
-        """`values` are those of the lanes."""
-        me, memory, where = len(self._programs), argument.memory, at + (argument.begin - argument.memory.begin)
-        others = [memory.reader[where]]
+    def look_at_store(self, argument: Argument, at: np.ndarray, values: np.ndarray) -> None:
+        memory, where = argument.memory, at + (argument.begin - argument.memory.begin)
         if not self._are_marks(argument, values):
-            others.append(memory.writer[where])
             is_again = np.ones((len(at), 1), bool)
             is_again[np.unique(at[:, 0], return_index=True)[1]] = False
             self._check("twice", argument, at, is_again)
-        for other in others:
-            self._check("race", argument, at, (other != 0) & (other != me), other)
-        memory.writer[where] = me
-        memory.time[where] = self._time
+            self._check_others(argument, at, memory.writer[where])
+        self._check_others(argument, at, memory.reader[where])
+        memory.writer[where], memory.time[where] = len(self._programs), self._time
 
     def _are_marks(self, argument: Argument, values: np.ndarray) -> bool:
-        """Whether all that was stored is one value, where that is allowed."""
+        """Whether what the launch has stored so far is one value, where that is allowed."""
         if f"{self._kernel}.{argument.name}" not in self._marks or not values.size:
             return False
         argument.mark = values[0] if argument.mark is None else argument.mark
         return bool((values == argument.mark).all())
 
-    def _check(
-        self, kind: str, argument: Argument, at: np.ndarray, wrong: np.ndarray, others: np.ndarray | None = None
-    ) -> None:
-        if wrong.any():
-            i, j = np.argwhere(wrong)[0]
-            programs = (len(self._programs),) if others is None else (others[i, j], len(self._programs))
-            self._report(kind, argument, argument.index(int(at[i, j])), *programs)
+    def _check(self, kind: str, argument: Argument, at: np.ndarray, is_wrong: np.ndarray) -> None:
+        if is_wrong.any():
+            self._report(kind, argument, argument.element(int(at[is_wrong.any(axis=1)][0, 0])))
 
-    def _report(self, kind: str, argument: Argument, element: tuple[int, ...], *programs: int) -> None:
-        fault = Fault(kind, self._kernel, argument.name, element, tuple(self._programs[i - 1] for i in programs))
-        if not any(fault[:3] == other[:3] for other in self.faults):
+    def _check_others(self, argument: Argument, at: np.ndarray, other: np.ndarray) -> None:
+        """Whether it is another program, nobody being none, that was at these bytes before."""
+        is_wrong = (other != 0) & (other != len(self._programs))
+        if is_wrong.any():
+            byte, program = at[is_wrong][0], other[is_wrong][0]
+            self._report("race", argument, argument.element(int(byte)), self._programs[program - 1])
+
+    def _report(self, kind: str, argument: Argument, element: tuple[int, ...], *others: Program) -> None:
+        fault = Fault(kind, self._kernel, argument.name, element, (*others, self._programs[-1]))
+        if not any(fault[:3] == known[:3] for known in self.faults):
             self.faults.append(fault)
 
 
@@ -203,10 +194,10 @@ def full_name(function: Callable[..., Any]) -> str:
 
 
 def pointer_names(name: str, argument: Any) -> list[str]:
-    """One for each tensor that the interpreter will make a pointer of, in its order."""
+    """A name for each tensor in an argument, in the interpreter's order."""
     if isinstance(argument, tuple):
         return [x for i, part in enumerate(argument) for x in pointer_names(f"{name}[{i}]", part)]
-    is_pointer = hasattr(argument, "data_ptr") or hasattr(argument, "base")  # a tensor, a descriptor of one
+    is_pointer = hasattr(argument, "data_ptr") or isinstance(argument, interpreter.TensorDescriptor)
     return [name] if is_pointer else []
 
 
@@ -218,28 +209,28 @@ def sanitized(marks: Collection[str] = ()) -> Iterator[Sanitizer]:
         marks: arguments, as "kernel.argument", whose elements all programs may set to one same value.
     """
     seen = Sanitizer(marks)
-    builder, Executor, Function = (
+    builder, executor, function = (
         interpreter.interpreter_builder, interpreter.GridExecutor, interpreter.InterpretedFunction
     )  # fmt: skip
     load, store = builder.create_masked_load, builder.create_masked_store
     update, swap = builder.create_atomic_rmw, builder.create_atomic_cas
     barrier, set_place = builder.create_barrier, builder.set_grid_idx
+    launch, call, convert = executor.__call__, function.__call__, interpreter._implicit_cvt
     nowhere = torch.zeros(1, dtype=torch.int64)
-    launch, call, convert = Executor.__call__, Function.__call__, interpreter._implicit_cvt
 
     def watched_load(pointers, mask, *rest, **options):
-        return load(*seen.lanes(pointers, mask.data, seen.see_load), *rest, **options)
+        return load(*seen.access(pointers, mask.data, seen.look_at_load), *rest, **options)
 
     def watched_store(pointers, value, mask, *rest, **options):
-        pointers, mask = seen.lanes(pointers, mask.data, seen.see_store, value.data)
+        pointers, mask = seen.access(pointers, mask.data, seen.look_at_store, value.data)
         return store(pointers, value, mask, *rest, **options)
 
     def watched_update(operation, pointers, value, mask, *rest):
-        pointers, mask = seen.lanes(pointers, mask.data, seen.see_nothing)
+        pointers, mask = seen.access(pointers, mask.data)
         return update(operation, pointers, value, mask, *rest)
 
     def watched_swap(pointers, *rest):
-        pointers, mask = seen.lanes(pointers, True, seen.see_nothing)
+        pointers, mask = seen.access(pointers, True)
         # It has no mask that would leave a lane out.
         pointers.data = np.where(mask.data, pointers.data, np.uint64(nowhere.data_ptr()))
         return swap(pointers, *rest)
@@ -249,19 +240,18 @@ def sanitized(marks: Collection[str] = ()) -> Iterator[Sanitizer]:
         return barrier()
 
     def watched_set_place(*place):
-        seen.begin_program(*place)
+        seen.begin_program(place)
         return set_place(*place)
 
-    def watched_launch(executor, *args, **kwargs):
-        known = {name: x for name, x in kwargs.items() if name in executor.arg_names}
-        bound = inspect.getcallargs(executor.fn, *args, **known)
-        names = [x for name, argument in bound.items() for x in pointer_names(name, argument)]
-        seen.begin_launch(executor.fn, names)
-        return launch(executor, *args, **kwargs)
+    def watched_launch(self, *args, **kwargs):
+        arguments = {name: x for name, x in kwargs.items() if name in self.arg_names}  # not num_warps and the like
+        arguments = inspect.getcallargs(self.fn, *args, **arguments)
+        seen.begin_launch(self.fn, [x for name, argument in arguments.items() for x in pointer_names(name, argument)])
+        return launch(self, *args, **kwargs)
 
-    def watched_call(function, *args, **kwargs):
-        seen.called.add(full_name(function.fn))
-        return call(function, *args, **kwargs)
+    def watched_call(self, *args, **kwargs):
+        seen.called.add(full_name(self.fn))
+        return call(self, *args, **kwargs)
 
     def watched_convert(argument):
         converted = convert(argument)
@@ -278,8 +268,8 @@ def sanitized(marks: Collection[str] = ()) -> Iterator[Sanitizer]:
             (builder, "create_atomic_cas", watched_swap),
             (builder, "create_barrier", watched_barrier),
             (builder, "set_grid_idx", watched_set_place),
-            (Executor, "__call__", watched_launch),
-            (Function, "__call__", watched_call),
+            (executor, "__call__", watched_launch),
+            (function, "__call__", watched_call),
             (interpreter, "_implicit_cvt", watched_convert),
         ):
             stack.enter_context(mock.patch.object(owner, name, watched))

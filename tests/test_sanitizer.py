@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fwpkm_kernels
 from fwpkm_kernels import testing
@@ -87,8 +88,9 @@ def test_every_kernel():
     assert functions() - ran - seen.launched == set(), "launch it in EVERY_KERNEL"
 
 
-def check_cases(op: str, examples: int) -> None:
-    """Drawn options, dtypes, layouts and odd sizes, forward and backward."""
+def check_cases(op: str, share: float) -> None:
+    """Drawn options, dtypes, layouts and odd sizes, forward and backward: a share of the cases the profile has."""
+    examples = max(2, round(share * settings.default.max_examples))  # of which the first is the simplest there is
 
     @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(cases(op, small=True))
@@ -100,13 +102,13 @@ def check_cases(op: str, examples: int) -> None:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_drawn_cases(op):
-    check_cases(op, 2)  # of which the first is the simplest there is
+    check_cases(op, 0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_many_drawn_cases(op):
-    check_cases(op, 10)
+    check_cases(op, 0.2)
 
 
 #: The index of a lane that is masked.
@@ -192,7 +194,7 @@ def test_moves(name):
 
 def test_a_fault_says_what_it_is():
     assert [str(fault) for fault in move([[0, 1, 1, 3]], IN_TURN, torch.arange(8.0))] == [
-        "move_kernel: (0, 0, 0) and (1, 0, 0) store and load or store the same element of `values_ptr`: [1]"
+        "move_kernel: (0, 0, 0) and (1, 0, 0) both access, and one stores, the same element of `values_ptr`: [1]"
     ]
     assert {kind for *_, faults in MOVES.values() for kind, *_ in faults} == set(KINDS)
 
@@ -274,6 +276,27 @@ def test_atomic_operations(swap):
             add_kernel[(3,)](out[:4], torch.tensor([0, 0, target, target]), LANES=4, SWAP=swap)
         assert seen.faults == faults
         assert out.tolist() == [1 if swap else 6, 0, 0, (1 if swap else 6) * (target == 3), 0]
+
+
+@triton.jit
+def add_rows_kernel(tensors, rows, LANES: tl.constexpr):
+    """tensors[0] + one of `rows`, a descriptor, to tensors[1]. Grid: (1,)."""
+    lane = tl.arange(0, LANES)
+    x = tl.load(tensors[0] + lane) + tl.reshape(rows.load([1, 0]), [LANES])
+    tl.store(tensors[1] + lane, x)
+    tl.store(tensors[1] + lane // 2, x)
+
+
+def test_tensors_inside_of_arguments():
+    descriptor = TensorDescriptor.from_tensor(torch.arange(16.0).view(2, 8), [1, 8])
+    values, out = torch.ones(7), torch.zeros(8)
+    with sanitized() as seen:
+        add_rows_kernel[(1,)]((values, out), descriptor, LANES=8)
+    assert [(x.kind, x.argument, x.element) for x in seen.faults] == [
+        ("outside", "tensors[0]", (7,)),
+        ("twice", "tensors[1]", (0,)),
+    ]
+    assert out[4:].tolist() == [13, 14, 15, 15]
 
 
 def test_the_interpreter_is_left_as_it_was():
