@@ -51,7 +51,7 @@ MEMORY: dict[str, Any] = {
         "key_gradient": "addressing", "step": "normalized", "precision": "tf32x3",
     },
 }  # fmt: skip
-#: Chunks whose accesses are all to one slot, so that they are added in pieces.
+#: A chunk whose accesses are all to one slot, so that they are added in pieces.
 WRITE: dict[str, Any] = {
     "sizes": {"rows": 9, "J": 11, "N": 5, "D": 5},
     "dtypes": floats("values", "weights", "targets", "predictions") | {"slots": "int64"},
@@ -111,6 +111,35 @@ def test_many_drawn_cases(op):
     check_cases(op, 0.2)
 
 
+#: Several tiles of sub-keys, picks and columns, the last ones not full.
+LOOKUP: dict[str, Any] = {"sizes": {"rows": 3, "H": 2, "n": 150, "Dk": 42}, "dtypes": floats("queries", "keys")}
+WIDE: dict[str, Any] = {"sizes": {"rows": 7, "J": 19, "N": 23, "D": 1100}, "pattern": "zipf"}
+LARGER = [
+    Case(
+        "product_key_lookup", **LOOKUP, pattern="near",
+        options={"top_k": 33, "score": "idw", "eps": 1e-3, "precision": "tf32x3"},
+    ),
+    Case(
+        "product_key_update", **LOOKUP, pattern="random",
+        options={
+            "top_k": 9, "score": "idw", "eps": 1e-3, "precision": "tf32x3", "lr": 1.0, "weight": 1.0,
+            "weight_decay": 0.05, "clip": 0.02,
+        },
+    ),
+    Case(
+        "sparse_value_gather", **WIDE, dtypes=floats("values", "weights") | {"slots": "int32"},
+        layouts={"values": "sliced", "cotangent": "expanded"}, options={"sparse_grad": False},
+    ),
+    Case("chunk_value_update", **WRITE | WIDE),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGER, ids=lambda case: case.op)
+def test_larger_cases(case):
+    assert not run(case).faults
+
+
 #: The index of a lane that is masked.
 MASKED = 99
 
@@ -127,14 +156,17 @@ def move_kernel(
     BARRIER: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """out[targets[r, i]] = values[sources[r, i]], round by round. A program owns two lanes. Grid: (LANES / 2,)."""
+    """out[targets[r, i]] = values[sources[r, i]], round by round, a barrier behind one. A program owns two lanes.
+
+    Grid: (LANES / 2,).
+    """
     for i_r in range(ROUNDS):
         lane = i_r * LANES + tl.program_id(0) * 2 + tl.arange(0, 2)
         source = tl.load(sources_ptr + lane)
         target = tl.load(targets_ptr + lane)
         x = tl.load(values_ptr + source * stride_v, mask=source != MASKED, other=0)
         tl.store(out_ptr + target, x, mask=target != MASKED)
-        if BARRIER:
+        if i_r == BARRIER:
             tl.debug_barrier()
 
 
@@ -145,7 +177,7 @@ def move(
     *,
     out: torch.Tensor | None = None,
     stride: int = 1,
-    barrier: bool = False,
+    barrier: int = -1,
     marks: tuple[str, ...] = (),
 ) -> list[Fault]:
     """The faults of `move_kernel`; without `out` it works in place."""
@@ -167,7 +199,7 @@ MOVES: dict[str, tuple[list[list[int]], list[list[int]], dict[str, Any], list[tu
     "masked where there is nothing": ([[0, 1, 2, MASKED]], [[0, 1, MASKED, 3]], {}, []),
     "load behind the end": ([[0, 1, 2, 8]], IN_TURN, {}, [("outside", "values_ptr", (8,), [1])]),
     "store before the beginning": (IN_TURN, [[0, -2, 2, 3]], {}, [("outside", "out_ptr", (-2,), [0])]),
-    "two programs store": ([[0, 1, 7, 3]], [[0, 1, 1, 3]], {}, [("race", "out_ptr", (1,), [0, 1])]),
+    "two programs store": ([[4, 5, 6, 7]], [[0, 1, 1, 3]], {}, [("race", "out_ptr", (1,), [0, 1])]),
     "one loads what another stored": ([[0, 1, 1, 3]], IN_TURN, {}, [("race", "values_ptr", (1,), [0, 1])]),
     "one stores what another loaded": ([[2, 1, 2, 3]], IN_TURN, {}, [("race", "out_ptr", (2,), [0, 1])]),
     "several load what one stores": (
@@ -176,10 +208,14 @@ MOVES: dict[str, tuple[list[list[int]], list[list[int]], dict[str, Any], list[tu
     "load of what another lane stored": (
         [[0, 1, 2, 3], [5, 4, 7, 6]], [[4, 5, 6, 7], [0, 1, 2, 3]], {}, [("unordered", "values_ptr", (5,), [0])]
     ),
-    "with a barrier": ([[0, 1, 2, 3], [5, 4, 7, 6]], [[4, 5, 6, 7], [0, 1, 2, 3]], {"barrier": True}, []),
+    "with a barrier": ([[0, 1, 2, 3], [5, 4, 7, 6]], [[4, 5, 6, 7], [0, 1, 2, 3]], {"barrier": 0}, []),
+    "with a barrier too early": (
+        [[0, 1, 2, 3], [0, 1, 2, 3], [5, 4, 7, 6]], [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]], {"barrier": 0},
+        [("unordered", "values_ptr", (5,), [0])],
+    ),
     "stored again by another instruction": ([[0, 1, 2, 3]] * 2, [[4, 5, 6, 7]] * 2, {}, []),
     "two lanes store": (IN_TURN, [[0, 1, 2, 2]], {}, [("twice", "out_ptr", (2,), [1])]),
-    "two lanes store, one is masked": (IN_TURN, [[0, 1, MASKED, MASKED]], {}, []),
+    "two masked lanes": (IN_TURN, [[0, 1, MASKED, MASKED]], {}, []),
 }  # fmt: skip
 
 
@@ -223,6 +259,7 @@ def test_elements_are_those_of_the_tensor():
     assert (fault.kind, fault.argument) == ("outside", "values_ptr")
     (fault,) = move([[MASKED, MASKED, 0, MASKED]], IN_TURN, storage[1:5], out=storage[:4])
     assert fault == ("race", "move_kernel", "values_ptr", (0,), ((0, 0, 0), (1, 0, 0)))
+    assert not move([[MASKED, MASKED, 1, MASKED]], IN_TURN, storage[1:5], out=storage[:4])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float64, torch.int64])
@@ -288,21 +325,21 @@ def add_rows_kernel(tensors, rows, LANES: tl.constexpr):
 
 
 def test_tensors_inside_of_arguments():
-    descriptor = TensorDescriptor.from_tensor(torch.arange(16.0).view(2, 8), [1, 8])
-    values, out = torch.ones(7), torch.zeros(8)
+    descriptor = TensorDescriptor.from_tensor(torch.arange(32.0).view(2, 16), [1, 16])
+    values, out = torch.ones(15), torch.zeros(16)
     with sanitized() as seen:
-        add_rows_kernel[(1,)]((values, out), descriptor, LANES=8)
+        add_rows_kernel[(1,)]((values, out), descriptor, LANES=16)
     assert [(x.kind, x.argument, x.element) for x in seen.faults] == [
-        ("outside", "tensors[0]", (7,)),
+        ("outside", "tensors[0]", (15,)),
         ("twice", "tensors[1]", (0,)),
     ]
-    assert out[4:].tolist() == [13, 14, 15, 15]
+    assert out[8:].tolist() == [25, 26, 27, 28, 29, 30, 31, 31]
 
 
 def test_the_interpreter_is_left_as_it_was():
     with pytest.raises(ZeroDivisionError), sanitized() as seen:
         raise ZeroDivisionError
-    move_kernel[(2,)](*[torch.zeros(8)] * 2, *[torch.tensor(IN_TURN)] * 2, 1, 4, 1, False, MASKED)
+    move_kernel[(2,)](*[torch.zeros(8)] * 2, *[torch.tensor(IN_TURN)] * 2, 1, 4, 1, -1, MASKED)
     assert not seen.launched
 
 
