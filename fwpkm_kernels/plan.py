@@ -79,8 +79,8 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    options = {"num_keys": num_keys, "first_row": first_row, "listed": listed}
-    return PickPlan(*kernels.plan_picks(sub_keys, half_scores, **options))
+    planned = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
+    return PickPlan(*planned)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -34,9 +34,17 @@ def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor,
         from .kernels.lookup import lookup
 
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
-        weighing: dict[str, Any] = {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
-        options = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
-        _, slots, half_scores, sub_keys = lookup(queries, keys, **options, **weighing)
+        _, slots, half_scores, sub_keys = lookup(
+            queries,
+            keys,
+            top_k=o.top_k,
+            idw=o.score == "idw",
+            eps=o.eps,
+            precision=o.precision,
+            weights=weights,
+            weighting=o.weighting,
+            temperature=o.temperature,
+        )
         return weights.flatten(1), slots, half_scores, sub_keys
     scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **o.lookup)
     return weigh(scores.flatten(1), o.weighting, o.temperature), slots, half_scores, sub_keys
@@ -188,13 +196,13 @@ def _carry(queue: Queue, o: Options) -> None:
     if o.lookahead == 0:
         return
     buffers = (queue.queries, queue.gates, queue.mask)
-    carried = [buffer[o.chunk_size :] for buffer in buffers]
-    if checks.use_triton(o.backend, queue.queries):
+    queries, gates, mask = (buffer[o.chunk_size :] for buffer in buffers)
+    if checks.use_triton(o.backend, queries):
         from .kernels import streaming
 
-        streaming.enqueue(*carried, buffers, 0)
+        streaming.enqueue(queries, gates, mask, buffers, 0)
         return
-    for buffer, x in zip(buffers, carried, strict=True):
+    for buffer, x in zip(buffers, (queries, gates, mask), strict=True):
         buffer[: o.lookahead] = x
 
 

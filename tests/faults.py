@@ -214,6 +214,24 @@ FAULTS = [
         "dtypes",
     ),
     Fault(
+        "columns-behind-the-row",
+        "kernels/gather.py",
+        "mask=mask_j[:, None] & mask_d[None, :]",
+        "mask=mask_j[:, None]",
+        "lanes behind the last column read what is no element",
+        "sanitizer",
+        "drawn or every_kernel or larger",
+    ),
+    Fault(
+        "listed-tokens-read-too-soon",
+        "kernels/plan.py",
+        "            tl.debug_barrier()  # the threads that read a token next are not those that listed it\n",
+        "",
+        "a program reads tokens that its other threads have not listed yet",
+        "sanitizer",
+        "drawn or every_kernel or larger",
+    ),
+    Fault(
         "dots-without-lr",
         "kernels/gather.py",
         "dot = scale * tl.sum(",
@@ -492,8 +510,8 @@ FAULTS = [
     Fault(
         "carried-tokens-left-behind",
         "streaming.py",
-        "streaming.enqueue(*carried, buffers, 0)",
-        "streaming.enqueue(*carried, buffers, o.chunk_size)",
+        "streaming.enqueue(queries, gates, mask, buffers, 0)",
+        "streaming.enqueue(queries, gates, mask, buffers, o.chunk_size)",
         "the last tokens of a chunk are not carried into the next one",
         "streaming",
     ),
@@ -874,8 +892,8 @@ FAULTS = [
     Fault(
         "carried-off-by-one",
         "streaming.py",
-        "[buffer[o.chunk_size :] for",
-        "[buffer[o.chunk_size - 1 : -1] for",
+        "(buffer[o.chunk_size :] for",
+        "(buffer[o.chunk_size - 1 : -1] for",
         "the tokens before the last L are carried",
         "streaming properties",
         "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
@@ -1007,7 +1025,7 @@ ON_GPUS_ONLY = [
     GpuFault(
         "kernels/segments.py",
         "the partial sums of a hot segment are added in the launch that makes them",
-        "two runs whose bits differ (`test_two_runs_are_bitwise_equal` in `make gpu`)",
+        "two runs whose bits differ (`test_two_runs_are_bitwise_equal` in `make gpu`); a race in test_sanitizer.py",
     ),
     GpuFault(
         "plan.py",

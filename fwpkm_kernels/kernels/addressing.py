@@ -657,9 +657,18 @@ def address_grad(
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             directions, direction = torch.empty_like(grad_new_keys), 1.0
             factors = find_factors(*picks, plan, **options)
-            tables = {"base": grad_new_keys, "all_rows": False}
             sum_picks(
-                directions, keys, queries, factors, plan, epilogue="step_grad", idw=idw, lr=-lr, clip=clip, **tables
+                directions,
+                keys,
+                queries,
+                factors,
+                plan,
+                epilogue="step_grad",
+                idw=idw,
+                base=grad_new_keys,
+                all_rows=False,
+                lr=-lr,
+                clip=clip,
             )
         factors, dots, shares = step_grad(queries, keys, *picks, slope, directions, out, direction=direction, **options)
         step = (slope, bend, pick_sums(shares, plan), dots)
