@@ -41,11 +41,11 @@ from fwpkm_kernels._commands import CommandError, command, make_folder, write_ou
 ROOT = Path(__file__).resolve().parent.parent
 #: What is run; tests put other commands here.
 SMOKE, MEASURE, SANITIZE = (["-m", f"benchmarks.{name}"] for name in ("smoke", "run", "sanitize"))
-FUZZ = ["-m", "tests.fuzz"]
+PYTEST, FUZZ = ["-m", "pytest"], ["-m", "tests.fuzz"]
 #: What a GPU is needed for, in the order of its worth; ALONE are those that need most of its memory.
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("memory_kernels", "chunks", "lookup", "gather", "update", "addressing")),
-    *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming", "state")),
+    *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
     *(f"tests/test_{name}.py" for name in ("determinism", "threads", "debug", "golden_chunk", "torch")),
 ]
 ALONE = ["tests/test_scale.py"]
@@ -180,7 +180,7 @@ def tests(run: Run, end: float) -> Verdict:
     """The kernels' tests, in several processes, since a GPU waits for the compiler, and the fuzzer beside them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = max(1, min(8, cores // 2))
-    pytest = ["-m", "pytest", "-v", "--triton-only", "-m", "not slow", "-p", "no:cacheprovider", "-W", "default"]
+    pytest = [*PYTEST, "-v", "--triton-only", "-m", "not slow", "-p", "no:cacheprovider", "-W", "default"]
     pytest += ["--tb=short", "--maxfail=30", "--continue-on-collection-errors", "--maxschedchunk=1", "-o"]
     pytest += [f"faulthandler_timeout={HANGS}", "-o", "faulthandler_exit_on_timeout=true", "-n"]
     fuzz = [*FUZZ, "--device", run.options.device, "--backend", "triton", "--quick", "--seconds"]
@@ -202,7 +202,7 @@ def tests(run: Run, end: float) -> Verdict:
     failed = "FAILED" in lines or "ERROR" in lines or not all(" 0 failures" in line for line in fuzzed)
     words = [counts or "no test ran", f"fuzzer: {fuzzed[-1] if fuzzed else 'nothing'}", *dict.fromkeys(culprits)]
     words += [STOPPED] if is_stopped else [f"exit statuses {statuses}"] if any(statuses) else []
-    return "; ".join(words), not failed and (is_stopped or bool(lines) and not any(statuses))
+    return "; ".join(words), not failed and (is_stopped or (bool(lines) and not any(statuses)))
 
 
 #: Each tool, and what its last line says of the errors that it found.
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end = begin + 60 * options.minutes * (share if options.only is None else max(end for _, end in PARTS.values()))
         print(f"{part}, for at most {end - time.monotonic():.0f} s", flush=True)
         run.verdicts[part] = function(run, end)
-        print(f"{part}: {run.verdicts[part][0].splitlines()[-1]}", flush=True)
+        print(f"{part}: {run.verdicts[part][0].rpartition(chr(10))[2].strip()}", flush=True)
         shorten(out / "tests.txt")
         shorten(out / "sanitizer.txt")
         run.summarise()

@@ -87,7 +87,7 @@ def steps(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     c = next(c for c in registry.CONFIGURATIONS if c.name == "8x512")
     c = dataclasses.replace(c, tokens=BATCH * CHUNKS * c.chunk)
     if device == "cpu":
-        c = dataclasses.replace(c.shrunk(), batch=1, tokens=16)
+        c = dataclasses.replace(c.shrunk(), batch=1, chunk=4, tokens=8, sub_keys=4, picks=2)
     yield "sequence, forward and backward", lambda: sequence(c, device)
     yield "key step", lambda: key_step(c, device)
     yield "streaming step", lambda: stream(c, device)
