@@ -152,7 +152,7 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
     marker, culprits = running(results), []
     marker.unlink(missing_ok=True)
     arguments = [*MEASURE, "--device", run.options.device, "--whose", whose, "--json", str(results), "--resume"]
-    arguments += ["--no-table", "--seconds-per-row", str(run.options.seconds_per_row)]
+    arguments += ["--no-table", "--seconds-per-row", "0.3"]
     arguments += ["--case-seconds", str(HANGS)] if run.on_gpu else []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         while True:
@@ -197,15 +197,21 @@ def tests(run: Run, end: float) -> Verdict:
     lines = re.findall(r"^\[gw\d+\](?: \[ *\d+%\])? ([A-Z]+) ", text, re.M)
     counts = ", ".join(f"{lines.count(word)} {word.lower()}" for word in dict.fromkeys(sorted(lines)))
     fuzzed = re.findall(r"^\d+ cases, \d+ failures, seed \d+$", text, re.M)
+    under_way = re.findall(r"^case = .*$", text, re.M) or ["nothing"]
     culprits = [f"{name} ended its process" for name in re.findall(r"crashed while running '(.*)'", text)]
     is_stopped = any(status in (124, 137) for status in statuses)
     failed = "FAILED" in lines or "ERROR" in lines or not all(" 0 failures" in line for line in fuzzed)
-    words = [counts or "no test ran", f"fuzzer: {fuzzed[-1] if fuzzed else 'nothing'}", *dict.fromkeys(culprits)]
+    words = [
+        counts or "no test ran",
+        f"fuzzer: {fuzzed[-1] if fuzzed else 'ended in ' + under_way[-1]}",
+        *dict.fromkeys(culprits),
+    ]
     words += [STOPPED] if is_stopped else [f"exit statuses {statuses}"] if any(statuses) else []
     return "; ".join(words), not failed and (is_stopped or (bool(lines) and not any(statuses)))
 
 
-#: Each tool, and what its last line says of the errors that it found.
+#: How a finding begins; and each tool, and what its last line says of the errors that it found.
+FINDING = r"^=+ +(?:Invalid|Misaligned|Error: Race)"
 SANITIZERS = {
     "memcheck": r"ERROR SUMMARY: (\d+) errors?",
     "racecheck": r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?",
@@ -234,9 +240,7 @@ def sanitizer(run: Run, end: float) -> Verdict:
             log.seek(begin)
             text = log.read()
             found = re.findall(summary, text)
-            errors = (
-                int(found[-1]) if found else len(re.findall(r"^=+ +(?:Invalid|Misaligned|Error: Race)", text, re.M))
-            )
+            errors = int(found[-1]) if found else len(re.findall(FINDING, text, re.M))
             last = ([line for line in text.splitlines() if line.strip("= ")] or ["it said nothing"])[-1]
             how = "" if found and not status else STOPPED if time.monotonic() >= limit else f"status {status}: {last}"
             words.append(f"{tool} {errors} errors" + (f" ({how})" if how else ""))
@@ -274,9 +278,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="ends before this time is over")
     parser.add_argument("--only", choices=tuple(PARTS), help="one part, beside the results that are there")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out without a GPU")
-    parser.add_argument(
-        "--seconds-per-row", type=float, default=0.3, metavar="S", help="time for each provider of a row"
-    )
     parser.add_argument(
         "--peers", default="", metavar="DIR", help="folders of other packages to measure, separated as in PATH"
     )

@@ -381,8 +381,9 @@ def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, 
                 result.graph_us = time_graph(calls, seconds / 2, stream)
             elif provider.replay is not None:
                 result.graph_us = quantile(time_cuda([provider.replay(**inputs)], seconds / 2), 0.5)
-        except RuntimeError as error:
+        except RuntimeError as error:  # the times before it are kept, whatever state it has left
             result.message = f"{NO_GRAPH}: {error}"
+            return
         if result.graph_us is not None:
             result.graph_ratio = result.graph_us / result.floor_us
     torch.cuda.synchronize()

@@ -87,6 +87,8 @@ class Fuzzer:
                 raise _EnoughError
             if not worst and self.is_over:
                 raise _EnoughError
+            if self.quick:  # the last line of a process that hangs or dies
+                print(f"case = {case!r}", flush=True)
             begin = time.monotonic()
             try:
                 reasons = judge.check(case, self.backend, self.device)

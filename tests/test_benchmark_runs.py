@@ -1,11 +1,13 @@
 """Benchmark runs: timing, result files, tables, plots, comparisons, and the GPU run where there is no GPU."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -502,6 +504,37 @@ def test_what_a_process_cannot_go_on_after_ends_it(fault, monkeypatch, tmp_path)
         assert [r.provider for r in run.read_results(file)] == providers[:count]
         assert run.running(file).exists() == bool(fault)
         assert not fault or run.running(file).read_text("utf-8") == f"{op} {name}"
+
+
+@pytest.mark.parametrize("way", ["captured", "not captured", "replayed"])
+def test_a_row_on_a_gpu_that_is_made_up(way, monkeypatch):
+    """Its times are kept where the capture fails; of a provider with graphs of its own a replay alone is timed."""
+    ended = []
+
+    def capture(calls, seconds, stream):
+        if way == "not captured":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 7.0
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: None, "stream": lambda s: contextlib.nullcontext()}
+    fakes |= {"synchronize": lambda: None, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None}
+    fakes |= {"memory_allocated": lambda: 100, "max_memory_allocated": lambda: 350}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    module = sys.modules["benchmarks.measure"]
+    monkeypatch.setattr(module, "_input_sets", lambda row, provider, inputs, *_: [inputs])
+    monkeypatch.setattr(module, "time_graph", capture)
+    monkeypatch.setattr(module, "time_cuda", lambda calls, *_: [5.0 if call() is not None else 3.0 for call in calls])
+    row = ROWS["gather/forward/inference"]
+    provider = row.providers()[0]
+    if way == "replayed":
+        provider = dataclasses.replace(provider, capturable=False, replay=lambda **inputs: lambda: ended.append(inputs))
+    result = measure(row, provider, dataclasses.replace(MACHINE, kind="cuda"), shared=Shared(row, "cpu"))
+    assert (result.status, result.median_us, result.peak_bytes) == ("ok", 5.0, 250)
+    assert result.graph_us == {"captured": 7.0, "not captured": None, "replayed": 3.0}[way]
+    assert result.message.startswith(NO_GRAPH) == (way == "not captured")
+    assert [list(inputs) for inputs in ended] == ([["values", "slots", "weights"]] if way == "replayed" else [])
 
 
 def test_a_row_without_inputs_is_an_error_of_its_own(monkeypatch):

@@ -4,16 +4,15 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu, peers, run, smoke
-from tests.conftest import HAS_GPU
+from tests import conftest
+from tests.conftest import HAS_GPU, PLACES
 from tests.test_benchmark_runs import slower_by, some_result
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ sys.exit(run.main([*sys.argv[1:], "--op", "gather/"]))
 
 def test_rows_go_on_behind_what_ends_their_process(gpu_run, monkeypatch):
     """A failed capture, a lost GPU, a hang and a killed process, one after the other."""
-    monkeypatch.setattr(gpu, "HANGS", 1)
+    monkeypatch.setattr(gpu, "HANGS", 2)
     monkeypatch.setattr(gpu, "select_cases", lambda device, whose: run.select_cases(device, "gather/", whose))
     status, summary, _ = gpu_run("--only", "rows", MEASURE=["-c", FAULTY], minutes=3)
     assert status == 1
@@ -119,18 +118,30 @@ def test_tests_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_pa
     (tmp_path / "conftest.py").write_text("from tests.conftest import *")
     (tmp_path / "test_faulty.py").write_text(TESTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(gpu, "HANGS", 1)
-    fuzz = ["-c", "print('7 cases, 0 failures, seed 0')"]
+    monkeypatch.setattr(gpu, "HANGS", 2)
+    fuzz = ["-c", "import os; print('case = first\\ncase = last', flush=True); os.abort()"]
     files = {name: [str(tmp_path / "test_faulty.py")] for name in ("KERNEL_TESTS", "ALONE")}
     status, summary, _ = gpu_run("--only", "tests", PYTEST=["-m", "pytest"], FUZZ=fuzz, **files)
     text = (tmp_path / "out" / "tests.txt").read_text("utf-8")
     assert status == 1
     # What shows after a test has passed counts as both.
-    assert "\ntests: 5 failed, 9 passed; fuzzer: 7 cases, 0 failures, seed 0; " in summary, text
+    assert "\ntests: 5 failed, 9 passed; fuzzer: ended in case = last; " in summary, text
     for name in ("capture", "sticky", "hang", "killed"):
         assert f"test_faulty.py::test_{name} ended its process" in summary
     assert text.count("the GPU no longer answers: CUDA error: an illegal memory access") == 1
     assert re.search(r"Timeout.*\n(?:.*\n)+? .*in test_hang$", text, re.M)
+
+
+def test_cases_of_the_pytorch_path_are_left_out():
+    given = [{}, {"place": PLACES[0], "size": 3}, {"size": 3, "place": PLACES[1]}, {"x": torch.ones(2)}]
+    items = [SimpleNamespace(callspec=SimpleNamespace(params=params)) for params in given] + [SimpleNamespace()]
+    for chosen, left_out in ((False, []), (True, [items[1]])):
+        seen, kept = [], items.copy()
+        hook = SimpleNamespace(pytest_deselected=lambda items, seen=seen: seen.extend(items))
+        config = SimpleNamespace(getoption=lambda name, chosen=chosen: chosen and name == "--triton-only", hook=hook)
+        conftest.pytest_collection_modifyitems(config, kept)
+        assert seen == left_out
+        assert kept == [item for item in items if item not in left_out]
 
 
 def test_a_failing_smoke_ends_the_run(gpu_run, tmp_path):
