@@ -51,12 +51,18 @@ KERNEL_TESTS = [
 ALONE = ["tests/test_scale.py"]
 #: A test or a measurement that takes longer on a GPU hangs: what has to compile every kernel takes half of this.
 HANGS = 60
-#: Seconds between two summaries, and the bytes of a text that are kept.
-SUMMARY_SECONDS, MOST_BYTES = 15.0, 8 * 2**20
+#: Seconds between two summaries; from the interruption of a process, so that pytest still reports, to its end.
+SUMMARY_SECONDS, GRACE = 15.0, 8.0
+MOST_BYTES = 8 * 2**20  #: of a text
 STOPPED = "stopped by its time limit"
 
 #: What a part says, and whether that is right.
 Verdict = tuple[str, bool]
+
+
+def is_over(end: float) -> bool:
+    """Whether what had to end then, a time.monotonic(), has been interrupted."""
+    return time.monotonic() >= end - GRACE
 
 
 class Run:
@@ -74,9 +80,10 @@ class Run:
     def start(
         self, arguments: Sequence[str], end: float, log: IO[Any], *, under: Sequence[str] = (), **environment: str
     ) -> "subprocess.Popen[Any]":
-        """This Python with `arguments`, under another command perhaps, its output to `log`. At `end`, a
-        time.monotonic(), it is interrupted, so that pytest still reports, and killed with its children 5 s later."""
-        limit = ["timeout", "--signal=INT", "--kill-after=5", str(max(1.0, end - time.monotonic()))]
+        """This Python with `arguments`, under another command perhaps, its output to `log`. It is interrupted, and
+        killed with its children at `end`, a time.monotonic()."""
+        seconds = max(1.0, end - GRACE - time.monotonic())
+        limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds)]
         kept = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
         kept |= {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
         command = [*limit, *under, sys.executable, *arguments]
@@ -142,7 +149,7 @@ def smoke(run: Run, end: float) -> Verdict:
         log.seek(0)
         said = log.read().splitlines()[-60:]
     if status:
-        said.append(STOPPED if time.monotonic() >= end else f"exit status {status}")
+        said.append(STOPPED if is_over(end) else f"exit status {status}")
     return "\n    ".join(["", *said]), status == 0
 
 
@@ -156,10 +163,10 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
     arguments += ["--case-seconds", str(HANGS)] if run.on_gpu else []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         while True:
-            minutes = max(0.0, end - 5 - time.monotonic()) / 60
+            minutes = max(0.0, end - GRACE - 5 - time.monotonic()) / 60
             (status,) = run.wait(run.start([*arguments, "--minutes", str(minutes)], end, log))
             culprit = marker.read_text("utf-8", "replace") if marker.exists() else ""
-            if not culprit or culprit in culprits or time.monotonic() >= end:
+            if not culprit or culprit in culprits or is_over(end):
                 break
             culprits.append(culprit)
         marker.unlink(missing_ok=True)
@@ -170,7 +177,7 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
     wrong = [f"{r.row} {r.provider} is {r.status}" for r in found if r.status != "ok"] if whose == "own" else []
     count = sum((r.row, r.provider) in planned for r in found)
     words = [f"{count} of {len(planned)} measured", *(f"{name} ended its process" for name in culprits), *wrong]
-    is_stopped = time.monotonic() >= end - 5
+    is_stopped = is_over(end - 5)
     if count < len(planned):
         words.append(STOPPED if is_stopped else "\n    ".join([f"exit status {status}", *tail]))
     return "; ".join(words), not wrong and (count == len(planned) or is_stopped)
@@ -191,7 +198,7 @@ def tests(run: Run, end: float) -> Verdict:
         if run.on_gpu:  # compiles what compute-sanitizer then need not wait for
             beside.append(run.start(SANITIZE, end, log))
         together = run.start([*pytest, str(parts), *KERNEL_TESTS], end - 0.2 * left, log, **environment)
-        statuses = run.wait(together, *beside)
+        statuses, is_stopped = run.wait(together, *beside), is_over(end - 0.2 * left)
         statuses += run.wait(run.start([*pytest, "1", "-m", "gpu", *ALONE], end, log, **environment))
     text = run.text("tests.txt")
     lines = re.findall(r"^\[gw\d+\](?: \[ *\d+%\])? ([A-Z]+) ", text, re.M)
@@ -199,7 +206,7 @@ def tests(run: Run, end: float) -> Verdict:
     fuzzed = re.findall(r"^\d+ cases, \d+ failures, seed \d+$", text, re.M)
     under_way = re.findall(r"^case = .*$", text, re.M) or ["nothing"]
     culprits = [f"{name} ended its process" for name in re.findall(r"crashed while running '(.*)'", text)]
-    is_stopped = any(status in (124, 137) for status in statuses)
+    is_stopped = is_stopped or is_over(end)
     failed = "FAILED" in lines or "ERROR" in lines or not all(" 0 failures" in line for line in fuzzed)
     words = [
         counts or "no test ran",
@@ -242,7 +249,7 @@ def sanitizer(run: Run, end: float) -> Verdict:
             found = re.findall(summary, text)
             errors = int(found[-1]) if found else len(re.findall(FINDING, text, re.M))
             last = ([line for line in text.splitlines() if line.strip("= ")] or ["it said nothing"])[-1]
-            how = "" if found and not status else STOPPED if time.monotonic() >= limit else f"status {status}: {last}"
+            how = "" if found and not status else STOPPED if is_over(limit) else f"status {status}: {last}"
             words.append(f"{tool} {errors} errors" + (f" ({how})" if how else ""))
             right = right and errors == 0 and not (found and status)  # one that does not run here has found nothing
     return "; ".join(words), right

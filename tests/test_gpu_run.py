@@ -20,6 +20,7 @@ def gpu_run(monkeypatch, tmp_path, capsys):
     """Run some parts, whose commands do nothing but for those given; exit status, summary and what was printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "plot", lambda *args: [])
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
     for name in ("SMOKE", "MEASURE", "PYTEST", "FUZZ", "SANITIZE"):
         monkeypatch.setattr(gpu, name, ["-c", "pass"])
 
