@@ -46,8 +46,8 @@ bench: $(STAMP) ## run the benchmarks
 
 # Straight from the checkout with the Python it is given: a GPU machine brings its own torch and may have no network.
 gpu: ## time, test and check on a GPU, results in OUT=; ONLY=smoke|rows|tests|sanitizer|providers; installs nothing
-	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(if $(ONLY),--only $(ONLY)) \
-		$(if $(PEERS),--peers "$(PEERS)") $(ARGS)
+	$(if $(PEERS),FWPKM_PEERS="$(PEERS)") $(PYTHON) -m benchmarks.gpu \
+		--out "$(OUT)" --minutes $(MINUTES) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fuzz-failures

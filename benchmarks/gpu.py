@@ -1,6 +1,6 @@
 """A first look, timings, tests and compute-sanitizer on a GPU, in the order of their worth; files in one folder.
 
-    python -m benchmarks.gpu --out DIR --minutes M [--only PART] [--peers DIR] [--compare FILE] [--device cpu]
+    python -m benchmarks.gpu --out DIR --minutes M [--only PART] [--compare FILE] [--device cpu]
 
 Installs nothing, and ends before M minutes are over. Each part runs in processes of its own, which `timeout` ends; one
 that a measurement or a test ended, by a crash, by taking too long or by losing the GPU, is followed by another that
@@ -30,7 +30,6 @@ import torch
 
 from benchmarks.compare import Stored, compare
 from benchmarks.goals import goals_table
-from benchmarks.peers import FOLDERS
 from benchmarks.plots import FILES, plot
 from benchmarks.registry import is_package
 from benchmarks.results import figures_table, report
@@ -185,7 +184,7 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
 
 def tests(run: Run, end: float) -> Verdict:
     """The kernels' tests, in several processes, since a GPU waits for the compiler, and the fuzzer beside them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     parts = max(1, min(8, cores // 2))
     pytest = [*PYTEST, "-v", "--triton-only", "-m", "not slow", "-p", "no:cacheprovider", "-W", "default"]
     pytest += ["--tb=short", "--maxfail=30", "--continue-on-collection-errors", "--maxschedchunk=1", "-o"]
@@ -285,30 +284,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="ends before this time is over")
     parser.add_argument("--only", choices=tuple(PARTS), help="one part, beside the results that are there")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out without a GPU")
-    parser.add_argument(
-        "--peers", default="", metavar="DIR", help="folders of other packages to measure, separated as in PATH"
-    )
     parser.add_argument("--compare", metavar="FILE", help="results of a former run: say what got slower since")
     options = parser.parse_args(argv)
     if options.minutes <= 0:
         parser.error("--minutes must be greater than 0")
-    peers = [os.path.abspath(folder) for folder in options.peers.split(os.pathsep) if folder]
-    for path in (*peers, *filter(None, [options.compare])):
-        if not os.path.exists(path):
-            parser.error(f"there is no {path}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible to torch; --device cpu runs the same on the CPU", file=sys.stderr)
         return 2
-    if peers:  # read by the processes that measure
-        os.environ[FOLDERS] = os.pathsep.join([*peers, *filter(None, [os.environ.get(FOLDERS)])])
-
     out = Path(options.out).resolve()
     plots = [name for name in FILES if name != "roofline.png"]  # there is room for eight files, and one is for a log
     names = ["environment.json", "results.jsonl", "summary.txt", "tests.txt", "sanitizer.txt", *plots]
     make_folder(out, *names, running("results.jsonl").name)
     run = Run(options, out, [options.only] if options.only else list(PARTS))
-    texts = {"tests": "tests.txt", "sanitizer": "sanitizer.txt"}
-    for name in names if options.only is None else filter(None, [texts.get(options.only)]):
+    for name in names if options.only is None else [f"{options.only}.txt"]:
         (out / name).unlink(missing_ok=True)
     (out / "results.jsonl").touch()
     write_output(out / "environment.json", json.dumps(run.environment, indent=2) + "\n")
@@ -316,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in run.parts:
         function, share = PARTS[part]
         end = begin + 60 * options.minutes * (share if options.only is None else max(end for _, end in PARTS.values()))
-        print(f"{part}, for at most {end - time.monotonic():.0f} s", flush=True)
-        run.verdicts[part] = function(run, end)
-        print(f"{part}: {run.verdicts[part][0].rpartition(chr(10))[2].strip()}", flush=True)
+        print(f"{part}, for at most {end - time.monotonic():.0f} s: ", end="", flush=True)
+        run.verdicts[part] = _, right = function(run, end)
+        print("right" if right else "NOT RIGHT", flush=True)
         shorten(out / "tests.txt")
         shorten(out / "sanitizer.txt")
         run.summarise()
-        if part == "smoke" and not run.verdicts[part][1]:
+        if part == "smoke" and not right:
             break
     try:
         plot(Stored.read(out / "results.jsonl").results, out, plots)

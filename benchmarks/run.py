@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(result)
             write(result)
             progress.step(f"{result.row} {result.provider}", outcome_of(result))
-            if device == "cuda" and result.message.startswith(NO_GRAPH):
+            if marker is not None and result.message.startswith(NO_GRAPH):  # which another process goes on behind
                 raise RuntimeError("after a failed capture torch takes no other: --resume goes on in a new process")
             if device == "cuda" and result.status == "error":
                 torch.cuda.synchronize()  # raises if the error took the device with it

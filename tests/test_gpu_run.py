@@ -1,6 +1,5 @@
 """The run on a GPU, where there is none: faults that are planted cost what caused them, and the rest is measured."""
 
-import os
 import re
 import sys
 import time
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, peers, run, smoke
+from benchmarks import gpu, run, smoke
 from tests import conftest
 from tests.conftest import HAS_GPU, PLACES
 from tests.test_benchmark_runs import slower_by, some_result
@@ -257,15 +256,13 @@ def test_files_of_a_run(gpu_run, monkeypatch, tmp_path):
     assert "no results" in gpu_run()[1]
 
 
-def test_a_run_compares_and_hands_on_peers(gpu_run, monkeypatch, tmp_path):
-    (tmp_path / "old").write_text(run.to_json(some_result()) + "\n", "utf-8")
-    (tmp_path / "new").write_text(run.to_json(slower_by(2.0)) + "\n", "utf-8")
-    monkeypatch.setenv(peers.FOLDERS, "others")
+def test_a_run_compares(gpu_run, monkeypatch, tmp_path):
+    old, new, out = (tmp_path / name for name in ("old", "new", "out"))
+    old.write_text(run.to_json(some_result()) + "\n", "utf-8")
+    new.write_text(run.to_json(slower_by(2.0)) + "\n", "utf-8")
     monkeypatch.setattr(gpu, "select_cases", lambda *args, **options: [])
-    code = f"import os, shutil; shutil.copy({str(tmp_path / 'new')!r}, {str(tmp_path / 'out' / 'results.jsonl')!r})"
-    code += f"; assert os.environ[{peers.FOLDERS!r}] == {os.pathsep.join([str(tmp_path), 'others'])!r}"
-    arguments = ["--peers", str(tmp_path), "--compare", str(tmp_path / "old"), "--only", "rows"]
-    status, summary, _ = gpu_run(*arguments, MEASURE=["-c", code])
+    measured = ["-c", f"import shutil; shutil.copy({str(new)!r}, {str(out / 'results.jsonl')!r})"]
+    status, summary, _ = gpu_run("--compare", str(old), "--only", "rows", MEASURE=measured)
     assert status == 1
     assert summary.startswith("all right")
     assert "got slower: gather/forward/inference" in summary
