@@ -41,6 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What is run; tests put other commands here.
 SMOKE, MEASURE, SANITIZE = (["-m", f"benchmarks.{name}"] for name in ("smoke", "run", "sanitize"))
 PYTEST, FUZZ = ["-m", "pytest"], ["-m", "tests.fuzz"]
+#: The fuzzer with other seeds where it has found something, or a case has ended its process.
+SEEDS = """seed=0
+until "$@" --seed $seed; do echo "the fuzzer ended with status $?"; seed=$((seed + 1)); [ $seed -lt 9 ] || exit; done"""
 #: What a GPU is needed for, in the order of its worth; ALONE are those that need most of its memory.
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("memory_kernels", "chunks", "lookup", "gather", "update", "addressing")),
@@ -193,7 +196,8 @@ def tests(run: Run, end: float) -> Verdict:
     left = end - time.monotonic()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // parts)), "COLUMNS": "200"}
     with tempfile.TemporaryDirectory() as failures, (run.out / "tests.txt").open("ab") as log:
-        beside = [run.start([*fuzz, str(0.7 * left), "--failures", failures], end, log, **environment)]
+        fuzz += [str(0.7 * left), "--failures", failures]
+        beside = [run.start(fuzz, end - 0.2 * left, log, under=["sh", "-c", SEEDS, "sh"], **environment)]
         if run.on_gpu:  # compiles what compute-sanitizer then need not wait for
             beside.append(run.start(SANITIZE, end, log))
         together = run.start([*pytest, str(parts), *KERNEL_TESTS], end - 0.2 * left, log, **environment)
@@ -203,15 +207,13 @@ def tests(run: Run, end: float) -> Verdict:
     lines = re.findall(r"^\[gw\d+\](?: \[ *\d+%\])? ([A-Z]+) ", text, re.M)
     counts = ", ".join(f"{lines.count(word)} {word.lower()}" for word in dict.fromkeys(sorted(lines)))
     fuzzed = re.findall(r"^\d+ cases, \d+ failures, seed \d+$", text, re.M)
-    under_way = re.findall(r"^case = .*$", text, re.M) or ["nothing"]
-    culprits = [f"{name} ended its process" for name in re.findall(r"crashed while running '(.*)'", text)]
+    culprits = re.findall(r"crashed while running '(.*)'", text)
+    # A case after which the fuzzer said neither another nor how many there were.
+    culprits += re.findall(r"^(case = .*)\n(?:(?!case = |\d+ cases, ).*\n)*?the fuzzer ended", text, re.M)
     is_stopped = is_stopped or is_over(end)
-    failed = "FAILED" in lines or "ERROR" in lines or not all(" 0 failures" in line for line in fuzzed)
-    words = [
-        counts or "no test ran",
-        f"fuzzer: {fuzzed[-1] if fuzzed else 'ended in ' + under_way[-1]}",
-        *dict.fromkeys(culprits),
-    ]
+    failed = "FAILED" in lines or "ERROR" in lines or "the fuzzer ended" in text
+    words = [counts or "no test ran", *(f"fuzzer: {line}" for line in fuzzed or ["no case"])]
+    words += [f"{name} ended its process" for name in dict.fromkeys(culprits)]
     words += [STOPPED] if is_stopped else [f"exit statuses {statuses}"] if any(statuses) else []
     return "; ".join(words), not failed and (is_stopped or (bool(lines) and not any(statuses)))
 

@@ -8,6 +8,7 @@ status: 0, 1 if anything failed, 130 if interrupted.
 
 import argparse
 import collections
+import faulthandler
 import hashlib
 import os
 import sys
@@ -35,6 +36,8 @@ except ImportError:  # a machine with a GPU may lack it: then there is no bar
 FAILURES = Path("fuzz-failures")
 #: Cases of an operation before it is another one's turn; and where kernels have to be compiled for most of them.
 ROUND, QUICK_ROUND = 50, 3
+#: Seconds after which a case of a quick run hangs.
+HANGS = 60.0
 #: Seconds that a failure is shrunk for at most.
 SHRINKING = 60.0
 
@@ -87,8 +90,9 @@ class Fuzzer:
                 raise _EnoughError
             if not worst and self.is_over:
                 raise _EnoughError
-            if self.quick:  # the last line of a process that hangs or dies
+            if self.quick:  # the last line of a process that hangs, which is ended, or dies
                 print(f"case = {case!r}", flush=True)
+                faulthandler.dump_traceback_later(HANGS, exit=True)
             begin = time.monotonic()
             try:
                 reasons = judge.check(case, self.backend, self.device)
@@ -97,6 +101,7 @@ class Fuzzer:
                 worst[:] = [(case, error)]
                 raise
             finally:
+                faulthandler.cancel_dump_traceback_later()
                 self.seconds[op] += time.monotonic() - begin
             if not worst:
                 self.count(case, reasons)

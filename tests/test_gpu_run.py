@@ -119,15 +119,21 @@ def test_tests_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_pa
     (tmp_path / "test_faulty.py").write_text(TESTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(gpu, "HANGS", 2)
-    fuzz = ["-c", "import os; print('case = first\\ncase = last', flush=True); os.abort()"]
+    fuzz = "import os, sys; seed = int(sys.argv[-1]); print(f'case = {seed}a', flush=True)\n"
+    fuzz += "if seed == 0: print('case = 0b\\nTimeout', flush=True); os._exit(1)\n"
+    fuzz += "print(f'7 cases, {seed % 2} failures, seed {seed}'); sys.exit(seed % 2)"
     files = {name: [str(tmp_path / "test_faulty.py")] for name in ("KERNEL_TESTS", "ALONE")}
-    status, summary, _ = gpu_run("--only", "tests", PYTEST=["-m", "pytest"], FUZZ=fuzz, **files)
+    status, summary, _ = gpu_run("--only", "tests", PYTEST=["-m", "pytest"], FUZZ=["-c", fuzz], **files)
     text = (tmp_path / "out" / "tests.txt").read_text("utf-8")
     assert status == 1
     # What shows after a test has passed counts as both.
-    assert "\ntests: 5 failed, 9 passed; fuzzer: ended in case = last; " in summary, text
+    assert "\ntests: 5 failed, 9 passed; fuzzer: 7 cases, 1 failures, seed 1; fuzzer: 7 cases, 0 failures" in summary, (
+        text
+    )
     for name in ("capture", "sticky", "hang", "killed"):
-        assert f"test_faulty.py::test_{name} ended its process" in summary
+        assert f"test_faulty.py::test_{name} ended its process; " in summary
+    assert "; case = 0b ended its process; " in summary
+    assert "case = 0a ended" not in summary
     assert text.count("the GPU no longer answers: CUDA error: an illegal memory access") == 1
     assert re.search(r"Timeout.*\n(?:.*\n)+? .*in test_hang$", text, re.M)
 
