@@ -206,10 +206,10 @@ def tests(run: Run, end: float) -> Verdict:
     text = run.text("tests.txt")
     lines = re.findall(r"^\[gw\d+\](?: \[ *\d+%\])? ([A-Z]+) ", text, re.M)
     counts = ", ".join(f"{lines.count(word)} {word.lower()}" for word in dict.fromkeys(sorted(lines)))
-    fuzzed = re.findall(r"^\d+ cases, \d+ failures, seed \d+$", text, re.M)
+    fuzzed = re.findall(r"\d+ cases, \d+ failures, seed \d+", text)  # anywhere: pytest begins its lines before a test
     culprits = re.findall(r"crashed while running '(.*)'", text)
     # A case after which the fuzzer said neither another nor how many there were.
-    culprits += re.findall(r"^(case = .*)\n(?:(?!case = |\d+ cases, ).*\n)*?the fuzzer ended", text, re.M)
+    culprits += re.findall(r"(case = .*)\n(?:(?!case = |\d+ cases, )[\s\S])*?the fuzzer ended", text)
     is_stopped = is_stopped or is_over(end)
     failed = "FAILED" in lines or "ERROR" in lines or "the fuzzer ended" in text
     words = [counts or "no test ran", *(f"fuzzer: {line}" for line in fuzzed or ["no case"])]
