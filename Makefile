@@ -5,7 +5,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 OUT ?= gpu-results
-MINUTES ?= 9
+MINUTES ?= 7
+ONLY ?=
 SECONDS ?= 60
 PEERS ?=
 BIN := .venv/bin
@@ -44,8 +45,9 @@ bench: $(STAMP) ## run the benchmarks
 	$(if $(PEERS),FWPKM_PEERS="$(PEERS)") $(BIN)/python -m benchmarks.run $(ARGS)
 
 # Straight from the checkout with the Python it is given: a GPU machine brings its own torch and may have no network.
-gpu: ## test, check and time on a GPU, results in OUT=; installs nothing, uses PYTHON=
-	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes $(MINUTES) $(if $(PEERS),--peers "$(PEERS)") $(ARGS)
+gpu: ## time, test and check on a GPU, results in OUT=; ONLY=smoke|rows|tests|sanitizer|providers; installs nothing
+	$(if $(PEERS),FWPKM_PEERS="$(PEERS)") $(PYTHON) -m benchmarks.gpu \
+		--out "$(OUT)" --minutes $(MINUTES) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fuzz-failures

@@ -130,7 +130,11 @@ def sequence(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     Backward: queries, targets, incoming gradient, slots and weights in, gradients of queries and targets out; for each
     chunk U rows of the log, and as many of the gradient (float32) read and written; the dense gradient of the table
     written, N·D·s; keys of each chunk, and their gradient. 8·A·D for dp, dw, dc and dvalues, and lookup and key step.
+    Both: the sum.
     """
+    if direction == "both":
+        there, back = (sequence(c, way, inputs) for way in ("forward", "backward"))
+        return Cost(there.bytes + back.bytes, there.flops + back.flops)
     queries, targets, keys = (_size(inputs[name]) for name in ("queries", "targets", "keys"))
     moves = c.key_weight != 0
     chunks = c.length // c.chunk if moves else 1

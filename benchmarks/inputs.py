@@ -48,6 +48,7 @@ class Configuration:
     score: str = "idw"
     key_weight: float = KEY_WEIGHT
     boundary: str = "carry"
+    #: "both": forward and backward in one call, as in training; "backward" alone finds forward done
     directions: tuple[str, ...] = ("forward", "backward")
 
     @property

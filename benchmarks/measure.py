@@ -18,8 +18,10 @@ from benchmarks.registry import Cost, Inputs, Provider, Row
 from benchmarks.verify import Expected, verify
 from fwpkm_kernels import env_report
 
-#: Larger than the L2 cache of any GPU: overwritten before each timed call.
+#: Larger than the L2 cache of any GPU: read before each timed call.
 _FLUSH_BYTES = 256 * 2**20
+#: How the message begins where calls could not be captured; torch then refuses every later capture of the process.
+NO_GRAPH = "no CUDA graph"
 
 Call = Callable[[], Any]
 #: Microseconds of single calls, going round `calls` for about so many seconds.
@@ -51,7 +53,8 @@ class Result:
     p90_us: float | None = None
     min_us: float | None = None
     repeats: int = 0
-    #: per call when calls on changing inputs are replayed from one CUDA graph: device time without launches
+    #: per call when calls on changing inputs are replayed from one CUDA graph: device time without launches; of a
+    #: provider that replays a graph of its own, the replay alone, without copies in and out
     graph_us: float | None = None
     #: time / floor, and graph_us / floor
     ratio: float | None = None
@@ -150,9 +153,21 @@ def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
     if row.direction == "forward":
         return lambda: provider.run(**inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in row.wrt}
-    result = provider.run(**{**inputs, **leaves})
-    out = result[0] if isinstance(result, tuple) else result
-    cotangent = row.cotangent(inputs).to(out.dtype)
+    cotangent = row.cotangent(inputs)
+
+    def forward() -> tuple[Tensor, ...]:
+        result = provider.run(**{**inputs, **leaves})
+        return result if isinstance(result, tuple) else (result,)
+
+    if row.direction == "both":
+
+        def both() -> Any:
+            results = forward()  # kept till backward has run, as in training: the final memory is among them
+            return torch.autograd.grad([results[0]], list(leaves.values()), [cotangent])
+
+        return both
+    out = forward()[0]
+    cotangent = cotangent.to(out.dtype)
     edge = get_gradient_edge(out)  # keeps the graph without the output, which may be a whole table
     return lambda: torch.autograd.grad([edge], list(leaves.values()), [cotangent], retain_graph=True)
 
@@ -189,12 +204,13 @@ def time_cpu(calls: Sequence[Call], seconds: float, *, least: int = 3) -> list[f
 
 def time_cuda(calls: Sequence[Call], seconds: float, *, least: int = 10) -> list[float]:
     """Microseconds between device events around single calls, each with a cold L2 cache, going round `calls`."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    # Not overwritten: lines that are dirty would be written back while the call is timed.
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
 
     def run(count: int) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for i, (start, end) in enumerate(pairs):
-            flush.zero_()
+            flush.sum()
             start.record()
             calls[i % len(calls)]()
             end.record()
@@ -285,7 +301,7 @@ def measure(
         else:
             verify(row, provider, inputs, shared.expected)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
-            count = 2 if row.direction == "backward" else 8
+            count = 8 if row.direction == "forward" else 2
             calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
             calls[0]()
             result.peak_bytes = peak_cpu(calls[0])
@@ -350,7 +366,8 @@ def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, 
     with torch.cuda.stream(stream):
         verify(row, provider, shared.inputs, shared.expected)
         torch.cuda.empty_cache()  # of two tables of 34 GB none may be lost to what is left over
-        calls = [prepare(row, provider, x) for x in _input_sets(row, provider, shared.inputs, "cuda", 8)]
+        sets = _input_sets(row, provider, shared.inputs, "cuda", 8)
+        calls, inputs = [prepare(row, provider, x) for x in sets], sets[0]
         calls[0]()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -359,12 +376,16 @@ def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, 
         torch.cuda.synchronize()
         result.peak_bytes = torch.cuda.max_memory_allocated() - before
         _summarise(result, time_cuda(calls, seconds))
-        if provider.capturable:
-            try:
+        try:
+            if provider.capturable:
                 result.graph_us = time_graph(calls, seconds / 2, stream)
-                result.graph_ratio = result.graph_us / result.floor_us
-            except RuntimeError as error:
-                result.message = f"no CUDA graph: {error}"
+            elif provider.replay is not None:
+                result.graph_us = quantile(time_cuda([provider.replay(**inputs)], seconds / 2), 0.5)
+        except RuntimeError as error:  # the times before it are kept, whatever state it has left
+            result.message = f"{NO_GRAPH}: {error}"
+            return
+        if result.graph_us is not None:
+            result.graph_ratio = result.graph_us / result.floor_us
     torch.cuda.synchronize()
 
 

@@ -153,11 +153,15 @@ def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
     return [_save(figure, timed, path)]
 
 
-def plot(results: Sequence[Result], out: Path) -> list[Path]:
-    """Draw whatever `results` has data for, the other files too where one cannot be written; the files written."""
+def plot(results: Sequence[Result], out: Path, names: Sequence[str] = FILES) -> list[Path]:
+    """Draw those of `names` that have data, the others too where one cannot be written; the files written."""
     timed = [r for r in results if r.status == "ok" and r.time_us]
     draw = (_plot_times, _plot_roofline, _plot_scaling)
-    actions = [functools.partial(function, timed, out / name) for name, function in zip(FILES, draw, strict=True)]
+    actions = [
+        functools.partial(function, timed, out / name)
+        for name, function in zip(FILES, draw, strict=True)
+        if name in names
+    ]
     return [path for paths in try_all(actions) for path in paths]
 
 

@@ -19,6 +19,8 @@ from benchmarks.inputs import Configuration, Inputs, Memory
 
 #: The provider that the others are compared with.
 PACKAGE = "fwpkm_kernels"
+#: This package's steps as CUDA graphs.
+GRAPHED = f"{PACKAGE}-graph"
 
 
 def is_package(provider: str) -> bool:
@@ -42,6 +44,8 @@ class Provider:
     devices: tuple[str, ...] = ("cuda", "cpu")
     #: of an operation in place: arguments that replace those of the same name, and that `run` may write
     own: Callable[[Inputs], Inputs] = own_values
+    #: of one that replays CUDA graphs of its own: from the same arguments, a call that does nothing else
+    replay: Callable[..., Callable[[], None]] | None = None
 
 
 def _half_winners(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -338,6 +342,18 @@ def package_step(memory: fwpkm.MemoryState, **inputs: Any) -> Tensor:
 
 def graph_step(memory: GraphedMemory, queries: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return memory.graph(queries, targets)
+
+
+def graph_replay(memory: GraphedMemory, queries: Tensor, **options: Any) -> Callable[[], None]:
+    """The replays of such a step, without what `MemoryGraph` copies in and out; of less than a chunk, the reading."""
+    graph = memory.graph
+    captured, count = graph._read or graph._close, queries.shape[1] // graph._count
+
+    def replay() -> None:
+        for _ in range(count):
+            captured.replay()
+
+    return replay
 
 
 def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:

@@ -18,10 +18,11 @@ import reference
 from benchmarks import costs, inputs, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
-from benchmarks.providers import PACKAGE, Provider, is_package
+from benchmarks.providers import GRAPHED, PACKAGE, Provider, is_package
 
 __all__ = [
     "CONFIGURATIONS",
+    "GRAPHED",
     "OPERATIONS",
     "PACKAGE",
     "Configuration",
@@ -161,12 +162,13 @@ def _stream(name: str) -> Operation:
         (
             Provider(PACKAGE, providers.package_step, capturable=False, own=providers.own_state),
             Provider(
-                f"{PACKAGE}-graph",
+                GRAPHED,
                 providers.graph_step,
                 _graph_applies,
                 capturable=False,
                 devices=("cuda",),
                 own=providers.own_graph,
+                replay=providers.graph_replay,
             ),
             eager("pytorch", applies=_eager_step_applies, own=providers.own_eager),
             eager(
@@ -190,7 +192,7 @@ def _stream(name: str) -> Operation:
 OPERATIONS = (
     Operation(
         "sequence",
-        ("forward", "backward"),
+        ("both", "forward", "backward"),
         reference.fast_weight_memory,
         inputs.of_sequence,
         costs.sequence,
@@ -315,7 +317,7 @@ _STATIC = {"heads": 4, "picks": 32, "score": "dot"}
 
 CONFIGURATIONS = (
     # Whole sequences in training, batch × length.
-    Configuration("8x4096", 32768, ("sequence",), _GPU, batch=8),
+    Configuration("8x4096", 32768, ("sequence",), _GPU, batch=8, directions=("both", "forward", "backward")),
     Configuration("8x4096-still-keys", 32768, ("sequence",), _GPU, batch=8, **_STILL),
     Configuration("8x512", 4096, ("sequence",), _GPU, batch=8),
     Configuration("8x2048", 16384, ("sequence",), _GPU, batch=8),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE, is_package
+from benchmarks.registry import GRAPHED, PACKAGE, is_package
 from fwpkm_kernels._commands import reading
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
@@ -90,8 +90,9 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         line = [name, show_us(any_result.floor_us or None), *time_and_ratio(ours)]
         if has_graph:
             line += ["-", "-"]
-            if ours and ours.graph_us is not None:
-                line[-2:] = [show_us(ours.graph_us), f"{ours.graph_ratio:.2f}"]
+            graphed = ours if ours and ours.graph_us is not None else found.get(GRAPHED)
+            if graphed and graphed.graph_us is not None:
+                line[-2:] = [show_us(graphed.graph_us), f"{graphed.graph_ratio:.2f}"]
         for other in others:
             theirs = found.get(other)
             ratio = "-"
@@ -147,7 +148,7 @@ def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | No
         + (f", {show_us(x.graph_us)} in a graph" if x.graph_us else "")
         for x in per_chunk(results)
     ]
-    text = "\n\n".join(filter(None, ("\n".join(lines_below + both_ways(results)), describe(results), problems)))
+    text = "\n\n".join(filter(None, ("\n".join(lines_below), describe(results), problems)))
     if rich_allowed:
         try:
             from rich.console import Console
@@ -212,25 +213,6 @@ def per_chunk(results: Sequence[Result]) -> list[ChunkTime]:
         us = ((long.time_us or 0.0) - (short.time_us or 0.0)) / chunks
         found.append(ChunkTime(name, long.provider, us, graph_us))
     return found
-
-
-def both_ways(results: Sequence[Result]) -> list[str]:
-    """Of sequences, forward and backward together: the sum of the times, and of the memory that each needs on top of
-    what was there before it. Backward finds what forward has kept, which is no more than forward's peak."""
-    timed = {(r.direction, r.configuration, r.provider): r for r in results if r.operation == "sequence" and r.time_us}
-    lines = []
-    for (direction, configuration, provider), there in timed.items():
-        back = timed.get(("backward", configuration, provider))
-        if direction != "forward" or back is None:
-            continue
-        line = f"sequence/{configuration}, {provider}: forward + backward "
-        line += show_us((there.time_us or 0.0) + (back.time_us or 0.0))
-        if there.graph_us and back.graph_us:
-            line += f", {show_us(there.graph_us + back.graph_us)} in graphs"
-        if there.peak_bytes is not None and back.peak_bytes is not None:
-            line += f", memory at most {show_bytes(there.peak_bytes + back.peak_bytes)}, the sum of both peaks"
-        lines.append(line)
-    return lines
 
 
 def figures_table(figures: Sequence[Figure]) -> str:

@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, goals
 from benchmarks.compare import THRESHOLD, Stored, compare
 from benchmarks.inputs import make_room
-from benchmarks.measure import Machine, Result, Shared, measure, measure_machine, no_result, release
+from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, measure_machine, no_result, release
 from benchmarks.registry import Provider, Row, is_package, rows
 from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
 from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, need, reading, write_output
 
-#: Exit status when the GPU no longer answers: nothing more can be measured by this process, but by another.
-DEVICE_LOST = 3
 #: What `--op` calls the figures of `benchmarks.cpu`.
 FIGURES = "figures"
 
@@ -35,19 +33,25 @@ def case_name(row: Row, provider: Provider) -> str:
 
 
 def running(path: str | Path) -> Path:
-    """The file beside a results file that names the measurement under way; it stays where that ends the process."""
+    """The file beside a results file that names the measurement under way; it stays where nothing more can be measured
+    by the process: another one, with --resume, goes on behind that measurement."""
     return Path(f"{path}.running")
 
 
-def select_cases(device: str, name_contains: str = "") -> list[tuple[Row, Provider]]:
+def select_cases(device: str, name_contains: str = "", whose: str = "all") -> list[tuple[Row, Provider]]:
     """What is measured, in this order: row by row on a CPU, where what the reference says of a row takes long. On a
-    GPU, where a run may be out of time, this package first in all rows, and last what has to be compiled for seconds.
+    GPU, where a run may be out of time, this package first in all rows, and there the rows that have a goal; and last
+    what has to be compiled for seconds. `whose`: "own" rows are this package's, and "other" those of the others.
     """
     cases = [(row, provider) for row in rows(device, name_contains) for provider in row.providers()]
+    if whose != "all":
+        cases = [case for case in cases if is_package(case[1].name) == (whose == "own")]
 
-    def turn(case: tuple[Row, Provider]) -> int:
-        name = case[1].name
-        return 0 if is_package(name) else 2 if name == "torch.compile" else 1
+    def turn(case: tuple[Row, Provider]) -> tuple[int, int]:
+        row, name = case[0].name, case[1].name
+        if is_package(name):
+            return 0, goals.ROWS.index(row) if row in goals.ROWS else len(goals.ROWS)
+        return (2 if name == "torch.compile" else 1), 0
 
     return sorted(cases, key=turn) if device == "cuda" else cases
 
@@ -114,6 +118,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--op", default="", metavar="SUBSTRING", help=f"only rows whose name contains this; {FIGURES}: none of them"
     )
+    parser.add_argument(
+        "--whose", choices=("all", "own", "other"), default="all", help="rows of this package, or others"
+    )
     parser.add_argument("--list", action="store_true", help="print what would be measured, and end")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
     parser.add_argument(
@@ -171,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(row.name for row in rows(device)), file=sys.stderr)
         return 2
     if options.list:
-        print("\n".join(case_name(*case) for case in select_cases(device, options.op)))
+        print("\n".join(case_name(*case) for case in select_cases(device, options.op, options.whose)))
         return 0
     if device == "cpu":
         need("pytest_benchmark", "bench")
@@ -183,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = read_figures(options.json) if has_file else []
     done = {(r.row, r.provider) for r in results}
     names = {row.name for row in selected}
-    cases = [(row, p) for row, p in select_cases(device, options.op) if (row.name, p.name) not in done]
+    planned = select_cases(device, options.op, options.whose)
+    cases = [(row, p) for row, p in planned if (row.name, p.name) not in done]
     ended = ""
     if options.resume and marker and marker.exists():
         with reading(marker):
@@ -226,8 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(result)
             write(result)
             progress.step(f"{result.row} {result.provider}", outcome_of(result))
-            if result.status == "error" and device == "cuda":
+            if marker is not None and result.message.startswith(NO_GRAPH):  # which another process goes on behind
+                raise RuntimeError("after a failed capture torch takes no other: --resume goes on in a new process")
+            if device == "cuda" and result.status == "error":
                 torch.cuda.synchronize()  # raises if the error took the device with it
+                torch.cuda.empty_cache()  # and this one, if it was raised while a graph was captured
 
         def keep_figure(figure: Figure) -> None:
             if figure.figure in new_figures:
@@ -256,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)
             lost, failed = device == "cuda", True
-        if marker is not None:
+        if marker is not None and not lost:
             marker.unlink(missing_ok=True)
     shown = [r for r in results if r.row in names]
     if not options.no_table:
@@ -266,11 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(text)
         if figures and with_figures:
             print(f"\n{cpu.HEADING}\n\n{figures_table(figures)}")
-        missing = sum(len(row.providers()) for row in selected) - len(shown)
+        missing = len({(row.name, p.name) for row, p in planned} - {(r.row, r.provider) for r in shown})
         if missing:
             print(f"{missing} measurements were not made: out of time, or stopped")
-    if lost:
-        return DEVICE_LOST
     slower = old is not None and compare_with_stored(options, old, Stored(shown, figures if with_figures else []))
     if unwritten:
         raise unwritten[0]

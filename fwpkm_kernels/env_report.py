@@ -61,11 +61,12 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that the package runs from, with "-dirty" after it if tracked files differ."""
+    """The git commit of the checkout that the package runs from, with "-dirty" after it if tracked files differ; of
+    a copy without git's folder, what FWPKM_COMMIT says."""
     root = Path(__file__).resolve().parent.parent
     # Without this check a copy installed inside another project's checkout would report that project's commit.
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FWPKM_COMMIT")
     return _run("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 

@@ -1,6 +1,7 @@
 """Where the tests run: the Triton backend on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -60,19 +61,18 @@ def errors_on_synchronisation() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", metavar="I/N", help="of all test functions only each N-th, from the I-th on")
+    parser.addoption("--triton-only", action="store_true", help="leave out the cases of the PyTorch path")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --part, so that several processes share the suite: a function's cases stay together, as its kernels are."""
-    if not config.getoption("--part"):
-        return
-    part, parts = (int(number) for number in config.getoption("--part").split("/"))
-    functions = list(dict.fromkeys(item.nodeid.split("[")[0] for item in items))
-    chosen = set(functions[part - 1 :: parts])
-    others = [item for item in items if item.nodeid.split("[")[0] not in chosen]
-    items[:] = [item for item in items if item.nodeid.split("[")[0] in chosen]
-    config.hook.pytest_deselected(items=others)
+    if config.getoption("--triton-only"):
+
+        def is_torch_case(item: pytest.Item) -> bool:
+            parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            return any(isinstance(x, Place) and x.backend == "torch" for x in parameters)
+
+        config.hook.pytest_deselected(items=[item for item in items if is_torch_case(item)])
+        items[:] = [item for item in items if not is_torch_case(item)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -82,11 +82,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
 
 
-#: Of a GPU's memory, what the allocator of a process may keep between tests: others share the GPU.
-MOST_CACHED = 2**30
-
-
 @pytest.hookimpl(trylast=True)  # after what the test's fixtures hold is gone
-def pytest_runtest_teardown() -> None:
-    if HAS_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MOST_CACHED:
-        torch.cuda.empty_cache()
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What a test does to the GPU shows in the test itself, and its memory is left to the processes that share it."""
+    if not HAS_GPU or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()  # raises after an access that was not allowed
+        torch.cuda.empty_cache()  # and this one after a capture that failed
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        # All later tests of this process would fail: pytest-xdist names this one, and starts another process.
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"{item.nodeid}: the GPU no longer answers: {error}", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -8,6 +8,7 @@ status: 0, 1 if anything failed, 130 if interrupted.
 
 import argparse
 import collections
+import faulthandler
 import hashlib
 import os
 import sys
@@ -33,8 +34,10 @@ except ImportError:  # a machine with a GPU may lack it: then there is no bar
     tqdm = None
 
 FAILURES = Path("fuzz-failures")
-#: Cases of an operation before it is another one's turn.
-ROUND = 50
+#: Cases of an operation before it is another one's turn; and where kernels have to be compiled for most of them.
+ROUND, QUICK_ROUND = 50, 3
+#: Seconds after which a case of a quick run hangs.
+HANGS = 60.0
 #: Seconds that a failure is shrunk for at most.
 SHRINKING = 60.0
 
@@ -46,8 +49,10 @@ class _EnoughError(BaseException):
 class Fuzzer:
     """What a run has seen so far."""
 
-    def __init__(self, backend: str, device: str, failures: Path, seconds: float, most_cases: int | None) -> None:
-        self.backend, self.device, self.failures = backend, device, failures
+    def __init__(
+        self, backend: str, device: str, failures: Path, seconds: float, most_cases: int | None, quick: bool = False
+    ) -> None:
+        self.backend, self.device, self.failures, self.quick = backend, device, failures, quick
         self.end = time.monotonic() + seconds
         self.most_cases = most_cases
         self.cases = 0
@@ -63,28 +68,31 @@ class Fuzzer:
 
     def round(self, op: str, seed: int) -> bool:
         """Some cases of an operation; whether one failed, in which case it has been shrunk and reported."""
-        small = self.backend == "triton" and self.device == "cpu"
+        drawn = strategies.cases(op, small=self.backend == "triton" and self.device == "cpu")
         worst: list[tuple[Case, BaseException]] = []
         shrink_until = 0.0
 
         @settings(
-            max_examples=ROUND,
+            max_examples=QUICK_ROUND if self.quick else ROUND,
             deadline=None,
             derandomize=False,
             database=DirectoryBasedExampleDatabase(self.failures / "examples" / f"{op}-{self.backend}-{self.device}"),
-            phases=(Phase.reuse, Phase.generate, Phase.shrink),
+            phases=(Phase.reuse, Phase.generate, *(() if self.quick else (Phase.shrink,))),
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
             print_blob=False,
         )
         @hypothesis.seed(seed)  # below the settings: above them it would take the database away
-        @given(strategies.cases(op, small=small))
+        @given(drawn.map(strategies.of_few_sizes) if self.quick else drawn)
         def run(case: Case) -> None:
             nonlocal shrink_until
             if worst and time.monotonic() > shrink_until:
                 raise _EnoughError
             if not worst and self.is_over:
                 raise _EnoughError
+            if self.quick:  # the last line of a process that hangs, which is ended, or dies
+                print(f"case = {case!r}", flush=True)
+                faulthandler.dump_traceback_later(HANGS, exit=True)
             begin = time.monotonic()
             try:
                 reasons = judge.check(case, self.backend, self.device)
@@ -93,6 +101,7 @@ class Fuzzer:
                 worst[:] = [(case, error)]
                 raise
             finally:
+                faulthandler.cancel_dump_traceback_later()
                 self.seconds[op] += time.monotonic() - begin
             if not worst:
                 self.count(case, reasons)
@@ -201,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the same cases again")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backend", choices=["torch", "triton"], help="default: torch on a CPU, else triton")
+    parser.add_argument(
+        "--quick", action="store_true", help="few sizes, the memory first, nothing shrunk: where kernels are compiled"
+    )
     parser.add_argument("--failures", type=Path, default=FAILURES, help="the folder of what failed")
     o = parser.parse_args(arguments)
     backend = o.backend or ("torch" if o.device == "cpu" else "triton")
@@ -213,8 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--device cuda: no GPU is available")
     make_folder(o.failures)
     seconds = o.seconds if o.seconds is not None else (60.0 if o.cases is None else float("inf"))
-    fuzzer = Fuzzer(backend, o.device, o.failures, seconds, o.cases)
+    fuzzer = Fuzzer(backend, o.device, o.failures, seconds, o.cases, o.quick)
     ops = [o.op] if o.op else list(strategies.OPERATIONS)
+    if o.quick:
+        ops.sort(key=lambda op: not op.startswith("fast_weight_memory"))
     status = 0
     try:
         with warnings.catch_warnings():

@@ -390,6 +390,21 @@ KINDS = {
 }
 
 
+def of_few_sizes(case: Case) -> Case:
+    """The same with the nearest of a few sizes, for which kernels are compiled; those that only vary at run time stay.
+    One, and all of a half, stay what they are."""
+    sizes, options = dict(case.sizes), dict(case.options)
+    is_all = options.get("top_k") == sizes.get("n")
+    for name, few in (("n", 5), ("Dk", 6), ("D", 33), ("J", 20), ("H", 2)):
+        if sizes.get(name, 1) > 1:
+            sizes[name] = few
+    if options.get("top_k", 1) > 1:
+        options["top_k"] = sizes["n"] if is_all else 3
+    if case.pattern == "distinct" and "N" in sizes:
+        sizes["N"] = max(sizes["N"], sizes["rows"] * sizes["J"])
+    return dataclasses.replace(case, sizes=sizes, options=options)
+
+
 def cases(op: str, *, small: bool = False) -> st.SearchStrategy[Case]:
     """Cases of one of OPERATIONS; `small` ones are for Triton's interpreter."""
     strategies: dict[str, Callable[..., st.SearchStrategy[Case]]] = {

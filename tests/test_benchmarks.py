@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import reference
 from benchmarks import registry, run
-from benchmarks.measure import Expected, Machine, measure, verify
+from benchmarks.measure import Expected, Machine, measure, prepare, verify
 from fwpkm_kernels import (
     MemoryGraph,
     chunk_value_update,
@@ -45,6 +46,8 @@ def test_names_of_rows_are_unique_and_every_operation_is_there(device):
     assert len(names) == len(set(names))
     for operation in registry.OPERATIONS:
         for direction in operation.directions:
+            if (device, direction) == ("cpu", "both"):
+                continue  # of which the figures of a CPU tell
             assert any(name.startswith(f"{operation.name}/{direction}/") for name in names)
     assert len(registry.rows(device, "lookup/forward")) == sum("lookup/forward" in name for name in names)
 
@@ -269,6 +272,7 @@ def wrong_step_that_forgets(memory, **inputs):
         ("sequence/forward/8x512", wrong_sequence_values),
         ("sequence/forward/8x512", wrong_sequence_keys),
         ("sequence/backward/8x4096", wrong_sequence_gradient),
+        ("sequence/both/8x4096", wrong_sequence_gradient),
         ("sequence/backward/8x4096-bf16", wrong_gradient_of_values),
         ("step/forward/inference", wrong_step_output),
         ("step/forward/inference", wrong_step_without_keys),
@@ -377,6 +381,16 @@ def test_replayed_graphs_are_compared_with_the_reference(name, capture, monkeypa
     with refused if capture is NoReplay else contextlib.nullcontext():
         verify(row, provider, inputs, Expected(row, inputs))
 
+    own = provider.own(inputs)
+    graph = own["memory"].graph
+    replays: list[str] = []
+    for lane in ("_read", "_close"):
+        monkeypatch.setattr(
+            graph, lane, getattr(graph, lane) and SimpleNamespace(replay=lambda x=lane: replays.append(x))
+        )
+    provider.replay(**{**inputs, **own})()
+    assert replays == (["_read"] if name.startswith("decode") else ["_close"])
+
 
 def test_compiled_providers_agree_with_the_reference(monkeypatch):
     """Traced, not compiled: that takes a C++ compiler, and minutes."""
@@ -395,6 +409,21 @@ def test_compiled_providers_agree_with_the_reference(monkeypatch):
                 names.append(f"{row.operation.name}/{row.direction}")
     torch.compiler.reset()
     assert set(names) >= {"lookup/forward", "gather/forward", "update_/forward", "key-step/forward", "step/forward"}
+
+
+def test_forward_and_backward_in_one_call():
+    """What is timed gives the gradients of the reference, each time it is called."""
+    row = ROWS["sequence/both/8x4096"]
+    inputs = row.inputs("cpu")
+    call = prepare(row, row.providers()[0], inputs)
+    options = {"wrt": row.wrt, "cotangent": row.cotangent(inputs)}
+    _, wanted = testing.forward_and_gradients(fast_weight_memory, inputs, **options)
+    for _ in range(2):
+        for gradient, name in zip(call(), row.wrt, strict=True):
+            testing.assert_bitwise_equal(gradient, wanted[name])
+    cost = {way: ROWS[f"sequence/{way}/8x4096"].cost(inputs) for way in ("forward", "backward", "both")}
+    assert cost["both"].bytes == cost["forward"].bytes + cost["backward"].bytes
+    assert cost["both"].flops == cost["forward"].flops + cost["backward"].flops
 
 
 def test_a_provider_that_raises_is_recorded():

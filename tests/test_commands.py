@@ -553,7 +553,7 @@ WRITERS = [
     ("benchmarks.launches", ["--json={}"], "rows"),
     ("benchmarks.errors", ["--out={}"], "growth"),
     ("benchmarks.plots", ["results", "--out={}"], "plot"),
-    ("benchmarks.gpu", ["--device=cpu", "--out={}"], "run_tests"),
+    ("benchmarks.gpu", ["--device=cpu", "--out={}"], "Run"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
@@ -563,7 +563,7 @@ WRITERS = [
 
 
 def test_every_program_that_writes_is_asked():
-    silent = {"benchmarks.sanitize", "fwpkm_kernels.env_report"}
+    silent = {"benchmarks.sanitize", "benchmarks.smoke", "fwpkm_kernels.env_report"}
     assert {name for name, *_ in WRITERS} == {*programs()} - silent
 
 

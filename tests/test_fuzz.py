@@ -13,7 +13,7 @@ import torch
 
 import fwpkm_kernels
 from tests import fuzz, judge
-from tests.strategies import OPERATIONS, Case
+from tests.strategies import OPERATIONS, Case, make_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,6 +104,27 @@ def test_every_operation_has_its_turn_and_a_seed_repeats_the_cases(seen, monkeyp
     assert {case.op for case in runs[0]} == set(OPERATIONS)
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+
+
+def test_a_quick_run_draws_few_sizes_the_memory_first_and_shrinks_nothing(seen, monkeypatch, tmp_path):
+    arguments = ["--quick", "--failures", str(tmp_path)]
+    assert fuzz.main([*arguments, "--cases", "100"]) == 0
+    first = list(dict.fromkeys(case.op for case in seen[: 2 * fuzz.QUICK_ROUND]))
+    assert first == ["fast_weight_memory", "fast_weight_memory_step"]
+    assert {case.op for case in seen} == set(OPERATIONS)
+    for name in ("n", "Dk", "D", "J", "H"):
+        assert len({case.sizes[name] for case in seen if name in case.sizes}) <= 2
+    assert {case.options["top_k"] for case in seen if "top_k" in case.options} <= {1, 3, 5}
+    assert all(case.options["top_k"] <= case.sizes["n"] for case in seen if "n" in case.sizes)
+    distinct = [case.sizes for case in seen if case.pattern == "distinct"]
+    assert all(sizes["rows"] * sizes["J"] <= sizes["N"] for sizes in distinct)
+    for case in seen:
+        make_tensors(case)
+
+    tried = []
+    monkeypatch.setattr(judge, "check", lambda case, *place: tried.append(case) or 1 / 0)
+    assert fuzz.main([*arguments, "--op", "fast_weight_memory"]) == 1
+    assert len(tried) <= 2  # once more, to see that it fails again
 
 
 def test_a_run_ends_with_its_time(seen, tmp_path, capsys):

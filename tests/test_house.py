@@ -202,7 +202,10 @@ def test_env_report_commit(monkeypatch, tmp_path):
     subprocess.run([git, "-C", str(tmp_path), "add", "file"], check=True)
     subprocess.run([git, "-C", str(tmp_path), *identity, "commit", "-qm", "x"], check=True)
     monkeypatch.setattr(env_report, "__file__", str(inner / "env_report.py"))
+    monkeypatch.delenv("FWPKM_COMMIT", raising=False)
     assert env_report._commit() is None
+    monkeypatch.setenv("FWPKM_COMMIT", "a copy's")
+    assert env_report._commit() == "a copy's"
     monkeypatch.setattr(env_report, "__file__", str(tmp_path / "fwpkm_kernels" / "env_report.py"))
     commit = env_report._commit()
     assert re.fullmatch("[0-9a-f]{40}", commit)

@@ -18,8 +18,8 @@ def check_cases(op: str, place: Place, share: float = 1.0) -> None:
     """As many cases as the profile says, or a share of them."""
     small = place == Place("triton", "cpu")
     examples = max(1, round(share * settings.default.max_examples))
-    # To shrink takes minutes in the interpreter; the fuzzer does it.
-    phases = [phase for phase in settings.default.phases if phase is not Phase.shrink or not small]
+    # To shrink takes minutes in the interpreter, and on a GPU, where each size is compiled; the fuzzer does it.
+    phases = [phase for phase in settings.default.phases if phase is not Phase.shrink or place.backend == "torch"]
 
     @settings(max_examples=examples, phases=phases, suppress_health_check=list(HealthCheck))
     @given(cases(op, small=small))
