@@ -60,7 +60,7 @@ def run(device: str, backend: str = "auto") -> None:
     state = MemoryState(keys, values)
     for begin, end in ((0, 1), (1, TOKENS)):
         fast_weight_memory_step(state, *(x[:, begin:end].detach() for x in sequence), **options)
-    state.reset()
+    state.reset(touched_rows_only=True)
     if device == "cuda":
         torch.cuda.synchronize()
 
