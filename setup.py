@@ -55,6 +55,6 @@ setup(
         "demo": DEMO,
         "bench": [*DEMO, "pytest-benchmark"],
         "triton": TRITON,
-        "dev": [*TRITON, "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools>=77"],
+        "dev": [*TRITON, "hypothesis", "mypy", "pytest>=9", "pytest-xdist", "ruff", "safetensors", "setuptools>=77"],
     },
 )
