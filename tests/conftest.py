@@ -61,6 +61,18 @@ def errors_on_synchronisation() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="I/N", help="of all test functions only each N-th, from the I-th on")
+    parser.addoption("--gpu-rounding", action="store_true", help="let Triton's interpreter round as a GPU does")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--gpu-rounding"):
+        yield
+        return
+    from tests.gpu_rounding import gpu_rounding
+
+    with gpu_rounding():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
