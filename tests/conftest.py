@@ -43,6 +43,8 @@ PLACES = [Place("torch", "cpu"), Place("triton", "cuda" if HAS_GPU else "cpu")]
 
 @pytest.fixture(params=PLACES, ids=lambda place: place.backend)
 def place(request: pytest.FixtureRequest) -> Place:
+    if request.param.backend == "torch" and request.config.getoption("--gpu-rounding"):
+        pytest.skip("of Triton's interpreter only")
     return request.param
 
 
