@@ -294,3 +294,31 @@ def test_what_the_compiler_makes_of_each_operation(tmp_path):
     assert tf32x3.count(step) == 3 * 8
     assert "cvt.rna.tf32.f32" in tf32x3
     assert tf32x3[-32:] == 32 * ["add.f32"], "the total comes last"
+
+
+# Of the numeric tests of each file those that take longest for what they show are left out.
+NUMERIC = {
+    "lookup": "matches or dtypes or near_keys or every_tile or batch",
+    "gather": "not sparse",
+    "update": "not beyond_32_bits",
+    "addressing": "matches or clip or weight or dtypes or near_keys or joint or halves",
+    "chunks": "",
+    "memory_kernels": "not log_keeps",
+    "streaming_kernels": "",
+    "plan": "",
+    "memory": "golden or edges_in_triton or identical or bits",
+    "streaming": "precision or bitwise or streaming",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NUMERIC)
+def test_kernels_keep_their_tolerances(file):
+    """All that is within a budget, bitwise equal to another run or kernel, or in order, is so with a GPU's rounding."""
+    chosen = f"mode_is_on or not (float64 or gradcheck) and ({NUMERIC[file] or 'test'})"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--gpu-rounding", "-m", "not slow"]
+    files = [f"tests/test_{file}.py", f"tests/test_gpu_rounding.py::{test_the_mode_is_on_where_it_is_asked_for.__name__}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([*command, "-k", chosen, *files], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 8, "the choice goes by names of tests"
