@@ -8,13 +8,14 @@ own. Here float32 is computed with what Triton compiles the same operations to f
 - exp: `mul.f32` with log2(e), whose rounding grows with |x|, then `ex2.approx.f32`: 2 units in the last place (ulp);
 - division: `div.full.f32`: 2 ulp; log: libdevice's `logf`: 1 ulp;
 - a product that is added or subtracted at once: one `fma.rn.f32`, rounded once;
+- float32 to bfloat16: rounded to the nearest, which the interpreter truncates;
 - sums: four neighbours one after the other, as in a thread, then halves onto halves, as between lanes and warps;
 - dot products: see `dot`.
 
 The errors of exp, division and log depend on the operands' bits alone, so equal operands give equal results, as they do
 on a GPU, and runs repeat; what they are on a GPU is known only within the bound. Not emulated: which products the
-compiler fuses beyond the rule above, how a layout deals the terms of a sum to threads, the order of atomics, float64,
-and the rounding to half precision, which is the same everywhere. A function that is missing here raises.
+compiler fuses beyond the rule above, how a layout deals the terms of a sum to threads, the order of atomics, float64.
+A function that is missing here raises.
 """
 
 import contextlib
@@ -146,6 +147,13 @@ def dot(a: np.ndarray, b: np.ndarray, total: np.ndarray, precision: str) -> np.n
     return total + tensor_core(big_a, big_b, np.where(np.isnan(part), np.float32(0), part), 8)
 
 
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """The bits of `cvt.rn.bf16.f32`: ties to even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
 def is_float32(*handles: TensorHandle) -> bool:
     return all(handle.data.dtype == np.float32 for handle in handles)
 
@@ -211,6 +219,15 @@ def matrix_product(
         return TensorHandle(dot(a.data, b.data, total.data, precision.name), total.dtype.scalar)
 
 
+def cast(otherwise: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def method(self: InterpreterBuilder, x: TensorHandle, dtype: Any) -> TensorHandle:
+        if is_float32(x) and dtype.scalar == tl.bfloat16:
+            return TensorHandle(to_bfloat16(x.data), tl.bfloat16)
+        return otherwise(self, x, dtype)
+
+    return method
+
+
 def missing(self: InterpreterBuilder, *handles: TensorHandle) -> TensorHandle:
     raise NotImplementedError("tests/gpu_rounding.py does not know how a GPU rounds this function")
 
@@ -229,8 +246,9 @@ def gpu_rounding() -> Iterator[None]:
         "create_fadd": add_or_subtract(1, builder.create_fadd),
         "create_fsub": add_or_subtract(-1, builder.create_fsub),
         "create_dot": matrix_product,
+        "cast_impl": cast(builder.cast_impl),
     }
     unknown = ("create_sqrt", "create_rsqrt", "create_sin", "create_cos", "create_erf", "create_log2", "create_frem")
-    methods |= {name: missing for name in unknown}
+    methods |= dict.fromkeys(unknown, missing)
     with mock.patch.multiple(builder, **methods), mock.patch.object(ReduceOps, "sum", reduce_sum):
         yield

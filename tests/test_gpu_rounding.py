@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+import reference
+from fwpkm_kernels import product_key_lookup, testing
 from tests.conftest import HAS_GPU
 from tests.gpu_rounding import divide, dot, exp, exp2, gpu_rounding, log, tensor_core, to_tf32, tree_sum
+
+ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="of the interpreter, which has no part in a process with a GPU")
 
@@ -118,7 +123,7 @@ def test_a_product_that_is_added_is_rounded_once():
     with gpu_rounding():
         fused_kernel[(1,)](x, out, N=2)
     assert out[0].tolist() == [2.0**-11 + 2.0**-24, 2.0**-19 + 2.0**-40]
-    assert out[1].tolist() == [-2.0**-11 - 2.0**-24, -2.0**-19 - 2.0**-40]
+    assert out[1].tolist() == [-(2.0**-11) - 2.0**-24, -(2.0**-19) - 2.0**-40]
     assert out[2].tolist() == [2 + 2.0**-10, 2 + 2.0**-18]
 
 
@@ -135,14 +140,30 @@ def test_sums_are_trees():
     assert out.item() == 2 + 3 * 2.0**-12 + 2.0**-22, "9/16 of a place, but 1/2 if the square were rounded first"
 
 
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs).to(tl.bfloat16))
+
+
+def test_bfloat16_is_rounded():
+    x = torch.from_numpy(numbers(256))
+    x[:8] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 3.4e38, -3.4e38, torch.inf, 1e-40, torch.nan, -0.0])
+    out = torch.empty(256, dtype=torch.bfloat16)
+    with gpu_rounding():
+        cast_kernel[(1,)](x, out, N=256)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 ONE = np.float32([[1]])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_accumulator_truncates(sign):
     def summed(total: float, *products: float) -> float:
-        terms = np.float32([products])
-        return sign * tensor_core(sign * terms, np.ones((len(products), 1), np.float32), sign * total * ONE, 8).item()
+        terms, ones = np.float32([products]), np.ones((len(products), 1), np.float32)
+        with np.errstate(invalid="ignore"):
+            return sign * tensor_core(sign * terms, ones, sign * total * ONE, 8).item()
 
     assert summed(1, 2.0**-23) == 1 + 2.0**-23
     assert summed(1, 1.5 * 2.0**-23) == 1 + 2.0**-23, "to nearest it were one place more"
@@ -212,6 +233,22 @@ def test_parts_of_a_long_product_are_more_exact_than_a_chain():
     assert parts < plain < chain / 2
 
 
+CHAINED = pytest.mark.xfail(reason="its products accumulate over all columns in the tensor core")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=CHAINED)], ids=str)
+def test_dot_scores_are_as_exact_as_in_float32(dtype):
+    """Of the best, whose products are mostly positive: what truncation loses adds up, unlike what rounding does."""
+    inputs = testing.make_lookup_inputs(12, 1, 32, 512, dtype=dtype, keys_dtype=dtype)
+    exact, exact_slots = reference.product_key_lookup(*testing.as_float64(inputs), 8, score="dot")
+    plain, _ = reference.product_key_lookup(*(x.float() for x in inputs), 8, score="dot")
+    with gpu_rounding():
+        scores, slots = product_key_lookup(*inputs, 8, score="dot", precision="tf32x3", backend="triton")
+    assert torch.equal(slots, exact_slots)
+    error, plain_error = ((x - exact).square().mean().sqrt() for x in (scores, plain))
+    assert error < 3 * plain_error
+
+
 def test_a_tolerance_that_only_exact_arithmetic_meets():
     """Softmax within 2 units of the last place: on a CPU yes, on a GPU no."""
     x = torch.from_numpy(numbers(256))
@@ -274,7 +311,7 @@ def test_what_the_compiler_makes_of_each_operation(tmp_path):
     ]
     command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = []
     for ptx in json.loads(done.stdout):
@@ -299,15 +336,15 @@ def test_what_the_compiler_makes_of_each_operation(tmp_path):
 # Of the numeric tests of each file those that take longest for what they show are left out.
 NUMERIC = {
     "lookup": "matches or dtypes or near_keys or every_tile or batch",
-    "gather": "not sparse",
-    "update": "not beyond_32_bits",
+    "gather": "not (sparse or hot) or 127",
+    "update": "not (hot or beyond)",
     "addressing": "matches or clip or weight or dtypes or near_keys or joint or halves",
     "chunks": "",
     "memory_kernels": "not log_keeps",
     "streaming_kernels": "",
     "plan": "",
     "memory": "golden or edges_in_triton or identical or bits",
-    "streaming": "precision or bitwise or streaming",
+    "streaming": "precision or bitwise or strides or each_step",
 }
 
 
@@ -317,8 +354,12 @@ def test_kernels_keep_their_tolerances(file):
     """All that is within a budget, bitwise equal to another run or kernel, or in order, is so with a GPU's rounding."""
     chosen = f"mode_is_on or not (float64 or gradcheck) and ({NUMERIC[file] or 'test'})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--gpu-rounding", "-m", "not slow"]
-    files = [f"tests/test_{file}.py", f"tests/test_gpu_rounding.py::{test_the_mode_is_on_where_it_is_asked_for.__name__}"]
+    files = [
+        f"tests/test_{file}.py",
+        f"tests/test_gpu_rounding.py::{test_the_mode_is_on_where_it_is_asked_for.__name__}",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run([*command, "-k", chosen, *files], env=environment, capture_output=True, text=True)
+    command += ["-k", chosen, *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 8, "the choice goes by names of tests"
