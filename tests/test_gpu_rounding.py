@@ -180,11 +180,10 @@ def test_the_accumulator_truncates(sign):
 
 
 def test_a_product_counts_with_the_exponents_of_its_factors():
-    """1.5·1.5 is aligned as if it were below 2, so that one more place is kept."""
+    """1.5·1.5 is aligned as if it were below 2, which keeps one place more; not beside a total of 2 or more."""
     a, b = np.float32([[1.5, 1]]), np.float32([[1.5], [2.0**-25]])
-    assert tensor_core(a, b, np.float32([[-2.25]]), 8) == 2.0**-25 * 0
-    assert tensor_core(a, b, np.float32([[-1.25]]), 8) == 1 + 2.0**-25 * 0
-    assert tensor_core(a, b, np.float32([[-1.75]]), 8) == 0.5 + 2.0**-25 * 0
+    assert tensor_core(a, b, -1.984375 * ONE, 8) == 0.265625 + 2.0**-25
+    assert tensor_core(a, b, -2.25 * ONE, 8) == 0
 
 
 def test_precisions_of_dot():
@@ -327,7 +326,6 @@ def test_what_the_compiler_makes_of_each_operation(tmp_path):
     assert set(ieee) == {"fma.rn.f32"}
     step = "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32"
     assert tf32 == 8 * [step], "operands as they are, the accumulator carried on"
-    # Both tiles are split: 2·4096 numbers by 128 threads, of which one operand is loaded per thread and group.
     assert tf32x3.count(step) == 3 * 8
     assert "cvt.rna.tf32.f32" in tf32x3
     assert tf32x3[-32:] == 32 * ["add.f32"], "the total comes last"
@@ -354,10 +352,7 @@ def test_kernels_keep_their_tolerances(file):
     """All that is within a budget, bitwise equal to another run or kernel, or in order, is so with a GPU's rounding."""
     chosen = f"mode_is_on or not (float64 or gradcheck) and ({NUMERIC[file] or 'test'})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--gpu-rounding", "-m", "not slow"]
-    files = [
-        f"tests/test_{file}.py",
-        f"tests/test_gpu_rounding.py::{test_the_mode_is_on_where_it_is_asked_for.__name__}",
-    ]
+    files = [f"tests/test_{file}.py", "tests/test_gpu_rounding.py::test_the_mode_is_on_where_it_is_asked_for"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command += ["-k", chosen, *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
