@@ -44,6 +44,8 @@ PLACES = [Place("torch", "cpu"), Place("triton", "cuda" if HAS_GPU else "cpu")]
 
 @pytest.fixture(params=PLACES, ids=lambda place: place.backend)
 def place(request: pytest.FixtureRequest) -> Place:
+    if request.param.backend == "torch" and request.config.getoption("--gpu-rounding"):
+        pytest.skip("of Triton's interpreter only")
     return request.param
 
 
@@ -62,6 +64,18 @@ def errors_on_synchronisation() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--triton-only", action="store_true", help="leave out the cases of the PyTorch path")
+    parser.addoption("--gpu-rounding", action="store_true", help="let Triton's interpreter round as a GPU does")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--gpu-rounding"):
+        yield
+        return
+    from tests.gpu_rounding import gpu_rounding
+
+    with gpu_rounding():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
