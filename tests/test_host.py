@@ -65,3 +65,8 @@ def test_without_gcc(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(CommandError, match="gcc is missing"):
         host.Driver("folder")
+
+
+def test_training_does_not_wait_for_the_host():
+    """Else it could be no CUDA graph."""
+    run_case("train_without_host")
