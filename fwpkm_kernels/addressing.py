@@ -110,10 +110,10 @@ def step_keys(
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
     if stepped:
-        from .kernels import addressing
+        from .kernels.addressing import step_keys as launch
 
         plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2])
-        addressing.step_keys(
+        launch(
             keys.flatten(0, 2),
             out.view(-1, keys.shape[3]),
             queries,
@@ -269,10 +269,10 @@ def address_grad(
         inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
         grads, grad_keys = _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
         return grads if out is None else out.copy_(grads), grad_keys
-    from .kernels import addressing
+    from .kernels.addressing import address_grad as launch
 
     plan, first, probabilities = plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row)
-    grad_keys = addressing.address_grad(
+    grad_keys = launch(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,

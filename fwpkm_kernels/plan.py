@@ -67,11 +67,12 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
 
     `sub_keys` and `half_scores` [M, H, 2, K] are those that a lookup gives. The probabilities before `first_row` are 0.
     """
-    from .kernels import plan as kernels
+    from .kernels.plan import can_plan
+    from .kernels.plan import plan_picks as launch
 
     sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
-    if kernels.can_plan(sub_keys.shape[0], sub_keys.shape[1], num_keys):
-        fields, first, probabilities = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row)
+    if can_plan(sub_keys.shape[0], sub_keys.shape[1], num_keys):
+        fields, first, probabilities = launch(sub_keys, half_scores, num_keys=num_keys, first_row=first_row)
         return PickPlan(Plan(*fields), first, probabilities)
     num_rows = sub_keys.shape[1] * 2 * num_keys
     plan = plan_segments(sub_keys, num_rows)
