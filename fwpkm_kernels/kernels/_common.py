@@ -1,6 +1,5 @@
 """What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
 
-import functools
 from typing import Any
 
 import torch
@@ -99,7 +98,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **o
         _direct.launch(kernel, grid, device, args, options)
 
 
-@functools.lru_cache
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n, of n >= 1. Triton's own takes 25 times as long."""
     return 1 << (n - 1).bit_length()

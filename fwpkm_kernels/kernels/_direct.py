@@ -42,14 +42,13 @@ class _Compiled(NamedTuple):
 
 
 class _Kernel:
-    """What has been compiled of a kernel.
+    """What has been compiled of a kernel, which it keeps as its own attribute.
 
     Pointers are named `x_ptr`; other arguments are integers, but where the type of a float is written; constants come
     last, and are given by name.
     """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel  # while it is held, no other kernel has its id
         self.source: str | None = None  #: the hash of what `compiled` was compiled from
         self.compiled: dict[tuple[Any, ...], _Compiled] = {}
         self.constants = [x.name for x in kernel.params if x.is_constexpr]
@@ -81,9 +80,6 @@ def specialize({names}):
     return function
 
 
-_KERNELS: dict[int, _Kernel] = {}
-
-
 def _is_watched(kernel: Any) -> bool:
     """Whether Triton does something at a launch that is not done here."""
     runtime, compilation = knobs.runtime, knobs.compilation
@@ -110,9 +106,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...
     if not SUPPORTED or device < 0 or _is_watched(kernel):
         launch_by_triton(kernel, grid, args, options)
         return
-    known = _KERNELS.get(id(kernel))  # a kernel's own hash is that of its source
+    known: _Kernel | None = getattr(kernel, "fwpkm_direct", None)
     if known is None:
-        known = _KERNELS[id(kernel)] = _Kernel(kernel)
+        known = kernel.fwpkm_direct = _Kernel(kernel)
     if known.source != kernel.hash:
         known.compiled.clear()
         known.source = kernel.hash
