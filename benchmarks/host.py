@@ -119,7 +119,10 @@ def parameter_sizes() -> dict[int, list[int]]:
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[Driver]:
-    """Within the context tensors of the CPU count as those of a GPU of compute capability 9.0, which runs nothing."""
+    """Within the context tensors of the CPU count as those of a GPU of compute capability 9.0, which runs nothing.
+
+    For a process of its own: Triton keeps to the stand-in when the context has ended.
+    """
     import triton
 
     if torch.cuda.is_available():
@@ -133,8 +136,7 @@ def stand_in() -> Iterator[Driver]:
         active = CudaDriver()
         active.get_current_stream = lambda device: 0
         active.get_device_capability = lambda device: (9, 0)
-        triton.runtime.driver.set_active(active)
-        stack.callback(triton.runtime.driver.set_active, None)
+        triton.runtime.driver.set_active(active)  # for good: what it has loaded it has to unload
         for name, value in (("is_cuda", True), ("is_cpu", False), ("get_device", lambda x: 0)):
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
         stack.enter_context(mock.patch.object(torch.cuda, "_initialized", True))

@@ -8,6 +8,7 @@ Triton compiles, and launches what it has just compiled. It launches everything 
 debugging mode, and where this module does not apply: on other vendors' GPUs, and in releases that it has not met.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ SUPPORTED = (
     CudaLauncher is not None
     and torch.version.hip is None
     and not knobs.runtime.interpret
-    and RELEASES[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= RELEASES[1]
+    and RELEASES[0] <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= RELEASES[1]
 )
 _RUN = triton.JITFunction.run
 
