@@ -2,8 +2,8 @@
 
 The memory runs forward and backward over 8 chunks, and each of its launches goes through Triton's own launcher to a
 stand-in for NVIDIA's driver (libcuda.c, built by gcc when this starts), where it does nothing. Everything else is what
-it is on a GPU, but for three things: operators of PyTorch run on the CPU, on tensors so small that what they compute
-hardly counts; `torch.cuda.current_device` and the stream are answered at once; the driver takes no time.
+it is on a GPU, but for this: operators of PyTorch run on the CPU, on tensors so small that what they compute hardly
+counts; the current stream is known at once; and the driver takes no time, which Triton's Python asks about each tensor.
 
 A step is measured as it is, with every launch left to Triton's Python, and without launches: the difference to the last
 one is what launches take. Times are of the processor, so that other processes disturb them less. Before that each
@@ -119,7 +119,10 @@ def parameter_sizes() -> dict[int, list[int]]:
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[Driver]:
-    """Within the context tensors of the CPU count as those of a GPU of compute capability 9.0, which runs nothing."""
+    """Within the context tensors of the CPU count as those of a GPU of compute capability 9.0, which runs nothing.
+
+    For a process of its own: Triton keeps to the stand-in when the context has ended.
+    """
     import triton
 
     if torch.cuda.is_available():
@@ -131,14 +134,13 @@ def stand_in() -> Iterator[Driver]:
         from triton.backends.nvidia.driver import CudaDriver
 
         active = CudaDriver()
-        active.get_current_device = lambda: 0
         active.get_current_stream = lambda device: 0
         active.get_device_capability = lambda device: (9, 0)
-        triton.runtime.driver.set_active(active)
-        stack.callback(triton.runtime.driver.set_active, None)
+        triton.runtime.driver.set_active(active)  # for good: what it has loaded it has to unload
         for name, value in (("is_cuda", True), ("is_cpu", False), ("get_device", lambda x: 0)):
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", active.get_current_device))
+        stack.enter_context(mock.patch.object(torch.cuda, "_initialized", True))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", int, create=True))
         yield driver
 
 

@@ -6,6 +6,7 @@ Each check raises TypeError or ValueError that names the argument in backticks, 
 import functools
 import numbers
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -164,8 +165,7 @@ def check_choice(name: str, x: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {x!r}")
 
 
-#: `kernels._common` as soon as it was needed: to import it again would take more than all else here.
-_common: Any = None
+_COMMON = f"{__package__}.kernels._common"
 
 
 def use_triton(backend: str, x: Tensor) -> bool:
@@ -178,10 +178,10 @@ def use_triton(backend: str, x: Tensor) -> bool:
     on_cpu = x.is_cpu
     if backend == "torch" or (backend == "auto" and on_cpu):
         return False
-    global _common
+    if not on_cpu and _COMMON in sys.modules:  # to import it again would take more than all else here
+        return True
     try:
-        if _common is None:
-            from .kernels import _common
+        from .kernels import _common
     except ImportError as error:
         where = "it comes with PyTorch's build for this GPU"
         if on_cpu:

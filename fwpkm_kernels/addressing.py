@@ -110,11 +110,11 @@ def step_keys(
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
     if stepped:
-        from .kernels import addressing
+        from .kernels.addressing import step_keys as launch
 
         del options["eps"]  # which the half scores have in them
         sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
-        addressing.step_keys(
+        launch(
             keys.flatten(0, 2),
             out.view(-1, keys.shape[3]),
             queries,
@@ -268,11 +268,11 @@ def address_grad(
         inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
         grads, grad_keys = _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
         return grads if out is None else out.copy_(grads), grad_keys
-    from .kernels import addressing
+    from .kernels.addressing import address_grad as launch
 
     sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
     del options["num_rows"]
-    grad_keys = addressing.address_grad(
+    grad_keys = launch(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,

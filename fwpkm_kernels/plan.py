@@ -70,16 +70,17 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
     `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
     from `first_row` on.
     """
-    from .kernels import plan as kernels
+    from .kernels.plan import can_plan
+    from .kernels.plan import plan_picks as launch
 
     rows, heads, _, top_k = sub_keys.shape
     listed = None
-    if not kernels.can_plan(rows, heads, num_keys):
+    if not can_plan(rows, heads, num_keys):
         plan = plan_segments(sub_keys, heads * 2 * num_keys)
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    planned = kernels.plan_picks(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
+    planned = launch(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
     return PickPlan(*planned)
 
 

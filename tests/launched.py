@@ -8,9 +8,14 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from benchmarks import host
+from benchmarks.compiled import recorded_launches
+from benchmarks.launches import on_meta
+from fwpkm_kernels import fast_weight_memory
 from fwpkm_kernels.kernels import _common, _direct
 
 
@@ -26,14 +31,15 @@ def scale_kernel(x_ptr, out_ptr, stride, N, factor: tl.float64, BLOCK: tl.conste
 
 def compare_options() -> None:
     """Forward and backward with other branches, dtypes and layouts."""
-    base = {"lookahead": 1}
-    with host.stand_in() as driver, host.compared(driver) as names:
+    # Kernels that do nothing leave slots as they are, and operators of PyTorch read these.
+    zeros = mock.patch.multiple(torch, empty=torch.zeros, empty_like=torch.zeros_like)
+    with host.stand_in() as driver, host.compared(driver) as names, zeros:
         for options in (
             {"clip": 0.1, "weight_decay": 0.1, "score": "dot"},
             {"lookahead": 2, "boundary": "drop", "step": "normalized", "weighting": "silu", "temperature": 2.0},
             {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu"},
         ):
-            forward, backward = host.training(**base | options)
+            forward, backward = host.training(**options)
             backward(forward())
     assert len({*names}) > 15, {*names}
 
@@ -149,3 +155,40 @@ def watch() -> None:
         assert not by_triton()
         launched.scale_kernel._unsafe_update_src(launched.scale_kernel.src.replace("factor", "factor * 2.0", 1))
         assert by_triton()
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses operators whose result the host waits for, or that read what the host holds."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        assert torch.Tag.dynamic_output_shape not in func.tags, func
+        assert all(x.is_meta for x in tensors), func
+        return result
+
+
+def train_without_host() -> None:
+    """Forward and backward of a sequence on tensors that hold nothing: nothing in them may depend on a value."""
+    shapes = {
+        "queries": (2, 20, 1, 16),
+        "targets": (2, 20, 8),
+        "keys": (1, 2, 16, 8),
+        "values": (256, 8),
+        "gates": (2, 20),
+    }
+    for options in (
+        {},
+        {"clip": 0.1, "weight_decay": 0.1, "score": "dot"},
+        {"boundary": "drop", "step": "normalized", "weighting": "silu", "temperature": 2.0},
+        {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu"},
+        {"top_k": 1, "chunk_size": 2},  # keeps a row for each pick
+    ):
+        for masked in (False, True):
+            inputs = {name: torch.empty(shape, device="meta", requires_grad=True) for name, shape in shapes.items()}
+            mask = torch.empty(2, 20, device="meta") if masked else None
+            with on_meta(), recorded_launches() as launches, NoHost():
+                output = fast_weight_memory(**inputs, mask=mask, **{"chunk_size": 8, "top_k": 4} | options).output
+                torch.autograd.grad(output, list(inputs.values()), torch.empty_like(output), allow_unused=True)
+            assert len(launches) > 20

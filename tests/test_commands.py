@@ -551,6 +551,7 @@ WRITERS = [
     ("benchmarks.cpu", ["--json={}"], "measure_machine"),
     ("benchmarks.compiled", ["--json={}"], "report_cases"),
     ("benchmarks.launches", ["--json={}"], "rows"),
+    ("benchmarks.host", ["--json={}"], "stand_in"),
     ("benchmarks.errors", ["--out={}"], "growth"),
     ("benchmarks.plots", ["results", "--out={}"], "plot"),
     ("benchmarks.gpu", ["--device=cpu", "--out={}"], "Run"),

@@ -1,5 +1,6 @@
 """Streaming steps as CUDA graphs: on a GPU for real, on a CPU with a stand-in for the capture."""
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from fwpkm_kernels import (
     MemoryGraph,
     MemoryState,
     addressing,
+    fast_weight_memory,
     fast_weight_memory_step,
     graphs,
     plan,
@@ -362,3 +364,59 @@ def test_lanes_are_joined_after_an_error(fails, lanes, monkeypatch, make_graph):
             graph._run_close(state)
     forked = {stream for stream in captured.waited if captured in stream.waited}
     assert len(forked) == len(set(captured.waited)) == lanes
+
+
+class Layer(torch.nn.Module):
+    """The example of the README."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = torch.nn.Parameter(keys), torch.nn.Parameter(values)
+
+    def forward(self, queries: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
+        options = {"chunk_size": 3, "top_k": 2}
+        return fast_weight_memory(queries, targets, self.keys, self.values, gates=gates, **options).output
+
+
+class NoGraph:
+    """In place of a captured graph: a replay leaves everything as the capture left it."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, what `make_graphed_callables` needs of CUDA. What it captures simply runs, on gradients of 1."""
+    if HAS_GPU:
+        return
+    nothing = contextlib.nullcontext()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nothing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nothing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_training_in_a_graph():
+    """`torch.cuda.make_graphed_callables` takes a module with the memory, and gives its output and gradients.
+
+    Without a GPU the graphs are stand-ins, whose replays compute nothing: then it is called as it was captured.
+    """
+    inputs = make_inputs(2, 9, num_keys=5, dtype=torch.float32, device=DEVICE)
+    eager, layer = (Layer(inputs["keys"].clone(), inputs["values"].clone()) for _ in range(2))
+    tokens = [inputs[name].requires_grad_() for name in ("queries", "targets", "gates")]
+    samples = [(torch.rand_like(x) if HAS_GPU else x.detach().clone()).requires_grad_() for x in tokens]
+    graphed = torch.cuda.make_graphed_callables(layer, tuple(samples))
+    for scale in (1.0, 0.5) if HAS_GPU else (1.0,):
+        results = []
+        for module in (graphed, eager):
+            with torch.no_grad():
+                module.values.mul_(scale)  # as an optimizer does it
+            output = module(*tokens)
+            grads = torch.autograd.grad(output, [*tokens, module.keys, module.values], torch.ones_like(output))
+            results.append(dict(zip(("output", *"qygkv"), (output.detach().clone(), *grads), strict=True)))
+        assert_same_bits(*results)

@@ -31,7 +31,7 @@ def run_case(case: str) -> None:
 
 @needs_stand_in
 def test_of_a_training_step(tmp_path):
-    """Every launch is compared, and direct ones take less than half of the time."""
+    """Every launch is compared, and direct ones take less time: some 0.4 of it, 0.6 with other processes beside."""
     path = tmp_path / "host.json"
     run("-m", "benchmarks.host", "--repeats", "20", "--json", str(path))
     result = json.loads(path.read_text())
@@ -65,3 +65,8 @@ def test_without_gcc(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(CommandError, match="gcc is missing"):
         host.Driver("folder")
+
+
+def test_training_does_not_wait_for_the_host():
+    """Else it could be no CUDA graph."""
+    run_case("train_without_host")

@@ -8,6 +8,7 @@ Triton compiles, and launches what it has just compiled. It launches everything 
 debugging mode, and where this module does not apply: on other vendors' GPUs, and in releases that it has not met.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ SUPPORTED = (
     CudaLauncher is not None
     and torch.version.hip is None
     and not knobs.runtime.interpret
-    and RELEASES[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= RELEASES[1]
+    and RELEASES[0] <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= RELEASES[1]
 )
 _RUN = triton.JITFunction.run
 
@@ -42,14 +43,13 @@ class _Compiled(NamedTuple):
 
 
 class _Kernel:
-    """What has been compiled of a kernel.
+    """What has been compiled of a kernel, which it keeps as its own attribute.
 
     Pointers are named `x_ptr`; other arguments are integers, but where the type of a float is written; constants come
     last, and are given by name.
     """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel  # while it is held, no other kernel has its id
         self.source: str | None = None  #: the hash of what `compiled` was compiled from
         self.compiled: dict[tuple[Any, ...], _Compiled] = {}
         self.constants = [x.name for x in kernel.params if x.is_constexpr]
@@ -81,9 +81,6 @@ def specialize({names}):
     return function
 
 
-_KERNELS: dict[int, _Kernel] = {}
-
-
 def _is_watched(kernel: Any) -> bool:
     """Whether Triton does something at a launch that is not done here."""
     runtime, compilation = knobs.runtime, knobs.compilation
@@ -110,9 +107,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...
     if not SUPPORTED or device < 0 or _is_watched(kernel):
         launch_by_triton(kernel, grid, args, options)
         return
-    known = _KERNELS.get(id(kernel))  # a kernel's own hash is that of its source
+    known: _Kernel | None = getattr(kernel, "fwpkm_direct", None)
     if known is None:
-        known = _KERNELS[id(kernel)] = _Kernel(kernel)
+        known = kernel.fwpkm_direct = _Kernel(kernel)
     if known.source != kernel.hash:
         known.compiled.clear()
         known.source = kernel.hash
