@@ -84,6 +84,8 @@ class Report:
     expected_wide_stores: int
     tensor_core: int
     instructions: int
+    #: that a warp executes: see `executed_instructions`
+    executed: int | None
     #: of the top-k, warp instructions executed for each (token, head) row: see `topk_instructions`
     topk_per_row: float | None
 
@@ -226,6 +228,12 @@ def cases() -> list[Case]:
                 ),
             )
         )
+
+    def weighed_lookup() -> None:
+        options: dict[str, Any] = {"top_k": 8, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
+        lookup.lookup(_meta(512, 1, 512), _meta(1, 2, 512, 256), **options, weights=_meta(512, 1, 8))
+
+    result.append(Case("lookup/weighed", weighed_lookup))
 
     def add_key_step(
         name: str,
@@ -587,57 +595,98 @@ def _is_tensor_core(instruction: Instruction) -> bool:
     return re.match(r"[A-Z]+G?MMA\b", instruction.name) is not None
 
 
+def _number(kernel: list[Instruction], register: str) -> int | None:
+    """What the last instruction that writes the register moves there, if that is a number."""
+    # A pair of registers is named by its even one, and cleared at once.
+    pair = re.sub(r"\d+$", lambda x: str(int(x[0]) // 2 * 2), register)
+    for instruction in reversed(kernel):
+        operands = instruction.operands.replace(",", "").split()
+        if operands[:1] == [register] or (operands[:1] == [pair] and instruction.name == "CS2R"):
+            if not re.search("MOV|CS2R", instruction.name):
+                return None
+            if operands[-1] in ("RZ", "URZ", "SRZ"):
+                return 0
+            value = int(operands[-1], 16) if re.match("-?0x", operands[-1]) else None
+            return value if value is None or value < 2**31 else value - 2**32
+    return None
+
+
 def _trips(kernel: list[Instruction], begin: int, end: int) -> int | None:
     """How often the loop runs whose last instruction, at index `end`, branches to `begin`; None if it does not say.
 
-    It says so if it compares a counter that starts at 0 with a number: ISETP.NE P1, R64, 0x20 after IADD3 R64, R64, 4.
+    It says so if it compares a counter that starts at a number with another: MOV R64, -0x4 before it, and in it
+    IADD3 R64, R64, 0x4, then ISETP.NE P1, R64, 0x1c. Or if it runs once more while a flag is set that it clears: twice.
     """
     body, branch = kernel[begin:end], kernel[end]
     found = re.search(r"U?P\d", branch.operands if branch.name == "BRA.U" else branch.predicate)
     predicate = found[0] if found else "none"
-    for test in reversed(body):
+    for at_test, test in reversed(list(enumerate(body))):
         operands = test.operands.replace(".reuse", "")
         copied = re.match(rf" {predicate}, .*\b(UP\d)", operands)
         if test.name.startswith("PLOP3") and copied:
             predicate = copied[1]
+            # Bit 7 of the table is the result for three operands that are true.
+            cleared = re.compile(rf" {predicate}, UPT, UPT, UPT, UPT, 0x[0-7]?[0-9a-f],")
+            if any(x.name.startswith("UPLOP3") and cleared.match(x.operands) for x in body[at_test:]):
+                return 2
         compared = re.match(rf" {predicate}, U?PT, (U?R\d+), 0x([0-9a-f]+)\b", operands)
         if re.match(r"U?ISETP\.(NE|LT|GE)\b", test.name) and compared:
             counter, limit = compared[1], int(compared[2], 16)
-            for step in body:
+            first = _number(kernel[:begin], counter)
+            for at_step, step in enumerate(body):
                 added = re.match(
                     rf" {counter}, (?:U?P\w+, )*{counter}, 0x([0-9a-f]+)\b", step.operands.replace(".reuse", "")
                 )
-                if re.match(r"U?IADD|VIADD", step.name) and added:
-                    return limit // int(added[1], 16)
+                if re.match(r"U?IADD|VIADD", step.name) and added and first is not None:
+                    return (limit - first) // int(added[1], 16) + (at_test < at_step)
     return None
+
+
+def _to_the_end(kernel: list[Instruction]) -> list[Instruction]:
+    """Without what stands behind the last EXIT, such as waiting for a barrier."""
+    return kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
+
+
+def _loops(kernel: list[Instruction]) -> list[tuple[int, int]]:
+    """Indices of the first and the last instruction of each loop."""
+    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
+    ends = [i for i, instruction in enumerate(kernel) if instruction.name.startswith("BRA")]
+    targets = [indices.get(_target(kernel[i]), i) for i in ends]
+    return [(begin, end) for begin, end in zip(targets, ends, strict=True) if begin < end]
+
+
+def executed_instructions(kernel: list[Instruction], first: int = 0) -> int | None:
+    """Instructions that a warp executes from index `first` on; None where a loop does not say how often it runs.
+
+    Every instruction once, taken branch or not, and those in a loop as often as it runs.
+    """
+    kernel = _to_the_end(kernel)
+    times = [1] * len(kernel)
+    for begin, end in _loops(kernel):
+        if begin >= first:
+            trips = _trips(kernel, begin, end)
+            if trips is None or trips < 1:
+                return None
+            times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
+    return sum(times[first:])
 
 
 def topk_instructions(kernel: list[Instruction], top_k: int) -> int | None:
     """Instructions that a warp executes in the top-k of a kernel; None where that cannot be told.
 
-    What comes after the loop with the tensor-core instructions, or all if there are none: every instruction once,
-    taken branch or not, and those in a loop as often as it runs. Loops must run a divisor of K times: they are over the
-    picks. What stands behind the end, such as waiting for a barrier, is left out.
+    What comes after the loop with the tensor-core instructions, or all if there are none. Loops must run a divisor of K
+    times: they are over the picks.
     """
-    kernel = kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
-    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
-    loops = []
-    for i, instruction in enumerate(kernel):
-        begin = indices.get(_target(instruction), i) if instruction.name.startswith("BRA") else i
-        if begin < i:
-            loops.append((begin, i))
+    kernel = _to_the_end(kernel)
+    loops = _loops(kernel)
     first = 0
     tensor_core = [i for i, instruction in enumerate(kernel) if _is_tensor_core(instruction)]
     if tensor_core:
         first = max([end for begin, end in loops if begin <= tensor_core[-1] <= end], default=tensor_core[-1]) + 1
-    times = [1] * len(kernel)
-    for begin, end in loops:
-        if begin >= first:
-            trips = _trips(kernel, begin, end)
-            if trips is None or trips < 1 or top_k % trips != 0:
-                return None
-            times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
-    return sum(times[first:])
+    trips = [_trips(kernel, begin, end) for begin, end in loops if begin >= first]
+    if any(x is None or x < 1 or top_k % x != 0 for x in trips):
+        return None
+    return executed_instructions(kernel, first)
 
 
 class Limits(NamedTuple):
@@ -695,6 +744,7 @@ def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str
         "narrow_stores": sum(".128" not in name for name in stores),
         "tensor_core": sum(map(_is_tensor_core, kernel)),
         "instructions": len(kernel),
+        "executed": executed_instructions(kernel),
         "topk_per_row": None if topk is None else topk * compiled.num_warps * compiled.programs / compiled.topk_rows,
     }
 
@@ -725,6 +775,7 @@ def _examine_amd(compiled: "Compiled") -> dict[str, Any]:
         "instructions": sum(
             line.startswith("\t") and not line.startswith(("\t.", "\t;")) for line in text.splitlines()
         ),
+        "executed": None,
         "topk_per_row": None,
     }
 
@@ -825,10 +876,11 @@ moved 128 bits at a time. Other versions of Triton give other counts.
 - *loads*, *stores*: 128-bit ones / those that the rows of a program come to / narrower ones. Narrower ones are slots,
   weights and the like, and rows on a path that only other strides take.
 - *tensor*: tensor-core instructions in the program. *code*: all instructions in it.
-- *top-k*: warp instructions executed for each (token, head) row, by all programs that work for it: what comes after
-  the loop of tensor-core instructions, or the whole program if it has none; loops over the picks as often as they run,
-  both sides of branches. A dash: not a top-k, or its loops do not say how often they run, as in AMD's assembly.
-  Rows that a tile has no tokens for count with the others: decoding fills one of 64.
+- *run*: instructions that a warp executes: all once, both sides of branches, and those in a loop as often as it runs. A
+  dash: a loop does not say how often, as in AMD's assembly, or the data do.
+- *top-k*: of these, what all programs that work for a (token, head) row execute for it after the loop of tensor-core
+  instructions, or in all if there are none. Rows that a tile has no tokens for count with the others: decoding fills
+  one of 64.
 
 A line is a kernel as the case compiles it; a later case that compiles to the same numbers is left out.
 """
@@ -837,8 +889,9 @@ A line is a kernel as the case compiles it; a later case that compiles to the sa
 def _table(reports: list[Report]) -> str:
     """One target's part of the committed table."""
     lines = [
-        "| kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | top-k |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | run "
+        "| top-k |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     seen = set()
     order = list(ROWS)
@@ -854,6 +907,7 @@ def _table(reports: list[Report]) -> str:
             f"{x.wide_stores} / {x.expected_wide_stores} / {x.narrow_stores}",
             x.tensor_core,
             x.instructions,
+            "–" if x.executed is None else x.executed,
         )
         if (x.kernel, cells) not in seen:
             seen.add((x.kernel, cells))
@@ -899,7 +953,7 @@ def main() -> int:
         file = stack.enter_context(Lines(arguments.json, append=True)) if arguments.json else None
         columns = ("case", "kernel", "target", "num_warps", "registers", "stack", "spills", "shared", "occupancy")
         columns += ("wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_core", "instructions")
-        columns += ("topk_per_row",)
+        columns += ("executed", "topk_per_row")
         template = "{:34} {:20} {:6} " + " ".join(["{:>6}"] * (len(columns) - 3))
         print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
         for target in arguments.target or ["sm_90"]:

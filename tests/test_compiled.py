@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import ROWS, TABLE, TARGETS, Instruction, Rows, occupancy, topk_instructions
+from benchmarks.compiled import (
+    ROWS,
+    TABLE,
+    TARGETS,
+    Instruction,
+    Rows,
+    executed_instructions,
+    occupancy,
+    topk_instructions,
+)
+
+#: Instructions that a warp may execute at most, where a training chunk of the paper is compiled for sm_90.
+MOST_EXECUTED = {"half_topk_kernel": 4900, "merge_kernel": 1200}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +60,9 @@ def test_no_spills_and_wide_moves_of_rows(reports):
     # It stores rows only, on either of two paths.
     segments = [report for report in reports if report["kernel"] == "segment_kernel"]
     assert not [report for report in segments if report["expected_wide_stores"] > 0 and report["narrow_stores"] > 0]
+    for name, most in MOST_EXECUTED.items():
+        of_a_chunk = [x for x in reports if (x["target"], x["case"], x["kernel"]) == ("sm_90", "chunk/training", name)]
+        assert all(x["executed"] <= most for x in of_a_chunk)
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
     without = {report["case"] for report in lookups if report["tensor_core"] == 0}
     assert without <= {"lookup/paper-float64", "lookup/paper-ieee"}
@@ -81,13 +96,34 @@ def test_occupancy():
     assert occupancy("sm_80", 32, 60 * 1024, 8) == 0.25  # two programs, by shared memory
 
 
-def test_topk_instructions():
-    def kernel(*lines: str) -> list[Instruction]:
-        parts = [re.match(r"(?:@(\S+) )?(\S+)(.*)", line).groups() for line in lines]
-        return [Instruction(16 * i, predicate or "", *rest) for i, (predicate, *rest) in enumerate(parts)]
+def as_kernel(*lines: str) -> list[Instruction]:
+    parts = [re.match(r"(?:@(\S+) )?(\S+)(.*)", line).groups() for line in lines]
+    return [Instruction(16 * i, predicate or "", *rest) for i, (predicate, *rest) in enumerate(parts)]
 
-    dot = ["S2R R0", "HMMA R0", "IADD3 R1, R1, 0x10, RZ", "ISETP.NE.U32.AND P0, PT, R1, 0x40, PT", "@P0 BRA 0x10"]
-    picks = ["MOV R4", "STG.E R4", "IADD3 R2, R2, 0x4, RZ", "ISETP.NE.U32.AND P1, PT, R2, 0x20, PT", "@P1 BRA 0x60"]
-    assert topk_instructions(kernel(*dot, *picks, "EXIT"), 8) == 1 + 4 * 8 + 1
-    assert topk_instructions(kernel(*dot, *picks, "EXIT"), 9) is None, "not a loop over the picks"
-    assert topk_instructions(kernel("S2R R0", "STG.E R0", "EXIT"), 8) == 3
+
+def test_topk_instructions():
+    dot = ["MOV R1, RZ", "HMMA R0", "IADD3 R1, R1, 0x10, RZ", "ISETP.NE.U32.AND P0, PT, R1, 0x40, PT", "@P0 BRA 0x10"]
+    picks = ["MOV R2, RZ", "STG.E R4", "IADD3 R2, R2, 0x4, RZ", "ISETP.NE.U32.AND P1, PT, R2, 0x20, PT", "@P1 BRA 0x60"]
+    assert topk_instructions(as_kernel(*dot, *picks, "EXIT"), 8) == 1 + 4 * 8 + 1
+    assert topk_instructions(as_kernel(*dot, *picks, "EXIT"), 9) is None, "not a loop over the picks"
+    assert topk_instructions(as_kernel("S2R R0", "STG.E R0", "EXIT"), 8) == 3
+
+
+def test_executed_instructions():
+    step, test, again = "IADD3 R3, P4, R3, 0x10, RZ", "ISETP.GE.U32.AND P3, PT, R3, 0x30, PT", "@!P3 BRA 0x10"
+
+    def of_loop(before: str, *body: str) -> int | None:
+        return executed_instructions(as_kernel(before, *body, again, "EXIT", "NOP"))
+
+    assert of_loop("CS2R R2, SRZ", step, test) == 1 + 3 * 3 + 1
+    for below in ("IMAD.MOV.U32 R3, RZ, RZ, -0x10", "MOV R3, 0xfffffff0"):
+        assert of_loop(below, step, test) == 1 + 4 * 3 + 1
+    assert of_loop("MOV R3, RZ", test, step) == 1 + 4 * 3 + 1, "what it compares is not yet counted up"
+    inner = ("MOV R5, RZ", "IADD3 R5, R5, 0x1, RZ", "ISETP.NE.AND P0, PT, R5, 0x7, PT", "@P0 BRA 0x20")
+    assert of_loop("MOV R3, RZ", *inner, step, test) == 1 + 3 * (1 + 7 * 3 + 3) + 1
+    for unknown in ("LDG.E R3, [R4.64]", "IADD3 R3, R4, 0x1, RZ", "S2R R4"):
+        assert of_loop(unknown, step, test) is None
+    assert executed_instructions(as_kernel("S2R R0", "@P3 BRA 0x20", "EXIT")) == 3, "a branch forwards"
+    flag, copy = "UPLOP3.LUT UP0, UPT, UPT, UPT, UPT, 0x80, 0x0", "PLOP3.LUT P3, PT, PT, PT, UP0, 0x80, 0x0"
+    assert of_loop(flag, copy, flag.replace("0x80", "0x40")) == 1 + 2 * 3 + 1
+    assert of_loop(flag, copy, flag) is None, "it stays set"
