@@ -122,14 +122,71 @@ def test_zero_ties_with_minus_zero(place):
     assert slots.tolist() == [[[1 * 2 + 1, 1 * 2 + 0]]]
 
 
-def test_every_tile_gives_the_same_slots(triton_place):
+@pytest.mark.parametrize("idw", [True, False])
+def test_tiles_change_no_bits(idw, triton_place):
+    """Those of as many columns at a time, that is; the others may change the last ones, and no slots."""
     from fwpkm_kernels.kernels.lookup import LookupConfig, lookup
 
-    inputs = testing.make_lookup_inputs(40, 1, 70, 24, device=triton_place.device)
-    _, expected = reference.product_key_lookup(*testing.as_float64(inputs), 5)
-    for config in (LookupConfig(16, 16, 16, 4), LookupConfig(16, 128, 16, 4), LookupConfig(64, 32, 32, 8)):
-        _, slots, _, _ = lookup(*inputs, top_k=5, idw=True, eps=1e-3, precision="tf32x3", config=config)
-        testing.assert_bitwise_equal(slots, expected, str(config))
+    inputs = testing.make_lookup_inputs(40, 1, 70, 70, device=triton_place.device)
+    options = {"top_k": 5, "idw": idw, "eps": 1e-3, "precision": "tf32x3"}
+    expected = lookup(*inputs, **options, config=LookupConfig(64, 32, 32, 4))
+    for config in (LookupConfig(16, 16, 32, 4), LookupConfig(128, 64, 32, 8), LookupConfig(16, 128, 32, 4)):
+        for actual, one in zip(lookup(*inputs, **options, config=config), expected, strict=True):
+            testing.assert_bitwise_equal(actual, one, str(config))
+    _, slots, _, _ = lookup(*inputs, **options, config=LookupConfig(16, 16, 16, 4))
+    testing.assert_bitwise_equal(slots, expected[1], "slots")
+
+
+@pytest.mark.parametrize("idw", [True, False])
+def test_few_rows_have_tiles_of_their_own_and_the_same_bits(idw, triton_place, monkeypatch):
+    from fwpkm_kernels.kernels import lookup
+
+    queries, keys = testing.make_lookup_inputs(20, 1, 70, 70, device=triton_place.device)
+    options = {"top_k": 5, "idw": idw, "eps": 1e-3, "precision": "tf32x3"}
+    few, result = lookup.lookup_config(20, keys, 5), lookup.lookup(queries, keys, **options)
+    monkeypatch.setattr(lookup, "FEW_ROWS", 0)
+    many = lookup.lookup_config(20, keys, 5)
+    assert (few.block_m, few.block_n, few.block_d) == (many.block_m // 2, many.block_n // 2, many.block_d)
+    for name, actual, expected in zip(
+        ("scores", "slots", "half scores", "sub-keys"), result, lookup.lookup(queries, keys, **options), strict=True
+    ):
+        testing.assert_bitwise_equal(actual, expected, name)
+
+
+def test_only_sub_keys_in_consecutive_columns_have_tiles_for_few_rows(monkeypatch):
+    """Of others |k|² would be summed in an order that depends on the tile."""
+    pytest.importorskip("triton")
+    from fwpkm_kernels.kernels import lookup
+
+    keys = torch.empty(1, 2, 512, 256)
+    assert lookup.lookup_config(1, keys, 8) != lookup.lookup_config(2000, keys, 8)
+    strided = torch.empty(1, 2, 256, 512).mT
+    assert lookup.lookup_config(1, strided, 8) == lookup.lookup_config(2000, strided, 8)
+    # So do they not where the candidates of narrow tiles would take another number of warps.
+    many = torch.empty(1, 2, 4096, 256)
+    assert lookup.lookup_config(1, many, 8) == lookup.lookup_config(2000, many, 8)
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "silu", "relu"])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_weights_of_the_picks(top_k, weighting, triton_place, monkeypatch):
+    """They are those of `chunks.weigh`, and change nothing else."""
+    from fwpkm_kernels.kernels import chunks, lookup
+
+    inputs = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
+    options = {"top_k": top_k, "idw": False, "eps": 1e-3, "precision": "tf32x3"}
+    how = {"weighting": weighting, "temperature": 0.7}
+    expected = lookup.lookup(*inputs, **options)
+    scores, slots = (x[:, 0] for x in expected[:2])
+    expected_weights, _ = chunks.weigh(scores, slots, 400, torch.int32, (1, 70, 70, 0, 0, 0, 1, 70), **how)
+    weights = torch.full((70, 1, top_k), torch.nan, device=triton_place.device)
+    monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)  # in slabs
+    for actual, one in zip(lookup.lookup(*inputs, **options, weights=weights, **how), expected, strict=True):
+        testing.assert_bitwise_equal(actual, one)
+    if triton_place.device == "cpu":
+        testing.assert_bitwise_equal(weights[:, 0], expected_weights, "weights")
+    else:  # the sum over the picks of a row may have another order
+        torch.testing.assert_close(weights[:, 0], expected_weights, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_in_slabs(triton_place, monkeypatch):
@@ -166,6 +223,17 @@ def test_nan_stays_in_its_row(place):
     assert scores[2].isnan().all()
     reference_slots = reference.product_key_lookup(queries, keys, 4)[1]
     testing.assert_bitwise_equal(slots[2], reference_slots[2], "slots of the NaN row")
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_dots_are_no_nan(value, place):
+    """Though infinity times the rest of a number that tf32 holds, which is 0, is one."""
+    queries, keys = torch.ones(1, 1, 4, device=place.device), torch.ones(1, 2, 6, 2, device=place.device)
+    queries[0, 0, 1], keys[0, 0, 2] = value, -2.0
+    scores, slots = product_key_lookup(queries, keys, 2, score="dot", backend=place.backend)
+    _, expected = reference.product_key_lookup(queries, keys, 2, score="dot")
+    assert scores.tolist() == [[[torch.inf] * 2]]
+    testing.assert_bitwise_equal(slots, expected, "slots")
 
 
 def test_only_winners_get_gradients(place):

@@ -62,11 +62,13 @@ def lowest(bits):
 def take_best(bits, offs):
     """Largest entry of each row, the lowest column among equals: (its bits, its column, the rows without it).
 
-    `offs` are the columns that the entries stand for: [1 or ROWS, COLUMNS], different in each row.
+    `bits` are [ROWS, COLUMNS], or [COLUMNS] of one row; the first two results have one column. `offs` are the columns
+    that the entries stand for: [1 or ROWS, COLUMNS] or [COLUMNS], different in each row.
     """
-    best = tl.max(bits, axis=1)  # [ROWS]
-    column = tl.min(tl.where(bits == best[:, None], offs, 0x7FFFFFFF), axis=1)  # [ROWS]
-    return best, column, tl.where(offs == column[:, None], lowest(bits), bits)
+    axis: tl.constexpr = len(bits.shape) - 1
+    best = tl.max(bits, axis=axis, keep_dims=True)
+    column = tl.min(tl.where(bits == best, offs, 0x7FFFFFFF), axis=axis, keep_dims=True)
+    return best, column, tl.where(offs == column, lowest(bits), bits)
 
 
 def row_warps(block_d: int, dtype: torch.dtype) -> int:

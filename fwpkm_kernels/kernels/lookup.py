@@ -28,6 +28,7 @@ from ._common import (
     to_ordered,
     to_ordered_number,
 )
+from .chunks import weighed
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
 CANDIDATE_BYTES = 2**25
@@ -42,19 +43,31 @@ class LookupConfig(NamedTuple):
     num_warps: int
 
 
-def lookup_config(num_keys: int, top_k: int, dtype: torch.dtype) -> LookupConfig:
-    """Launch table, keyed by the model's constants only: a token's result never depends on how many come with it.
+#: Up to so many rows, tiles for many leave half of an H100's multiprocessors without a program.
+FEW_ROWS = 1024
+
+
+def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig:
+    """Launch table. A token's result never depends on how many come with it.
+
+    BLOCK_M, BLOCK_N and the warps may go by the number of rows all the same. A dot product is a sum of those of BLOCK_D
+    columns each, whatever tile it lies in. If the columns of a sub-key are consecutive, all tiles of float32 and half
+    precision spread them over as many lanes, so that |k|² is summed in one order. And where FEW_ROWS count,
+    `merge_kernel` has one warp for the candidates of either tile.
 
     Tiles are as high as 16 rows for each warp: so the matrix units leave a row in one warp, and the K reductions over
-    it need no shared memory. With few picks narrow tiles leave room for 4 of them on a multiprocessor (125 registers on
-    sm_90); with many, wide ones leave fewer candidates to merge.
+    it need no shared memory. With few picks they are so narrow that a multiprocessor holds two programs of 8 warps (128
+    registers on sm_90); with many, wide ones leave fewer candidates to merge.
     """
-    if dtype == torch.float64:
-        return LookupConfig(16, max(16, next_power_of_2(top_k), min(64, next_power_of_2(num_keys))), 1, 4)
-    block_m, block_n, num_warps = (64, 64, 4) if top_k <= 16 else (128, 128, 8)
-    return LookupConfig(
-        block_m, max(16, min(block_n, next_power_of_2(num_keys)), next_power_of_2(top_k)), 16, num_warps
-    )
+    width = next_power_of_2(keys.shape[2])
+    if keys.dtype == torch.float64:
+        return LookupConfig(16, max(16, next_power_of_2(top_k), min(64, width)), 1, 4)
+    if top_k > 16:
+        return LookupConfig(128, max(16, min(128, width), next_power_of_2(top_k)), 16, 8)
+    is_few = num_rows <= FEW_ROWS and width * top_k <= 32 * 512 and keys.stride(3) == 1
+    if is_few or width < 64:
+        return LookupConfig(64, max(16, min(32, width)), 32, 4)
+    return LookupConfig(128, 64, 32, 8)
 
 
 def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
@@ -64,6 +77,53 @@ def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
     of `row_bytes` (0: not read), several are held at a time.
     """
     return max(1, min(8, max(block_c // 512, block_p // 256, row_bytes // 2048)))
+
+
+@triton.jit
+def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
+    """The COUNT largest entries of each row, their columns, and what is left, as in `take_best`.
+
+    The first two are [ROWS, BLOCK_K] or [BLOCK_K], COUNT <= BLOCK_K.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    if len(bits.shape) == 1:
+        best = tl.zeros([BLOCK_K], bits.dtype)
+    else:
+        best = tl.zeros([bits.shape[0], BLOCK_K], bits.dtype)
+        offs_k = offs_k[None, :]
+    best_columns = best.to(tl.int32)
+    for i_k in range(COUNT):
+        bit, column, bits = take_best(bits, columns)
+        best = tl.where(offs_k == i_k, bit, best)
+        best_columns = tl.where(offs_k == i_k, column, best_columns)
+    return best, best_columns, bits
+
+
+@triton.jit
+def split(x):
+    """x as a number that tf32 holds, and the rest: NaN where x is not finite."""
+    big = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
+def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constexpr, PRECISION: tl.constexpr):
+    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so no sum of theirs is longer.
+
+    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Not Q_SMALL, not K_SMALL: that rest is 0.
+    """
+    if PRECISION == "tf32x3":
+        q_big, q_small = split(q)
+        k_big, k_small = split(k)
+        part = tl.zeros([q.shape[0], k.shape[1]], tl.float32)
+        if Q_SMALL:
+            part = tl.dot(q_small, k_big, part, input_precision="tf32")
+        if K_SMALL:
+            part = tl.dot(q_big, k_small, part, input_precision="tf32")
+        if not IDW:  # to which what is not finite is all one
+            part = tl.where(part == part, part, 0.0)  # q_big·k_big says what infinities make
+        return tl.dot(q_big, k_big, part, input_precision="tf32")
+    return tl.dot(q, k, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -89,6 +149,7 @@ def half_topk_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
@@ -103,6 +164,9 @@ def half_topk_kernel(
     i_head = (i_group // 2).to(tl.int64)
     i_half = (i_group % 2).to(tl.int64)
     dtype: tl.constexpr = tl.float64 if candidate_ptr.dtype.element_ty == tl.int64 else tl.float32
+    # tf32 holds every bit of both half-precision formats.
+    Q_SMALL: tl.constexpr = queries_ptr.dtype.element_ty.primitive_bitwidth > 16
+    K_SMALL: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth > 16
 
     offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = i_split * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,7 +196,7 @@ def half_topk_kernel(
             k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_kd, mask=k_mask, other=0.0)
             q = q.to(dtype)  # [BLOCK_M, BLOCK_D]
             k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
-            dots = tl.dot(q, k, dots, input_precision=PRECISION)
+            dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
             if IDW:
                 k_norm += tl.sum(k * k, axis=0)
     if IDW:
@@ -144,10 +208,13 @@ def half_topk_kernel(
         bits = to_ordered(dots)
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
     out = ((offs_m * tl.num_programs(2) + i_group) * SPLITS + i_split) * TOP_K  # [BLOCK_M]
-    for i_k in range(TOP_K):
-        best, column, bits = take_best(bits, offs_n[None, :])
-        tl.store(candidate_ptr + out + i_k, best, mask=mask_m)
-        tl.store(column_ptr + out + i_k, column, mask=mask_m)
+    for start in range(0, TOP_K, BLOCK_K):
+        best, columns, bits = take_top(bits, offs_n[None, :], min(BLOCK_K, TOP_K - start), BLOCK_K)
+        offs_k = start + tl.arange(0, BLOCK_K)
+        at = out[:, None] + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+        mask = mask_m[:, None] & (offs_k < TOP_K)[None, :]
+        tl.store(candidate_ptr + at, best, mask=mask)
+        tl.store(column_ptr + at, columns, mask=mask)
 
 
 @triton.jit
@@ -156,16 +223,11 @@ def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R
     offs_r = tl.arange(0, BLOCK_R)
     bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
     columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
-    bits = bits[None, :]  # [1, BLOCK_R]
-    columns = columns[None, :]
-    best = tl.zeros([1, BLOCK_R], bits.dtype)
-    best_columns = tl.zeros([1, BLOCK_R], tl.int32)
-    for i_k in range(TOP_K):
-        is_rank = (offs_r == i_k)[None, :]
-        bit, column, bits = take_best(bits, columns)
-        best = tl.where(is_rank, bit[:, None], best)
-        best_columns = tl.where(is_rank, column[:, None], best_columns)
-    return tl.reshape(best, [BLOCK_R]), tl.reshape(best_columns, [BLOCK_R])
+    is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]
+    is_before = is_larger | ((bits[None, :] == bits[:, None]) & (columns[None, :] < columns[:, None]))
+    rank = tl.sum(is_before.to(tl.int32), axis=1)  # [BLOCK_R]
+    source = tl.sum(tl.where(rank[:, None] == offs_r[None, :], offs_r[:, None], 0), axis=0)  # [BLOCK_R]
+    return tl.gather(bits, source, 0), tl.gather(columns, source, 0)
 
 
 @triton.jit
@@ -178,6 +240,7 @@ def merge_kernel(
     sub_keys_ptr,
     scores_ptr,
     slots_ptr,
+    weights_ptr,
     stride_qm,
     stride_qh,
     stride_qd,
@@ -187,12 +250,14 @@ def merge_kernel(
     stride_kd,
     H,
     eps: tl.float64,
+    temperature: tl.float64,
     NUM_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
     IDW: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -204,8 +269,9 @@ def merge_kernel(
     Writes the half scores, the rows of keys [H·2·n, HALF] that they are of, the sums and their slots. IDW: each half
     score is formed again from the difference q - k, since the candidates' have cancelled, and the order is that of the
     new ones. Of the sums only the NUM_PAIRS pairs with (i + 1)(j + 1) <= TOP_K can win. They are numbered in flat order
-    i·K + j, so the lowest number among equal sums is the lowest flat position. A program owns one (token, head) row.
-    Grid: (rows,).
+    i·K + j, so the lowest number among equal sums is the lowest flat position. With a WEIGHTING, which may be "none",
+    also writes the weights softmax, silu or relu(sums / temperature). A program owns one (token, head) row. Grid:
+    (rows,).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_m = i_row // H
@@ -213,55 +279,44 @@ def merge_kernel(
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
 
-    # Both halves at once: their picks do not wait for each other.
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    # Both halves are loaded before either is looked through.
+    offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < SPLITS * TOP_K
     candidates1 = i_row * (2 * SPLITS * TOP_K) + offs_c
     candidates2 = candidates1 + SPLITS * TOP_K
-    bits1 = tl.load(candidate_ptr + candidates1, mask=mask_c, other=0)  # [1, BLOCK_C]
+    bits1 = tl.load(candidate_ptr + candidates1, mask=mask_c, other=0)  # [BLOCK_C]
     bits2 = tl.load(candidate_ptr + candidates2, mask=mask_c, other=0)
     columns1 = tl.load(column_ptr + candidates1, mask=mask_c, other=0)
     columns2 = tl.load(column_ptr + candidates2, mask=mask_c, other=0)
     bits1 = tl.where(mask_c, bits1, lowest(bits1))
     bits2 = tl.where(mask_c, bits2, lowest(bits2))
-    best1 = tl.zeros([1, BLOCK_R], bits1.dtype)
-    best2 = tl.zeros([1, BLOCK_R], bits1.dtype)
-    keys1 = tl.zeros([1, BLOCK_R], tl.int32)
-    keys2 = tl.zeros([1, BLOCK_R], tl.int32)
-    for i_k in range(TOP_K):
-        is_rank = (offs_r == i_k)[None, :]
-        best, column, bits1 = take_best(bits1, columns1)
-        best1 = tl.where(is_rank, best[:, None], best1)
-        keys1 = tl.where(is_rank, column[:, None], keys1)
-        best, column, bits2 = take_best(bits2, columns2)
-        best2 = tl.where(is_rank, best[:, None], best2)
-        keys2 = tl.where(is_rank, column[:, None], keys2)
-    best1 = tl.reshape(best1, [BLOCK_R])
-    best2 = tl.reshape(best2, [BLOCK_R])
-    keys1 = tl.reshape(keys1, [BLOCK_R])
-    keys2 = tl.reshape(keys2, [BLOCK_R])
+    best1, keys1, _ = take_top(bits1, columns1, TOP_K, BLOCK_R)
+    best2, keys2, _ = take_top(bits2, columns2, TOP_K, BLOCK_R)
 
     if IDW:
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        mask_d = offs_d < HALF
-        q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh + offs_d * stride_qd
-        k_ptrs = keys_ptr + i_head * stride_kh + offs_d[None, :] * stride_kd  # [1, BLOCK_D]
-        q1 = tl.load(q_ptrs, mask=mask_d, other=0.0).to(dtype)[None, :]  # [1, BLOCK_D]
+        q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh
+        k_ptrs = keys_ptr + i_head * stride_kh
         second_half = tl.full([], HALF, tl.int64) * stride_qd
-        q2 = tl.load(q_ptrs + second_half, mask=mask_d, other=0.0).to(dtype)[None, :]
         distances1 = tl.zeros([BLOCK_R], dtype)
         distances2 = tl.zeros([BLOCK_R], dtype)
         for start in range(0, TOP_K, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
-            mask = (offs_k < TOP_K)[:, None] & mask_d[None, :]
             row1 = tl.gather(keys1, offs_k, 0).to(tl.int64)[:, None]  # [BLOCK_K, 1]
             row2 = tl.gather(keys2, offs_k, 0).to(tl.int64)[:, None]
-            k1 = tl.load(k_ptrs + row1 * stride_kn, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
-            k2 = tl.load(k_ptrs + stride_ka + row2 * stride_kn, mask=mask, other=0.0)
-            difference1 = q1 - k1.to(dtype)
-            difference2 = q2 - k2.to(dtype)
-            distance1 = tl.sum(difference1 * difference1, axis=1)  # [BLOCK_K]
-            distance2 = tl.sum(difference2 * difference2, axis=1)
+            squares1 = tl.zeros([BLOCK_K, BLOCK_D], dtype)
+            squares2 = tl.zeros([BLOCK_K, BLOCK_D], dtype)
+            for first in tl.static_range(0, HALF, BLOCK_D):
+                offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+                mask_d = offs_d < HALF
+                mask = (offs_k < TOP_K)[:, None] & mask_d
+                q1 = tl.load(q_ptrs + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [1, BLOCK_D]
+                q2 = tl.load(q_ptrs + second_half + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)
+                k1 = tl.load(k_ptrs + row1 * stride_kn + offs_d * stride_kd, mask=mask, other=0.0).to(dtype)
+                k2 = tl.load(k_ptrs + stride_ka + row2 * stride_kn + offs_d * stride_kd, mask=mask, other=0.0).to(dtype)
+                squares1 += (q1 - k1) * (q1 - k1)
+                squares2 += (q2 - k2) * (q2 - k2)
+            distance1 = tl.sum(squares1, axis=1)  # [BLOCK_K]
+            distance2 = tl.sum(squares2, axis=1)
             is_chunk = offs_r // BLOCK_K == start // BLOCK_K
             distances1 = tl.where(is_chunk, tl.gather(distance1, offs_r % BLOCK_K, 0), distances1)
             distances2 = tl.where(is_chunk, tl.gather(distance2, offs_r % BLOCK_K, 0), distances2)
@@ -293,13 +348,15 @@ def merge_kernel(
     slots = tl.gather(keys1, first, 0).to(tl.int64) * NUM_KEYS + tl.gather(keys2, second, 0)
     bits = to_ordered(sums)
     bits = tl.where(mask_p, bits, lowest(bits))
-    rank = tl.full([BLOCK_P], TOP_K, tl.int32)
-    left = bits[None, :]
-    for i_k in range(TOP_K):
-        _, pair, left = take_best(left, offs_p[None, :])
-        rank = tl.where(offs_p == pair, i_k, rank)
-    tl.store(scores_ptr + i_row * TOP_K + rank, from_ordered(bits), mask=rank < TOP_K)
-    tl.store(slots_ptr + i_row * TOP_K + rank, slots, mask=rank < TOP_K)
+    best, pairs, _ = take_top(bits, offs_p, TOP_K, BLOCK_R)
+    scores = from_ordered(best)  # [BLOCK_R]
+    slots = tl.gather(slots, pairs, 0)
+    out = i_row * TOP_K + offs_r
+    tl.store(scores_ptr + out, scores, mask=mask_r)
+    tl.store(slots_ptr + out, slots, mask=mask_r)
+    if WEIGHTING != "none":
+        weights, _ = weighed(scores[None, :], mask_r[None, :], temperature, WEIGHTING)
+        tl.store(weights_ptr + out, tl.reshape(weights, [BLOCK_R]), mask=mask_r)
 
 
 def lookup(
@@ -310,12 +367,16 @@ def lookup(
     idw: bool,
     eps: float,
     precision: str,
+    weights: torch.Tensor | None = None,
+    weighting: str = "softmax",
+    temperature: float = 1.0,
     config: LookupConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
     Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
-    keys.view(H·2·n, Dk/2), int32.
+    keys.view(H·2·n, Dk/2), int32. `weights`, [M, H, K], contiguous and in the compute dtype, is filled with the
+    softmax, silu or relu of a row's scores / temperature.
     """
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
@@ -326,13 +387,10 @@ def lookup(
     sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
     if scores.numel() == 0:
         return scores, slots, half_scores, sub_keys
-    config = config or lookup_config(num_keys, top_k, dtype)
+    config = config or lookup_config(num_rows, keys, top_k)
     splits = cdiv(num_keys, config.block_n)
-    if precision == "tf32x3":
-        if torch.version.hip is not None:
-            precision = "ieee"  # AMD has no tf32x3
-        elif queries.dtype.itemsize == keys.dtype.itemsize == 2:
-            precision = "tf32"  # one product is exact: tf32 holds every bit of both half-precision formats
+    if precision == "tf32x3" and torch.version.hip is not None:
+        precision = "ieee"  # AMD has no tf32
     bits = torch.int64 if dtype == torch.float64 else torch.int32
     row_bytes = heads * 2 * splits * top_k * (bits.itemsize + torch.int32.itemsize)
     slab = min(num_rows, cdiv(max(1, CANDIDATE_BYTES // row_bytes), config.block_m) * config.block_m)
@@ -341,8 +399,10 @@ def lookup(
     num_pairs = sum(top_k // (i + 1) for i in range(top_k))
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
-    block_d = next_power_of_2(max(1, half))
-    num_warps = merge_warps(block_c, block_p, block_d * dtype.itemsize if idw else 0)
+    width = next_power_of_2(max(1, half))
+    # So few columns that a warp holds several sub-keys side by side: few steps between lanes sum them then.
+    block_d = min(width, max(256 // keys.dtype.itemsize, width // 8))
+    num_warps = merge_warps(block_c, block_p, width * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
         launch(
@@ -364,6 +424,7 @@ def lookup(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
+            BLOCK_K=min(next_power_of_2(top_k), 8),
             num_warps=config.num_warps,
             on=queries,
         )
@@ -378,19 +439,22 @@ def lookup(
             sub_keys[begin : begin + rows],
             scores[begin : begin + rows],
             slots[begin : begin + rows],
+            (scores if weights is None else weights)[begin : begin + rows],
             *queries.stride(),
             *keys.stride(),
             heads,
             eps,
+            temperature,
             NUM_KEYS=num_keys,
             HALF=half,
             TOP_K=top_k,
             NUM_PAIRS=num_pairs,
             SPLITS=splits,
             IDW=idw,
+            WEIGHTING="none" if weights is None else weighting,
             BLOCK_C=block_c,
             BLOCK_R=next_power_of_2(top_k),
-            BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 2048 * num_warps // block_d)),
+            BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)),
             BLOCK_D=block_d,
             BLOCK_P=block_p,
             num_warps=num_warps,
