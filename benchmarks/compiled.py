@@ -228,6 +228,12 @@ def cases() -> list[Case]:
             )
         )
 
+    def weighed_lookup() -> None:
+        options: dict[str, Any] = {"top_k": 8, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
+        lookup.lookup(_meta(512, 1, 512), _meta(1, 2, 512, 256), **options, weights=_meta(512, 1, 8))
+
+    result.append(Case("lookup/weighed", weighed_lookup))
+
     def add_key_step(
         name: str,
         m: int,

@@ -80,6 +80,7 @@ def _merge(x: Any) -> Traffic:
     halves = x.grid[0] * 2
     candidates = halves * x.TOP_K * x.SPLITS * (x.candidate_ptr.itemsize + x.column_ptr.itemsize)
     results = size(x.half_scores_ptr, x.sub_keys_ptr, x.scores_ptr, x.slots_ptr)
+    results += (x.WEIGHTING != "none") * size(x.weights_ptr)
     if not x.IDW:
         return Traffic(candidates, results)
     keys, again = _rows(halves * x.TOP_K, x.keys_ptr, x.keys_ptr.numel() // x.HALF, x.HALF)

@@ -295,28 +295,29 @@ def merge_kernel(
     best2, keys2, _ = take_top(bits2, columns2, TOP_K, BLOCK_R)
 
     if IDW:
-        # A warp holds LINE columns of several sub-keys side by side: so few steps between lanes sum them.
-        offs_d = LINE * tl.arange(0, BLOCK_D // LINE)[:, None, None] + tl.arange(0, LINE)[None, None, :]
-        mask_d = offs_d < HALF
-        offs_d = offs_d.to(tl.int64)  # [BLOCK_D / LINE, 1, LINE]
-        q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh + offs_d * stride_qd
-        k_ptrs = keys_ptr + i_head * stride_kh + offs_d * stride_kd
-        q1 = tl.load(q_ptrs, mask=mask_d, other=0.0).to(dtype)
+        q_ptrs = queries_ptr + i_m * stride_qm + i_head * stride_qh
+        k_ptrs = keys_ptr + i_head * stride_kh
         second_half = tl.full([], HALF, tl.int64) * stride_qd
-        q2 = tl.load(q_ptrs + second_half, mask=mask_d, other=0.0).to(dtype)
         distances1 = tl.zeros([BLOCK_R], dtype)
         distances2 = tl.zeros([BLOCK_R], dtype)
         for start in range(0, TOP_K, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
-            mask = (offs_k < TOP_K)[None, :, None] & mask_d
-            row1 = tl.gather(keys1, offs_k, 0).to(tl.int64)[None, :, None]  # [1, BLOCK_K, 1]
-            row2 = tl.gather(keys2, offs_k, 0).to(tl.int64)[None, :, None]
-            k1 = tl.load(k_ptrs + row1 * stride_kn, mask=mask, other=0.0)  # [BLOCK_D / LINE, BLOCK_K, LINE]
-            k2 = tl.load(k_ptrs + stride_ka + row2 * stride_kn, mask=mask, other=0.0)
-            difference1 = q1 - k1.to(dtype)
-            difference2 = q2 - k2.to(dtype)
-            distance1 = tl.sum(tl.sum(difference1 * difference1, axis=0), axis=1)  # [BLOCK_K]
-            distance2 = tl.sum(tl.sum(difference2 * difference2, axis=0), axis=1)
+            row1 = tl.gather(keys1, offs_k, 0).to(tl.int64)[:, None]  # [BLOCK_K, 1]
+            row2 = tl.gather(keys2, offs_k, 0).to(tl.int64)[:, None]
+            squares1 = tl.zeros([BLOCK_K, BLOCK_D], dtype)
+            squares2 = tl.zeros([BLOCK_K, BLOCK_D], dtype)
+            for first in tl.static_range(0, HALF, BLOCK_D):
+                offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+                mask_d = offs_d < HALF
+                mask = (offs_k < TOP_K)[:, None] & mask_d
+                q1 = tl.load(q_ptrs + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)  # [1, BLOCK_D]
+                q2 = tl.load(q_ptrs + second_half + offs_d * stride_qd, mask=mask_d, other=0.0).to(dtype)
+                k1 = tl.load(k_ptrs + row1 * stride_kn + offs_d * stride_kd, mask=mask, other=0.0).to(dtype)
+                k2 = tl.load(k_ptrs + stride_ka + row2 * stride_kn + offs_d * stride_kd, mask=mask, other=0.0).to(dtype)
+                squares1 += (q1 - k1) * (q1 - k1)
+                squares2 += (q2 - k2) * (q2 - k2)
+            distance1 = tl.sum(squares1, axis=1)  # [BLOCK_K]
+            distance2 = tl.sum(squares2, axis=1)
             is_chunk = offs_r // BLOCK_K == start // BLOCK_K
             distances1 = tl.where(is_chunk, tl.gather(distance1, offs_r % BLOCK_K, 0), distances1)
             distances2 = tl.where(is_chunk, tl.gather(distance2, offs_r % BLOCK_K, 0), distances2)
@@ -399,8 +400,10 @@ def lookup(
     num_pairs = sum(top_k // (i + 1) for i in range(top_k))
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
-    block_d = next_power_of_2(max(1, half))
-    num_warps = merge_warps(block_c, block_p, block_d * dtype.itemsize if idw else 0)
+    width = next_power_of_2(max(1, half))
+    # So few columns that a warp holds several sub-keys side by side: few steps between lanes sum them then.
+    block_d = min(width, max(256 // keys.dtype.itemsize, width // 8))
+    num_warps = merge_warps(block_c, block_p, width * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
         launch(
