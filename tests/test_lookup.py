@@ -236,6 +236,28 @@ def test_infinite_dots_are_no_nan(value, place):
     testing.assert_bitwise_equal(slots, expected, "slots")
 
 
+def test_an_infinite_dot_with_numbers_that_round_up(place):
+    """Whose rest has the other sign: infinity times that is minus infinity."""
+    queries, keys = torch.ones(1, 1, 4, device=place.device), torch.ones(1, 2, 6, 2, device=place.device)
+    queries[0, 0, 1], keys[:] = torch.inf, 1.0 + 0.75 * 2**-10
+    scores, slots = product_key_lookup(queries, keys, 2, score="dot", backend=place.backend)
+    assert scores.tolist() == [[[torch.inf] * 2]]
+    assert slots.tolist() == [[[0, 1]]]
+
+
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1], ids=hex)
+def test_every_nan_is_nan(bits, score, place):
+    """Also the one that GPUs make, whose bits a rounding turns to those of 0."""
+    queries, keys = testing.make_lookup_inputs(2, 1, 6, 4, device=place.device)
+    queries.view(torch.int32)[0, 0, 1] = bits
+    scores, slots = product_key_lookup(queries, keys, 2, score=score, backend=place.backend)
+    assert scores[0].isnan().all()
+    assert (slots[0] // 6).tolist() == [[0, 0]] or (slots[0] // 6).tolist() == [[0, 1]]
+    others = product_key_lookup(queries[1:], keys, 2, score=score, backend=place.backend)
+    testing.assert_bitwise_equal(scores[1:], others[0], "scores of the other query")
+
+
 def test_only_winners_get_gradients(place):
     queries, keys = testing.make_lookup_inputs(2, 1, 30, 8, device=place.device)
     keys.requires_grad_()

@@ -100,9 +100,14 @@ def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def split(x):
-    """x as a number that tf32 holds, and the rest: NaN where x is not finite."""
-    big = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+def split(x, IDW: tl.constexpr):
+    """x as the nearest number that tf32 holds, and the rest: not finite where x is not.
+
+    Nearest, so that the rests have both signs: of truncated ones the products that are left out would add up.
+    """
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    if not IDW:  # to which what is not finite is all one
+        big = tl.where(x == x, big, x)  # the largest of NaN would be rounded to 0
     return big, x - big
 
 
@@ -113,15 +118,15 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
     "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Not Q_SMALL, not K_SMALL: that rest is 0.
     """
     if PRECISION == "tf32x3":
-        q_big, q_small = split(q)
-        k_big, k_small = split(k)
+        q_big, q_small = split(q, IDW)
+        k_big, k_small = split(k, IDW)
         part = tl.zeros([q.shape[0], k.shape[1]], tl.float32)
         if Q_SMALL:
             part = tl.dot(q_small, k_big, part, input_precision="tf32")
         if K_SMALL:
             part = tl.dot(q_big, k_small, part, input_precision="tf32")
         if not IDW:  # to which what is not finite is all one
-            part = tl.where(part == part, part, 0.0)  # q_big·k_big says what infinities make
+            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # q_big·k_big says what infinities make
         return tl.dot(q_big, k_big, part, input_precision="tf32")
     return tl.dot(q, k, input_precision=PRECISION)
 
