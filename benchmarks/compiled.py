@@ -414,9 +414,9 @@ def cases() -> list[Case]:
             update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
             segments.segment_rows(table, vectors, coefficients, *plan)
         sub_keys, half_scores = _meta(4096, 1, 2, 8, dtype=torch.int32), _meta(4096, 1, 2, 8)
-        listed = (_slots(4096 * 2 * 8), _slots(2 * 512 + 1))
+        listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
         by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
-        addressing.pick_sums(half_scores, sub_keys, by_sort)
+        addressing.pick_sums(half_scores, by_sort)
         keys = _meta(1024, 256)
         step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
         addressing.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)

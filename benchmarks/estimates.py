@@ -9,7 +9,9 @@ Nothing is known here of latencies that few warps leave open, nor of pipes that 
 instructions: so a kernel may take longer, hardly less.
 """
 
+import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -177,13 +179,10 @@ whatever its length, is not in it: its sort, its copies."""
 @command("estimates")
 def main() -> int:
     """Print the tables. Returns the exit status."""
-    need("triton", "triton")
-    from triton.runtime.jit import JITFunction
-
-    from fwpkm_kernels.kernels import gather
-
-    if not isinstance(gather.gather_kernel, JITFunction):
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    need("triton", "triton")
     print(markdown(estimates()))
     return 0
 

@@ -174,7 +174,7 @@ def launching(how: str) -> Iterator[list[str]]:
         if how == TRITON:
             _direct.launch_by_triton(kernel, grid, args, options)
 
-    with contextlib.nullcontext() if how == DIRECT else mock.patch.object(_direct, "launch", launch):
+    with contextlib.nullcontext() if how == DIRECT else mock.patch.object(_direct, "launch_compiled", launch):
         yield names
 
 
@@ -188,7 +188,7 @@ def compared(driver: Driver) -> Iterator[list[str]]:
     from fwpkm_kernels.kernels import _direct
 
     names: list[str] = []
-    direct, by_triton = _direct.launch, _direct.launch_by_triton
+    direct, by_triton = _direct.launch_compiled, _direct.launch_by_triton
 
     def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: Any) -> None:
         names.append(kernel.fn.__name__)
@@ -202,7 +202,7 @@ def compared(driver: Driver) -> Iterator[list[str]]:
         assert len(launches) == 2, (names[-1], launches)
         assert launches[0] == launches[1], (names[-1], launches)
 
-    with mock.patch.object(_direct, "launch", launch):
+    with mock.patch.object(_direct, "launch_compiled", launch):
         yield names
 
 

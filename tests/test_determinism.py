@@ -284,18 +284,6 @@ def test_every_length_of_a_piece(piece, triton_place, monkeypatch):
     assert_same_bits_always(gather(triton_place), triton_place.device, 2)
 
 
-def test_the_positions_that_a_program_looks_at_change_no_bits(triton_place, monkeypatch):
-    windows = iter((1, 2, 7))
-    function = gather(triton_place)
-
-    def call() -> Any:
-        config = segments.SegmentConfig(2, 4, next(windows))
-        monkeypatch.setattr(segments, "segment_config", lambda *_: config)
-        return function()
-
-    assert_same_bits_always(call, triton_place.device, 3)
-
-
 LOOKUP_CONFIGS = [
     lookup.LookupConfig(block_m, block_n, block_d, num_warps)
     for block_m, block_n, block_d in ((16, 16, 16), (64, 32, 32), (128, 128, 16))

@@ -27,7 +27,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.chunks import Options, plan_writes, plan_writes_grad
-from fwpkm_kernels.kernels import _common, memory, segments, streaming
+from fwpkm_kernels.kernels import _common, addressing, memory, segments, streaming
 from fwpkm_kernels.kernels import plan as pick_kernels
 from fwpkm_kernels.kernels.gather import gather_kernel
 from fwpkm_kernels.kernels.lookup import half_grad
@@ -208,20 +208,22 @@ def force_64_bits(monkeypatch):
         monkeypatch.setattr(plan, "NARROW_ROWS", 0)
         monkeypatch.setattr(plan, "NARROW_ACCESSES", 0)
         monkeypatch.setattr(lookup, "check_num_keys", lambda keys: None)
-        launch = segments.launch
+        launch = _common.launch
 
         def spy(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-            seen.add(args[kernel.fn.__code__.co_varnames.index("start_ptr")].dtype)
+            names = kernel.fn.__code__.co_varnames
+            seen.update(args[names.index(name)].dtype for name in ("start_ptr", "first_ptr") if name in names)
             launch(kernel, grid, *args, **options)
 
-        monkeypatch.setattr(segments, "launch", spy)
+        for module in (segments, addressing):
+            monkeypatch.setattr(module, "launch", spy)
         return seen
 
     return force
 
 
 def check_forced(call: Callable[[], Any], force: Callable[[], set], place: Place, allowed: set = frozenset()) -> None:
-    """The same bits, and segments are summed by numbers of 64 bits only, or of those `allowed`."""
+    """The same bits, and what is summed is found by numbers of 64 bits only, or of those `allowed`."""
     expected = call()
     seen = force()
     actual = call()

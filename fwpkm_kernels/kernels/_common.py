@@ -95,9 +95,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **o
     device = on.get_device()  # -1 of a CPU tensor
     if on.is_cuda and device != torch.cuda.current_device():  # entering that costs several microseconds
         with torch.cuda.device(device):
-            _direct.launch(kernel, grid, device, args, options)
+            _direct.launch_compiled(kernel, grid, device, args, options)
     else:
-        _direct.launch(kernel, grid, device, args, options)
+        _direct.launch_compiled(kernel, grid, device, args, options)
 
 
 def next_power_of_2(n: int) -> int:

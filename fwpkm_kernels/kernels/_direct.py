@@ -102,7 +102,9 @@ def launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], 
     return kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def launch_compiled(
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """`kernel[grid](*args, **options)` on the current device, number `device`; -1 is a CPU."""
     if not SUPPORTED or device < 0 or _is_watched(kernel):
         launch_by_triton(kernel, grid, args, options)
