@@ -112,7 +112,7 @@ FAULTS = [
         "part = tl.where(part == part, part, 0.0)",
         "∞·(k's rest) is the other infinity, and makes NaN of a dot product that is infinite",
         "lookup",
-        "infinite_dots",
+        "infinite_dot",
     ),
     Fault(
         "rests-of-one-sign",
@@ -524,14 +524,6 @@ FAULTS = [
         "the gradient of a sub-key that nobody picked takes what is in memory that nobody wrote",
         "addressing",
         "rows_of_picks or joint",
-    ),
-    Fault(
-        "carried-tokens-left-behind",
-        "streaming.py",
-        "streaming.enqueue(queries, gates, mask, buffers, 0)",
-        "streaming.enqueue(queries, gates, mask, buffers, o.chunk_size)",
-        "the last tokens of a chunk are not carried into the next one",
-        "streaming",
     ),
     Fault(
         "partials-of-the-first-window",

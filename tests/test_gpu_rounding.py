@@ -232,7 +232,7 @@ def test_parts_of_a_long_product_are_more_exact_than_a_chain():
     assert parts < plain < chain / 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_dot_scores_are_as_exact_as_in_float32(dtype):
     """Of the best, whose products are mostly positive: what truncation loses adds up, unlike what rounding does."""
     inputs = testing.make_lookup_inputs(12, 1, 32, 512, dtype=dtype, keys_dtype=dtype)
