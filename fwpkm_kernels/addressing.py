@@ -178,8 +178,10 @@ def _address_grad_torch(
         coefficients[outside] = 0.0
         grad_totals = grad_new_keys * -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
+            stepped = queries.clone()
+            stepped[outside] = 0.0
             _, totals = half_grad_torch(
-                coefficients, queries, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
+                coefficients, stepped, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
             )
             grad_totals = torch.where(totals.abs() <= clip, grad_totals, 0.0)
         table, directions = keys.flatten(0, 2).to(dtype), grad_totals.flatten(0, 2)

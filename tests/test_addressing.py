@@ -233,6 +233,29 @@ def test_joint_backward(case, score, first_row, heads, place):
         torch.testing.assert_close(actual, exact, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("score", ["idw", "dot"])
+@pytest.mark.parametrize("clip", [None, 1e9, 0.02])
+def test_nan_before_the_first_row_is_no_part_of_a_key_step(clip, score, place):
+    """A token that is read again, to be written: its query reaches no gradient of the others through the step."""
+    queries, keys = testing.make_lookup_inputs(4, 1, 5, 6, device=place.device)
+    grad_new_keys = testing.random_cotangent(keys)
+
+    def gradients(queries):
+        _, _, half_scores, sub_keys = lookup_halves(
+            queries, keys, top_k=2, score=score, eps=1e-3, precision="ieee", backend=place.backend
+        )
+        sub_keys[0] = sub_keys[1]  # which a row that counts picks too
+        picks = (half_scores, sub_keys, None, None)
+        options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip, "backend": place.backend}
+        options |= {"first_row": 1, "score": score, "eps": 1e-3}
+        return address_grad(grad_new_keys, keys, queries, *picks, **options)[0][1:]
+
+    expected = gradients(queries)
+    queries = queries.clone()
+    queries[0] = torch.nan
+    testing.assert_bitwise_equal(gradients(queries), expected)
+
+
 def test_joint_backward_in_blocks(monkeypatch):
     """Rows beyond what is held at a time come to the same sums, up to rounding."""
     from fwpkm_kernels import lookup

@@ -84,9 +84,7 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
     """No more programs than one launch takes; to be asked early where an earlier launch would have written by then."""
     x, y, z = (*grid, 1, 1)[:3]
     if x * y * z > MOST_PROGRAMS or y > 65535 or z > 65535:
-        raise ValueError(
-            f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass fewer tokens at a time"
-        )
+        raise ValueError(f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass less at a time")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:

@@ -34,13 +34,13 @@ class KeySumConfig(NamedTuple):
 
 def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig:
     """Launch table, keyed by the width of a sub-key, the picks that one has on average, and the dtype of the sums."""
-    block_a = min(max(next_power_of_2(int(picks)), 8), 64)
+    block_a = min(max(next_power_of_2(max(1, int(picks))), 8), 64)
     # With many picks narrow column blocks: what every token picks comes through several programs then.
     block_d = min(next_power_of_2(max(1, width)), 256, 4096 // block_a)
     return KeySumConfig(block_a * 4 // dtype.itemsize, block_d, max(1, block_a * block_d // 1024))
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["R", "first_row"])
 def step_kernel(
     half_scores_ptr,
     sub_keys_ptr,
@@ -87,7 +87,7 @@ def step_factors(scores, u, mask, share, weight, IDW: tl.constexpr):
     return factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def key_sum_kernel(
     queries_ptr,
     factor_ptr,
@@ -104,6 +104,7 @@ def key_sum_kernel(
     stride_qd,
     stride_kn,
     stride_kd,
+    first_row,
     decay: tl.float64,
     lr: tl.float64,
     clip: tl.float64,
@@ -117,7 +118,7 @@ def key_sum_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot); then the EPILOGUE:
+    """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 
         "update"     out = decay·k - lr·clamp(total)                            the key step
         "step_grad"  out = lr·base where |total| <= clip, else 0                V, where the clamp was not active
@@ -148,7 +149,8 @@ def key_sum_kernel(
         pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
         position = begin
         while position < end:
-            mask_a = position + tl.arange(0, BLOCK_A) < end
+            # Factors before the first row are 0, which does not hide NaN.
+            mask_a = (position + tl.arange(0, BLOCK_A) < end) & (token >= first_row)
             # The next picks are read before what these name: so each step takes one trip to memory, not two.
             position += BLOCK_A
             offs_a = position + tl.arange(0, BLOCK_A)
@@ -383,12 +385,13 @@ def sum_picks(
     steps: torch.Tensor | None = None,
     base: torch.Tensor | None = None,
     all_rows: bool = True,
+    first_row: int = 0,
     decay: float = 1.0,
     lr: float = 1.0,
     clip: float | None = None,
     config: KeySumConfig | None = None,
 ) -> None:
-    """Launch the sums over the picks of each sub-key, and with them the `epilogue` into `out`.
+    """Launch the sums over the picks of each sub-key from `first_row` on, and with them the `epilogue` into `out`.
 
     `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same; `base` and `steps`, like them, are
     contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], of queries [M, H, Dk].
@@ -411,6 +414,7 @@ def sum_picks(
         out,
         *queries.stride(),
         *keys.stride(),
+        first_row,
         decay,
         lr,
         0.0 if clip is None else clip,
@@ -667,6 +671,7 @@ def address_grad(
                 idw=idw,
                 base=grad_new_keys,
                 all_rows=False,
+                first_row=first_row,
                 lr=-lr,
                 clip=clip,
             )

@@ -103,7 +103,8 @@ def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
 def split(x, IDW: tl.constexpr):
     """x as the nearest number that tf32 holds, and the rest: not finite where x is not.
 
-    Nearest, so that the rests have both signs: of truncated ones the products that are left out would add up.
+    Nearest, so that the rests have both signs: of truncated ones the products that are left out would add up. The last
+    4096th below the largest float32 is rounded to infinity.
     """
     big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     if not IDW:  # to which what is not finite is all one
@@ -228,6 +229,9 @@ def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R
     offs_r = tl.arange(0, BLOCK_R)
     bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
     columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
+    if BLOCK_R > 64:  # to compare all with all would fill the registers
+        best, best_columns, _ = take_top(bits, columns, TOP_K, BLOCK_R)
+        return best, best_columns
     is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]
     is_before = is_larger | ((bits[None, :] == bits[:, None]) & (columns[None, :] < columns[:, None]))
     rank = tl.sum(is_before.to(tl.int32), axis=1)  # [BLOCK_R]
@@ -268,7 +272,6 @@ def merge_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    LINE: tl.constexpr,
 ):
     """Best TOP_K of the candidates of each half, in order, and best TOP_K of the sums of the two halves.
 
@@ -463,7 +466,6 @@ def lookup(
             BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)),
             BLOCK_D=block_d,
             BLOCK_P=block_p,
-            LINE=min(block_d, 256 // keys.dtype.itemsize),
             num_warps=num_warps,
             on=queries,
         )

@@ -42,7 +42,7 @@ def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
     block_k = next_power_of_2(top_k)
     block_t = min(max(next_power_of_2(cdiv(num_rows, TILE)), 32), 512)
     usage_warps = max(1, block_t // 128)
-    mean = num_rows * top_k // num_keys  # tokens that picked a sub-key
+    mean = max(1, num_rows * top_k // num_keys)  # tokens that picked a sub-key
     return PlanConfig(
         block_high=2**bits // low,
         block_low=low,
