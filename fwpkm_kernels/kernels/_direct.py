@@ -51,9 +51,8 @@ class _Kernel:
 
     def __init__(self, kernel: Any) -> None:
         kinds = ["_ptr" if x.name.endswith("_ptr") else "constexpr" * x.is_constexpr for x in kernel.params]
-        assert kinds == sorted(kinds, key=["_ptr", "", "constexpr"].index), f"{kernel} has another order of arguments"
-            f"{kernel} has its arguments in another order"
-        )
+        in_order = sorted(kinds, key=["_ptr", "", "constexpr"].index)
+        assert kinds == in_order, f"the arguments of {kernel} are in another order"
         self.source: str | None = None  #: the hash of what `compiled` was compiled from
         self.compiled: dict[tuple[Any, ...], _Compiled] = {}
         self.constants = [x.name for x in kernel.params if x.is_constexpr]
