@@ -18,18 +18,45 @@ from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+
 from fwpkm_kernels._commands import command, need
 
 from .compiled import Launch, compile_launch, disassemble, executed_instructions, recorded_launches, specialize
-from .launches import CHUNK, INFERENCE, TRAINING, Count, _of_kernel, _Operators, on_meta, stage, step, training
+from .launches import (
+    CHUNK,
+    FIXED_FLOORS,
+    INFERENCE,
+    TRAINING,
+    Count,
+    _of_kernel,
+    _Operators,
+    on_meta,
+    stage,
+    step,
+    training,
+)
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
 ISSUE = 132 * 4 * 1.7e9
 MEMORY, CACHE = 3.0e12, 5.5e12  #: bytes a second
 LEAST, GAP = 2.0, 1.0  #: µs of a launch that only waits for memory; between two launches in a CUDA graph
-#: What the design wants of a chunk, in µs.
+#: What the design wants of a chunk, in µs, and what still stands in the way.
 GOALS = {TRAINING[0]: 160, TRAINING[1]: 220, INFERENCE: 25}
+OBSTACLES = {
+    TRAINING[0]: """\
+Rows of values are 98 µs of it, which no kernel can spare. Next is the lookup: its top-k and tensor core share 20 µs,
+and the rows of the winners come from the cache once more. Four launches do little but wait.""",
+    TRAINING[1]: """\
+Rows of values are 101 µs. Sub-keys that were picked come from the cache three times: in `step_grad_kernel` beside the
+gradient of their totals, in `half_grad_kernel` and, as queries, in `key_sum_kernel`. Three launches do little but wait;
+two of them plan picks that forward has planned.""",
+    INFERENCE: """\
+Every launch waits for another, and most only for memory: seven of them make the lane of addresses, the longest one.
+Launches that start before the last one has ended (programmatic dependent launch) would hide most of the gaps; whether
+they do is for a GPU to say. `plan_chunk_kernel` compares all accesses with all.""",
+}
 
 #: How often the loops run that do not say so: those over the picks of a sub-key, the positions of a search and so on.
 TRIPS: dict[str, Callable[[Any], float]] = {
@@ -129,6 +156,32 @@ def _of_work(work: str) -> list[Estimate]:
     ]  # fmt: skip
 
 
+def lookup_micros(num_keys: int) -> float:
+    """µs of the lookup of a training chunk in so many sub-keys of each half."""
+    from fwpkm_kernels.kernels.lookup import lookup
+
+    queries, keys = (torch.empty(size, device="meta") for size in ((8 * CHUNK, 1, 512), (1, 2, num_keys, 256)))
+    with recorded_launches() as launches:
+        lookup(queries, keys, top_k=8, idw=True, eps=1e-3, precision="tf32x3")
+    total = 0.0
+    for launch in launches:
+        traffic = _of_kernel(launch)
+        total += _micros(warp_instructions(launch), traffic.read + traffic.written, traffic.again)[0]
+    return total
+
+
+def of_the_whole(every: list[Estimate]) -> list[tuple[str, float, float]]:
+    """Other goals of the design, by these estimates: what, µs estimated, µs wanted."""
+    training = sum(x.micros for x in every if x.work in TRAINING)
+    once = sum(FIXED_FLOORS.values()) / MEMORY * 1e6
+    _, among_others = on_lanes([x for x in every if x.work == INFERENCE])
+    return [
+        ("8×4096 tokens, forward + backward, with the copy and the gradient of the table", 8 * training + once, 3600),
+        ("128K tokens, batch 1, in graphs of several chunks", 256 * among_others, 7000),
+        ("lookup of a training chunk at n = 4096; 1.5 × 8 × its floor at n = 512", lookup_micros(4096), 192),
+    ]
+
+
 def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
     """Every launch of a training chunk, forward and backward, and of a step of one chunk."""
     works = (*TRAINING, INFERENCE)
@@ -172,7 +225,11 @@ whatever its length, is not in it: its sort, its copies."""
         if work == INFERENCE:
             alone, among_others = on_lanes(rows)
             head += f".\nIn a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks"
-        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{head.partition(': ')[2]}.\n\n" + "\n".join(lines))
+        title, text = f"### {work[0].upper()}{work[1:]}", f"{head.partition(': ')[2]}."
+        parts.append(f"{title}\n\n{text} {OBSTACLES[work]}\n\n" + "\n".join(lines))
+    lines = ["| | µs estimated | goal |", "|---|--:|--:|"]
+    lines += [f"| {name} | {micros:.0f} | {goal} |" for name, micros, goal in of_the_whole(every)]
+    parts.append("### Of the whole\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
