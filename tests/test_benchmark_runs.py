@@ -188,7 +188,7 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
             drawn.append(self)
             return {"seed": len(drawn)}
 
-    def fake_measure(row, provider, machine, *, seconds, shared):
+    def fake_measure(row, provider, machine, *, seconds, shared, graphs):
         assert shared.inputs is shared.inputs
         assert shared.expected is shared.expected
         return row, provider, shared.inputs["seed"], (shared.expected.row, shared.expected.inputs["seed"])
