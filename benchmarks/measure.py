@@ -285,10 +285,12 @@ def measure(
     seconds: float = 0.5,
     shared: Shared | None = None,
     clock: Clock = time_cpu,
+    graphs: bool = True,
 ) -> Result:
     """Check, then time. Never raises for what a row or provider does: the result says "wrong" or "error" and why.
 
-    `shared` may be the same for all providers of a row. `clock` is the one of CPUs.
+    `shared` may be the same for all providers of a row. `clock` is the one of CPUs, and only with `graphs` are calls
+    captured on GPUs too.
     """
     shared = Shared(row, machine.kind) if shared is None else shared
     result = no_result(row, provider, machine)
@@ -297,7 +299,7 @@ def measure(
         result.shapes = {name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)}
         result.bytes, result.flops, result.floor_us = cost.bytes, cost.flops, machine.floor_us(cost)
         if machine.kind == "cuda":
-            _measure_cuda(result, row, provider, shared, seconds)
+            _measure_cuda(result, row, provider, shared, seconds, graphs)
         else:
             verify(row, provider, inputs, shared.expected)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
@@ -359,7 +361,7 @@ def _summarise(result: Result, samples: Sequence[float]) -> None:
     result.ratio = (result.time_us or 0.0) / result.floor_us
 
 
-def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, seconds: float) -> None:
+def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, seconds: float, graphs: bool) -> None:
     # Backward runs on the stream of its forward, and a graph is captured on a stream of its own: so all on that one.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -377,7 +379,7 @@ def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, 
         result.peak_bytes = torch.cuda.max_memory_allocated() - before
         _summarise(result, time_cuda(calls, seconds))
         try:
-            if provider.capturable:
+            if provider.capturable and graphs:
                 result.graph_us = time_graph(calls, seconds / 2, stream)
             elif provider.replay is not None:
                 result.graph_us = quantile(time_cuda([provider.replay(**inputs)], seconds / 2), 0.5)

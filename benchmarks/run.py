@@ -64,6 +64,7 @@ def run_rows(
     deadline: float,
     on_result: Callable[[Result], None],
     on_begin: Callable[[Row, Provider], None] = lambda row, provider: None,
+    graphs: bool = True,
 ) -> None:
     """Measure each provider of each row, until `deadline`, a time.monotonic(); one after another they share inputs."""
     if machine.kind == "cpu":
@@ -81,7 +82,7 @@ def run_rows(
             shared = Shared(row, machine.kind)  # the former inputs go before these are drawn
             release(machine)
         on_begin(row, provider)
-        on_result(measure(row, provider, machine, seconds=seconds, shared=shared))
+        on_result(measure(row, provider, machine, seconds=seconds, shared=shared, graphs=graphs))
         release(machine)
 
 
@@ -132,6 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--case-seconds", type=float, metavar="S", help="end the process where one measurement takes longer"
     )
+    parser.add_argument("--no-graphs", action="store_true", help="capture no calls, where that fails for each of them")
     parser.add_argument("--no-table", action="store_true", help="no table at the end")
     parser.add_argument(
         "--compare", metavar="FILE", help="show what got slower than in FILE; exit status 1 if this package did"
@@ -255,8 +257,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     keep(no_result(row, provider, machine, status="error", message=message))
             cases = [case for case in cases if case_name(*case) != ended]
             if cases:
-                seconds = options.seconds_per_row
-                run_rows(cases, machine, seconds=seconds, deadline=deadline, on_result=keep, on_begin=begin_case)
+                run_rows(
+                    cases,
+                    machine,
+                    seconds=options.seconds_per_row,
+                    deadline=deadline,
+                    on_result=keep,
+                    on_begin=begin_case,
+                    graphs=not options.no_graphs,
+                )
             if new_figures:
                 cpu.run(machine, deadline=deadline, on_figure=keep_figure)
         except KeyboardInterrupt:

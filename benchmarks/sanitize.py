@@ -4,6 +4,10 @@ For compute-sanitizer, under which a launch costs a hundred times as much: `make
 racecheck. Nothing is compared here; that the numbers are right is what the tests are for.
 """
 
+import glob
+import os
+import re
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +29,26 @@ from fwpkm_kernels._commands import command
 
 #: Odd, so that every tile has lanes that must be masked.
 TOKENS, HEADS, SUB_KEYS, PICKS, HALF, WIDTH, CHUNK = 21, 2, 13, 3, 5, 11, 6
+
+#: Each tool, and what its last line says of the errors that it found; and how a finding begins.
+TOOLS = {
+    "memcheck": r"ERROR SUMMARY: (\d+) errors?",
+    "racecheck": r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?",
+}
+FINDING = r"^=+ +(?:Invalid|Misaligned|Error: Race)"
+TOOL_OPTIONS = ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "20"]
+
+
+def find_sanitizer() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *sorted(glob.glob("/usr/local/cuda*"))]
+    places = [os.path.join(home, place) for home in filter(None, homes) for place in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
+
+
+def errors_found(tool: str, text: str) -> tuple[int, bool]:
+    """How many errors a tool has found, and whether it came to its end."""
+    found = re.findall(TOOLS[tool], text)
+    return int(found[-1]) if found else len(re.findall(FINDING, text, re.M)), bool(found)
 
 
 def run(device: str, backend: str = "auto") -> None:

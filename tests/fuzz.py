@@ -96,9 +96,13 @@ class Fuzzer:
             begin = time.monotonic()
             try:
                 reasons = judge.check(case, self.backend, self.device)
+                if self.quick and self.device == "cuda":
+                    torch.cuda.synchronize()  # raises what a kernel that still ran has done
             except Exception as error:
                 shrink_until = shrink_until or time.monotonic() + SHRINKING
                 worst[:] = [(case, error)]
+                if self.quick and self.device == "cuda":
+                    self.end_without_gpu(case, error)
                 raise
             finally:
                 faulthandler.cancel_dump_traceback_later()
@@ -119,6 +123,16 @@ class Fuzzer:
             self.by_op[op]["failures"] += 1
             self.report(*worst[-1])
         return bool(worst)
+
+    def end_without_gpu(self, case: Case, error: Exception) -> None:
+        """End the process if the error took the GPU with it, which every later case would be blamed for."""
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # raises after a failed capture
+        except Exception:
+            self.report(case, error)
+            sys.stdout.flush()
+            os._exit(1)
 
     def count(self, case: Case, reasons: judge.Reasons) -> None:
         self.cases += 1

@@ -1,6 +1,11 @@
 """The run on a GPU, where there is none: faults that are planted cost what caused them, and the rest is measured."""
 
+import contextlib
+import dataclasses
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -8,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, run, smoke
+from benchmarks import gpu, logs, registry, run, smoke
+from benchmarks.goals import goals_table
+from benchmarks.measure import NO_GRAPH
+from benchmarks.results import read_results
 from tests import conftest
 from tests.conftest import HAS_GPU, PLACES
-from tests.test_benchmark_runs import slower_by, some_result
+from tests.test_benchmark_runs import gpu_rows, slower_by, some_result
 
 
 @pytest.fixture
@@ -19,7 +27,8 @@ def gpu_run(monkeypatch, tmp_path, capsys):
     """Run some parts, whose commands do nothing but for those given; exit status, summary and what was printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "plot", lambda *args: [])
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    for name in ("GRACE", "TESTS_GRACE", "TOOLS_GRACE"):
+        monkeypatch.setattr(gpu, name, 1.0)
     for name in ("SMOKE", "MEASURE", "PYTEST", "FUZZ", "SANITIZE"):
         monkeypatch.setattr(gpu, name, ["-c", "pass"])
 
@@ -41,7 +50,7 @@ machine, lost = Machine("cuda", "made up", bandwidth=1e12, matmul=1e14, commit=N
 
 def measure(row, provider, *args, **options):
     fields = {"status": "ok", "median_us": 1.0, "ratio": 1.0}
-    if row.name == "gather/forward/training":
+    if row.name in ("gather/forward/training", "gather/forward/training-n4096") and options["graphs"]:
         fields["message"] = NO_GRAPH
     if row.name == "gather/backward/training":
         lost.append(row)
@@ -63,8 +72,9 @@ sys.exit(run.main([*sys.argv[1:], "--op", "gather/"]))
 """
 
 
-def test_rows_go_on_behind_what_ends_their_process(gpu_run, monkeypatch):
-    """A failed capture, a lost GPU, a hang and a killed process, one after the other."""
+def test_rows_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_path):
+    """A failed capture, after which no other is tried, a lost GPU, a hang and a killed process."""
+    monkeypatch.setattr(gpu, "CAPTURES", 1)
     monkeypatch.setattr(gpu, "HANGS", 2)
     monkeypatch.setattr(gpu, "select_cases", lambda device, whose: run.select_cases(device, "gather/", whose))
     status, summary, _ = gpu_run("--only", "rows", MEASURE=["-c", FAULTY], minutes=3)
@@ -76,7 +86,12 @@ def test_rows_go_on_behind_what_ends_their_process(gpu_run, monkeypatch):
     for name in ended:
         assert f"{name} fwpkm_kernels ended its process" in summary
         assert (f"{name} fwpkm_kernels is error" in summary) == (name != "gather/forward/training")
-    assert summary.count("ended its process;") == len(ended)
+    assert f"\nown rows: after {ended[0]} fwpkm_kernels no CUDA graphs, since 1 captures have failed\n" in summary
+    statuses = re.findall(r"ended its process \(status (-?\d+)\)", summary)
+    assert statuses == ["1", "1", "1", "-9"]
+    text = (tmp_path / "out" / "tests.txt").read_text("utf-8")
+    assert text.count(" ended its process with status ") == len(ended)
+    assert re.search(r"Timeout.*\n(?:.*\n)+? .*in measure$", text, re.M)
     assert summary.count(" is error") == len(ended) - 1
 
 
@@ -202,6 +217,113 @@ def test_a_part_that_cannot_run_is_not_right(part, command, gpu_run):
     assert re.search(f"^{part}: .*exit status", summary, re.M)
 
 
+#: Ends as the fuzzer does where it is interrupted.
+SLEEPING = """
+import sys, time
+try:
+    print("case = 1", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+@pytest.mark.parametrize(
+    "pytest_does, sanitize_does, words",
+    [
+        ("print('[gw0] PASSED test_a.py::test_b ')", "pass", ""),
+        ("raise SystemExit(4)", "pass", "pytest: exit status 4; pytest alone: exit status 4"),
+        ("pass", "pass", "no test ran"),
+        ("print('[gw0] PASSED test_a.py::test_b ')", "raise SystemExit(3)", "sanitize: exit status 3"),
+    ],
+)
+def test_a_fuzzer_at_its_limit_hides_nothing(pytest_does, sanitize_does, words, shell, gpu_run, monkeypatch, tmp_path):
+    """It ends what runs beside it no sooner, and is itself no failure, whatever shell runs it."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    (tmp_path / "sh").symlink_to(shutil.which(shell))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    commands = {"PYTEST": ["-c", pytest_does], "SANITIZE": ["-c", sanitize_does], "FUZZ": ["-c", SLEEPING]}
+    status, summary, _ = gpu_run("--only", "tests", minutes=0.08, **commands)
+    text = (tmp_path / "out" / "tests.txt").read_text("utf-8")
+    assert text.count("case = ") == 1
+    assert "the fuzzer ended" not in text
+    assert "fuzzer: exit status 124" in summary
+    assert words in summary
+    assert (status, summary.startswith("all right, but incomplete: tests")) == ((1, False) if words else (0, True))
+
+
+def test_failed_tests_have_names_where_pytest_was_killed():
+    text = "[gw0] [  5%] FAILED a.py::test_a[x y] \n[gw1] [ 10%] ERROR a.py::test_b \n[gw1] PASSED a.py::test_c \n"
+    assert logs.failures(text) == ["FAILED a.py::test_a[x y]", "ERROR a.py::test_b"]
+    text += "FAILED a.py::test_a[x y] - assert 1 == 2\n"
+    assert logs.failures(text) == ["FAILED a.py::test_a[x y] - assert 1 == 2", "ERROR a.py::test_b"]
+
+
+@pytest.mark.parametrize("part, kept", [("rows", "pytorch"), ("providers", "fwpkm_kernels"), ("smoke", None)])
+def test_a_part_alone_measures_all_of_its_rows_again(part, kept, gpu_run, tmp_path):
+    results = [some_result(provider=name) for name in ("pytorch", "fwpkm_kernels")]
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "results.jsonl"
+    path.write_text("".join(run.to_json(x) + "\n" for x in results), "utf-8")
+    gpu_run("--only", part)
+    assert read_results(path) == [x for x in results if kept in (None, x.provider)]
+
+
+#: A kernel of the second case loses the GPU, which is seen then or when it is asked for.
+LOSING = """
+import sys, torch
+from tests import fuzz, judge
+cases = []
+
+def ask():
+    if len(cases) > 1:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def check(case, *place):
+    cases.append(case)
+    if "{when}" == "at once":
+        ask()
+    return set()
+
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize, torch.cuda.empty_cache, judge.check = ask, lambda: None, check
+sys.exit(fuzz.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_the_case_that_loses_the_gpu_ends_the_fuzzer(when, tmp_path):
+    arguments = ["--quick", "--device", "cuda", "--cases", "9", "--failures", str(tmp_path)]
+    command = [sys.executable, "-c", LOSING.replace("{when}", when), *arguments]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    first, second, reproduced = re.findall("^case = .*$", done.stdout, re.M)
+    assert first != second == reproduced
+    assert len(list(tmp_path.glob("*.py"))) == 1
+    assert "# RuntimeError: CUDA error: an illegal memory access" in done.stdout
+
+
+def test_goals_say_where_there_is_no_graph():
+    """A goal that only a graph could reach is not missed; that of inference is one of graphs."""
+    name, step = "gather/forward/training", "step/forward/inference"
+    results = [
+        dataclasses.replace(r, graph_us=None, message=f"{NO_GRAPH}: out of memory\nand more") if r.row == name else r
+        for r in gpu_rows(inference=20.0)
+        if not r.row.startswith("prefill/")
+    ]
+    results = [dataclasses.replace(r, graph_us=None) if r.row == step else r for r in results]
+    text = goals_table(results)
+    assert re.search(r"^gather: share of a copy's bandwidth +≥ 90 % +50 +- +1.80 +no graph$", text, re.M)
+    assert re.search(r"^inference, one chunk of 512 +≤ 25 µs +20 +- +- +no graph$", text, re.M)
+    assert f"{name} in a graph ({NO_GRAPH}: out of memory)" in text
+    assert f"{step} fwpkm_kernels-graph (not measured)" in text
+    graphed = [r for r in results if r.row == step]
+    graphed = [dataclasses.replace(r, provider=registry.GRAPHED, status="error", message="") for r in graphed]
+    assert f"{step} fwpkm_kernels-graph (error)" in goals_table([*results, *graphed])
+
+
 @pytest.mark.parametrize("found, right", [("0", True), ("3", False)])
 def test_sanitizer_is_run_and_read(found, right, gpu_run, monkeypatch, tmp_path):
     program = tmp_path / "bin" / "compute-sanitizer"
@@ -226,13 +348,17 @@ esac
     "program, words, right",
     [
         ("echo '========= Invalid __global__ read of size 4'; sleep 60", "memcheck 1 errors (stopped", False),
-        ("echo '========= COMPUTE-SANITIZER'; sleep 60", "memcheck 0 errors (stopped by its time limit)", True),
+        (
+            "echo '========= COMPUTE-SANITIZER'; sleep 60",
+            "memcheck nothing found by then (stopped by its time limit)",
+            True,
+        ),
         ("echo driver too old; exit 1", "memcheck 0 errors (status 1: driver too old)", True),
         (None, "not present", True),
     ],
 )
 def test_sanitizer_that_does_not_end_or_run(program, words, right, gpu_run, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu.shutil, "which", lambda *args, path: program and str(tmp_path / "program"))
+    monkeypatch.setattr(shutil, "which", lambda *args, path: program and str(tmp_path / "program"))
     (tmp_path / "program").write_text(f"#!/bin/sh\n{program}\n")
     (tmp_path / "program").chmod(0o755)
     status, summary, _ = gpu_run("--only", "sanitizer", minutes=0.05)
@@ -244,7 +370,7 @@ def test_files_of_a_run(gpu_run, monkeypatch, tmp_path):
     """There is room for a ninth; long texts are cut; one part keeps what the others have left, and all parts do not."""
     monkeypatch.setattr(gpu, "MOST_BYTES", 1000)
     monkeypatch.setattr(gpu, "plot", lambda results, out, names: [(out / name).touch() for name in names])
-    monkeypatch.setattr(gpu.shutil, "which", lambda *args, path: sys.executable)
+    monkeypatch.setattr(shutil, "which", lambda *args, path: sys.executable)
     status, _, _ = gpu_run(FUZZ=["-c", "print('begin', 'x' * 2000, 'end')"])
     assert status == 1  # nothing was measured
     out = tmp_path / "out"
@@ -281,6 +407,16 @@ def test_smoke_in_the_interpreter(capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "on a CPU: small sizes in Triton's interpreter, and no CUDA graph"
     assert said[1:] == [f"{name}: right" for name, _ in smoke.steps("cpu")]
+
+
+def test_smoke_finds_what_is_wrong_in_the_last_tile_alone():
+    wanted = torch.ones(4104, 2)
+    smoke.check("output", wanted, wanted)
+    for rows, right in ((slice(2000, 2008), True), (slice(-2, None), True), (slice(-8, None), False)):
+        found = wanted.clone()
+        found[rows] += 1
+        with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="of the last 16 rows"):
+            smoke.check("output", found, wanted)
 
 
 @pytest.mark.parametrize("function", ["fast_weight_memory", "product_key_update", "fast_weight_memory_step"])

@@ -48,8 +48,8 @@ from tests.test_memory import make_inputs, named, run
 from tests.test_memory_kernels import Chunk, make_chunk
 from tests.test_plan import make_picks
 
-#: Seconds that a test waits for the memory that it needs, once it is alone.
-PATIENCE = 90
+#: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
+PATIENCE = 30
 
 
 def wait_for_room(gigabytes: float, patience: float = PATIENCE) -> None:
