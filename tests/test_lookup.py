@@ -236,9 +236,11 @@ def test_infinite_dots_are_no_nan(value, place):
     testing.assert_bitwise_equal(slots, expected, "slots")
 
 
-def test_an_infinite_dot_with_numbers_that_round_up(place):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_infinite_dot_with_numbers_that_round_up(dtype, place):
     """Whose rest has the other sign: infinity times that is minus infinity."""
-    queries, keys = torch.ones(1, 1, 4, device=place.device), torch.ones(1, 2, 6, 2, device=place.device)
+    queries = torch.ones(1, 1, 4, dtype=dtype, device=place.device)
+    keys = torch.ones(1, 2, 6, 2, device=place.device)
     queries[0, 0, 1], keys[:] = torch.inf, 1.0 + 0.75 * 2**-10
     scores, slots = product_key_lookup(queries, keys, 2, score="dot", backend=place.backend)
     assert scores.tolist() == [[[torch.inf] * 2]]
