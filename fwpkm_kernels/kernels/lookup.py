@@ -202,9 +202,9 @@ def half_topk_kernel(
             k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_kd, mask=k_mask, other=0.0)
             q = q.to(dtype)  # [BLOCK_M, BLOCK_D]
             k = k.to(dtype)  # [BLOCK_D, BLOCK_N]
-            dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
             if IDW:
                 k_norm += tl.sum(k * k, axis=0)
+            dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
     if IDW:
         # Where this is not finite q or k is not, and the distance is infinite; or NaN, if k is or all of the row are.
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
