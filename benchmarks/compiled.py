@@ -116,6 +116,7 @@ ROWS = {
     ),
     "count_kernel": Rows(),
     "usage_kernel": Rows(),
+    "step_kernel": Rows(),
     "key_sum_kernel": Rows(
         loads=lambda x: x.BLOCK_A * min(x.BLOCK_D, x.HALF) * x.queries_ptr,
         # A block of columns is less than what all warps store 128 bits of.

@@ -24,7 +24,7 @@ from benchmarks.compiled import (
 )
 
 #: Instructions that a warp may execute at most, where a training chunk of the paper is compiled for sm_90.
-MOST_EXECUTED = {"half_topk_kernel": 4900, "merge_kernel": 1200}
+MOST_EXECUTED = {"half_topk_kernel": 4900, "merge_kernel": 1200, "step_kernel": 460}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_no_spills_and_wide_moves_of_rows(reports):
         assert not narrow
         # Of every kernel of rows there is a case in which a row has 128 bits for each lane.
         of_rows = {name for name, rows in ROWS.items() if getattr(rows, moves) is not Rows._field_defaults[moves]}
+        if moves == "stores" and reports[0]["target"] == "gfx942":  # whose waves are wider than these programs' rows
+            of_rows -= {"key_sum_kernel", "step_grad_kernel"}
         assert {report["kernel"] for report in reports if report[f"expected_wide_{moves}"] > 0} == of_rows
     # It stores rows only, on either of two paths.
     segments = [report for report in reports if report["kernel"] == "segment_kernel"]
