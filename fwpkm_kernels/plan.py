@@ -6,11 +6,14 @@ atomics, and nothing here has the size of the table or a shape that depends on t
 """
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:  # Triton may be missing
+    from .kernels.plan import PickPlan
 
 #: So many rows are numbered in 32 bits; more in 64.
 NARROW_ROWS = 2**31
@@ -37,16 +40,6 @@ class Plan(NamedTuple):
     end: Tensor  #: one past where it ends, likewise
 
 
-class PickPlan(NamedTuple):
-    """The plan of sub-keys [M, H, 2, K], and how much each is used."""
-
-    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
-    order: Tensor  #: [M·H·2·K]: which of all picks that was
-    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: Tensor  #: [2·n]: the derivative of the slope
-
-
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
 
@@ -64,7 +57,7 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     return Plan(order, rows, start, end)
 
 
-def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> PickPlan:
+def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> "PickPlan":
     """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
     `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
@@ -80,8 +73,7 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    planned = launch(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
-    return PickPlan(*planned)
+    return launch(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
-from .plan import probabilities
+from .plan import PickPlan, probabilities
 from .segments import finish_row
 
 
@@ -377,7 +377,7 @@ def sum_picks(
     keys: torch.Tensor,
     queries: torch.Tensor,
     factors: torch.Tensor,
-    plan: tuple[torch.Tensor, ...],
+    plan: PickPlan,
     *,
     epilogue: str,
     idw: bool,
@@ -397,17 +397,16 @@ def sum_picks(
     contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], of queries [M, H, Dk].
     """
     heads, half = queries.shape[1], keys.shape[1]
-    tokens, order, first, _, _ = plan
-    config = config or key_sum_config(half, order.numel() / keys.shape[0], factors.dtype)
+    config = config or key_sum_config(half, plan.order.numel() / keys.shape[0], factors.dtype)
     launch(
         key_sum_kernel,
         (keys.shape[0], cdiv(half, config.block_d)),
         queries,
         factors,
         factors if step_factors is None else step_factors,
-        tokens,
-        order,
-        first,
+        plan.tokens,
+        plan.order,
+        plan.first,
         keys,
         keys if steps is None else steps,
         keys if base is None else base,
@@ -435,14 +434,13 @@ def sum_picks(
 def find_factors(
     half_scores: torch.Tensor,
     sub_keys: torch.Tensor,
-    plan: tuple[torch.Tensor, ...],
+    plan: PickPlan,
     *,
     idw: bool,
     weight: float,
     first_row: int = 0,
 ) -> torch.Tensor:
     """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K] as `half_scores` is."""
-    _, _, _, slope, _ = plan
     num_rows, heads, _, top_k = sub_keys.shape
     factors = torch.empty_like(half_scores)
     block_k = next_power_of_2(top_k)
@@ -452,14 +450,14 @@ def find_factors(
         (cdiv(num_rows * heads * 2, block_r),),
         half_scores,
         sub_keys,
-        slope,
+        plan.slope,
         factors,
         num_rows * heads * 2,
         heads,
         first_row,
         1.0 / ((num_rows - first_row) * heads),
         weight,
-        NUM_KEYS=slope.numel() // 2,
+        NUM_KEYS=plan.slope.numel() // 2,
         TOP_K=top_k,
         IDW=idw,
         BLOCK_R=block_r,
@@ -476,7 +474,7 @@ def step_keys(
     queries: torch.Tensor,
     half_scores: torch.Tensor,
     sub_keys: torch.Tensor,
-    plan: tuple[torch.Tensor, ...],
+    plan: PickPlan,
     *,
     idw: bool,
     lr: float,
@@ -505,16 +503,15 @@ def step_keys(
     )
 
 
-def pick_sums(coefficients: torch.Tensor, plan: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def pick_sums(coefficients: torch.Tensor, plan: PickPlan) -> torch.Tensor:
     """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
-    _, order, first, slope, _ = plan
-    sums = torch.empty_like(slope)
+    sums = torch.empty_like(plan.slope)
     launch(
         pick_sums_kernel,
         (sums.numel(),),
         coefficients,
-        order,
-        first,
+        plan.order,
+        plan.first,
         sums,
         coefficients.shape[1],
         NUM_KEYS=sums.numel() // 2,
@@ -635,7 +632,7 @@ def address_grad(
     sub_keys: torch.Tensor,
     grad_scores: torch.Tensor | None,
     slots: torch.Tensor | None,
-    plan: tuple[torch.Tensor, ...],
+    plan: PickPlan,
     out: torch.Tensor,
     *,
     first_row: int,
@@ -652,7 +649,6 @@ def address_grad(
     and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on; without rows or
     weight there was none. `plan` is `plan_picks` of `sub_keys` and `half_scores` [M, H, 2, K], with that `first_row`.
     """
-    _, _, _, slope, bend = plan
     picks = (half_scores, sub_keys)
     options: dict[str, Any] = {"idw": idw, "weight": weight, "first_row": first_row}
     factors = directions = step = None
@@ -675,9 +671,13 @@ def address_grad(
                 lr=-lr,
                 clip=clip,
             )
-        factors, dots, shares = step_grad(queries, keys, *picks, slope, directions, out, direction=direction, **options)
-        step = (slope, bend, pick_sums(shares, plan), dots)
-    grad_halves = score_grad(grad_scores, slots, sub_keys, half_scores, step, num_keys=slope.numel() // 2, **options)
+        factors, dots, shares = step_grad(
+            queries, keys, *picks, plan.slope, directions, out, direction=direction, **options
+        )
+        step = (plan.slope, plan.bend, pick_sums(shares, plan), dots)
+    grad_halves = score_grad(
+        grad_scores, slots, sub_keys, half_scores, step, num_keys=plan.slope.numel() // 2, **options
+    )
     _, grad_factors = half_grad(
         grad_halves,
         queries,

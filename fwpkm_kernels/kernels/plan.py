@@ -35,6 +35,16 @@ class PlanConfig(NamedTuple):
     usage_warps: int
 
 
+class PickPlan(NamedTuple):
+    """The plan of sub-keys [M, H, 2, K], and how much each is used."""
+
+    tokens: torch.Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    order: torch.Tensor  #: [M·H·2·K]: which of all picks that was
+    first: torch.Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
+    slope: torch.Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
+    bend: torch.Tensor  #: [2·n]: the derivative of the slope
+
+
 def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
     """Launch table, keyed by the number of rows, of sub-keys and of picks."""
     bits = max(8, (num_keys - 1).bit_length())  # digits of at least 16, for the product
@@ -222,16 +232,13 @@ def plan_picks(
     first_row: int,
     listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     config: PlanConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> PickPlan:
     """Launch the plan of `sub_keys` [M, H, 2, K], and the slopes from `half_scores`, like it, both contiguous, M > 0.
 
     The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
     of a lookup do. Of others the plan is undefined. The usage is that of rows from `first_row` on.
 
-    Returns:
-        tokens [M·H·2·K], those that picked each sub-key, in order, and order, like it, which of all picks that was;
-        first [H·2·n + 1], where those of each sub-key begin; all int32, or `listed`, where that is given; and slope and
-        bend [2·n], u and u' of each sub-key of a half.
+    `listed` are the tokens, order and first of the plan, where they are known; else int32.
     """
     num_rows, heads, _, top_k = sub_keys.shape
     groups, device = 2 * heads, sub_keys.device
@@ -286,4 +293,4 @@ def plan_picks(
         num_warps=config.usage_warps,
         on=sub_keys,
     )
-    return tokens, order, first, slope, bend
+    return PickPlan(tokens, order, first, slope, bend)
