@@ -17,6 +17,8 @@ DEMO = ["matplotlib", "rich", "tqdm"]
 # Not required: torch's own builds bring the Triton that fits them, each under another name (triton, triton-rocm,
 # triton-xpu), and this one would be laid over the others. It is for a CPU build of torch, which brings none.
 TRITON = ['triton>=3.4; platform_system == "Linux"']
+# From 5.20 on its caches have the hooks that a memory's layer needs.
+TRANSFORMERS = ["transformers>=5.20,<6"]
 
 setup(
     name="fwpkm_kernels",
@@ -55,6 +57,19 @@ setup(
         "demo": DEMO,
         "bench": [*DEMO, "pytest-benchmark"],
         "triton": TRITON,
-        "dev": [*TRITON, "hypothesis", "mypy", "pytest>=9", "pytest-xdist", "ruff", "safetensors", "setuptools>=77"],
+        "transformers": TRANSFORMERS,
+        "dev": [
+            *TRITON,
+            *TRANSFORMERS,
+            "accelerate",  # which transformers' Trainer needs
+            "flash-linear-attention",  # whose cache the layers take too
+            "hypothesis",
+            "mypy",
+            "pytest>=9",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+            "setuptools>=77",
+        ],
     },
 )

@@ -1,0 +1,89 @@
+"""The table of values, alone in a module."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as checks
+
+_Result = TypeVar("_Result")
+TABLE_INITS = ("normal", "zeros")
+
+
+class ValueTable(nn.Module):
+    """A table of value rows, `weight` [num_slots, width]: the one big thing of a memory layer, in a module of its own.
+
+    So it can be a unit of its own of FSDP, has a group of its own in `parameter_groups`, and can be shared by layers.
+    It is used inside its own forward: what wraps a module gathers the weight before that and frees it after.
+
+    Args:
+        num_slots: N, rows.
+        width: D, columns.
+        init: "normal", with standard deviation D^-½, or "zeros".
+        trainable: whether `weight` is a Parameter; else it is a buffer, which half-precision casts of the module, such
+            as `.to(torch.bfloat16)`, leave in its dtype: a memory that is never trained would only lose bits.
+        dtype: of the weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        width: int,
+        *,
+        init: str = "normal",
+        trainable: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_slots = checks.check_int("num_slots", num_slots, minimum=1)
+        self.width = checks.check_int("width", width, minimum=1)
+        checks.check_choice("init", init, TABLE_INITS)
+        checks.check_flag("trainable", trainable)
+        self.init = init
+        self.weight: Tensor
+        keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the rows anew, or zero them."""
+        if self.init == "zeros":
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.width**-0.5)
+
+    def forward(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """``function(weight, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
+        return function(self.weight, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueTable":
+        return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_slots}, {self.width}, trainable={isinstance(self.weight, nn.Parameter)}"
+
+
+def keep(module: nn.Module, name: str, x: Tensor, trainable: bool) -> None:
+    """Register a tensor of a memory: a Parameter without weight decay, or a buffer."""
+    if trainable:
+        parameter = nn.Parameter(x)
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]  # what fla and others look for
+        module.register_parameter(name, parameter)
+    else:
+        module.register_buffer(name, x)
+
+
+def apply_but_round_no_buffer(module: Any, apply: Callable[..., Any], fn: Callable[..., Any], recurse: bool) -> Any:
+    """`nn.Module._apply`, after which the module's own buffers hold what they held, if `fn` cast them to fewer bits."""
+    before = dict(module._buffers)
+    apply(fn, recurse)
+    for name, x in before.items():
+        after = module._buffers[name]
+        if x is not None and after.is_floating_point() and torch.finfo(after.dtype).bits < torch.finfo(x.dtype).bits:
+            module._buffers[name] = x.to(after.device)
+    return module
