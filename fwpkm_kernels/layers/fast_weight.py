@@ -417,8 +417,7 @@ class FastWeightProductKeyMemory(nn.Module):
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 
         result = self.table(run)
-        # In a backward pass an activation checkpoint computes what is pending already.
-        if self.initial_memory == "persistent" and self.training and torch._C._current_graph_task_id() == -1:
+        if self.initial_memory == "persistent" and self.training and not _in_backward():
             self._pending = (result.keys.detach(), result.values.detach())
         return result
 
@@ -517,6 +516,11 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
                 else:
                     memory.copy_(new)
         layer._pending = None
+
+
+def _in_backward() -> bool:
+    """Whether an activation checkpoint computes the forward again: then what it leaves behind is pending already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
