@@ -322,10 +322,8 @@ def _plan_pairs(
         from .kernels.streaming import MOST_ACCESSES, plan_chunk
 
         if weights.numel() <= MOST_ACCESSES:
-            normalized, dtype = o.step == "normalized", row_dtype(num_slots)
-            fields, write_weights = plan_chunk(
-                slots, weights, gates, mask, touched, row_dtype=dtype, normalized=normalized
-            )
+            options: dict[str, Any] = {"row_dtype": row_dtype(num_slots), "step": o.step}
+            fields, write_weights = plan_chunk(slots, weights, gates, mask, touched, **options)
             return Plan(*fields), write_weights
     plan = plan_segments(slots, num_slots)
     counts = count_accesses(plan, (mask > 0).repeat_interleave(picks)).view(weights.shape)

@@ -598,6 +598,15 @@ FAULTS = [
         "kernels_say",
     ),
     Fault(
+        "gradient-step-times-picks",
+        "kernels/chunks.py",
+        "    else:\n        scale = ratio\n",
+        "    else:\n        scale = J * ratio\n",
+        "the plain gradient's α is the paper's, J times that",
+        "chunks",
+        "kernels_say",
+    ),
+    Fault(
         "normalized-slope-halved",
         "kernels/chunks.py",
         "per_weight -= 2.0 * per_read[:, None]",
@@ -650,6 +659,15 @@ FAULTS = [
         "all chunks write the first one's rows of the log, the others' stay unwritten",
         "chunks",
         "kernels_say",
+    ),
+    Fault(
+        "gradient-step-times-picks-in-pytorch",
+        "chunks.py",
+        'float(weights.shape[-1]) if step == "paper" else 1.0',
+        "float(weights.shape[-1])",
+        "the plain gradient's α is the paper's, J times that, in PyTorch and under key_gradient=\"all\"",
+        "memory",
+        "gradient_step",
     ),
     Fault(
         "ratio-of-all-unmasked",
@@ -864,6 +882,14 @@ FAULTS = [
         "tl.sum(same >> 20, axis=1)",
         "tl.sum(same & 1023, axis=1)",
         "n_s counts masked pairs",
+        "streaming_kernels",
+    ),
+    Fault(
+        "streamed-gradient-step-times-picks",
+        "kernels/streaming.py",
+        'J if STEP == "paper" else 1, dtype',
+        "J, dtype",
+        "a streamed write of the plain gradient J times as far",
         "streaming_kernels",
     ),
     Fault(

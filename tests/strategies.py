@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fwpkm_kernels import testing
+from fwpkm_kernels.memory import STEPS
 
 #: What hypothesis draws, by the name of the function or method that is called.
 OPERATIONS = (
@@ -310,7 +311,7 @@ def memory_options(draw: st.DrawFn, small: bool) -> tuple[int, dict[str, Any]]:
         "clip": draw(mostly(None, 0.02, 10.0, seldom=[0.0])),
         "addressing_weight": draw(choose(1.0, 0.2, 0.0)),
         "key_gradient": draw(choose("addressing", "all")),
-        "step": draw(choose("paper", "normalized")),
+        "step": draw(choose(*STEPS)),
         "precision": draw(choose("tf32x3", "ieee")),
     }
 

@@ -96,6 +96,7 @@ BUDGETS = {
         torch.float32,
         {"weighting": "silu", "score": "dot", "step": "normalized"},
     ),
+    "float32-gradient": (torch.float32, torch.float32, {"step": "gradient"}),
     "float32-all": (torch.float32, torch.float32, {"key_gradient": "all"}),
     "bfloat16-activations": (torch.float32, torch.bfloat16, {}),
     "bfloat16-activations-all": (torch.float32, torch.bfloat16, {"key_gradient": "all"}),
