@@ -261,10 +261,10 @@ def plot(rows: list[dict[str, Any]]) -> bytes:
             axes.set_title(f"{name}, step {step!r}", fontsize=10)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=7)
-    for axes in panels[1]:
+    for axes in panels[-1]:
         axes.set_xlabel("chunks written")
-    panels[0][0].set_ylabel("relative error against float64")
-    panels[1][0].set_ylabel("relative error against float64")
+    for line in panels:
+        line[0].set_ylabel("relative error against float64")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=75)
     pyplot.close(figure)
