@@ -446,6 +446,12 @@ def test_a_compiled_model_around_a_step():
     assert_same_state(state, expected)
 
 
+@pytest.mark.parametrize("name", ["fast_weight_memory_step", "fast_weight_memory_first_step"])
+def test_inductor_leaves_steps_out_of_its_cuda_graphs(name):
+    """A step reads the position and branches on it, which a captured graph would freeze."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fwpkm_kernels, name).default.tags
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails on what would make the host wait for a GPU: a number read, or a shape that depends on data."""
 
