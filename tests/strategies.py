@@ -36,7 +36,7 @@ LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "contiguous")
 MASKS = ("bool", "int64", *FLOATS)
 #: What a stream may do between its steps; "no gates": the next one is given neither gates nor mask.
 RESETS = ("reset", "reset of touched rows")
-ACTIONS = ("clone", "state_dict", "pickle", "select", *RESETS, "no gates")
+ACTIONS = ("clone", "state_dict", "pickle", "select", *RESETS, "rollback", "no gates")
 
 
 @dataclasses.dataclass(frozen=True)
