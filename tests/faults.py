@@ -995,6 +995,15 @@ FAULTS = [
         "processes",
     ),
     Fault(
+        "rollback-over-a-chunks-beginning",
+        "state.py",
+        "    read = int(position) % chunk_size\n",
+        "    read = int(position)\n",
+        "tokens that have been written are taken back, and stay in the memory",
+        "state",
+        "rolled_back",
+    ),
+    Fault(
         "position-on-the-default-device",
         "state.py",
         "_private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)",
