@@ -1,4 +1,4 @@
-"""Norms that round once, whatever the dtype of what they are given and of autocast."""
+"""The norm of the layers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +15,3 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x.dtype)
         return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` in float32 (float64 for float64), cast back to the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
