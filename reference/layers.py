@@ -221,7 +221,9 @@ def _normalize(x: Tensor, norm: str | None) -> Tensor:
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm == "zscore":
-        wide = (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + 1e-6)
+        centred = wide - wide.mean(-1, keepdim=True)
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5
+        wide = centred / (std + 1e-6)
     else:
         wide = F.normalize(wide, dim=-1)
     return wide.to(x.dtype)

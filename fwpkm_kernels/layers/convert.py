@@ -1,7 +1,7 @@
 """Between the parameters of published checkpoints and those of `FastWeightProductKeyMemory`."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -48,11 +48,10 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
         Our tensors by their names in the layer's state_dict, without a prefix.
 
     Raises:
-        ValueError: naming `state_dict`, on a name behind the prefix that is missing or unknown, and on shapes that do
-            not fit together.
+        TypeError, ValueError: naming `state_dict`, on a name behind the prefix that is missing or unknown, and on
+            shapes that do not fit together.
     """
-    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
-    _check_names(found, list(NAMES.values()), prefix)
+    found = _checked(state_dict, prefix, list(NAMES.values()))
     ours = {name: found[published] for name, published in NAMES.items() if published in found}
     for name, x in ours.items():
         if name.endswith("_norm.weight"):
@@ -79,11 +78,10 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
         Tensors by their published names behind `prefix`.
 
     Raises:
-        ValueError: naming `state_dict`, on a name that is missing or unknown.
+        TypeError, ValueError: naming `state_dict`, on a name that is missing or unknown.
     """
-    _check_names(state_dict, list(NAMES), "")
     published = {}
-    for name, x in state_dict.items():
+    for name, x in _checked(state_dict, "", list(NAMES)).items():
         if name.endswith("_norm.weight"):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) - 1
         elif name.startswith("g_proj."):
@@ -94,8 +92,11 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
     return published
 
 
-def _check_names(found: Collection[str], known: list[str], prefix: str) -> None:
-    """All names that are found are known, and none is missing: `known` has the order of NAMES."""
+def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str]) -> dict[str, Tensor]:
+    """What stands behind the prefix: all names of `known`, in the order of NAMES, and no others."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
+    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
     gate = {name for name, ours in zip(known, NAMES, strict=True) if ours.startswith("g_")}
     needed = {name for name in known if not name.endswith(".bias")}
     if gate.isdisjoint(found):
@@ -106,6 +107,7 @@ def _check_names(found: Collection[str], known: list[str], prefix: str) -> None:
                 f"`state_dict` must have the names of one layer behind the prefix {prefix!r}, but {what} "
                 + ", ".join(sorted(names))
             )
+    return found
 
 
 def _unflatten_keys(keys: Tensor, q_weight: Tensor, values: Tensor) -> Tensor:
