@@ -1,6 +1,16 @@
 """Fast-weight and static product key memories as modules."""
 
 from .convert import from_published, to_published
+from .fast_weight import FastWeightProductKeyMemory, LayerMemory, advance_memory
+from .streamed import StreamedMemory
 from .table import ValueTable
 
-__all__ = ["ValueTable", "from_published", "to_published"]
+__all__ = [
+    "FastWeightProductKeyMemory",
+    "LayerMemory",
+    "StreamedMemory",
+    "ValueTable",
+    "advance_memory",
+    "from_published",
+    "to_published",
+]
