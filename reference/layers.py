@@ -18,14 +18,16 @@ class Memory(Protocol):
 
     keys: Tensor  # [H, 2, n, Dk/2]; with scope="sequence" [S, H, 2, n, Dk/2], one for each of S documents
     values: Tensor  # [N, D]; [S, N, D]
+    hidden_states: Tensor | None  # [S, w - 1, d], what q_conv sees before each document; None is 0
 
 
 class LayerOutput(NamedTuple):
     """What a call gives, and the memory that it leaves."""
 
     output: Tensor  # [B, T, d]
-    keys: Tensor  # as in Memory
+    keys: Tensor  # these three as in Memory
     values: Tensor
+    hidden_states: Tensor | None
     gate_mean: Tensor | None  # a scalar
     slots: Tensor  # [B, T, J]
     weights: Tensor  # [B, T, J]
@@ -69,7 +71,7 @@ def fast_weight_layer(
     Args:
         hidden_states: [B, T, d].
         parameters: by their names in the layer's state_dict; a bias may be missing.
-        query_conv: the width of the causal convolution ``q_conv`` of each channel, which sees the tokens of one
+        query_conv: the width w of the causal convolution ``q_conv`` of each channel, which sees the tokens of one
         document; None leaves it out. With ``scope="batch"`` it sees 0 at tokens that are not real.
         input_norm: False leaves out q_norm, v_norm and g_norm.
         query_norm: of the query of each head: None, "l2" or "zscore", as ``value_norm``.
@@ -92,25 +94,34 @@ def fast_weight_layer(
     real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask > 0
     keys = parameters["keys"].reshape(heads, 2, num_keys, -1) if memory is None else memory.keys
     values = parameters["table.weight"] if memory is None else memory.values
+    before = None if memory is None else memory.hidden_states
+    if before is None and query_conv is not None:
+        before = hidden_states.new_zeros(len(documents), query_conv - 1, hidden_states.shape[-1])
     options |= {"top_k": top_k, "lookahead": lookahead}
 
-    def project(x: Tensor, pieces: list[Tensor], is_real: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q [b, t, H, Dk], v [b, t, D] and g [b, t] of x [b, t, d]; ``pieces`` are documents among its b·t tokens."""
+    def project(
+        x: Tensor, pieces: dict[int, Tensor], is_real: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """q [b, t, H, Dk], v [b, t, D] and g [b, t] of x [b, t, d], and the last w - 1 tokens of each document.
+
+        ``pieces`` has the documents, by their numbers, as indices into the b·t tokens.
+        """
 
         def normed(name: str) -> Tensor:
             return _rms_norm(x, parameters[name], norm_eps) if input_norm else x
 
-        features = normed("q_norm.weight")
+        features, last = normed("q_norm.weight"), []
         if query_conv is not None:
             features = torch.where(is_real.unsqueeze(-1), features, 0.0).flatten(0, 1)
-            features = torch.cat([_convolve(features[piece], parameters["q_conv.weight"]) for piece in pieces])
-            features = features.view(x.shape)
+            windows = [torch.cat([before[s], features[piece]]) for s, piece in pieces.items()]
+            features = torch.cat([_convolve(window, parameters["q_conv.weight"]) for window in windows]).view(x.shape)
+            last = [window[len(window) - query_conv + 1 :] for window in windows]
         q = _linear("q_proj", features, parameters).unflatten(-1, (heads, -1))
         v = _linear("v_proj", normed("v_norm.weight"), parameters)
         g = None
         if gate or write_gate:
             g = torch.sigmoid(_linear("g_proj", normed("g_norm.weight"), parameters)).squeeze(-1)
-        return _normalize(q, query_norm), _normalize(v, value_norm), g
+        return _normalize(q, query_norm), _normalize(v, value_norm), g, last
 
     def mix(p: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
         y = g.unsqueeze(-1) * p + (1 - g.unsqueeze(-1)) * v if gate else p + v
@@ -124,31 +135,34 @@ def fast_weight_layer(
             within = torch.ones(batch, length, dtype=torch.bool)
             within[0, :pairs] = number[:pairs] == number[lookahead:]
             mask = within if mask is None else within * mask
-        q, v, g = project(hidden_states, documents, real)
+        q, v, g, last = project(hidden_states, dict(enumerate(documents)), real)
         result = fast_weight_memory(q, v, keys, values, gates=g if write_gate else None, mask=mask, **options)
         gate_mean = None if g is None else g[real].sum() / max(1, int(real.sum()))
-        return LayerOutput(mix(result.output, v, g), *result[1:3], gate_mean, *result[3:])
+        tail = torch.stack(last) if last else before
+        return LayerOutput(mix(result.output, v, g), result.keys, result.values, tail, gate_mean, *result[3:])
 
     if memory is None:
         keys, values = (x.expand(len(documents), *x.shape) for x in (keys, values))
-    final_keys, final_values = keys.clone(), values.clone()
+    final_keys, final_values, tail = keys.clone(), values.clone(), None if query_conv is None else before.clone()
     tokens = hidden_states.flatten(0, 1)  # [B·T, d]
     output, gates = torch.zeros_like(tokens), tokens.new_zeros(len(tokens))
     slots = torch.full((len(tokens), heads * top_k), -1)
     weights = torch.zeros(slots.shape, dtype=torch.promote_types(tokens.dtype, torch.float32))
     for s, document in enumerate(documents):
         kept = document[real.flatten()[document]]
-        x = tokens[kept].unsqueeze(0)  # [1, t, d]
-        q, v, g = project(x, [torch.arange(len(kept))], torch.ones(1, len(kept), dtype=torch.bool))
+        everything = torch.arange(len(kept))
+        q, v, g, last = project(tokens[kept].unsqueeze(0), {s: everything}, torch.ones(1, len(kept), dtype=torch.bool))
         result = fast_weight_memory(q, v, keys[s], values[s], gates=g if write_gate else None, **options)
         output[kept] = mix(result.output, v, g)[0]
         final_keys[s], final_values[s] = result.keys, result.values
         slots[kept], weights[kept] = result.slots[0], result.weights[0]
         if g is not None:
             gates[kept] = g[0]
+        if query_conv is not None:
+            tail[s] = last[0]
     gate_mean = gates.sum() / max(1, int(real.sum())) if gate or write_gate else None
     output, slots, weights = (x.unflatten(0, (batch, length)) for x in (output, slots, weights))
-    return LayerOutput(output, final_keys, final_values, gate_mean, slots, weights)
+    return LayerOutput(output, final_keys, final_values, tail, gate_mean, slots, weights)
 
 
 def product_key_layer(
@@ -229,8 +243,8 @@ def _normalize(x: Tensor, norm: str | None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """z_t = Σᵢ weight[:, 0, i] · x_{t − w + 1 + i} of x [t, d], 0 before it begins, with weight [d, 1, w]."""
+def _convolve(window: Tensor, weight: Tensor) -> Tensor:
+    """z_t = Σᵢ weight[:, 0, i] · window[t + i], for the window [w - 1 + t, d] and weight [d, 1, w]: z is [t, d]."""
     width = weight.shape[-1]
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    return sum(weight[:, 0, i] * padded[i : i + len(x)] for i in range(width))
+    length = len(window) - width + 1
+    return sum(weight[:, 0, i] * window[i : i + length] for i in range(width))

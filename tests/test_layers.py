@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory
 from reference.layers import LayerOutput
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import assert_close

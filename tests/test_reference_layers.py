@@ -154,7 +154,7 @@ def test_convolution_by_a_double_loop(scope: str):
             s = before[at - 2 + i] if at - 2 + i >= 0 else -1
             if s >= 0 and number[s] == number[t] and real[s]:
                 z[0, t] += weight[:, 0, i] * x[0, s]
-    assert_close(reference.layers._convolve(x[0, 4:7], weight), z[0, 4:7])
+    assert_close(reference.layers._convolve(torch.cat([torch.zeros(2, D_MODEL), x[0, 4:7]]), weight), z[0, 4:7])
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -270,6 +270,7 @@ def test_a_call_starts_from_the_memory_it_is_given(scope: str):
     parameters, x = make_parameters(), draw(2, 7, D_MODEL, seed=40)
     leading = () if scope == "batch" else (2,)
     memory = SimpleNamespace(
+        hidden_states=None,
         keys=draw(*leading, HEADS, 2, NUM_KEYS, KEY_DIM // 2, seed=60),
         values=draw(*leading, NUM_KEYS**2, VALUE_DIM, seed=61),
     )
@@ -283,6 +284,23 @@ def test_a_call_starts_from_the_memory_it_is_given(scope: str):
         ]
     assert_close(found.output, torch.cat([each.output for each in expected]))
     assert_close(found.values.view(-1, VALUE_DIM), torch.cat([each.values.view(-1, VALUE_DIM) for each in expected]))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_the_convolution_goes_on_from_a_segment(scope: str):
+    """With whole chunks and lookahead 0, segments are the sequence cut apart."""
+    parameters, x = make_parameters(query_conv=3), draw(2, 9, D_MODEL, seed=40)
+    options = {"scope": scope, "query_conv": 3, "lookahead": 0}
+    whole = layer(x, parameters, **options)
+    first = layer(x[:, :3], parameters, **options)
+    second = layer(x[:, 3:], parameters, **options, memory=first)
+    assert_close(torch.cat([first.output, second.output], 1), whole.output)
+    h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * parameters["q_norm.weight"]
+    assert_close(first.hidden_states, h[:, 1:3])
+    assert_close(second.hidden_states, h[:, 7:])
+    short = layer(x[:, :1], parameters, **options)
+    assert_close(short.hidden_states, torch.stack([torch.zeros_like(h[:, 0]), h[:, 0]], 1))
+    assert layer(x, make_parameters(), scope=scope).hidden_states is None
 
 
 def test_gates_apart():
