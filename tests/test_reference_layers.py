@@ -50,8 +50,8 @@ def layer(x: Tensor, parameters: Mapping[str, Tensor], **options: Any) -> LayerO
 def check_golden_layer(run: Any, name: str) -> None:
     """What tests/golden/layers/README.md promises.
 
-    ``run(hidden_states, mask, parameters, config)`` takes parameters by the layer's own names, and gives a
-    `LayerOutput`, or what has the same names; slots may be left out as None.
+    ``run(hidden_states, mask, parameters, config)`` takes parameters by the layer's own names, and gives what has the
+    names of `LayerOutput`.
     """
     config, tensors = load(f"layers/{name}", f64)
     published = {key: x for key, x in tensors.items() if key.startswith("published:")}
@@ -59,8 +59,7 @@ def check_golden_layer(run: Any, name: str) -> None:
     leaves = {key: x.clone().requires_grad_() for key, x in leaves.items()}
     parameters = from_published({key: leaves[key] for key in published}, "published:")
     result = run(leaves["hidden_states"], tensors.get("mask"), parameters, config)
-    if result.slots is not None:
-        assert torch.equal(result.slots, tensors["slots"])
+    assert torch.equal(result.slots, tensors["slots"])
     hidden_out = leaves["hidden_states"] + result.output
     answers = {"layer_output": result.output, "hidden_out": hidden_out}
     answers |= {"final_keys": result.keys.flatten(0, 2), "final_values": result.values}
