@@ -200,6 +200,10 @@ def _loop(
     return_memory: bool,
     o: Options,
 ) -> DocumentsOutput:
+    if documents.number == 0:  # no rows: what the operator makes of them, and no memory
+        empty = fast_weight_memory(queries, targets, keys, values, gates=gates, **o._asdict())
+        memories = (x.new_empty(0, *x.shape) if return_memory else None for x in (keys, values))
+        return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
     pieces = documents.pieces()
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
     for number, piece in enumerate(pieces):

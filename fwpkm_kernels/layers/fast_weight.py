@@ -234,8 +234,6 @@ class FastWeightProductKeyMemory(nn.Module):
             self.table.reset_parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FastWeightProductKeyMemory":
-        if self._pending is not None:
-            self._pending = tuple(x.to(fn(x).device) for x in self._pending)  # type: ignore[assignment]
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
 
     def resized(self, num_keys: int) -> "FastWeightProductKeyMemory":
@@ -417,8 +415,7 @@ class FastWeightProductKeyMemory(nn.Module):
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 
         result = self.table(run)
-        # In a backward pass an activation checkpoint computes what is pending already.
-        if self.initial_memory == "persistent" and self.training and torch._C._current_graph_task_id() == -1:
+        if self.initial_memory == "persistent" and self.training and not _in_backward():
             self._pending = (result.keys.detach(), result.values.detach())
         return result
 
@@ -511,12 +508,17 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
         for memory, new in zip((layer.keys, layer.table.weight), layer._pending, strict=True):
             with torch.no_grad():
                 if reduce == "mean" and is_parallel and torch.distributed.get_world_size(group) > 1:
-                    moved = new - memory
+                    moved = new.to(memory.device) - memory
                     torch.distributed.all_reduce(moved, group=group)
                     memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))
                 else:
                     memory.copy_(new)
         layer._pending = None
+
+
+def _in_backward() -> bool:
+    """Whether an activation checkpoint computes the forward again: then what it leaves behind is pending already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:

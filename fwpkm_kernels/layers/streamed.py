@@ -94,7 +94,7 @@ class StreamedMemory:
                 x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
             return self.sessions[0].convolve(x, weight)
         parts = [one.convolve(take(x, piece), weight) for one, piece in zip(self.sessions, pieces, strict=True)]
-        return put_back(parts, pieces, x)
+        return put_back(parts, pieces, x) if parts else x
 
     @torch.no_grad()
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
@@ -108,7 +108,7 @@ class StreamedMemory:
             of_piece = (take(queries, piece), take(targets, piece))
             of_gates = None if gates is None else take(gates, piece)
             parts.append(fast_weight_memory_step(one.state, *of_piece, gates=of_gates, **options))
-        return put_back(parts, pieces, targets)
+        return put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
 
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now."""
