@@ -40,7 +40,7 @@ def golden_cases() -> list[Any]:
             place,
             name,
             id=f"{place.backend}-{name}",
-            marks=SLOW_IN_INTERPRETER if place.backend == "triton" and name != "paper_mask" else [],
+            marks=SLOW_IN_INTERPRETER if place.backend == "triton" else [],
         )
         for place in PLACES
         for name in GOLDEN_LAYERS
@@ -74,14 +74,14 @@ def randomise(layer: nn.Module) -> nn.Module:
 
 
 def make_layer(**options: Any) -> FastWeightProductKeyMemory:
-    return randomise(FastWeightProductKeyMemory(HIDDEN, backend="torch", dtype=f64, memory_dtype=f64, **options))
+    return randomise(FastWeightProductKeyMemory(HIDDEN, dtype=f64, memory_dtype=f64, **options))
 
 
 def with_gradients(found: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is found, by name, and the gradients of one loss on all of it but slots and weights."""
     results = {name: x for name, x in found._asdict().items() if x is not None}
     real = [x for name, x in results.items() if name not in ("slots", "weights")]
-    cotangents = [draw(*x.shape, seed=90 + i) for i, x in enumerate(real)]
+    cotangents = [draw(*x.shape, seed=90 + i).to(x.device) for i, x in enumerate(real)]
     gradients = torch.autograd.grad(real, list(leaves.values()), cotangents)
     return results | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
@@ -172,7 +172,7 @@ OPTIONS: dict[str, list[Any]] = {
     "bias": [False],
     "norm_eps": [0.1],
 }
-#: Those that do not; tested below, or where they matter.
+#: Those that do not.
 OTHERS = {"precision", "backend", "initial_memory", "memory_dtype", "output_init", "table"}
 OTHERS |= {"layer_idx", "device", "dtype"}
 X = draw(2, 7, HIDDEN, seed=80)
@@ -228,6 +228,17 @@ def test_a_mask_that_is_no_bool():
     assert not same(found, check(options, X, attention_mask=mask > 0))
     options["scope"] = "sequence"
     assert same(check(options, X, attention_mask=mask), check(options, X, attention_mask=mask > 0))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_backends(scope: str, place: Place):
+    """One chunk of two tokens, its write, and a token that reads it."""
+    options = BASE | {"scope": scope, "chunk_size": 2, "lookahead": 0}
+    layer = make_layer(**options, backend=place.backend, precision="ieee").to(place.device)
+    assert (layer.options.backend, layer.options.precision) == (place.backend, "ieee")
+    expected = of_reference(make_layer(**options), options, X[:1, :3])
+    found = of_layer(layer, X[:1, :3].to(place.device))
+    assert_close({name: y.cpu() for name, y in found.items()}, expected, BOUND)
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
