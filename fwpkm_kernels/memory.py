@@ -101,7 +101,7 @@ def run_scans(
 
 
 @checks.without_autocast
-def _forward(
+def run_forward(
     queries: Tensor,
     targets: Tensor,
     keys: Tensor,
@@ -148,7 +148,7 @@ def _forward_op(
         # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
         with torch.set_grad_enabled(torch._C._current_graph_task_id() != -1):
             return list(coupled_memory(q, y, k, v, g, m, o))
-    return _forward(queries, targets, keys, values, gates, mask, keep, o)
+    return run_forward(queries, targets, keys, values, gates, mask, keep, o)
 
 
 @_forward_op.register_fake
@@ -209,11 +209,11 @@ def _backward_op(
     *options: Any,
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
-    return _backward(queries, targets, gates, mask, grads, num_keys, with_addresses, Kept(*kept), Options(*options))
+    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, Kept(*kept), Options(*options))
 
 
 @checks.without_autocast
-def _backward(
+def run_backward(
     queries: Tensor,
     targets: Tensor,
     gates: Tensor | None,

@@ -22,9 +22,9 @@ class ValueTable(nn.Module):
         num_slots: N, rows.
         width: D, columns.
         init: "normal", with standard deviation D^-½, or "zeros".
-        trainable: whether `weight` is a Parameter; else it is a buffer, which half-precision casts of the module, such
-            as `.to(torch.bfloat16)`, leave in its dtype: a memory that is never trained would only lose bits.
-        dtype: of the weight.
+        trainable: whether `weight` is a Parameter; else it is a buffer, which casts of the module to fewer bits than
+            those of `dtype`, such as `.to(torch.bfloat16)`, leave in `dtype`: what is never trained would only lose.
+        dtype: of the weight, a floating-point one.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -45,7 +45,7 @@ class ValueTable(nn.Module):
         self.width = checks.check_int("width", width, minimum=1)
         checks.check_choice("init", init, TABLE_INITS)
         checks.check_flag("trainable", trainable)
-        self.init = init
+        self.init, self.memory_dtype = init, dtype
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
         self.reset_parameters()
@@ -79,11 +79,11 @@ def keep(module: nn.Module, name: str, x: Tensor, trainable: bool) -> None:
 
 
 def apply_but_round_no_buffer(module: Any, apply: Callable[..., Any], fn: Callable[..., Any], recurse: bool) -> Any:
-    """`nn.Module._apply`, after which the module's own buffers hold what they held, if `fn` cast them to fewer bits."""
+    """`nn.Module._apply`, after which the module's own buffers have no fewer bits than its `memory_dtype`."""
     before = dict(module._buffers)
     apply(fn, recurse)
     for name, x in before.items():
-        after = module._buffers[name]
-        if x is not None and after.is_floating_point() and torch.finfo(after.dtype).bits < torch.finfo(x.dtype).bits:
-            module._buffers[name] = x.to(after.device)
+        after, least = module._buffers[name], module.memory_dtype
+        if x is not None and torch.finfo(after.dtype).bits < torch.finfo(least).bits:
+            module._buffers[name] = x.to(after.device, least)
     return module
