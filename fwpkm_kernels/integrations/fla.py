@@ -39,6 +39,5 @@ class FLAMixer(nn.Module):
         """
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :]
-        cache = past_key_values if use_cache else None
-        output = self.layer(hidden_states, attention_mask, cache=cache, use_cache=bool(use_cache), **kwargs)
+        output = self.layer(hidden_states, attention_mask, cache=past_key_values, use_cache=bool(use_cache), **kwargs)
         return output, None, past_key_values

@@ -6,11 +6,10 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 
 import copy
 import functools
-import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
 )
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .. import _checks as checks
 from ..layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
@@ -54,11 +53,16 @@ class MemoryCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: FastWeightProductKeyMemory) -> None:
         super().__init__()
         self._layer = weakref.ref(layer)
         self.memory: StreamedMemory | None = None
         self.is_refused = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryCacheLayer":
+        other = copy.copy(self)
+        other.memory = None if self.memory is None else self.memory.clone()
+        return other
 
     def belongs_to(self, layer: nn.Module) -> bool:
         return self._layer() is layer
@@ -75,7 +79,7 @@ class MemoryCacheLayer(CacheLayerMixin):
         raise NotImplementedError("a memory's layer of a cache holds no key and value states")
 
     def get_seq_length(self) -> int:
-        return 0 if self.memory is None else max(self.memory.positions, default=0)
+        return 0 if self.memory is None else self.memory.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -85,12 +89,12 @@ class MemoryCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         if self.memory is not None:
-            self.memory.to("cpu")
+            self.memory = self.memory.to("cpu")
 
     def prefetch(self) -> None:
         layer = self._layer()
         if self.memory is not None and layer is not None:
-            self.memory.to(next(layer.parameters()).device)
+            self.memory = self.memory.to(layer.keys.device)
 
     def reset(self) -> None:
         self.is_refused = False
@@ -109,10 +113,12 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.reorder_cache(torch.arange(self.memory.batch, device="cpu").repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back tokens: the last ``-tokens_to_remove`` of every row, or, of a positive number, all beyond so many.
+        """Take back columns: the last ``-tokens_to_remove``, or, for a positive number, all beyond so many.
+
+        None of them may be padding, which is on the left where there is any.
 
         Raises:
-            ValueError: these tokens are not all in the present chunk, before which the memory was written.
+            ValueError: they are not all in the present chunk of every row: what came before it is written.
         """
         if self.memory is None:
             return
@@ -138,7 +144,7 @@ def _find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:
     return None
 
 
-def _find_or_append(cache: Cache, layer: nn.Module) -> MemoryCacheLayer:
+def _find_or_append(cache: Cache, layer: FastWeightProductKeyMemory) -> MemoryCacheLayer:
     entry = _find(cache, layer)
     if entry is None:
         if (kind := cache.layer_class_to_replicate) is not None:
@@ -214,7 +220,8 @@ class _MemoryBlock:
             )
             if gate_means is not None:
                 output, mean = output
-                gate_means.append(mean)
+                if mean is not None:  # of a memory without gates
+                    gate_means.append(mean)
             hidden_states = hidden_states + output
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -254,7 +261,8 @@ class _MemoryHead:
             if price and means:
                 output.loss = output.loss + price * _share(**kwargs) * torch.stack(means).mean()
             if is_asked:
-                output = _with_gate_means(type(output))(**output, gate_means=tuple(means))
+                kind: Any = type(output)
+                output = _with_gate_means(kind)(**output, gate_means=tuple(means))
         is_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if is_tuple else output
 
@@ -309,7 +317,8 @@ def _empty(mixin: Any, kind: Any) -> Any:
 
 
 def _mix_into(module: nn.Module, mixin: Any) -> None:
-    module.__class__ = _mixed(mixin, type(module))  # type: ignore[assignment]
+    kind: Any = type(module)
+    module.__class__ = _mixed(mixin, kind)
 
 
 _OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
@@ -439,7 +448,7 @@ def _weight_files(folder: str | os.PathLike[str]) -> list[str]:
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}
     if (index := cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **missing_is_none)) is not None:
         return list(get_checkpoint_shard_files(folder, index)[0])
-    return [cached_file(folder, SAFE_WEIGHTS_NAME)]
+    return [str(cached_file(folder, SAFE_WEIGHTS_NAME))]
 
 
 # A language model with memories of both kinds, of transformers' parts.
@@ -461,7 +470,7 @@ class FwPKMConfig(Qwen3Config):
         pkm_layers: layers with a ProductKeyMemory in place of the MLP.
         pkm: its options, by name.
         share_pkm_table: whether these have one table of values together.
-        gate_price: what the loss gains for each unit of the mean of the gates of the memories; 0 is the published model.
+        gate_price: the loss gains so much for each unit of the gates' mean over memories; 0 is the published model.
 
     Raises:
         ValueError: naming the field.
@@ -474,18 +483,17 @@ class FwPKMConfig(Qwen3Config):
     linear_value_head_dim: int = 64
     linear_num_key_heads: int = 8
     linear_num_value_heads: int = 8
-    memory_layers: list[int] | None = None
-    memory: dict[str, Any] | None = None
-    pkm_layers: list[int] | None = None
-    pkm: dict[str, Any] | None = None
+    memory_layers: list[int] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    pkm_layers: list[int] = field(default_factory=list)
+    pkm: dict[str, Any] = field(default_factory=dict)
     share_pkm_table: bool = False
     gate_price: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Qwen3Config has no window otherwise.
         self.use_sliding_window = "sliding_attention" in (self.layer_types or ())
-        self.memory_layers, self.pkm_layers = list(self.memory_layers or []), list(self.pkm_layers or [])
-        self.memory, self.pkm = _plain(self.memory or {}), _plain(self.pkm or {})
+        self.memory, self.pkm = _plain(self.memory), _plain(self.pkm)
         super().__post_init__(**kwargs)
 
     def validate_memories(self) -> None:
@@ -538,7 +546,7 @@ class FwPKMConfig(Qwen3Config):
 class _GatedDeltaNet(Qwen3NextGatedDeltaNet):
     """A Gated DeltaNet with the signature of Qwen3's attention."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         cache = kwargs.pop("cache", None)
@@ -551,10 +559,11 @@ class FwPKMBlock(_MemoryBlock, Qwen3DecoderLayer):
 
     forward = _signed(_MemoryBlock.forward, Qwen3DecoderLayer.forward)
 
-    def __init__(self, config: FwPKMConfig, layer_idx: int, table: ValueTable | None = None) -> None:
+    def __init__(self, config: Any, layer_idx: int, table: ValueTable | None = None) -> None:
         super().__init__(config, layer_idx)
         if config.layer_types[layer_idx] == "linear_attention":
-            self.self_attn = _GatedDeltaNet(config, layer_idx)
+            mixer: Any = _GatedDeltaNet(config, layer_idx)
+            self.self_attn = mixer
         if layer_idx in config.pkm_layers:
             self.mlp = ProductKeyMemory(config.hidden_size, table=table, layer_idx=layer_idx, **config.pkm)
         self.memory = _make_memory(config, layer_idx, config.memory) if layer_idx in config.memory_layers else None
@@ -584,7 +593,7 @@ class FwPKMModel(_MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
         super(Qwen3Model, self).__init__(config)  # of any model: Qwen3Model's own would make its decoder layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
-        tables: list[ValueTable] = []
+        tables: list[Any] = []
         for index in range(config.num_hidden_layers):
             block = FwPKMBlock(config, index, *tables[:1])
             self.layers.append(block)
@@ -636,9 +645,10 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
         self.model = FwPKMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = "linear_attention" in config.layer_types  # whose states cannot be taken back
+        self._is_stateful = "linear_attention" in (config.layer_types or ())  # whose states cannot be taken back
         self.post_init()
 
 
-AutoConfig.register("fwpkm", FwPKMConfig)
-AutoModelForCausalLM.register(FwPKMConfig, FwPKMForCausalLM)
+# The last of several copies of this module, or of its reloads, has the name.
+AutoConfig.register("fwpkm", FwPKMConfig, exist_ok=True)
+AutoModelForCausalLM.register(FwPKMConfig, FwPKMForCausalLM, exist_ok=True)
