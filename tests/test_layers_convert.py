@@ -170,6 +170,13 @@ def test_an_unknown_name():
         from_published([])
 
 
+def test_a_layer_among_the_others_of_its_block():
+    block = {"a.self_attn.q_proj.weight": torch.ones(1), "a.mlp.weight": torch.ones(1), "fw_x": torch.ones(1)}
+    alone = from_published(published(prefix="a."), "a.")
+    for name, x in from_published(published(prefix="a.") | block, "a.").items():
+        torch.testing.assert_close(x, alone[name])
+
+
 @pytest.mark.parametrize(
     "changed",
     [

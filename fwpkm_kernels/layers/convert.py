@@ -1,6 +1,7 @@
 """Between the parameters of published checkpoints and those of `FastWeightProductKeyMemory`."""
 
 import math
+import os
 from collections.abc import Mapping
 
 import torch
@@ -42,7 +43,7 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
             [H·Dk, d], fw_v_norm.weight [d], fw_v_proj.weight [D, d], fw_out_norm.weight [D], fw_out_proj.weight [d, D],
             fwpkm.keys [2·H·n, Dk/2] (heads one after the other, the halves within), fwpkm.values [n², D], and where
             there is a gate fw_out_gate_norm.weight [d] and fw_out_gate.weight [8, d]. Each projection may have a .bias.
-        prefix: what stands before these names; other names than those that begin with it are not looked at.
+        prefix: what stands before these names, "model.layers.2." say; only names that go on with "fw" are looked at.
 
     Returns:
         Our tensors by their names in the layer's state_dict, without a prefix.
@@ -93,10 +94,14 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
 
 
 def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str]) -> dict[str, Tensor]:
-    """What stands behind the prefix: all names of `known`, in the order of NAMES, and no others."""
+    """What stands behind the prefix: all names of `known`, in the order of NAMES, and no others.
+
+    A published layer's parameters stand among those of its block, whose names begin otherwise.
+    """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
-    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    begins = prefix + os.path.commonprefix(known)
+    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(begins)}
     gate = {name for name, ours in zip(known, NAMES, strict=True) if ours.startswith("g_")}
     needed = {name for name in known if not name.endswith(".bias")}
     if gate.isdisjoint(found):
