@@ -65,12 +65,12 @@ def check_slots(name: str, x: Tensor) -> None:
         raise TypeError(f"`{name}` must be int64 or int32, got {x.dtype}")
 
 
-def check_slot_range(name: str, x: Tensor, num_slots: int) -> None:
-    """On CPU tensors: every entry of `x` lies in [0, num_slots)."""
+def check_slot_range(name: str, x: Tensor, num_slots: int, *, minimum: int = 0) -> None:
+    """On CPU tensors: every entry of `x` lies in [minimum, num_slots)."""
     if x.device.type == "cpu" and x.numel() > 0:
         low, high = (int(v) for v in torch.aminmax(x))
-        if low < 0 or high >= num_slots:
-            raise ValueError(f"`{name}` must lie in [0, {num_slots}), got values from {low} to {high}")
+        if low < minimum or high >= num_slots:
+            raise ValueError(f"`{name}` must lie in [{minimum}, {num_slots}), got values from {low} to {high}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

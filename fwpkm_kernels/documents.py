@@ -39,6 +39,11 @@ class Documents(NamedTuple):
         """Whether every row is a document, without padding."""
         return self.mask is None and self.cu_seqlens is None
 
+    @property
+    def is_one(self) -> bool:
+        """Whether all tokens are those of one document: then nothing is cut apart, nor put back."""
+        return self.batch == 1 and self.are_rows
+
     def bounds(self, device: torch.device) -> Tensor:
         """Where the documents of a row begin, and where the last one ends, int64 [S / B + 1]; nothing waits."""
         if self.cu_seqlens is None:

@@ -1,16 +1,22 @@
 """Fast-weight and static product key memories as modules."""
 
-from .convert import from_published, to_published
+from . import convert
 from .fast_weight import FastWeightProductKeyMemory, LayerMemory, advance_memory
+from .optim import parameter_groups
+from .product_key import ProductKeyMemory
+from .stats import MemoryStats, memory_stats
 from .streamed import StreamedMemory
 from .table import ValueTable
 
 __all__ = [
     "FastWeightProductKeyMemory",
     "LayerMemory",
+    "MemoryStats",
+    "ProductKeyMemory",
     "StreamedMemory",
     "ValueTable",
     "advance_memory",
-    "from_published",
-    "to_published",
+    "convert",
+    "memory_stats",
+    "parameter_groups",
 ]

@@ -57,13 +57,14 @@ class StreamedMemory:
     """What a `FastWeightProductKeyMemory` reads and writes in place, call after call: see its `new_memory`.
 
     Under scope="sequence" it holds a `MemoryState` for each sequence, under "batch" one for all. Attributes: `batch`,
-    how many sequences; `positions`, how many tokens each has read, without padding.
+    how many sequences; `positions`, how many tokens each has read, without padding; `columns`, how many with padding.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, batch: int, scope: str, options: Options, conv_width: int) -> None:
         self.batch, self.scope, self.options = batch, scope, options
         self._initial, self._conv_width = (keys, values), conv_width
         self.sessions = [self._new_session() for _ in range(batch if scope == "sequence" else 1)]
+        self.columns = 0
 
     @classmethod
     def of_state(cls, state: MemoryState, batch: int, options: Options) -> "StreamedMemory":
@@ -71,6 +72,7 @@ class StreamedMemory:
         self = cls.__new__(cls)
         self.batch, self.scope, self.options = batch, "batch", options
         self.sessions = [Session(state, options.chunk_size, 1)]
+        self.columns = state.position
         return self
 
     def _new_session(self) -> Session:
@@ -82,8 +84,8 @@ class StreamedMemory:
         return [x.state.position for x in (self.sessions if self.scope == "sequence" else self.sessions * self.batch)]
 
     def _pieces(self, documents: Documents) -> list[slice | Tensor] | None:
-        """Where the tokens of each session lie among the B·T; None under scope="batch", whose session has all."""
-        return documents.pieces() if self.scope == "sequence" else None
+        """Where the tokens of each session lie among the B·T; None where one session has them all as they are."""
+        return None if self.scope == "batch" or documents.is_one else documents.pieces()
 
     @torch.no_grad()
     def convolve(self, x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
@@ -96,25 +98,28 @@ class StreamedMemory:
         parts = [one.convolve(take(x, piece), weight) for one, piece in zip(self.sessions, pieces, strict=True)]
         return put_back(parts, pieces, x) if parts else x
 
-    @torch.no_grad()
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
         """Read the next tokens, [B, T, H, Dk] and [B, T, D]; the output [B, T, D], 0 at padding."""
         pieces, options = self._pieces(documents), self.options._asdict()
         if pieces is None:
-            mask = documents.mask
-            return fast_weight_memory_step(self.sessions[0].state, queries, targets, gates=gates, mask=mask, **options)
-        parts = []
-        for one, piece in zip(self.sessions, pieces, strict=True):
-            of_piece = (take(queries, piece), take(targets, piece))
-            of_gates = None if gates is None else take(gates, piece)
-            parts.append(fast_weight_memory_step(one.state, *of_piece, gates=of_gates, **options))
-        return put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
+            state, mask = self.sessions[0].state, documents.mask
+            read = fast_weight_memory_step(state, queries, targets, gates=gates, mask=mask, **options)
+        else:
+            parts = []
+            for one, piece in zip(self.sessions, pieces, strict=True):
+                of_piece = (take(queries, piece), take(targets, piece))
+                of_gates = None if gates is None else take(gates, piece)
+                parts.append(fast_weight_memory_step(one.state, *of_piece, gates=of_gates, **options))
+            read = put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
+        self.columns += documents.length
+        return read
 
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now."""
         for one in self.sessions:
             one.state.reset()
             one.window = None
+        self.columns = 0
 
     def reorder(self, indices: Tensor | Sequence[int]) -> None:
         """Let the sequences at `indices` go on, in this order: beams, sub-batches, several answers to one prompt.
@@ -159,6 +164,7 @@ class StreamedMemory:
             )
         for one in self.sessions:
             one.state.rollback(tokens)
+        self.columns -= tokens
 
     def clone(self) -> "StreamedMemory":
         """An independent copy, which shares the initial memory."""

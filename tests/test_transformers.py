@@ -1,0 +1,552 @@
+"""Memories in Hugging Face models: caches, generation, training, saving, and the model of our own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from fwpkm_kernels.integrations.transformers import (
+    FwPKMConfig,
+    FwPKMForCausalLM,
+    MemoryCacheLayer,
+    add_memory,
+    load_memory,
+)
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, parameter_groups
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+PAD, VOCABULARY, PROMPT = 0, 61, 23
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD,
+    "initializer_range": 0.2,  # so that greedy decoding does not stand still
+}
+MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
+PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
+OWN = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "sliding_attention", "full_attention", "linear_attention"],
+    "sliding_window": 7,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "memory_layers": [0, 2],
+    "memory": MEMORY,
+    "pkm_layers": [1, 3],
+    "pkm": PKM,
+}
+ONLY_GDN = {**OWN, "layer_types": ["linear_attention"] * 4, "pkm_layers": []}
+
+
+@pytest.fixture(autouse=True)
+def gated_delta_nets_in_pytorch(monkeypatch):
+    """As where fla is not installed, whose kernels need a GPU."""
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        function = getattr(modeling_qwen3_next, name)
+        monkeypatch.setattr(modeling_qwen3_next, name, getattr(function, "__wrapped__", function))
+
+
+def qwen(seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **changes)).eval()
+
+
+def with_memory(**options) -> Qwen3ForCausalLM:
+    return add_memory(qwen(), [0, 2], **(MEMORY | options))
+
+
+def own(**changes) -> FwPKMForCausalLM:
+    torch.manual_seed(0)
+    return FwPKMForCausalLM(FwPKMConfig(**(OWN | changes))).eval()
+
+
+MAKERS = {"added": with_memory, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
+
+
+@pytest.fixture(params=MAKERS, scope="module")
+def model(request):
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def added():
+    return with_memory()
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows, and the mask of the second, which is shorter and padded on the left."""
+    ids = torch.randint(1, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    return ids * mask, mask
+
+
+def read(model, cache, ids, mask=None, cuts=(5, 10, 1, 7)) -> torch.Tensor:
+    """Logits of pieces that are read one after the other."""
+    logits, seen = [], 0 if mask is None else mask.shape[1] - ids.shape[1]
+    for piece in ids.split(list(cuts), 1):
+        seen += piece.shape[1]
+        past = None if mask is None else mask[:, :seen]
+        logits.append(model(piece, attention_mask=past, cache=cache, use_cache=True).logits)
+    return torch.cat(logits, 1)
+
+
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    model.zero_grad()
+    return found
+
+
+@torch.no_grad()
+def test_any_cut_through_a_cache_is_the_whole(model):
+    ids, mask = prompts()
+    whole = model(ids, attention_mask=mask).logits
+    close(whole[1, 9:], model(ids[1:, 9:]).logits[0])
+    cache = DynamicCache(config=model.config)
+    close(read(model, cache, ids, mask)[mask > 0], whole[mask > 0])
+    assert [x.get_seq_length() for x in cache.layers if isinstance(x, MemoryCacheLayer)] == [PROMPT, PROMPT]
+    cache.reset()
+    close(read(model, cache, ids, mask, (12, 11))[mask > 0], whole[mask > 0])
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on_by_itself(model):
+    ids, _ = prompts()
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    read(model, cache, ids[:, :14], cuts=(14,))
+    other = copy.deepcopy(cache)
+    read(model, cache, ids.flip(0)[:, 14:], cuts=(9,))
+    close(read(model, other, ids[:, 14:], cuts=(4, 5)), whole[:, 14:])
+    assert len(other.layers) == len(cache.layers)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_chosen_repeated_and_reordered(added):
+    ids, _ = prompts()
+    whole = added(ids).logits
+    for choose, rows in (
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    ):
+        cache = DynamicCache(config=added.config)
+        read(added, cache, ids[:, :14], cuts=(14,))
+        choose(cache)
+        close(read(added, cache, ids[rows, 14:], cuts=(9,)), whole[rows, 14:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("crop", [-3, 12])
+def test_a_cache_is_cropped_inside_a_chunk(added, crop):
+    ids, mask = prompts()
+    mask[1] = (torch.arange(PROMPT) >= 1).long()
+    ids = ids + (ids == PAD)
+    whole = added(ids, attention_mask=mask).logits
+    cache = DynamicCache(config=added.config)
+    read(added, cache, ids[:, :12], mask[:, :12], (12,))
+    wrong = ids.flip(0)[:, :3].clamp(min=1)
+    read(added, cache, wrong, torch.ones(2, 15), (3,))
+    crop_all(cache, crop, columns=15)
+    close(read(added, cache, ids[:, 12:], mask, (11,)), whole[:, 12:])
+
+
+def crop_all(cache, crop: int, columns: int) -> None:
+    """Layers of transformers 5.24 take no positive counts any more."""
+    for layer in cache.layers:
+        layer.crop(crop if isinstance(layer, MemoryCacheLayer) or crop < 0 else crop - columns)
+
+
+@torch.no_grad()
+def test_a_crop_beyond_the_chunk_is_refused(added):
+    cache = DynamicCache(config=added.config)
+    read(added, cache, prompts()[0], cuts=(23,))
+    with pytest.raises(ValueError, match="`tokens` must be at most 5"):
+        cache.layers[-1].crop(-6)
+    assert cache.layers[-1].get_seq_length() == PROMPT
+
+
+GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
+
+
+def test_generation_with_padding_is_that_of_each_row_alone(model):
+    ids, mask = prompts()
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    assert len(expected[:, PROMPT:].unique()) > 4
+    for row, prompt in ((0, ids[:1]), (1, ids[1:, 9:])):
+        alone = model.generate(prompt, **GREEDY)
+        assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:])
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
+
+
+def test_beams_and_samples_with_a_cache_are_those_without(model):
+    ids, mask = prompts()
+    beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    samples = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 3, "pad_token_id": PAD}
+    for options in (beams, samples):
+        found = []
+        for use_cache in (True, False):
+            set_seed(0)
+            found.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **options))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+def test_a_cache_without_a_config_is_filled_up(added, name):
+    ids, mask = prompts()
+    cache = DynamicCache()
+    found = added.generate(ids, attention_mask=mask, **{name: cache}, **GREEDY)
+    assert torch.equal(found, added.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
+    assert [isinstance(x, MemoryCacheLayer) for x in cache.layers] == [False] * 3 + [True] * 2
+
+
+def test_prompt_lookup_gives_the_greedy_tokens():
+    model = with_memory(chunk_size=64)
+    prompt = prompts()[0][:1].repeat(1, 2)
+    expected = model.generate(prompt, **GREEDY)
+    calls = []
+    model.model.register_forward_hook(lambda *args: calls.append(1))
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), expected)
+    assert 1 < len(calls)
+
+
+def test_gated_delta_nets_cannot_be_assisted():
+    with pytest.raises(ValueError, match="stateful"):
+        own().generate(prompts()[0][:1], prompt_lookup_num_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_training_has_its_gradients_with_a_cache_and_checkpoints(make):
+    model = make().train()
+    ids, mask = prompts()
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs = {"attention_mask": mask, "labels": labels, "output_gate_means": True}
+
+    def run(**options):
+        output = model(ids, **inputs, **options)
+        (output.loss + sum(output.gate_means)).backward()
+        return output, gradients(model)
+
+    expected, of_expected = run(use_cache=False)
+    assert len(expected.gate_means) == 2
+    assert all(of_expected[name].count_nonzero() for name in of_expected if "memory" in name)
+    output, found = run()
+    with pytest.raises(ValueError, match=r"`cache` must be read into under torch.no_grad\(\)"), torch.no_grad():
+        model(ids, cache=output.cache)
+    model.gradient_checkpointing_enable()
+    checkpointed, of_checkpointed = run(use_cache=False)
+    for other, grads in ((output, found), (checkpointed, of_checkpointed)):
+        close(other.loss, expected.loss)
+        close(other.gate_means, expected.gate_means)
+        close(grads, of_expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="`use_reentrant` must be False"):
+        run(use_cache=False)
+
+
+def test_a_cache_that_holds_tokens_has_no_gradients(added):
+    ids, _ = prompts()
+    cache = DynamicCache(config=added.config)
+    with torch.no_grad():
+        added(ids, cache=cache)
+    with pytest.raises(ValueError, match="`cache` is written in place, without gradients"):
+        added(ids, cache=cache)
+
+
+@pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
+def test_packed_sequences_are_those_alone(make):
+    model = make().train()
+    ids, mask = prompts()
+    rows = [ids[0], ids[1, 9:]]
+    examples = [{"input_ids": row.tolist()} for row in rows]
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
+    packed = {name: x for name, x in packed.items() if not name.startswith("max_length")}
+    output = model(**packed, use_cache=False)
+    output.loss.backward()
+    found = gradients(model)
+    alone = [model(row[None], labels=row[None]) for row in rows]
+    close(output.logits, torch.cat([x.logits for x in alone], 1))
+    weights = [len(row) - 1 for row in rows]
+    loss = sum(x.loss * weight for x, weight in zip(alone, weights, strict=True)) / sum(weights)
+    close(output.loss, loss)
+    loss.backward()
+    close(found, gradients(model))
+
+
+@torch.no_grad()
+def test_gate_means_are_of_real_tokens_and_cost_a_price():
+    ids, mask = prompts()
+    model = own(gate_price=0.5)
+    seen = []
+    for block in (model.model.layers[0], model.model.layers[2]):
+        gate = block.memory.g_proj
+        gate.register_forward_hook(lambda module, args, output: seen.append(torch.sigmoid(output[mask > 0]).mean()))
+    labels = ids.masked_fill(mask == 0, -100)
+    output = model(ids, attention_mask=mask, labels=labels, output_gate_means=True)
+    close(torch.stack(output.gate_means), torch.stack(seen))
+    plain = own()(ids, attention_mask=mask, labels=labels)
+    assert "gate_means" not in plain
+    close(output.loss, plain.loss + 0.5 * torch.stack(seen).mean())
+    # A step of two such calls has the price once.
+    total = 2 * (labels[:, 1:] != -100).sum()
+    half = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=total)
+    close(2 * half.loss, output.loss)
+    as_tuple = model(ids, attention_mask=mask, labels=labels, output_gate_means=True, return_dict=False)
+    close(as_tuple[0], output.loss)
+    close(as_tuple[-1], output.gate_means)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [with_memory, own], ids=["added", "own"])
+def test_models_are_copied_and_pickled(make):
+    model = make()
+    ids, mask = prompts()
+    expected = model(ids, attention_mask=mask).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids, attention_mask=mask).logits, expected)
+        assert type(other) is type(model)
+        assert type(other).__name__ == type(make()).__name__
+        other.model.layers[0].memory.keys.zero_()
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["10KB", "1GB"])
+@pytest.mark.parametrize("initial_memory", ["learned", "frozen"])
+def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
+    model = with_memory(initial_memory=initial_memory, memory_dtype=torch.float32)
+    ids, _ = prompts()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "10KB")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(plain(ids).logits, expected)
+    assert load_memory(plain, tmp_path) is plain
+    assert torch.equal(plain(ids).logits, expected)
+    plain.model.layers[2].memory.keys.zero_()
+    assert torch.equal(load_memory(plain, tmp_path)(ids).logits, expected)
+    half = load_memory(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tmp_path)
+    memory = half.model.layers[2].memory
+    assert {memory.keys.dtype, memory.table.weight.dtype} == {torch.float32}
+    assert memory.q_proj.weight.dtype == torch.bfloat16
+    assert half(ids).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_memory_that_begins_as_the_identity_changes_nothing():
+    ids, mask = prompts()
+    plain = qwen()
+    expected = plain(ids, attention_mask=mask).logits
+    assert torch.equal(add_memory(plain, [1], **MEMORY, output_init="zeros")(ids, attention_mask=mask).logits, expected)
+
+
+@torch.no_grad()
+def test_our_model_is_saved_and_loaded(tmp_path):
+    model = own(share_pkm_table=True, memory={**MEMORY, "memory_dtype": torch.float32})
+    assert model.model.layers[1].mlp.table is model.model.layers[3].mlp.table
+    ids, mask = prompts()
+    expected = model(ids, attention_mask=mask).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is FwPKMForCausalLM
+    assert torch.equal(loaded(ids, attention_mask=mask).logits, expected)
+    first, last = (loaded.model.layers[index].mlp.table.weight for index in (1, 3))
+    assert first is last
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wide = {name for name, x in half.named_parameters() if x.dtype == torch.float32}
+    assert {name.rpartition("memory.")[2] for name in wide if "memory" in name} == {"keys", "table.weight"}
+    assert half(ids, attention_mask=mask).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_loaded(tmp_path):
+    plain = qwen()
+    plain.save_pretrained(tmp_path)
+    config = FwPKMConfig(**SIZES, memory_layers=[1], memory={**MEMORY, "output_init": "zeros"})
+    model = FwPKMForCausalLM.from_pretrained(tmp_path, config=config)
+    memory = model.model.layers[1].memory
+    ids, mask = prompts()
+    assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
+    check_drawn(memory)
+    assert memory.o_proj.weight.count_nonzero() == 0
+
+
+@torch.no_grad()
+def test_our_layers_begin_as_they_do_alone():
+    model = own(pkm={**PKM, "output": "none", "value_dim": 32} if False else PKM)
+    check_drawn(model.model.layers[0].memory)
+    fresh = ProductKeyMemory(32, **PKM)
+    for name, x in model.model.layers[1].mlp.named_parameters():
+        torch.testing.assert_close(x.std(), fresh.get_parameter(name).std(), rtol=0.5, atol=1e-3)
+    model.model.layers[0].self_attn.A_log.exp().clamp(0.01, 16).equal(model.model.layers[0].self_attn.A_log.exp())
+
+
+def check_drawn(memory: FastWeightProductKeyMemory) -> None:
+    """As the layer draws it, and not transformers."""
+    assert memory.keys.abs().max() <= 8**-0.5
+    assert memory.keys.abs().max() > 0.9 * 8**-0.5
+    torch.testing.assert_close(memory.table.weight.std(), torch.tensor(16**-0.5), rtol=0.1, atol=0)
+    assert memory.q_proj.weight.abs().max() <= 32**-0.5
+    assert memory.q_proj.bias.count_nonzero() > 0
+
+
+def test_names_of_the_papers_models():
+    config = FwPKMConfig.published("gdn + swa | pkm@6 + fwpkm@2,10", memory={"num_keys": 16})
+    assert config.layer_types == ["linear_attention", "sliding_attention"] * 6
+    assert (config.memory_layers, config.pkm_layers, config.memory) == ([2, 10], [6], {"num_keys": 16})
+    assert (config.sliding_window, config.hidden_size, config.num_hidden_layers) == (512, 768, 12)
+    assert FwPKMConfig.published("fa").memory_layers == []
+    with torch.device("meta"):
+        model = FwPKMForCausalLM(FwPKMConfig.published())
+    tables = [x for name, x in model.named_parameters() if name.endswith("table.weight")]
+    assert [x.shape for x in tables] == [(512**2, 512)] * 3
+    for name in ("mamba", "gdn | fwpkm", "gdn | ttt@3", "gdn | pkm@x", ""):
+        with pytest.raises(ValueError, match="`name` must be as in"):
+            FwPKMConfig.published(name)
+
+
+BAD_CONFIGS = {
+    "memory_layers": {"memory_layers": [4]},
+    "pkm_layers": {"pkm_layers": [1, 1]},
+    "layer_types": {"layer_types": ["chunked_attention"] * 4},
+    "num_hidden_layers": {"layer_types": ["full_attention"] * 3},
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configurations_are_named(name):
+    with pytest.raises(Exception, match=f"`{name}`"):
+        FwPKMConfig(**(OWN | BAD_CONFIGS[name]))
+
+
+def test_bad_additions_are_named_and_change_nothing():
+    model = qwen()
+    for layers in ([3], [1, 1], []):
+        with pytest.raises(ValueError, match="`layers` must be different indices below 3"):
+            add_memory(model, layers, **MEMORY)
+    with pytest.raises(ValueError, match="`layers`"):
+        add_memory(model, [-1], **MEMORY)
+    with pytest.raises(TypeError, match="`dtype` must not be among the options"):
+        add_memory(model, [1], dtype=torch.float32)
+    with pytest.raises(ValueError, match="`key_dim` must be even"):
+        add_memory(model, [1], key_dim=3)
+    with pytest.raises(TypeError, match="`model` must have a decoder with `layers`, got Linear"):
+        add_memory(torch.nn.Linear(1, 1), [0])
+    assert type(model) is Qwen3ForCausalLM
+    assert not hasattr(model.config, "fwpkm")
+    add_memory(model, [1], **MEMORY)
+    with pytest.raises(ValueError, match="`model` must have no memory yet"):
+        add_memory(model, [2], **MEMORY)
+
+
+def test_checkpoints_of_another_configuration_are_named(tmp_path):
+    with_memory().save_pretrained(tmp_path / "memory")
+    qwen().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="chunk_size=6, got chunk_size=4"):
+        load_memory(with_memory(chunk_size=4), tmp_path / "memory")
+    with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories"):
+        load_memory(qwen(), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"q_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"):
+        load_memory(Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"hidden_size": 16}))), tmp_path / "memory")
+
+
+@torch.no_grad()
+def test_a_cache_must_know_the_layers_and_keeps_its_rows(added):
+    layer, x = FastWeightProductKeyMemory(32, **MEMORY), torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match="`cache` must know how many layers.*DynamicCache built without a config"):
+        layer(x, cache=DynamicCache())
+    cache = DynamicCache(config=added.config)
+    whole = layer(torch.cat((x, x), 1))
+    close(torch.cat((layer(x, cache=cache), layer(x, cache=cache)), 1), whole)
+    with pytest.raises(ValueError, match="a memory for each of the 3 rows, got 2 memories"):
+        layer(torch.randn(3, 1, 32), cache=cache)
+    cache.reset()
+    assert layer(torch.randn(3, 1, 32), cache=cache).shape == (3, 1, 32)
+
+
+def test_a_trainer_runs_ten_steps(tmp_path):
+    model = own(pkm_layers=[], gate_price=0.1)
+    ids, _ = prompts()
+    examples = [{"input_ids": ids[0], "labels": ids[0]}] * 8
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=10,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        gradient_checkpointing=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=examples)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 10
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_ten_lines(tmp_path):
+    """Those of the README, on a small model."""
+    words = {"[PAD]": 0, "[UNK]": 1, **{word: index for index, word in enumerate("a b c d e f".split(), 2)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    qwen().save_pretrained(tmp_path)
+    prompts = ["a b c d e f a b", "c d"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    add_memory(model, layers=[0, 2], **MEMORY, output_init="zeros")
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2, weight_decay=0.1))
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([tokenizer(prompt) for prompt in prompts])
+    losses = []
+    for _ in range(5):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    text = model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), max_new_tokens=8)
+    assert losses[-1] < losses[0]
+    assert model.model.layers[0].memory.o_proj.weight.count_nonzero() > 0
+    assert text.shape == (2, 16)
