@@ -160,7 +160,7 @@ OPTIONS: dict[str, list[Any]] = {
     "clip": [0.05],
     "addressing_weight": [0.3],
     "key_gradient": ["all"],
-    "step": ["normalized"],
+    "step": ["gradient", "normalized"],
     "boundary": ["drop"],
     "scope": ["batch"],
     "query_conv": [1, 3],
@@ -199,7 +199,7 @@ def test_options(name: str, value: Any):
     [
         {"heads": 2, "query_norm": "zscore", "value_norm": "l2", "query_conv": 3, "lookahead": 2, "weight_decay": 0.1},
         {"gate": False, "write_gate": False, "scope": "batch", "weighting": "silu", "clip": 0.1},
-        {"gate": False, "query_conv": 2, "scope": "batch", "boundary": "drop", "step": "normalized"},
+        {"gate": False, "query_conv": 2, "scope": "batch", "boundary": "drop", "step": "gradient"},
         {"write_gate": False, "input_norm": False, "score": "dot", "bias": False, "key_gradient": "all"},
     ],
     ids=str,
