@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwpkm_kernels.layers import from_published, to_published
-from fwpkm_kernels.layers.convert import NAMES
+from fwpkm_kernels.layers.convert import NAMES, from_published, to_published
 from fwpkm_kernels.testing import assert_bitwise_equal
 
 HIDDEN, HEADS, NUM_KEYS, KEY_DIM, VALUE_DIM = 6, 3, 4, 10, 5

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reference
-from fwpkm_kernels.layers import from_published
+from fwpkm_kernels.layers.convert import from_published
 from reference.layers import LayerOutput
 from tests.test_golden_chunk import GOLDEN, assert_near, load
 
