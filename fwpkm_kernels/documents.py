@@ -362,7 +362,7 @@ def convolve(x: Tensor, weight: Tensor, documents: Documents, tail: Tensor | Non
         return index.unsqueeze(-1).expand(-1, -1, width)
 
     window = x.new_zeros(batch, size + 1, width).scatter(1, columns(places), x)
-    window = window.scatter(1, columns(tail_places), tail.to(x.dtype).reshape(batch, -1, width))
+    window = window.scatter(1, columns(tail_places), tail.to(x.dtype).reshape(*tail_places.shape, width))
     z = slide(window[:, :size], weight).gather(1, columns(torch.where(real, places - before, 0)))
     ends = (starts[:, 1:, None] - before + torch.arange(before, device=x.device)).flatten(1)
     last = window.gather(1, columns(ends)).view(count, before, width)

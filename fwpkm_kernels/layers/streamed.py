@@ -222,7 +222,7 @@ class StreamedMemory:
             TypeError, ValueError: where a sequence cannot take back so many. Nothing has been changed then.
         """
         checks.check_int("tokens", tokens, minimum=0)
-        least = min((x.most_undone for x in self.sessions), default=0)
+        least = min((x.most_undone for x in self.sessions), default=tokens)
         if tokens > least:
             raise ValueError(
                 f"`tokens` must be at most {least}, what every sequence has read of its present chunk, or with "
