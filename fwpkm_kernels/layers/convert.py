@@ -1,7 +1,6 @@
 """Between the parameters of published checkpoints and those of `FastWeightProductKeyMemory`."""
 
 import math
-import os
 from collections.abc import Mapping
 
 import torch
@@ -52,7 +51,8 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
         TypeError, ValueError: naming `state_dict`, on a name behind the prefix that is missing or unknown, and on
             shapes that do not fit together.
     """
-    found = _checked(state_dict, prefix, list(NAMES.values()))
+    # A published layer's parameters stand among those of its block, whose names begin otherwise.
+    found = _checked(state_dict, prefix, list(NAMES.values()), begin="fw")
     ours = {name: found[published] for name, published in NAMES.items() if published in found}
     for name, x in ours.items():
         if name.endswith("_norm.weight"):
@@ -93,15 +93,11 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
     return published
 
 
-def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str]) -> dict[str, Tensor]:
-    """What stands behind the prefix: all names of `known`, in the order of NAMES, and no others.
-
-    A published layer's parameters stand among those of its block, whose names begin otherwise.
-    """
+def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str], begin: str = "") -> dict[str, Tensor]:
+    """What goes on with `begin` behind the prefix: all names of `known`, in the order of NAMES, and no others."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
-    begins = prefix + os.path.commonprefix(known)
-    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(begins)}
+    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix + begin)}
     gate = {name for name, ours in zip(known, NAMES, strict=True) if ours.startswith("g_")}
     needed = {name for name in known if not name.endswith(".bias")}
     if gate.isdisjoint(found):
