@@ -399,7 +399,8 @@ def cases() -> list[Case]:
             by_token = _meta(*by_item[1::-1], dtype=scores.dtype)
             for mask in (None, by_token):  # a token's mask, and its gate
                 chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
-                fold: dict[str, Any] = {"normalized": mask is not None, "ratio": mask is not None}
+                step = "paper" if mask is None else "normalized"
+                fold: dict[str, Any] = {"step": step, "ratio": mask is not None}
                 chunks.fold(scores, counts, mask, mask, layout, **fold)
                 grads = (scores, scores, mask, mask, mask)
                 chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)

@@ -2,11 +2,11 @@
 
 Three experiments, each against the same in float64:
 
-- growth: one sequence through tables of each dtype, with both steps. Each memory finds its own addresses, where near
+- growth: one sequence through tables of each dtype, with every step. Each memory finds its own addresses, where near
   ties may fall the other way; then again with the addresses of the float64 memory, which leaves the rounding alone.
 - learning: the same pairs written again and again, with several step sizes. A step below half of the distance between
   two neighbours of a narrow table is lost.
-- overshoot: the loss on a token after writing it, where weights are peaked, with both steps.
+- overshoot: the loss on a token after writing it, where weights are peaked, with every step.
 
 Everything runs on a CPU in about a minute; the tables go to the terminal, numbers and a plot to --out.
 """
@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, try_all, write_output
+from fwpkm_kernels.memory import STEPS
 
 TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STEPS = ("paper", "normalized")
 LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 PASSES = (1, 4, 16, 64, 256, 1024)
 #: The table of growth has medians over the chunks between these.
@@ -124,9 +124,11 @@ def write_given(table: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, 
     output = sparse_value_gather(table.float(), slots, weights)
     pairs = (torch.arange(batch * length, device=table.device) % length) < length - 1
     after = targets.roll(-1, 1).flatten(0, 1)
-    scale = torch.full((len(slots),), float(slots.shape[1]), device=table.device)
-    if step == "normalized":
-        scale = 1.0 / weights.square().sum(1)
+    scale = torch.ones(len(slots), device=table.device)
+    if step == "paper":
+        scale = scale * slots.shape[1]
+    elif step == "normalized":
+        scale = scale / weights.square().sum(1)
     arguments = (table, slots[pairs], weights[pairs], after[pairs], output[pairs])
     chunk_value_update_(*arguments, scale=scale[pairs] * length / (length - 1), count_slots=slots)
     return output
@@ -244,7 +246,8 @@ def plot(rows: list[dict[str, Any]]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 4, figsize=(15, 6.5), layout="constrained", sharex=True, sharey="col")
+    size = (15, 3.25 * len(STEPS))
+    figure, panels = pyplot.subplots(len(STEPS), 4, figsize=size, layout="constrained", sharex=True, sharey="col")
     for step, line in zip(STEPS, panels, strict=True):
         for axes, name in zip(line, ("output", "keys", "values", "other slots"), strict=True):
             for number, table in enumerate(TABLES):
@@ -258,10 +261,10 @@ def plot(rows: list[dict[str, Any]]) -> bytes:
             axes.set_title(f"{name}, step {step!r}", fontsize=10)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=7)
-    for axes in panels[1]:
+    for axes in panels[-1]:
         axes.set_xlabel("chunks written")
-    panels[0][0].set_ylabel("relative error against float64")
-    panels[1][0].set_ylabel("relative error against float64")
+    for line in panels:
+        line[0].set_ylabel("relative error against float64")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=75)
     pyplot.close(figure)

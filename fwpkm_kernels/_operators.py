@@ -16,25 +16,30 @@ NAMESPACE = re.sub(r"\W|^(?=\d)", "_", __package__ or "", flags=re.ASCII)
 
 
 def operator(
-    name: str, *, mutates_args: str | Iterable[str] = (), schema: str | None = None
+    name: str,
+    *,
+    mutates_args: str | Iterable[str] = (),
+    schema: str | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """torch.library.custom_op, which gives a known operator the new function where a module is loaded again.
 
     So what was compiled, or imported from the module before, goes on working, with the newest code.
 
     Raises:
-        ImportError: where the operator is known with another schema.
+        ImportError: where the operator is known with another schema or other tags.
     """
     qualified = f"{NAMESPACE}::{name}"
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
         known = _maybe_get_opdef(qualified)
         if known is None:
-            return torch.library.custom_op(qualified, mutates_args=mutates_args, schema=schema)(function)
-        if known._schema != (schema or torch.library.infer_schema(function, mutates_args=mutates_args)):
+            return torch.library.custom_op(qualified, mutates_args=mutates_args, schema=schema, tags=tags)(function)
+        wanted = schema or torch.library.infer_schema(function, mutates_args=mutates_args)
+        if known._schema != wanted or tuple(known._tags) != tags:
             raise ImportError(
-                f"the arguments of {qualified} have changed since {_folder(known._init_fn)} was first imported: restart"
-                " Python, since PyTorch cannot replace an operator that is in use"
+                f"the arguments or tags of {qualified} have changed since {_folder(known._init_fn)} was first imported:"
+                " restart Python, since PyTorch cannot replace an operator that is in use"
             )
         known.register_kernel(None)(function)
         return known

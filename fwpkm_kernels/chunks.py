@@ -286,10 +286,10 @@ def weigh_grad(grad_weights: Tensor, scores: Tensor, weighting: str, temperature
 
 
 def write_scale(weights: Tensor, ratio: Tensor | None, step: str) -> Tensor | float:
-    """α, without what else multiplies e: J·(S/E), or (S/E) / Σⱼ wⱼ² for each read, and 0 where that sum underflows."""
-    if step == "paper":
-        picks = float(weights.shape[-1])
-        return picks if ratio is None else picks * ratio
+    """α, without what else multiplies e: ρ = S/E, J·ρ, or ρ / Σⱼ wⱼ² for each read, and 0 where that sum underflows."""
+    if step != "normalized":
+        factor = float(weights.shape[-1]) if step == "paper" else 1.0
+        return factor if ratio is None else factor * ratio
     squares = weights.square().sum(-1)
     is_zero = squares < torch.finfo(squares.dtype).tiny  # below it 1/x may be infinite
     numerator = torch.ones_like(squares) if ratio is None else ratio
@@ -389,8 +389,7 @@ def plan_writes(
         ordered, order = torch.sort(keys, stable=True)
         shape = (num_slots, row_dtype(num_slots), slots.shape[1])
         *plan, counts = kernels.plan_writes(ordered, order, *shape, mask, layout, count_all=o.boundary == "drop")
-        options = {"normalized": o.step == "normalized", "ratio": o.has_ratio}
-        write_weights = kernels.fold(weights, counts, gates, mask, layout, **options)
+        write_weights = kernels.fold(weights, counts, gates, mask, layout, step=o.step, ratio=o.has_ratio)
         return Writes(weights, write_weights, counts, Plan(*plan))
     reads = o.number_reads(length, batch, scores.device, carried)
     gates, mask = _of_reads(gates, mask, reads)
@@ -463,7 +462,7 @@ def plan_writes_grad(
             o.layout(length, batch),
             weighting=o.weighting,
             temperature=o.temperature,
-            normalized=o.step == "normalized",
+            step=o.step,
             ratio=o.has_ratio,
         )
         return grad_scores, grad_gates

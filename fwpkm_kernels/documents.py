@@ -39,6 +39,11 @@ class Documents(NamedTuple):
         """Whether every row is a document, without padding."""
         return self.mask is None and self.cu_seqlens is None
 
+    @property
+    def is_one(self) -> bool:
+        """Whether all tokens are those of one document: then nothing is cut apart, nor put back."""
+        return self.batch == 1 and self.are_rows
+
     def bounds(self, device: torch.device) -> Tensor:
         """Where the documents of a row begin, and where the last one ends, int64 [S / B + 1]; nothing waits."""
         if self.cu_seqlens is None:
@@ -200,6 +205,10 @@ def _loop(
     return_memory: bool,
     o: Options,
 ) -> DocumentsOutput:
+    if documents.number == 0:  # no rows: what the operator makes of them, and no memory
+        empty = fast_weight_memory(queries, targets, keys, values, gates=gates, **o._asdict())
+        memories = (x.new_empty(0, *x.shape) if return_memory else None for x in (keys, values))
+        return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
     pieces = documents.pieces()
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
     for number, piece in enumerate(pieces):

@@ -49,7 +49,7 @@ class MemoryGraph:
 
     Args:
         state: the memory, on a GPU; the graphs read and write its tensors in place. Between calls it may be reset,
-            loaded into, and stepped by other means. A copy of it is held while the graphs are captured.
+            rolled back, loaded into, and stepped by other means. A copy of it is held while the graphs are captured.
         queries: [B, t, H, Dk]: only the shape and dtype matter. `t` must divide `chunk_size` or be a multiple of it.
         targets: [B, t, D], likewise.
         gates, mask: [B, t], likewise; None if calls will have none.

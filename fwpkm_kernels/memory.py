@@ -29,7 +29,7 @@ from .scans import Addresses, address_scan, address_scan_grad, value_scan, value
 
 WEIGHTINGS = ("softmax", "silu", "relu")
 KEY_GRADIENTS = ("addressing", "all")
-STEPS = ("paper", "normalized")
+STEPS = ("paper", "gradient", "normalized")
 BOUNDARIES = ("carry", "drop")
 
 
@@ -530,8 +530,10 @@ def fast_weight_memory(
         values[s] = values[s] - lr · ( clamp(G[s], ±clip) + weight_decay · values[s] )
         keys      = keys      - lr · ( clamp(∇L,   ±clip) + weight_decay · keys )          see `product_key_update`
 
-    n_s counts the accesses of slot s. α is J (times a ratio, below) with `step="paper"`, or 1 / Σ_j w_tj² with
-    `step="normalized"`, which rewrites a token alone on its slots exactly (0 where the sum underflows). Source: FwPKM,
+    n_s counts the accesses of slot s. `step` says what α is, up to a ratio (below): 1 with "gradient", the plain
+    gradient of the paper's memory loss as printed (Eq. 13-15: a sum over the chunk of ½ · gates · |target - p|², rows
+    averaged over their accesses); J with "paper", which is what the released code does, J times that; and 1 / Σ_j w_tj²
+    with "normalized", which rewrites a token alone on its slots exactly (0 where the sum underflows). Source: FwPKM,
     arXiv 2601.00671.
 
     Boundaries. ``"carry"``: chunk c writes the pairs whose targets lie in it; the first `lookahead` of them belong to
@@ -584,7 +586,7 @@ def fast_weight_memory(
         key_gradient: "addressing", or "all": the memorisation loss moves the keys too. The gradient of that is of
             second order; "all" is a plain composed path, slower, and with gradients torch.compile runs it as it is:
             fullgraph=True raises.
-        step: "paper" or "normalized".
+        step: "paper", "gradient" or "normalized".
         boundary: "carry" or "drop".
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 

@@ -35,6 +35,15 @@ def _(x, device):  # type: ignore[no-untyped-def]
     return torch.empty(x.shape, dtype=x.dtype, device=device)
 
 
+@operator("rollback", mutates_args=("position",))
+def _rollback(position: Tensor, tokens: int, chunk_size: int) -> None:
+    """Take back the last tokens of the present chunk; an operator, since compiled code has no position to look at."""
+    read = int(position) % chunk_size
+    if tokens > read:
+        raise ValueError(f"`tokens` must be at most {read}, as many as the present chunk has read, got {tokens}")
+    position -= tokens
+
+
 class MemoryState:
     """A memory that reads and writes step by step: see `fast_weight_memory_step`.
 
@@ -213,6 +222,25 @@ class MemoryState:
             self._values[rows] = self._initial_values[rows]
         for x in (self._touched, self._position, *(self._queue or ())):
             x.zero_()
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last tokens that each item of the batch has read, as if they had never come.
+
+        For tokens that turn out to be none of the sequence, as those that assisted decoding drafts and does not accept.
+        Only tokens of the present chunk can be taken back: it is written when it is full, until when keys and values
+        stay as they are, and only the position moves. The state is then bitwise one that has not read them, but bound.
+
+        Args:
+            tokens: from 0 to position % chunk_size; 0 for a state that is not bound.
+
+        Raises:
+            TypeError, ValueError: for what is no int, or would go beyond the beginning of the present chunk. The state
+                is unchanged then.
+            RuntimeError: in a backward pass, and where torch.export with strict=False would do it itself, as `reset`.
+        """
+        tokens = checks.check_int("tokens", tokens, minimum=0)
+        self._prepare("rollback")
+        _rollback(self._position, tokens, 1 if self._binding is None else self._binding.options.chunk_size)
 
     def clone(self) -> "MemoryState":
         """An independent copy that shares the initial memory."""

@@ -322,10 +322,8 @@ def _plan_pairs(
         from .kernels.streaming import MOST_ACCESSES, plan_chunk
 
         if weights.numel() <= MOST_ACCESSES:
-            normalized, dtype = o.step == "normalized", row_dtype(num_slots)
-            fields, write_weights = plan_chunk(
-                slots, weights, gates, mask, touched, row_dtype=dtype, normalized=normalized
-            )
+            options: dict[str, Any] = {"row_dtype": row_dtype(num_slots), "step": o.step}
+            fields, write_weights = plan_chunk(slots, weights, gates, mask, touched, **options)
             return Plan(*fields), write_weights
     plan = plan_segments(slots, num_slots)
     counts = count_accesses(plan, (mask > 0).repeat_interleave(picks)).view(weights.shape)
@@ -333,6 +331,8 @@ def _plan_pairs(
     return plan, fold_write_weights(weights, counts, write_scale(weights, None, o.step), [gates, mask])
 
 
+#: A step reads the position on the host, and branches on it: so Inductor partitions its CUDA graphs around steps.
+_STEP_TAGS = (torch.Tag.cudagraph_unsafe,)
 #: The tensors of a state that a step writes, in the order of the operator's arguments.
 _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for name in Queue._fields))
 
@@ -342,6 +342,7 @@ _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for 
     mutates_args=_STATE_FIELDS,
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS))}, "
     f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> Tensor",
+    tags=_STEP_TAGS,
 )
 def _step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> Tensor:
     count = len(Queue._fields)
@@ -360,6 +361,7 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS[:4]))}, "
     f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> "
     f"({', '.join(['Tensor'] * (1 + len(Queue._fields)))})",
+    tags=_STEP_TAGS,
 )
 def _first_step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """A step that makes the queue too; output and queue."""

@@ -2,12 +2,13 @@
 
 Nothing here is fast and nothing here imports ``fwpkm_kernels``; the package is tested against it. Each function has the
 name, the arguments and the results of the package's own, less the options that say how to compute (``backend``,
-``precision``, ``sparse_grad``); ``product_key_update`` and ``fast_weight_memory`` define what the package does not have
-yet. Float64 tensors are computed in float64, all others in float32.
+``precision``, ``sparse_grad``); the layers are functions of their parameters. Float64 tensors are computed in float64,
+all others in float32.
 """
 
 from reference.addressing import product_key_update
 from reference.gather import sparse_value_gather
+from reference.layers import fast_weight_layer, product_key_layer
 from reference.lookup import brute_force_lookup, product_key_lookup
 from reference.memory import fast_weight_memory
 from reference.update import chunk_value_update
@@ -15,7 +16,9 @@ from reference.update import chunk_value_update
 __all__ = [
     "brute_force_lookup",
     "chunk_value_update",
+    "fast_weight_layer",
     "fast_weight_memory",
+    "product_key_layer",
     "product_key_lookup",
     "product_key_update",
     "sparse_value_gather",

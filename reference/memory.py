@@ -68,7 +68,7 @@ def fast_weight_memory(
         mask: [B, T], bool, integer or real, >= 0; it multiplies, and mask > 0 counts as unmasked.
         addressing_weight: λ of the key step's loss.
         key_gradient: "addressing", or "all": the memorisation loss moves the keys too.
-        step: "paper", α = J·S/E, or "normalized", α = (S/E)/Σⱼw².
+        step: "gradient", α = S/E; "paper", α = J·S/E; or "normalized", α = (S/E)/Σⱼw².
 
     Returns:
         The output in the dtype of the targets, final keys and values, and slots and weights of the output reads.
@@ -113,8 +113,10 @@ def fast_weight_memory(
             gradient = torch.autograd.grad(
                 loss, moved, create_graph=differentiable, allow_unused=True, materialize_grads=True, retain_graph=True
             )[0]
-            scale: float | Tensor = written.slots.shape[-1] * ratio
-            if step == "normalized":
+            scale: float | Tensor = ratio
+            if step == "paper":
+                scale = written.slots.shape[-1] * ratio
+            elif step == "normalized":
                 squares = written.weights.square().sum(-1)
                 scale = torch.where(squares > 0, ratio / torch.where(squares > 0, squares, 1.0), 0.0).flatten()
             values = chunk_value_update(

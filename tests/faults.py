@@ -598,6 +598,15 @@ FAULTS = [
         "kernels_say",
     ),
     Fault(
+        "gradient-step-times-picks",
+        "kernels/chunks.py",
+        "    else:\n        scale = ratio\n",
+        "    else:\n        scale = J * ratio\n",
+        "the plain gradient's α is the paper's, J times that",
+        "chunks",
+        "kernels_say",
+    ),
+    Fault(
         "normalized-slope-halved",
         "kernels/chunks.py",
         "per_weight -= 2.0 * per_read[:, None]",
@@ -650,6 +659,15 @@ FAULTS = [
         "all chunks write the first one's rows of the log, the others' stay unwritten",
         "chunks",
         "kernels_say",
+    ),
+    Fault(
+        "gradient-step-times-picks-in-pytorch",
+        "chunks.py",
+        'float(weights.shape[-1]) if step == "paper" else 1.0',
+        "float(weights.shape[-1])",
+        "the plain gradient's α is the paper's, J times that, in PyTorch and under key_gradient=\"all\"",
+        "memory",
+        "gradient_step",
     ),
     Fault(
         "ratio-of-all-unmasked",
@@ -867,6 +885,14 @@ FAULTS = [
         "streaming_kernels",
     ),
     Fault(
+        "streamed-gradient-step-times-picks",
+        "kernels/streaming.py",
+        'J if STEP == "paper" else 1, dtype',
+        "J, dtype",
+        "a streamed write of the plain gradient J times as far",
+        "streaming_kernels",
+    ),
+    Fault(
         "gate-left-out",
         "kernels/streaming.py",
         "weight / count * scale * gate * factor",
@@ -967,6 +993,15 @@ FAULTS = [
         "",
         "a state in a process that was spawned is that of its parent",
         "processes",
+    ),
+    Fault(
+        "rollback-over-a-chunks-beginning",
+        "state.py",
+        "    read = int(position) % chunk_size\n",
+        "    read = int(position)\n",
+        "tokens that have been written are taken back, and stay in the memory",
+        "state",
+        "rolled_back",
     ),
     Fault(
         "position-on-the-default-device",

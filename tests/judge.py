@@ -507,7 +507,7 @@ def check_stream(run: Run, tensors: Tensors, most: int | None = None) -> Reasons
     so does `most`."""
     initial = MemoryState(tensors["keys"], tensors["values"])
     step = functools.partial(fwpkm_kernels.fast_weight_memory_step, **run.package.keywords)
-    length = tensors["queries"].shape[1]
+    length, chunk_size = tensors["queries"].shape[1], run.case.options["chunk_size"]
     bare = without_gates(run.case.actions, length, run.device)
     optional = {name: torch.where(bare, 1, tensors[name]).to(tensors[name].dtype) for name in ("gates", "mask")
                 if name in tensors}  # fmt: skip
@@ -535,6 +535,11 @@ def check_stream(run: Run, tensors: Tensors, most: int | None = None) -> Reasons
             turned = list(reversed(range(len(tensors["queries"]))))
             state = state.select(turned)
             state.select_(turned)
+        elif action == "rollback":
+            draft = tokens(tensors, 0, chunk_size - 1 - begin % chunk_size)  # which are not the next ones
+            step(state, **draft)
+            state.rollback(draft["queries"].shape[1])
+            assert state.position == begin
         elif action in RESETS:
             state.reset(touched_rows_only=action != "reset")
             outputs = []

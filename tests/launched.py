@@ -37,7 +37,7 @@ def compare_options() -> None:
         for options in (
             {"clip": 0.1, "weight_decay": 0.1, "score": "dot"},
             {"lookahead": 2, "boundary": "drop", "step": "normalized", "weighting": "silu", "temperature": 2.0},
-            {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu"},
+            {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu", "step": "gradient"},
         ):
             forward, backward = host.training(**options)
             backward(forward())
@@ -182,7 +182,7 @@ def train_without_host() -> None:
         {},
         {"clip": 0.1, "weight_decay": 0.1, "score": "dot"},
         {"boundary": "drop", "step": "normalized", "weighting": "silu", "temperature": 2.0},
-        {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu"},
+        {"addressing_weight": 0.0, "lookahead": 0, "weighting": "relu", "step": "gradient"},
         {"top_k": 1, "chunk_size": 2},  # keeps a row for each pick
     ):
         for masked in (False, True):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fwpkm_kernels import testing
+from fwpkm_kernels.memory import STEPS
 
 #: What hypothesis draws, by the name of the function or method that is called.
 OPERATIONS = (
@@ -35,7 +36,7 @@ LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "contiguous")
 MASKS = ("bool", "int64", *FLOATS)
 #: What a stream may do between its steps; "no gates": the next one is given neither gates nor mask.
 RESETS = ("reset", "reset of touched rows")
-ACTIONS = ("clone", "state_dict", "pickle", "select", *RESETS, "no gates")
+ACTIONS = ("clone", "state_dict", "pickle", "select", *RESETS, "rollback", "no gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +311,7 @@ def memory_options(draw: st.DrawFn, small: bool) -> tuple[int, dict[str, Any]]:
         "clip": draw(mostly(None, 0.02, 10.0, seldom=[0.0])),
         "addressing_weight": draw(choose(1.0, 0.2, 0.0)),
         "key_gradient": draw(choose("addressing", "all")),
-        "step": draw(choose("paper", "normalized")),
+        "step": draw(choose(*STEPS)),
         "precision": draw(choose("tf32x3", "ieee")),
     }
 

@@ -266,7 +266,7 @@ def step(state: MemoryState) -> Tensor:
 
 
 def everything(state: MemoryState) -> list[Tensor]:
-    """All that a state does but its steps: copies, saving and loading, tying, selecting, resetting."""
+    """All that a state does but its steps: copies, saving and loading, tying, selecting, rolling back, resetting."""
     results = []
     for name, copied in copies().items():
         other = copied(state)
@@ -274,6 +274,8 @@ def everything(state: MemoryState) -> list[Tensor]:
             results.append(step(other.select([1, 0])))
             other.select_(torch.tensor([1, 1], device="cpu"))
         results += [step(other), *contents(other).values()]
+        other.rollback(1)
+        results += contents(other).values()
         other.reset(touched_rows_only=name == "clone")
         assert other.position == 0
     other = make_state(TOKENS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fwpkm_kernels import testing
 from fwpkm_kernels.chunks import Options, Writes, plan_writes, plan_writes_grad, sum_reads, weigh_again
+from fwpkm_kernels.memory import STEPS
 from fwpkm_kernels.plan import Plan
 from tests.conftest import PLACES
 
@@ -147,7 +148,7 @@ def assert_same_in_triton(case: Case, bound: float = 1e-12) -> Writes:
             "top_k": st.integers(1, 5),
             "weighting": st.sampled_from(["softmax", "silu", "relu"]),
             "temperature": st.sampled_from([1.0, 0.6]),
-            "step": st.sampled_from(["paper", "normalized"]),
+            "step": st.sampled_from(STEPS),
         }
     ),
     st.integers(1, 3),
@@ -189,7 +190,7 @@ def test_slots_of_many_chunks_need_64_bits():
         assert writes.plan.rows.dtype == (torch.int32 if num_slots == 2**30 else torch.int64)
 
 
-@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
 def test_what_is_not_written_may_be_nan(boundary, step):
     """Gates, mask and write gradients of tokens that no chunk writes reach no result."""

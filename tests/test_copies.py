@@ -176,12 +176,18 @@ def test_modules_are_loaded_again():
         def changed(queries: torch.Tensor) -> torch.Tensor:
             return queries.clone()
 
-        try:
-            operator("product_key_lookup")(changed)
-        except ImportError as error:
-            assert "fwpkm_kernels::product_key_lookup" in str(error) and "restart" in str(error), error
-        else:
-            raise AssertionError("a new schema was taken")
+        known = lookup._lookup_op
+        for function, changes in (
+            (changed, {}),
+            (known._init_fn, {"schema": known._schema, "tags": (torch.Tag.cudagraph_unsafe,)}),
+        ):
+            try:
+                operator("product_key_lookup", **changes)(function)
+            except ImportError as error:
+                assert "fwpkm_kernels::product_key_lookup" in str(error) and "restart" in str(error), error
+            else:
+                raise AssertionError("a new schema, or new tags, were taken")
+        operator("product_key_lookup", schema=known._schema)(known._init_fn)
         same(run(fwpkm_kernels), expected)
         """
     )

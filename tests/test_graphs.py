@@ -121,7 +121,7 @@ def test_making_a_graph_changes_nothing(make_graph):
 
 
 def test_replays_between_eager_steps(make_graph):
-    """Of several sizes, on one state, which is also reset and loaded into."""
+    """Of several sizes, on one state, which is also reset, loaded into and rolled back."""
     inputs = make_inputs(2, 24, dtype=torch.float32, device=DEVICE)
     state, expected = make_state(inputs), make_state(inputs)
     stream(expected, inputs, [2], **OPTIONS)
@@ -146,6 +146,10 @@ def test_replays_between_eager_steps(make_graph):
     for one in (state, expected):
         one.load_state_dict(saved)
     both(10, by_two)
+    both(2, by_two)
+    for one in (state, expected):
+        one.rollback(2)
+    both(2, by_two)
 
 
 def test_outputs_of_replays_are_tensors_of_their_own(make_graph):

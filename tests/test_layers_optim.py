@@ -42,6 +42,7 @@ class Model(nn.Module):
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.unread = ValueTable(4, 3, trainable=False)
         self.expert_bias = nn.Parameter(torch.zeros(2, WIDTH))
+        self.gain = nn.Parameter(torch.ones(WIDTH))
         self.marked = nn.Parameter(torch.zeros(2, WIDTH))
         self.marked._no_weight_decay = True
         self.unmarked = nn.Parameter(torch.zeros(2, WIDTH))
@@ -62,7 +63,7 @@ NAMES = {
     "no_decay": {
         *(f"blocks.{i}.{name}" for i in range(3) for name in ("keys", "query_norm.weight")),
         *(f"blocks.{i}.{name}_proj.bias" for i in range(3) for name in ("q", "gate", "value")),
-        *("blocks.2.query_norm.bias", "norm.weight", "norm.bias", "own.scale", "expert_bias", "marked"),
+        *("blocks.2.query_norm.bias", "norm.weight", "norm.bias", "own.scale", "expert_bias", "gain", "marked"),
     },
     "tables": {"blocks.0.table.weight", "blocks.2.table.weight"},
 }
@@ -202,7 +203,7 @@ def test_statistics_by_brute_force(pattern, gated, padded):
     gates = torch.rand(2, 9, generator=generator, dtype=torch.float64) if gated else None
     if padded:
         slots[0, 3:], slots[1, :, 3] = -1, -1
-    stats = memory_stats(slots, weights.requires_grad_(), 100, gates)
+    stats = memory_stats(slots, weights.requires_grad_(), 100, gates.requires_grad_() if gated else None)
     check(stats, brute_force(slots, weights, 100, gates), torch.float64, rel=1e-12, abs=1e-12)
 
 

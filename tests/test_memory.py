@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, memory, testing
+from fwpkm_kernels.memory import STEPS
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_golden_chunk import NAMES, assert_near, load, tolerance
 
@@ -203,6 +204,7 @@ EDGES = {
     "all sub-keys": ((1, 5, 2, 3, 4, 3), {"chunk_size": 2, "top_k": 3}),
     "one slot": ((2, 5, 1, 1, 2, 1), {"chunk_size": 2, "top_k": 1}),
     "odd sizes": ((1, 5, 2, 7, 10, 13), {"chunk_size": 2, "top_k": 3}),
+    "gradient": ((2, 7, 1, 4, 4, 3), {"chunk_size": 3, "top_k": 2, "step": "gradient", "clip": 0.2}),
 }
 
 
@@ -230,6 +232,7 @@ BUDGETS = {
         torch.float32,
         {"weighting": "silu", "score": "dot", "step": "normalized", "boundary": "drop"},
     ),
+    "float32-gradient": (torch.float32, torch.float32, {"step": "gradient", "boundary": "drop"}),
     "float32-all": (torch.float32, torch.float32, {"key_gradient": "all"}),
     "bfloat16-activations": (torch.float32, torch.bfloat16, {}),
     "bfloat16-activations-all": (torch.float32, torch.bfloat16, {"key_gradient": "all", "boundary": "drop"}),
@@ -260,7 +263,7 @@ def test_precision(place, budget):
 
 
 @BOUNDARIES
-@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("step", STEPS)
 @KEY_GRADIENTS
 def test_gradcheck(key_gradient, step, boundary):
     leaves = leaves_of(make_inputs(2, 7, num_keys=3, width=2))
@@ -311,7 +314,7 @@ def test_causality(name, boundary, key_gradient):
 
 @PLACES_SLOW
 @BOUNDARIES
-@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("step", STEPS)
 def test_identical_sequences_in_a_batch_are_one_sequence(step, boundary, place):
     """Accesses and their counts grow alike, and the key step takes a mean."""
     inputs = make_inputs(1, 7, device=place.device)
@@ -611,7 +614,7 @@ def test_of_many_keys_only_the_picked_are_kept():
 
 
 @BOUNDARIES
-@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["gates", "mask"])
 def test_what_is_not_written_reaches_no_gradient(name, step, boundary):
     """NaN gates or masks of the last tokens, which no chunk writes."""
@@ -621,6 +624,29 @@ def test_what_is_not_written_reaches_no_gradient(name, step, boundary):
     inputs[name] = inputs[name].clone()
     inputs[name][:, -2:] = torch.nan
     assert_same_bits(named(*run(fast_weight_memory, inputs, **options)), expected)
+
+
+@BOUNDARIES
+@KEY_GRADIENTS
+@pytest.mark.parametrize("num_keys", [16, 3], ids=["different slots", "shared slots"])
+def test_the_gradient_step_descends_the_memory_loss_as_printed(num_keys, key_gradient, boundary, place):
+    """Σ ½·g·|p - y|² over the pairs of a chunk, by autograd; a row is divided by its accesses, which may be one."""
+    inputs = make_inputs(1, 6, num_keys=num_keys, device=place.device)
+    options = {"chunk_size": 6, "top_k": 2, "lookahead": 2, "lr": 0.3, "key_gradient": key_gradient}
+    options |= {"boundary": boundary, "backend": place.backend}
+    found, paper = (fast_weight_memory(**inputs, step=step, **options) for step in ("gradient", "paper"))
+    slots, weights = found.slots[0], found.weights[0]
+    assert (len(slots.unique()) == slots.numel()) == (num_keys == 16)
+
+    values = inputs["values"].clone().requires_grad_()
+    predictions = (weights.unsqueeze(-1) * values[slots]).sum(1)
+    errors = (inputs["targets"][0, 2:] - predictions[:-2]).square().sum(-1)
+    (gradient,) = torch.autograd.grad((0.5 * inputs["gates"][0, :-2] * errors).sum(), values)
+    counted, ratio = (slots, 6 / 4) if boundary == "drop" else (slots[:-2], 1.0)
+    accesses = torch.bincount(counted.flatten(), minlength=len(values)).clamp(min=1).unsqueeze(1)
+    moved = -0.3 * ratio * gradient / accesses
+    torch.testing.assert_close(found.values - inputs["values"], moved)
+    torch.testing.assert_close(paper.values - inputs["values"], 2 * moved)
 
 
 def test_normalized_steps_of_vanishing_weights_stay_finite():

@@ -190,6 +190,11 @@ def copy_samples(place: Place) -> Samples:
     yield "empty", (x[:0], x.device)
 
 
+def rollback_samples(place: Place) -> Samples:
+    yield "some", (torch.tensor(7), 2, 4)
+    yield "none", (torch.tensor(8), 0, 4)
+
+
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_lookup": lookup_samples,
     "product_key_lookup_halves": lookup_samples,
@@ -208,6 +213,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
     "private_copy": copy_samples,
+    "rollback": rollback_samples,
 }
 
 

@@ -217,7 +217,7 @@ def test_what_a_state_has_learned_becomes_its_initial_memory(place):
     assert_reset_to(state, new_keys, new_values)
 
 
-@pytest.mark.parametrize("what", ["reset", "select_", "load_state_dict", "rebind", "values"])
+@pytest.mark.parametrize("what", ["reset", "select_", "load_state_dict", "rebind", "rollback", "values"])
 def test_what_an_activation_checkpoint_would_do_again_is_refused(what):
     inputs = make_inputs(2, 6, dtype=torch.float32)
     state = make_state(inputs)
@@ -228,6 +228,7 @@ def test_what_an_activation_checkpoint_would_do_again_is_refused(what):
         "select_": lambda: state.select_([1, 0]),
         "load_state_dict": lambda: state.load_state_dict(saved),
         "rebind": lambda: state.rebind(inputs["keys"], inputs["values"]),
+        "rollback": lambda: state.rollback(1),
         "values": lambda: setattr(state, "values", inputs["values"]),
     }
 

@@ -521,6 +521,75 @@ def test_a_state_that_has_read_nothing_has_no_items_to_select():
         make_state(make_inputs()).select([0])
 
 
+#: Tokens that are kept, that are read after them, and how many of these are the right ones; chunks are of 4.
+DRAFTS = [(0, 3, 0), (0, 0, 0), (1, 2, 1), (3, 0, 0), (4, 3, 0), (6, 1, 0), (9, 2, 1)]
+
+
+@BOTH
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize("kept, drafted, accepted", DRAFTS, ids=str)
+def test_what_is_rolled_back_has_never_been_read(kept, drafted, accepted, lookahead, place):
+    """Bit by bit, at once and in what is read and written later."""
+    inputs = make_inputs(2, 13, mask="real", device=place.device)
+    options = OPTIONS | {"lookahead": lookahead, "backend": place.backend}
+    state, expected = make_state(inputs), make_state(inputs)
+    stream(state, inputs, [kept], **options)
+    stream(expected, inputs, [kept, accepted], **options)
+    wrong = {name: x.clone() for name, x in inputs.items()}
+    for name in BY_TOKEN:
+        wrong[name][:, kept + accepted :] = torch.nan if inputs[name].is_floating_point() else 1
+    stream(state, wrong, [drafted - drafted // 2, drafted // 2], **options)
+    state.rollback(drafted - accepted)
+    assert_same_state(state, expected)
+    rest = [1, 13 - expected.position - 1]
+    testing.assert_bitwise_equal(stream(state, inputs, rest, **options), stream(expected, inputs, rest, **options))
+    assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("read", [0, 3, 4, 9])
+def test_what_cannot_be_rolled_back(read):
+    """What has been written is not taken back, and of no tokens nothing can be."""
+    inputs = make_inputs(2, 9)
+    state = make_state(inputs)
+    if read:
+        stream(state, inputs, [read], **OPTIONS)
+    before = contents(state)
+    most = read % OPTIONS["chunk_size"]
+    for tokens in (most + 1, 2**62):
+        with pytest.raises(ValueError, match=f"`tokens` must be at most {most}, .* got {tokens}"):
+            state.rollback(tokens)
+    with pytest.raises(ValueError, match="`tokens` must be at least 0 .* got -1"):
+        state.rollback(-1)
+    for tokens in (True, 1.0, "1", None, torch.tensor(1)):
+        with pytest.raises(TypeError, match=f"`tokens` must be an int, got {type(tokens).__name__}"):
+            state.rollback(tokens)
+    state.rollback(0)
+    assert_same_bits(contents(state), before)
+
+
+def test_compiled_code_rolls_back():
+    """As many tokens as it is told, a number that it does not know when it is compiled."""
+    torch._dynamo.reset()
+    inputs = make_inputs(2, 8, dtype=torch.float32)
+
+    def draft(state: MemoryState, queries: Tensor, targets: Tensor, tokens: int) -> Tensor:
+        output = fast_weight_memory_step(state, queries, targets, **OPTIONS)
+        state.rollback(tokens)
+        return output
+
+    compiled = torch.compile(draft, fullgraph=True, backend="aot_eager", dynamic=True)
+    state, expected = make_state(inputs), make_state(inputs)
+    for one in (state, expected):
+        stream(one, inputs, [4], **OPTIONS)
+    for tokens in (2, 1, 2):
+        given = [inputs[name][:, 4:6] for name in ("queries", "targets")]
+        for one, function in ((state, compiled), (expected, draft)):
+            function(one, *given, tokens)
+        assert_same_state(state, expected)
+    with pytest.raises(ValueError, match="`tokens` must be at most 3, .* got 4"):
+        compiled(state, *given, 4)
+
+
 @pytest.mark.parametrize("read", [0, 6, 8])
 def test_a_distributed_checkpoint_loads_into_a_state_that_a_step_of_no_tokens_has_bound(read, tmp_path):
     checkpoint = pytest.importorskip("torch.distributed.checkpoint")

@@ -96,6 +96,7 @@ BUDGETS = {
         torch.float32,
         {"weighting": "silu", "score": "dot", "step": "normalized"},
     ),
+    "float32-gradient": (torch.float32, torch.float32, {"step": "gradient"}),
     "float32-all": (torch.float32, torch.float32, {"key_gradient": "all"}),
     "bfloat16-activations": (torch.float32, torch.bfloat16, {}),
     "bfloat16-activations-all": (torch.float32, torch.bfloat16, {"key_gradient": "all"}),
@@ -443,6 +444,12 @@ def test_a_compiled_model_around_a_step():
         for actual, wanted in zip(compiled(state, *tokens), model(expected, *tokens), strict=True):
             torch.testing.assert_close(actual, wanted)
     assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("name", ["fast_weight_memory_step", "fast_weight_memory_first_step"])
+def test_inductor_leaves_steps_out_of_its_cuda_graphs(name):
+    """A step reads the position and branches on it, which a captured graph would freeze."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fwpkm_kernels, name).default.tags
 
 
 class NoSynchronisation(TorchDispatchMode):

@@ -5,6 +5,7 @@ import torch
 
 from fwpkm_kernels.chunks import fold_write_weights, write_scale
 from fwpkm_kernels.kernels import streaming
+from fwpkm_kernels.memory import STEPS
 from fwpkm_kernels.plan import count_accesses, plan_segments
 from tests.conftest import HAS_GPU
 
@@ -16,7 +17,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("step", ["paper", "normalized"])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     "pairs, picks, num_slots",
     [(1, 1, 1), (5, 8, 4), (37, 3, 16), (13, 24, 1000), (3, 40, 25), (40, 2, 2**20)],
@@ -31,9 +32,7 @@ def test_plan_of_a_chunk_is_that_of_the_sort(pairs, picks, num_slots, step, dtyp
     mask = draw(pairs, dtype=dtype, seed=2).clamp(min=0.0)
     touched = torch.zeros(num_slots, dtype=torch.uint8, device=DEVICE)
 
-    fields, write_weights = streaming.plan_chunk(
-        slots, weights, gates, mask, touched, row_dtype=torch.int32, normalized=step == "normalized"
-    )
+    fields, write_weights = streaming.plan_chunk(slots, weights, gates, mask, touched, row_dtype=torch.int32, step=step)
     plan = plan_segments(slots, num_slots)
     for actual, expected in zip(fields, plan, strict=True):
         assert torch.equal(actual, expected.to(actual.dtype))

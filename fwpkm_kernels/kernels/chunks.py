@@ -369,7 +369,7 @@ def write_factors(
     FULL,
     P,
     J: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    STEP: tl.constexpr,
     RATIO: tl.constexpr,
     GATES: tl.constexpr,
     MASK: tl.constexpr,
@@ -391,11 +391,13 @@ def write_factors(
             size -= tl.load(running_ptr + first * B - 1, mask=is_written & (first > 0), other=0)
         ratio = size.to(dtype) / tl.maximum(written * B, 1).to(dtype)
     squares = ones
-    if NORMALIZED:
+    if STEP == "normalized":
         is_zero, squares = safe_squares(tl.sum(weights * weights, axis=1))
         scale = tl.where(is_zero, 0.0, ratio / squares)
-    else:
+    elif STEP == "paper":
         scale = J * ratio
+    else:
+        scale = ratio
     gate = ones
     if GATES:
         gate = load_factor(gates_ptr, position + REREADS - MISSING, item, stride_gp, stride_gb, is_written)
@@ -427,7 +429,7 @@ def fold_kernel(
     FULL,
     P,
     J: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    STEP: tl.constexpr,
     RATIO: tl.constexpr,
     GATES: tl.constexpr,
     MASK: tl.constexpr,
@@ -444,7 +446,7 @@ def fold_kernel(
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     is_written, scale, gate, token_mask, _ = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, NORMALIZED, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
     )  # fmt: skip
     result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
     # Not a product: what is not written has no effect even if it is NaN.
@@ -474,7 +476,7 @@ def fold(
     mask: torch.Tensor | None,
     layout: tuple[int, ...],
     *,
-    normalized: bool,
+    step: str,
     ratio: bool,
 ) -> torch.Tensor:
     """Launch the write weights c [R, J] from weights w and counts n_s [R, J].
@@ -498,7 +500,7 @@ def fold(
             num_reads,
             *layout,
             J=picks,
-            NORMALIZED=normalized,
+            STEP=step,
             **options,
             BLOCK_R=block_r,
             BLOCK_J=block_j,
@@ -610,7 +612,7 @@ def fold_grad_kernel(
     temperature: tl.float64,
     J: tl.constexpr,
     WEIGHTING: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    STEP: tl.constexpr,
     RATIO: tl.constexpr,
     GATES: tl.constexpr,
     MASK: tl.constexpr,
@@ -632,7 +634,7 @@ def fold_grad_kernel(
     dtype: tl.constexpr = weights.dtype
     is_written, scale, gate, token_mask, squares = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, NORMALIZED, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
     )  # fmt: skip
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
     # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
@@ -643,7 +645,7 @@ def fold_grad_kernel(
         grad_gate = per_read * scale
         out = grad_gates_ptr + item.to(tl.int64) * T + position
         tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
-    if NORMALIZED:
+    if STEP == "normalized":
         # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
         per_weight -= 2.0 * per_read[:, None] * (weights / squares[:, None])
     through_write = per_weight * (gate * scale)[:, None]
@@ -674,7 +676,7 @@ def fold_grad(
     *,
     weighting: str,
     temperature: float,
-    normalized: bool,
+    step: str,
     ratio: bool,
 ) -> torch.Tensor:
     """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
@@ -704,7 +706,7 @@ def fold_grad(
             temperature,
             J=picks,
             WEIGHTING=weighting,
-            NORMALIZED=normalized,
+            STEP=step,
             **options,
             BLOCK_R=block_r,
             BLOCK_J=block_j,

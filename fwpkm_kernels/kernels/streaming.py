@@ -246,7 +246,7 @@ def plan_chunk_kernel(
     touched_ptr,
     A,
     J: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    STEP: tl.constexpr,
     NO_SLOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -302,8 +302,8 @@ def plan_chunk_kernel(
     count = tl.maximum(tl.sum(same >> 20, axis=1), 1).to(dtype)
     gate = tl.load(gates_ptr + offs_m, mask=mask_a, other=0.0)
     factor = tl.load(mask_ptr + offs_m, mask=mask_a, other=0.0)
-    scale = tl.full([BLOCK_A], J, dtype)
-    if NORMALIZED:
+    scale = tl.full([BLOCK_A], J if STEP == "paper" else 1, dtype)
+    if STEP == "normalized":
         is_zero, squares = safe_squares(tl.sum(tl.reshape(weight * weight, [BLOCK_M, BLOCK_J]), axis=1))
         alpha = tl.where(is_zero, 0.0, 1.0 / squares)
         scale = tl.reshape(tl.broadcast_to(alpha[:, None], [BLOCK_M, BLOCK_J]), [BLOCK_A])
@@ -419,7 +419,7 @@ def plan_chunk(
     touched: torch.Tensor,
     *,
     row_dtype: torch.dtype,
-    normalized: bool,
+    step: str,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Launch the plan of a chunk's writes: (order, rows, start, end), each [E·J], and the write weights [E, J].
 
@@ -450,7 +450,7 @@ def plan_chunk(
             touched,
             accesses,
             J=picks,
-            NORMALIZED=normalized,
+            STEP=step,
             NO_SLOT=torch.iinfo(row_dtype).max,
             BLOCK_M=block_m,
             BLOCK_J=block_j,

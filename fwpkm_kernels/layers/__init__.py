@@ -1,5 +1,6 @@
 """Fast-weight and static product key memories as modules."""
 
+from . import convert
 from .fast_weight import FastWeightProductKeyMemory, LayerMemory, advance_memory
 from .optim import parameter_groups
 from .product_key import ProductKeyMemory
@@ -15,6 +16,7 @@ __all__ = [
     "StreamedMemory",
     "ValueTable",
     "advance_memory",
+    "convert",
     "memory_stats",
     "parameter_groups",
 ]

@@ -234,8 +234,6 @@ class FastWeightProductKeyMemory(nn.Module):
             self.table.reset_parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FastWeightProductKeyMemory":
-        if self._pending is not None:
-            self._pending = tuple(x.to(fn(x).device) for x in self._pending)  # type: ignore[assignment]
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
 
     def resized(self, num_keys: int) -> "FastWeightProductKeyMemory":
@@ -510,7 +508,7 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
         for memory, new in zip((layer.keys, layer.table.weight), layer._pending, strict=True):
             with torch.no_grad():
                 if reduce == "mean" and is_parallel and torch.distributed.get_world_size(group) > 1:
-                    moved = new - memory
+                    moved = new.to(memory.device) - memory
                     torch.distributed.all_reduce(moved, group=group)
                     memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))
                 else:

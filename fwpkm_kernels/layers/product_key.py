@@ -12,7 +12,7 @@ from ..gather import sparse_value_gather
 from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
 from ..memory import WEIGHTINGS
-from .norms import LayerNorm, RMSNorm
+from .norm import RMSNorm
 from .table import ValueTable, keep
 
 QUERY_NORMS = ("rms", "layer")
@@ -39,7 +39,7 @@ class ProductKeyMemory(nn.Module):
         key_dim: Dk, even: the width of a query, of which each half has Dk/2.
         value_dim: D, the width of the table.
         query_norm: of each head's query, with a weight [Dk] that the heads share: "rms", "layer" (a bias too) or None.
-            It is computed in float32 and cast back.
+            It is computed in float32.
         score, eps: of a sub-key, as in `product_key_lookup`: "dot" or "idw".
         weighting: "softmax", "silu" or "relu" of scores / temperature.
         temperature: > 0, in the units of the scores.
@@ -122,7 +122,7 @@ class ProductKeyMemory(nn.Module):
         self.q_proj = linear(hidden_size, heads * key_dim)
         self.query_norm: nn.Module = nn.Identity()
         if query_norm is not None:
-            norm = RMSNorm if query_norm == "rms" else LayerNorm
+            norm = RMSNorm if query_norm == "rms" else nn.LayerNorm
             self.query_norm = norm(key_dim, eps=norm_eps, device=device, dtype=dtype)
         self.keys: Tensor
         keys = torch.empty(heads, 2, num_keys, key_dim // 2, device=device, dtype=memory_dtype)

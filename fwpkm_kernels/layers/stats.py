@@ -72,7 +72,7 @@ def memory_stats(slots: Tensor, weights: Tensor, num_slots: int, gates: Tensor |
 
     magnitudes = torch.where(slots >= 0, weights.abs(), 0.0)
     total = magnitudes.sum(-1, keepdim=True)
-    is_weighed = total != 0  # also where it is NaN, which shows
+    is_weighed = total > 0
     entropies = torch.special.entr(magnitudes / torch.where(is_weighed, total, 1.0)).sum(-1)
 
     gate = torch.full((), math.nan, dtype=dtype, device=slots.device)

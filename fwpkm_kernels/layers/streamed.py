@@ -84,8 +84,8 @@ class StreamedMemory:
         return [x.state.position for x in (self.sessions if self.scope == "sequence" else self.sessions * self.batch)]
 
     def _pieces(self, documents: Documents) -> list[slice | Tensor] | None:
-        """Where the tokens of each session lie among the B·T; None under scope="batch", whose session has all."""
-        return documents.pieces() if self.scope == "sequence" else None
+        """Where the tokens of each session lie among the B·T; None where one session has them all as they are."""
+        return None if self.scope == "batch" or documents.is_one else documents.pieces()
 
     @torch.no_grad()
     def convolve(self, x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
@@ -96,9 +96,8 @@ class StreamedMemory:
                 x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
             return self.sessions[0].convolve(x, weight)
         parts = [one.convolve(take(x, piece), weight) for one, piece in zip(self.sessions, pieces, strict=True)]
-        return put_back(parts, pieces, x)
+        return put_back(parts, pieces, x) if parts else x
 
-    @torch.no_grad()
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
         """Read the next tokens, [B, T, H, Dk] and [B, T, D]; the output [B, T, D], 0 at padding."""
         pieces, options = self._pieces(documents), self.options._asdict()
@@ -111,7 +110,7 @@ class StreamedMemory:
                 of_piece = (take(queries, piece), take(targets, piece))
                 of_gates = None if gates is None else take(gates, piece)
                 parts.append(fast_weight_memory_step(one.state, *of_piece, gates=of_gates, **options))
-            read = put_back(parts, pieces, targets)
+            read = put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
         self.columns += documents.length
         return read
 

@@ -1,0 +1,191 @@
+"""A layer that streams: any cut is the whole, whatever the scope and the padding; rollback, order, copies."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from fwpkm_kernels import MemoryState
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
+
+WIDTH, CHUNK, LENGTH = 7, 4, 14
+CUTS = ([LENGTH], [1] * LENGTH, [3, 5, 6], [CHUNK, 2 * CHUNK, 2], [0, 1, 12, 0, 1])
+OPTIONS = [{}, {"query_conv": 3}, {"query_conv": 6, "lookahead": CHUNK}, {"lookahead": 0, "gate": False}]
+
+
+def make_layer(scope: str, **options) -> FastWeightProductKeyMemory:
+    torch.manual_seed(0)
+    options = {"num_keys": 6, "heads": 2, "top_k": 3, "key_dim": 6, "value_dim": 5, "chunk_size": CHUNK} | options
+    layer = FastWeightProductKeyMemory(WIDTH, scope=scope, dtype=torch.float64, memory_dtype=torch.float64, **options)
+    return layer.requires_grad_(False)
+
+
+def make_input(batch: int = 3, length: int = LENGTH):
+    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def parts(lengths):
+    return [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(lengths)])]
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_any_cut_is_the_whole(scope, options, cut):
+    layer, x = make_layer(scope, **options), make_input()
+    memory = layer.new_memory(3)
+    output = torch.cat([layer(x[:, part], memory=memory) for part in parts(cut)], dim=1)
+    assert_close(output, layer(x))
+    assert memory.positions == [LENGTH] * 3
+
+
+@pytest.mark.parametrize("cut", CUTS[:3], ids=str)
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_padding_on_the_left(scope, cut):
+    """In generation: a padded prompt, then single tokens without a mask."""
+    layer, x = make_layer(scope, query_conv=3), make_input()
+    mask = torch.ones(3, LENGTH, dtype=torch.bool)
+    mask[0, :5] = mask[2, :1] = False
+    x[~mask] = 1e3
+    memory, outputs = layer.new_memory(3), []
+    for part in parts(cut):
+        of_part = mask[:, part]
+        outputs.append(layer(x[:, part], attention_mask=None if of_part.all() else of_part, memory=memory))
+    output = torch.cat(outputs, dim=1)
+    assert_close(output, layer(x, attention_mask=mask))
+    if scope == "sequence":
+        assert memory.positions == [LENGTH - 5, LENGTH, LENGTH - 1]
+        for row in range(3):
+            assert_close(output[row : row + 1, mask[row]], layer(x[row : row + 1, mask[row]]))
+
+
+def test_packed_documents_go_on_in_sessions_of_their_own():
+    layer, x = make_layer("sequence", query_conv=3), make_input(1)
+    memory = layer.new_memory(2)
+    first = layer(x[:, :9], cu_seqlens=torch.tensor([0, 4, 9]), memory=memory)
+    second = layer(x[:, 9:], cu_seqlens=torch.tensor([0, 5, 5]), memory=memory)
+    assert memory.positions == [9, 5]
+    whole = layer(torch.cat((x[:, :4], x[:, 9:]), dim=1))
+    assert_close(torch.cat((first[:, :4], second), dim=1), whole)
+    assert_close(first[:, 4:], layer(x[:, 4:9]))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_rollback_inside_a_chunk(scope):
+    """What is taken back was never read: bit for bit, the convolution's window too."""
+    layer, x = make_layer(scope, query_conv=3), make_input()
+    memory, never = layer.new_memory(3), layer.new_memory(3)
+    for one in (memory, never):
+        layer(x[:, :5], memory=one)
+    layer(x[:, 5:8].flip(1)[:, :2], memory=memory)  # two tokens that a draft got wrong
+    memory.rollback(2)
+    assert memory.positions == never.positions
+    for part in (slice(5, 6), slice(6, LENGTH)):
+        assert torch.equal(layer(x[:, part], memory=memory), layer(x[:, part], memory=never))
+    with pytest.raises(ValueError, match="`tokens` must be at most 2, .* got 3"):
+        memory.rollback(3)
+    assert memory.positions == [LENGTH] * 3
+
+
+def test_sequences_in_another_order():
+    """Beams: rows are repeated, left out and moved, each with its own memory and window."""
+    layer, x = make_layer("sequence", query_conv=3), make_input(3)
+    memory = layer.new_memory(3)
+    layer(x[:, :6], memory=memory)
+    memory.reorder(torch.tensor([2, 2, 0, 2]))
+    assert memory.batch == 4
+    rows = [2, 2, 0, 2]
+    rest = x[torch.tensor([0, 1, 2, 0])][:, 6:]
+    output = layer(rest, memory=memory)
+    for row, source in enumerate(rows):
+        whole = layer(torch.cat((x[source : source + 1, :6], rest[row : row + 1]), dim=1))
+        assert_close(output[row : row + 1], whole[:, 6:])
+    with pytest.raises(ValueError, match=r"`indices` must lie in \[0, 4\), got 4"):
+        memory.reorder([4])
+
+
+def test_one_memory_for_the_batch_keeps_its_order():
+    layer, x = make_layer("batch", query_conv=3), make_input(3)
+    memory = layer.new_memory(3)
+    layer(x[:, :6], memory=memory)
+    memory.reorder([0, 1, 2])
+    for rows in ([1, 0, 2], [0, 0, 1]):
+        with pytest.raises(ValueError, match='`scope`="batch"'):
+            memory.reorder(rows)
+    memory.reorder([0, 2])
+    assert memory.batch == 2
+    assert layer(x[[0, 2], 6:], memory=memory).shape == (2, LENGTH - 6, WIDTH)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_reset_and_copies(scope):
+    layer, x = make_layer(scope, query_conv=3), make_input()
+    memory = layer.new_memory(3)
+    before = layer(x[:, :6], memory=memory)
+    copies = [memory.clone(), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), memory.to("cpu")]
+    after = layer(x[:, 6:], memory=memory)
+    for other in copies:
+        assert torch.equal(layer(x[:, 6:], memory=other), after)
+    memory.reset()
+    assert memory.positions == [0, 0, 0]
+    assert torch.equal(layer(x[:, :6], memory=memory), before)
+
+
+def test_reset_returns_to_the_parameters_as_they_are():
+    layer, x = make_layer("sequence"), make_input()
+    memory = layer.new_memory(3)
+    layer(x, memory=memory)
+    with torch.no_grad():
+        layer.table.weight.mul_(0.5)
+    memory.reset()
+    assert_close(layer(x, memory=memory), layer(x))
+
+
+def test_a_state_of_ones_own():
+    """scope="batch" without a convolution steps a MemoryState too."""
+    layer, x = make_layer("batch"), make_input()
+    state = MemoryState(layer.keys, layer.table.weight)
+    output = torch.cat([layer(x[:, part], memory=state) for part in parts([6, LENGTH - 6])], dim=1)
+    assert_close(output, layer(x))
+    assert state.position == LENGTH
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_gradients_are_refused_in_place(scope):
+    layer, x = make_layer(scope), make_input()
+    memory = layer.new_memory(3)
+    with pytest.raises(ValueError, match="`memory` is written in place.*LayerMemory"):
+        layer(x.requires_grad_(), memory=memory)
+    layer.requires_grad_(True)
+    with pytest.raises(ValueError, match="`memory` is written in place.*LayerMemory"):
+        layer(x.detach(), memory=memory)
+    assert memory.positions == [0, 0, 0]
+    with torch.inference_mode():
+        layer(x[:, :3], memory=memory)
+    with torch.no_grad():  # what inference mode has made can be written outside of it
+        assert_close(layer(x[:, 3:], memory=memory), layer(x)[:, 3:])
+
+
+def test_a_memory_of_another_kind_or_size():
+    layer, x = make_layer("sequence"), make_input()
+    with pytest.raises(ValueError, match="`memory` is for 2 sequences, got 3"):
+        layer(x, memory=layer.new_memory(2))
+    with pytest.raises(TypeError, match="`memory` must be a LayerMemory, .* got MemoryState"):
+        layer(x, memory=MemoryState(layer.keys, layer.table.weight))
+    with pytest.raises(ValueError, match="`return_memory` must be False"):
+        layer(x, memory=layer.new_memory(3), return_memory=True)
+    with pytest.raises(ValueError, match='`boundary` must be "carry"'):
+        make_layer("batch", boundary="drop").new_memory()
+    batch = make_layer("batch")
+    with pytest.raises(ValueError, match="`cu_seqlens` must be None"):
+        batch(x[:1], cu_seqlens=torch.tensor([0, LENGTH]), memory=batch.new_memory(1))
+    assert isinstance(layer.new_memory(0), StreamedMemory)
+    output, mean = layer(x, memory=layer.new_memory(3), return_gate_mean=True)
+    assert output.shape == x.shape
+    assert mean.shape == ()

@@ -1,0 +1,241 @@
+"""Initial memories in training: nothing leaks from one call into the next, and `persistent` advances once a step."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
+
+WIDTH = 7
+KINDS = [("learned", "sequence"), ("frozen", "sequence"), ("learned", "batch"), ("frozen", "batch")]
+EVERY_KIND = [*KINDS, ("persistent", "batch")]
+
+
+def make_layer(initial_memory="learned", scope="sequence", seed=0, **options) -> FastWeightProductKeyMemory:
+    torch.manual_seed(seed)
+    options = {"num_keys": 6, "top_k": 3, "key_dim": 6, "value_dim": 5, "chunk_size": 4, "query_conv": 2} | options
+    options |= {"dtype": torch.float64, "memory_dtype": torch.float64}
+    return FastWeightProductKeyMemory(WIDTH, initial_memory=initial_memory, scope=scope, **options)
+
+
+def make_input(batch: int = 2, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 10, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def memory_of(layer):
+    return [layer.keys.detach().clone(), layer.table.weight.detach().clone()]
+
+
+def gradients(layer, x, run=None):
+    """Of the parameters, after one backward of its own."""
+    layer.zero_grad()
+    (run or layer)(x).square().sum().backward()
+    return [p.grad.clone() for p in layer.parameters()]
+
+
+def assert_equal(ours, theirs):
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids="-".join)
+def test_calls_leave_nothing_behind(kind):
+    """Training, evaluation, streaming and errors between two calls: the second is the first, bit for bit."""
+    layer, x = make_layer(*kind), make_input()
+    initial, names = memory_of(layer), set(layer.state_dict())
+    first, expected = layer(x), gradients(layer, x)
+    layer.eval()
+    layer(make_input(seed=2))
+    with torch.no_grad():
+        layer(x, memory=layer.new_memory(2))
+        layer(make_input(seed=3))
+    layer.train()
+    with pytest.raises(ValueError, match="hidden_states"):
+        layer(x[..., :3])
+    assert torch.equal(layer(x), first)
+    assert_equal(gradients(layer, x), expected)
+    assert_equal(memory_of(layer), initial)
+    assert set(layer.state_dict()) == names
+    is_learned = kind[0] == "learned"
+    assert isinstance(layer.keys, torch.nn.Parameter) == is_learned
+    assert isinstance(layer.table.weight, torch.nn.Parameter) == is_learned
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids="-".join)
+def test_gradient_accumulation_adds_up(kind):
+    layer, parts = make_layer(*kind), [make_input(seed=s) for s in (1, 2)]
+    apart = [gradients(layer, x) for x in parts]
+    layer.zero_grad()
+    for x in parts:
+        layer(x).square().sum().backward()
+    added = [p.grad.clone() for p in layer.parameters()]
+    for total, one, two in zip(added, *apart, strict=True):
+        torch.testing.assert_close(total, one + two, rtol=1e-12, atol=1e-14)
+    if kind[1] == "sequence":  # then it is the whole batch at once too
+        for total, whole in zip(added, gradients(layer, torch.cat(parts)), strict=True):
+            torch.testing.assert_close(total, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", EVERY_KIND, ids="-".join)
+def test_activation_checkpoints(kind, reentrant):
+    """The same bits, and the memory of `persistent` is pending once, as the forward has left it."""
+    layer, x = make_layer(*kind), make_input().requires_grad_()
+    expected = gradients(layer, x)
+    pending = layer._pending
+    layer._pending = None
+    assert_equal(gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant)), expected)
+    if kind[0] == "persistent":
+        assert_equal(layer._pending, pending)
+    else:
+        assert layer._pending is None
+
+
+def test_persistent_advances_exactly_once_a_step():
+    layer, x = make_layer("persistent", "batch"), make_input()
+    initial = memory_of(layer)
+    advance_memory(layer)  # nothing is pending
+    assert_equal(memory_of(layer), initial)
+    _, final = layer(x, return_memory=True)
+    final[0].square().sum().backward()
+    assert_equal(memory_of(layer), initial)
+    model = torch.nn.Sequential(torch.nn.Identity(), layer)
+    advance_memory(model)
+    assert_equal(memory_of(layer), [x.detach() for x in final[:2]])
+    advance_memory(model)
+    assert_equal(memory_of(layer), [x.detach() for x in final[:2]])
+
+    layer.eval()
+    layer(x)
+    advance_memory(layer)
+    assert_equal(memory_of(layer), [x.detach() for x in final[:2]])
+
+    layer.train()  # the second step begins where the first has ended, and is saved with it
+    other = make_layer("persistent", "batch", seed=5)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(layer(x), make_layer("persistent", "batch")(x))
+
+
+def test_the_last_of_several_calls_counts():
+    layer = make_layer("persistent", "batch")
+    for seed in (1, 2):
+        _, final = layer(make_input(seed=seed), return_memory=True)
+    advance_memory(layer)
+    assert_equal(memory_of(layer), [x.detach() for x in final[:2]])
+
+
+def test_reset_parameters_forgets_what_is_pending():
+    layer = make_layer("persistent", "batch")
+    layer(make_input())
+    layer.reset_parameters()
+    before = memory_of(layer)
+    advance_memory(layer)
+    assert_equal(memory_of(layer), before)
+
+
+def test_advance_refuses_what_two_layers_would_write():
+    one = make_layer("persistent", "batch")
+    two = make_layer("persistent", "batch", table=one.table)
+    model = torch.nn.Sequential(one, two)
+    model(make_input())
+    with pytest.raises(ValueError, match="`model` has layers that share a table"):
+        advance_memory(model)
+    with pytest.raises(ValueError, match="`reduce` must be one of 'mean', 'none'"):
+        advance_memory(one, reduce="sum")
+
+
+def _train_in_parallel(rank: int, folder: str) -> None:
+    """One rank of `test_two_ranks`: a few steps of each kind; what is left is saved."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    left = {}
+    for kind in EVERY_KIND:
+        layer = make_layer(*kind)
+        model = DistributedDataParallel(layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for step in range(2):
+            x = make_input(batch=4, seed=step)[2 * rank : 2 * rank + 2]
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            advance_memory(model)
+        left["-".join(kind)] = layer.state_dict()
+    layer = make_layer("persistent", "batch")
+    layer(make_input(batch=4)[2 * rank : 2 * rank + 2])
+    advance_memory(layer, reduce="none")
+    left["none"] = layer.state_dict()
+    torch.save(left, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path):
+    """DistributedDataParallel: ranks stay equal; a memory for each sequence trains as one process with the batch does;
+    `persistent` moves by the mean of what the ranks' memories did."""
+    mp.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for kind in EVERY_KIND:
+        name = "-".join(kind)
+        assert_equal(one[name].values(), two[name].values())
+        layer = make_layer(*kind)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for step in range(2):
+            halves = make_input(batch=4, seed=step).split(2)
+            optimizer.zero_grad()
+            if kind[1] == "sequence":
+                layer(torch.cat(halves)).square().mean().backward()
+            else:  # a memory for each rank's half
+                moved = []
+                for half in halves:
+                    (layer(half).square().mean() / 2).backward()
+                    moved.append(layer._pending)
+            optimizer.step()
+            if kind[0] == "persistent":
+                with torch.no_grad():
+                    for memory, *ends in zip((layer.keys, layer.table.weight), *moved, strict=True):
+                        memory.copy_(sum(ends) / 2)
+        for key, x in layer.state_dict().items():
+            torch.testing.assert_close(one[name][key], x, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(one["none"]["table.weight"], two["none"]["table.weight"])
+
+
+def test_resized_memories():
+    """Train small, test large: the projections are the same, the memory is new, and neither layer is the other."""
+    layer, x = make_layer("persistent", "batch"), make_input()
+    layer(x)
+    large = layer.resized(12)
+    assert large.keys.shape == (1, 2, 12, 3)
+    assert large.table.weight.shape == (144, 5)
+    assert large._pending is None
+    assert large.initial_memory == "persistent"
+    for (name, ours), (_, theirs) in zip(large.named_parameters(), layer.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+        assert ours.data_ptr() != theirs.data_ptr()
+    before = memory_of(layer)
+    large(x).sum().backward()
+    advance_memory(large)
+    assert_equal(memory_of(layer), before)
+    assert all(p.grad is None for p in layer.parameters())
+    with pytest.raises(ValueError, match='`initial_memory`="learned"'):
+        make_layer().resized(12)
+    with pytest.raises(ValueError, match="`num_keys` must be at least 3"):
+        layer.resized(2)
+
+
+def test_a_shared_table_collects_gradients_of_both():
+    one = make_layer()
+    two = make_layer(seed=1, table=one.table)
+    x = make_input()
+    two(one(x)).square().sum().backward()
+    together = one.table.weight.grad.clone()
+    apart = copy.deepcopy(two)
+    apart.table = copy.deepcopy(one.table)
+    one.zero_grad()
+    apart.zero_grad()
+    apart(one(x)).square().sum().backward()
+    torch.testing.assert_close(together, one.table.weight.grad + apart.table.weight.grad, rtol=1e-12, atol=1e-14)
