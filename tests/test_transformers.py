@@ -31,7 +31,7 @@ from fwpkm_kernels.integrations.transformers import (
     add_memory,
     load_memory,
 )
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, parameter_groups
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, StreamedMemory, parameter_groups
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -236,14 +236,18 @@ def test_a_cache_without_a_config_is_filled_up(added, name):
     assert [isinstance(x, MemoryCacheLayer) for x in cache.layers] == [False] * 3 + [True] * 2
 
 
-def test_prompt_lookup_gives_the_greedy_tokens():
-    model = with_memory(chunk_size=64)
-    prompt = prompts()[0][:1].repeat(1, 2)
-    expected = model.generate(prompt, **GREEDY)
-    calls = []
+def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch):
+    """Some drafts are accepted, others are taken back."""
+    model, calls, taken_back = with_memory(chunk_size=64), [], []
+    options = {**GREEDY, "max_new_tokens": 24}
+    prompt = prompts()[0][:1]
+    expected = model.generate(prompt, **options)
+    rollback = StreamedMemory.rollback
+    monkeypatch.setattr(StreamedMemory, "rollback", lambda memory, n: (taken_back.append(n), rollback(memory, n)))
     model.model.register_forward_hook(lambda *args: calls.append(1))
-    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), expected)
-    assert 1 < len(calls) < 9
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
+    assert len(calls) < 24
+    assert len({*taken_back}) > 1
 
 
 def test_gated_delta_nets_cannot_be_assisted():
