@@ -557,6 +557,7 @@ WRITERS = [
     ("benchmarks.gpu", ["--device=cpu", "--out={}"], "Run"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
+    ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
     ("benchmarks.compiled", ["--write"], "report_cases"),
     ("tests.mutations", ["--write"], "check_all"),

@@ -70,6 +70,11 @@ else:
     )
 
 
+def test_layers_need_no_transformers():
+    hidden = ("transformers", "fla", "safetensors", "tokenizers", "accelerate")
+    run_hidden("import fwpkm_kernels.layers, fwpkm_kernels.integrations, fwpkm_kernels.integrations.fla", *hidden)
+
+
 def test_import_asks_for_no_gpu():
     run_hidden("import torch, fwpkm_kernels; assert not torch.cuda.is_initialized()")
 

@@ -253,7 +253,7 @@ class _MemoryHead:
         means: list[Tensor] | None = [] if is_asked or price else None
         output = super().forward(*args, gate_means=means, return_dict=True, **kwargs)  # type: ignore[misc]
         if means is not None:
-            if torch.is_grad_enabled() and output.logits.requires_grad and not all(x.requires_grad for x in means):
+            if torch.is_grad_enabled() and output[0].requires_grad and not all(x.requires_grad for x in means):
                 raise ValueError(
                     "`use_reentrant` must be False in gradient_checkpointing_kwargs for the means of gates to have "
                     "gradients, got True"
@@ -426,22 +426,28 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     else:
         add_memory(model, **saved)
     state = {}
-    wanted = {name for name in model.state_dict() if ".memory." in name}
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for name in wanted.intersection(tensors.keys()):
-                state[name] = tensors.get_tensor(name)
-    own = model.state_dict()
-    for name in sorted(wanted):
+            state |= {_in_layers(name): tensors.get_tensor(name) for name in tensors.keys() if _MEMORY in name}
+    own = {_in_layers(name): x for name, x in decoder.state_dict().items() if _MEMORY in name}
+    for name, x in own.items():
         if name not in state:
             raise ValueError(f"`folder` must hold {name}, got a checkpoint without it")
-        if state[name].shape != own[name].shape:
+        if state[name].shape != x.shape:
             raise ValueError(
                 f"`model` must have {name} of shape {checks.shape(state[name])}, as in the checkpoint, got "
-                f"{checks.shape(own[name])}"
+                f"{checks.shape(x)}"
             )
-    model.load_state_dict(state, strict=False)
+    decoder.load_state_dict(state, strict=False)
     return model
+
+
+_MEMORY = ".memory."
+
+
+def _in_layers(name: str) -> str:
+    """The name of a weight in the decoder, whatever that is part of."""
+    return name[name.rindex("layers.", 0, name.index(_MEMORY)) :]
 
 
 def _weight_files(folder: str | os.PathLike[str]) -> list[str]:
@@ -565,7 +571,8 @@ class FwPKMBlock(_MemoryBlock, Qwen3DecoderLayer):
             mixer: Any = _GatedDeltaNet(config, layer_idx)
             self.self_attn = mixer
         if layer_idx in config.pkm_layers:
-            self.mlp = ProductKeyMemory(config.hidden_size, table=table, layer_idx=layer_idx, **config.pkm)
+            memory: Any = ProductKeyMemory(config.hidden_size, table=table, layer_idx=layer_idx, **config.pkm)
+            self.mlp = memory
         self.memory = _make_memory(config, layer_idx, config.memory) if layer_idx in config.memory_layers else None
 
 
