@@ -1,6 +1,7 @@
 """Memories in Hugging Face models: caches, generation, training, saving, and the model of our own."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -36,6 +37,8 @@ from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, S
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+#: What transformers calls a cache, from 5.24 on and before.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 PAD, VOCABULARY, PROMPT = 0, 61, 23
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -117,7 +120,7 @@ def read(model, cache, ids, mask=None, cuts=(5, 10, 1, 7)) -> torch.Tensor:
     for piece in ids.split(list(cuts), 1):
         seen += piece.shape[1]
         past = None if mask is None else mask[:, :seen]
-        logits.append(model(piece, attention_mask=past, cache=cache, use_cache=True).logits)
+        logits.append(model(piece, attention_mask=past, use_cache=True, **{CACHE: cache}).logits)
     return torch.cat(logits, 1)
 
 
@@ -226,7 +229,7 @@ def test_beams_and_samples_with_a_cache_are_those_without(model):
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
 def test_a_cache_without_a_config_is_filled_up(added, name):
     ids, mask = prompts()
@@ -272,7 +275,7 @@ def test_training_has_its_gradients_with_a_cache_and_checkpoints(make):
     assert all(of_expected[name].count_nonzero() for name in of_expected if "memory" in name)
     output, found = run()
     with pytest.raises(ValueError, match=r"`cache` must be read into under torch.no_grad\(\)"), torch.no_grad():
-        model(ids, cache=output.cache)
+        model(ids, **{CACHE: output[CACHE]})
     model.gradient_checkpointing_enable()
     checkpointed, of_checkpointed = run(use_cache=False)
     for other, grads in ((output, found), (checkpointed, of_checkpointed)):
@@ -288,9 +291,9 @@ def test_a_cache_that_holds_tokens_has_no_gradients(added):
     ids, _ = prompts()
     cache = DynamicCache(config=added.config)
     with torch.no_grad():
-        added(ids, cache=cache)
+        added(ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="`cache` is written in place, without gradients"):
-        added(ids, cache=cache)
+        added(ids, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
@@ -488,7 +491,9 @@ def test_checkpoints_of_another_configuration_are_named(tmp_path):
         load_memory(with_memory(chunk_size=4), tmp_path / "memory")
     with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories"):
         load_memory(qwen(), tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"g_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.memory.q_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"
+    ):
         load_memory(Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"hidden_size": 16}))), tmp_path / "memory")
 
 

@@ -270,9 +270,9 @@ class _MemoryHead:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, **kwargs
         )
-        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding.
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        is_decoding = tokens.shape[1] == 1 and not kwargs.get("is_first_iteration")
+        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
+        # piece of a prompt comes first, or says of no length.
+        is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         inputs["memory_mask"] = None if is_decoding else kwargs.get("attention_mask")
         return inputs
 
@@ -428,7 +428,8 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     state = {}
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            state |= {_in_layers(name): tensors.get_tensor(name) for name in tensors.keys() if _MEMORY in name}
+            names = tensors.keys()
+            state |= {_in_layers(name): tensors.get_tensor(name) for name in names if _MEMORY in name}
     own = {_in_layers(name): x for name, x in decoder.state_dict().items() if _MEMORY in name}
     for name, x in own.items():
         if name not in state:
@@ -642,7 +643,8 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """A language model with memories, by its FwPKMConfig; in all else as Qwen3ForCausalLM.
 
     It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
-    `add_memory`. Gated DeltaNets need fla to separate packed sequences.
+    `add_memory`. Gated DeltaNets need fla to separate packed sequences. Before 5.24, transformers makes wrong masks for
+    a cache where all three kinds of attention meet, and cannot `generate` where all is linear.
     """
 
     forward = _signed(_MemoryHead.forward, Qwen3ForCausalLM.forward)
