@@ -10,8 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Configuration, Inputs, Memory
-from benchmarks.providers import torch_lookup
+from benchmarks.inputs import PARAMETERS, Configuration, Inputs, Memory
+from benchmarks.providers import project, torch_lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,32 @@ def sequence(c: Configuration, direction: str, inputs: Inputs) -> Cost:
         2 * queries + 3 * targets + found + rows + grad_rows + c.table_bytes + (chunks + 1) * keys,
         8 * c.accesses * c.width + _LOOKUP_BACKWARD[c.score] * _picked(c) + steps,
     )
+
+
+def layer(c: Configuration, direction: str, inputs: Inputs) -> Cost:
+    """What its memory costs, of each document where each has its own, as long as such a memory is a whole table:
+    `sequence`, or `stream` for less than a chunk. Hidden states in and output out, and the parameters of the four
+    projections; two flops for each of these and token. Backward: the same in, and both gradients out; four flops."""
+    if direction == "both":
+        there, back = (layer(c, way, inputs) for way in ("forward", "backward"))
+        return Cost(there.bytes + back.bytes, there.flops + back.flops)
+    with torch.no_grad():
+        projected = project(inputs["hidden_states"], inputs)
+    own = dataclasses.replace(c, tokens=c.length, batch=1) if inputs["scope"] == "sequence" else c
+    costs = []
+    for first in range(0, c.batch, own.batch):
+        rows = slice(first, first + own.batch)
+        given = {"queries": projected.queries[rows], "targets": projected.targets[rows]}
+        memory = Memory(inputs["keys"], inputs["values"])
+        if c.length < c.chunk:
+            costs.append(stream(own, direction, {**given, "memory": memory}))
+        else:
+            costs.append(sequence(own, direction, {**given, **memory._asdict()}))
+    weights = [inputs[name] for name in PARAMETERS if name != "keys"]
+    elements, times = sum(x.numel() for x in weights), 1 if direction == "forward" else 2
+    moved = 2 * _size(inputs["hidden_states"]) + _size(*weights)
+    moved = moved if direction == "forward" else 2 * _size(*weights) + 3 * _size(inputs["hidden_states"])
+    return Cost(sum(x.bytes for x in costs) + moved, sum(x.flops for x in costs) + 2 * times * c.tokens * elements)
 
 
 def stream(c: Configuration, direction: str, inputs: Inputs) -> Cost:

@@ -145,19 +145,53 @@ def of_update(c: Configuration, device: str, seed: int) -> Inputs:
     }
 
 
+def _options(c: Configuration) -> Inputs:
+    return {"chunk_size": c.chunk, "top_k": c.picks, "score": c.score, "addressing_weight": c.key_weight}
+
+
 def _of_memory(c: Configuration, device: str, seed: int) -> tuple[Inputs, Memory]:
     tokens = {
         "queries": _queries(c, device, seed).view(c.batch, c.length, c.heads, c.key_width),
         "targets": _targets(c, device, seed).view(c.batch, c.length, c.width),
     }
-    options = {"chunk_size": c.chunk, "top_k": c.picks, "score": c.score, "addressing_weight": c.key_weight}
-    return {**tokens, **options}, Memory(_keys(c, device), table(c.slots, c.width, c.dtype, device))
+    return {**tokens, **_options(c)}, Memory(_keys(c, device), table(c.slots, c.width, c.dtype, device))
 
 
 def of_sequence(c: Configuration, device: str, seed: int) -> Inputs:
     """All tensors require gradients: forward is that of training, which keeps what backward reads."""
     inputs, memory = _of_memory(c, device, seed)
     inputs |= {**memory._asdict(), "boundary": c.boundary}
+    return {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+#: The layer's own parameters among the inputs of a layer; its table is `values`, as of all operations.
+PARAMETERS = (
+    *(f"{name}_norm.weight" for name in "qvgo"),
+    *(f"{name}_proj.{kind}" for name in "qvgo" for kind in ("weight", "bias")),
+    "keys",
+)
+
+
+def of_layer(c: Configuration, device: str, seed: int, *, scope: str) -> Inputs:
+    """Hidden states as wide as a row of the table, and parameters for which queries are as normal as a sequence's."""
+    out = {"q": c.heads * c.key_width, "v": c.width, "g": 1, "o": c.width}
+    inputs: Inputs = {"hidden_states": normal(device, 100 + seed, c.batch, c.length, c.width).to(c.dtype)}
+    for number, name in enumerate(PARAMETERS[:-1]):
+        part, kind = name.split("_")
+        if kind == "norm.weight":
+            x = 1 + 0.1 * normal(device, 10 + number, c.width)
+        elif kind == "proj.weight":
+            x = normal(device, 10 + number, out[part], c.width) * c.width**-0.5
+        else:
+            x = 0.1 * normal(device, 10 + number, out[part])
+        inputs[name] = x.to(c.dtype)
+    inputs |= {"keys": _keys(c, device), "values": table(c.slots, c.width, c.dtype, device), "scope": scope}
+    return inputs | _options(c)
+
+
+def of_layer_training(c: Configuration, device: str, seed: int, *, scope: str) -> Inputs:
+    """All tensors require gradients, as in `of_sequence`."""
+    inputs = of_layer(c, device, seed, scope=scope)
     return {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import tempfile
@@ -235,10 +236,10 @@ def time_graph(calls: Sequence[Call], seconds: float, stream: "torch.cuda.Stream
     return quantile(samples, 0.5) / len(calls)
 
 
-def peak_cpu(call: Call) -> int:
-    """Bytes that one call needs at its peak: what torch's CPU allocator gave it less what it took back, so far.
+def allocations_cpu(call: Call) -> list[int]:
+    """Bytes that torch's CPU allocator gives in a call, and, negative, those that it takes back, in their order.
 
-    Tensors only, as on a GPU: scratch memory inside a library's routine is not seen, nor what was there before.
+    Tensors only, as on a GPU: scratch memory inside a library's routine is not seen.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
@@ -252,11 +253,13 @@ def peak_cpu(call: Call) -> int:
         with open(path, encoding="utf-8") as file:
             events = json.load(file)["traceEvents"]
     changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
+
+
+def peak_cpu(call: Call) -> int:
+    """Bytes that one call needs at its peak: what it was given less what it gave back, so far; not what was there
+    before."""
+    return max(itertools.accumulate(allocations_cpu(call), initial=0))
 
 
 @contextlib.contextmanager

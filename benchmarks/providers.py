@@ -8,19 +8,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fwpkm_kernels as fwpkm
-from benchmarks.inputs import Configuration, Inputs, Memory
+import reference
+from benchmarks.inputs import PARAMETERS, Configuration, Inputs, Memory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory
 
 #: The provider that the others are compared with.
 PACKAGE = "fwpkm_kernels"
 #: This package's steps as CUDA graphs.
 GRAPHED = f"{PACKAGE}-graph"
+#: A layer's projections and this package's operator, called one after the other: what the layer may cost.
+COMPOSED = "projections + operator"
 
 
 def is_package(provider: str) -> bool:
@@ -215,6 +219,7 @@ def _chunk(
     addressing_weight: float,
     boundary: str = "carry",
     dense: bool = False,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read a chunk and write it: predictions of its tokens, new keys, and new values, which are the old ones in place
     unless `dense`.
@@ -222,11 +227,14 @@ def _chunk(
     Args:
         queries: [M, H, Dk]: the `carried` rows of the chunk before, which are read again to be written, then the chunk.
         targets: [E, D], of the first E rows: those that are written.
+        gates: [E], by which they are; None is all ones.
     """
     best, columns = _half_winners(queries, keys, top_k, score, 1e-3)
     scores, slots = _pair_winners(best, columns, keys.shape[2])
     slots, weights = slots.flatten(1), scores.flatten(1).softmax(-1)
     predictions = _predictions(values, slots, weights)
+    if gates is not None:
+        targets = torch.lerp(predictions[: len(targets)], targets, gates.unsqueeze(-1))
     if addressing_weight != 0:
         keys = _step_keys(
             keys, queries[carried:], best[:, :, carried:], columns[:, :, carried:], score, addressing_weight
@@ -252,6 +260,7 @@ def torch_memory(
     chunk_size: int,
     boundary: str = "carry",
     dense: bool = False,
+    gates: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sequence of whole chunks, with a lookahead of 1: output, keys and values; differentiable."""
@@ -263,7 +272,8 @@ def torch_memory(
         carried, stop = min(1, start) if boundary == "carry" else 0, start + chunk_size
         window, pairs = queries[start - carried : stop], targets[start - carried + 1 : stop]
         tensors = (window.flatten(0, 1), pairs.flatten(0, 1))
-        out, keys, values = _chunk(keys, values, *tensors, carried * queries.shape[1], **options)
+        of_pairs = None if gates is None else gates.T[start - carried :][: len(pairs)].flatten()
+        out, keys, values = _chunk(keys, values, *tensors, carried * queries.shape[1], gates=of_pairs, **options)
         outputs.append(out)
     return torch.cat(outputs).view(targets.shape).transpose(0, 1).to(targets.dtype), keys, values
 
@@ -358,6 +368,116 @@ def graph_replay(memory: GraphedMemory, queries: Tensor, **options: Any) -> Call
 
 def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:
     return memory.step(**inputs)
+
+
+def _split(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """A layer's parameters, by their names in its state_dict, and the memory's options."""
+    parameters = {name: inputs[name] for name in PARAMETERS} | {"table.weight": inputs["values"]}
+    kept = ("hidden_states", "values", "scope", *PARAMETERS)
+    return parameters, {name: x for name, x in inputs.items() if name not in kept}
+
+
+def reference_layer(*, hidden_states: Tensor, scope: str, **inputs: Any) -> Tensor:
+    """The definition, on the CPU."""
+    tensors = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    parameters, options = _split(tensors)
+    heads, _, num_keys, _ = parameters["keys"].shape
+    options |= {"heads": heads, "num_keys": num_keys, "scope": scope}
+    output: Tensor = reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
+    return output
+
+
+def _bare_layer(hidden_size: int, **options: Any) -> FastWeightProductKeyMemory:
+    return FastWeightProductKeyMemory(hidden_size, **options, device="meta")
+
+
+_kept_layer = functools.lru_cache(maxsize=1)(_bare_layer)
+
+
+def _layer(inputs: Inputs, make: Callable[..., FastWeightProductKeyMemory]) -> FastWeightProductKeyMemory:
+    """The package's layer around these very tensors, so that gradients reach them."""
+    parameters, options = _split(inputs)
+    heads, _, num_keys, half = parameters["keys"].shape
+    options |= {"heads": heads, "num_keys": num_keys, "key_dim": 2 * half, "scope": inputs["scope"]}
+    layer = make(inputs["hidden_states"].shape[2], value_dim=inputs["values"].shape[1], **options)
+    for name, x in parameters.items():
+        module, _, leaf = name.rpartition(".")
+        layer.get_submodule(module)._parameters[leaf] = x  # type: ignore[assignment]
+    return layer
+
+
+def package_layer(**inputs: Any) -> Tensor:
+    output: Tensor = _layer(inputs, _kept_layer)(inputs["hidden_states"])
+    return output
+
+
+def own_layer_memory(inputs: Inputs) -> Inputs:
+    layer = _layer(inputs, _bare_layer)
+    return {"layer": layer, "memory": layer.new_memory(len(inputs["hidden_states"]))}
+
+
+@torch.no_grad()
+def package_layer_step(*, hidden_states: Tensor, layer: Any, memory: Any, **inputs: Any) -> Tensor:
+    output: Tensor = layer(hidden_states, memory=memory)
+    return output
+
+
+class Projected(NamedTuple):
+    """What a layer gives to its memory."""
+
+    queries: Tensor  #: [B, T, H, Dk]
+    targets: Tensor  #: [B, T, D]
+    gates: Tensor  #: [B, T]
+
+
+def project(hidden_states: Tensor, inputs: Inputs) -> Projected:
+    """The three projections of a layer, with their norms."""
+
+    def linear(name: str) -> Tensor:
+        weight = inputs[f"{name}_norm.weight"]
+        normed = F.rms_norm(hidden_states, weight.shape, weight, 1e-5)
+        return F.linear(normed, inputs[f"{name}_proj.weight"], inputs[f"{name}_proj.bias"])
+
+    heads, _, _, half = inputs["keys"].shape
+    targets = linear("v")
+    std, mean = torch.std_mean(targets, dim=-1, keepdim=True)
+    queries = linear("q").unflatten(-1, (heads, 2 * half))
+    return Projected(queries, (targets - mean) / (std + 1e-6), torch.sigmoid(linear("g")).squeeze(-1))
+
+
+def mix(read: Tensor, projected: Projected, inputs: Inputs) -> Tensor:
+    """What is read against what was to be written, through the last norm and projection."""
+    gates, weight = projected.gates.unsqueeze(-1), inputs["o_norm.weight"]
+    mixed = F.rms_norm(gates * read + (1 - gates) * projected.targets, weight.shape, weight, 1e-5)
+    return F.linear(mixed, inputs["o_proj.weight"], inputs["o_proj.bias"])
+
+
+def composed_layer(memory: Callable[..., Any], *, hidden_states: Tensor, scope: str, **inputs: Any) -> Tensor:
+    """A layer around `memory`, a function of a sequence, that does nothing but the mathematics."""
+    _, options = _split(inputs)
+    projected, of_all = project(hidden_states, inputs), (inputs["keys"], inputs["values"])
+
+    def read(queries: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
+        output: Tensor = memory(queries, targets, *of_all, gates=gates, **options)[0]
+        return output
+
+    if scope == "batch":
+        return mix(read(*projected), projected, inputs)
+    documents = zip(*(x.split(1) for x in projected), strict=True)
+    return mix(torch.cat([read(*document) for document in documents]), projected, inputs)
+
+
+def own_layer_state(inputs: Inputs) -> Inputs:
+    return {"memory": fwpkm.MemoryState(inputs["keys"], inputs["values"])}
+
+
+@torch.no_grad()
+def composed_layer_step(*, hidden_states: Tensor, memory: Any, scope: str, **inputs: Any) -> Tensor:
+    """The same, one step of a state; for one sequence."""
+    projected = project(hidden_states, inputs)
+    queries, targets, gates = projected
+    read = fwpkm.fast_weight_memory_step(memory, queries, targets, gates=gates, **_split(inputs)[1])
+    return mix(read, projected, inputs)
 
 
 def own_written(inputs: Inputs) -> Inputs:

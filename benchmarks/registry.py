@@ -18,9 +18,10 @@ import reference
 from benchmarks import costs, inputs, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
-from benchmarks.providers import GRAPHED, PACKAGE, Provider, is_package
+from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE, Provider, is_package
 
 __all__ = [
+    "COMPOSED",
     "CONFIGURATIONS",
     "GRAPHED",
     "OPERATIONS",
@@ -94,6 +95,8 @@ class Row:
             return inputs.normal(given["keys"].device, 3, *given["keys"].shape)
         if name == "update":
             return table(c.slots, c.width, c.dtype, given["values"].device.type, seed=1)
+        if name.startswith("layer"):
+            return inputs.normal(given["hidden_states"].device, 3, *given["hidden_states"].shape).to(c.dtype)
         if name == "sequence":
             return inputs.normal(given["targets"].device, 3, *given["targets"].shape).to(c.dtype)
         return inputs.normal(given["values"].device, 3, c.tokens, c.width).to(c.dtype)
@@ -188,6 +191,25 @@ def _stream(name: str) -> Operation:
     )
 
 
+def _layer(name: str, scope: str) -> Operation:
+    """A layer around the memory, beside the mathematics of its projections and the memory's operator."""
+    sparse = functools.partial(providers.composed_layer, providers.torch_memory)
+    return Operation(
+        name,
+        ("both", "forward"),
+        providers.reference_layer,
+        functools.partial(inputs.of_layer_training, scope=scope),
+        costs.layer,
+        (
+            Provider(PACKAGE, providers.package_layer),
+            Provider(COMPOSED, functools.partial(providers.composed_layer, fwpkm.fast_weight_memory)),
+            Provider("pytorch", sparse, _autograd_applies),
+        ),
+        wrt=("hidden_states", *inputs.PARAMETERS, "values"),
+        sparse=sparse,
+    )
+
+
 # What matters most comes first: a run that is stopped keeps that.
 OPERATIONS = (
     Operation(
@@ -207,6 +229,20 @@ OPERATIONS = (
     _stream("step"),
     _stream("prefill"),
     _stream("decode"),
+    _layer("layer", "sequence"),
+    _layer("layer-batch", "batch"),
+    Operation(
+        "layer-decode",
+        ("forward",),
+        providers.reference_layer,
+        functools.partial(inputs.of_layer, scope="sequence"),
+        costs.layer,
+        (
+            Provider(PACKAGE, providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
+            Provider(COMPOSED, providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
+        ),
+        in_place=True,
+    ),
     Operation(
         "lookup",
         ("forward", "backward"),
@@ -309,6 +345,7 @@ OPERATIONS = (
 
 
 _OPERATIONS = ("lookup", "gather", "gather-sparse-grad", "update_", "key-step", "update")
+_LAYERS = ("layer", "layer-batch")
 _GPU, _CPU, _BOTH = ("cuda",), ("cpu",), ("cuda", "cpu")
 _FORWARD = ("forward",)
 _BF16 = {"dtype": torch.bfloat16}
@@ -317,13 +354,14 @@ _STATIC = {"heads": 4, "picks": 32, "score": "dot"}
 
 CONFIGURATIONS = (
     # Whole sequences in training, batch × length.
-    Configuration("8x4096", 32768, ("sequence",), _GPU, batch=8, directions=("both", "forward", "backward")),
+    Configuration("8x4096", 32768, ("sequence", *_LAYERS), _GPU, batch=8, directions=("both", "forward", "backward")),
     Configuration("8x4096-still-keys", 32768, ("sequence",), _GPU, batch=8, **_STILL),
     Configuration("8x512", 4096, ("sequence",), _GPU, batch=8),
     Configuration("8x2048", 16384, ("sequence",), _GPU, batch=8),
     Configuration("8x4096-bf16", 32768, ("sequence",), _GPU, batch=8, **_BF16),
     Configuration("8x4096-n4096-bf16-d256", 32768, ("sequence",), _GPU, batch=8, sub_keys=4096, width=256, **_BF16),
     Configuration("8x4096-drop", 32768, ("sequence",), _GPU, batch=8, boundary="drop"),
+    Configuration("1x1024", 1024, _LAYERS, _CPU, directions=("both", "forward")),
     Configuration("1x512", 512, ("sequence",), _CPU),
     Configuration("1x4608", 4608, ("sequence",), _CPU),
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
@@ -334,7 +372,7 @@ CONFIGURATIONS = (
     Configuration("inference-n128", 512, ("step",), _BOTH, sub_keys=128),
     Configuration("128k", 131072, ("prefill",), _GPU),
     Configuration("4k", 4096, ("prefill",), _CPU),
-    Configuration("token", 1, ("decode",), _BOTH),
+    Configuration("token", 1, ("decode", "layer-decode"), _BOTH),
     # A chunk in training, 8 × 512 tokens; at inference it has 512 (above).
     Configuration("training", 4096, (*_OPERATIONS, "reset"), _GPU),
     Configuration("training-bf16", 4096, ("lookup", "gather", "update_", "update"), _GPU, **_BF16),

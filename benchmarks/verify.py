@@ -14,6 +14,7 @@ same:
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -
     """Raise AssertionError unless the provider agrees with the reference on `inputs`."""
     if row.operation.name == "lookup":
         _verify_lookup(row, provider, inputs)
+    elif row.operation.name.startswith("layer"):
+        _verify_layer(row, provider, inputs, expected)
     elif row.operation.sparse is None:
         _verify_table(row, provider, inputs, expected)
     elif "memory" in inputs:
@@ -63,6 +66,7 @@ class Expected:
         self.row = row
         self.inputs = inputs
         self._short: dict[int, tuple[Inputs, Numbers, Numbers]] = {}
+        self._short_layer: dict[int, tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]] = {}
 
     @functools.cached_property
     def addressed(self) -> Tensor:
@@ -93,6 +97,33 @@ class Expected:
             exact = _numbers(self.row, self.row.operation.reference, testing.as_float64(reduced))
             self._short[attempt] = inputs, exact, _numbers(self.row, self.row.operation.reference, reduced)
         return self._short[attempt]
+
+    def short_layer(self, attempt: int) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+        """The same for a layer: its output and gradients, on the CPU."""
+        if attempt not in self._short_layer:
+            row, short = self.row, _short_layer_inputs(self.row, self.inputs, attempt)
+            wrt = row.wrt if row.direction == "both" else ()
+            on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in short.items()}
+            cotangent = row.cotangent(short).cpu() if wrt else None
+
+            def numbers(given: Inputs) -> dict[str, Tensor]:
+                (output,), gradients = testing.forward_and_gradients(
+                    row.operation.reference, given, wrt=wrt, cotangent=cotangent
+                )
+                return {"output": output, **gradients}
+
+            self._short_layer[attempt] = short, numbers(testing.as_float64(on_cpu)), numbers(on_cpu)
+        return self._short_layer[attempt]
+
+    @functools.cached_property
+    def timed_layer(self) -> Tensor:
+        """The output of a layer's first chunks on the inputs that are timed, as the sparse form has it."""
+        inputs, c = self.inputs, self.row.configuration
+        assert self.row.operation.sparse is not None
+        given = {**inputs, "hidden_states": inputs["hidden_states"][:, : _CHUNKS * c.chunk]}
+        with torch.no_grad():
+            output: Tensor = self.row.operation.sparse(**testing.as_float64(given))
+        return output
 
     @functools.cached_property
     def timed(self) -> tuple[Inputs, Numbers]:
@@ -313,6 +344,55 @@ def _verify_stream(row: Row, provider: Provider, inputs: Inputs, expected: Expec
     if c.length >= c.chunk:  # fewer tokens take the same way as in the short stream
         timed, exact = expected.timed
         _compare(name, timed, run(timed, c.length), exact, _mostly_near(row), rows_are_exact=False)
+
+
+def _short_layer_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
+    """Few tokens of at most two documents, in two chunks, and few sub-keys with the rows of their pairs: the norms of a
+    layer need all columns, of which the reference can have a small table."""
+    c = row.configuration
+    few = min(c.sub_keys, 64)
+    keys = inputs["keys"].detach()[:, :, :few]
+    pairs = (torch.arange(few).unsqueeze(1) * c.sub_keys + torch.arange(few)).flatten().to(keys.device)
+    batch = min(c.batch, 2)
+    chunk = min(c.chunk, max(8, _SHORT_ELEMENTS // keys.numel()) // (_CHUNKS * batch))
+    x = inputs["hidden_states"]
+    if c.length < c.chunk:  # so few tokens take as many calls
+        several = dataclasses.replace(c, tokens=_CHUNKS * chunk)
+        x = row.operation.make_inputs(several, x.device.type, attempt)["hidden_states"]
+    begin = min(attempt * chunk, x.shape[1] - _CHUNKS * chunk)
+    x = x.detach()[:batch, begin : begin + _CHUNKS * chunk]
+    return {**inputs, "hidden_states": x, "keys": keys, "values": inputs["values"].detach()[pairs], "chunk_size": chunk}
+
+
+def _verify_layer(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
+    """Few tokens and sub-keys with the reference, gradients too; the outputs that are timed with the sparse form."""
+    name, c = f"{row.name}: {provider.name}", row.configuration
+
+    def run(given: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        if row.operation.in_place:
+            own = {**given, **provider.own(given)}
+            parts = given["hidden_states"].split(c.length, dim=1)
+            return torch.cat([provider.run(**{**own, "hidden_states": x}) for x in parts], dim=1), {}
+        if row.direction == "forward":
+            return provider.run(**given).detach(), {}
+        (output,), gradients = testing.forward_and_gradients(
+            provider.run, given, wrt=row.wrt, cotangent=row.cotangent(given)
+        )
+        return output, gradients
+
+    def check_short(attempt: int) -> None:
+        short, exact, baseline = expected.short_layer(attempt)
+        length = max(short["hidden_states"][..., 0].numel() * short["top_k"], *short["keys"].shape[2:], c.width)
+        output, gradients = run(short)
+        for key, found in {"output": output, **gradients}.items():
+            title = f"{name}: {key if key == 'output' else f'gradient of {key}'}"
+            testing.assert_within_budget(found.cpu(), exact[key], baseline[key], name=title, reduction_length=length)
+
+    _twice(check_short)
+    if row.operation.sparse is None:
+        return
+    exact = expected.timed_layer
+    _mostly_near(row)(f"{name}: output", ("outputs", "output"), None, run(inputs)[0][:, : exact.shape[1]], exact)
 
 
 def _twice(check: Callable[[int], None]) -> None:

@@ -4,6 +4,7 @@ A batch [B, T] holds a document in each row. Where `cu_seqlens` packs several in
 where a mask says that tokens are padding, they belong to no document. A document never knows of the others.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ def take(x: Tensor, piece: slice | Tensor) -> Tensor:
 
 def put_back(parts: list[Tensor], pieces: list[slice | Tensor], like: Tensor, fill: float = 0) -> Tensor:
     """The inverse of `take`: what documents have, [1, t, ...] each, as [B, T, ...] of `like`; padding has `fill`."""
-    packed = torch.cat(parts, dim=1)[0]
+    packed = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[0]
     batch, length = like.shape[:2]
     rest = packed.shape[1:]
     if packed.shape[0] != batch * length:
@@ -211,8 +212,8 @@ def _loop(
         return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
     pieces = documents.pieces()
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
-    for number, piece in enumerate(pieces):
-        own = (keys[number] if keys.dim() == 5 else keys, values[number] if values.dim() == 3 else values)
+    initial = zip(_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)), strict=True)
+    for piece, own in zip(pieces, initial, strict=True):
         of_piece = (take(queries, piece), take(targets, piece), *own)
         result = fast_weight_memory(*of_piece, gates=None if gates is None else take(gates, piece), **o._asdict())
         outputs.append(result.output)
@@ -226,9 +227,24 @@ def _loop(
         put_back(outputs, pieces, targets),
         put_back(slots, pieces, targets, -1),
         put_back(weights, pieces, targets),
-        torch.stack(final_keys) if return_memory else None,
-        torch.stack(final_values) if return_memory else None,
+        _together(final_keys) if return_memory else None,
+        _together(final_values) if return_memory else None,
     )
+
+
+def _of_each(x: Tensor, rank: int, count: int) -> Sequence[Tensor]:
+    """A memory's tensor of each document, of what is all documents' or [S, ...]: a view, and so is the gradient of one.
+
+    Not x[number], whose gradient is as large as all of them, for every document.
+    """
+    if x.dim() == rank:
+        return [x] * count
+    return [x.squeeze(0)] if count == 1 else x.unbind()
+
+
+def _together(tables: list[Tensor]) -> Tensor:
+    """[S, ...]; no copy of one."""
+    return tables[0].unsqueeze(0) if len(tables) == 1 else torch.stack(tables)
 
 
 _untraced_loop = _disable_dynamo(_loop)
@@ -362,7 +378,7 @@ def convolve(x: Tensor, weight: Tensor, documents: Documents, tail: Tensor | Non
         return index.unsqueeze(-1).expand(-1, -1, width)
 
     window = x.new_zeros(batch, size + 1, width).scatter(1, columns(places), x)
-    window = window.scatter(1, columns(tail_places), tail.to(x.dtype).reshape(batch, -1, width))
+    window = window.scatter(1, columns(tail_places), tail.to(x.dtype).reshape(*tail_places.shape, width))
     z = slide(window[:, :size], weight).gather(1, columns(torch.where(real, places - before, 0)))
     ends = (starts[:, 1:, None] - before + torch.arange(before, device=x.device)).flatten(1)
     last = window.gather(1, columns(ends)).view(count, before, width)

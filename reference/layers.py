@@ -114,7 +114,8 @@ def fast_weight_layer(
         if query_conv is not None:
             features = torch.where(is_real.unsqueeze(-1), features, 0.0).flatten(0, 1)
             windows = [torch.cat([before[s], features[piece]]) for s, piece in pieces.items()]
-            features = torch.cat([_convolve(window, parameters["q_conv.weight"]) for window in windows]).view(x.shape)
+            parts = [_convolve(window, parameters["q_conv.weight"]) for window in windows]
+            features = torch.cat([features[:0], *parts]).view(x.shape)  # of no documents too
             last = [window[len(window) - query_conv + 1 :] for window in windows]
         q = _linear("q_proj", features, parameters).unflatten(-1, (heads, -1))
         v = _linear("v_proj", normed("v_norm.weight"), parameters)

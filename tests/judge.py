@@ -45,6 +45,7 @@ import fwpkm_kernels
 import reference
 from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
+from tests.layer_judge import check_layer
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
@@ -95,6 +96,9 @@ def check(case: Case, backend: str = "torch", device: str = "cpu") -> Reasons:
         "fast_weight_memory_step": check_stream,
     }
     tensors = make_tensors(case, device)
+    if case.op == "fast_weight_layer":
+        with testing.poisoned_memory(), testing.assert_unchanged(tensors):
+            return check_layer(case, tensors, backend, device)
     with testing.poisoned_memory(), testing.assert_unchanged(tensors):
         return checks.get(case.op, check_plain)(Run(case, backend, device), tensors)
 

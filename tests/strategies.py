@@ -26,7 +26,10 @@ OPERATIONS = (
     "product_key_update",
     "fast_weight_memory",
     "fast_weight_memory_step",
+    "fast_weight_layer",
 )
+#: How the tokens of a layer's batch belong together: rows, padded rows, packed documents, and those with padding.
+ARRANGEMENTS = ("rows", "left", "right", "inside", "packed", "packed and padded")
 #: Kinds of numbers in a tensor, beside normal ones.
 FILLS = ("zeros", "same", "tiny", "denormal", "huge", "extreme", "nan", "inf")
 #: Those that keep the order and the ties of the scores of integer keys.
@@ -49,7 +52,7 @@ class Case:
         dtypes: of the tensors, by name; an optional tensor that is missing here is None.
         layouts: one of LAYOUTS for each tensor that is not contiguous; "cotangent" is the incoming gradient.
         fills: one of FILLS for each tensor whose numbers are not normal.
-        pattern: one of `testing.KEY_PATTERNS`, or of `testing.SLOT_PATTERNS`.
+        pattern: one of `testing.KEY_PATTERNS`, or of `testing.SLOT_PATTERNS`; of a layer, one of ARRANGEMENTS.
         options: the other arguments.
         actions: of a stream: numbers of tokens, and ACTIONS.
         seed: of all numbers.
@@ -73,7 +76,7 @@ class Case:
 def make_tensors(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     """The tensor arguments by name, in their dtypes and layouts."""
     generator = torch.Generator().manual_seed(case.seed)
-    make = {"lookup": _lookup, "gather": _gather, "update": _update, "memory": _memory}[KINDS[case.op]]
+    make = {"lookup": _lookup, "gather": _gather, "update": _update, "memory": _memory, "layer": _layer}[KINDS[case.op]]
     numbers = make(case, generator)
     tensors = {}
     for name, dtype_name in case.dtypes.items():
@@ -153,6 +156,22 @@ def _memory(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     by_token = {name: getattr(update, name) for name in ("targets", "gates", "mask")}
     by_token = {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items()}
     return by_token | {"queries": queries, "keys": keys, "values": update.values}
+
+
+def _layer(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    """Hidden states, and where tokens are arranged so a mask and the borders of documents, some of them empty."""
+    batch, length = case.sizes["B"], case.sizes["T"]
+    hidden_states = torch.randn(batch, length, case.sizes["d"], generator=generator, dtype=torch.float64)
+    counts = torch.randint(0, length + 1, (batch, 1), generator=generator)
+    ranks = torch.rand(batch, length, generator=generator).argsort(1)
+    place = {"left": torch.arange(length).flip(0).expand(batch, -1), "right": torch.arange(length).expand(batch, -1)}
+    inner = torch.randint(0, length + 1, (case.sizes["S"] - 1,), generator=generator).sort().values
+    bounds = torch.cat((torch.tensor([0]), inner, torch.tensor([length])))
+    return {
+        "hidden_states": hidden_states,
+        "attention_mask": (place.get(case.pattern, ranks) < counts).double(),
+        "cu_seqlens": bounds.double(),
+    }
 
 
 def size(*most: int, least: int = 1) -> st.SearchStrategy[int]:
@@ -379,6 +398,50 @@ def longest(cuts: Sequence[int | str]) -> int:
     return most
 
 
+@st.composite
+def layers(draw: st.DrawFn, op: str, small: bool) -> Case:
+    """A fast-weight layer: every option, documents and padding; and where it can stream, pieces to cut it into."""
+    num_keys, options = draw(memory_options(small))
+    chunk_size = options["chunk_size"]
+    arrangement = draw(choose(*ARRANGEMENTS))
+    sizes = {
+        "B": 1 if arrangement.startswith("packed") else draw(mostly(1, 2, seldom=[0])),
+        "T": draw(st.integers(0, 7 if small else 3 * chunk_size + 3)),
+        "S": draw(st.integers(1, 2 if small else 5)),
+        "H": draw(st.integers(1, 2)),
+        "n": num_keys,
+        "Dk": 2 * draw(st.integers(1, 3)),
+        "D": draw(size(5, least=2)),
+        "d": draw(size(5)),
+    }
+    options |= {
+        "boundary": draw(choose("carry", "drop")),
+        "scope": draw(choose("sequence", "batch")),
+        "query_conv": draw(choose(None, 1, 2, 5)),
+        "input_norm": draw(st.booleans()),
+        "query_norm": draw(choose(None, "l2", "zscore" if sizes["Dk"] > 1 else None)),
+        "value_norm": draw(choose("zscore", None, "l2")),
+        "gate": draw(st.booleans()),
+        "write_gate": draw(st.booleans()),
+    }
+    kinds = ["learned", "frozen"] + ["persistent"] * (options["scope"] == "batch")
+    options["initial_memory"] = draw(choose(*kinds))
+    dtypes = {"hidden_states": "float64"}
+    if arrangement != "rows" and arrangement != "packed":
+        dtypes["attention_mask"] = draw(choose("int64", "bool", "float64"))
+    if arrangement.startswith("packed"):
+        dtypes["cu_seqlens"] = draw(choose("int64", "int32"))
+    cuts: list[int | str] = []
+    if options["boundary"] == "carry" and "cu_seqlens" not in dtypes:
+        left = sizes["T"]
+        while left:
+            cuts += ["rollback"] if draw(mostly(False, seldom=[True])) else []
+            cuts.append(draw(st.integers(1, left)))
+            left -= int(cuts[-1])
+        cuts = cuts or [0]
+    return Case(op, sizes, dtypes, {}, {}, arrangement, options, tuple(cuts), draw(seeds()))
+
+
 #: How an operation's tensors are made.
 KINDS = {
     "product_key_lookup": "lookup",
@@ -388,6 +451,7 @@ KINDS = {
     "product_key_update": "lookup",
     "fast_weight_memory": "memory",
     "fast_weight_memory_step": "memory",
+    "fast_weight_layer": "layer",
 }
 
 
@@ -413,5 +477,6 @@ def cases(op: str, *, small: bool = False) -> st.SearchStrategy[Case]:
         "gather": gathers,
         "update": updates,
         "memory": streams if op == "fast_weight_memory_step" else memories,
+        "layer": layers,
     }
     return strategies[KINDS[op]](op, small)

@@ -10,6 +10,7 @@ import torch
 import reference
 from benchmarks import registry, run
 from benchmarks.measure import Expected, Machine, measure, prepare, verify
+from benchmarks.providers import package_layer, package_layer_step
 from fwpkm_kernels import (
     MemoryGraph,
     chunk_value_update,
@@ -132,6 +133,38 @@ def test_bytes_and_flops_by_hand():
     # A token of a longer chunk is read, and waits: query, target and prediction are written once more.
     waits = query + 2 * row
     assert cost("decode", "forward", chunk=2) == (row + keys + query + 2 * row + waits, product + 2 * 3)
+
+
+def test_bytes_and_flops_of_a_layer_by_hand():
+    """What the memory takes, and the four projections of width 3 to 4, 3, 1 and back to 3 with their norms."""
+    c = registry.Configuration("by hand", 1, (), (), chunk=1, sub_keys=2, picks=1, key_width=4, width=3)
+    layer, batch, decode, alone, stream = (
+        next(x for x in registry.OPERATIONS if x.name == name)
+        for name in ("layer", "layer-batch", "layer-decode", "sequence", "decode")
+    )
+    elements = (4 + 3 + 1 + 3) * (3 + 1) + 4 * 3
+    hidden, weights = 3 * 4, 4 * elements
+
+    def cost(operation, direction, **changes):
+        changed = dataclasses.replace(c, **changes)
+        return operation.cost(changed, direction, operation.make_inputs(changed, "cpu", 0))
+
+    def sums(*costs):
+        return sum(x.bytes for x in costs), sum(x.flops for x in costs)
+
+    forward, backward = cost(alone, "forward"), cost(alone, "backward")
+    for one in (layer, batch):
+        own = cost(one, "forward")
+        assert sums(own) == (forward.bytes + 2 * hidden + weights, forward.flops + 2 * elements)
+        assert sums(cost(one, "both")) == (
+            own.bytes + backward.bytes + 3 * hidden + 2 * weights,
+            own.flops + backward.flops + 4 * elements,
+        )
+    two = {"tokens": 2, "batch": 2}  # a memory each is two tables, keys and all
+    assert cost(layer, "forward", **two).bytes == 2 * (forward.bytes + 2 * hidden) + weights
+    assert cost(batch, "forward", **two).bytes < cost(layer, "forward", **two).bytes - 2 * c.table_bytes + 1
+    read = cost(stream, "forward", chunk=2)
+    assert sums(cost(decode, "forward", chunk=2)) == (read.bytes + 2 * hidden + weights, read.flops + 2 * elements)
 
 
 def test_rows_that_several_tokens_of_a_chunk_address_count_once():
@@ -288,6 +321,64 @@ def test_wrong_memories_are_refused(name, planted):
     inputs = row.inputs("cpu")
     with pytest.raises(AssertionError, match=f"{name}: planted"):
         verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+
+
+def wrong_layer_output(**inputs):
+    return 1.001 * package_layer(**inputs)
+
+
+def wrong_layer_gradient_of_keys(keys, **inputs):
+    return package_layer(keys=keys, **inputs) + 1e-3 * (keys - keys.detach()).sum()
+
+
+def layer_of_one_memory(scope, **inputs):
+    return package_layer(**inputs, scope="batch")
+
+
+def layer_without_gates(**inputs):
+    return package_layer(**{**inputs, "g_proj.bias": inputs["g_proj.bias"] + 0.1})
+
+
+def wrong_late_tokens(hidden_states, **inputs):
+    """Right on the few tokens that the reference gets."""
+    output = package_layer(hidden_states=hidden_states, **inputs)
+    return output if output.shape[1] < 600 else torch.cat([output[:, :300], 1.01 * output[:, 300:]], dim=1)
+
+
+def layer_step_that_forgets(layer, memory, **inputs):
+    if memory.positions[0] == 8:
+        memory.reset()
+    return package_layer_step(layer=layer, memory=memory, **inputs)
+
+
+@pytest.mark.parametrize(
+    "name, planted, message",
+    [
+        ("layer/forward/1x1024", wrong_layer_output, "output"),
+        ("layer/both/1x1024", wrong_layer_gradient_of_keys, "gradient of keys"),
+        ("layer/forward/8x4096", layer_of_one_memory, "output"),
+        ("layer-batch/forward/8x4096", layer_without_gates, "output"),
+        ("layer-batch/forward/8x4096", wrong_late_tokens, "of the timed inputs"),
+        ("layer-decode/forward/token", layer_step_that_forgets, "output"),
+    ],
+)
+def test_wrong_layers_are_refused(name, planted, message):
+    row = ROWS[name]
+    if planted is wrong_late_tokens:
+        row = dataclasses.replace(row, configuration=dataclasses.replace(row.configuration, tokens=1200, chunk=200))
+    inputs = row.inputs("cpu")
+    own = row.providers()[0].own
+    with pytest.raises(AssertionError, match=f"{name}: planted.*{message}"):
+        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+
+
+def test_a_layer_gets_the_gradients_of_the_tensors_that_it_is_given():
+    row = ROWS["layer/both/8x4096"]
+    inputs = row.inputs("cpu")
+    package, composed = (prepare(row, provider, inputs)() for provider in row.providers()[:2])
+    for name, x, y in zip(row.wrt, package, composed, strict=True):
+        testing.assert_bitwise_equal(x, y) if name == "values" else torch.testing.assert_close(x, y)
+        assert (x != 0).any(), name
 
 
 def test_what_is_wrong_past_the_first_tokens_is_refused():

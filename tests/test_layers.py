@@ -160,7 +160,7 @@ OPTIONS: dict[str, list[Any]] = {
     "clip": [0.05],
     "addressing_weight": [0.3],
     "key_gradient": ["all"],
-    "step": ["normalized"],
+    "step": ["gradient", "normalized"],
     "boundary": ["drop"],
     "scope": ["batch"],
     "query_conv": [1, 3],
@@ -197,9 +197,9 @@ def test_options(name: str, value: Any):
 @pytest.mark.parametrize(
     "options",
     [
-        {"heads": 2, "query_norm": "zscore", "value_norm": "l2", "query_conv": 2, "lookahead": 2, "weight_decay": 0.1},
+        {"heads": 2, "query_norm": "zscore", "value_norm": "l2", "query_conv": 3, "lookahead": 2, "weight_decay": 0.1},
         {"gate": False, "write_gate": False, "scope": "batch", "weighting": "silu", "clip": 0.1},
-        {"gate": False, "query_conv": 2, "scope": "batch", "boundary": "drop", "step": "normalized"},
+        {"gate": False, "query_conv": 2, "scope": "batch", "boundary": "drop", "step": "gradient"},
         {"write_gate": False, "input_norm": False, "score": "dot", "bias": False, "key_gradient": "all"},
     ],
     ids=str,
@@ -226,6 +226,9 @@ def test_a_mask_that_is_no_bool():
     options = BASE | {"scope": "batch", "query_conv": 2}
     found = check(options, X, attention_mask=mask)
     assert not same(found, check(options, X, attention_mask=mask > 0))
+    cuts = torch.tensor([0, 4, 14])
+    packed = check(options, X.view(1, 14, HIDDEN), attention_mask=mask.view(1, 14), cu_seqlens=cuts)
+    assert not same(packed, found)
     options["scope"] = "sequence"
     assert same(check(options, X, attention_mask=mask), check(options, X, attention_mask=mask > 0))
 

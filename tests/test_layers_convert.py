@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwpkm_kernels.layers import from_published, to_published
-from fwpkm_kernels.layers.convert import NAMES
+from fwpkm_kernels.layers.convert import NAMES, from_published, to_published
 from fwpkm_kernels.testing import assert_bitwise_equal
 
 HIDDEN, HEADS, NUM_KEYS, KEY_DIM, VALUE_DIM = 6, 3, 4, 10, 5
@@ -168,6 +167,13 @@ def test_an_unknown_name():
         from_published({})
     with pytest.raises(TypeError, match="`state_dict` must be a mapping .*, got list"):
         from_published([])
+
+
+def test_a_layer_among_the_others_of_its_block():
+    block = {"a.self_attn.q_proj.weight": torch.ones(1), "a.mlp.weight": torch.ones(1), "fw_x": torch.ones(1)}
+    alone = from_published(published(prefix="a."), "a.")
+    for name, x in from_published(published(prefix="a.") | block, "a.").items():
+        torch.testing.assert_close(x, alone[name])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,34 @@ def test_rollback_inside_a_chunk(scope):
     assert memory.positions == [LENGTH] * 3
 
 
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+@pytest.mark.parametrize("drafted, tokens", [(4, 3), (4, 4), (12, 3), (2, 2)])
+def test_rollback_over_the_beginning_of_a_chunk(scope, drafted, tokens):
+    """Recorded, tokens that completed a chunk, or several, are taken back: and read on as if they had not been."""
+    layer, x = make_layer(scope, query_conv=3), make_input(3, 20)
+    memory, never = layer.new_memory(3), layer.new_memory(3)
+    memory.records_past = True
+    layer(x[:, :6], memory=memory)
+    layer(x[:, :6], memory=never)
+    for _ in range(2):
+        layer(x[:, 6 : 6 + min(drafted, CHUNK)].flip(0, 1), memory=memory)
+        memory.rollback(min(drafted, CHUNK))
+    layer(x[:, 6 : 6 + drafted], memory=memory)
+    layer(x[:, 18:19], memory=memory)  # one more step, inside of the next chunk
+    memory.rollback(1 + tokens)
+    layer(x[:, 6 : 6 + drafted - tokens], memory=never)
+    assert memory.positions == never.positions
+    assert memory.columns == never.columns
+    for part in (slice(0, 1), slice(1, 20)):
+        assert_close(layer(x[:, part], memory=memory), layer(x[:, part], memory=never))
+    with pytest.raises(ValueError, match="`tokens` must be at most 4"):
+        memory.rollback(CHUNK + 1)
+    memory.records_past = False
+    layer(x[:, :1], memory=memory)
+    with pytest.raises(ValueError, match="`tokens` must be at most [0-3],"):
+        memory.rollback(CHUNK)
+
+
 def test_sequences_in_another_order():
     """Beams: rows are repeated, left out and moved, each with its own memory and window."""
     layer, x = make_layer("sequence", query_conv=3), make_input(3)

@@ -12,6 +12,7 @@ from tests.strategies import OPERATIONS, Case, cases
 
 EACH = pytest.mark.parametrize("op", OPERATIONS)
 MEMORIES = ("fast_weight_memory", "fast_weight_memory_step")
+SLOW_OPERATIONS = (*MEMORIES, "fast_weight_layer")
 
 
 def check_cases(op: str, place: Place, share: float = 1.0) -> None:
@@ -36,8 +37,8 @@ def test_in_torch(op):
 
 @EACH
 def test_in_triton(op, triton_place):
-    # A second or more in the interpreter for a case of the memory, and as much to compile a kernel on a GPU.
-    check_cases(op, triton_place, share=0.05 if op in MEMORIES else 0.1)
+    # A second or more in the interpreter for a case of a memory, and as much to compile a kernel on a GPU.
+    check_cases(op, triton_place, share=0.05 if op in SLOW_OPERATIONS else 0.1)
 
 
 @EACH

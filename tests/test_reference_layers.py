@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reference
-from fwpkm_kernels.layers import from_published
+from fwpkm_kernels.layers.convert import from_published
 from reference.layers import LayerOutput
 from tests.test_golden_chunk import GOLDEN, assert_near, load
 
@@ -323,7 +323,9 @@ def test_gates_apart():
 def test_nothing_real(scope: str):
     found = layer(draw(2, 4, D_MODEL), make_parameters(), scope=scope, attention_mask=torch.zeros(2, 4))
     assert found.gate_mean == 0
-    assert layer(draw(2, 0, D_MODEL), make_parameters(query_conv=3), scope=scope, query_conv=3).output.shape[1] == 0
+    for size in ((2, 0, D_MODEL), (0, 4, D_MODEL)):
+        found = layer(draw(*size), make_parameters(query_conv=3), scope=scope, query_conv=3)
+        assert (found.output.shape, found.gate_mean) == (size, 0)
 
 
 def product_key_parameters() -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Fast-weight and static product key memories as modules."""
 
 from . import convert
+from .convert import from_published, to_published
 from .fast_weight import FastWeightProductKeyMemory, LayerMemory, advance_memory
 from .optim import parameter_groups
 from .product_key import ProductKeyMemory
@@ -17,6 +18,8 @@ __all__ = [
     "ValueTable",
     "advance_memory",
     "convert",
+    "from_published",
     "memory_stats",
     "parameter_groups",
+    "to_published",
 ]

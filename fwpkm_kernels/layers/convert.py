@@ -42,7 +42,7 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
             [H·Dk, d], fw_v_norm.weight [d], fw_v_proj.weight [D, d], fw_out_norm.weight [D], fw_out_proj.weight [d, D],
             fwpkm.keys [2·H·n, Dk/2] (heads one after the other, the halves within), fwpkm.values [n², D], and where
             there is a gate fw_out_gate_norm.weight [d] and fw_out_gate.weight [8, d]. Each projection may have a .bias.
-        prefix: what stands before these names; other names than those that begin with it are not looked at.
+        prefix: what stands before these names, "model.layers.2." say; only names that go on with "fw" are looked at.
 
     Returns:
         Our tensors by their names in the layer's state_dict, without a prefix.
@@ -51,7 +51,8 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
         TypeError, ValueError: naming `state_dict`, on a name behind the prefix that is missing or unknown, and on
             shapes that do not fit together.
     """
-    found = _checked(state_dict, prefix, list(NAMES.values()))
+    # A published layer's parameters stand among those of its block, whose names begin otherwise.
+    found = _checked(state_dict, prefix, list(NAMES.values()), begin="fw")
     ours = {name: found[published] for name, published in NAMES.items() if published in found}
     for name, x in ours.items():
         if name.endswith("_norm.weight"):
@@ -92,11 +93,11 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
     return published
 
 
-def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str]) -> dict[str, Tensor]:
-    """What stands behind the prefix: all names of `known`, in the order of NAMES, and no others."""
+def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str], begin: str = "") -> dict[str, Tensor]:
+    """What goes on with `begin` behind the prefix: all names of `known`, in the order of NAMES, and no others."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
-    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix + begin)}
     gate = {name for name, ours in zip(known, NAMES, strict=True) if ours.startswith("g_")}
     needed = {name for name in known if not name.endswith(".bias")}
     if gate.isdisjoint(found):

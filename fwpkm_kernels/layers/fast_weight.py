@@ -527,7 +527,7 @@ def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return None
     gates = gates.to(compute_dtype(gates.dtype))
     if attention_mask is None:
-        return gates.mean()
+        return gates.sum() / max(1, gates.numel())  # 0 of no tokens, as a price on gates wants it
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
 

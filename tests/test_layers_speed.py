@@ -1,0 +1,112 @@
+"""What a layer costs beside its operator: no table is copied that the operator does not copy."""
+
+import pytest
+import torch
+
+from benchmarks.measure import allocations_cpu
+from fwpkm_kernels import MemoryState, fast_weight_memory, fast_weight_memory_step
+from fwpkm_kernels.layers import FastWeightProductKeyMemory
+
+HIDDEN, SUB_KEYS, WIDTH, CHUNK, LENGTH = 12, 40, 16, 4, 11
+SIZES = {"num_keys": SUB_KEYS, "top_k": 3, "key_dim": 6, "value_dim": WIDTH, "chunk_size": CHUNK}
+
+
+def tables(call, dtype=torch.float32):
+    """How many arrays of at least a table's bytes a call makes."""
+    return sum(size >= SUB_KEYS**2 * WIDTH * dtype.itemsize for size in allocations_cpu(call))
+
+
+def tokens(batch):
+    return torch.randn(batch, LENGTH, HIDDEN, requires_grad=True)
+
+
+def tables_of_operator(layer, batch, trains):
+    """Of the operator alone, forward and backward, on the layer's own memory."""
+    queries = torch.randn(batch, LENGTH, 1, layer.key_dim, requires_grad=True)
+    targets, gates = torch.randn(batch, LENGTH, WIDTH, requires_grad=True), torch.rand(batch, LENGTH)
+    keys, values = (x.detach().float().requires_grad_(trains) for x in (layer.keys, layer.table.weight))
+
+    def call():
+        result = fast_weight_memory(queries, targets, keys, values, gates=gates, **layer.options._asdict())
+        result.output.sum().backward()
+        return result
+
+    return tables(call)
+
+
+@pytest.mark.parametrize(
+    "scope, initial_memory, batch",
+    [
+        ("sequence", "learned", 1),
+        ("sequence", "learned", 3),
+        ("sequence", "frozen", 1),
+        ("batch", "learned", 2),
+        ("batch", "frozen", 2),
+        ("batch", "persistent", 2),
+    ],
+)
+@pytest.mark.parametrize("return_memory", [False, True])
+def test_a_training_call_copies_no_table_besides_the_operators(scope, initial_memory, batch, return_memory):
+    layer = FastWeightProductKeyMemory(HIDDEN, scope=scope, initial_memory=initial_memory, **SIZES)
+    x, trains = tokens(batch), initial_memory == "learned"
+
+    def call():
+        result = layer(x, return_memory=return_memory)
+        output = result[0] if return_memory else result
+        output.sum().backward()
+        return result
+
+    documents = batch if scope == "sequence" else 1
+    wanted = tables_of_operator(layer, batch // documents, trains)
+    assert wanted >= 2  # the private copy, and the gradient
+    stacked = return_memory and documents > 1  # the final tables of several documents become one tensor
+    assert tables(call) == documents * wanted + stacked
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_segments_of_one_document_copy_no_table(scope):
+    """Gradients reach the first memory through two segments, each an operator's call."""
+    layer = FastWeightProductKeyMemory(HIDDEN, scope=scope, **SIZES)
+    x = tokens(1)
+
+    def call():
+        _, memory = layer(x, return_memory=True)
+        layer(x, memory=memory).sum().backward()
+
+    assert tables(call) == 2 * tables_of_operator(layer, 1, True)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_stream_copies_the_table_when_it_is_written(scope):
+    layer = FastWeightProductKeyMemory(HIDDEN, scope=scope, **SIZES).requires_grad_(False)
+    x = tokens(1).detach()
+
+    def call():
+        memory = layer.new_memory()
+        for begin in range(0, LENGTH, 3):
+            layer(x[:, begin : begin + 3], memory=memory)
+        return memory
+
+    def operator():
+        state = MemoryState(layer.keys, layer.table.weight)
+        queries, targets = torch.randn(1, LENGTH, 1, layer.key_dim), torch.randn(1, LENGTH, WIDTH)
+        for begin in range(0, LENGTH, 3):
+            part = slice(begin, begin + 3)
+            fast_weight_memory_step(state, queries[:, part], targets[:, part], **layer.options._asdict())
+        return state
+
+    assert tables(call) == tables(operator)
+
+
+def test_a_layer_in_bfloat16_casts_the_table_once_each_way():
+    """Its memory runs in float32: a cast of the table, and one of its gradient."""
+    layer = FastWeightProductKeyMemory(HIDDEN, **SIZES).to(torch.bfloat16)
+    x = tokens(1).detach().bfloat16().requires_grad_()
+
+    def call():
+        layer(x).float().sum().backward()
+
+    wanted = tables_of_operator(layer, 1, True)
+    assert tables(call) == wanted + 1
+    layer.zero_grad()
+    assert tables(call, torch.bfloat16) == wanted + 2
