@@ -200,6 +200,20 @@ def test_a_crop_beyond_the_chunk_is_refused(added):
     assert cache.layers[-1].get_seq_length() == PROMPT
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_a_crop_reaches_over_a_chunk_where_the_past_is_recorded(added, kept):
+    ids, mask = prompts()
+    whole = added(ids, attention_mask=mask).logits
+    cache = DynamicCache(config=added.config)
+    read(added, cache, ids[:, :12], mask[:, :12], (12,))
+    cache.activate_past_recording()
+    drafts = torch.cat((ids[:, 12 : 12 + kept], ids[:, 12 + kept : 18].flip(1)), 1)
+    read(added, cache, drafts, mask[:, :18], (6,))
+    cache.crop(kept - 6)
+    close(read(added, cache, ids[:, 12 + kept :], mask, (11 - kept,)), whole[:, 12 + kept :])
+
+
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
 
 
@@ -210,10 +224,7 @@ def test_generation_with_padding_is_that_of_each_row_alone(model):
     for row, prompt in ((0, ids[:1]), (1, ids[1:, 9:])):
         alone = model.generate(prompt, **GREEDY)
         assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:])
-    ways = [{}, {"cache_implementation": "static"}]
-    if any(not kind.startswith("linear") for kind in model.config.layer_types):  # without, transformers lacks them
-        ways += [{"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}]
-    for options in ways:
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
 
 
@@ -239,9 +250,10 @@ def test_a_cache_without_a_config_is_filled_up(added, name):
     assert [isinstance(x, MemoryCacheLayer) for x in cache.layers] == [False] * 3 + [True] * 2
 
 
-def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch):
-    """Some drafts are accepted, others are taken back."""
-    model, calls, taken_back = with_memory(chunk_size=64), [], []
+@pytest.mark.parametrize("chunk_size", [64, 6])
+def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch, chunk_size):
+    """Some drafts are accepted, others are taken back, over the beginning of chunks too."""
+    model, calls, taken_back = with_memory(chunk_size=chunk_size), [], []
     options = {**GREEDY, "max_new_tokens": 24}
     prompt = prompts()[0][:1]
     expected = model.generate(prompt, **options)
