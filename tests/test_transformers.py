@@ -265,6 +265,18 @@ def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch, chunk_size):
     assert len({*taken_back}) > 1
 
 
+def test_an_assistant_with_a_memory_of_its_own():
+    model, assistant = with_memory(), add_memory(qwen(), [1], **MEMORY)
+    prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), model.generate(prompt, **options))
+
+
+def test_one_memory_for_the_batch_has_no_beams():
+    model = with_memory(scope="batch")
+    with pytest.raises(ValueError, match='`scope`="batch" has one memory'):
+        model.generate(prompts()[0], num_beams=2, **GREEDY)
+
+
 def test_gated_delta_nets_cannot_be_assisted():
     with pytest.raises(ValueError, match="stateful"):
         own().generate(prompts()[0][:1], prompt_lookup_num_tokens=2, **GREEDY)

@@ -255,9 +255,10 @@ class _MemoryHead:
         is_asked = kwargs.pop("output_gate_means", False)
         return_dict = kwargs.pop("return_dict", None)
         price = getattr(self.config, "gate_price", 0.0) if kwargs.get("labels") is not None else 0.0
-        means: list[Tensor] | None = [] if is_asked or price else None
-        output = super().forward(*args, gate_means=means, return_dict=True, **kwargs)  # type: ignore[misc]
-        if means is not None:
+        means: list[Tensor] = []
+        to_collect = {"gate_means": means} if is_asked or price else {}
+        output = super().forward(*args, return_dict=True, **to_collect, **kwargs)  # type: ignore[misc]
+        if to_collect:
             if torch.is_grad_enabled() and output[0].requires_grad and not all(x.requires_grad for x in means):
                 raise ValueError(
                     "`use_reentrant` must be False in gradient_checkpointing_kwargs for the means of gates to have "
