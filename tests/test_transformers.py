@@ -1,6 +1,7 @@
 """Memories in Hugging Face models: caches, generation, training, saving, and the model of our own."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -36,6 +37,8 @@ from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, S
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+#: What transformers calls a cache, from 5.24 on and before.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 PAD, VOCABULARY, PROMPT = 0, 61, 23
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -117,7 +120,7 @@ def read(model, cache, ids, mask=None, cuts=(5, 10, 1, 7)) -> torch.Tensor:
     for piece in ids.split(list(cuts), 1):
         seen += piece.shape[1]
         past = None if mask is None else mask[:, :seen]
-        logits.append(model(piece, attention_mask=past, cache=cache, use_cache=True).logits)
+        logits.append(model(piece, attention_mask=past, use_cache=True, **{CACHE: cache}).logits)
     return torch.cat(logits, 1)
 
 
@@ -197,6 +200,20 @@ def test_a_crop_beyond_the_chunk_is_refused(added):
     assert cache.layers[-1].get_seq_length() == PROMPT
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_a_crop_reaches_over_a_chunk_where_the_past_is_recorded(added, kept):
+    ids, mask = prompts()
+    whole = added(ids, attention_mask=mask).logits
+    cache = DynamicCache(config=added.config)
+    read(added, cache, ids[:, :12], mask[:, :12], (12,))
+    cache.activate_past_recording()
+    drafts = torch.cat((ids[:, 12 : 12 + kept], ids[:, 12 + kept : 18].flip(1)), 1)
+    read(added, cache, drafts, mask[:, :18], (6,))
+    cache.crop(kept - 6)
+    close(read(added, cache, ids[:, 12 + kept :], mask, (11 - kept,)), whole[:, 12 + kept :])
+
+
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
 
 
@@ -207,10 +224,7 @@ def test_generation_with_padding_is_that_of_each_row_alone(model):
     for row, prompt in ((0, ids[:1]), (1, ids[1:, 9:])):
         alone = model.generate(prompt, **GREEDY)
         assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:])
-    ways = [{}, {"cache_implementation": "static"}]
-    if any(not kind.startswith("linear") for kind in model.config.layer_types):  # without, transformers lacks them
-        ways += [{"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}]
-    for options in ways:
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
 
 
@@ -226,7 +240,7 @@ def test_beams_and_samples_with_a_cache_are_those_without(model):
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
 def test_a_cache_without_a_config_is_filled_up(added, name):
     ids, mask = prompts()
@@ -236,9 +250,10 @@ def test_a_cache_without_a_config_is_filled_up(added, name):
     assert [isinstance(x, MemoryCacheLayer) for x in cache.layers] == [False] * 3 + [True] * 2
 
 
-def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch):
-    """Some drafts are accepted, others are taken back."""
-    model, calls, taken_back = with_memory(chunk_size=64), [], []
+@pytest.mark.parametrize("chunk_size", [64, 6])
+def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch, chunk_size):
+    """Some drafts are accepted, others are taken back, over the beginning of chunks too."""
+    model, calls, taken_back = with_memory(chunk_size=chunk_size), [], []
     options = {**GREEDY, "max_new_tokens": 24}
     prompt = prompts()[0][:1]
     expected = model.generate(prompt, **options)
@@ -248,6 +263,18 @@ def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch):
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
     assert len(calls) < 24
     assert len({*taken_back}) > 1
+
+
+def test_an_assistant_with_a_memory_of_its_own():
+    model, assistant = with_memory(), add_memory(qwen(), [1], **MEMORY)
+    prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), model.generate(prompt, **options))
+
+
+def test_one_memory_for_the_batch_has_no_beams():
+    model = with_memory(scope="batch")
+    with pytest.raises(ValueError, match='`scope`="batch" has one memory'):
+        model.generate(prompts()[0], num_beams=2, **GREEDY)
 
 
 def test_gated_delta_nets_cannot_be_assisted():
@@ -272,7 +299,7 @@ def test_training_has_its_gradients_with_a_cache_and_checkpoints(make):
     assert all(of_expected[name].count_nonzero() for name in of_expected if "memory" in name)
     output, found = run()
     with pytest.raises(ValueError, match=r"`cache` must be read into under torch.no_grad\(\)"), torch.no_grad():
-        model(ids, cache=output.cache)
+        model(ids, **{CACHE: output[CACHE]})
     model.gradient_checkpointing_enable()
     checkpointed, of_checkpointed = run(use_cache=False)
     for other, grads in ((output, found), (checkpointed, of_checkpointed)):
@@ -288,9 +315,9 @@ def test_a_cache_that_holds_tokens_has_no_gradients(added):
     ids, _ = prompts()
     cache = DynamicCache(config=added.config)
     with torch.no_grad():
-        added(ids, cache=cache)
+        added(ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="`cache` is written in place, without gradients"):
-        added(ids, cache=cache)
+        added(ids, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
@@ -488,7 +515,9 @@ def test_checkpoints_of_another_configuration_are_named(tmp_path):
         load_memory(with_memory(chunk_size=4), tmp_path / "memory")
     with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories"):
         load_memory(qwen(), tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"g_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.memory.q_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"
+    ):
         load_memory(Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"hidden_size": 16}))), tmp_path / "memory")
 
 

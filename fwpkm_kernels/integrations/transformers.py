@@ -58,6 +58,7 @@ class MemoryCacheLayer(CacheLayerMixin):
         self._layer = weakref.ref(layer)
         self.memory: StreamedMemory | None = None
         self.is_refused = False
+        self.record_past = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryCacheLayer":
         other = copy.copy(self)
@@ -86,6 +87,10 @@ class MemoryCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def activate_past_recording(self) -> None:
+        """Let `crop` take back tokens over the beginning of a chunk too: `StreamedMemory.records_past`."""
+        self.record_past = True
 
     def offload(self) -> None:
         if self.memory is not None:
@@ -118,14 +123,12 @@ class MemoryCacheLayer(CacheLayerMixin):
         None of them may be padding, which is on the left where there is any.
 
         Raises:
-            ValueError: they are not all in the present chunk of every row: what came before it is written.
+            ValueError: they are not all in the present chunk of every row, as what came before it is written; nor was
+                the past recorded so far.
         """
-        if self.memory is None:
-            return
-        if tokens_to_remove > 0:
-            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
-        if tokens_to_remove < 0:
-            self.memory.rollback(-tokens_to_remove)
+        if self.memory is not None:
+            kept = tokens_to_remove if tokens_to_remove > 0 else self.memory.columns + tokens_to_remove
+            self.memory.rollback(max(self.memory.columns - kept, 0))
 
     # fla's own Cache reorders and crops what its layers hold through these.
 
@@ -177,6 +180,7 @@ def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> St
         )
     if entry.memory is None or (entry.memory.batch != batch and entry.is_fresh):
         entry.memory = layer.new_memory(batch)
+    entry.memory.records_past = entry.record_past
     if entry.memory.batch != batch:
         raise ValueError(f"`cache` must have a memory for each of the {batch} rows, got {entry.memory.batch} memories")
     return entry.memory
@@ -245,14 +249,16 @@ class _MemoryHead:
     """A model around such a decoder: it collects the means of the gates, and tells `generate`'s padding."""
 
     config: Any
+    get_decoder: Callable[[], Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         is_asked = kwargs.pop("output_gate_means", False)
         return_dict = kwargs.pop("return_dict", None)
         price = getattr(self.config, "gate_price", 0.0) if kwargs.get("labels") is not None else 0.0
-        means: list[Tensor] | None = [] if is_asked or price else None
-        output = super().forward(*args, gate_means=means, return_dict=True, **kwargs)  # type: ignore[misc]
-        if means is not None:
+        means: list[Tensor] = []
+        to_collect = {"gate_means": means} if is_asked or price else {}
+        output = super().forward(*args, return_dict=True, **to_collect, **kwargs)  # type: ignore[misc]
+        if to_collect:
             if torch.is_grad_enabled() and output[0].requires_grad and not all(x.requires_grad for x in means):
                 raise ValueError(
                     "`use_reentrant` must be False in gradient_checkpointing_kwargs for the means of gates to have "
@@ -270,11 +276,23 @@ class _MemoryHead:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, **kwargs
         )
-        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding.
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        is_decoding = tokens.shape[1] == 1 and not kwargs.get("is_first_iteration")
+        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
+        # piece of a prompt comes first, or says of no length.
+        is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         inputs["memory_mask"] = None if is_decoding else kwargs.get("attention_mask")
         return inputs
+
+    def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """As inherited; with the layers of the memories, which must be there when the past begins to be recorded."""
+        result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        if cache is not None:
+            for block in self.get_decoder().layers:
+                if getattr(block, "memory", None) is not None:
+                    _find_or_append(cache, block.memory)
+            if config.is_assistant:
+                cache.activate_past_recording()
+        return result
 
 
 def _share(labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
@@ -332,7 +350,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     the device and dtype of their decoder layer, but for keys and table, which have ``memory_dtype``. What the model is
     used with goes on: `generate` has a memory for each row of the batch, which it keeps in the cache, gradient
     checkpointing checkpoints the memory too, `cu_seq_lens_q` separates packed sequences (positions alone do not).
-    Left, right and inner padding, as a mask [batch, columns], is no part of what is remembered.
+    Left, right and inner padding, as a mask [batch, columns], is no part of what is remembered. Assisted decoding takes
+    drafts back, which costs a copy of the tables for each chunk.
 
     The model takes ``output_gate_means=True``, for an output with `gate_means`: for each memory the mean of its gate
     over real tokens, which is differentiable.
@@ -425,10 +444,11 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
                 )
     else:
         add_memory(model, **saved)
-    state = {}
+    state: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            state |= {_in_layers(name): tensors.get_tensor(name) for name in tensors.keys() if _MEMORY in name}
+            names = tensors.keys()
+            state |= {_in_layers(name): tensors.get_tensor(name) for name in names if _MEMORY in name}
     own = {_in_layers(name): x for name, x in decoder.state_dict().items() if _MEMORY in name}
     for name, x in own.items():
         if name not in state:
@@ -642,7 +662,8 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """A language model with memories, by its FwPKMConfig; in all else as Qwen3ForCausalLM.
 
     It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
-    `add_memory`. Gated DeltaNets need fla to separate packed sequences.
+    `add_memory`. Gated DeltaNets need fla to separate packed sequences. Before 5.24, transformers makes wrong masks for
+    a cache where all three kinds of attention meet.
     """
 
     forward = _signed(_MemoryHead.forward, Qwen3ForCausalLM.forward)
