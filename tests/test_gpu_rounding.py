@@ -344,7 +344,7 @@ NUMERIC = {
 def test_kernels_keep_their_tolerances(files):
     """All that is within a budget, bitwise equal to another run or kernel, or in order, is so with a GPU's rounding."""
     chosen = f"mode_is_on or not (float64 or gradcheck) and ({NUMERIC[files]})"
-    command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "--gpu-rounding", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-qrA", "-p", "no:cacheprovider", "--gpu-rounding", "-m", "not slow"]
     command += ["-k", chosen, "tests/test_gpu_rounding.py::test_the_mode_is_on_where_it_is_asked_for"]
     command += [f"tests/test_{name}.py" for name in files.split()]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
