@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -40,7 +41,7 @@ def hasten_the_interpreter() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
-if not HAS_GPU:
+if not HAS_GPU and find_spec("triton"):
     hasten_the_interpreter()
 
 #: Marks of a test that only the interpreter makes slow: a GPU runs it with the others.
