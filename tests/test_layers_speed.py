@@ -110,3 +110,25 @@ def test_a_layer_in_bfloat16_casts_the_table_once_each_way():
     assert tables(call) == wanted + 1
     layer.zero_grad()
     assert tables(call, torch.bfloat16) == wanted + 2
+
+
+@pytest.mark.parametrize("kind", ["rows", "left", "inner", "packed"])
+def test_gradients_of_tokens_are_as_large_as_the_tokens_once(kind):
+    """Not once for each document: what backward makes grows with the tokens, not with tokens times documents."""
+    layer = FastWeightProductKeyMemory(HIDDEN, **SIZES)
+
+    def made(documents):
+        """How many arrays of at least the values of all tokens a call makes."""
+        x = torch.randn(documents, LENGTH, HIDDEN, requires_grad=True)
+        given = {}
+        if kind in ("left", "inner"):
+            given["attention_mask"] = torch.ones(documents, LENGTH, dtype=torch.bool)
+            given["attention_mask"][:, 0 if kind == "left" else 5] = False
+        if kind == "packed":
+            x = x.detach().flatten(0, 1).unsqueeze(0).requires_grad_()
+            given["cu_seqlens"] = torch.arange(documents + 1) * LENGTH
+        least = documents * LENGTH * min(HIDDEN, WIDTH) * 4
+        call = lambda: layer(x, **given).sum().backward()  # noqa: E731
+        return sum(least <= size < SUB_KEYS**2 * WIDTH * 4 for size in allocations_cpu(call))
+
+    assert made(12) < made(6) + 6
