@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.measure import Machine, measure_machine, quantile, time_cpu
+from benchmarks.measure import Call, Machine, measure_machine, prepare, quantile, time_cpu
+from benchmarks.registry import COMPOSED, OPERATIONS, PACKAGE, Configuration, Row
 from benchmarks.results import Figure, figures_table, to_json
 from fwpkm_kernels import (
     MemoryState,
@@ -33,7 +34,9 @@ STEP, STEP_NO_KEYS = "step of 512 tokens", "step of 512 tokens, no key step"
 TRAINING, COPY, GRADIENT = "forward + backward, one chunk more", "copy of the table", "gradient table"
 DENSE, DENSE_RATIO = "dense write", "dense write / step of 512 tokens, no key step"
 SIZE_RATIO = "step at 512 sub-keys / at 128"
-NAMES = (STEP, STEP_NO_KEYS, DENSE, DENSE_RATIO, SIZE_RATIO, COPY, GRADIENT, TRAINING)
+LAYER = f"layer / {COMPOSED}, forward + backward of 1024 tokens"
+LAYER_TOKEN = f"layer / {COMPOSED}, one token"
+NAMES = (STEP, STEP_NO_KEYS, DENSE, DENSE_RATIO, SIZE_RATIO, COPY, GRADIENT, TRAINING, LAYER, LAYER_TOKEN)
 
 #: name: unit, goal, whether the goal is the least that it may be
 GOALS: dict[str, tuple[str, float | None, bool]] = {
@@ -45,6 +48,8 @@ GOALS: dict[str, tuple[str, float | None, bool]] = {
     COPY: ("ms", None, False),
     GRADIENT: ("ms", None, False),
     TRAINING: ("ms", 80.0, False),
+    LAYER: ("x", 1.1, False),
+    LAYER_TOKEN: ("x", 1.1, False),
 }
 
 
@@ -58,6 +63,7 @@ class Sizes(NamedTuple):
 PAPER = Sizes()
 CHUNKS = 9  #: in the longer of the two sequences of TRAINING
 INTERLEAVED = 20  #: runs of SIZE_RATIO
+LAYER_RUNS, TOKEN_RUNS = 10, 1000  #: of LAYER and LAYER_TOKEN
 
 
 class Spread(NamedTuple):
@@ -160,6 +166,20 @@ def training_call(c: Sizes, chunks: int) -> Callable[[], Any]:
     return call
 
 
+def layer_calls(c: Sizes, name: str, direction: str, length: int) -> tuple[list[Call], list[Call]]:
+    """Calls of a layer, and of its projections and its operator: one row of the registry, two of its providers."""
+    operation = next(x for x in OPERATIONS if x.name == name)
+    sizes = {"chunk": c.chunk, "sub_keys": c.sub_keys, "picks": c.picks, "key_width": c.width, "width": c.width}
+    row = Row(operation, direction, Configuration("figures", length, (), (), **sizes))
+    inputs = row.inputs("cpu")
+    found = {p.name: p for p in operation.providers}
+    layer, composed = (
+        [prepare(row, p, {**inputs, **p.own(inputs)} if operation.in_place else inputs)]
+        for p in (found[PACKAGE], found[COMPOSED])
+    )
+    return layer, composed
+
+
 def interleaved(pairs: tuple[list[Callable[[], Any]], list[Callable[[], Any]]], runs: int) -> tuple[Spread, Spread]:
     """Times of calls of the one and of the other, in turns."""
     samples: tuple[list[float], list[float]] = ([], [])
@@ -224,6 +244,14 @@ def run(
     short = Spread.of(time_cpu([training_call(c, 1)], 2 * seconds))
     long = Spread.of(time_cpu([training_call(c, CHUNKS)], 2 * seconds))
     say(TRAINING, long.less(short, CHUNKS - 1))
+    for name, kind, runs in (
+        (LAYER, ("layer", "both", 2 * c.chunk), LAYER_RUNS),
+        (LAYER_TOKEN, ("layer-decode", "forward", 1), TOKEN_RUNS),
+    ):
+        if late():
+            return
+        layer_time, composed_time = interleaved(layer_calls(c, *kind), runs)
+        say(name, layer_time.over(composed_time))
 
 
 @command("cpu")

@@ -52,7 +52,10 @@ echo "the fuzzer ended with status $status"; seed=$((seed + 1)); [ $seed -lt 9 ]
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("memory_kernels", "chunks", "lookup", "gather", "update", "addressing")),
     *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
-    *(f"tests/test_{name}.py" for name in ("determinism", "threads", "debug", "golden_chunk", "torch")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("determinism", "threads", "debug", "golden_chunk", "torch", "layers_documents")
+    ),
 ]
 ALONE = ["tests/test_scale.py"]
 #: A test or a measurement that takes longer on a GPU hangs: what has to compile every kernel takes half of this.

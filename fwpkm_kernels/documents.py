@@ -109,6 +109,11 @@ def make_documents(
                 f"`attention_mask` must be [B, T] like `hidden_states` [B, T, d], "
                 f"got {checks.shape(attention_mask)} against {checks.shape(tokens)}"
             )
+        if attention_mask.device != tokens.device:
+            raise ValueError(
+                f"`attention_mask` must be on the device of `hidden_states`, "
+                f"got {attention_mask.device} against {tokens.device}"
+            )
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         cu_seqlens = cu_seqlens_cpu
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):

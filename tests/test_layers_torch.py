@@ -5,7 +5,6 @@ import io
 import pickle
 
 import pytest
-import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -167,12 +166,13 @@ def test_copies_and_files(initial_memory, tmp_path):
     for other in copies:
         assert torch.equal(other(x), expected)
         assert not set(map(id, other.state_dict(keep_vars=True).values())) & set(map(id, layer.parameters()))
+    safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "layer.safetensors"
-    safetensors.torch.save_model(layer, str(path))
+    safetensors.save_model(layer, str(path))
     fresh = make_layer(initial_memory=initial_memory, scope="batch", query_conv=3)
     fresh.reset_parameters()
     assert not torch.equal(fresh(x), expected)
-    safetensors.torch.load_model(fresh, str(path))
+    safetensors.load_model(fresh, str(path))
     assert torch.equal(fresh(x), expected)
     assert set(layer.state_dict()) == {
         *(f"{name}.weight" for name in ("q_norm", "v_norm", "g_norm", "o_norm", "q_conv")),
@@ -249,6 +249,7 @@ BOUNDS = torch.tensor([0, 4, 10])
         ({"attention_mask": torch.ones(2, 9)}, ValueError, r"`attention_mask` must be \[B, T\] like"),
         ({"attention_mask": torch.ones(2, 1, 10, 10)}, ValueError, "`attention_mask` must have 2 dimensions"),
         ({"attention_mask": torch.ones(2, 10).cfloat()}, TypeError, "`attention_mask`"),
+        ({"attention_mask": torch.ones(2, 10, device="meta")}, ValueError, "`attention_mask` must be on the device of"),
         ({"cu_seqlens": BOUNDS}, ValueError, "`cu_seqlens` packs documents into one row, B = 1, got B = 2"),
         ({"cu_seqlens": torch.tensor([1, 10])}, ValueError, "`cu_seqlens` must go from 0 to T = 10, got 1 to 10"),
         ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "`cu_seqlens` must go from 0 to T = 10, got 0 to 9"),

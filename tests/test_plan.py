@@ -101,11 +101,12 @@ def check_picks(sub_keys, half_scores, n, first_row=0):
 
 # rows, heads, n, K: tiles that are full and not, K = 1, K = n, K that is no power of two, odd n, many of either.
 PICKS = [(5, 1, 9, 3), (16, 2, 20, 1), (37, 1, 5, 5), (33, 3, 6, 2), (1, 1, 1, 1), (18, 1, 257, 33)]
-PICKS += [pytest.param((18, 1, 4096, 64), marks=SLOW_IN_INTERPRETER)]
+PICKED = [pytest.param(x, same, id=f"{x}-{'same' if same else 'different'}") for x in PICKS for same in (False, True)]
+#: And as many sub-keys as are counted, each of which is a program.
+PICKED += [pytest.param((18, 1, kernels.MAX_KEYS, 64), False, marks=SLOW_IN_INTERPRETER, id="most")]
 
 
-@pytest.mark.parametrize("same", [False, True], ids=["different", "same"])
-@pytest.mark.parametrize("shape", PICKS, ids=str)
+@pytest.mark.parametrize("shape, same", PICKED)
 def test_counting_picks_is_sorting_them(shape, same, triton_place):
     check_picks(*make_picks(*shape, same=same, device=triton_place.device), shape[2], first_row=2)
 

@@ -289,10 +289,10 @@ def saved_and_loaded(layer: ProductKeyMemory) -> ProductKeyMemory:
 
 
 def through_safetensors(layer: ProductKeyMemory) -> ProductKeyMemory:
-    from safetensors.torch import load, save
+    safetensors = pytest.importorskip("safetensors.torch")
 
     other = make_layer(seed=7)
-    other.load_state_dict(load(save(layer.state_dict())))
+    other.load_state_dict(safetensors.load(safetensors.save(layer.state_dict())))
     return other
 
 

@@ -1,6 +1,7 @@
 """The fast-weight memory as a layer: projections and norms around `fast_weight_memory`."""
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -527,7 +528,7 @@ def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return None
     gates = gates.to(compute_dtype(gates.dtype))
     if attention_mask is None:
-        return gates.sum() / max(1, gates.numel())  # 0 of no tokens, as a price on gates wants it
+        return gates.sum() / max(1, math.prod(gates.shape))  # 0 of no tokens, as a price on gates wants it
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
 
