@@ -404,11 +404,15 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
 
 
 @torch.no_grad()
-def test_a_memory_that_begins_as_the_identity_changes_nothing():
+@pytest.mark.parametrize("make", [qwen, lambda: own(memory_layers=[])], ids=["qwen", "own"])
+def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     ids, mask = prompts()
-    plain = qwen()
+    plain = make()
     expected = plain(ids, attention_mask=mask).logits
-    assert torch.equal(add_memory(plain, [1], **MEMORY, output_init="zeros")(ids, attention_mask=mask).logits, expected)
+    add_memory(plain, [1], **MEMORY, output_init="zeros")
+    assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
+    plain.model.layers[1].memory.o_proj.weight.normal_()
+    assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
 
 @torch.no_grad()
