@@ -222,8 +222,9 @@ def test_generation_with_padding_is_that_of_each_row_alone(model):
     expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
     assert len(expected[:, PROMPT:].unique()) >= 4
     for row, prompt in ((0, ids[:1]), (1, ids[1:, 9:])):
-        alone = model.generate(prompt, **GREEDY)
-        assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:])
+        for cache in ("dynamic", "static"):  # which has slots that are not filled yet
+            alone = model.generate(prompt, cache_implementation=cache, **GREEDY)
+            assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:]), cache
     for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
 
@@ -300,6 +301,9 @@ def test_training_has_its_gradients_with_a_cache_and_checkpoints(make):
     output, found = run()
     with pytest.raises(ValueError, match=r"`cache` must be read into under torch.no_grad\(\)"), torch.no_grad():
         model(ids, **{CACHE: output[CACHE]})
+    output[CACHE].reset()
+    with torch.no_grad():
+        close(model(ids, attention_mask=mask, **{CACHE: output[CACHE]}).logits[mask > 0], expected.logits[mask > 0])
     model.gradient_checkpointing_enable()
     checkpointed, of_checkpointed = run(use_cache=False)
     for other, grads in ((output, found), (checkpointed, of_checkpointed)):
@@ -400,11 +404,15 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
 
 
 @torch.no_grad()
-def test_a_memory_that_begins_as_the_identity_changes_nothing():
+@pytest.mark.parametrize("make", [qwen, lambda: own(memory_layers=[])], ids=["qwen", "own"])
+def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     ids, mask = prompts()
-    plain = qwen()
+    plain = make()
     expected = plain(ids, attention_mask=mask).logits
-    assert torch.equal(add_memory(plain, [1], **MEMORY, output_init="zeros")(ids, attention_mask=mask).logits, expected)
+    add_memory(plain, [1], **MEMORY, output_init="zeros")
+    assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
+    plain.model.layers[1].memory.o_proj.weight.normal_()
+    assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
 
 @torch.no_grad()

@@ -249,6 +249,7 @@ class _MemoryHead:
     """A model around such a decoder: it collects the means of the gates, and tells `generate`'s padding."""
 
     config: Any
+    is_gradient_checkpointing: bool
     get_decoder: Callable[[], Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +260,8 @@ class _MemoryHead:
         to_collect = {"gate_means": means} if is_asked or price else {}
         output = super().forward(*args, return_dict=True, **to_collect, **kwargs)  # type: ignore[misc]
         if to_collect:
-            if torch.is_grad_enabled() and output[0].requires_grad and not all(x.requires_grad for x in means):
+            is_lost = output[0].requires_grad and not all(x.requires_grad for x in means)
+            if is_lost and self.is_gradient_checkpointing:
                 raise ValueError(
                     "`use_reentrant` must be False in gradient_checkpointing_kwargs for the means of gates to have "
                     "gradients, got True"
@@ -335,8 +337,9 @@ def _empty(mixin: Any, kind: Any) -> Any:
 
 
 def _mix_into(module: nn.Module, mixin: Any) -> None:
-    kind: Any = type(module)
-    module.__class__ = _mixed(mixin, kind)
+    if not isinstance(module, mixin):
+        kind: Any = type(module)
+        module.__class__ = _mixed(mixin, kind)
 
 
 _OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
