@@ -65,6 +65,7 @@ class Documents(NamedTuple):
         else:
             on_cpu = self.cu_seqlens.cpu() if self.cu_seqlens_cpu is None else self.cu_seqlens_cpu
             bounds = on_cpu.tolist()
+            _check_bounds(bounds, self.length)
         whole: list[slice | Tensor] = [slice(*pair) for pair in pairwise(bounds)]
         if self.mask is None:
             return whole
@@ -72,16 +73,23 @@ class Documents(NamedTuple):
         return [_as_slice(start + real[start:end].nonzero().flatten()) for start, end in pairwise(bounds)]
 
     def check(self) -> None:
-        """Validate the values of cu_seqlens, where it is on the CPU or known there."""
-        x = self.cu_seqlens if self.cu_seqlens_cpu is None else self.cu_seqlens_cpu
-        if x is None or not x.is_cpu or torch.compiler.is_compiling():
+        """Validate the values of cu_seqlens, where they are on the CPU and code is not compiled."""
+        x, on_cpu = self.cu_seqlens, self.cu_seqlens_cpu
+        if x is None or torch.compiler.is_compiling():
             return
-        bounds = x.tolist()
-        if bounds[0] != 0 or bounds[-1] != self.length:
-            raise ValueError(f"`cu_seqlens` must go from 0 to T = {self.length}, got {bounds[0]} to {bounds[-1]}")
-        for index, (before, after) in enumerate(pairwise(bounds)):
-            if after < before:
-                raise ValueError(f"`cu_seqlens` must not decrease, got {before}, {after} at {index}, {index + 1}")
+        if on_cpu is not None and x.is_cpu and not torch.equal(x.long(), on_cpu.long()):
+            raise ValueError(f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, got {on_cpu.tolist()}, {x.tolist()}")
+        on_cpu = x if on_cpu is None else on_cpu
+        if on_cpu.is_cpu:
+            _check_bounds(on_cpu.tolist(), self.length)
+
+
+def _check_bounds(bounds: list[int], length: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
+    for index, (before, after) in enumerate(pairwise(bounds)):
+        if after < before:
+            raise ValueError(f"`cu_seqlens` must not decrease, got {before}, {after} at {index}, {index + 1}")
 
 
 def _as_slice(positions: Tensor) -> slice | Tensor:
@@ -93,9 +101,17 @@ def _as_slice(positions: Tensor) -> slice | Tensor:
 
 
 def make_documents(
-    tokens: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    are_cut: bool = False,
 ) -> Documents:
     """Validate what says which of the tokens [B, T, ...] belong together.
+
+    Args:
+        are_cut: whether documents will be cut apart, for which the host must know cu_seqlens: then it is copied here,
+            once, and validated before anything is computed. Else its values are validated where that waits for nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -133,6 +149,8 @@ def make_documents(
                 f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, "
                 f"got {checks.shape(cu_seqlens_cpu)} against {checks.shape(cu_seqlens)}"
             )
+    if are_cut and cu_seqlens is not None and cu_seqlens_cpu is None and not torch.compiler.is_compiling():
+        cu_seqlens_cpu = cu_seqlens.cpu()
     documents = Documents(batch, length, attention_mask, cu_seqlens, cu_seqlens_cpu)
     documents.check()
     return documents
@@ -166,7 +184,7 @@ def put_back(parts: list[Tensor], pieces: list[slice | Tensor], like: Tensor, fi
     batch, length = like.shape[:2]
     rest = packed.shape[1:]
     if packed.shape[0] != batch * length:
-        index = torch.cat([torch.arange(x.start, x.stop) if isinstance(x, slice) else x for x in pieces])
+        index = torch.cat([torch.arange(x.start, x.stop, device="cpu") if isinstance(x, slice) else x for x in pieces])
         padded = packed.new_full((batch * length, *rest), fill)
         packed = padded.index_copy(0, index.to(packed.device), packed)
     return packed.view(batch, length, *rest)
@@ -195,8 +213,8 @@ def memory_by_document(
 ) -> DocumentsOutput:
     """`fast_weight_memory` for each document by itself, each from the initial memory: a plain loop.
 
-    torch.compile cannot loop over documents whose lengths are data; there an operator does, whose backward computes
-    each document again.
+    Compiled code cannot loop over as many documents as there happen to be, of lengths that are data; there an operator
+    does, whose backward computes each document again. Under key_gradient="all" it is a break of the graph.
 
     Args:
         queries: [B, T, H, Dk].
@@ -207,7 +225,7 @@ def memory_by_document(
         return_memory: whether the final memories are returned: S tables.
     """
     tensors = (queries, targets, keys, values, gates)
-    if torch.compiler.is_compiling() and not documents.are_rows:
+    if torch.compiler.is_compiling() and not documents.is_one:
         if options.key_gradient == "all":
             return _untraced_loop(*tensors, documents, return_memory, options)
         cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu

@@ -303,7 +303,7 @@ class MemoryState:
             raise ValueError("`indices` must select among the items of a batch, and this state has not read one yet")
         batch = self._binding.batch
         with torch.no_grad():
-            rows = _check_indices(indices, batch).to(self._values.device)
+            rows = check_indices(indices, batch).to(self._values.device)
             selected = Queue(*(_private_copy(x.index_select(1, rows), x.device) for x in self._queue))
             if len(rows) == batch:  # the tensors stay, and so do graphs that were captured with them
                 for x, new in zip(self._queue, selected, strict=True):
@@ -406,7 +406,7 @@ def _leaf(x: Tensor) -> Tensor:
     return x if x.is_leaf else x.detach()
 
 
-def _check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
+def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
     """Validate the argument of `select`, and make it an int64 tensor [new B]."""
     if not isinstance(indices, Tensor):
         try:

@@ -59,11 +59,12 @@ class Model(nn.Module):
 
 PROJECTIONS = {f"blocks.{i}.{name}_proj.weight" for i in range(3) for name in ("q", "gate", "value")}
 NAMES = {
-    "decay": {"embed.weight", "unmarked", *PROJECTIONS},
+    "decay": {"embed.weight", "frozen.weight", "unmarked", *PROJECTIONS},
     "no_decay": {
         *(f"blocks.{i}.{name}" for i in range(3) for name in ("keys", "query_norm.weight")),
         *(f"blocks.{i}.{name}_proj.bias" for i in range(3) for name in ("q", "gate", "value")),
         *("blocks.2.query_norm.bias", "norm.weight", "norm.bias", "own.scale", "expert_bias", "gain", "marked"),
+        "frozen.bias",
     },
     "tables": {"blocks.0.table.weight", "blocks.2.table.weight"},
 }
@@ -75,7 +76,7 @@ def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, list[s
 
 
 def test_every_parameter_is_in_one_group():
-    """Those that require grad, once each, however they are shared."""
+    """Once each, however they are shared, and whether they require grad or not."""
     model = Model()
     groups = parameter_groups(model, **RATES, table_lr=5e-3)
     assert names_of(model, groups) == {name: sorted(names) for name, names in NAMES.items()}

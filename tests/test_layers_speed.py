@@ -156,7 +156,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(
     "name, more",
     [
-        ("layer-decode/forward/token", 0),
+        ("layer-decode/forward/token", 1),  # the output's dtype
         ("layer-batch/forward/1x1024", 2),  # promote_types
         ("layer-batch/both/1x1024", 2),
         ("layer/both/1x1024", 8),  # and zeros of no size, the gradient of what lies beside the one document

@@ -113,12 +113,99 @@ def test_rollback_over_the_beginning_of_a_chunk(scope, drafted, tokens):
     assert memory.columns == never.columns
     for part in (slice(0, 1), slice(1, 20)):
         assert_close(layer(x[:, part], memory=memory), layer(x[:, part], memory=never))
-    with pytest.raises(ValueError, match="`tokens` must be at most 4"):
-        memory.rollback(CHUNK + 1)
+    with pytest.raises(ValueError, match="`tokens` must be at most [4-7],"):
+        memory.rollback(2 * CHUNK)
     memory.records_past = False
     layer(x[:, :1], memory=memory)
     with pytest.raises(ValueError, match="`tokens` must be at most [0-3],"):
         memory.rollback(CHUNK)
+
+
+def test_single_tokens_are_taken_back_over_the_beginning_of_a_chunk():
+    """An assistant's drafts come one by one: what was read of the chunk before the recorded token goes too."""
+    layer, x = make_layer("sequence", query_conv=6), make_input(2)
+    memory, never = layer.new_memory(2), layer.new_memory(2)
+    memory.records_past = True
+    for part in parts([5, *[1] * 5]):
+        layer(x[:, part], memory=memory)
+    memory.rollback(5)
+    layer(x[:, :5], memory=never)
+    assert_close(layer(x[:, 5:], memory=memory), layer(x[:, 5:], memory=never))
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_call_that_fails_changes_nothing(first):
+    """A dtype that the projections refuse, in a call that would have completed a chunk: the window stays too."""
+    layer, x = make_layer("sequence", query_conv=3), make_input()
+    memory = layer.new_memory(3)
+    begin = layer(x[:, :first], memory=memory)
+    with pytest.raises(RuntimeError):
+        layer(x[:, first:].float(), memory=memory)
+    rest = layer(x[:, first:], memory=memory)
+    assert_close(torch.cat((begin, rest), dim=1), layer(x))
+
+
+def test_what_inference_mode_has_made_goes_on_outside_of_it():
+    layer, x = make_layer("sequence", query_conv=3), make_input()
+    batch = make_layer("batch", query_conv=3)
+    memory, one = layer.new_memory(3), batch.new_memory(3)
+    memory.records_past = True
+    with torch.inference_mode():
+        layer(x[:, :3], memory=memory)
+        layer(x[:, 3:6], memory=memory)
+        memory.reorder([0, 0, 2])
+        layer(x[:, 6:8], memory=memory)
+        batch(x[:, :6], memory=one)
+        one.reorder([1, 2])
+    memory.rollback(1)
+    layer(x[:, 7:], memory=memory)
+    batch(x[1:, 6:], memory=one)
+    assert memory.positions == [LENGTH] * 3
+
+
+def test_rows_of_a_memory_that_has_read_nothing():
+    layer, x = make_layer("batch"), make_input(2)
+    for read in (lambda m: m, lambda m: layer(x[:, :0], memory=m), lambda m: (layer(x, memory=m), m.reset())):
+        memory = layer.new_memory(2)
+        read(memory)
+        memory.reorder([1])
+        assert_close(layer(x[1:], memory=memory), layer(x[1:]))
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"num_keys": 5}, "keys"),
+        ({"value_dim": 4}, "values"),
+        ({"scope": "batch"}, "scope"),
+        ({"query_conv": None}, "query_conv"),
+        ({"chunk_size": 5}, "chunk_size"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_memory_of_another_layer(options, name):
+    layer = make_layer("sequence", query_conv=3)
+    other = make_layer(**({"scope": "sequence", "query_conv": 3} | options))
+    with pytest.raises(ValueError, match=f"`memory` must have been made by this layer, whose {name} is"):
+        layer(make_input(), memory=other.new_memory(3))
+
+
+def test_options_of_the_layer_as_they_are_now():
+    """A memory that is not to learn any more; what a state has bound stays."""
+    layer, x = make_layer("sequence", addressing_weight=0.0), make_input()
+    memory = layer.new_memory(3)
+    layer.options = layer.options._replace(lr=0.0)
+    layer(x, memory=memory)
+    assert torch.equal(memory.sessions[0].state.values, layer.table.weight)
+    layer.options = layer.options._replace(top_k=2)
+    with pytest.raises(ValueError, match="`top_k` must stay as in the state's first step, 3, got 2"):
+        layer(x, memory=memory)
+
+
+@pytest.mark.parametrize("indices", [[1.7], torch.tensor([0.5]), torch.tensor([[0]]), 3, [True], [-1]])
+def test_bad_rows(indices):
+    with pytest.raises((TypeError, ValueError), match="`indices`"):
+        make_layer("sequence").new_memory(3).reorder(indices)
 
 
 def test_sequences_in_another_order():
@@ -156,6 +243,7 @@ def test_reset_and_copies(scope):
     layer, x = make_layer(scope, query_conv=3), make_input()
     memory = layer.new_memory(3)
     before = layer(x[:, :6], memory=memory)
+    assert repr(memory).startswith("StreamedMemory(batch=3, scope=")
     copies = [memory.clone(), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), memory.to("cpu")]
     after = layer(x[:, 6:], memory=memory)
     for other in copies:

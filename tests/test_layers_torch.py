@@ -42,6 +42,7 @@ def test_compiled_training(kind):
     if kind == "packed":
         x = make_input(1, 20)
         inputs = [{"cu_seqlens_cpu": torch.tensor(bounds)} for bounds in ([0, 7, 7, 20], [0, 1, 12, 20])]
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for given in inputs:
@@ -52,6 +53,20 @@ def test_compiled_training(kind):
         if kind == "persistent":
             testing.assert_bitwise_equal(layer._pending[1], pending[1])
     assert counter.frame_count == 1
+
+
+def test_compiled_for_any_batch():
+    """The batch is a size like any other: not compiled anew for each, as a loop would be."""
+    layer = make_layer(query_conv=3)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (2, 3, 5, 4):
+        x = make_input(batch, 6)
+        expected = run(layer, layer, x)
+        for ours, theirs in zip(run(layer, compiled, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2  # one of them where PyTorch first takes a size for a constant
 
 
 def test_compiled_segments_of_documents():
@@ -77,8 +92,9 @@ def test_half_precision(scope):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, memory = layer(x, return_memory=True)
         output.sum().backward()
-    assert output.dtype == torch.bfloat16
+    assert output.dtype == torch.float32
     assert memory.values.dtype == memory.keys.dtype == torch.float32
+    assert memory.gate_mean.dtype == torch.float32
     assert (output - exact).abs().max() < 0.1 * exact.abs().max()
 
     born = make_layer(scope=scope, query_conv=3, dtype=torch.bfloat16)
@@ -183,7 +199,7 @@ def test_copies_and_files(initial_memory, tmp_path):
 
 
 def test_checkpoint_of_another_configuration():
-    """PyTorch's own error names what does not fit, and no parameter is half-loaded that fits."""
+    """PyTorch's own error names what does not fit."""
     with pytest.raises(RuntimeError, match=r"size mismatch for keys.*[\s\S]*table.weight"):
         make_layer().load_state_dict(make_layer(num_keys=8).state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*q_conv.weight"):
@@ -218,8 +234,11 @@ def test_checkpoint_of_another_configuration():
         (
             {"memory_dtype": torch.int64},
             TypeError,
-            "`memory_dtype` must be a floating-point torch.dtype, got torch.int64",
+            "`memory_dtype` must be torch.float32, .* got torch.int64",
         ),
+        ({"memory_dtype": torch.float64}, ValueError, "`memory_dtype` can be torch.float64 only where `dtype` is"),
+        ({"norm_eps": 0.0}, ValueError, "`norm_eps` must be at least"),
+        ({"table": ValueTable(36, 5, dtype=torch.float64)}, ValueError, "`table` and the layer must both be float64"),
         ({"table": torch.zeros(36, 5)}, TypeError, "`table` must be a ValueTable, got Tensor"),
         (
             {"table": ValueTable(36, 4)},
@@ -258,12 +277,24 @@ BOUNDS = torch.tensor([0, 4, 10])
         ({"cu_seqlens": BOUNDS[None]}, ValueError, r"`cu_seqlens` must have 1 dimensions \[S \+ 1\]"),
         ({"cu_seqlens": BOUNDS[:1]}, ValueError, "`cu_seqlens`.* at least one document"),
         ({"cu_seqlens": BOUNDS, "cu_seqlens_cpu": BOUNDS[:2]}, ValueError, "`cu_seqlens_cpu` must be `cu_seqlens`"),
+        ({"cu_seqlens_cpu": BOUNDS.to("meta")}, ValueError, "`cu_seqlens_cpu` must be on the CPU, got meta"),
+        (
+            {"cu_seqlens": BOUNDS, "cu_seqlens_cpu": torch.tensor([0, 5, 10])},
+            ValueError,
+            r"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, got \[0, 5, 10\], \[0, 4, 10\]",
+        ),
+        ({"cu_seqlens": BOUNDS, "cu_seq_lens_q": BOUNDS + 0}, ValueError, "`cu_seq_lens_q` is another name of"),
+        ({"cache": object()}, TypeError, "`cache` must be a Cache of transformers or fla, got object"),
+        ({"cache": object(), "past_key_values": object()}, ValueError, "`past_key_values` is another name of `cache`"),
+        ({"cache": object(), "memory": object()}, ValueError, "`memory` and `cache` must not be given together"),
+        ({"hidden_states": X.long()}, TypeError, "`hidden_states` must be float32"),
+        ({"memory": LayerMemory(None, None)}, TypeError, "`memory.keys` must be a"),
         ({"cu_seq_lens_q": torch.tensor([0, 9])}, ValueError, "`cu_seqlens` must go from 0 to T = 10"),
         ({"memory": object()}, TypeError, "`memory` must be a LayerMemory"),
         (
             {"memory": LayerMemory(torch.zeros(1), torch.zeros(36, 5))},
             ValueError,
-            r"`memory`.keys must be \[2, 2, 2, 6, 3\]",
+            r"`memory.keys` must be \[2, 2, 2, 6, 3\]",
         ),
         ({"return_memory": True, "return_gate_mean": True}, ValueError, "`return_gate_mean` must be False"),
     ],
@@ -275,6 +306,70 @@ def test_bad_calls(given, error, match):
     inputs = {"hidden_states": X[:1] if packs else X} | given
     with pytest.raises(error, match=match):
         layer(**inputs)
+
+
+def test_a_segment_of_a_layer_with_another_convolution():
+    _, memory = make_layer(query_conv=3)(X, return_memory=True)
+    with pytest.raises(ValueError, match=r"`memory.hidden_states` must be \[2, 3, 8\], got \[2, 2, 8\]"):
+        make_layer(query_conv=4)(X, memory=memory)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_float64_layer_has_a_float64_memory(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = FastWeightProductKeyMemory(WIDTH, dtype=dtype, **SIZES)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    layer(X.double())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_the_default_device_is_nobodys(scope):
+    """What a process has set changes no result: here a device on which nothing could be computed."""
+    layer = make_layer(scope=scope, query_conv=3)
+    mask = torch.ones(2, 10)
+    mask[0, [1, 4, 5]] = 0
+    packed, bounds = X.view(1, 20, WIDTH), torch.tensor([0, 3, 20])
+    expected = [layer(X, attention_mask=mask), layer(packed, cu_seqlens=bounds)]
+    torch.set_default_device("meta")
+    try:
+        found = [layer(X, attention_mask=mask), layer(packed, cu_seqlens=bounds)]
+        with torch.no_grad():
+            found.append(layer(X, attention_mask=mask, memory=layer.new_memory(2)))
+    finally:
+        torch.set_default_device(None)
+    for ours, theirs in zip(found, [*expected, expected[0]], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_masks_of_other_numbers():
+    """What is not above 0 is padding, NaN too."""
+    layer = make_layer(query_conv=3)
+    mask = torch.tensor([[1.0, -2.0, 0.5, torch.nan, 1.0] * 2] * 2)
+    expected = layer(X, attention_mask=(mask > 0))
+    assert torch.equal(layer(X, attention_mask=mask), expected)
+
+
+def test_casts_keep_what_memory_dtype_can_hold():
+    """float16 has as many bits as bfloat16, and a smaller range."""
+    layer = make_layer(initial_memory="frozen", memory_dtype=torch.bfloat16)
+    assert layer.half().table.weight.dtype == torch.bfloat16
+
+
+def test_sub_keys_and_tables_say_that_they_do_not_decay():
+    layer = make_layer(device="meta").to_empty(device="cpu")
+    assert layer.keys._no_weight_decay
+    assert layer.table.weight._no_weight_decay
+
+
+def test_a_copy_of_a_stream_of_a_cast_module():
+    layer = make_layer().to(torch.bfloat16)
+    memory = copy.deepcopy(layer.new_memory(2))
+    with torch.no_grad():
+        layer(make_input(dtype=torch.bfloat16), memory=memory)
 
 
 def test_printed_as_what_it_is():

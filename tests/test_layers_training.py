@@ -144,6 +144,25 @@ def test_reset_parameters_forgets_what_is_pending():
     assert_equal(memory_of(layer), before)
 
 
+def test_a_load_forgets_what_is_pending():
+    layer = make_layer("persistent", "batch")
+    before = copy.deepcopy(layer.state_dict())
+    layer(make_input())
+    layer.load_state_dict(before)
+    advance_memory(layer)
+    assert_equal(memory_of(layer), [before["keys"], before["table.weight"]])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_call_is_not_the_last_one(reentrant):
+    """Two calls, then one backward, which computes the first one again after the second: that one counts."""
+    layer, parts = make_layer("persistent", "batch"), [make_input(seed=s).requires_grad_() for s in (1, 2)]
+    outputs = [checkpoint(layer, x, use_reentrant=reentrant) for x in parts]
+    pending = layer._pending
+    sum(x.square().sum() for x in outputs).backward()
+    assert_equal(layer._pending, pending)
+
+
 def test_advance_refuses_what_two_layers_would_write():
     one = make_layer("persistent", "batch")
     two = make_layer("persistent", "batch", table=one.table)
@@ -225,6 +244,12 @@ def test_resized_memories():
     advance_memory(large)
     assert_equal(memory_of(layer), before)
     assert all(p.grad is None for p in layer.parameters())
+    assert 0.3 * 6**-0.5 < large.keys.abs().mean() < 6**-0.5
+    with torch.inference_mode():
+        trained = layer.resized(8)
+    trained(x).sum().backward()
+    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got int"):
+        advance_memory(3)
     with pytest.raises(ValueError, match='`initial_memory`="learned"'):
         make_layer().resized(12)
     with pytest.raises(ValueError, match="`num_keys` must be at least 3"):

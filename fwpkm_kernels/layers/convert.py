@@ -49,7 +49,7 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
 
     Raises:
         TypeError, ValueError: naming `state_dict`, on a name behind the prefix that is missing or unknown, and on
-            shapes that do not fit together.
+            shapes of keys, values and fw_q_proj that do not fit together; all others are load_state_dict's to refuse.
     """
     # A published layer's parameters stand among those of its block, whose names begin otherwise.
     found = _checked(state_dict, prefix, list(NAMES.values()), begin="fw")

@@ -15,7 +15,7 @@ from ..memory import check_memory, fast_weight_memory
 from ..state import MemoryState
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
-from .table import ValueTable, apply_but_round_no_buffer, keep
+from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, keep
 
 SCOPES = ("sequence", "batch")
 INITIAL_MEMORIES = ("learned", "frozen", "persistent")
@@ -27,10 +27,13 @@ class LayerMemory(NamedTuple):
 
     keys: Tensor  #: [H, 2, n, Dk/2] under scope="batch", [S, H, 2, n, Dk/2] under "sequence"
     values: Tensor  #: [N, D] or [S, N, D]
-    hidden_states: Tensor | None = None  #: the last w - 1 normed ones, which `query_conv` reads on from: [S, w - 1, d]
+    #: The last w - 1 normed ones, which `query_conv` reads on from: [S, w - 1, d]. None is zeros.
+    hidden_states: Tensor | None = None
     gate_mean: Tensor | None = None  #: 0-d: the mean gate of the tokens of the segment; differentiable
-    slots: Tensor | None = None  #: int64 [B, T, J]: what the segment read; -1 at padding. `memory_stats` takes them
-    weights: Tensor | None = None  #: [B, T, J], 0 at padding; not differentiable
+    #: What the segment read, int64 [B, T, J], for `memory_stats` of one memory at a time; and weights [B, T, J].
+    #: Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
+    slots: Tensor | None = None
+    weights: Tensor | None = None
 
     def detach(self) -> "LayerMemory":
         """The same without its graph: gradients of the next segment end here."""
@@ -67,7 +70,11 @@ class FastWeightProductKeyMemory(nn.Module):
 
     **dtype.** Projections and norms are of `dtype`; `keys` and `table` are created in `memory_dtype`. The fast memory
     runs in `memory_dtype`, or wider, whatever `module.to(dtype)` makes of the Parameters; buffers are never rounded by
-    it. The output is in the dtype of the input, or of autocast.
+    it. A float64 layer has a float64 memory. The output is in the dtype of the input.
+
+    **torch.compile.** Training compiles with fullgraph=True; of more than one document the backward then computes each
+    again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are validated in eager code, and in compiled code
+    under scope="sequence".
 
     **Data parallelism.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch"
     the memory is of the rank's batch, so they do.
@@ -167,6 +174,12 @@ class FastWeightProductKeyMemory(nn.Module):
             )
         if query_conv is not None:
             checks.check_int("query_conv", query_conv, minimum=1)
+        norm_eps = checks.check_number("norm_eps", norm_eps, torch.float32, minimum=torch.finfo(torch.float32).tiny)
+        check_memory_dtype("memory_dtype", memory_dtype)
+        if (torch.get_default_dtype() if dtype is None else dtype) == torch.float64:
+            memory_dtype = torch.float64
+        elif memory_dtype == torch.float64:
+            raise ValueError(f"`memory_dtype` can be torch.float64 only where `dtype` is, got {dtype}")
         options = Options(
             chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
             addressing_weight, key_gradient, step, boundary, precision, backend,
@@ -200,7 +213,7 @@ class FastWeightProductKeyMemory(nn.Module):
         if table is None:
             table = ValueTable(num_keys**2, value_dim, trainable=is_learned, device=device, dtype=memory_dtype)
         else:
-            _check_table(table, num_keys, value_dim, initial_memory)
+            _check_table(table, num_keys, value_dim, initial_memory, memory_dtype)
         self.table = table
         self._pending: tuple[Tensor, Tensor] | None = None  #: the memory that `advance_memory` will commit
         self.reset_parameters(table=False)
@@ -234,9 +247,14 @@ class FastWeightProductKeyMemory(nn.Module):
         if table:
             self.table.reset_parameters()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pending = None  # of the memory before
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "FastWeightProductKeyMemory":
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
 
+    @torch.inference_mode(False)
     def resized(self, num_keys: int) -> "FastWeightProductKeyMemory":
         """An independent copy over a fresh memory with another number of sub-keys: train small, test large.
 
@@ -271,6 +289,7 @@ class FastWeightProductKeyMemory(nn.Module):
         defaults = Options()._asdict()
         return ", ".join([sizes, *(f"{k}={v!r}" for k, v in self.options._asdict().items() if v != defaults[k])])
 
+    @torch.no_grad()
     def new_memory(self, batch: int = 1) -> StreamedMemory:
         """A memory to stream with: as `memory=` of calls whose batches have `batch` rows, or documents.
 
@@ -314,7 +333,8 @@ class FastWeightProductKeyMemory(nn.Module):
         Args:
             hidden_states: [B, T, d].
             attention_mask: [B, T], bool, integer or real; what is > 0 is a token, the rest padding. Where it lies on a
-                GPU, scope="sequence" waits for a copy of it, once a call; None costs nothing.
+                GPU, scope="sequence" waits for a copy of it, once a call; None costs nothing. Under scope="batch" it
+                multiplies what is written, as in `fast_weight_memory`, and NaN at padding spreads.
             cache, past_key_values: a `Cache` of transformers or fla, to stream with; two names of one argument.
             use_cache: taken, and without effect, as other mixers take it: a cache that is given is used.
             cu_seqlens: [S + 1], int32 or int64, non-decreasing from 0 to T: the borders of documents that are packed
@@ -325,22 +345,26 @@ class FastWeightProductKeyMemory(nn.Module):
             return_memory: whether to return a `LayerMemory` too. Under scope="sequence" that is a table for each
                 document.
             return_gate_mean: whether to return the mean gate of all tokens too, 0-d and differentiable.
+            kwargs: what models hand on to all their layers; but for `cu_seq_lens_q` it is ignored.
 
         Returns:
             output [B, T, d], 0 at padding under scope="sequence"; with a `LayerMemory`, or the mean gate, behind it.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been written then.
+            TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been written then,
+                nor where a projection refuses the dtype of `hidden_states`.
         """
         x = hidden_states
         checks.check_tensor("hidden_states", x, 3, "[B, T, d]")
+        checks.check_float("hidden_states", x)
         if x.shape[2] != self.hidden_size:
             raise ValueError(f"`hidden_states` must have width d = {self.hidden_size}, got shape {checks.shape(x)}")
         if return_memory and return_gate_mean:
             raise ValueError("`return_gate_mean` must be False with `return_memory`: the LayerMemory holds it")
-        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        documents = make_documents(x, attention_mask, cu_seqlens, cu_seqlens_cpu)
-        memory = self._find_memory(memory, cache if past_key_values is None else past_key_values, documents, x)
+        cu_seqlens = _one_of("cu_seqlens", cu_seqlens, "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"))
+        cache = _one_of("cache", cache, "past_key_values", past_key_values)
+        documents = make_documents(x, attention_mask, cu_seqlens, cu_seqlens_cpu, are_cut=self.scope == "sequence")
+        memory = self._find_memory(memory, cache, documents, x)
         if return_memory and isinstance(memory, StreamedMemory):
             raise ValueError("`return_memory` must be False where a memory streams: it is written in place")
         if self.scope == "sequence" and attention_mask is not None:
@@ -365,6 +389,7 @@ class FastWeightProductKeyMemory(nn.Module):
         output = self.o_proj(self.o_norm(y))
         if self.scope == "sequence" and attention_mask is not None:
             output = torch.where((attention_mask > 0).unsqueeze(-1), output, 0.0)
+        output = output.to(hidden_states.dtype)  # which autocast may have changed
         if not return_memory:
             return (output, _mean(gates, attention_mask)) if return_gate_mean else output
         left = LayerMemory(result.keys, result.values, tail, _mean(gates, attention_mask), result.slots, result.weights)
@@ -428,6 +453,8 @@ class FastWeightProductKeyMemory(nn.Module):
             raise ValueError("`memory` and `cache` must not be given together: each says what to go on from")
         trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if cache is not None:
+            if not hasattr(cache, "layers"):
+                raise TypeError(f"`cache` must be a Cache of transformers or fla, got {type(cache).__name__}")
             from ..integrations import transformers as integration
 
             if trains and integration.is_fresh(cache, self):
@@ -450,6 +477,7 @@ class FastWeightProductKeyMemory(nn.Module):
                 f"`{name}` is for {memory.batch} sequences, got {documents.number} in `hidden_states` "
                 f"[B, T, d], {checks.shape(x)}"
             )
+        memory.check(self.keys, self.table.weight, self.scope, self.options, self._conv_width)
         if self.scope == "batch" and documents.cu_seqlens is not None:
             raise ValueError('`cu_seqlens` must be None where a memory with `scope`="batch" streams')
         return memory
@@ -471,14 +499,16 @@ class FastWeightProductKeyMemory(nn.Module):
         }
         for name, size in wanted.items():
             size = size if count is None else (count, *size)
+            checks.check_tensor(f"memory.{name}", getattr(memory, name))
+            checks.check_float(f"memory.{name}", getattr(memory, name))
             if getattr(memory, name).shape != size:
                 raise ValueError(
-                    f"`memory`.{name} must be {list(size)} for this layer and input, "
+                    f"`memory.{name}` must be {list(size)} for this layer and input, "
                     f"got {checks.shape(getattr(memory, name))}"
                 )
         tail, size = memory.hidden_states, (documents.number, self._conv_width - 1, self.hidden_size)
         if self.q_conv is not None and tail is not None and tail.shape != size:
-            raise ValueError(f"`memory`.hidden_states must be {list(size)}, got {checks.shape(tail)}")
+            raise ValueError(f"`memory.hidden_states` must be {list(size)}, got {checks.shape(tail)}")
         return memory
 
 
@@ -499,6 +529,8 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     Raises:
         ValueError: for another `reduce`, or where layers with something pending share a table.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     checks.check_choice("reduce", reduce, ("mean", "none"))
     layers = [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory) and x._pending is not None]
     if len({id(layer.table) for layer in layers}) < len(layers):
@@ -545,15 +577,22 @@ def _mask_borders(documents: Documents, lookahead: int, device: torch.device) ->
 
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
     """Validate the memory's options, as it would itself."""
-    if not isinstance(memory_dtype, torch.dtype) or not memory_dtype.is_floating_point:
-        raise TypeError(f"`memory_dtype` must be a floating-point torch.dtype, got {memory_dtype!r}")
     meta: dict[str, Any] = {"device": "meta", "dtype": memory_dtype}
     queries, targets = torch.empty(1, 0, heads, key_dim, **meta), torch.empty(1, 0, 1, **meta)
     keys, values = torch.empty(heads, 2, num_keys, key_dim // 2, **meta), torch.empty(num_keys**2, 1, **meta)
     return check_memory(queries, targets, keys, values, None, None, o)
 
 
-def _check_table(table: ValueTable, num_keys: int, value_dim: int, initial_memory: str) -> None:
+def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
+    """Whichever of two names of one argument was used."""
+    if x is not None and other is not None and x is not other:
+        raise ValueError(f"`{other_name}` is another name of `{name}`, and must not be given with another value")
+    return other if x is None else x
+
+
+def _check_table(
+    table: ValueTable, num_keys: int, value_dim: int, initial_memory: str, memory_dtype: torch.dtype
+) -> None:
     if not isinstance(table, ValueTable):
         raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
     if table.weight.shape != (num_keys**2, value_dim):
@@ -561,6 +600,8 @@ def _check_table(table: ValueTable, num_keys: int, value_dim: int, initial_memor
             f"`table` must have num_keys² = {num_keys**2} slots of width value_dim = {value_dim}, "
             f"got {checks.shape(table.weight)}"
         )
+    if (table.weight.dtype == torch.float64) != (memory_dtype == torch.float64):
+        raise ValueError(f"`table` and the layer must both be float64 or neither, got {table.weight.dtype}")
     if isinstance(table.weight, nn.Parameter) != (initial_memory == "learned"):
         raise ValueError(
             f'`table` must be trainable for `initial_memory`="learned", and only then; got {initial_memory!r} with '

@@ -38,8 +38,8 @@ def parameter_groups(
           has a name that ends in Norm, and those with a true attribute `_no_weight_decay`.
         - "tables": all parameters of every `ValueTable`.
 
-        Each parameter that requires grad is there once, wherever it is shared or tied; one that is in several places
-        goes where the last of these lists that fits it says.
+        Each parameter is there once, wherever it is shared or tied, frozen ones too, which optimizers leave alone; one
+        that is in several places goes where the last of these lists that fits it says.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -56,8 +56,7 @@ def parameter_groups(
     }
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "tables": []}
     for x in module.parameters():
-        if x.requires_grad:
-            params["tables" if x in tables else "no_decay" if x in no_decay else "decay"].append(x)
+        params["tables" if x in tables else "no_decay" if x in no_decay else "decay"].append(x)
     return [
         {"name": "decay", "params": params["decay"], "lr": lr, "weight_decay": weight_decay},
         {"name": "no_decay", "params": params["no_decay"], "lr": lr, "weight_decay": 0.0},

@@ -38,6 +38,8 @@ def memory_stats(slots: Tensor, weights: Tensor, num_slots: int, gates: Tensor |
     The results depend on no data for their shapes and are computed on the slots' device without waiting for it; `float`
     of one of them waits. They carry no gradients.
 
+    Slots are those of one memory: where each sequence has its own, as under scope="sequence", call it for each.
+
     Args:
         slots: [..., J], int64 or int32, all J picks of each token: in [0, N), or -1 at places that do not count, such
             as padding. The range is checked on CPU tensors, in eager code.

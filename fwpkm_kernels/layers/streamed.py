@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as checks
 from ..chunks import Options
 from ..documents import Documents, put_back, slide, take
-from ..state import MemoryState
+from ..state import MemoryState, check_indices
 from ..streaming import fast_weight_memory_step
 
 
@@ -33,48 +33,65 @@ class Session:
         #: [B, w - 1 + C, d]: of the w - 1 tokens before the present chunk, and of those of the chunk.
         self.window: Tensor | None = None
         self.past: Past | None = None
-        self._last: tuple[Tensor | None, Tensor | None] = (None, None)  #: the window before, and the input of, convolve
+        self._coming: Tensor | None = None  #: what convolve was given, which goes into the window once it is read
 
     @property
     def place(self) -> int:
         """How many tokens of the present chunk have been read."""
         return self.state.position % self.options.chunk_size
 
-    def convolve(self, x: Tensor, weight: Tensor, record: bool) -> Tensor:
-        """The convolution of x [B, t, d], which comes next, over what came before; keeps what rollbacks may need."""
-        if self.window is None:
-            size = (x.shape[0], self.before + self.options.chunk_size, x.shape[2])
-            with torch.inference_mode(False):  # a step outside of inference mode writes it
-                self.window = torch.zeros(size, dtype=x.dtype, device=x.device)
-        if record:
-            self._last = (self.window.clone(), x)
-        return slide(self._slide_on(x, self.state.position), weight.to(x.dtype))
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of x [B, t, d], which comes next, over what came before; `step` keeps it."""
+        self._coming = x
+        return slide(self._history(x, self.state.position), weight.to(x.dtype))
 
-    def _slide_on(self, x: Tensor, position: int) -> Tensor:
-        """Put tokens into the window, at the position where it stands; they, and the w - 1 tokens before them."""
-        assert self.window is not None
-        place, length = position % self.options.chunk_size, x.shape[1]
-        history = torch.cat((self.window[:, : self.before + place], x), dim=1)
-        left = self.before + (place + length) % self.options.chunk_size
-        if place + length < self.options.chunk_size:
+    def _history(self, x: Tensor, position: int) -> Tensor:
+        """Tokens that come at a position, behind the w - 1 before them."""
+        if self.window is None:
+            before = x.new_zeros(x.shape[0], self.before, x.shape[2])
+        else:
+            place = position % self.options.chunk_size
+            before = self.window[:, place : place + self.before].to(x.dtype)
+        return torch.cat((before, x), dim=1)
+
+    def _keep(self, x: Tensor, position: int) -> None:
+        """Put tokens that came at a position into the window: those of the present chunk, and w - 1 before it."""
+        chunk_size, place, length = self.options.chunk_size, position % self.options.chunk_size, x.shape[1]
+        if self.window is None:
+            with torch.inference_mode(False):  # a step outside of inference mode writes it
+                size = (x.shape[0], self.before + chunk_size, x.shape[2])
+                self.window = torch.zeros(size, dtype=x.dtype, device=x.device)
+        left = self.before + (place + length) % chunk_size
+        if place + length < chunk_size:
             self.window[:, self.before + place : left] = x
         else:
+            history = torch.cat((self.window[:, : self.before + place], x), dim=1)
             self.window[:, :left] = history[:, history.shape[1] - left :]
-        return history[:, place:]
 
     def step(self, *tokens: Any, record: bool) -> Tensor:
         """Read queries, targets, gates and mask; with `record`, the last C that complete a chunk may be taken back."""
-        length, chunk_size = tokens[0].shape[1], self.options.chunk_size
+        length, position, coming = tokens[0].shape[1], self.state.position, self._coming
         if not record:
             self.past = None
-        if not record or self.place + length < chunk_size:
-            return self._step(*tokens)
-        skipped = max(0, length - chunk_size)
+        if record and self.place + length >= self.options.chunk_size:
+            output = self._step_recorded(tokens, coming)
+        else:
+            output = self._step(*tokens)
+        if coming is not None:  # only now: a step that was refused has changed nothing
+            self._keep(coming, position)
+        self._coming = None
+        return output
+
+    def _step_recorded(self, tokens: tuple[Any, ...], coming: Tensor | None) -> Tensor:
+        skipped = max(0, tokens[0].shape[1] - self.options.chunk_size)
         first: Any = tuple(None if x is None else x[:, :skipped] for x in tokens)
         rest: Any = tuple(None if x is None else x[:, skipped:] for x in tokens)
         outputs = [self._step(*first)] if skipped else []
-        self.past = Past(self.state.clone(), *self._last, skipped, rest)
-        return torch.cat([*outputs, self._step(*rest)], dim=1)
+        window = None if self.window is None else _copy(self.window)
+        past = Past(self.state.clone(), window, coming, skipped, rest)
+        outputs.append(self._step(*rest))
+        self.past = past
+        return torch.cat(outputs, dim=1)
 
     def _step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None) -> Tensor:
         return fast_weight_memory_step(self.state, queries, targets, gates=gates, mask=mask, **self.options._asdict())
@@ -82,7 +99,10 @@ class Session:
     @property
     def most_undone(self) -> int:
         """How many of the last tokens can be taken back."""
-        return self.place if self.past is None else self.state.position - self.past.state.position
+        if self.past is None:
+            return self.place
+        position = self.past.state.position
+        return self.state.position - position + position % self.options.chunk_size
 
     def rollback(self, tokens: int) -> None:
         """Take back the last tokens, at most `most_undone`."""
@@ -90,29 +110,40 @@ class Session:
             self.state.rollback(tokens)
             return
         assert self.past is not None
-        kept = self.state.position - tokens - self.past.state.position
+        kept = self.state.position - tokens - self.past.state.position  # of the tokens that are recorded
         self.state, self.window, hidden_states, skipped, given = self.past
         self.past = None
         if hidden_states is not None:
-            self._slide_on(hidden_states[:, : skipped + kept], self.state.position - skipped)
-        kept_tokens: Any = (None if x is None else x[:, :kept] for x in given)
-        self._step(*kept_tokens)
+            self._keep(hidden_states[:, : max(0, skipped + kept)], self.state.position - skipped)
+        if kept < 0:
+            self.state.rollback(-kept)
+        else:
+            kept_tokens: Any = (None if x is None else x[:, :kept] for x in given)
+            self._step(*kept_tokens)
 
+    @torch.inference_mode(False)  # what is copied in inference mode can be stepped outside of it
     def clone(self, device: torch.device | str | int | None = None) -> "Session":
-        """An independent copy, which shares the initial memory; on another device perhaps."""
+        """An independent copy, which shares the initial memory; on another device perhaps. It has no past."""
         other = copy.copy(self)
         other.state = self.state.clone() if device is None else self.state.to(device)
-        other.window = None if self.window is None else self.window.to(other.state.values.device, copy=True)
+        other.window = None if self.window is None else _copy(self.window, other.state.values.device)
         other.past = None
         return other
 
     def select(self, rows: list[int]) -> None:
         """Go on with some of the sequences of one memory."""
-        if self.state.position > 0:
+        if self.state._binding is not None:  # else it has no rows yet
             self.state.select_(rows)
         if self.window is not None:
-            self.window = self.window[rows]
+            with torch.inference_mode(False):
+                self.window = self.window[rows].clone()
         self.past = None
+
+
+def _copy(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy that can be written in and out of inference mode."""
+    with torch.inference_mode(False):
+        return x.to(device or x.device, copy=True)
 
 
 class StreamedMemory:
@@ -124,22 +155,36 @@ class StreamedMemory:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, batch: int, scope: str, options: Options, conv_width: int) -> None:
-        self.batch, self.scope, self.options, self.records_past = batch, scope, options, False
-        self._initial, self._conv_width = (keys, values), conv_width
-        self.sessions = [self._new_session() for _ in range(batch if scope == "sequence" else 1)]
+        self.batch, self.scope, self.conv_width, self.records_past = batch, scope, conv_width, False
+        count = batch if scope == "sequence" else 1
+        self.sessions = [Session(MemoryState(keys, values), options, conv_width) for _ in range(count)]
         self.columns = 0
 
     @classmethod
     def of_state(cls, state: MemoryState, batch: int, options: Options) -> "StreamedMemory":
         """Around a state of the caller's own, which is stepped; for one memory of `batch` sequences."""
         self = cls.__new__(cls)
-        self.batch, self.scope, self.options, self.records_past = batch, "batch", options, False
+        self.batch, self.scope, self.conv_width, self.records_past = batch, "batch", 1, False
         self.sessions = [Session(state, options, 1)]
         self.columns = state.position
         return self
 
-    def _new_session(self) -> Session:
-        return Session(MemoryState(*self._initial), self.options, self._conv_width)
+    def check(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
+        """Refuse a layer of another kind than the one that has made this; take over its options, as they are now.
+
+        Options other than those that may change from step to step are the states' to refuse.
+        """
+        own: dict[str, Any] = {"scope": self.scope, "query_conv": self.conv_width}
+        came: dict[str, Any] = {"scope": scope, "query_conv": conv_width}
+        for one in self.sessions[:1]:
+            own |= {"keys": checks.shape(one.state.keys), "values": checks.shape(one.state.values)}
+            own["chunk_size"] = one.options.chunk_size
+            came |= {"keys": checks.shape(keys), "values": checks.shape(values), "chunk_size": options.chunk_size}
+        for name, x in came.items():
+            if own[name] != x:
+                raise ValueError(f"`memory` must have been made by this layer, whose {name} is {x}, got {own[name]}")
+        for one in self.sessions:
+            one.options = options
 
     @property
     def positions(self) -> list[int]:
@@ -157,9 +202,9 @@ class StreamedMemory:
         if pieces is None:
             if documents.mask is not None:
                 x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
-            return self.sessions[0].convolve(x, weight, self.records_past)
+            return self.sessions[0].convolve(x, weight)
         pairs = zip(self.sessions, take(x, pieces), strict=True)
-        parts = [one.convolve(part, weight, self.records_past) for one, part in pairs]
+        parts = [one.convolve(part, weight) for one, part in pairs]
         return put_back(parts, pieces, x) if parts else x
 
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
@@ -177,7 +222,10 @@ class StreamedMemory:
         return read
 
     def reset(self) -> None:
-        """Let every sequence begin anew, from the initial memory as it is now."""
+        """Let every sequence begin anew, from the initial memory as it is now.
+
+        That is as it was when the stream was made, where the layer's memory runs in another dtype than its Parameters.
+        """
         for one in self.sessions:
             one.state.reset()
             one.window = one.past = None
@@ -190,12 +238,11 @@ class StreamedMemory:
             indices: [new batch], integers in [0, batch); a sequence that comes twice goes on as two.
 
         Raises:
-            ValueError: out of range; under scope="batch", where sequences have no memory of their own, for anything but
-                a part of them in its order.
+            TypeError, ValueError: for what are no such integers; under scope="batch", where sequences have no memory of
+                their own, for anything but a part of them in its order.
         """
-        rows = [checks.check_int("indices", int(x), minimum=0) for x in indices]
-        if max(rows, default=-1) >= self.batch:
-            raise ValueError(f"`indices` must lie in [0, {self.batch}), got {max(rows)}")
+        on_cpu = indices.cpu() if isinstance(indices, Tensor) else indices
+        rows = check_indices(on_cpu, self.batch).tolist()
         if self.scope == "batch":
             if any(after <= before for before, after in pairwise(rows)):
                 raise ValueError(
@@ -215,8 +262,11 @@ class StreamedMemory:
         """Take back the last `tokens` tokens of every sequence, as if they had never been read.
 
         In the present chunk that costs nothing. While `records_past` is True, what completes a chunk can be taken back
-        too, up to chunk_size tokens: before it reads them, a session copies its memory, table and all, and keeps them;
-        after a rollback over the beginning of a chunk it reads again those that stay.
+        too, at least chunk_size tokens: before it reads them, a session copies its memory, table and all, and keeps
+        them; after a rollback over the beginning of a chunk it reads again those that stay. Copies, and a sequence that
+        `reorder` repeats, have no such past.
+
+        Only tokens count: padding behind them, on the right, is none.
 
         Raises:
             TypeError, ValueError: where a sequence cannot take back so many. Nothing has been changed then.
@@ -231,6 +281,9 @@ class StreamedMemory:
         for one in self.sessions:
             one.rollback(tokens)
         self.columns -= tokens
+
+    def __repr__(self) -> str:
+        return f"StreamedMemory(batch={self.batch}, scope={self.scope!r}, positions={self.positions})"
 
     def clone(self) -> "StreamedMemory":
         """An independent copy, which shares the initial memory."""

@@ -45,6 +45,7 @@ class ValueTable(nn.Module):
         self.width = checks.check_int("width", width, minimum=1)
         checks.check_choice("init", init, TABLE_INITS)
         checks.check_flag("trainable", trainable)
+        check_memory_dtype("dtype", dtype)
         self.init, self.memory_dtype = init, dtype
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
@@ -69,7 +70,10 @@ class ValueTable(nn.Module):
 
 
 def keep(module: nn.Module, name: str, x: Tensor, trainable: bool) -> None:
-    """Register a tensor of a memory: a Parameter without weight decay, or a buffer."""
+    """Register a tensor of a memory: a Parameter without weight decay, or a buffer.
+
+    The mark is for others: `parameter_groups` goes by names, since copy.deepcopy loses attributes of Parameters.
+    """
     if trainable:
         parameter = nn.Parameter(x)
         parameter._no_weight_decay = True  # type: ignore[attr-defined]  # what fla and others look for
@@ -79,11 +83,20 @@ def keep(module: nn.Module, name: str, x: Tensor, trainable: bool) -> None:
 
 
 def apply_but_round_no_buffer(module: Any, apply: Callable[..., Any], fn: Callable[..., Any], recurse: bool) -> Any:
-    """`nn.Module._apply`, after which the module's own buffers have no fewer bits than its `memory_dtype`."""
+    """`nn.Module._apply`, after which the module's own buffers can hold all that its `memory_dtype` can."""
     before = dict(module._buffers)
     apply(fn, recurse)
     for name, x in before.items():
         after, least = module._buffers[name], module.memory_dtype
-        if x is not None and torch.finfo(after.dtype).bits < torch.finfo(least).bits:
+        if x is not None and torch.promote_types(after.dtype, least) != after.dtype:
             module._buffers[name] = x.to(after.device, least)
+    for name in ("keys", "weight"):  # from meta they come as other Parameters
+        if module._parameters.get(name) is not None:
+            module._parameters[name]._no_weight_decay = True
     return module
+
+
+def check_memory_dtype(name: str, dtype: object) -> None:
+    """`dtype` is one of those that keys and values may have."""
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise TypeError(f"`{name}` must be torch.float32, float64, float16 or bfloat16, got {dtype!r}")
