@@ -8,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
+pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -411,6 +413,7 @@ def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     expected = plain(ids, attention_mask=mask).logits
     add_memory(plain, [1], **MEMORY, output_init="zeros")
     assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
+    assert not plain.model.layers[1].memory.training
     plain.model.layers[1].memory.o_proj.weight.normal_()
     assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
@@ -496,6 +499,17 @@ def test_bad_configurations_are_named(name):
         FwPKMConfig(**(OWN | BAD_CONFIGS[name]))
 
 
+@torch.no_grad()
+def test_hooks_of_accelerate_go_on():
+    model, (ids, mask) = qwen(), prompts()
+    for module in (model, model.model, *model.model.layers):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    add_memory(model, [0, 2], **MEMORY)
+    expected = add_memory(qwen(), [0, 2], **MEMORY)
+    expected.load_state_dict(model.state_dict())
+    close(model(ids, attention_mask=mask).logits, expected(ids, attention_mask=mask).logits)
+
+
 def test_bad_additions_are_named_and_change_nothing():
     model = qwen()
     for layers in ([3], [1, 1], []):
@@ -509,6 +523,8 @@ def test_bad_additions_are_named_and_change_nothing():
         add_memory(model, [1], key_dim=3)
     with pytest.raises(TypeError, match="`model` must have a decoder with `layers`, got Linear"):
         add_memory(torch.nn.Linear(1, 1), [0])
+    with torch.device("meta"), pytest.raises(ValueError, match="`model` must hold its weights in memory"):
+        add_memory(Qwen3ForCausalLM(Qwen3Config(**SIZES)), [1], **MEMORY)
     assert type(model) is Qwen3ForCausalLM
     assert not hasattr(model.config, "fwpkm")
     add_memory(model, [1], **MEMORY)

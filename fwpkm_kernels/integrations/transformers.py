@@ -7,6 +7,7 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 import copy
 import functools
 import os
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -340,6 +341,8 @@ def _mix_into(module: nn.Module, mixin: Any) -> None:
     if not isinstance(module, mixin):
         kind: Any = type(module)
         module.__class__ = _mixed(mixin, kind)
+        if "_old_forward" in vars(module):  # what accelerate's hooks run, for a model on several devices
+            module._old_forward = types.MethodType(type(module).forward, module)
 
 
 _OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
@@ -390,6 +393,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     memories = []
     for index in indices:
         weight = next(p for p in blocks[index].parameters() if p.is_floating_point())
+        if weight.is_meta:
+            raise ValueError(f"`model` must hold its weights in memory, got layer {index} on the meta device")
         memory = _make_memory(config, index, options, device=weight.device, dtype=weight.dtype)
         memories.append(memory.train(model.training))
     for index, memory in zip(indices, memories, strict=True):
