@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     Trainer,
     TrainingArguments,
     logging,
@@ -398,6 +399,8 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
     assert torch.equal(plain(ids).logits, expected)
     plain.model.layers[2].memory.keys.zero_()
     assert torch.equal(load_memory(plain, tmp_path)(ids).logits, expected)
+    decoder = Qwen3Model.from_pretrained(tmp_path)
+    close(plain.lm_head(load_memory(decoder, tmp_path)(ids).last_hidden_state), expected)
     half = load_memory(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tmp_path)
     memory = half.model.layers[2].memory
     assert {memory.keys.dtype, memory.table.weight.dtype} == {torch.float32}
