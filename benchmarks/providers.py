@@ -448,7 +448,7 @@ def project(hidden_states: Tensor, inputs: Inputs) -> Projected:
 def mix(read: Tensor, projected: Projected, inputs: Inputs) -> Tensor:
     """What is read against what was to be written, through the last norm and projection."""
     gates, weight = projected.gates.unsqueeze(-1), inputs["o_norm.weight"]
-    mixed = F.rms_norm(gates * read + (1 - gates) * projected.targets, weight.shape, weight, 1e-5)
+    mixed = F.rms_norm(torch.lerp(projected.targets, read, gates), weight.shape, weight, 1e-5)
     return F.linear(mixed, inputs["o_proj.weight"], inputs["o_proj.bias"])
 
 

@@ -138,16 +138,31 @@ def make_documents(
     return documents
 
 
-def take(x: Tensor, piece: slice | Tensor) -> Tensor:
-    """The tokens of one document, [1, t, ...], out of [B, T, ...]."""
+def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
+    """The tokens of each document, [1, t, ...], out of [B, T, ...]; of None, None each.
+
+    By one split, whose gradient is as large as x once, not once for every document.
+    """
+    if x is None:
+        return [None] * len(pieces)
     flat = x.flatten(0, 1)
-    part = flat[piece] if isinstance(piece, slice) else flat.index_select(0, piece.to(x.device))
-    return part.unsqueeze(0)
+    sizes, end = [], 0  # of what lies between documents, and of each, by turns
+    for piece in pieces:
+        start, stop = (piece.start, piece.stop) if isinstance(piece, slice) else (int(piece[0]), int(piece[-1]) + 1)
+        if start == stop:  # an empty document, wherever it is said to be
+            start = stop = end
+        sizes += [start - end, stop - start]
+        end = stop
+    parts = flat.split([*sizes, len(flat) - end])[1::2]
+    return [
+        (x if isinstance(piece, slice) else x.index_select(0, (piece - piece[0]).to(x.device))).unsqueeze(0)
+        for x, piece in zip(parts, pieces, strict=True)
+    ]
 
 
 def put_back(parts: list[Tensor], pieces: list[slice | Tensor], like: Tensor, fill: float = 0) -> Tensor:
     """The inverse of `take`: what documents have, [1, t, ...] each, as [B, T, ...] of `like`; padding has `fill`."""
-    packed = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[0]
+    packed = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).squeeze(0)
     batch, length = like.shape[:2]
     rest = packed.shape[1:]
     if packed.shape[0] != batch * length:
@@ -217,10 +232,10 @@ def _loop(
         return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
     pieces = documents.pieces()
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
-    initial = zip(_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)), strict=True)
-    for piece, own in zip(pieces, initial, strict=True):
-        of_piece = (take(queries, piece), take(targets, piece), *own)
-        result = fast_weight_memory(*of_piece, gates=None if gates is None else take(gates, piece), **o._asdict())
+    initial = (_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)))
+    tokens = (take(x, pieces) for x in (queries, targets, gates))
+    for q, y, g, k, v in zip(*tokens, *initial, strict=True):
+        result = fast_weight_memory(q, y, k, v, gates=g, **o._asdict())
         outputs.append(result.output)
         slots.append(result.slots)
         weights.append(result.weights)
@@ -295,14 +310,14 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
     o, documents = Options(*options), _documents_of(targets, mask, cu_seqlens)
     inputs = (queries, targets, keys, values, gates)
     results = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
-    for number, piece in enumerate(documents.pieces()):
-        q, y = take(queries, piece), take(targets, piece)
-        g = None if gates is None else take(gates, piece)
+    pieces = documents.pieces()
+    tokens = (take(x, pieces) for x in (queries, targets, gates, grad_output))
+    for number, (piece, q, y, g, grad_y) in enumerate(zip(pieces, *tokens, strict=True)):
         k, v, grad_k, grad_v = (
             x if x is None or x.dim() == rank else x[number]
             for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
         )
-        grads = (None if grad_output is None else take(grad_output, piece), grad_k, grad_v)
+        grads = (grad_y, grad_k, grad_v)
         kept = Kept(*run_forward(q, y, k, v, g, None, True, o)[5:])
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
         for place, x in enumerate(found):

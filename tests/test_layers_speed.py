@@ -1,9 +1,16 @@
-"""What a layer costs beside its operator: no table is copied that the operator does not copy."""
+"""What a layer costs beside its projections and its operator, in what can be counted: operators, and tables.
+
+Times of both are in the benchmarks.
+"""
+
+import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import allocations_cpu
+from benchmarks import registry
+from benchmarks.measure import allocations_cpu, prepare
 from fwpkm_kernels import MemoryState, fast_weight_memory, fast_weight_memory_step
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
 
@@ -110,3 +117,61 @@ def test_a_layer_in_bfloat16_casts_the_table_once_each_way():
     assert tables(call) == wanted + 1
     layer.zero_grad()
     assert tables(call, torch.bfloat16) == wanted + 2
+
+
+@pytest.mark.parametrize("kind", ["rows", "left", "inner", "packed"])
+def test_gradients_of_tokens_are_as_large_as_the_tokens_once(kind):
+    """Not once for each document: what backward makes grows with the tokens, not with tokens times documents."""
+    layer = FastWeightProductKeyMemory(HIDDEN, **SIZES)
+
+    def made(documents):
+        """How many arrays of at least the values of all tokens a call makes."""
+        x = torch.randn(documents, LENGTH, HIDDEN, requires_grad=True)
+        given = {}
+        if kind in ("left", "inner"):
+            given["attention_mask"] = torch.ones(documents, LENGTH, dtype=torch.bool)
+            given["attention_mask"][:, 0 if kind == "left" else 5] = False
+        if kind == "packed":
+            x = x.detach().flatten(0, 1).unsqueeze(0).requires_grad_()
+            given["cu_seqlens"] = torch.arange(documents + 1) * LENGTH
+        least = documents * LENGTH * min(HIDDEN, WIDTH) * 4
+        call = lambda: layer(x, **given).sum().backward()  # noqa: E731
+        return sum(least <= size < SUB_KEYS**2 * WIDTH * 4 for size in allocations_cpu(call))
+
+    assert made(12) < made(6) + 6
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that compute something: not those that give a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += all(x.alias_info is None for x in function._schema.returns)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("layer-decode/forward/token", 0),
+        ("layer-batch/forward/1x1024", 2),  # promote_types
+        ("layer-batch/both/1x1024", 2),
+        ("layer/both/1x1024", 8),  # and zeros of no size, the gradient of what lies beside the one document
+    ],
+)
+def test_a_layer_calls_the_operators_of_its_mathematics(name, more):
+    row = next(iter(registry.rows("cpu", name)))
+    row = dataclasses.replace(row, configuration=row.configuration.shrunk())
+    inputs = row.inputs("cpu")
+    counts = {}
+    for provider in row.providers():
+        own = provider.own(inputs) if row.operation.in_place else {}
+        call = prepare(row, provider, {**inputs, **own})
+        call()
+        with Calls() as calls:
+            call()
+        counts[provider.name] = calls.count
+    assert 0 < counts[registry.PACKAGE] <= counts[registry.COMPOSED] + more

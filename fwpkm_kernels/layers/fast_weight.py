@@ -358,10 +358,10 @@ class FastWeightProductKeyMemory(nn.Module):
         else:
             result = self._remember(queries, targets, write_gates, documents, memory, return_memory)
             read = result.output
-        y = read + targets
         if self.gate and gates is not None:
-            mix = gates.unsqueeze(-1)
-            y = mix * read + (1 - mix) * targets
+            y = torch.lerp(targets, read, gates.unsqueeze(-1))  # g·p + (1 - g)·v
+        else:
+            y = read + targets
         output = self.o_proj(self.o_norm(y))
         if self.scope == "sequence" and attention_mask is not None:
             output = torch.where((attention_mask > 0).unsqueeze(-1), output, 0.0)

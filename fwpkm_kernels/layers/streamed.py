@@ -158,8 +158,8 @@ class StreamedMemory:
             if documents.mask is not None:
                 x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
             return self.sessions[0].convolve(x, weight, self.records_past)
-        pairs = zip(self.sessions, pieces, strict=True)
-        parts = [one.convolve(take(x, piece), weight, self.records_past) for one, piece in pairs]
+        pairs = zip(self.sessions, take(x, pieces), strict=True)
+        parts = [one.convolve(part, weight, self.records_past) for one, part in pairs]
         return put_back(parts, pieces, x) if parts else x
 
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
@@ -168,10 +168,10 @@ class StreamedMemory:
         if pieces is None:
             read = self.sessions[0].step(queries, targets, gates, documents.mask, record=record)
         else:
-            parts = []
-            for one, piece in zip(self.sessions, pieces, strict=True):
-                of_gates = None if gates is None else take(gates, piece)
-                parts.append(one.step(take(queries, piece), take(targets, piece), of_gates, None, record=record))
+            tokens = (take(x, pieces) for x in (queries, targets, gates))
+            parts = [
+                one.step(q, y, g, None, record=record) for one, q, y, g in zip(self.sessions, *tokens, strict=True)
+            ]
             read = put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
         self.columns += documents.length
         return read
