@@ -56,6 +56,7 @@ SIZES = {
     "initializer_range": 0.2,  # so that greedy decoding does not stand still
 }
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
+MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
@@ -435,8 +436,14 @@ def test_our_model_is_saved_and_loaded(tmp_path):
     assert first is last
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     wide = {name for name, x in half.named_parameters() if x.dtype == torch.float32}
-    assert {name.rpartition("memory.")[2] for name in wide if "memory" in name} == {"keys", "table.weight"}
+    assert {name.split(".", 3)[3] for name in wide} == {f"{x}.{y}" for x in ("memory", "mlp") for y in MEMORIES}
     assert half(ids, attention_mask=mask).logits.dtype == torch.bfloat16
+
+
+def test_a_memory_may_be_of_half_precision_too(tmp_path):
+    own(memory={**MEMORY, "memory_dtype": torch.bfloat16}).save_pretrained(tmp_path)
+    memory = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].memory
+    assert {memory.get_parameter(name).dtype for name in MEMORIES} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -606,7 +606,6 @@ class FwPKMPreTrainedModel(Qwen3PreTrainedModel):
     config: FwPKMConfig
     config_class = FwPKMConfig
     _no_split_modules = ["FwPKMBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"memory.keys", "memory.table", "mlp.keys", "mlp.table"}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         # A layer comes after what is in it. What was loaded is left alone by torch.nn.init under transformers' guard.
