@@ -8,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
+pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     Trainer,
     TrainingArguments,
     logging,
@@ -53,6 +56,7 @@ SIZES = {
     "initializer_range": 0.2,  # so that greedy decoding does not stand still
 }
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
+MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
@@ -396,6 +400,8 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
     assert torch.equal(plain(ids).logits, expected)
     plain.model.layers[2].memory.keys.zero_()
     assert torch.equal(load_memory(plain, tmp_path)(ids).logits, expected)
+    decoder = Qwen3Model.from_pretrained(tmp_path)
+    close(plain.lm_head(load_memory(decoder, tmp_path)(ids).last_hidden_state), expected)
     half = load_memory(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tmp_path)
     memory = half.model.layers[2].memory
     assert {memory.keys.dtype, memory.table.weight.dtype} == {torch.float32}
@@ -411,6 +417,7 @@ def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     expected = plain(ids, attention_mask=mask).logits
     add_memory(plain, [1], **MEMORY, output_init="zeros")
     assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
+    assert not plain.model.layers[1].memory.training
     plain.model.layers[1].memory.o_proj.weight.normal_()
     assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
@@ -429,8 +436,14 @@ def test_our_model_is_saved_and_loaded(tmp_path):
     assert first is last
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     wide = {name for name, x in half.named_parameters() if x.dtype == torch.float32}
-    assert {name.rpartition("memory.")[2] for name in wide if "memory" in name} == {"keys", "table.weight"}
+    assert {name.split(".", 3)[3] for name in wide} == {f"{x}.{y}" for x in ("memory", "mlp") for y in MEMORIES}
     assert half(ids, attention_mask=mask).logits.dtype == torch.bfloat16
+
+
+def test_a_memory_may_be_of_half_precision_too(tmp_path):
+    own(memory={**MEMORY, "memory_dtype": torch.bfloat16}).save_pretrained(tmp_path)
+    memory = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].memory
+    assert {memory.get_parameter(name).dtype for name in MEMORIES} == {torch.bfloat16}
 
 
 @torch.no_grad()
@@ -444,6 +457,9 @@ def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_loaded(tmp_path):
     assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
     check_drawn(memory)
     assert memory.o_proj.weight.count_nonzero() == 0
+    heads = {name: x for name, x in OWN.items() if name.startswith("linear")}
+    mixed = FwPKMConfig(**SIZES, **heads, layer_types=["linear_attention", "full_attention", "full_attention"])
+    check_mixer(FwPKMForCausalLM.from_pretrained(tmp_path, config=mixed).model.layers[0].self_attn)
 
 
 @torch.no_grad()
@@ -453,9 +469,16 @@ def test_our_layers_begin_as_they_do_alone():
     fresh = ProductKeyMemory(32, **PKM)
     for name, x in model.model.layers[1].mlp.named_parameters():
         torch.testing.assert_close(x.std(), fresh.get_parameter(name).std(), rtol=0.5, atol=1e-3)
-    mixer = model.model.layers[0].self_attn
+    check_mixer(model.model.layers[0].self_attn)
+
+
+def check_mixer(mixer) -> None:
+    """A Gated DeltaNet as Qwen3-Next draws it."""
     assert mixer.dt_bias.eq(1).all()
-    assert mixer.A_log.exp().clamp(0.01, 16).equal(mixer.A_log.exp())
+    rates = mixer.A_log.exp()
+    assert rates.ge(0.0099).all()
+    assert rates.le(16.01).all()
+    assert rates.std() > 0
 
 
 def check_drawn(memory: FastWeightProductKeyMemory) -> None:
@@ -496,6 +519,17 @@ def test_bad_configurations_are_named(name):
         FwPKMConfig(**(OWN | BAD_CONFIGS[name]))
 
 
+@torch.no_grad()
+def test_hooks_of_accelerate_go_on():
+    model, (ids, mask) = qwen(), prompts()
+    for module in (model, model.model, *model.model.layers):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    add_memory(model, [0, 2], **MEMORY)
+    expected = add_memory(qwen(), [0, 2], **MEMORY)
+    expected.load_state_dict(model.state_dict())
+    close(model(ids, attention_mask=mask).logits, expected(ids, attention_mask=mask).logits)
+
+
 def test_bad_additions_are_named_and_change_nothing():
     model = qwen()
     for layers in ([3], [1, 1], []):
@@ -509,6 +543,8 @@ def test_bad_additions_are_named_and_change_nothing():
         add_memory(model, [1], key_dim=3)
     with pytest.raises(TypeError, match="`model` must have a decoder with `layers`, got Linear"):
         add_memory(torch.nn.Linear(1, 1), [0])
+    with torch.device("meta"), pytest.raises(ValueError, match="`model` must hold its weights in memory"):
+        add_memory(Qwen3ForCausalLM(Qwen3Config(**SIZES)), [1], **MEMORY)
     assert type(model) is Qwen3ForCausalLM
     assert not hasattr(model.config, "fwpkm")
     add_memory(model, [1], **MEMORY)

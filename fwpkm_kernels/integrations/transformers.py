@@ -7,6 +7,8 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 import copy
 import functools
 import os
+import re
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -340,6 +342,8 @@ def _mix_into(module: nn.Module, mixin: Any) -> None:
     if not isinstance(module, mixin):
         kind: Any = type(module)
         module.__class__ = _mixed(mixin, kind)
+        if "_old_forward" in vars(module):  # what accelerate's hooks run, for a model on several devices
+            vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 _OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
@@ -390,6 +394,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     memories = []
     for index in indices:
         weight = next(p for p in blocks[index].parameters() if p.is_floating_point())
+        if weight.is_meta:
+            raise ValueError(f"`model` must hold its weights in memory, got layer {index} on the meta device")
         memory = _make_memory(config, index, options, device=weight.device, dtype=weight.dtype)
         memories.append(memory.train(model.training))
     for index, memory in zip(indices, memories, strict=True):
@@ -415,11 +421,15 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in options.items()}
 
 
+#: A memory's weight, by its name in the decoder, whatever that is part of.
+_WEIGHT = re.compile(r"layers\.\d+\.memory\..+")
+
+
 def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Give a model, in place, the memories that were saved with a model like it.
 
     For a model with memories, ``model.save_pretrained(folder)`` saves all, but `from_pretrained` restores the rest
-    alone::
+    alone, and reports these weights as unexpected::
 
         model = load_memory(AutoModelForCausalLM.from_pretrained(folder), folder)
 
@@ -450,10 +460,11 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     state: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            state |= {_in_layers(name): tensors.get_tensor(name) for name in names if _MEMORY in name}
-    own = {_in_layers(name): x for name, x in decoder.state_dict().items() if _MEMORY in name}
-    for name, x in own.items():
+            for found in filter(None, map(_WEIGHT.search, tensors.keys())):
+                state[found[0]] = tensors.get_tensor(found.string)
+    for name, x in decoder.state_dict().items():
+        if not _WEIGHT.match(name):
+            continue
         if name not in state:
             raise ValueError(f"`folder` must hold {name}, got a checkpoint without it")
         if state[name].shape != x.shape:
@@ -463,14 +474,6 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
             )
     decoder.load_state_dict(state, strict=False)
     return model
-
-
-_MEMORY = ".memory."
-
-
-def _in_layers(name: str) -> str:
-    """The name of a weight in the decoder, whatever that is part of."""
-    return name[name.rindex("layers.", 0, name.index(_MEMORY)) :]
 
 
 def _weight_files(folder: str | os.PathLike[str]) -> list[str]:
@@ -603,7 +606,6 @@ class FwPKMPreTrainedModel(Qwen3PreTrainedModel):
     config: FwPKMConfig
     config_class = FwPKMConfig
     _no_split_modules = ["FwPKMBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"memory.keys", "memory.table", "mlp.keys", "mlp.table"}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         # A layer comes after what is in it. What was loaded is left alone by torch.nn.init under transformers' guard.
