@@ -617,7 +617,7 @@ def test_a_plot_that_fails_costs_no_numbers(here, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["errors", "--out=out"])
     with pytest.raises(RuntimeError, match="no fonts"):
         errors.main()
-    assert len(Path("out/errors_cpu.jsonl").read_text().splitlines()) == 5  # three steps overshoot or do not
+    assert len(Path("out/errors_cpu.jsonl").read_text().splitlines()) == 5
     assert "Σ" in capsys.readouterr().out
 
 
