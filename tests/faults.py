@@ -1237,7 +1237,7 @@ FAULTS = [
     Fault(
         "window-not-rolled-back",
         "layers/streamed.py",
-        "            self._slide_on(hidden_states[:, : skipped + kept], self.state.position - skipped)\n",
+        "            self._keep(hidden_states[:, : max(0, skipped + kept)], self.state.position - skipped)\n",
         "            pass\n",
         "after a rollback over a chunk the convolution sees tokens that were taken back",
         "layers_streaming",
