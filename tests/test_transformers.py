@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithFlattening,
     DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -97,7 +99,14 @@ def own(**changes) -> FwPKMForCausalLM:
     return FwPKMForCausalLM(FwPKMConfig(**(OWN | changes))).eval()
 
 
-MAKERS = {"added": with_memory, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
+def neox() -> GPTNeoXForCausalLM:
+    """Of a model whose blocks call the cache `layer_past`."""
+    torch.manual_seed(0)
+    sizes = {name: x for name, x in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+    return add_memory(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval(), [0, 2], **MEMORY)
+
+
+MAKERS = {"added": with_memory, "neox": neox, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
 
 
 @pytest.fixture(params=MAKERS, scope="module")

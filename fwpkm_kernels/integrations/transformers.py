@@ -142,6 +142,11 @@ class MemoryCacheLayer(CacheLayerMixin):
         return max_length
 
 
+def _cache_among(*arguments: Any) -> Cache | None:
+    """The cache that a call was given: models have several names for it, and some give it by position."""
+    return next((x for x in arguments if isinstance(x, Cache)), None)
+
+
 def _find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:
     for entry in cache.layers:
         if isinstance(entry, MemoryCacheLayer) and entry.belongs_to(layer):
@@ -219,7 +224,7 @@ class _MemoryBlock:
             output = self.memory(
                 hidden_states,
                 mask,
-                cache=kwargs.get("cache", kwargs.get("past_key_values")),
+                cache=_cache_among(*args, *kwargs.values()),
                 use_cache=bool(kwargs.get("use_cache")),
                 return_gate_mean=gate_means is not None,
                 cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
