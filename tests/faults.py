@@ -1281,8 +1281,8 @@ FAULTS = [
     Fault(
         "mask-of-all-columns",
         "integrations/transformers.py",
-        "            mask = mask[:, -tokens.shape[1] :]\n",
-        "            mask = mask[:, : tokens.shape[1]]\n",
+        "mask[:, seen : seen + tokens.shape[1]]",
+        "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
         "transformers",
         "padding or cut or piece",

@@ -17,17 +17,21 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithFlattening,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    StaticCache,
     Trainer,
     TrainingArguments,
     logging,
     set_seed,
 )
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from fwpkm_kernels.integrations.transformers import (
@@ -159,6 +163,49 @@ def test_any_cut_through_a_cache_is_the_whole(model):
     assert [x.get_seq_length() for x in cache.layers if isinstance(x, MemoryCacheLayer)] == [PROMPT, PROMPT]
     cache.reset()
     close(read(model, cache, ids, mask, (12, 11))[mask > 0], whole[mask > 0])
+
+
+@torch.no_grad()
+def test_a_model_may_tell_its_decoder_in_masks_of_its_own():
+    """As Gemma3 does around images, whose decoder gets several masks of four dimensions."""
+    sizes = {**SIZES, "vocab_size": 80, "sliding_window": 7}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=sizes,
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        **{"image_token_index": 70, "boi_token_index": 71, "eoi_token_index": 72},
+    )
+    torch.manual_seed(0)
+    model = add_memory(Gemma3ForConditionalGeneration(config).eval(), [0, 2], **MEMORY)
+    ids, mask = prompts()
+    whole = model(ids, attention_mask=mask).logits
+    close(whole[1, 9:], model(ids[1:, 9:]).logits[0])
+    assert torch.equal(model(ids, None, mask).logits, whole)  # pixel values come second
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_own_comes_with_that_of_padding():
+    model, (ids, mask) = own(), prompts()
+    whole = model(ids, attention_mask=mask).logits
+    masks = create_masks_for_generate(model.config, model.model.embed_tokens(ids), mask, None, None)
+    close(model(ids, attention_mask=masks, memory_mask=mask).logits[mask > 0], whole[mask > 0])
+    model = with_memory()
+    whole = model(ids, attention_mask=mask).logits
+    mask4 = create_causal_mask(model.config, model.model.embed_tokens(ids), mask, None)
+    assert mask4.ndim == 4
+    close(model(ids, attention_mask=mask4, memory_mask=mask).logits[mask > 0], whole[mask > 0])
+
+
+@torch.no_grad()
+def test_a_mask_may_have_columns_for_tokens_to_come_but_none_too_few(added):
+    ids, mask = prompts()
+    whole = added(ids, attention_mask=mask).logits
+    cache, wide = StaticCache(config=added.config, max_cache_len=40), torch.nn.functional.pad(mask, (0, 17))
+    logits = [added(x, attention_mask=wide, **{CACHE: cache}).logits for x in ids.split((12, 11), 1)]
+    close(torch.cat(logits, 1)[mask > 0], whole[mask > 0])
+    with pytest.raises(ValueError, match=r"`attention_mask` must have a column for each token, 23.* and 1 of.*\[2, 1\]"):
+        added(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -370,6 +417,9 @@ def test_gate_means_are_of_real_tokens_and_cost_a_price():
     close(torch.stack(output.gate_means), torch.stack(seen))
     plain = own()(ids, attention_mask=mask, labels=labels)
     assert "gate_means" not in plain
+    close(model(ids, mask, None, None, None, labels).loss, output.loss)
+    with pytest.raises(TypeError, match="`output_gate_means` needs a model with a head around this FwPKMModel"):
+        model.model(ids, output_gate_means=True)
     close(output.loss, plain.loss + 0.5 * torch.stack(seen).mean())
     # A step of two such calls has the price once.
     total = 2 * (labels[:, 1:] != -100).sum()

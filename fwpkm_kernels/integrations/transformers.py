@@ -6,6 +6,7 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 
 import copy
 import functools
+import inspect
 import os
 import re
 import types
@@ -147,6 +148,12 @@ def _cache_among(*arguments: Any) -> Cache | None:
     return next((x for x in arguments if isinstance(x, Cache)), None)
 
 
+def _columns_read(cache: Cache | None) -> int:
+    """How many columns the memories of a cache have read."""
+    layers = [] if cache is None else cache.layers
+    return max((x.get_seq_length() for x in layers if isinstance(x, MemoryCacheLayer)), default=0)
+
+
 def _find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:
     for entry in cache.layers:
         if isinstance(entry, MemoryCacheLayer) and entry.belongs_to(layer):
@@ -240,11 +247,21 @@ class _MemoryBlock:
 class _MemoryDecoder:
     """A stack of decoder layers that hands the mask of the call's own tokens to those with memories."""
 
+    layers: nn.ModuleList
+
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if "output_gate_means" in kwargs:
+            raise TypeError(f"`output_gate_means` needs a model with a head around this {type(self).__name__}")
         mask = kwargs.pop("memory_mask", attention_mask)
         if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = _columns_read(_cache_among(*kwargs.values()))
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            mask = mask[:, -tokens.shape[1] :]
+            if mask.shape[1] < seen + tokens.shape[1]:
+                raise ValueError(
+                    f"`attention_mask` must have a column for each token, {seen} that `cache` holds and "
+                    f"{tokens.shape[1]} of this call, got {checks.shape(mask)}"
+                )
+            mask = mask[:, seen : seen + tokens.shape[1]]  # a static cache's has columns for tokens to come
         else:
             mask = None  # of four dimensions, or several: a user's own, which says nothing of padding
         return super().forward(  # type: ignore[misc]
@@ -260,6 +277,9 @@ class _MemoryHead:
     get_decoder: Callable[[], Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # of which some models tell their decoder in masks of their own
+            kwargs.setdefault("memory_mask", mask)
         is_asked = kwargs.pop("output_gate_means", False)
         return_dict = kwargs.pop("return_dict", None)
         price = getattr(self.config, "gate_price", 0.0) if kwargs.get("labels") is not None else 0.0
@@ -317,11 +337,17 @@ def _with_gate_means(kind: type) -> type:
 
 
 def _signed(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments."""
+    """A method with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments.
+
+    What comes by position goes on by name, but for the first argument.
+    """
+    parameters = inspect.signature(inner).parameters.items()
+    names = [name for name, x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD][2:]
 
     @functools.wraps(inner)
     def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        named = dict(zip(names, args[1:], strict=False))
+        return forward(self, *args[:1], *args[1 + len(named) :], **named, **kwargs)
 
     return signed
 
@@ -655,7 +681,7 @@ class FwPKMModel(_MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
             raise ValueError("`input_ids` or `inputs_embeds` must be given, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = _cache_among(*kwargs.values())
         if position_ids is None:
             # A new cache of linear attention alone cannot say how many tokens it has seen.
             seen = 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
