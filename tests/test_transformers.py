@@ -166,6 +166,33 @@ def test_any_cut_through_a_cache_is_the_whole(model):
 
 
 @torch.no_grad()
+def test_a_cache_that_is_reset_begins_with_the_parameters_as_they_are():
+    model, (ids, _) = with_memory().bfloat16(), prompts()
+    cache = DynamicCache(config=model.config)
+    model(ids, **{CACHE: cache})
+    model.model.layers[0].memory.table.weight.normal_(std=2.0)
+    cache.reset()
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(model):
+    ids, _ = prompts()
+    cache, other = DynamicCache(config=model.config), copy.deepcopy(model)
+    read(model, cache, ids[:, :12], cuts=(12,))
+    message = "`cache` must have been read by this model.* memory has read 0 tokens, unlike its other layers"
+    with pytest.raises(ValueError, match=message):
+        other(ids[:, 12:], **{CACHE: cache})
+    with pytest.raises(ValueError, match=message):
+        other.generate(ids, **{CACHE: cache}, **GREEDY)
+    plain = own(**ONLY_GDN | {"memory_layers": []}) if all(cache.is_linear[:3]) else qwen()
+    cache = DynamicCache(config=plain.config)
+    plain(ids[:, :12], **{CACHE: cache})
+    with pytest.raises(ValueError, match=message):
+        add_memory(plain, [0], **MEMORY)(ids[:, 12:], **{CACHE: cache})
+
+
+@torch.no_grad()
 def test_a_model_may_tell_its_decoder_in_masks_of_its_own():
     """As Gemma3 does around images, whose decoder gets several masks of four dimensions."""
     sizes = {**SIZES, "vocab_size": 80, "sliding_window": 7}
@@ -258,6 +285,10 @@ def test_a_crop_beyond_the_chunk_is_refused(added):
     with pytest.raises(ValueError, match="`tokens` must be at most 5"):
         cache.layers[-1].crop(-6)
     assert cache.layers[-1].get_seq_length() == PROMPT
+    with pytest.raises(ValueError, match="`tokens` must be at most 5"):
+        cache.crop(-6)  # of attention already
+    with pytest.raises(ValueError, match="cropped as a whole, got one whose memory has read 23 tokens"):
+        read(added, cache, prompts()[0][:, 17:], cuts=(6,))
 
 
 @torch.no_grad()

@@ -105,9 +105,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.memory = self.memory.to(layer.keys.device)
 
     def reset(self) -> None:
-        self.is_refused = False
-        if self.memory is not None:
-            self.memory.reset()
+        self.is_refused, self.memory = False, None  # the next begins with the Parameters as they are then
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.memory is not None:
@@ -146,12 +144,6 @@ class MemoryCacheLayer(CacheLayerMixin):
 def _cache_among(*arguments: Any) -> Cache | None:
     """The cache that a call was given: models have several names for it, and some give it by position."""
     return next((x for x in arguments if isinstance(x, Cache)), None)
-
-
-def _columns_read(cache: Cache | None) -> int:
-    """How many columns the memories of a cache have read."""
-    layers = [] if cache is None else cache.layers
-    return max((x.get_seq_length() for x in layers if isinstance(x, MemoryCacheLayer)), default=0)
 
 
 def _find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:
@@ -249,12 +241,43 @@ class _MemoryDecoder:
 
     layers: nn.ModuleList
 
+    def _cache_layers(self, cache: Cache) -> list[MemoryCacheLayer]:
+        """What a cache keeps for the memories, made where it is missing; before any layer reads the tokens of a call.
+
+        Raises:
+            ValueError: the cache holds tokens that a memory has not read; or was built without a config.
+        """
+        tokens = next((x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin)), 0)
+        found = []
+        for block in self.layers:
+            if (memory := getattr(block, "memory", None)) is None:
+                continue
+            # A wrapper, as PEFT's, has several, of which one is active.
+            memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
+            is_new = not any(_find(cache, x) for x in memories)
+            entries = [_find_or_append(cache, x) for x in memories]
+            columns = max(x.get_seq_length() for x in entries)
+            if is_new:
+                states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
+                is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
+            else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
+                is_split = isinstance(tokens, int) and tokens != columns and not any(x.is_refused for x in entries)
+            if is_split:
+                raise ValueError(
+                    "`cache` must have been read by this model from its first token, and cropped as a whole, got one "
+                    f"whose memory has read {columns} tokens, unlike its other layers"
+                )
+            found += entries
+        return found
+
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         if "output_gate_means" in kwargs:
             raise TypeError(f"`output_gate_means` needs a model with a head around this {type(self).__name__}")
+        cache = _cache_among(*kwargs.values())
+        entries = [] if cache is None else self._cache_layers(cache)
         mask = kwargs.pop("memory_mask", attention_mask)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            seen = _columns_read(_cache_among(*kwargs.values()))
+            seen = max((x.get_seq_length() for x in entries), default=0)
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
             if mask.shape[1] < seen + tokens.shape[1]:
                 raise ValueError(
@@ -316,9 +339,7 @@ class _MemoryHead:
         result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None:
-            for block in self.get_decoder().layers:
-                if getattr(block, "memory", None) is not None:
-                    _find_or_append(cache, block.memory)
+            self.get_decoder()._cache_layers(cache)
             if config.is_assistant:
                 cache.activate_past_recording()
         return result
