@@ -320,6 +320,14 @@ def test_generation_with_padding_is_that_of_each_row_alone(model):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
 
 
+@torch.no_grad()
+def test_generation_from_embeddings_is_that_from_tokens(model):
+    ids, mask = prompts()
+    embeddings = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, **GREEDY)[:, PROMPT:])
+
+
 def test_beams_and_samples_with_a_cache_are_those_without(model):
     ids, mask = prompts()
     beams = {**GREEDY, "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}

@@ -324,10 +324,8 @@ class _MemoryHead:
         is_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if is_tuple else output
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, **kwargs
-        )
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
         # piece of a prompt comes first, or says of no length.
         is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
@@ -380,8 +378,10 @@ def _mixed(mixin: Any, kind: Any) -> type:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__reduce_ex__": lambda self, protocol: (_empty, (mixin, kind), self.__dict__),  # pickle finds it nowhere
-        "forward": _signed(mixin.forward, kind.forward),
     }
+    for name in ("forward", "prepare_inputs_for_generation"):
+        if hasattr(mixin, name) and hasattr(kind, name):
+            names[name] = _signed(getattr(mixin, name), getattr(kind, name))
     return type(kind.__name__, (mixin, kind), names)
 
 
@@ -724,6 +724,9 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """
 
     forward = _signed(_MemoryHead.forward, Qwen3ForCausalLM.forward)
+    prepare_inputs_for_generation = _signed(
+        _MemoryHead.prepare_inputs_for_generation, Qwen3ForCausalLM.prepare_inputs_for_generation
+    )
 
     def __init__(self, config: FwPKMConfig) -> None:
         super(Qwen3ForCausalLM, self).__init__(config)
