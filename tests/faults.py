@@ -1308,8 +1308,8 @@ FAULTS = [
     Fault(
         "refused-cache-goes-on",
         "integrations/transformers.py",
-        "    entry.is_refused, entry.memory = True, None\n",
-        "    entry.is_refused, entry.memory = False, None\n",
+        "    entry.refusal, entry.memory = refusal, None\n",
+        "    entry.refusal, entry.memory = None, None\n",
         "what was read with gradients is forgotten without a word",
         "transformers",
         "gradients",

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     DynamicCache,
     Gemma3Config,
@@ -423,6 +425,23 @@ def test_a_cache_that_holds_tokens_has_no_gradients(added):
         added(ids, **{CACHE: cache})
 
 
+@torch.no_grad()
+def test_a_memory_that_cannot_stream_is_evaluated_with_a_cache():
+    ids, _ = prompts()
+    published = {"scope": "batch", "boundary": "drop", "initial_memory": "persistent"}
+    model = with_memory(**published)
+    output = model(ids)
+    assert torch.equal(output.logits, model(ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match='`boundary` must be "carry" for a memory that streams, got "drop"'):
+        model(ids, **{CACHE: output[CACHE]})
+    model = with_memory(scope="batch")
+    borders = torch.tensor([0, 10, PROMPT], dtype=torch.int32)
+    output = model(ids[:1], cu_seq_lens_q=borders)
+    assert torch.equal(output.logits, model(ids[:1], cu_seq_lens_q=borders, use_cache=False).logits)
+    with pytest.raises(ValueError, match='`cu_seqlens` must be None where a memory with `scope`="batch" streams'):
+        model(ids[:1], **{CACHE: output[CACHE]})
+
+
 @pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
 def test_packed_sequences_are_those_alone(make):
     model = make().train()
@@ -641,6 +660,9 @@ def test_bad_additions_are_named_and_change_nothing():
         add_memory(model, [1], key_dim=3)
     with pytest.raises(TypeError, match="`model` must have a decoder with `layers`, got Linear"):
         add_memory(torch.nn.Linear(1, 1), [0])
+    both = BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=9)
+    with pytest.raises(TypeError, match="`model` must have no encoder, got BartForConditionalGeneration"):
+        add_memory(BartForConditionalGeneration(both), [0], **MEMORY)
     with torch.device("meta"), pytest.raises(ValueError, match="`model` must hold its weights in memory"):
         add_memory(Qwen3ForCausalLM(Qwen3Config(**SIZES)), [1], **MEMORY)
     assert type(model) is Qwen3ForCausalLM

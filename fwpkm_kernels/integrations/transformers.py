@@ -60,7 +60,7 @@ class MemoryCacheLayer(CacheLayerMixin):
         super().__init__()
         self._layer = weakref.ref(layer)
         self.memory: StreamedMemory | None = None
-        self.is_refused = False
+        self.refusal: str | None = None  #: why the memory cannot go on from what was read
         self.record_past = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryCacheLayer":
@@ -74,7 +74,7 @@ class MemoryCacheLayer(CacheLayerMixin):
     @property
     def is_fresh(self) -> bool:
         """Whether no token was read yet, in a way that can be continued or not."""
-        return not self.is_refused and self.get_seq_length() == 0
+        return self.refusal is None and self.get_seq_length() == 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a memory's layer of a cache holds no key and value states")
@@ -105,7 +105,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.memory = self.memory.to(layer.keys.device)
 
     def reset(self) -> None:
-        self.is_refused, self.memory = False, None  # the next begins with the Parameters as they are then
+        self.refusal = self.memory = None  # the next begins with the Parameters as they are then
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.memory is not None:
@@ -176,14 +176,11 @@ def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> St
 
     Raises:
         ValueError: the cache was built without a config and nothing says how many layers the model has; its memory has
-            another number of rows; or its tokens were read for their gradients, which leaves no memory to go on from.
+            another number of rows; or what `refuse_continuation` was told.
     """
     entry = _find_or_append(cache, layer)
-    if entry.is_refused:
-        raise ValueError(
-            "`cache` must be read into under torch.no_grad() to be continued, got one whose tokens were read with "
-            "gradients, for which the memory is left alone; to train over segments pass `memory`"
-        )
+    if entry.refusal is not None:
+        raise ValueError(entry.refusal)
     if entry.memory is None or (entry.memory.batch != batch and entry.is_fresh):
         entry.memory = layer.new_memory(batch)
     entry.memory.records_past = entry.record_past
@@ -198,10 +195,10 @@ def is_fresh(cache: Cache, layer: FastWeightProductKeyMemory) -> bool:
     return entry is None or entry.is_fresh
 
 
-def refuse_continuation(cache: Cache, layer: FastWeightProductKeyMemory) -> None:
-    """Note in a cache that a layer read tokens without it, so that it is an error to continue from there."""
+def refuse_continuation(cache: Cache, layer: FastWeightProductKeyMemory, refusal: str) -> None:
+    """Note in a cache that a layer read tokens without it, and with what error to refuse to go on from there."""
     entry = _find_or_append(cache, layer)
-    entry.is_refused, entry.memory = True, None
+    entry.refusal, entry.memory = refusal, None
 
 
 # Blocks, decoders and models with memories: classes to mix in, before the class of a model or into an object of it.
@@ -261,7 +258,7 @@ class _MemoryDecoder:
                 states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
                 is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
             else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
-                is_split = isinstance(tokens, int) and tokens != columns and not any(x.is_refused for x in entries)
+                is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in entries)
             if is_split:
                 raise ValueError(
                     "`cache` must have been read by this model from its first token, and cropped as a whole, got one "
@@ -431,6 +428,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     """
     if getattr(model, "get_decoder", None) is None or not hasattr(model.get_decoder(), "layers"):
         raise TypeError(f"`model` must have a decoder with `layers`, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"`model` must have no encoder, got {type(model).__name__}")
     for name in _OWN:
         if name in options:
             raise TypeError(f"`{name}` must not be among the options, as the model says what it is")
