@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,10 @@ pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
@@ -36,6 +39,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from fwpkm_kernels.integrations import transformers as integration
 from fwpkm_kernels.integrations.transformers import (
     FwPKMConfig,
     FwPKMForCausalLM,
@@ -65,11 +69,13 @@ SIZES = {
 }
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
 MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
+#: Before, transformers makes wrong masks for three kinds.
+THIRD = "full_attention" if Version("5.24") <= integration._INSTALLED else "sliding_attention"
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
     "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "sliding_attention", "full_attention", "linear_attention"],
+    "layer_types": ["linear_attention", "sliding_attention", THIRD, "linear_attention"],
     "sliding_window": 7,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -175,6 +181,10 @@ def test_a_cache_that_is_reset_begins_with_the_parameters_as_they_are():
     model.model.layers[0].memory.table.weight.normal_(std=2.0)
     cache.reset()
     assert torch.equal(model(ids, **{CACHE: cache}).logits, model(ids).logits)
+    cache.reset()
+    model.float()(ids[:, :9], **{CACHE: cache})
+    with pytest.raises(ValueError, match="`cache` must be of the memory's dtype torch.float64, got torch.float32"):
+        model.double()(ids[:, 9:], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -233,7 +243,7 @@ def test_a_mask_may_have_columns_for_tokens_to_come_but_none_too_few(added):
     cache, wide = StaticCache(config=added.config, max_cache_len=40), torch.nn.functional.pad(mask, (0, 17))
     logits = [added(x, attention_mask=wide, **{CACHE: cache}).logits for x in ids.split((12, 11), 1)]
     close(torch.cat(logits, 1)[mask > 0], whole[mask > 0])
-    with pytest.raises(ValueError, match=r"`attention_mask` must have a column for each token, 23.* and 1 of.*\[2, 1\]"):
+    with pytest.raises(ValueError, match=r"`attention_mask` must have a column for each .* 23 .* and 1 .*\[2, 1\]"):
         added(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
 
 
@@ -247,6 +257,40 @@ def test_a_copied_cache_goes_on_by_itself(model):
     read(model, cache, ids.flip(0)[:, 14:], cuts=(9,))
     close(read(model, other, ids[:, 14:], cuts=(4, 5)), whole[:, 14:])
     assert len(other.layers) == len(cache.layers)
+
+
+@torch.no_grad()
+def test_a_cache_is_not_pickled_and_an_output_is(added):
+    ids, _ = prompts()
+    output = added(ids, output_gate_means=True)
+    with pytest.raises(TypeError, match="a MemoryCacheLayer cannot be pickled"):
+        pickle.dumps(output[CACHE])
+    output = added(ids, output_gate_means=True, use_cache=False)
+    for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+        assert type(other) is type(output)
+        assert [*other] == [*output]
+        close((other.logits, other.gate_means), (output.logits, output.gate_means))
+
+
+@torch.no_grad()
+def test_a_cache_is_offloaded_and_fetched_where_it_is_not_there_already(monkeypatch):
+    model, (ids, _) = with_memory(), prompts()
+    whole = model(ids).logits
+    cache, moved = DynamicCache(config=model.config), []
+    read(model, cache, ids[:, :9], cuts=(9,))
+    entry, layer, to = cache.layers[-1], model.model.layers[2].memory, StreamedMemory.to
+    monkeypatch.setattr(StreamedMemory, "to", lambda memory, device: (moved.append(device), to(memory, "cpu"))[1])
+    entry.offload()
+    entry.prefetch()
+    assert moved == []
+    keys = layer.keys
+    layer.keys = torch.nn.Parameter(keys.to("meta"))
+    entry.prefetch()
+    assert moved == [torch.device("meta")]
+    layer.keys = keys
+    assert entry.get_mask_sizes(14) == (PROMPT, 0)
+    assert entry.get_max_length() == -1
+    close(read(model, cache, ids[:, 9:], cuts=(14,)), whole[:, 9:])
 
 
 @torch.no_grad()
@@ -476,6 +520,8 @@ def test_gate_means_are_of_real_tokens_and_cost_a_price():
     plain = own()(ids, attention_mask=mask, labels=labels)
     assert "gate_means" not in plain
     close(model(ids, mask, None, None, None, labels).loss, output.loss)
+    without = with_memory(gate=False, write_gate=False)(ids, labels=labels, output_gate_means=True)
+    assert without.gate_means == ()
     with pytest.raises(TypeError, match="`output_gate_means` needs a model with a head around this FwPKMModel"):
         model.model(ids, output_gate_means=True)
     close(output.loss, plain.loss + 0.5 * torch.stack(seen).mean())
@@ -526,6 +572,26 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
     assert half(ids).logits.dtype == torch.bfloat16
 
 
+def test_an_option_that_is_left_out_is_its_default(tmp_path):
+    options = {name: x for name, x in MEMORY.items() if name != "query_conv"}
+    add_memory(qwen(), [0], **options, lr=np.float32(0.5), gate=True).save_pretrained(tmp_path)
+    load_memory(add_memory(qwen(), [0], **options, lr=0.5, query_conv=None), tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.fwpkm = {"layers": [0], **options, "lr": 0.5}  # as before defaults were saved
+    config.save_pretrained(tmp_path)
+    load_memory(add_memory(qwen(), [0], **options, lr=0.5), tmp_path)
+
+
+def test_a_layer_of_float64_is_saved_and_loaded(tmp_path):
+    model = add_memory(qwen().double(), [0], **MEMORY, memory_dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).fwpkm["memory_dtype"] == "float64"
+    loaded = load_memory(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    assert {x.dtype for x in loaded.model.layers[0].memory.parameters()} == {torch.float64}
+    with pytest.raises(ValueError, match=r"memory_dtype='float64', got memory_dtype='float32'"):
+        load_memory(add_memory(qwen().double(), [0], **MEMORY), tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [qwen, lambda: own(memory_layers=[])], ids=["qwen", "own"])
 def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
@@ -535,6 +601,7 @@ def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     add_memory(plain, [1], **MEMORY, output_init="zeros")
     assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
     assert not plain.model.layers[1].memory.training
+    assert add_memory(make().train(), [1], **MEMORY).model.layers[1].memory.training
     plain.model.layers[1].memory.o_proj.weight.normal_()
     assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
@@ -627,13 +694,24 @@ BAD_CONFIGS = {
     "pkm_layers": {"pkm_layers": [1, 1]},
     "layer_types": {"layer_types": ["chunked_attention"] * 4},
     "num_hidden_layers": {"layer_types": ["full_attention"] * 3},
+    "layer_types` must say": {"layer_types": None, "use_sliding_window": True},
+    "memory": {"memory": {"layer_idx": 3}},
+    "pkm": {"pkm": {"num_key": 8}},
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_bad_configurations_are_named(name):
-    with pytest.raises(Exception, match=f"`{name}`"):
+    with pytest.raises(Exception, match=f"`{name}"):
         FwPKMConfig(**(OWN | BAD_CONFIGS[name]))
+
+
+def test_three_kinds_of_attention_need_a_transformers_that_masks_them(monkeypatch):
+    monkeypatch.setattr(integration, "_INSTALLED", Version("5.23"))
+    FwPKMForCausalLM(FwPKMConfig(**ONLY_GDN))
+    kinds = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"`layer_types` must be of two kinds at most before transformers 5.24"):
+        FwPKMForCausalLM(FwPKMConfig(**{**OWN, "layer_types": kinds}))
 
 
 @torch.no_grad()
@@ -677,8 +755,11 @@ def test_checkpoints_of_another_configuration_are_named(tmp_path):
     qwen().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="chunk_size=6, got chunk_size=4"):
         load_memory(with_memory(chunk_size=4), tmp_path / "memory")
-    with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories"):
+    own(**ONLY_GDN).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories .*plain$"):
         load_memory(qwen(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="`folder` must .*; AutoModelForCausalLM loads an FwPKMForCausalLM"):
+        load_memory(qwen(), tmp_path / "own")
     with pytest.raises(
         ValueError, match=r"layers.0.memory.q_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"
     ):

@@ -4,7 +4,6 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 `past_key_values` is called `cache`; both are taken here.
 """
 
-import copy
 import functools
 import inspect
 import os
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, __version__
 from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -63,8 +63,12 @@ class MemoryCacheLayer(CacheLayerMixin):
         self.refusal: str | None = None  #: why the memory cannot go on from what was read
         self.record_past = False
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a MemoryCacheLayer cannot be pickled, as it goes with a layer: pickle what was read instead")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryCacheLayer":
-        other = copy.copy(self)
+        other = object.__new__(MemoryCacheLayer)
+        vars(other).update(vars(self))
         other.memory = None if self.memory is None else self.memory.clone()
         return other
 
@@ -96,13 +100,15 @@ class MemoryCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     def offload(self) -> None:
-        if self.memory is not None:
-            self.memory = self.memory.to("cpu")
+        self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        layer = self._layer()
-        if self.memory is not None and layer is not None:
-            self.memory = self.memory.to(layer.keys.device)
+        if (layer := self._layer()) is not None:
+            self._move(layer.keys.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.memory is not None and any(x.state.values.device != device for x in self.memory.sessions):
+            self.memory = self.memory.to(device)
 
     def reset(self) -> None:
         self.refusal = self.memory = None  # the next begins with the Parameters as they are then
@@ -184,6 +190,10 @@ def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> St
     if entry.memory is None or (entry.memory.batch != batch and entry.is_fresh):
         entry.memory = layer.new_memory(batch)
     entry.memory.records_past = entry.record_past
+    dtype = torch.promote_types(layer.keys.dtype, layer.memory_dtype)
+    for session in entry.memory.sessions[:1]:
+        if session.state.values.dtype != dtype:
+            raise ValueError(f"`cache` must be of the memory's dtype {dtype}, got {session.state.values.dtype}")
     if entry.memory.batch != batch:
         raise ValueError(f"`cache` must have a memory for each of the {batch} rows, got {entry.memory.batch} memories")
     return entry.memory
@@ -348,8 +358,17 @@ def _share(labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any
 @functools.cache
 def _with_gate_means(kind: type) -> type:
     """A class of outputs, with the means of gates."""
-    fields = {"__annotations__": {"gate_means": tuple[Tensor, ...] | None}, "gate_means": None}
-    return dataclass(type(kind.__name__, (kind,), {"__module__": kind.__module__, **fields}))
+    names = {
+        "__module__": kind.__module__,
+        "__annotations__": {"gate_means": tuple[Tensor, ...] | None},
+        "__reduce__": lambda self: (_output, (kind, dict(self))),  # pickle finds its class nowhere
+        "gate_means": None,
+    }
+    return dataclass(type(kind.__name__, (kind,), names))
+
+
+def _output(kind: type, values: dict[str, Any]) -> Any:
+    return _with_gate_means(kind)(**values)
 
 
 def _signed(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -395,7 +414,13 @@ def _mix_into(module: nn.Module, mixin: Any) -> None:
             vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-_OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
+_OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")  #: of a layer's arguments, what the model says
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The options of a layer, as a config's file holds them."""
+    parameters = inspect.signature(kind).parameters
+    return _plain({name: x.default for name, x in parameters.items() if name not in _OWN})
 
 
 def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) -> PreTrainedModel:
@@ -455,7 +480,7 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     _mix_into(decoder, _MemoryDecoder)
     if model is not decoder:
         _mix_into(model, _MemoryHead)
-    model.config.fwpkm = {"layers": indices, **_plain(options)}
+    model.config.fwpkm = {"layers": indices, **_defaults(FastWeightProductKeyMemory), **_plain(options)}
     return model
 
 
@@ -468,8 +493,9 @@ def _make_memory(config: Any, index: int, options: dict[str, Any], **kwargs: Any
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as a config's file can hold them."""
-    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in options.items()}
+    """Options as a config's file can hold them: names of dtypes, and Python's numbers for NumPy's."""
+    plain = {name: x.item() if hasattr(x, "item") else x for name, x in options.items()}
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in plain.items()}
 
 
 #: A memory's weight, by its name in the decoder, whatever that is part of.
@@ -494,9 +520,14 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     Raises:
         ValueError: no memory was saved there; or the model's memories, or sizes, are of another configuration.
     """
-    saved = getattr(AutoConfig.from_pretrained(folder), "fwpkm", None)
+    config = AutoConfig.from_pretrained(folder)
+    saved = getattr(config, "fwpkm", None)
     if saved is None:
-        raise ValueError(f"`folder` must have been saved from a model with memories, got {folder}")
+        hint = "; AutoModelForCausalLM loads an FwPKMForCausalLM" if isinstance(config, FwPKMConfig) else ""
+        raise ValueError(
+            f"`folder` must have been saved from a model with memories of `add_memory`, got {folder}{hint}"
+        )
+    saved = _defaults(FastWeightProductKeyMemory) | saved
     decoder = model.get_decoder()
     if any(getattr(block, "memory", None) is not None for block in decoder.layers):
         present = model.config.fwpkm
@@ -536,6 +567,7 @@ def _weight_files(folder: str | os.PathLike[str]) -> list[str]:
 
 # A language model with memories of both kinds, of transformers' parts.
 
+_INSTALLED = Version(__version__)  #: of transformers
 _MIXERS = {"gdn": "linear_attention", "swa": "sliding_attention", "fa": "full_attention"}
 
 
@@ -574,6 +606,8 @@ class FwPKMConfig(Qwen3Config):
     gate_price: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.use_sliding_window and self.layer_types is None:
+            raise ValueError("`layer_types` must say which layers have a window, got None with `use_sliding_window`")
         # Qwen3Config has no window otherwise.
         self.use_sliding_window = "sliding_attention" in (self.layer_types or ())
         self.memory, self.pkm = _plain(self.memory), _plain(self.pkm)
@@ -584,6 +618,9 @@ class FwPKMConfig(Qwen3Config):
             layers = getattr(self, name)
             if len(set(layers)) < len(layers) or not all(0 <= index < self.num_hidden_layers for index in layers):
                 raise ValueError(f"`{name}` must be different indices below {self.num_hidden_layers}, got {layers}")
+        for name, kind in (("memory", FastWeightProductKeyMemory), ("pkm", ProductKeyMemory)):
+            if wrong := sorted(set(getattr(self, name)) - set(_defaults(kind))):
+                raise ValueError(f"`{name}` must have options of {kind.__name__} that a model leaves open, got {wrong}")
         if unknown := set(self.layer_types or ()) - set(_MIXERS.values()):
             raise ValueError(f"`layer_types` must be of {sorted(_MIXERS.values())}, got {sorted(unknown)}")
 
@@ -718,8 +755,7 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """A language model with memories, by its FwPKMConfig; in all else as Qwen3ForCausalLM.
 
     It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
-    `add_memory`. Gated DeltaNets need fla to separate packed sequences. Before 5.24, transformers makes wrong masks for
-    a cache where all three kinds of attention meet.
+    `add_memory`. Gated DeltaNets need fla to separate packed sequences.
     """
 
     forward = _signed(_MemoryHead.forward, Qwen3ForCausalLM.forward)
@@ -729,6 +765,12 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
 
     def __init__(self, config: FwPKMConfig) -> None:
         super(Qwen3ForCausalLM, self).__init__(config)
+        kinds = sorted(set(config.layer_types or ()))
+        if len(kinds) == 3 and Version("5.24") > _INSTALLED:
+            raise ValueError(
+                "`layer_types` must be of two kinds at most before transformers 5.24, which makes wrong masks for a "
+                f"cache of three; got {kinds} and transformers {_INSTALLED}"
+            )
         self.model = FwPKMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -74,7 +74,8 @@ class FastWeightProductKeyMemory(nn.Module):
     **Streaming or segments.** `memory=layer.new_memory(batch)`, or a `cache` of transformers or fla, is read and
     written in place, without autograd; a prompt may be cut anywhere, down to single tokens. It needs boundary="carry".
     A cache that has read nothing yet is left alone where gradients are asked for, as in training with use_cache=True,
-    or where the memory cannot stream, and then refuses to be continued. `memory=` a `LayerMemory`, which return_memory=True gives, is differentiable.
+    or where the memory cannot stream, and then refuses to be continued. `memory=` a `LayerMemory`, which
+    return_memory=True gives, is differentiable.
 
     **dtype.** Projections and norms are of `dtype`; `keys` and `table` are created in `memory_dtype`. The fast memory
     runs in `memory_dtype`, or wider, whatever `module.to(dtype)` makes of the Parameters; buffers are never rounded by
