@@ -1281,8 +1281,8 @@ FAULTS = [
     Fault(
         "mask-of-all-columns",
         "integrations/transformers.py",
-        "            mask = mask[:, -tokens.shape[1] :]\n",
-        "            mask = mask[:, : tokens.shape[1]]\n",
+        "mask[:, seen : seen + tokens.shape[1]]",
+        "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
         "transformers",
         "padding or cut or piece",
@@ -1308,8 +1308,8 @@ FAULTS = [
     Fault(
         "refused-cache-goes-on",
         "integrations/transformers.py",
-        "    entry.is_refused, entry.memory = True, None\n",
-        "    entry.is_refused, entry.memory = False, None\n",
+        "    entry.refusal, entry.memory = refusal, None\n",
+        "    entry.refusal, entry.memory = None, None\n",
         "what was read with gradients is forgotten without a word",
         "transformers",
         "gradients",

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,23 +12,34 @@ pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    StaticCache,
     Trainer,
     TrainingArguments,
     logging,
     set_seed,
 )
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from fwpkm_kernels.integrations import transformers as integration
 from fwpkm_kernels.integrations.transformers import (
     FwPKMConfig,
     FwPKMForCausalLM,
@@ -57,11 +69,13 @@ SIZES = {
 }
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
 MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
+#: Before, transformers makes wrong masks for three kinds.
+THIRD = "full_attention" if Version("5.24") <= integration._INSTALLED else "sliding_attention"
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
     "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "sliding_attention", "full_attention", "linear_attention"],
+    "layer_types": ["linear_attention", "sliding_attention", THIRD, "linear_attention"],
     "sliding_window": 7,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -97,7 +111,14 @@ def own(**changes) -> FwPKMForCausalLM:
     return FwPKMForCausalLM(FwPKMConfig(**(OWN | changes))).eval()
 
 
-MAKERS = {"added": with_memory, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
+def neox() -> GPTNeoXForCausalLM:
+    """Of a model whose blocks call the cache `layer_past`."""
+    torch.manual_seed(0)
+    sizes = {name: x for name, x in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+    return add_memory(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval(), [0, 2], **MEMORY)
+
+
+MAKERS = {"added": with_memory, "neox": neox, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
 
 
 @pytest.fixture(params=MAKERS, scope="module")
@@ -153,6 +174,80 @@ def test_any_cut_through_a_cache_is_the_whole(model):
 
 
 @torch.no_grad()
+def test_a_cache_that_is_reset_begins_with_the_parameters_as_they_are():
+    model, (ids, _) = with_memory().bfloat16(), prompts()
+    cache = DynamicCache(config=model.config)
+    model(ids, **{CACHE: cache})
+    model.model.layers[0].memory.table.weight.normal_(std=2.0)
+    cache.reset()
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, model(ids).logits)
+    cache.reset()
+    model.float()(ids[:, :9], **{CACHE: cache})
+    with pytest.raises(ValueError, match="`cache` must be of the memory's dtype torch.float64, got torch.float32"):
+        model.double()(ids[:, 9:], **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(model):
+    ids, _ = prompts()
+    cache, other = DynamicCache(config=model.config), copy.deepcopy(model)
+    read(model, cache, ids[:, :12], cuts=(12,))
+    message = "`cache` must have been read by this model.* memory has read 0 tokens, unlike its other layers"
+    with pytest.raises(ValueError, match=message):
+        other(ids[:, 12:], **{CACHE: cache})
+    with pytest.raises(ValueError, match=message):
+        other.generate(ids, **{CACHE: cache}, **GREEDY)
+    plain = own(**ONLY_GDN | {"memory_layers": []}) if all(cache.is_linear[:3]) else qwen()
+    cache = DynamicCache(config=plain.config)
+    plain(ids[:, :12], **{CACHE: cache})
+    with pytest.raises(ValueError, match=message):
+        add_memory(plain, [0], **MEMORY)(ids[:, 12:], **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_a_model_may_tell_its_decoder_in_masks_of_its_own():
+    """As Gemma3 does around images, whose decoder gets several masks of four dimensions."""
+    sizes = {**SIZES, "vocab_size": 80, "sliding_window": 7}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=sizes,
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        **{"image_token_index": 70, "boi_token_index": 71, "eoi_token_index": 72},
+    )
+    torch.manual_seed(0)
+    model = add_memory(Gemma3ForConditionalGeneration(config).eval(), [0, 2], **MEMORY)
+    ids, mask = prompts()
+    whole = model(ids, attention_mask=mask).logits
+    close(whole[1, 9:], model(ids[1:, 9:]).logits[0])
+    assert torch.equal(model(ids, None, mask).logits, whole)  # pixel values come second
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_own_comes_with_that_of_padding():
+    model, (ids, mask) = own(), prompts()
+    whole = model(ids, attention_mask=mask).logits
+    masks = create_masks_for_generate(model.config, model.model.embed_tokens(ids), mask, None, None)
+    close(model(ids, attention_mask=masks, memory_mask=mask).logits[mask > 0], whole[mask > 0])
+    model = with_memory()
+    whole = model(ids, attention_mask=mask).logits
+    mask4 = create_causal_mask(model.config, model.model.embed_tokens(ids), mask, None)
+    assert mask4.ndim == 4
+    close(model(ids, attention_mask=mask4, memory_mask=mask).logits[mask > 0], whole[mask > 0])
+
+
+@torch.no_grad()
+def test_a_mask_may_have_columns_for_tokens_to_come_but_none_too_few(added):
+    ids, mask = prompts()
+    whole = added(ids, attention_mask=mask).logits
+    cache, wide = StaticCache(config=added.config, max_cache_len=40), torch.nn.functional.pad(mask, (0, 17))
+    logits = [added(x, attention_mask=wide, **{CACHE: cache}).logits for x in ids.split((12, 11), 1)]
+    close(torch.cat(logits, 1)[mask > 0], whole[mask > 0])
+    with pytest.raises(ValueError, match=r"`attention_mask` must have a column for each .* 23 .* and 1 .*\[2, 1\]"):
+        added(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
+
+
+@torch.no_grad()
 def test_a_copied_cache_goes_on_by_itself(model):
     ids, _ = prompts()
     whole = model(ids).logits
@@ -162,6 +257,40 @@ def test_a_copied_cache_goes_on_by_itself(model):
     read(model, cache, ids.flip(0)[:, 14:], cuts=(9,))
     close(read(model, other, ids[:, 14:], cuts=(4, 5)), whole[:, 14:])
     assert len(other.layers) == len(cache.layers)
+
+
+@torch.no_grad()
+def test_a_cache_is_not_pickled_and_an_output_is(added):
+    ids, _ = prompts()
+    output = added(ids, output_gate_means=True)
+    with pytest.raises(TypeError, match="a MemoryCacheLayer cannot be pickled"):
+        pickle.dumps(output[CACHE])
+    output = added(ids, output_gate_means=True, use_cache=False)
+    for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+        assert type(other) is type(output)
+        assert [*other] == [*output]
+        close((other.logits, other.gate_means), (output.logits, output.gate_means))
+
+
+@torch.no_grad()
+def test_a_cache_is_offloaded_and_fetched_where_it_is_not_there_already(monkeypatch):
+    model, (ids, _) = with_memory(), prompts()
+    whole = model(ids).logits
+    cache, moved = DynamicCache(config=model.config), []
+    read(model, cache, ids[:, :9], cuts=(9,))
+    entry, layer, to = cache.layers[-1], model.model.layers[2].memory, StreamedMemory.to
+    monkeypatch.setattr(StreamedMemory, "to", lambda memory, device: (moved.append(device), to(memory, "cpu"))[1])
+    entry.offload()
+    entry.prefetch()
+    assert moved == []
+    keys = layer.keys
+    layer.keys = torch.nn.Parameter(keys.to("meta"))
+    entry.prefetch()
+    assert moved == [torch.device("meta")]
+    layer.keys = keys
+    assert entry.get_mask_sizes(14) == (PROMPT, 0)
+    assert entry.get_max_length() == -1
+    close(read(model, cache, ids[:, 9:], cuts=(14,)), whole[:, 9:])
 
 
 @torch.no_grad()
@@ -202,6 +331,10 @@ def test_a_crop_beyond_the_chunk_is_refused(added):
     with pytest.raises(ValueError, match="`tokens` must be at most 5"):
         cache.layers[-1].crop(-6)
     assert cache.layers[-1].get_seq_length() == PROMPT
+    with pytest.raises(ValueError, match="`tokens` must be at most 5"):
+        cache.crop(-6)  # of attention already
+    with pytest.raises(ValueError, match="cropped as a whole, got one whose memory has read 23 tokens"):
+        read(added, cache, prompts()[0][:, 17:], cuts=(6,))
 
 
 @torch.no_grad()
@@ -231,6 +364,14 @@ def test_generation_with_padding_is_that_of_each_row_alone(model):
             assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:]), cache
     for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
+
+
+@torch.no_grad()
+def test_generation_from_embeddings_is_that_from_tokens(model):
+    ids, mask = prompts()
+    embeddings = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, **GREEDY)[:, PROMPT:])
 
 
 def test_beams_and_samples_with_a_cache_are_those_without(model):
@@ -328,6 +469,23 @@ def test_a_cache_that_holds_tokens_has_no_gradients(added):
         added(ids, **{CACHE: cache})
 
 
+@torch.no_grad()
+def test_a_memory_that_cannot_stream_is_evaluated_with_a_cache():
+    ids, _ = prompts()
+    published = {"scope": "batch", "boundary": "drop", "initial_memory": "persistent"}
+    model = with_memory(**published)
+    output = model(ids)
+    assert torch.equal(output.logits, model(ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match='`boundary` must be "carry" for a memory that streams, got "drop"'):
+        model(ids, **{CACHE: output[CACHE]})
+    model = with_memory(scope="batch")
+    borders = torch.tensor([0, 10, PROMPT], dtype=torch.int32)
+    output = model(ids[:1], cu_seq_lens_q=borders)
+    assert torch.equal(output.logits, model(ids[:1], cu_seq_lens_q=borders, use_cache=False).logits)
+    with pytest.raises(ValueError, match='`cu_seqlens` must be None where a memory with `scope`="batch" streams'):
+        model(ids[:1], **{CACHE: output[CACHE]})
+
+
 @pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
 def test_packed_sequences_are_those_alone(make):
     model = make().train()
@@ -361,6 +519,11 @@ def test_gate_means_are_of_real_tokens_and_cost_a_price():
     close(torch.stack(output.gate_means), torch.stack(seen))
     plain = own()(ids, attention_mask=mask, labels=labels)
     assert "gate_means" not in plain
+    close(model(ids, mask, None, None, None, labels).loss, output.loss)
+    without = with_memory(gate=False, write_gate=False)(ids, labels=labels, output_gate_means=True)
+    assert without.gate_means == ()
+    with pytest.raises(TypeError, match="`output_gate_means` needs a model with a head around this FwPKMModel"):
+        model.model(ids, output_gate_means=True)
     close(output.loss, plain.loss + 0.5 * torch.stack(seen).mean())
     # A step of two such calls has the price once.
     total = 2 * (labels[:, 1:] != -100).sum()
@@ -409,6 +572,26 @@ def test_added_memories_are_saved_and_loaded(tmp_path, size, initial_memory):
     assert half(ids).logits.dtype == torch.bfloat16
 
 
+def test_an_option_that_is_left_out_is_its_default(tmp_path):
+    options = {name: x for name, x in MEMORY.items() if name != "query_conv"}
+    add_memory(qwen(), [0], **options, lr=np.float32(0.5), gate=True).save_pretrained(tmp_path)
+    load_memory(add_memory(qwen(), [0], **options, lr=0.5, query_conv=None), tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.fwpkm = {"layers": [0], **options, "lr": 0.5}  # as before defaults were saved
+    config.save_pretrained(tmp_path)
+    load_memory(add_memory(qwen(), [0], **options, lr=0.5), tmp_path)
+
+
+def test_a_layer_of_float64_is_saved_and_loaded(tmp_path):
+    model = add_memory(qwen().double(), [0], **MEMORY, memory_dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).fwpkm["memory_dtype"] == "float64"
+    loaded = load_memory(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    assert {x.dtype for x in loaded.model.layers[0].memory.parameters()} == {torch.float64}
+    with pytest.raises(ValueError, match=r"memory_dtype='float64', got memory_dtype='float32'"):
+        load_memory(add_memory(qwen().double(), [0], **MEMORY), tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [qwen, lambda: own(memory_layers=[])], ids=["qwen", "own"])
 def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
@@ -418,6 +601,7 @@ def test_a_memory_that_begins_as_the_identity_changes_nothing(make):
     add_memory(plain, [1], **MEMORY, output_init="zeros")
     assert torch.equal(plain(ids, attention_mask=mask).logits, expected)
     assert not plain.model.layers[1].memory.training
+    assert add_memory(make().train(), [1], **MEMORY).model.layers[1].memory.training
     plain.model.layers[1].memory.o_proj.weight.normal_()
     assert not torch.equal(plain(ids, attention_mask=mask).logits, expected)
 
@@ -510,13 +694,24 @@ BAD_CONFIGS = {
     "pkm_layers": {"pkm_layers": [1, 1]},
     "layer_types": {"layer_types": ["chunked_attention"] * 4},
     "num_hidden_layers": {"layer_types": ["full_attention"] * 3},
+    "layer_types` must say": {"layer_types": None, "use_sliding_window": True},
+    "memory": {"memory": {"layer_idx": 3}},
+    "pkm": {"pkm": {"num_key": 8}},
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_bad_configurations_are_named(name):
-    with pytest.raises(Exception, match=f"`{name}`"):
+    with pytest.raises(Exception, match=f"`{name}"):
         FwPKMConfig(**(OWN | BAD_CONFIGS[name]))
+
+
+def test_three_kinds_of_attention_need_a_transformers_that_masks_them(monkeypatch):
+    monkeypatch.setattr(integration, "_INSTALLED", Version("5.23"))
+    FwPKMForCausalLM(FwPKMConfig(**ONLY_GDN))
+    kinds = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"`layer_types` must be of two kinds at most before transformers 5.24"):
+        FwPKMForCausalLM(FwPKMConfig(**{**OWN, "layer_types": kinds}))
 
 
 @torch.no_grad()
@@ -543,6 +738,9 @@ def test_bad_additions_are_named_and_change_nothing():
         add_memory(model, [1], key_dim=3)
     with pytest.raises(TypeError, match="`model` must have a decoder with `layers`, got Linear"):
         add_memory(torch.nn.Linear(1, 1), [0])
+    both = BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=9)
+    with pytest.raises(TypeError, match="`model` must have no encoder, got BartForConditionalGeneration"):
+        add_memory(BartForConditionalGeneration(both), [0], **MEMORY)
     with torch.device("meta"), pytest.raises(ValueError, match="`model` must hold its weights in memory"):
         add_memory(Qwen3ForCausalLM(Qwen3Config(**SIZES)), [1], **MEMORY)
     assert type(model) is Qwen3ForCausalLM
@@ -557,8 +755,11 @@ def test_checkpoints_of_another_configuration_are_named(tmp_path):
     qwen().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="chunk_size=6, got chunk_size=4"):
         load_memory(with_memory(chunk_size=4), tmp_path / "memory")
-    with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories"):
+    own(**ONLY_GDN).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="`folder` must have been saved from a model with memories .*plain$"):
         load_memory(qwen(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="`folder` must .*; AutoModelForCausalLM loads an FwPKMForCausalLM"):
+        load_memory(qwen(), tmp_path / "own")
     with pytest.raises(
         ValueError, match=r"layers.0.memory.q_norm.weight of shape \[32\], as in the checkpoint, got \[16\]"
     ):

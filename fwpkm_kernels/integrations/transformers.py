@@ -4,8 +4,8 @@ Needs transformers 5.20 or newer (``pip install 'fwpkm_kernels[transformers]'``)
 `past_key_values` is called `cache`; both are taken here.
 """
 
-import copy
 import functools
+import inspect
 import os
 import re
 import types
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, __version__
 from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -59,11 +60,15 @@ class MemoryCacheLayer(CacheLayerMixin):
         super().__init__()
         self._layer = weakref.ref(layer)
         self.memory: StreamedMemory | None = None
-        self.is_refused = False
+        self.refusal: str | None = None  #: why the memory cannot go on from what was read
         self.record_past = False
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a MemoryCacheLayer cannot be pickled, as it goes with a layer: pickle what was read instead")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryCacheLayer":
-        other = copy.copy(self)
+        other = object.__new__(MemoryCacheLayer)
+        vars(other).update(vars(self))
         other.memory = None if self.memory is None else self.memory.clone()
         return other
 
@@ -73,7 +78,7 @@ class MemoryCacheLayer(CacheLayerMixin):
     @property
     def is_fresh(self) -> bool:
         """Whether no token was read yet, in a way that can be continued or not."""
-        return not self.is_refused and self.get_seq_length() == 0
+        return self.refusal is None and self.get_seq_length() == 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a memory's layer of a cache holds no key and value states")
@@ -95,18 +100,18 @@ class MemoryCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     def offload(self) -> None:
-        if self.memory is not None:
-            self.memory = self.memory.to("cpu")
+        self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        layer = self._layer()
-        if self.memory is not None and layer is not None:
-            self.memory = self.memory.to(layer.keys.device)
+        if (layer := self._layer()) is not None:
+            self._move(layer.keys.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.memory is not None and any(x.state.values.device != device for x in self.memory.sessions):
+            self.memory = self.memory.to(device)
 
     def reset(self) -> None:
-        self.is_refused = False
-        if self.memory is not None:
-            self.memory.reset()
+        self.refusal = self.memory = None  # the next begins with the Parameters as they are then
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.memory is not None:
@@ -142,6 +147,11 @@ class MemoryCacheLayer(CacheLayerMixin):
         return max_length
 
 
+def _cache_among(*arguments: Any) -> Cache | None:
+    """The cache that a call was given: models have several names for it, and some give it by position."""
+    return next((x for x in arguments if isinstance(x, Cache)), None)
+
+
 def _find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:
     for entry in cache.layers:
         if isinstance(entry, MemoryCacheLayer) and entry.belongs_to(layer):
@@ -172,17 +182,18 @@ def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> St
 
     Raises:
         ValueError: the cache was built without a config and nothing says how many layers the model has; its memory has
-            another number of rows; or its tokens were read for their gradients, which leaves no memory to go on from.
+            another number of rows; or what `refuse_continuation` was told.
     """
     entry = _find_or_append(cache, layer)
-    if entry.is_refused:
-        raise ValueError(
-            "`cache` must be read into under torch.no_grad() to be continued, got one whose tokens were read with "
-            "gradients, for which the memory is left alone; to train over segments pass `memory`"
-        )
+    if entry.refusal is not None:
+        raise ValueError(entry.refusal)
     if entry.memory is None or (entry.memory.batch != batch and entry.is_fresh):
         entry.memory = layer.new_memory(batch)
     entry.memory.records_past = entry.record_past
+    dtype = torch.promote_types(layer.keys.dtype, layer.memory_dtype)
+    for session in entry.memory.sessions[:1]:
+        if session.state.values.dtype != dtype:
+            raise ValueError(f"`cache` must be of the memory's dtype {dtype}, got {session.state.values.dtype}")
     if entry.memory.batch != batch:
         raise ValueError(f"`cache` must have a memory for each of the {batch} rows, got {entry.memory.batch} memories")
     return entry.memory
@@ -194,10 +205,10 @@ def is_fresh(cache: Cache, layer: FastWeightProductKeyMemory) -> bool:
     return entry is None or entry.is_fresh
 
 
-def refuse_continuation(cache: Cache, layer: FastWeightProductKeyMemory) -> None:
-    """Note in a cache that a layer read tokens without it, so that it is an error to continue from there."""
+def refuse_continuation(cache: Cache, layer: FastWeightProductKeyMemory, refusal: str) -> None:
+    """Note in a cache that a layer read tokens without it, and with what error to refuse to go on from there."""
     entry = _find_or_append(cache, layer)
-    entry.is_refused, entry.memory = True, None
+    entry.refusal, entry.memory = refusal, None
 
 
 # Blocks, decoders and models with memories: classes to mix in, before the class of a model or into an object of it.
@@ -219,7 +230,7 @@ class _MemoryBlock:
             output = self.memory(
                 hidden_states,
                 mask,
-                cache=kwargs.get("cache", kwargs.get("past_key_values")),
+                cache=_cache_among(*args, *kwargs.values()),
                 use_cache=bool(kwargs.get("use_cache")),
                 return_gate_mean=gate_means is not None,
                 cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
@@ -235,11 +246,52 @@ class _MemoryBlock:
 class _MemoryDecoder:
     """A stack of decoder layers that hands the mask of the call's own tokens to those with memories."""
 
+    layers: nn.ModuleList
+
+    def _cache_layers(self, cache: Cache) -> list[MemoryCacheLayer]:
+        """What a cache keeps for the memories, made where it is missing; before any layer reads the tokens of a call.
+
+        Raises:
+            ValueError: the cache holds tokens that a memory has not read; or was built without a config.
+        """
+        tokens = next((x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin)), 0)
+        found = []
+        for block in self.layers:
+            if (memory := getattr(block, "memory", None)) is None:
+                continue
+            # A wrapper, as PEFT's, has several, of which one is active.
+            memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
+            is_new = not any(_find(cache, x) for x in memories)
+            entries = [_find_or_append(cache, x) for x in memories]
+            columns = max(x.get_seq_length() for x in entries)
+            if is_new:
+                states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
+                is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
+            else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
+                is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in entries)
+            if is_split:
+                raise ValueError(
+                    "`cache` must have been read by this model from its first token, and cropped as a whole, got one "
+                    f"whose memory has read {columns} tokens, unlike its other layers"
+                )
+            found += entries
+        return found
+
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if "output_gate_means" in kwargs:
+            raise TypeError(f"`output_gate_means` needs a model with a head around this {type(self).__name__}")
+        cache = _cache_among(*kwargs.values())
+        entries = [] if cache is None else self._cache_layers(cache)
         mask = kwargs.pop("memory_mask", attention_mask)
         if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = max((x.get_seq_length() for x in entries), default=0)
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            mask = mask[:, -tokens.shape[1] :]
+            if mask.shape[1] < seen + tokens.shape[1]:
+                raise ValueError(
+                    f"`attention_mask` must have a column for each token, {seen} that `cache` holds and "
+                    f"{tokens.shape[1]} of this call, got {checks.shape(mask)}"
+                )
+            mask = mask[:, seen : seen + tokens.shape[1]]  # a static cache's has columns for tokens to come
         else:
             mask = None  # of four dimensions, or several: a user's own, which says nothing of padding
         return super().forward(  # type: ignore[misc]
@@ -255,6 +307,9 @@ class _MemoryHead:
     get_decoder: Callable[[], Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # of which some models tell their decoder in masks of their own
+            kwargs.setdefault("memory_mask", mask)
         is_asked = kwargs.pop("output_gate_means", False)
         return_dict = kwargs.pop("return_dict", None)
         price = getattr(self.config, "gate_price", 0.0) if kwargs.get("labels") is not None else 0.0
@@ -276,10 +331,8 @@ class _MemoryHead:
         is_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if is_tuple else output
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, **kwargs
-        )
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
         # piece of a prompt comes first, or says of no length.
         is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
@@ -291,9 +344,7 @@ class _MemoryHead:
         result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None:
-            for block in self.get_decoder().layers:
-                if getattr(block, "memory", None) is not None:
-                    _find_or_append(cache, block.memory)
+            self.get_decoder()._cache_layers(cache)
             if config.is_assistant:
                 cache.activate_past_recording()
         return result
@@ -307,16 +358,31 @@ def _share(labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any
 @functools.cache
 def _with_gate_means(kind: type) -> type:
     """A class of outputs, with the means of gates."""
-    fields = {"__annotations__": {"gate_means": tuple[Tensor, ...] | None}, "gate_means": None}
-    return dataclass(type(kind.__name__, (kind,), {"__module__": kind.__module__, **fields}))
+    names = {
+        "__module__": kind.__module__,
+        "__annotations__": {"gate_means": tuple[Tensor, ...] | None},
+        "__reduce__": lambda self: (_output, (kind, dict(self))),  # pickle finds its class nowhere
+        "gate_means": None,
+    }
+    return dataclass(type(kind.__name__, (kind,), names))
+
+
+def _output(kind: type, values: dict[str, Any]) -> Any:
+    return _with_gate_means(kind)(**values)
 
 
 def _signed(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments."""
+    """A method with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments.
+
+    What comes by position goes on by name, but for the first argument.
+    """
+    parameters = inspect.signature(inner).parameters.items()
+    names = [name for name, x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD][2:]
 
     @functools.wraps(inner)
     def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        named = dict(zip(names, args[1:], strict=False))
+        return forward(self, *args[:1], *args[1 + len(named) :], **named, **kwargs)
 
     return signed
 
@@ -328,8 +394,10 @@ def _mixed(mixin: Any, kind: Any) -> type:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__reduce_ex__": lambda self, protocol: (_empty, (mixin, kind), self.__dict__),  # pickle finds it nowhere
-        "forward": _signed(mixin.forward, kind.forward),
     }
+    for name in ("forward", "prepare_inputs_for_generation"):
+        if hasattr(mixin, name) and hasattr(kind, name):
+            names[name] = _signed(getattr(mixin, name), getattr(kind, name))
     return type(kind.__name__, (mixin, kind), names)
 
 
@@ -346,7 +414,13 @@ def _mix_into(module: nn.Module, mixin: Any) -> None:
             vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-_OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")
+_OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")  #: of a layer's arguments, what the model says
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The options of a layer, as a config's file holds them."""
+    parameters = inspect.signature(kind).parameters
+    return _plain({name: x.default for name, x in parameters.items() if name not in _OWN})
 
 
 def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) -> PreTrainedModel:
@@ -379,6 +453,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     """
     if getattr(model, "get_decoder", None) is None or not hasattr(model.get_decoder(), "layers"):
         raise TypeError(f"`model` must have a decoder with `layers`, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"`model` must have no encoder, got {type(model).__name__}")
     for name in _OWN:
         if name in options:
             raise TypeError(f"`{name}` must not be among the options, as the model says what it is")
@@ -404,7 +480,7 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     _mix_into(decoder, _MemoryDecoder)
     if model is not decoder:
         _mix_into(model, _MemoryHead)
-    model.config.fwpkm = {"layers": indices, **_plain(options)}
+    model.config.fwpkm = {"layers": indices, **_defaults(FastWeightProductKeyMemory), **_plain(options)}
     return model
 
 
@@ -417,8 +493,9 @@ def _make_memory(config: Any, index: int, options: dict[str, Any], **kwargs: Any
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as a config's file can hold them."""
-    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in options.items()}
+    """Options as a config's file can hold them: names of dtypes, and Python's numbers for NumPy's."""
+    plain = {name: x.item() if hasattr(x, "item") else x for name, x in options.items()}
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in plain.items()}
 
 
 #: A memory's weight, by its name in the decoder, whatever that is part of.
@@ -443,9 +520,14 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     Raises:
         ValueError: no memory was saved there; or the model's memories, or sizes, are of another configuration.
     """
-    saved = getattr(AutoConfig.from_pretrained(folder), "fwpkm", None)
+    config = AutoConfig.from_pretrained(folder)
+    saved = getattr(config, "fwpkm", None)
     if saved is None:
-        raise ValueError(f"`folder` must have been saved from a model with memories, got {folder}")
+        hint = "; AutoModelForCausalLM loads an FwPKMForCausalLM" if isinstance(config, FwPKMConfig) else ""
+        raise ValueError(
+            f"`folder` must have been saved from a model with memories of `add_memory`, got {folder}{hint}"
+        )
+    saved = _defaults(FastWeightProductKeyMemory) | saved
     decoder = model.get_decoder()
     if any(getattr(block, "memory", None) is not None for block in decoder.layers):
         present = model.config.fwpkm
@@ -485,6 +567,7 @@ def _weight_files(folder: str | os.PathLike[str]) -> list[str]:
 
 # A language model with memories of both kinds, of transformers' parts.
 
+_INSTALLED = Version(__version__)  #: of transformers
 _MIXERS = {"gdn": "linear_attention", "swa": "sliding_attention", "fa": "full_attention"}
 
 
@@ -523,6 +606,8 @@ class FwPKMConfig(Qwen3Config):
     gate_price: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.use_sliding_window and self.layer_types is None:
+            raise ValueError("`layer_types` must say which layers have a window, got None with `use_sliding_window`")
         # Qwen3Config has no window otherwise.
         self.use_sliding_window = "sliding_attention" in (self.layer_types or ())
         self.memory, self.pkm = _plain(self.memory), _plain(self.pkm)
@@ -533,6 +618,9 @@ class FwPKMConfig(Qwen3Config):
             layers = getattr(self, name)
             if len(set(layers)) < len(layers) or not all(0 <= index < self.num_hidden_layers for index in layers):
                 raise ValueError(f"`{name}` must be different indices below {self.num_hidden_layers}, got {layers}")
+        for name, kind in (("memory", FastWeightProductKeyMemory), ("pkm", ProductKeyMemory)):
+            if wrong := sorted(set(getattr(self, name)) - set(_defaults(kind))):
+                raise ValueError(f"`{name}` must have options of {kind.__name__} that a model leaves open, got {wrong}")
         if unknown := set(self.layer_types or ()) - set(_MIXERS.values()):
             raise ValueError(f"`layer_types` must be of {sorted(_MIXERS.values())}, got {sorted(unknown)}")
 
@@ -650,7 +738,7 @@ class FwPKMModel(_MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
             raise ValueError("`input_ids` or `inputs_embeds` must be given, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = _cache_among(*kwargs.values())
         if position_ids is None:
             # A new cache of linear attention alone cannot say how many tokens it has seen.
             seen = 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
@@ -667,14 +755,22 @@ class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """A language model with memories, by its FwPKMConfig; in all else as Qwen3ForCausalLM.
 
     It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
-    `add_memory`. Gated DeltaNets need fla to separate packed sequences. Before 5.24, transformers makes wrong masks for
-    a cache where all three kinds of attention meet.
+    `add_memory`. Gated DeltaNets need fla to separate packed sequences.
     """
 
     forward = _signed(_MemoryHead.forward, Qwen3ForCausalLM.forward)
+    prepare_inputs_for_generation = _signed(
+        _MemoryHead.prepare_inputs_for_generation, Qwen3ForCausalLM.prepare_inputs_for_generation
+    )
 
     def __init__(self, config: FwPKMConfig) -> None:
         super(Qwen3ForCausalLM, self).__init__(config)
+        kinds = sorted(set(config.layer_types or ()))
+        if len(kinds) == 3 and Version("5.24") > _INSTALLED:
+            raise ValueError(
+                "`layer_types` must be of two kinds at most before transformers 5.24, which makes wrong masks for a "
+                f"cache of three; got {kinds} and transformers {_INSTALLED}"
+            )
         self.model = FwPKMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -21,6 +21,14 @@ SCOPES = ("sequence", "batch")
 INITIAL_MEMORIES = ("learned", "frozen", "persistent")
 OUTPUT_INITS = ("default", "zeros")
 
+# Why a memory cannot stream.
+_DROPS = '`boundary` must be "carry" for a memory that streams, got "drop"'
+_PACKED = '`cu_seqlens` must be None where a memory with `scope`="batch" streams'
+_TRAINED = (
+    "`cache` must be read into under torch.no_grad() to be continued, got one whose tokens were read with gradients, "
+    "for which the memory is left alone; to train over segments pass `memory`"
+)
+
 
 class LayerMemory(NamedTuple):
     """What a segment leaves behind for the next one, differentiably; S documents, or one memory for the batch."""
@@ -66,7 +74,8 @@ class FastWeightProductKeyMemory(nn.Module):
     **Streaming or segments.** `memory=layer.new_memory(batch)`, or a `cache` of transformers or fla, is read and
     written in place, without autograd; a prompt may be cut anywhere, down to single tokens. It needs boundary="carry".
     A cache that has read nothing yet is left alone where gradients are asked for, as in training with use_cache=True,
-    and then refuses to be continued. `memory=` a `LayerMemory`, which return_memory=True gives, is differentiable.
+    or where the memory cannot stream, and then refuses to be continued. `memory=` a `LayerMemory`, which
+    return_memory=True gives, is differentiable.
 
     **dtype.** Projections and norms are of `dtype`; `keys` and `table` are created in `memory_dtype`. The fast memory
     runs in `memory_dtype`, or wider, whatever `module.to(dtype)` makes of the Parameters; buffers are never rounded by
@@ -300,7 +309,7 @@ class FastWeightProductKeyMemory(nn.Module):
         """
         checks.check_int("batch", batch, minimum=0)
         if self.options.boundary != "carry":
-            raise ValueError(f'`boundary` must be "carry" for a memory that streams, got {self.options.boundary!r}')
+            raise ValueError(_DROPS)
         keys, values = self._in_memory_dtype(self.keys, self.table.weight)
         return StreamedMemory(keys, values, batch, self.scope, self.options, self._conv_width)
 
@@ -457,8 +466,9 @@ class FastWeightProductKeyMemory(nn.Module):
                 raise TypeError(f"`cache` must be a Cache of transformers or fla, got {type(cache).__name__}")
             from ..integrations import transformers as integration
 
-            if trains and integration.is_fresh(cache, self):
-                integration.refuse_continuation(cache, self)
+            refusal = self._why_not_streamed(trains, documents)
+            if refusal is not None and integration.is_fresh(cache, self):
+                integration.refuse_continuation(cache, self, refusal)
                 return None
             memory, name = integration.memory_of(cache, self, documents.number), "cache"
         elif memory is None:
@@ -479,8 +489,16 @@ class FastWeightProductKeyMemory(nn.Module):
             )
         memory.check(self.keys, self.table.weight, self.scope, self.options, self._conv_width)
         if self.scope == "batch" and documents.cu_seqlens is not None:
-            raise ValueError('`cu_seqlens` must be None where a memory with `scope`="batch" streams')
+            raise ValueError(_PACKED)
         return memory
+
+    def _why_not_streamed(self, trains: bool, documents: Documents) -> str | None:
+        """Why a call leaves the memory of a cache alone that has read nothing yet; None where it streams."""
+        if self.options.boundary != "carry":
+            return _DROPS
+        if self.scope == "batch" and documents.cu_seqlens is not None:
+            return _PACKED
+        return _TRAINED if trains else None
 
     def _as_streamed(self, memory: Any, batch: int) -> StreamedMemory:
         if isinstance(memory, MemoryState) and self.scope == "batch" and self.q_conv is None:
