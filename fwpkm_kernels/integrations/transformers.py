@@ -284,7 +284,7 @@ class _MemoryDecoder:
         entries = [] if cache is None else self._cache_layers(cache)
         mask = kwargs.pop("memory_mask", attention_mask)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            seen = max((x.get_seq_length() for x in entries), default=0)
+            seen = max([0, *(x.get_seq_length() for x in entries)])
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
             if mask.shape[1] < seen + tokens.shape[1]:
                 raise ValueError(
@@ -430,9 +430,14 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     ``output_init="zeros"`` the model computes at first what it did. Weights are named ``….layers.2.memory.…``, and have
     the device and dtype of their decoder layer, but for keys and table, which have ``memory_dtype``. What the model is
     used with goes on: `generate` has a memory for each row of the batch, which it keeps in the cache, gradient
-    checkpointing checkpoints the memory too, `cu_seq_lens_q` separates packed sequences (positions alone do not).
-    Left, right and inner padding, as a mask [batch, columns], is no part of what is remembered. Assisted decoding takes
-    drafts back, which costs a copy of the tables for each chunk.
+    checkpointing checkpoints the memory too. Assisted decoding takes drafts back, which costs a copy of the tables for
+    each chunk.
+
+    Left, right and inner padding, as a mask [batch, columns], is no part of what is remembered. A call whose
+    `attention_mask` is of four dimensions, or a dict of such, says of padding by ``memory_mask=``, [batch, columns].
+    `cu_seq_lens_q` separates packed sequences, positions alone do not; call with ``use_cache=False`` then, as batches
+    of DataCollatorWithFlattening outside of training: with a cache, attention in transformers reads across borders.
+    With initial_memory="persistent" a Trainer needs a TrainerCallback whose `on_step_end` calls `advance_memory`.
 
     The model takes ``output_gate_means=True``, for an output with `gate_means`: for each memory the mean of its gate
     over real tokens, which is differentiable.
@@ -441,7 +446,9 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
 
     Args:
         model: with decoder layers in the `layers` of ``model.get_decoder()``, which hands its keyword arguments on to
-            them: Qwen3, Llama, Gemma, Mistral and most others. It is changed.
+            them: Qwen3, Llama, Gemma, Mistral, GPT-NeoX and most others, also inside of models of images and text. One
+            that does not is refused by its first call; one with an encoder here. MiniMax trains with memories but
+            cannot generate, as it takes the cache's number of layers for its own. It is changed.
         layers: indices of decoder layers.
         options: of FastWeightProductKeyMemory. They stand in ``model.config.fwpkm`` afterwards.
 
@@ -509,6 +516,8 @@ def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTr
     alone, and reports these weights as unexpected::
 
         model = load_memory(AutoModelForCausalLM.from_pretrained(folder), folder)
+
+    A model that is loaded and saved again without that has no memories, though its config says so.
 
     Args:
         model: as for `add_memory`, without memories, or with those of the options that were saved.
@@ -585,7 +594,8 @@ class FwPKMConfig(Qwen3Config):
         pkm_layers: layers with a ProductKeyMemory in place of the MLP.
         pkm: its options, by name.
         share_pkm_table: whether these have one table of values together.
-        gate_price: the loss gains so much for each unit of the gates' mean over memories; 0 is the published model.
+        gate_price: the loss gains so much for each unit of the gates' mean over memories; 0 is the published model. It
+            needs labels in the call, which a Trainer with `label_smoothing_factor` takes out.
 
     Raises:
         ValueError: naming the field.
@@ -753,6 +763,8 @@ class FwPKMModel(_MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
 
 class FwPKMForCausalLM(_MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
     """A language model with memories, by its FwPKMConfig; in all else as Qwen3ForCausalLM.
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it once this module has been imported.
 
     It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
     `add_memory`. Gated DeltaNets need fla to separate packed sequences.
