@@ -39,7 +39,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from fwpkm_kernels.integrations import transformers as integration
+from fwpkm_kernels.integrations import language_model
 from fwpkm_kernels.integrations.transformers import (
     FwPKMConfig,
     FwPKMForCausalLM,
@@ -70,7 +70,7 @@ SIZES = {
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
 MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
 #: Before, transformers makes wrong masks for three kinds.
-THIRD = "full_attention" if Version("5.24") <= integration._INSTALLED else "sliding_attention"
+THIRD = "full_attention" if Version("5.24") <= language_model._INSTALLED else "sliding_attention"
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
@@ -735,7 +735,7 @@ def test_bad_configurations_are_named(name):
 
 
 def test_three_kinds_of_attention_need_a_transformers_that_masks_them(monkeypatch):
-    monkeypatch.setattr(integration, "_INSTALLED", Version("5.23"))
+    monkeypatch.setattr(language_model, "_INSTALLED", Version("5.23"))
     FwPKMForCausalLM(FwPKMConfig(**ONLY_GDN))
     kinds = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"`layer_types` must be of two kinds at most before transformers 5.24"):
