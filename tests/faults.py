@@ -1271,7 +1271,7 @@ FAULTS = [
     ),
     Fault(
         "cache-not-compileable",
-        "integrations/transformers.py",
+        "integrations/cache.py",
         "    is_compileable = True\n",
         "    is_compileable = False\n",
         "a static cache drops the mask of single tokens",
@@ -1280,7 +1280,7 @@ FAULTS = [
     ),
     Fault(
         "mask-of-all-columns",
-        "integrations/transformers.py",
+        "integrations/mixins.py",
         "mask[:, seen : seen + tokens.shape[1]]",
         "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
@@ -1289,7 +1289,7 @@ FAULTS = [
     ),
     Fault(
         "cache-not-filled-up",
-        "integrations/transformers.py",
+        "integrations/cache.py",
         "            while len(cache.layers) < layers:\n                cache.layers.append(kind())\n",
         "",
         "attention of a later layer finds the memory under its index",
@@ -1298,7 +1298,7 @@ FAULTS = [
     ),
     Fault(
         "copied-cache-shares-a-memory",
-        "integrations/transformers.py",
+        "integrations/cache.py",
         "        other.memory = None if self.memory is None else self.memory.clone()\n",
         "        pass\n",
         "a prompt that was read once is continued many times in one memory",
@@ -1307,7 +1307,7 @@ FAULTS = [
     ),
     Fault(
         "refused-cache-goes-on",
-        "integrations/transformers.py",
+        "integrations/cache.py",
         "    entry.refusal, entry.memory = refusal, None\n",
         "    entry.refusal, entry.memory = None, None\n",
         "what was read with gradients is forgotten without a word",
@@ -1316,7 +1316,7 @@ FAULTS = [
     ),
     Fault(
         "gates-of-a-call-added-twice",
-        "integrations/transformers.py",
+        "integrations/mixins.py",
         "price * _share(**kwargs) * torch.stack(means).mean()",
         "price * torch.stack(means).mean()",
         "with gradient accumulation the price on gates counts for every part of a step",

@@ -1,19 +1,28 @@
 """The layers as mixers of flash-linear-attention."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
-pytest.importorskip("fla", reason="needs flash-linear-attention")
 
-from fla.models import cache_utils
+from transformers import DynamicCache
 
 from fwpkm_kernels.integrations.fla import FLAMixer
+from fwpkm_kernels.integrations.transformers import MemoryCacheLayer
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning")
+
+
+def flas_cache():
+    return pytest.importorskip("fla.models.cache_utils", reason="needs flash-linear-attention").Cache()
+
+
+#: fla's is one of transformers', which stands for it where it is missing.
+caches = pytest.mark.parametrize("make_cache", [flas_cache, DynamicCache], ids=["fla", "transformers"])
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +45,41 @@ def read(mixer: FLAMixer, cache, x: torch.Tensor, mask: torch.Tensor, cuts) -> t
     return torch.cat(outputs, 1)
 
 
+def test_the_signature_is_that_of_flas_mixers():
+    mixers = [FLAMixer]
+    try:
+        from fla.layers import GatedDeltaNet
+
+        mixers.append(GatedDeltaNet)
+    except ImportError:
+        pass
+    for kind in mixers:
+        names = [*inspect.signature(kind.forward).parameters]
+        shared = ["hidden_states", "attention_mask", "past_key_values", "use_cache", "output_attentions", "kwargs"]
+        assert names == ["self", *shared]
+
+
+@caches
 @torch.no_grad()
-def test_flas_cache_holds_the_memory(mixer):
+def test_flas_cache_holds_the_memory(mixer, make_cache):
     x, mask = torch.randn(2, 20, 16), torch.ones(2, 20)
     mask[1, :7] = 0
     whole, _, none = mixer(x, attention_mask=mask)
     assert none is None
     torch.testing.assert_close(whole[1:, 7:], mixer(x[1:, 7:])[0])
-    cache = cache_utils.Cache()
+    cache = make_cache()
     torch.testing.assert_close(read(mixer, cache, x, mask, [1, 2, 9, 1, 7]), whole)
-    assert [type(layer).__name__ for layer in cache.layers] == ["FLALayer", "FLALayer", "MemoryCacheLayer"]
+    kinds = [isinstance(layer, MemoryCacheLayer) for layer in cache.layers]
+    assert kinds == [False, False, True]
     assert cache.layers[2].get_seq_length() == 20
 
 
+@caches
 @torch.no_grad()
-def test_flas_cache_chooses_rows_and_crops(mixer):
+def test_flas_cache_chooses_rows_and_crops(mixer, make_cache):
     x, mask = torch.randn(2, 20, 16), torch.ones(2, 20)
     whole, _, _ = mixer(x)
-    cache = cache_utils.Cache()
+    cache = make_cache()
     read(mixer, cache, x[:, :9], mask[:, :9], [9])
     for choose, rows in (
         (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
@@ -71,9 +97,10 @@ def test_flas_cache_chooses_rows_and_crops(mixer):
     torch.testing.assert_close(read(mixer, cache, x, mask, [20]), whole)
 
 
-def test_packed_documents_and_gradients_go_through(mixer):
+@caches
+def test_packed_documents_and_gradients_go_through(mixer, make_cache):
     x = torch.randn(1, 20, 16, requires_grad=True)
-    output, _, _ = mixer(x, cu_seqlens=torch.tensor([0, 13, 20]), past_key_values=cache_utils.Cache(), use_cache=True)
+    output, _, _ = mixer(x, cu_seqlens=torch.tensor([0, 13, 20]), past_key_values=make_cache(), use_cache=True)
     torch.testing.assert_close(output, torch.cat((mixer(x[:, :13])[0], mixer(x[:, 13:])[0]), 1))
     output.square().sum().backward()
     assert mixer.layer.table.weight.grad.count_nonzero() > 0

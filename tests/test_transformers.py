@@ -39,7 +39,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from fwpkm_kernels.integrations import transformers as integration
+from fwpkm_kernels.integrations import language_model
 from fwpkm_kernels.integrations.transformers import (
     FwPKMConfig,
     FwPKMForCausalLM,
@@ -70,7 +70,7 @@ SIZES = {
 MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
 MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
 #: Before, transformers makes wrong masks for three kinds.
-THIRD = "full_attention" if Version("5.24") <= integration._INSTALLED else "sliding_attention"
+THIRD = "full_attention" if Version("5.24") <= language_model._INSTALLED else "sliding_attention"
 PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
 OWN = {
     **SIZES,
@@ -411,6 +411,25 @@ def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch, chunk_size):
     assert len({*taken_back}) > 1
 
 
+class Wrapper(torch.nn.Module):
+    """As PEFT's around modules that an adapter saves: with the module that was there, and its copy in use."""
+
+    def __init__(self, memory: torch.nn.Module) -> None:
+        super().__init__()
+        self.before, self.used = memory, copy.deepcopy(memory)
+
+    def forward(self, *args, **kwargs):
+        return self.used(*args, **kwargs)
+
+
+def test_a_wrapped_memory_takes_drafts_back_too():
+    model, prompt, options = with_memory(), prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
+    model.model.layers[0].memory = Wrapper(model.model.layers[0].memory)
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
+
+
 def test_an_assistant_with_a_memory_of_its_own():
     model, assistant = with_memory(), add_memory(qwen(), [1], **MEMORY)
     prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
@@ -458,6 +477,15 @@ def test_training_has_its_gradients_with_a_cache_and_checkpoints(make):
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="`use_reentrant` must be False"):
         run(use_cache=False)
+
+
+@pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None, gate_price=0.1)], ids=["added", "own"])
+def test_training_compiles_in_one_graph(make):
+    model, (ids, mask) = make().train(), prompts()
+    inputs = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(ids, **inputs).loss, model(ids, **inputs).loss)
+    torch._dynamo.reset()
 
 
 def test_a_cache_that_holds_tokens_has_no_gradients(added):
@@ -707,7 +735,7 @@ def test_bad_configurations_are_named(name):
 
 
 def test_three_kinds_of_attention_need_a_transformers_that_masks_them(monkeypatch):
-    monkeypatch.setattr(integration, "_INSTALLED", Version("5.23"))
+    monkeypatch.setattr(language_model, "_INSTALLED", Version("5.23"))
     FwPKMForCausalLM(FwPKMConfig(**ONLY_GDN))
     kinds = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"`layer_types` must be of two kinds at most before transformers 5.24"):

@@ -464,7 +464,7 @@ class FastWeightProductKeyMemory(nn.Module):
         if cache is not None:
             if not hasattr(cache, "layers"):
                 raise TypeError(f"`cache` must be a Cache of transformers or fla, got {type(cache).__name__}")
-            from ..integrations import transformers as integration
+            from ..integrations import cache as integration
 
             refusal = self._why_not_streamed(trains, documents)
             if refusal is not None and integration.is_fresh(cache, self):

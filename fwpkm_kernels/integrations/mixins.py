@@ -1,0 +1,239 @@
+"""Blocks, decoders and models with memories: classes to mix in, before the class of a model or into an object of it."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import _checks as checks
+from ..layers import FastWeightProductKeyMemory
+from .cache import MemoryCacheLayer, cache_among, find, find_or_append
+
+
+class MemoryBlock:
+    """A decoder layer that adds to the residual stream what its `memory` gives, before all else that it does."""
+
+    memory: FastWeightProductKeyMemory | None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if "memory_mask" not in kwargs:
+            raise TypeError(
+                f"a {type(self).__name__} with a memory needs the mask of padding, which its model did not hand on to "
+                "it: the model's forward must pass keyword arguments that it does not know to its layers"
+            )
+        mask, gate_means = kwargs.pop("memory_mask"), kwargs.pop("gate_means", None)
+        if self.memory is not None:
+            output = self.memory(
+                hidden_states,
+                mask,
+                cache=cache_among(*args, *kwargs.values()),
+                use_cache=bool(kwargs.get("use_cache")),
+                return_gate_mean=gate_means is not None,
+                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
+            )
+            if gate_means is not None:
+                output, mean = output
+                if mean is not None:  # of a memory without gates
+                    gate_means.append(mean)
+            hidden_states = hidden_states + output
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+class MemoryDecoder:
+    """A stack of decoder layers that hands the mask of the call's own tokens to those with memories."""
+
+    layers: nn.ModuleList
+
+    def _cache_layers(self, cache: Cache) -> list[MemoryCacheLayer]:
+        """What a cache keeps for the memories, made where it is missing; before any layer reads the tokens of a call.
+
+        Raises:
+            ValueError: the cache holds tokens that a memory has not read; or was built without a config.
+        """
+        tokens = next((x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin)), 0)
+        found = []
+        for block in self.layers:
+            if (memory := getattr(block, "memory", None)) is None:
+                continue
+            # A wrapper, as PEFT's, has several, of which one is active.
+            memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
+            is_new = not any(find(cache, x) for x in memories)
+            entries = [find_or_append(cache, x) for x in memories]
+            columns = max(x.get_seq_length() for x in entries)
+            if is_new:
+                states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
+                is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
+            else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
+                is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in entries)
+            if is_split:
+                raise ValueError(
+                    "`cache` must have been read by this model from its first token, and cropped as a whole, got one "
+                    f"whose memory has read {columns} tokens, unlike its other layers"
+                )
+            found += entries
+        return found
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if "output_gate_means" in kwargs:
+            raise TypeError(f"`output_gate_means` needs a model with a head around this {type(self).__name__}")
+        cache = cache_among(*kwargs.values())
+        entries = [] if cache is None else self._cache_layers(cache)
+        mask = kwargs.pop("memory_mask", attention_mask)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = max([0, *(x.get_seq_length() for x in entries)])
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            if mask.shape[1] < seen + tokens.shape[1]:
+                raise ValueError(
+                    f"`attention_mask` must have a column for each token, {seen} that `cache` holds and "
+                    f"{tokens.shape[1]} of this call, got {checks.shape(mask)}"
+                )
+            mask = mask[:, seen : seen + tokens.shape[1]]  # a static cache's has columns for tokens to come
+        else:
+            mask = None  # of four dimensions, or several: a user's own, which says nothing of padding
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, attention_mask=attention_mask, memory_mask=mask, **kwargs
+        )
+
+
+class MemoryHead:
+    """A model around such a decoder: it collects the means of the gates, and tells `generate`'s padding."""
+
+    config: Any
+    is_gradient_checkpointing: bool
+    get_decoder: Callable[[], Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # of which some models tell their decoder in masks of their own
+            kwargs.setdefault("memory_mask", mask)
+        is_asked = kwargs.pop("output_gate_means", False)
+        return_dict = kwargs.pop("return_dict", None)
+        price = getattr(self.config, "gate_price", 0.0) if kwargs.get("labels") is not None else 0.0
+        means: list[Tensor] = []
+        to_collect = {"gate_means": means} if is_asked or price else {}
+        output = super().forward(*args, return_dict=True, **to_collect, **kwargs)  # type: ignore[misc]
+        if to_collect:
+            is_lost = output[0].requires_grad and not all(x.requires_grad for x in means)
+            if is_lost and self.is_gradient_checkpointing:
+                raise ValueError(
+                    "`use_reentrant` must be False in gradient_checkpointing_kwargs for the means of gates to have "
+                    "gradients, got True"
+                )
+            if price and means:
+                output.loss = output.loss + price * _share(**kwargs) * torch.stack(means).mean()
+            if is_asked:
+                kind: Any = type(output)
+                output = _with_gate_means(kind)(**output, gate_means=tuple(means))
+        is_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if is_tuple else output
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
+        # piece of a prompt comes first, or says of no length.
+        is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        inputs["memory_mask"] = None if is_decoding else kwargs.get("attention_mask")
+        return inputs
+
+    def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """As inherited; with the layers of the memories, which must be there when the past begins to be recorded."""
+        result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        if cache is not None:
+            self.get_decoder()._cache_layers(cache)
+            if config.is_assistant:
+                cache.activate_past_recording()
+        return result
+
+
+def _share(labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    """What a call's labels are of all labels of a step, over which its loss is summed, if that is said."""
+    return 1.0 if num_items_in_batch is None else (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+@functools.cache
+def _with_gate_means(kind: type) -> type:
+    """A class of outputs, with the means of gates."""
+    names = {
+        "__module__": kind.__module__,
+        "__annotations__": {"gate_means": tuple[Tensor, ...] | None},
+        "__reduce__": lambda self: (_output, (kind, dict(self))),  # pickle finds its class nowhere
+        "gate_means": None,
+    }
+    return dataclass(type(kind.__name__, (kind,), names))
+
+
+def _output(kind: type, values: dict[str, Any]) -> Any:
+    return _with_gate_means(kind)(**values)
+
+
+def with_signature(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A method with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments.
+
+    What comes by position goes on by name, but for the first argument.
+    """
+    parameters = inspect.signature(inner).parameters.items()
+    names = [name for name, x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD][2:]
+
+    @functools.wraps(inner)
+    def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args[1:], strict=False))
+        return forward(self, *args[:1], *args[1 + len(named) :], **named, **kwargs)
+
+    return signed
+
+
+@functools.cache
+def _mixed(mixin: Any, kind: Any) -> type:
+    """The class `kind` with a mixin; it goes by its name, by which transformers' plans and configs find it."""
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__reduce_ex__": lambda self, protocol: (_empty, (mixin, kind), self.__dict__),  # pickle finds it nowhere
+    }
+    for name in ("forward", "prepare_inputs_for_generation"):
+        if hasattr(mixin, name) and hasattr(kind, name):
+            names[name] = with_signature(getattr(mixin, name), getattr(kind, name))
+    return type(kind.__name__, (mixin, kind), names)
+
+
+def _empty(mixin: Any, kind: Any) -> Any:
+    cls: Any = _mixed(mixin, kind)
+    return cls.__new__(cls)
+
+
+def mix_into(module: nn.Module, mixin: Any) -> None:
+    if not isinstance(module, mixin):
+        kind: Any = type(module)
+        module.__class__ = _mixed(mixin, kind)
+        if "_old_forward" in vars(module):  # what accelerate's hooks run, for a model on several devices
+            vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")  #: of a layer's arguments, what the model says
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    """The options of a layer, as a config's file holds them."""
+    parameters = inspect.signature(kind).parameters
+    return plain({name: x.default for name, x in parameters.items() if name not in OWN})
+
+
+def make_memory(config: Any, index: int, options: dict[str, Any], **kwargs: Any) -> FastWeightProductKeyMemory:
+    if isinstance(dtype := options.get("memory_dtype"), str):
+        options = {**options, "memory_dtype": getattr(torch, dtype)}
+    memory = FastWeightProductKeyMemory(config.hidden_size, layer_idx=index, **options, **kwargs)
+    memory.num_hidden_layers = config.num_hidden_layers  # for a cache that does not know
+    return memory
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as a config's file can hold them: names of dtypes, and Python's numbers for NumPy's."""
+    plain = {name: x.item() if hasattr(x, "item") else x for name, x in options.items()}
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in plain.items()}
