@@ -3,6 +3,9 @@
 import copy
 import inspect
 import pickle
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,11 +50,12 @@ from fwpkm_kernels.integrations.transformers import (
     add_memory,
     load_memory,
 )
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, StreamedMemory, parameter_groups
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, StreamedMemory
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+ROOT = Path(__file__).resolve().parent.parent
 #: What transformers calls a cache, from 5.24 on and before.
 CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 PAD, VOCABULARY, PROMPT = 0, 61, 23
@@ -841,19 +845,14 @@ def test_the_ten_lines(tmp_path):
     qwen().save_pretrained(tmp_path)
     prompts = ["a b c d e f a b", "c d"]
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    add_memory(model, layers=[0, 2], **MEMORY, output_init="zeros")
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2, weight_decay=0.1))
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (lines,) = (block for block in blocks if "add_memory" in block)
+    lines = lines.replace('"Qwen/Qwen3-0.6B"', "folder").replace("layers=[2, 14]", "layers=[0, 2]")
+    lines = lines.replace("num_keys=512, chunk_size=512", "**MEMORY").replace("max_new_tokens=64", "max_new_tokens=8")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([tokenizer(prompt) for prompt in prompts])
-    losses = []
-    for _ in range(5):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    text = model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), max_new_tokens=8)
-    assert losses[-1] < losses[0]
+    names: dict[str, Any] = {"folder": tmp_path, "MEMORY": MEMORY, "batch": batch, "prompts": prompts}
+    exec(lines, names)
+    model, text = names["model"], names["text"]
     assert model.model.layers[0].memory.o_proj.weight.count_nonzero() > 0
     assert text.shape == (2, 16)
