@@ -41,8 +41,10 @@ def hasten_the_interpreter() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
-if not HAS_GPU and find_spec("triton"):
-    hasten_the_interpreter()
+def pytest_configure() -> None:
+    if not HAS_GPU and find_spec("triton"):
+        hasten_the_interpreter()
+
 
 #: Marks of a test that only the interpreter makes slow: a GPU runs it with the others.
 SLOW_IN_INTERPRETER = [] if HAS_GPU else [pytest.mark.slow]

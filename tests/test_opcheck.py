@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fwpkm_kernels.documents  # noqa: F401  whose operators nothing else here would register
 from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.binding import Queue
 from fwpkm_kernels.chunks import Options
@@ -195,6 +196,29 @@ def rollback_samples(place: Place) -> Samples:
     yield "none", (torch.tensor(8), 0, 4)
 
 
+def documents_samples(place: Place) -> Samples:
+    inputs = make_inputs(2, 7, num_keys=8, dtype=torch.float32, device=place.device)
+    rows = [inputs[name] for name in ("queries", "targets", "keys", "values")]
+    packed = [*(x.flatten(0, 1).unsqueeze(0) for x in rows[:2]), *rows[2:]]
+    of_each = [*packed[:2], *(x.expand(3, *x.shape) for x in rows[2:])]
+    mask = torch.ones(2, 7, device=place.device).tril(3)
+    bounds = torch.tensor([0, 5, 5, 14])
+    o = Options(chunk_size=3, top_k=2, backend=place.backend)
+    yield "masked", (*rows, inputs["gates"], mask, None, False, *o)
+    yield "packed", (*packed, None, None, bounds, True, *o)
+    yield "packed and padded", (*packed, None, mask.view(1, 14).bool(), bounds.int(), False, *o)
+    yield "goes on", (*of_each, inputs["gates"].view(1, 14), None, bounds, True, *o._replace(boundary="drop"))
+    yield "no tokens", (*(x[:, :0] for x in rows[:2]), *rows[2:], None, mask[:, :0], None, True, *o)
+
+
+def documents_grad_samples(place: Place) -> Samples:
+    for name, arguments in documents_samples(place):
+        results = OPS.fast_weight_memory_documents(*arguments)
+        of_memory = [testing.random_cotangent(x) for x in results[3:]] or [None, None]
+        yield name, (testing.random_cotangent(results[0]), *of_memory, *arguments[:7], *arguments[8:])
+    yield "of the memory alone", (None, *of_memory, *arguments[:7], *arguments[8:])
+
+
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_lookup": lookup_samples,
     "product_key_lookup_halves": lookup_samples,
@@ -210,6 +234,8 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
     "fast_weight_memory_backward": memory_grad_samples,
+    "fast_weight_memory_documents": documents_samples,
+    "fast_weight_memory_documents_backward": documents_grad_samples,
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
     "private_copy": copy_samples,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -9,22 +10,24 @@ from torch import Tensor
 from .. import _checks as checks
 
 #: The names in published checkpoints, by ours. Biases may be missing, and all that is of the gate (`g_`).
-NAMES = {
-    "q_norm.weight": "fw_q_norm.weight",
-    "q_proj.weight": "fw_q_proj.weight",
-    "q_proj.bias": "fw_q_proj.bias",
-    "v_norm.weight": "fw_v_norm.weight",
-    "v_proj.weight": "fw_v_proj.weight",
-    "v_proj.bias": "fw_v_proj.bias",
-    "g_norm.weight": "fw_out_gate_norm.weight",
-    "g_proj.weight": "fw_out_gate.weight",
-    "g_proj.bias": "fw_out_gate.bias",
-    "o_norm.weight": "fw_out_norm.weight",
-    "o_proj.weight": "fw_out_proj.weight",
-    "o_proj.bias": "fw_out_proj.bias",
-    "keys": "fwpkm.keys",
-    "table.weight": "fwpkm.values",
-}
+NAMES = MappingProxyType(
+    {
+        "q_norm.weight": "fw_q_norm.weight",
+        "q_proj.weight": "fw_q_proj.weight",
+        "q_proj.bias": "fw_q_proj.bias",
+        "v_norm.weight": "fw_v_norm.weight",
+        "v_proj.weight": "fw_v_proj.weight",
+        "v_proj.bias": "fw_v_proj.bias",
+        "g_norm.weight": "fw_out_gate_norm.weight",
+        "g_proj.weight": "fw_out_gate.weight",
+        "g_proj.bias": "fw_out_gate.bias",
+        "o_norm.weight": "fw_out_norm.weight",
+        "o_proj.weight": "fw_out_proj.weight",
+        "o_proj.bias": "fw_out_proj.bias",
+        "keys": "fwpkm.keys",
+        "table.weight": "fwpkm.values",
+    }
+)
 #: How many outputs the published gate has.
 GATE_OUTPUTS = 8
 
