@@ -63,20 +63,19 @@ class MemoryDecoder:
                 continue
             # A wrapper, as PEFT's, has several, of which one is active.
             memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
-            is_new = not any(find(cache, x) for x in memories)
-            entries = [find_or_append(cache, x) for x in memories]
-            columns = max(x.get_seq_length() for x in entries)
-            if is_new:
+            known = [x for x in (find(cache, x) for x in memories) if x is not None]
+            columns = max([0, *(x.get_seq_length() for x in known)])
+            if not known:
                 states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
                 is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
             else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
-                is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in entries)
+                is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in known)
             if is_split:
                 raise ValueError(
                     "`cache` must have been read by this model from its first token, and cropped as a whole, got one "
                     f"whose memory has read {columns} tokens, unlike its other layers"
                 )
-            found += entries
+            found += [find_or_append(cache, x) for x in memories]
         return found
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
