@@ -229,20 +229,6 @@ OPERATIONS = (
     _stream("step"),
     _stream("prefill"),
     _stream("decode"),
-    _layer("layer", "sequence"),
-    _layer("layer-batch", "batch"),
-    Operation(
-        "layer-decode",
-        ("forward",),
-        providers.reference_layer,
-        functools.partial(inputs.of_layer, scope="sequence"),
-        costs.layer,
-        (
-            Provider(PACKAGE, providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
-            Provider(COMPOSED, providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
-        ),
-        in_place=True,
-    ),
     Operation(
         "lookup",
         ("forward", "backward"),
@@ -340,6 +326,20 @@ OPERATIONS = (
             Provider("dense", providers.dense_update, _dense_applies, capturable=False),
         ),
         wrt=("values", "weights", "targets", "predictions"),
+    ),
+    _layer("layer", "sequence"),
+    _layer("layer-batch", "batch"),
+    Operation(
+        "layer-decode",
+        ("forward",),
+        providers.reference_layer,
+        functools.partial(inputs.of_layer, scope="sequence"),
+        costs.layer,
+        (
+            Provider(PACKAGE, providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
+            Provider(COMPOSED, providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
+        ),
+        in_place=True,
     ),
 )
 
