@@ -174,15 +174,16 @@ class StreamedMemory:
 
         Options other than those that may change from step to step are the states' to refuse.
         """
-        own: dict[str, Any] = {"scope": self.scope, "query_conv": self.conv_width}
-        came: dict[str, Any] = {"scope": scope, "query_conv": conv_width}
+        names = ("scope", "query_conv", "keys", "values", "chunk_size")
+        came = (scope, conv_width, keys.shape, values.shape, options.chunk_size)
         for one in self.sessions[:1]:
-            own |= {"keys": checks.shape(one.state.keys), "values": checks.shape(one.state.values)}
-            own["chunk_size"] = one.options.chunk_size
-            came |= {"keys": checks.shape(keys), "values": checks.shape(values), "chunk_size": options.chunk_size}
-        for name, x in came.items():
-            if own[name] != x:
-                raise ValueError(f"`memory` must have been made by this layer, whose {name} is {x}, got {own[name]}")
+            own = (self.scope, self.conv_width, one.state.keys.shape, one.state.values.shape, one.options.chunk_size)
+            for name, ours, theirs in zip(names, came, own, strict=True):
+                if ours != theirs:
+                    ours, theirs = (list(x) if isinstance(x, torch.Size) else x for x in (ours, theirs))
+                    raise ValueError(
+                        f"`memory` must have been made by this layer, whose {name} is {ours}, got {theirs}"
+                    )
         for one in self.sessions:
             one.options = options
 
