@@ -133,6 +133,24 @@ def assert_same_in_triton(case: Case, bound: float = 1e-12) -> Writes:
     gates=True,
 )
 @example(
+    cut={"length": 9, "chunk_size": 4, "lookahead": 1, "boundary": "drop"},
+    options={"top_k": 3, "step": "normalized"},
+    batch=2,
+    carries=False,
+    num_slots=20,
+    mask="some",
+    gates=True,
+)
+@example(
+    cut={"length": 9, "chunk_size": 4, "lookahead": 2, "boundary": "carry"},
+    options={"top_k": 3, "step": "gradient", "weighting": "silu"},
+    batch=2,
+    carries=True,
+    num_slots=20,
+    mask="some",
+    gates=True,
+)
+@example(
     cut={"length": 5, "chunk_size": 3, "lookahead": 1, "boundary": "carry"},
     options={"top_k": 2},
     batch=0,
