@@ -65,7 +65,6 @@ class Documents(NamedTuple):
         else:
             on_cpu = self.cu_seqlens.cpu() if self.cu_seqlens_cpu is None else self.cu_seqlens_cpu
             bounds = on_cpu.tolist()
-            _check_bounds(bounds, self.length)
         whole: list[slice | Tensor] = [slice(*pair) for pair in pairwise(bounds)]
         if self.mask is None:
             return whole
@@ -290,15 +289,11 @@ _untraced_loop = _disable_dynamo(_loop)
 _INPUTS = "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, Tensor? cu_seqlens"
 
 
-def _documents_of(targets: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Documents:
-    return make_documents(targets, mask, cu_seqlens, None)
-
-
 @operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {OPTIONS_SCHEMA}) -> Tensor[]")
 def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
 ) -> list[Tensor]:
-    documents = _documents_of(targets, mask, cu_seqlens)
+    documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
     results = _loop(queries, targets, keys, values, gates, documents, return_memory, Options(*options))
     return [x for x in results if x is not None]
 
@@ -325,7 +320,7 @@ def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *o
 def _documents_backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
 ) -> list[Tensor]:
-    o, documents = Options(*options), _documents_of(targets, mask, cu_seqlens)
+    o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
     inputs = (queries, targets, keys, values, gates)
     results = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
     pieces = documents.pieces()

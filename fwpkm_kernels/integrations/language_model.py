@@ -151,7 +151,7 @@ class FwPKMBlock(MemoryBlock, Qwen3DecoderLayer):
 class FwPKMPreTrainedModel(Qwen3PreTrainedModel):
     config: FwPKMConfig
     config_class = FwPKMConfig
-    _no_split_modules = ["FwPKMBlock"]  # noqa: RUF012
+    _no_split_modules = ["FwPKMBlock"]  # noqa: RUF012  transformers declares it so
 
     def _init_weights(self, module: nn.Module) -> None:
         # A layer comes after what is in it. What was loaded is left alone by torch.nn.init under transformers' guard.

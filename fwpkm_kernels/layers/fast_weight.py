@@ -342,8 +342,9 @@ class FastWeightProductKeyMemory(nn.Module):
         Args:
             hidden_states: [B, T, d].
             attention_mask: [B, T], bool, integer or real; what is > 0 is a token, the rest padding. Where it lies on a
-                GPU, scope="sequence" waits for a copy of it, once a call; None costs nothing. Under scope="batch" it
-                multiplies what is written, as in `fast_weight_memory`, and NaN at padding spreads.
+                GPU, scope="sequence" waits for a copy of it, once a call (with a `query_conv` that streams, twice).
+                Under scope="batch" it multiplies what is written, as in `fast_weight_memory`, and NaN at padding
+                spreads.
             cache, past_key_values: a `Cache` of transformers or fla, to stream with; two names of one argument.
             use_cache: taken, and without effect, as other mixers take it: a cache that is given is used.
             cu_seqlens: [S + 1], int32 or int64, non-decreasing from 0 to T: the borders of documents that are packed
@@ -487,7 +488,7 @@ class FastWeightProductKeyMemory(nn.Module):
                 f"`{name}` is for {memory.batch} sequences, got {documents.number} in `hidden_states` "
                 f"[B, T, d], {checks.shape(x)}"
             )
-        memory.check(self.keys, self.table.weight, self.scope, self.options, self._conv_width)
+        memory.take_over(self.keys, self.table.weight, self.scope, self.options, self._conv_width)
         if self.scope == "batch" and documents.cu_seqlens is not None:
             raise ValueError(_PACKED)
         return memory

@@ -169,8 +169,8 @@ class StreamedMemory:
         self.columns = state.position
         return self
 
-    def check(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
-        """Refuse a layer of another kind than the one that has made this; take over its options, as they are now.
+    def take_over(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
+        """Take over the options of the layer, as they are now; refuse one of another kind than what has made this.
 
         Options other than those that may change from step to step are the states' to refuse.
         """
