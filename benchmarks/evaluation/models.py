@@ -1,0 +1,259 @@
+"""The models that are compared: one composition, `FwPKMForCausalLM`, with other mixers and memories.
+
+A model's name is its mixer, "full", "swa" (sliding window) or "gdn" (Gated DeltaNet), then "+fwpkm" for a fast-weight
+product key memory before the mixer of some layers, and "+pkm" for a static product key memory in place of the MLP of
+some. All models of a size have as many parameters outside of tables and sub-keys: the width of the MLPs makes up for
+what projections of memories and other mixers take.
+"""
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
+
+from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM
+from fwpkm_kernels.layers import FastWeightProductKeyMemory
+
+MIXERS = MappingProxyType({"full": "full_attention", "swa": "sliding_attention", "gdn": "linear_attention"})
+MODELS = ("swa+fwpkm", "full", "swa", "gdn", "swa+pkm", "gdn+fwpkm", "swa+fwpkm+pkm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What all models of a size have in common."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int  #: outside of tables and sub-keys
+    window: int
+    gdn: dict[str, int]
+    memory_layers: tuple[int, ...]
+    pkm_layers: tuple[int, ...]
+    memory: dict[str, Any]
+    pkm: dict[str, Any]
+    context_attention: bool = True  #: whether full attention has the convolution and the head start
+    initializer_range: float | None = None  #: None: hidden_size^-0.5
+
+
+_MEMORY: dict[str, Any] = {"scope": "batch", "initial_memory": "persistent"}
+
+SIZES = MappingProxyType(
+    {
+        "miniature": Size(
+            hidden_size=128, layers=2, heads=4, kv_heads=4, head_dim=32, parameters=480_000, window=64,
+            gdn={"heads": 4, "head_dim": 32},
+            memory_layers=(1,), pkm_layers=(1,),
+            memory=_MEMORY | {"num_keys": 512, "key_dim": 128, "value_dim": 64, "top_k": 8, "chunk_size": 256, "query_conv": 16},
+            pkm={"num_keys": 128, "heads": 2, "key_dim": 64, "value_dim": 128, "top_k": 16},
+        ),
+    }
+)  # fmt: skip
+
+
+def blocked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention over all keys, or over a window in blocks of its width, so that its cost is linear in length.
+
+    For transformers' `AttentionInterface`. Queries [B, H, T, d] are the last T of the S positions of keys and values
+    [B, G, S, d]; padding and packed documents are not known here.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length, past = query.shape[2], key.shape[2] - query.shape[2]
+    if sliding_window is None or key.shape[2] <= sliding_window:
+        if past == 0:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        else:
+            visible = torch.ones(length, key.shape[2], dtype=torch.bool, device=key.device).tril(past)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+        return out.transpose(1, 2), None
+    # Block i of queries sees keys i·w ... (i + 2)·w of those padded by what is missing of a whole window before them.
+    window, (batch, heads, _, width) = sliding_window, query.shape
+    blocks = -(-length // window)
+    right, before = blocks * window - length, window - past
+    query = F.pad(query, (0, 0, 0, right)).view(batch, heads, blocks, window, width)
+    key, value = (F.pad(x, (0, 0, before, right)).unfold(2, 2 * window, window).mT for x in (key, value))
+    q, k = torch.arange(window, device=query.device).unsqueeze(1), torch.arange(2 * window, device=query.device)
+    visible = ((k > q) & (k <= q + window)).expand(blocks, -1, -1).clone()
+    first = max(0, before)
+    for block in range(-(-first // window)):
+        visible[block] &= k >= first - block * window
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        *flat, attn_mask=visible.repeat(batch, 1, 1).unsqueeze(1), scale=scaling
+    )
+    return out.view(batch, blocks, heads, window, width).transpose(2, 3).flatten(1, 2)[:, :length], None
+
+
+AttentionInterface.register("blocked", blocked_attention)
+
+
+class ContextAttention(Qwen3Attention):
+    """Full attention whose queries and keys come from a causal convolution, and match contexts from the start.
+
+    Plain attention does not learn to look needles up in a small budget. This one begins knowing how: a query is a
+    projection of the last bytes up to its own, a key the same projection of the bytes before its own, so that each byte
+    finds those that came after a like context. Only a quarter of a head is rotated, as in Qwen3-Next.
+    """
+
+    WIDTH = 8  #: of the convolution
+    SHARPNESS = 3.0  #: with which heads begin
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        width = config.hidden_size
+        self.conv = nn.Conv1d(width, 2 * width, self.WIDTH, groups=width, bias=False)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Draw the filters, and let keys match queries."""
+        filters = torch.randn(self.conv.weight.shape[0] // 2, self.WIDTH) * self.WIDTH**-0.5
+        filters[:, 0] = 0.0
+        self.conv.weight.copy_(torch.stack((filters, filters.roll(-1, 1)), 1).view_as(self.conv.weight))
+        self.k_proj.weight.copy_(self.q_proj.weight[: len(self.k_proj.weight)])
+        self.q_norm.weight.fill_(self.SHARPNESS)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        x = hidden_states.mT
+        before = F.pad(x, (self.WIDTH - 1, 0))
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
+            seen = layer.get_seq_length()
+            history = layer.update_conv_state(x, conv_kernel_size=self.WIDTH - 1)
+            before = history if seen else before
+        mixed = self.conv(before[..., -(x.shape[-1] + self.WIDTH - 1) :]).unflatten(1, (-1, 2))
+        q, k = (self._heads(linear(mixed[:, :, i].mT)) for i, linear in enumerate((self.q_proj, self.k_proj)))
+        q, k, v = self.q_norm(q), self.k_norm(k), self._heads(self.v_proj(hidden_states))
+        cos, sin = position_embeddings
+        is_still = torch.arange(self.head_dim, device=x.device) % (self.head_dim // 2) >= self.head_dim // 8
+        cos, sin = torch.where(is_still, 1.0, cos).to(x.dtype), torch.where(is_still, 0.0, sin).to(x.dtype)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        out, _ = blocked_attention(self, q, k, v, None, scaling=self.scaling)
+        return self.o_proj(out.flatten(2)), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def split_name(model: str) -> tuple[str, bool, bool]:
+    """The mixer, whether there are fast-weight memories, and static ones."""
+    mixer, *memories = model.split("+")
+    if mixer not in MIXERS or len(set(memories)) < len(memories) or set(memories) - {"fwpkm", "pkm"}:
+        raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {model!r}")
+    return mixer, "fwpkm" in memories, "pkm" in memories
+
+
+def make_config(model: str, size: Size, memory: dict[str, Any], gate_price: float, vocab_size: int = 256) -> FwPKMConfig:
+    mixer, has_memory, has_pkm = split_name(model)
+    gdn = size.gdn
+    return FwPKMConfig(
+        vocab_size=vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=8,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        sliding_window=size.window,
+        layer_types=[MIXERS[mixer]] * size.layers,
+        linear_key_head_dim=gdn["head_dim"],
+        linear_value_head_dim=gdn["head_dim"],
+        linear_num_key_heads=gdn["heads"],
+        linear_num_value_heads=gdn["heads"],
+        memory_layers=list(size.memory_layers) if has_memory else [],
+        memory={**size.memory, **memory} if has_memory else {},
+        pkm_layers=list(size.pkm_layers) if has_pkm else [],
+        pkm=size.pkm if has_pkm else {},
+        gate_price=gate_price,
+        initializer_range=size.initializer_range or size.hidden_size**-0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+        attn_implementation="blocked",
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters outside of tables and sub-keys, and numbers in these."""
+    of_memory = [x for name, x in model.state_dict().items() if name.endswith((".keys", ".table.weight"))]
+    others = [x for name, x in model.named_parameters() if not name.endswith((".keys", ".table.weight"))]
+    return sum(x.numel() for x in others), sum(x.numel() for x in of_memory)
+
+
+def make_model(config: FwPKMConfig, size: Size) -> FwPKMForCausalLM:
+    """The model, with MLPs of the width with which it comes nearest to the size's number of parameters."""
+    with torch.device("meta"):
+        probes = []
+        for width in (8, 16):
+            config.intermediate_size = width
+            probes.append(count_parameters(_compose(config, size))[0])
+    slope = (probes[1] - probes[0]) // 8
+    config.intermediate_size = round(8 + (size.parameters - probes[0]) / slope)
+    model = _compose(config, size)
+    _start(model)
+    return model
+
+
+@torch.no_grad()
+def _start(model: FwPKMForCausalLM) -> None:
+    """What `initializer_range` leaves alike is set apart: tokens outweigh what the first layers add to them.
+
+    A memory's queries see little of single tokens otherwise, and are slow to learn.
+    """
+    nn.init.normal_(model.model.embed_tokens.weight)
+    for name, weight in model.named_parameters():
+        if name.endswith(("self_attn.o_proj.weight", "self_attn.out_proj.weight", "mlp.down_proj.weight")):
+            weight.mul_((2 * model.config.num_hidden_layers) ** -0.5)
+    for module in model.modules():
+        if isinstance(module, ContextAttention):
+            module.start()
+
+
+def _compose(config: FwPKMConfig, size: Size) -> FwPKMForCausalLM:
+    model = FwPKMForCausalLM(config)
+    if size.context_attention and config.layer_types[0] == "full_attention":
+        for index, block in enumerate(model.model.layers):
+            block.self_attn = ContextAttention(config, index)
+            block.self_attn.apply(model._init_weights)
+    return model
+
+
+def memories_of(model: nn.Module) -> list[FastWeightProductKeyMemory]:
+    return [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory)]
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache, in which attention with a convolution can keep its last tokens."""
+    model = getattr(model, "module", model)
+    cache = DynamicCache(config=model.config)
+    for index, block in enumerate(model.model.layers):
+        if isinstance(block.self_attn, ContextAttention):
+            cache.layers[index] = LinearAttentionAndFullAttentionLayer()
+    return cache

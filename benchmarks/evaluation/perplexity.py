@@ -1,0 +1,120 @@
+"""Bits per byte of held-out text by position, with the memory as it is, off, and reset.
+
+The held-out documents follow each other in a drawn order, and a model reads them as one stream. "on": the memory is
+written throughout. "off": it is read and never written, lr = 0. "reset every 4K" and "reset each document": it begins
+anew, as training left it, so that only what is older than that is missing. A document's bits are compared with its own
+under another treatment of the memory, at the same place in the stream, so that documents need not be alike.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.evaluation.models import memories_of, new_cache
+from benchmarks.evaluation.needles import PIECE
+from benchmarks.evaluation.text import Corpus
+from fwpkm_kernels.integrations.cache import MemoryCacheLayer
+
+EDGES = (0, 4096, 16384, 65536, 131072)
+TREATMENTS = ("on", "off", "reset every 4K", "reset each document")
+
+
+class Piece(NamedTuple):
+    """A document's bytes between two edges of a stream."""
+
+    document: str
+    order: int
+    low: int
+    high: int
+    bytes: int
+    bits: float  #: the sum over its bytes
+
+
+@torch.no_grad()
+def bits_of_stream(
+    model: Any,
+    data: torch.Tensor,
+    treatment: str,
+    starts: list[int],
+    progress: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:
+    """Bits of each byte but the first of a stream [T] whose documents start at `starts`, [T - 1]."""
+    memories = memories_of(model)
+    options = [memory.options for memory in memories]
+    if treatment == "off":
+        for memory in memories:
+            memory.options = memory.options._replace(lr=0.0)
+    resets = {"reset every 4K": range(0, len(data), 4096), "reset each document": starts}.get(treatment, ())
+    ends = sorted({*range(0, len(data) - 1, PIECE), *(at for at in resets if at < len(data) - 1), len(data) - 1})
+    cache, bits = new_cache(model), []
+    try:
+        for begin, end in zip(ends, ends[1:], strict=False):
+            if begin in set(resets):
+                for layer in cache.layers:
+                    if isinstance(layer, MemoryCacheLayer) and layer.memory is not None:
+                        layer.memory.reset()
+            logits = model(data[None, begin:end], cache=cache, use_cache=True).logits[0].float()
+            bits.append(F.cross_entropy(logits, data[begin + 1 : end + 1], reduction="none") / math.log(2))
+            progress(end - begin)
+    finally:
+        for memory, before in zip(memories, options, strict=True):
+            memory.options = before
+    return torch.cat(bits)
+
+
+def measure(
+    model: Any,
+    corpus: Corpus,
+    treatment: str,
+    orders: int,
+    seed: int,
+    edges: tuple[int, ...] = EDGES,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Piece]:
+    """The bits of every held-out document, in several orders, cut where the buckets of position meet."""
+    pieces = []
+    for order in range(orders):
+        documents = corpus.documents(random.Random(f"{seed} {order}"))
+        starts, at = [], 0
+        for _, document in documents:
+            starts.append(at)
+            at += len(document)
+        stream = b"".join(document for _, document in documents)[: edges[-1] + 1]
+        bits = bits_of_stream(model, torch.tensor(list(stream), device=model.device), treatment, starts, progress)
+        bits = torch.cat((bits.new_zeros(1), bits)).double()  # the first byte of all is not predicted
+        for (name, document), start in zip(documents, starts, strict=True):
+            for low, high in zip(edges, edges[1:], strict=False):
+                begin, end = max(start, low), min(start + len(document), high, len(stream))
+                if begin < end:
+                    pieces.append(Piece(name, order, low, high, end - begin, bits[begin:end].sum().item()))
+    return pieces
+
+
+def mean_bits(pieces: list[Piece], low: int) -> float:
+    """Bits per byte of a bucket."""
+    inside = [piece for piece in pieces if piece.low == low]
+    return sum(piece.bits for piece in inside) / sum(piece.bytes for piece in inside)
+
+
+def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[float, float]:
+    """Bits per byte that a treatment saves in a bucket, and the standard error of that over documents.
+
+    A document's pieces are taken together, whatever the orders; documents count by their bytes. The error is that of a
+    ratio of sums over documents.
+    """
+    saved: dict[str, float] = {}
+    size: dict[str, int] = {}
+    for on, off in zip(with_memory, without, strict=True):
+        if on[:5] != off[:5]:
+            raise ValueError("`with_memory` and `without` must be of the same pieces of text")
+        if on.low == low:
+            saved[on.document] = saved.get(on.document, 0.0) + off.bits - on.bits
+            size[on.document] = size.get(on.document, 0) + on.bytes
+    total, count = sum(size.values()), len(size)
+    mean = sum(saved.values()) / total
+    squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
+    return mean, math.sqrt(squares * count / max(1, count - 1)) / total
