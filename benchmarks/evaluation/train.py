@@ -176,7 +176,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "options": dataclasses.asdict(self.options),
+            "options": json.loads(json.dumps(dataclasses.asdict(self.options))),  # plain lists, which torch.load takes
             "corpus": self.corpus.fingerprint,
             "step": self.step,
             "model": self.model.state_dict(),
