@@ -3,8 +3,8 @@
 A context of held-out text with needles that are evenly deep is read one or several times, and then asked for each
 needle. A question is asked of a copy of what was read, so that no question sees another, and its answer counts only if
 every digit is right by greedy decoding. The model is given the right digits as it goes: the largest of its predictions
-are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are nowhere
-in the context: what is found of these is chance.
+are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are
+nowhere in the context: what is found of these is chance.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.evaluation.models import memories_of, new_cache
+from benchmarks.evaluation.models import new_cache
 from benchmarks.evaluation.text import DIGITS, Corpus, Needle, context, draw_needles
 
 PIECE = 512  #: bytes of a call while a context is read
@@ -37,11 +37,11 @@ class Found(NamedTuple):
     readings: int
     found: int
     needles: int
-    digits: int  #: right, of all digits
+    digits: int  #: right, of all digits, where the model is given those before
     controls_found: int
     by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
     seconds: float  #: of reading the contexts so often, once for all questions
-    state_bytes: int  #: what the model keeps of a context
+    state_bytes: int  #: what the model keeps of a context that was read so often
 
 
 @torch.no_grad()
@@ -65,9 +65,9 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    tallies = {readings: {"found": 0, "digits": 0, "controls": 0, "seconds": 0.0} for readings in cell.readings}
+    names = ("found", "digits", "controls", "seconds", "bytes")
+    tallies = {readings: dict.fromkeys(names, 0.0) for readings in cell.readings}
     by_depth = {readings: [0] * cell.needles for readings in cell.readings}
-    size = 0
     for _ in range(cell.contexts):
         needles = draw_needles(rng, 2 * cell.needles, is_test=True)
         hidden, controls = needles[: cell.needles], needles[cell.needles :]
@@ -81,13 +81,13 @@ def measure(
                 continue
             tally = tallies[reading]
             tally["seconds"] += seconds
+            tally["bytes"] = state_bytes(cache)
             for depth, (needle, control) in enumerate(zip(hidden, controls, strict=True)):
                 right = answer(model, needle, cache)
                 tally["digits"] += right
                 tally["found"] += right == DIGITS
                 by_depth[reading][depth] += right == DIGITS
                 tally["controls"] += answer(model, control, cache) == DIGITS
-        size = state_bytes(cache)
     for readings, tally in tallies.items():
         yield Found(
             cell.length,
@@ -98,17 +98,22 @@ def measure(
             int(tally["controls"]),
             by_depth[readings],
             round(tally["seconds"], 3),
-            size,
+            int(tally["bytes"]),
         )
 
 
 def state_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a cache, those of memories with their tables."""
-    seen: dict[int, int] = {}
+    """Bytes of the tensors in a cache, those of memories with their tables.
+
+    A view counts for what it shows, as attention's window is one of all that a piece has brought; several of one
+    storage count for no more than it has.
+    """
+    views: dict[tuple[int, int], dict[tuple[Any, ...], int]] = {}
 
     def visit(x: Any) -> None:
         if isinstance(x, torch.Tensor):
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()
+            views.setdefault((storage.data_ptr(), storage.nbytes()), {})[x.data_ptr(), x.shape] = x.nbytes
         elif isinstance(x, dict):
             for y in x.values():
                 visit(y)
@@ -120,4 +125,4 @@ def state_bytes(cache: Any) -> int:
         visit(vars(layer))
         for session in getattr(getattr(layer, "memory", None), "sessions", ()):
             visit([*session.state.named_tensors().values(), session.window])
-    return sum(seen.values())
+    return sum(min(size, sum(shown.values())) for (_, size), shown in views.items())

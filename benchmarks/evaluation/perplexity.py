@@ -9,6 +9,7 @@ under another treatment of the memory, at the same place in the stream, so that 
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,13 @@ def bits_of_stream(
     starts: list[int],
     progress: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
-    """Bits of each byte but the first of a stream [T] whose documents start at `starts`, [T - 1]."""
+    """Bits of each byte but the first of a stream [T] whose documents start at `starts`, [T - 1].
+
+    Raises:
+        ValueError: `treatment` is none of `TREATMENTS`.
+    """
+    if treatment not in TREATMENTS:
+        raise ValueError(f"`treatment` must be one of {', '.join(TREATMENTS)}, got {treatment!r}")
     memories = memories_of(model)
     options = [memory.options for memory in memories]
     if treatment == "off":
@@ -52,11 +59,13 @@ def bits_of_stream(
     ends = sorted({*range(0, len(data) - 1, PIECE), *(at for at in resets if at < len(data) - 1), len(data) - 1})
     cache, bits = new_cache(model), []
     try:
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in pairwise(ends):
             if begin in set(resets):
                 for layer in cache.layers:
                     if isinstance(layer, MemoryCacheLayer) and layer.memory is not None:
+                        columns = layer.memory.columns
                         layer.memory.reset()
+                        layer.memory.columns = columns  # the model refuses a memory that has read less than attention
             logits = model(data[None, begin:end], cache=cache, use_cache=True).logits[0].float()
             bits.append(F.cross_entropy(logits, data[begin + 1 : end + 1], reduction="none") / math.log(2))
             progress(end - begin)
@@ -85,11 +94,11 @@ def measure(
             at += len(document)
         stream = b"".join(document for _, document in documents)[: edges[-1] + 1]
         bits = bits_of_stream(model, torch.tensor(list(stream), device=model.device), treatment, starts, progress)
-        bits = torch.cat((bits.new_zeros(1), bits)).double()  # the first byte of all is not predicted
+        bits = torch.cat((bits.new_zeros(1), bits)).double()
         for (name, document), start in zip(documents, starts, strict=True):
-            for low, high in zip(edges, edges[1:], strict=False):
-                begin, end = max(start, low), min(start + len(document), high, len(stream))
-                if begin < end:
+            for low, high in pairwise(edges):
+                begin, end = max(start, low, 1), min(start + len(document), high, len(stream))
+                if begin < end:  # the first byte of all, which is not predicted, is in no piece
                     pieces.append(Piece(name, order, low, high, end - begin, bits[begin:end].sum().item()))
     return pieces
 
@@ -104,7 +113,7 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     """Bits per byte that a treatment saves in a bucket, and the standard error of that over documents.
 
     A document's pieces are taken together, whatever the orders; documents count by their bytes. The error is that of a
-    ratio of sums over documents.
+    ratio of sums over documents; infinite for a single one, which says nothing of others.
     """
     saved: dict[str, float] = {}
     size: dict[str, int] = {}
@@ -117,4 +126,4 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     total, count = sum(size.values()), len(size)
     mean = sum(saved.values()) / total
     squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
-    return mean, math.sqrt(squares * count / max(1, count - 1)) / total
+    return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
