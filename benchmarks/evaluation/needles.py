@@ -45,7 +45,6 @@ class Found(NamedTuple):
     readings: int
     found: int
     needles: int
-    contexts: int
     digits: int  #: right, of all digits
     controls_found: int
     by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
@@ -103,7 +102,6 @@ def measure(
             readings,
             int(tally["found"]),
             cell.contexts * cell.needles,
-            cell.contexts,
             int(tally["digits"]),
             int(tally["controls"]),
             by_depth[readings],
@@ -161,12 +159,18 @@ def resize_memories(model: Any, num_keys: int) -> None:
 
 def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
     """What every line about a trained model says of it."""
+    log = state["log"]
+    last = log[-10:]
     return {
         "row": row or options.model,
         "model": options.model,
         "seed": options.seed,
-        "training_bytes": options.bytes * options.accumulate,
+        "training_bytes": int(sum(step["tokens"] for step in log)),
         "training_cpu_seconds": round(state["cpu_seconds"], 1),
+        **{
+            f"training_{name}": round(sum(step[name] for step in last) / len(last), 4)
+            for name in ("digits_right", "gate")
+        },
         "text": corpus.fingerprint,
         "held_out": sorted(corpus.held_out),
         **stamp(options, device),
@@ -218,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = cell.length * cell.contexts * max(cell.readings)
         with tqdm(total=total, desc=f"{line['row']} {cell.length}", unit="B", unit_scale=True) as bar:
             found = measure(model, corpus, cell, test_seed, bar.update)
-            append_lines(given.out, ({**line, **one._asdict()} for one in found))
+            append_lines(given.out, ({**line, "contexts": cell.contexts, **one._asdict()} for one in found))
     return 0
 
 

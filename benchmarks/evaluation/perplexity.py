@@ -126,20 +126,20 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
 
 
 def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
-    """Bits per byte of each treatment and bucket, then what "on" saves over each other treatment."""
+    """Bits per byte of each treatment and bucket, and the gain of "on" over each other treatment."""
     buckets = sorted({(piece.low, piece.high) for piece in pieces["on"]})
     for treatment, mine in pieces.items():
         for low, high in buckets:
             size = sum(piece.bytes for piece in mine if piece.low == low)
             yield {
-                "treatment": treatment, "over": None, "low": low, "high": high,
-                "bits": round(mean_bits(mine, low), 6), "error": None, "bytes": size,
+                "treatment": treatment, "low": low, "high": high,
+                "bits": round(mean_bits(mine, low), 6), "bytes": size,
             }  # fmt: skip
             if treatment != "on":
                 saved, error = gain(pieces["on"], mine, low)
                 yield {
                     "treatment": "on", "over": treatment, "low": low, "high": high,
-                    "bits": round(saved, 6), "error": round(error, 6), "bytes": size,
+                    "gain": round(saved, 6), "error": round(error, 6), "bytes": size,
                 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def append_lines(path: str | Path, lines: Iterable[Line]) -> None:
 
 
 def read_lines(path: str | Path) -> list[Line]:
-    """The lines of a file, without those that were cut off; CommandError if it cannot be read."""
+    """The lines of a file, without any that was cut off; CommandError if it cannot be read."""
     with reading(path):
         text = Path(path).read_text("utf-8", "replace")
     lines = []
@@ -144,27 +144,29 @@ def show_length(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def recall_table(lines: Sequence[Line]) -> Table:
-    """The needles found, in percent, with the interval; controls found; and what the models were trained on."""
+def recall_table(lines: Sequence[Line], title: str) -> Table:
+    """The needles found, in percent, with the interval; controls found; and how the models were trained."""
     sums = summary(lines)
     lengths = sorted({length for recalls in sums.values() for length, _ in recalls})
-    trained = {
-        row: f"{max(line['training_bytes'] for line in same) / 1000:.0f} KB, "
-        f"{max(line['training_cpu_seconds'] for line in same):.0f} CPU s"
-        for row in sums
-        if (same := [line for line in lines if tested(line) == row])
-    }
     shown = []
     for row, recalls in sums.items():
-        budget = ("" if has_learnt(recalls) else "not learnt: ") + trained[row]
+        budget = ("" if has_learnt(recalls) else "not learnt: ") + _training([x for x in lines if tested(x) == row])
         for readings in sorted({readings for _, readings in recalls}):
             mine = {length: recall for (length, count), recall in recalls.items() if count == readings}
             cells = [_share(mine[length]) if length in mine else "-" for length in lengths]
             controls = f"{sum(x.controls_found for x in mine.values())} of {sum(x.needles for x in mine.values())}"
             seeds = len({seed for recall in mine.values() for seed in recall.seeds})
             shown.append([row.row, _or_dash(row.num_keys), str(readings), str(seeds), *cells, controls, budget])
-    header = ["model", "n", "readings", "seeds", *map(show_length, lengths), "controls found", "trained on"]
-    return Table("Needles found, % [95 % interval] of needles", header, shown)
+    header = ["model", "n", "readings", "seeds", *map(show_length, lengths), "controls found", "training"]
+    return Table(f"{title}: needles found, % [95 % interval] of needles", header, shown)
+
+
+def _training(lines: Sequence[Line]) -> str:
+    """The budget of one seed's training and what it ended with, the means over seeds."""
+    names = ("bytes", "cpu_seconds", "digits_right", "gate")
+    size, seconds, right, gate = (sum(line[f"training_{name}"] for line in lines) / len(lines) for name in names)
+    gates = f", gate {gate:.2f}" if lines[0]["num_keys"] is not None else ""
+    return f"{size / 1000:.0f} KB, {seconds:.0f} CPU s, digits right {right:.2f}{gates}"
 
 
 def _share(recall: Recall) -> str:
@@ -190,13 +192,14 @@ def cost_table(lines: Sequence[Line]) -> Table:
 
 
 def perplexity_table(lines: Sequence[Line]) -> Table:
-    """Bits per byte by position, then what writing the memory saves, with its standard error over documents."""
+    """Bits per byte by position, then the gain of writing the memory, with its standard error over documents."""
     buckets = sorted({(line["low"], line["high"]) for line in lines})
     cells: dict[tuple[str, int, str], dict[tuple[int, int], str]] = {}
-    for line in sorted(lines, key=lambda line: line["over"] is not None):
-        what, cell = line["treatment"], f"{line['bits']:.4f}"
-        if line["over"] is not None:
-            what, cell = f"saved by {what}, over {line['over']}", f"{line['bits']:.4f} ± {line['error']:.4f}"
+    for line in sorted(lines, key=lambda line: "gain" in line):
+        if "gain" in line:
+            what, cell = f"gain over {line['over']}", f"{line['gain']:.4f} ± {line['error']:.4f}"
+        else:
+            what, cell = line["treatment"], f"{line['bits']:.4f}"
         cells.setdefault((line["row"], line["seed"], what), {})[line["low"], line["high"]] = cell
     order = list(dict.fromkeys((line["row"], line["seed"]) for line in lines))
     shown = [
