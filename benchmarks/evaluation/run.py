@@ -242,7 +242,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(x) for x in text.split(","))
 
 
-@command("evaluate")
+@command("run")
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns the exit status, 1 if a job failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation.run", description="Train and measure.")
