@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from benchmarks.results import plain_table
 from fwpkm_kernels import env_report
-from fwpkm_kernels._commands import Lines, reading
+from fwpkm_kernels._commands import Lines, need, reading
 
 #: The share of needles that a model finds at its shortest length, after some number of readings, if it has learnt the
 #: task. What others find at greater lengths says nothing about length.
@@ -133,11 +133,17 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        rows = [self.header, ["---"] * len(self.header), *self.lines]
-        return f"## {self.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        """A heading and a table in Markdown, with columns that are as wide as their cells, to be read as they are."""
+        need("rich", "evaluation")
+        from rich import box, console, table
 
-    def text(self) -> str:
-        return f"{self.title}\n\n{plain_table(self.header, self.lines)}\n"
+        shown = table.Table(*self.header, box=box.MARKDOWN)
+        for line in self.lines:
+            shown.add_row(*line)
+        widths = [max(map(len, column)) + 3 for column in zip(self.header, *self.lines, strict=True)]
+        text = io.StringIO()
+        console.Console(file=text, width=sum(widths) + 1, markup=False, highlight=False).print(shown)
+        return f"## {self.title}\n\n{text.getvalue().strip()}\n"
 
 
 def show_length(length: int) -> str:

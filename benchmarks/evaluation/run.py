@@ -225,8 +225,8 @@ def report(out: Path) -> str:
         last = about[-1]
         versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
         origin = f"{last['device']}, {last['threads']} thread each; {versions}; commit {last['commit']}.\n"
-    texts = ["# Results of an evaluation\n", NOTES, origin, *(table.markdown() for table in tables)]
-    write_output(out / "results.md", "\n".join(texts))
+    texts = [table.markdown() for table in tables]
+    write_output(out / "results.md", "\n".join(["# Results of an evaluation\n", NOTES, origin, *texts]))
     logs = {path.parent.name: train.load_checkpoint(path.parent)["log"] for path in sorted(out.glob("runs/*/*.pt"))}
     draw = {
         "recall.png": functools.partial(plots.plot_recall, lines["needles"]),
@@ -235,7 +235,7 @@ def report(out: Path) -> str:
         "num_keys.png": functools.partial(plots.plot_num_keys, lines["ablations"]),
     }
     try_all(functools.partial(function, out / name) for name, function in draw.items())
-    return "\n".join(table.text() for table in tables) or "no results\n"
+    return "\n".join(texts) or "no results\n"
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -276,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = {model: given.seeds or ((0, 1, 2) if given.full and model == HEADLINE else (0,)) for model in models}
     make_folder(given.out, *plots.FILES, "results.md", *(f"{name}.jsonl" for name in RESULTS))
     tqdm = need("tqdm", "evaluation").tqdm
-    need("matplotlib.figure", "evaluation")
+    for module in ("matplotlib.figure", "rich"):
+        need(module, "evaluation")
     failures: list[str] = []
     if not given.report:
         size, changes = given.size, tuple(given.set)
