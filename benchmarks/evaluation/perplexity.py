@@ -6,18 +6,23 @@ anew, as training left it, so that only what is older than that is missing. A do
 under another treatment of the memory, at the same place in the stream, so that documents need not be alike.
 """
 
+import argparse
 import math
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import PIECE
+from benchmarks.evaluation.needles import PIECE, about, load_trained
+from benchmarks.evaluation.records import Line, append_lines, read_lines, tested
 from benchmarks.evaluation.text import Corpus
+from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
 
 EDGES = (0, 4096, 16384, 65536, 131072)
@@ -127,3 +132,66 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     mean = sum(saved.values()) / total
     squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
     return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
+
+
+def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
+    """Bits per byte of each treatment and bucket, and the gain of "on" over each other treatment."""
+    buckets = sorted({(piece.low, piece.high) for piece in pieces["on"]})
+    for treatment, mine in pieces.items():
+        for low, high in buckets:
+            size = sum(piece.bytes for piece in mine if piece.low == low)
+            yield {
+                "treatment": treatment, "low": low, "high": high,
+                "bits": round(mean_bits(mine, low), 6), "bytes": size,
+            }  # fmt: skip
+            if treatment != "on":
+                saved, error = gain(pieces["on"], mine, low)
+                yield {
+                    "treatment": "on", "over": treatment, "low": low, "high": high,
+                    "gain": round(saved, 6), "error": round(error, 6), "bytes": size,
+                }  # fmt: skip
+
+
+@command("perplexity")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, unless the file of results has it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation.perplexity", description="Bits per byte.")
+    parser.add_argument("folder", type=Path, help="of a training run")
+    parser.add_argument("--out", required=True, help="file of JSON lines to append to; what it has is kept")
+    parser.add_argument("--orders", type=int, default=3, help="in which the documents are read; 3 if not given")
+    parser.add_argument("--treatments", default=",".join(TREATMENTS), help="of the memory; all if not given")
+    parser.add_argument("--seed", type=int, help="of the orders; the training's if not given")
+    parser.add_argument("--row", help="name in the tables; the model's if not given")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args(argv)
+    treatments = given.treatments.split(",")
+    if treatments[0] != "on" or not set(treatments) <= set(TREATMENTS):
+        raise CommandError(
+            f'--treatments must begin with "on" and be of {", ".join(TREATMENTS)}, got {given.treatments!r}'
+        )
+    if given.orders < 1:
+        raise CommandError(f"--orders must be at least 1, got {given.orders}")
+    check_outputs(given.out)
+    tqdm = need("tqdm", "evaluation").tqdm
+    model, options, state, corpus = load_trained(given.folder, given.device)
+    seed = options.seed if given.seed is None else given.seed
+    memories = memories_of(model)
+    line = about(options, state, corpus, given.device, given.row)
+    line |= {"num_keys": memories[0].num_keys if memories else None, "test_seed": seed, "orders": given.orders}
+
+    def key(x: Line) -> tuple[object, ...]:
+        return (*tested(x), x["seed"], x["test_seed"], x["orders"])
+
+    treatments = treatments if memories else ["on"]
+    known = read_lines(given.out) if Path(given.out).is_file() else []
+    if set(treatments) <= {x["treatment"] for x in known if key(x) == key(line)}:
+        return 0
+    size = min(sum(map(len, corpus.held_out.values())) - 1, EDGES[-1])
+    with tqdm(total=size * given.orders * len(treatments), desc=line["row"], unit="B", unit_scale=True) as bar:
+        pieces = {x: measure(model, corpus, x, given.orders, seed, progress=bar.update) for x in treatments}
+    append_lines(given.out, ({**line, **one} for one in lines_of(pieces)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
