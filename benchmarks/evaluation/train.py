@@ -4,6 +4,8 @@ Each row of a batch is text with needles that are asked for later. The loss is t
 of the digits that are asked for, plus the gates' mean at a price. What a step trains on follows from seed, step, rank
 and number of the part alone, so that a run goes on from its checkpoint as if it had never stopped. Under ``torchrun``
 ranks train together.
+
+FOLDER gets ``checkpoint.pt``, every now and then and when the run is told to end, and at the end ``loss.png``.
 """
 
 import argparse
@@ -13,11 +15,13 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import resource
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model
-from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, training_batch
-from fwpkm_kernels._commands import command, make_folder, need, reading, write_output
-from fwpkm_kernels.layers import advance_memory, parameter_groups
+from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, split_name
+from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
+from fwpkm_kernels._commands import CommandError, command, make_folder, need, reading, write_output
+from fwpkm_kernels.integrations.mixins import defaults
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory, parameter_groups
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, PLOT = "checkpoint.pt", "loss.png"
 
 
 class Phase(NamedTuple):
@@ -73,7 +78,8 @@ class Options:
 
     @property
     def bytes(self) -> int:
-        return sum(phase.length * phase.batch * phase.steps for phase in self.plan)
+        """That one rank trains on."""
+        return self.accumulate * sum(phase.length * phase.batch * phase.steps for phase in self.plan)
 
     def phase(self, step: int) -> Phase:
         for phase in self.plan:
@@ -85,12 +91,60 @@ class Options:
     def rate(self, step: int) -> float:
         """The learning rate of a step, over `lr`: a line up, then a cosine."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / self.warmup) * (self.final_lr + (1 - self.final_lr) * cosine)
+        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
 def options_of(given: dict[str, Any]) -> Options:
     """Options from the dict that `dataclasses.asdict`, or JSON, makes of them."""
     return Options(**{**given, "plan": tuple(Phase(*phase) for phase in given["plan"])})
+
+
+def changed(options: Options, changes: Sequence[str]) -> Options:
+    """Options with others set, as ``lr=1e-3``, ``plan=512x2x160,4096x1x90`` or ``memory.top_k=16``.
+
+    Raises:
+        ValueError: a change names no option, or has no value for it.
+    """
+    given = dataclasses.asdict(options)
+    parsers = {name: type(x) for name, x in given.items() if name not in ("model", "size", "seed", "memory")}
+    parsers |= {"plan": _parse_plan, "dtype": _parse_dtype}
+    if split_name(options.model)[1]:
+        parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in parsers:
+            raise ValueError(f"`--set` must have, for {options.model}, names of {', '.join(parsers)}, got {change!r}")
+        parse = parsers[name]
+        try:
+            value = parse(text)
+        except (TypeError, ValueError):
+            expected = parse.__name__ if isinstance(parse, type) else parse.__doc__
+            raise ValueError(f"`{name}` must be {expected}, got {text!r}") from None
+        kind, _, option = name.rpartition(".")
+        (given[kind] if kind else given)[option] = value
+    return options_of(given)
+
+
+def _parse_plan(text: str) -> list[Phase]:
+    """LENGTHxBATCHxSTEPS, and more after commas"""
+    plan = [Phase(*map(int, phase.split("x"))) for phase in text.split(",")]
+    if min(map(min, plan)) < 1:
+        raise ValueError
+    return plan
+
+
+def _parse_dtype(text: str) -> str:
+    """float32 or bfloat16"""
+    if text not in ("float32", "bfloat16"):
+        raise ValueError
+    return text
+
+
+def _parse_any(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 class Trainer:
@@ -112,11 +166,19 @@ class Trainer:
         if is_parallel:
             self.called = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.step = 0
+        self.seconds = self.cpu_seconds = 0.0  #: of training, on the clock and of the processors
         self.log: list[dict[str, float]] = []  #: a line for each step
 
     @property
     def is_done(self) -> bool:
         return self.step == self.options.steps
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.ranks == 1:
+            return number
+        torch.distributed.all_reduce(x := torch.tensor(number, device=self.device), torch.distributed.ReduceOp.MAX)
+        return int(x)
 
     def batch(self, part: int) -> tuple[Tensor, Tensor]:
         """What a part of this step trains on: bytes [batch, length + 1], and which of them are asked for."""
@@ -128,8 +190,12 @@ class Trainer:
         return x.to(self.device), is_answer.to(self.device)
 
     def train_step(self) -> dict[str, float]:
-        """One step of the optimizer; its line of the log."""
-        o, started = self.options, time.perf_counter()
+        """One step of the optimizer; its line of the log.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; nothing has been changed then.
+        """
+        o, started, cpu_started = self.options, time.perf_counter(), time.process_time()
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = o.lr * o.rate(self.step)
@@ -142,6 +208,11 @@ class Trainer:
                 (loss / o.accumulate).backward()
             sums += figures / o.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
+        if not norm.isfinite():  # nor is it where the loss is not, on any rank
+            bits = sums[0].item()
+            raise FloatingPointError(
+                f"the gradient of step {self.step + 1} has norm {norm.item()}, at {bits} bits a byte"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         advance_memory(self.model)
@@ -154,7 +225,10 @@ class Trainer:
         line = dict(zip(names, (round(x, 5) for x in (*sums.tolist(), norm.item())), strict=True))
         self.step += 1
         line |= {"step": self.step, "length": phase.length, "tokens": tokens}
-        line["seconds"] = round(time.perf_counter() - started, 4)
+        seconds = time.perf_counter() - started
+        line["seconds"] = round(seconds, 4)
+        self.seconds += seconds
+        self.cpu_seconds += time.process_time() - cpu_started
         self.log.append(line)
         return line
 
@@ -178,21 +252,34 @@ class Trainer:
         return {
             "options": json.loads(json.dumps(dataclasses.asdict(self.options))),  # plain lists, which torch.load takes
             "corpus": self.corpus.fingerprint,
+            "ranks": self.ranks,
             "step": self.step,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if options_of(state["options"]) != self.options or state["corpus"] != self.corpus.fingerprint:
-            raise ValueError("`state` must be of a run with the same options and text")
+        """Go on where another run was.
+
+        Raises:
+            ValueError: it had other options, another text or another number of ranks.
+        """
+        ours = dataclasses.asdict(self.options) | {"text": self.corpus.fingerprint, "ranks": self.ranks}
+        theirs = dataclasses.asdict(options_of(state["options"])) | {"text": state["corpus"], "ranks": state["ranks"]}
+        if other := [f"{name} {theirs[name]} and not {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(f"`state` must be of the same run, got {'; '.join(other)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log = state["step"], list(state["log"])
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint whole, so that a run that is killed has the one before."""
+        """Write the checkpoint, whole, so that a run that is killed has the one before; one rank does it for all."""
+        if self.rank > 0:
+            return
         torch.save(self.state_dict(), data := io.BytesIO())
         write_output(folder / CHECKPOINT, data.getvalue())
 
@@ -210,3 +297,152 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Options, dict[st
     model = make_model(make_config(options.model, size, options.memory, options.gate_price), size)
     model.load_state_dict(state["model"])
     return model.to(device).eval(), options, state
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's tensors, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[list[int]]:
+    """A list that gets the signal with which the run is told to end; the second one ends it at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def train(trainer: Trainer, folder: Path | None, save_every: float) -> int:
+    """Train to the end, with a progress bar, and save in a folder. Returns the signal that ended it before, or 0."""
+    tqdm = need("tqdm", "evaluation")
+    options, saved = trainer.options, time.monotonic()
+    total = options.bytes * trainer.ranks
+    done = int(sum(line["tokens"] for line in trainer.log))
+    bar = tqdm.tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=options.model, disable=trainer.rank > 0)
+    end = 0
+    with bar, told_to_end() as received:
+        while not (trainer.is_done or end):
+            line = trainer.train_step()
+            bar.update(line["tokens"])
+            memory = peak_memory(trainer.device) / 2**30
+            bar.set_postfix_str(f"{line['bits']:.2f} bits, digits {line['digits_right']:.2f}, {memory:.1f} GiB")
+            end = trainer.largest(received[0] if received else 0)
+            if folder is not None and time.monotonic() - saved > save_every:
+                trainer.save(folder)
+                saved = time.monotonic()
+        if folder is not None:
+            trainer.save(folder)
+    return end
+
+
+def plot(log: Sequence[dict[str, float]], title: str) -> bytes:
+    """Bits, digits right and gate against the bytes trained on, as a PNG: each step, and the mean of the last 10."""
+    figure = need("matplotlib.figure", "evaluation").Figure((12, 4), layout="constrained")
+    tokens = torch.tensor([line["tokens"] for line in log]).cumsum(0).tolist()
+    panels = {"bits": "bits a byte", "digits_right": "digits right, of those asked for", "gate": "mean gate"}
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        values = [line[name] for line in log]
+        means = [sum(values[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(values))]
+        axes.plot(tokens, values, "C0", alpha=0.3)
+        axes.plot(tokens, means, "C0")
+        axes.set(xlabel="bytes trained on", ylabel=label)
+    figure.suptitle(title)
+    figure.savefig(png := io.BytesIO(), format="png")
+    return png.getvalue()
+
+
+@contextlib.contextmanager
+def on_device(name: str) -> Iterator[str]:
+    """The device of this process; under torchrun, which sets up the ranks, a GPU of its own."""
+    is_parallel = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    try:
+        if is_parallel and torch.device(name).type == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise CommandError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from None
+    if not is_parallel:
+        yield name
+        return
+    torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        yield name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@command("train")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or go on; ``argv`` replaces the command line. Returns the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.evaluation.train", description="Train a model on needles.")
+    parser.add_argument("folder", type=Path, help=f"for {CHECKPOINT}, from which a run goes on, and {PLOT}")
+    parser.add_argument("--model", default="swa+fwpkm", help=f"one of {', '.join(MODELS)} (%(default)s)")
+    parser.add_argument("--size", "--config", choices=SIZES, default="miniature", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other options")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="instead of Python's documentation")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--save-every", type=float, default=300.0, metavar="SECONDS", help="(%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help=f"begin anew where there is a {CHECKPOINT}")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
+    make_folder(folder, CHECKPOINT, PLOT)
+    for module in ("tqdm", "matplotlib.figure"):
+        need(module, "evaluation")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with on_device(arguments.device) as device:
+        try:
+            options = changed(Options(arguments.model, arguments.size, arguments.seed), arguments.set)
+            trainer = Trainer(options, corpus_of(arguments.text), device)
+            if (folder / CHECKPOINT).exists() and not arguments.fresh:
+                try:
+                    trainer.load_state_dict(load_checkpoint(folder, device))
+                except ValueError as error:
+                    raise CommandError(f"{folder / CHECKPOINT}: {error}; --fresh begins anew") from error
+            end = train(trainer, folder, arguments.save_every)
+        except (TypeError, ValueError, FloatingPointError) as error:
+            raise CommandError(str(error)) from error
+        if trainer.rank == 0:
+            write_output(folder / PLOT, plot(trainer.log, f"{options.model}, {options.size}, seed {options.seed}"))
+            print(summary(trainer))
+    return 128 + end if end else 0
+
+
+def corpus_of(files: Sequence[Path] | None) -> Corpus:
+    """The user's text, or Python's."""
+    if files is None:
+        return python_text()
+    with reading(" ".join(map(str, files))):
+        return read_files(files)
+
+
+def summary(trainer: Trainer) -> str:
+    last, tokens = trainer.log[-1], sum(line["tokens"] for line in trainer.log)
+    return (
+        f"{trainer.step} of {trainer.options.steps} steps, {tokens / 1e6:.2f} MB: {last['bits']:.3f} bits a byte, "
+        f"digits right {last['digits_right']:.3f}, gate {last['gate']:.3f}; {trainer.seconds:.0f} s, "
+        f"{trainer.cpu_seconds:.0f} s of CPU, {tokens / trainer.seconds:.0f} bytes a second, "
+        f"{peak_memory(trainer.device) / 2**30:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
