@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
@@ -103,6 +104,12 @@ def blocked_attention(
 
 
 AttentionInterface.register("blocked", blocked_attention)
+
+if not torch.cuda.is_available():
+    # Where fla is installed transformers takes its kernels for Gated DeltaNets, which need a GPU.
+    for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        _function = getattr(modeling_qwen3_next, _name)
+        setattr(modeling_qwen3_next, _name, getattr(_function, "__wrapped__", _function))
 
 
 class ContextAttention(Qwen3Attention):
