@@ -7,6 +7,8 @@ WORKERS ?= 2
 OUT ?= gpu-results
 MINUTES ?= 7
 ONLY ?=
+FULL ?=
+DEVICE ?=
 SECONDS ?= 60
 PEERS ?=
 BIN := .venv/bin
@@ -16,7 +18,7 @@ STAMP := .venv/.installed
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz mutations lint bench gpu clean
+.PHONY: help demo test test-all fuzz mutations lint bench evaluate gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +45,11 @@ lint: $(STAMP) ## check style, format and types
 
 bench: $(STAMP) ## run the benchmarks
 	$(if $(PEERS),FWPKM_PEERS="$(PEERS)") $(BIN)/python -m benchmarks.run $(ARGS)
+
+# On a DEVICE it runs with the Python it is given, as `gpu` does.
+evaluate: $(if $(DEVICE),,$(STAMP)) ## train models with and without a memory and measure them; FULL=1, DEVICE=cuda MINUTES=10
+	$(if $(DEVICE),$(PYTHON),$(BIN)/python) -m benchmarks.evaluation.run $(if $(FULL),--full) \
+		$(if $(DEVICE),--device $(DEVICE) --minutes $(MINUTES),--workers $(WORKERS)) $(ARGS)
 
 # Straight from the checkout with the Python it is given: a GPU machine brings its own torch and may have no network.
 gpu: ## time, test and check on a GPU, results in OUT=; ONLY=smoke|rows|tests|sanitizer|providers; installs nothing

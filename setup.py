@@ -58,6 +58,8 @@ setup(
         "bench": [*DEMO, "pytest-benchmark"],
         "triton": TRITON,
         "transformers": TRANSFORMERS,
+        # From 5.24 on attention is given its cache as `cache`.
+        "evaluation": [*DEMO, "transformers>=5.24,<6"],
         "dev": [
             *TRITON,
             *TRANSFORMERS,

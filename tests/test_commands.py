@@ -521,7 +521,7 @@ def programs() -> list[str]:
     """Every module that `python -m` runs."""
     files = [
         *(ROOT / "fwpkm_kernels").rglob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
         *(ROOT / "tests").glob("*.py"),
     ]
     named = {path: ast.parse(path.read_text("utf-8")).body for path in files}
@@ -532,12 +532,20 @@ def programs() -> list[str]:
     )
 
 
+#: What else programs must be given.
+REQUIRED = {
+    "benchmarks.plots": ["results"],
+    "benchmarks.evaluation.needles": ["folder", "--out=new"],
+    "benchmarks.evaluation.perplexity": ["folder", "--out=new"],
+}
+
+
 @pytest.mark.parametrize("name", sorted({*programs()} - {"benchmarks.sanitize"}))  # which takes no arguments
 def test_every_program_takes_any_text(name, monkeypatch):
     """Argparse shows what it was given; and python -OO has no docstring to describe the program."""
     module, err = pytest.importorskip(name, exc_type=ImportError), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(module, "__doc__", None)
-    monkeypatch.setattr(sys, "argv", [name, "--ł"] if name != "benchmarks.plots" else [name, "results", "--ł"])
+    monkeypatch.setattr(sys, "argv", [name, *REQUIRED.get(name, []), "--ł"])
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as ended:
         module.main()
@@ -555,6 +563,9 @@ WRITERS = [
     ("benchmarks.errors", ["--out={}"], "growth"),
     ("benchmarks.plots", ["results", "--out={}"], "plot"),
     ("benchmarks.gpu", ["--device=cpu", "--out={}"], "Run"),
+    ("benchmarks.evaluation.needles", ["folder", "--out={}"], "load_trained"),
+    ("benchmarks.evaluation.perplexity", ["folder", "--out={}"], "load_trained"),
+    ("benchmarks.evaluation.run", ["--out={}"], "run_all"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
@@ -662,6 +673,8 @@ def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
         ("benchmarks.run", ["--compare=file", "--results=missing"], "cannot read missing: No such file or directory"),
         ("benchmarks.run", ["--device=cpu", "--resume", "--json=closed"], "cannot read closed: Permission denied"),
         ("benchmarks.errors", ["--device=abacus"], "cannot use the device abacus: "),
+        ("benchmarks.evaluation.needles", ["missing", "--out=new"], "cannot read missing/checkpoint.pt: No such file"),
+        ("benchmarks.evaluation.perplexity", ["file", "--out=new"], "cannot read file/checkpoint.pt: Not a directory"),
         ("fwpkm_kernels.demo", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
     ],
 )

@@ -52,8 +52,9 @@ SIZES = MappingProxyType(
         "miniature": Size(
             hidden_size=128, layers=2, heads=4, kv_heads=4, head_dim=32, parameters=480_000, window=64,
             gdn={"heads": 4, "head_dim": 32},
-            memory_layers=(1,), pkm_layers=(1,),
-            memory=_MEMORY | {"num_keys": 512, "key_dim": 128, "value_dim": 64, "top_k": 8, "chunk_size": 256, "query_conv": 16},
+            memory_layers=(0,), pkm_layers=(1,),
+            memory=_MEMORY
+            | {"num_keys": 512, "key_dim": 128, "value_dim": 64, "top_k": 16, "chunk_size": 256, "query_conv": 16},
             pkm={"num_keys": 128, "heads": 2, "key_dim": 64, "value_dim": 128, "top_k": 16},
         ),
         "small": Size(
@@ -129,9 +130,7 @@ def blocked_attention(
     for block in range(-(-first // window)):
         visible[block] &= k >= first - block * window
     flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        *flat, attn_mask=visible.repeat(batch, 1, 1).unsqueeze(1), scale=scaling
-    )
+    out = F.scaled_dot_product_attention(*flat, attn_mask=visible.repeat(batch, 1, 1).unsqueeze(1), scale=scaling)
     return out.view(batch, blocks, heads, window, width).transpose(2, 3).flatten(1, 2)[:, :length], None
 
 
@@ -156,11 +155,12 @@ class ContextAttention(Qwen3Attention):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Draw the filters, and let keys match queries."""
+        """Draw the filters, and let keys match the queries of the first head that reads them."""
         filters = torch.randn(self.conv.weight.shape[0] // 2, self.WIDTH) * self.WIDTH**-0.5
         filters[:, 0] = 0.0
         self.conv.weight.copy_(torch.stack((filters, filters.roll(-1, 1)), 1).view_as(self.conv.weight))
-        self.k_proj.weight.copy_(self.q_proj.weight[: len(self.k_proj.weight)])
+        of_heads = self.q_proj.weight.unflatten(0, (-1, self.num_key_value_groups, self.head_dim))
+        self.k_proj.weight.copy_(of_heads[:, 0].flatten(0, 1))
         self.q_norm.weight.fill_(self.SHARPNESS)
 
     def forward(
@@ -202,7 +202,9 @@ def split_name(model: str) -> tuple[str, bool, bool]:
     return mixer, "fwpkm" in memories, "pkm" in memories
 
 
-def make_config(model: str, size: Size, memory: dict[str, Any], gate_price: float, vocab_size: int = 256) -> FwPKMConfig:
+def make_config(
+    model: str, size: Size, memory: dict[str, Any], gate_price: float, vocab_size: int = 256
+) -> FwPKMConfig:
     mixer, has_memory, has_pkm = split_name(model)
     gdn = size.gdn
     return FwPKMConfig(

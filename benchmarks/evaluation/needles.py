@@ -3,20 +3,28 @@
 A context of held-out text with needles that are evenly deep is read one or several times, and then asked for each
 needle. A question is asked of a copy of what was read, so that no question sees another, and its answer counts only if
 every digit is right by greedy decoding. The model is given the right digits as it goes: the largest of its predictions
-are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are nowhere
-in the context: what is found of these is chance.
+are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are
+nowhere in the context: what is found of these is chance.
 """
 
+import argparse
 import copy
 import random
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.text import DIGITS, Corpus, Needle, context, draw_needles
+from benchmarks.evaluation.records import Line, append_lines, cell_key, read_lines, stamp
+from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles, python_text
+from benchmarks.evaluation.train import Options, load_model
+from fwpkm_kernels._commands import CommandError, check_outputs, command, need
+from fwpkm_kernels.layers import FastWeightProductKeyMemory
 
 PIECE = 512  #: bytes of a call while a context is read
 
@@ -37,11 +45,11 @@ class Found(NamedTuple):
     readings: int
     found: int
     needles: int
-    digits: int  #: right, of all digits
+    digits: int  #: right, of all digits, where the model is given those before
     controls_found: int
     by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
     seconds: float  #: of reading the contexts so often, once for all questions
-    state_bytes: int  #: what the model keeps of a context
+    state_bytes: int  #: what the model keeps of a context that was read so often
 
 
 @torch.no_grad()
@@ -65,9 +73,9 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    tallies = {readings: {"found": 0, "digits": 0, "controls": 0, "seconds": 0.0} for readings in cell.readings}
+    names = ("found", "digits", "controls", "seconds", "bytes")
+    tallies = {readings: dict.fromkeys(names, 0.0) for readings in cell.readings}
     by_depth = {readings: [0] * cell.needles for readings in cell.readings}
-    size = 0
     for _ in range(cell.contexts):
         needles = draw_needles(rng, 2 * cell.needles, is_test=True)
         hidden, controls = needles[: cell.needles], needles[cell.needles :]
@@ -81,13 +89,13 @@ def measure(
                 continue
             tally = tallies[reading]
             tally["seconds"] += seconds
+            tally["bytes"] = state_bytes(cache)
             for depth, (needle, control) in enumerate(zip(hidden, controls, strict=True)):
                 right = answer(model, needle, cache)
                 tally["digits"] += right
                 tally["found"] += right == DIGITS
                 by_depth[reading][depth] += right == DIGITS
                 tally["controls"] += answer(model, control, cache) == DIGITS
-        size = state_bytes(cache)
     for readings, tally in tallies.items():
         yield Found(
             cell.length,
@@ -98,17 +106,22 @@ def measure(
             int(tally["controls"]),
             by_depth[readings],
             round(tally["seconds"], 3),
-            size,
+            int(tally["bytes"]),
         )
 
 
 def state_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a cache, those of memories with their tables."""
-    seen: dict[int, int] = {}
+    """Bytes of the tensors in a cache, those of memories with their tables.
+
+    A view counts for what it shows, as attention's window is one of all that a piece has brought; several of one
+    storage count for no more than it has.
+    """
+    views: dict[tuple[int, int], dict[tuple[Any, ...], int]] = {}
 
     def visit(x: Any) -> None:
         if isinstance(x, torch.Tensor):
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()
+            views.setdefault((storage.data_ptr(), storage.nbytes()), {})[x.data_ptr(), x.shape] = x.nbytes
         elif isinstance(x, dict):
             for y in x.values():
                 visit(y)
@@ -120,4 +133,103 @@ def state_bytes(cache: Any) -> int:
         visit(vars(layer))
         for session in getattr(getattr(layer, "memory", None), "sessions", ()):
             visit([*session.state.named_tensors().values(), session.window])
-    return sum(seen.values())
+    return sum(min(size, sum(shown.values())) for (_, size), shown in views.items())
+
+
+CELLS = "4096:20x5,8192:10x10,32768:5x20,131072:2x20"
+
+
+def parse_cells(text: str, readings: tuple[int, ...]) -> list[Cell]:
+    """Cells from LENGTH:CONTEXTSxNEEDLES[:READINGS] with commas between, where READINGS is like 1/2."""
+    cells = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+):(\d+)x(\d+)(?::(\d+(?:/\d+)*))?", part.strip())
+        numbers = [int(x) for x in found.groups()[:3]] if found else [0]
+        own = tuple(int(x) for x in found[4].split("/")) if found and found[4] else readings
+        if 0 in (*numbers, *own):
+            raise CommandError(f"a cell must be LENGTH:CONTEXTSxNEEDLES[:READINGS], all positive, got {part!r}")
+        length, contexts, needles = numbers
+        if length < needles * NEEDLE_LENGTH:
+            raise CommandError(f"{needles} needles of {NEEDLE_LENGTH} bytes do not fit into {length}, got {part!r}")
+        cells.append(Cell(length, contexts, needles, own))
+    return cells
+
+
+def resize_memories(model: Any, num_keys: int) -> None:
+    """Put fresh memories with another number of sub-keys in the place of those of a model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FastWeightProductKeyMemory):
+            model.set_submodule(name, module.resized(num_keys))
+
+
+def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
+    """What every line about a trained model says of it."""
+    log = state["log"]
+    last = log[-10:]
+    return {
+        "row": row or options.model,
+        "model": options.model,
+        "seed": options.seed,
+        "training_bytes": int(sum(step["tokens"] for step in log)),
+        "training_cpu_seconds": round(state["cpu_seconds"], 1),
+        **{
+            f"training_{name}": round(sum(step[name] for step in last) / len(last), 4)
+            for name in ("digits_right", "gate")
+        },
+        "text": corpus.fingerprint,
+        "held_out": sorted(corpus.held_out),
+        **stamp(options, device),
+    }
+
+
+def load_trained(folder: Path, device: str) -> tuple[Any, Options, dict[str, Any], Corpus]:
+    """A trained model, its options and checkpoint, and the text, which must be that of its training."""
+    model, options, state = load_model(folder, device)
+    corpus = python_text()
+    if state["corpus"] != corpus.fingerprint:
+        raise CommandError(f"{folder} was trained on another text: another version of Python has another documentation")
+    if state["step"] < options.steps:
+        raise CommandError(f"{folder} has {state['step']} of {options.steps} steps: finish its training first")
+    return model, options, state, corpus
+
+
+@command("needles")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the cells that the file of results lacks; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation.needles", description="Ask for needles.")
+    parser.add_argument("folder", type=Path, help="of a training run")
+    parser.add_argument("--out", required=True, help="file of JSON lines to append to; cells that it has are kept")
+    parser.add_argument("--cells", default=CELLS, help=f"LENGTH:CONTEXTSxNEEDLES[:READINGS],...; {CELLS} if not given")
+    parser.add_argument("--readings", default="1,2,4", help="of cells that do not say; 1,2,4 if not given")
+    parser.add_argument("--num-keys", type=int, help="ask over fresh memories with so many sub-keys")
+    parser.add_argument("--seed", type=int, help="of contexts and needles; the training's if not given")
+    parser.add_argument("--row", help="name in the tables; the model's if not given")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args(argv)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.readings):
+        raise CommandError(f"--readings must be positive numbers with commas between, got {given.readings!r}")
+    cells = parse_cells(given.cells, tuple(int(x) for x in given.readings.split(",")))
+    check_outputs(given.out)
+    tqdm = need("tqdm", "evaluation").tqdm
+    model, options, state, corpus = load_trained(given.folder, given.device)
+    if given.num_keys is not None:
+        torch.manual_seed(options.seed)
+        resize_memories(model, given.num_keys)
+    memories = memories_of(model)
+    test_seed = options.seed if given.seed is None else given.seed
+    line = about(options, state, corpus, given.device, given.row)
+    line |= {"num_keys": memories[0].num_keys if memories else None, "test_seed": test_seed}
+    known = {cell_key(x) for x in read_lines(given.out)} if Path(given.out).is_file() else set()
+    for cell in cells:
+        keys = [cell_key({**line, "length": cell.length, "readings": readings}) for readings in cell.readings]
+        if known.issuperset(keys):
+            continue
+        total = cell.length * cell.contexts * max(cell.readings)
+        with tqdm(total=total, desc=f"{line['row']} {cell.length}", unit="B", unit_scale=True) as bar:
+            found = measure(model, corpus, cell, test_seed, bar.update)
+            append_lines(given.out, ({**line, "contexts": cell.contexts, **one._asdict()} for one in found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

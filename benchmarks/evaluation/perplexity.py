@@ -6,17 +6,23 @@ anew, as training left it, so that only what is older than that is missing. A do
 under another treatment of the memory, at the same place in the stream, so that documents need not be alike.
 """
 
+import argparse
 import math
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import PIECE
+from benchmarks.evaluation.needles import PIECE, about, load_trained
+from benchmarks.evaluation.records import Line, append_lines, read_lines, tested
 from benchmarks.evaluation.text import Corpus
+from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
 
 EDGES = (0, 4096, 16384, 65536, 131072)
@@ -42,7 +48,13 @@ def bits_of_stream(
     starts: list[int],
     progress: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
-    """Bits of each byte but the first of a stream [T] whose documents start at `starts`, [T - 1]."""
+    """Bits of each byte but the first of a stream [T] whose documents start at `starts`, [T - 1].
+
+    Raises:
+        ValueError: `treatment` is none of `TREATMENTS`.
+    """
+    if treatment not in TREATMENTS:
+        raise ValueError(f"`treatment` must be one of {', '.join(TREATMENTS)}, got {treatment!r}")
     memories = memories_of(model)
     options = [memory.options for memory in memories]
     if treatment == "off":
@@ -52,11 +64,13 @@ def bits_of_stream(
     ends = sorted({*range(0, len(data) - 1, PIECE), *(at for at in resets if at < len(data) - 1), len(data) - 1})
     cache, bits = new_cache(model), []
     try:
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in pairwise(ends):
             if begin in set(resets):
                 for layer in cache.layers:
                     if isinstance(layer, MemoryCacheLayer) and layer.memory is not None:
+                        columns = layer.memory.columns
                         layer.memory.reset()
+                        layer.memory.columns = columns  # the model refuses a memory that has read less than attention
             logits = model(data[None, begin:end], cache=cache, use_cache=True).logits[0].float()
             bits.append(F.cross_entropy(logits, data[begin + 1 : end + 1], reduction="none") / math.log(2))
             progress(end - begin)
@@ -85,11 +99,11 @@ def measure(
             at += len(document)
         stream = b"".join(document for _, document in documents)[: edges[-1] + 1]
         bits = bits_of_stream(model, torch.tensor(list(stream), device=model.device), treatment, starts, progress)
-        bits = torch.cat((bits.new_zeros(1), bits)).double()  # the first byte of all is not predicted
+        bits = torch.cat((bits.new_zeros(1), bits)).double()
         for (name, document), start in zip(documents, starts, strict=True):
-            for low, high in zip(edges, edges[1:], strict=False):
-                begin, end = max(start, low), min(start + len(document), high, len(stream))
-                if begin < end:
+            for low, high in pairwise(edges):
+                begin, end = max(start, low, 1), min(start + len(document), high, len(stream))
+                if begin < end:  # the first byte of all, which is not predicted, is in no piece
                     pieces.append(Piece(name, order, low, high, end - begin, bits[begin:end].sum().item()))
     return pieces
 
@@ -104,7 +118,7 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     """Bits per byte that a treatment saves in a bucket, and the standard error of that over documents.
 
     A document's pieces are taken together, whatever the orders; documents count by their bytes. The error is that of a
-    ratio of sums over documents.
+    ratio of sums over documents; infinite for a single one, which says nothing of others.
     """
     saved: dict[str, float] = {}
     size: dict[str, int] = {}
@@ -117,4 +131,67 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     total, count = sum(size.values()), len(size)
     mean = sum(saved.values()) / total
     squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
-    return mean, math.sqrt(squares * count / max(1, count - 1)) / total
+    return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
+
+
+def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
+    """Bits per byte of each treatment and bucket, and the gain of "on" over each other treatment."""
+    buckets = sorted({(piece.low, piece.high) for piece in pieces["on"]})
+    for treatment, mine in pieces.items():
+        for low, high in buckets:
+            size = sum(piece.bytes for piece in mine if piece.low == low)
+            yield {
+                "treatment": treatment, "low": low, "high": high,
+                "bits": round(mean_bits(mine, low), 6), "bytes": size,
+            }  # fmt: skip
+            if treatment != "on":
+                saved, error = gain(pieces["on"], mine, low)
+                yield {
+                    "treatment": "on", "over": treatment, "low": low, "high": high,
+                    "gain": round(saved, 6), "error": round(error, 6), "bytes": size,
+                }  # fmt: skip
+
+
+@command("perplexity")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, unless the file of results has it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation.perplexity", description="Bits per byte.")
+    parser.add_argument("folder", type=Path, help="of a training run")
+    parser.add_argument("--out", required=True, help="file of JSON lines to append to; what it has is kept")
+    parser.add_argument("--orders", type=int, default=3, help="in which the documents are read; 3 if not given")
+    parser.add_argument("--treatments", default=",".join(TREATMENTS), help="of the memory; all if not given")
+    parser.add_argument("--seed", type=int, help="of the orders; the training's if not given")
+    parser.add_argument("--row", help="name in the tables; the model's if not given")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args(argv)
+    treatments = given.treatments.split(",")
+    if treatments[0] != "on" or not set(treatments) <= set(TREATMENTS):
+        raise CommandError(
+            f'--treatments must begin with "on" and be of {", ".join(TREATMENTS)}, got {given.treatments!r}'
+        )
+    if given.orders < 1:
+        raise CommandError(f"--orders must be at least 1, got {given.orders}")
+    check_outputs(given.out)
+    tqdm = need("tqdm", "evaluation").tqdm
+    model, options, state, corpus = load_trained(given.folder, given.device)
+    seed = options.seed if given.seed is None else given.seed
+    memories = memories_of(model)
+    line = about(options, state, corpus, given.device, given.row)
+    line |= {"num_keys": memories[0].num_keys if memories else None, "test_seed": seed, "orders": given.orders}
+
+    def key(x: Line) -> tuple[object, ...]:
+        return (*tested(x), x["seed"], x["test_seed"], x["orders"])
+
+    treatments = treatments if memories else ["on"]
+    known = read_lines(given.out) if Path(given.out).is_file() else []
+    if set(treatments) <= {x["treatment"] for x in known if key(x) == key(line)}:
+        return 0
+    size = min(sum(map(len, corpus.held_out.values())) - 1, EDGES[-1])
+    with tqdm(total=size * given.orders * len(treatments), desc=line["row"], unit="B", unit_scale=True) as bar:
+        pieces = {x: measure(model, corpus, x, given.orders, seed, progress=bar.update) for x in treatments}
+    append_lines(given.out, ({**line, **one} for one in lines_of(pieces)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

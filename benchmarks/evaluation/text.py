@@ -10,9 +10,11 @@ import ast
 import dataclasses
 import functools
 import importlib
+import itertools
 import random
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,11 @@ from torch import Tensor
 DIGITS = 6  #: of a code
 SENTENCE = "\nthe access code of {} is {}.\n"
 HELD_OUT_BYTES = 150_000
+RUN = 12  #: words in a row that held-out text shares with no other
 #: Folders of the standard library whose docstrings are no prose, or that not every Python has.
-SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data", "encodings"})
+SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data", "encodings"}
+)
 SEPARATOR = "\n\n"
 
 
@@ -50,17 +55,29 @@ class Corpus(NamedTuple):
 
 @functools.cache
 def python_text() -> Corpus:
-    """Every third documentation topic is held out, until there are `HELD_OUT_BYTES`; docstrings are trained on."""
+    """Topics that share no run of `RUN` words with any other text are held out, in a drawn order, until there are
+    `HELD_OUT_BYTES`; the other topics, and docstrings, are trained on.
+
+    Many topics are extracts of longer ones, so that a name alone keeps nothing from training.
+    """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    rng = random.Random(0)
+    docstrings, rng = _docstrings(), random.Random(0)
+    runs = {name: _runs(text) for name, text in topics.items()}
+    texts_with = Counter(itertools.chain(*runs.values(), *map(_runs, docstrings)))
     names = rng.sample(sorted(topics), len(topics))
     held_out: dict[str, bytes] = {}
-    while names and sum(map(len, held_out.values())) < HELD_OUT_BYTES:
-        name = names.pop()
-        held_out[name] = (topics[name] + SEPARATOR).encode()
-    training = [topics[name] + SEPARATOR for name in names] + _docstrings()
+    for name in names:
+        if sum(map(len, held_out.values())) < HELD_OUT_BYTES and all(texts_with[run] == 1 for run in runs[name]):
+            held_out[name] = (topics[name] + SEPARATOR).encode()
+    training = [topics[name] + SEPARATOR for name in names if name not in held_out] + docstrings
     rng.shuffle(training)
     return Corpus("".join(training).encode(), held_out)
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of `RUN` words, however the lines are broken; of a shorter text all its words."""
+    words = text.split()
+    return {tuple(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
 
 
 def _docstrings() -> list[str]:
@@ -82,16 +99,21 @@ def _docstrings() -> list[str]:
 
 
 def read_files(paths: Iterable[Path]) -> Corpus:
-    """Text files of the user's own: every tenth is held out, or the last tenth of a single one."""
+    """Text files of the user's own: the last of them and every tenth before it is held out, of one file its last tenth.
+
+    Raises:
+        ValueError: there are no files, or empty ones.
+    """
     files = {str(path): path.read_bytes() for path in sorted(paths)}
+    if not all(files.values()) or not files:
+        empty = [name for name, data in files.items() if not data]
+        raise ValueError(f"`paths` must be of files with text, got {', '.join(empty) + ', empty' if empty else 'none'}")
     if len(files) == 1:
         ((name, data),) = files.items()
         cut = len(data) * 9 // 10
         return Corpus(data[:cut], {f"{name}, the last tenth": data[cut:]})
-    held_out = {name: data for index, (name, data) in enumerate(files.items()) if index % 10 == 9 or len(files) < 10}
-    names = [name for name in files if name not in held_out] if len(files) >= 10 else list(files)[:-1]
-    held_out = held_out if len(files) >= 10 else dict(list(files.items())[-1:])
-    return Corpus(b"".join(files[name] for name in names), held_out)
+    held_out = {name: files.pop(name) for name in list(files)[::-10]}
+    return Corpus(b"".join(files.values()), held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +174,14 @@ def training_row(
 ) -> tuple[bytes, list[bool]]:
     """`length` bytes of text with needles, each asked for `questions` times at least `distance` bytes later.
 
-    Returns the bytes, and for each whether it is a digit that a question asks for.
+    Returns the bytes, and for each whether it is a digit that a question asks for. A question that comes nearer to its
+    needle, as other sentences have moved that, does not ask for its digits.
+
+    Raises:
+        ValueError: the text for training is shorter than a row.
     """
+    if len(corpus.training) < length:
+        raise ValueError(f"`corpus` must have {length} bytes to train on, got {len(corpus.training)}")
     events: list[tuple[int, bool, Needle]] = []
     for needle in draw_needles(rng, needles, is_test=False):
         first = rng.randrange(max(1, length - distance - 2 * NEEDLE_LENGTH))
@@ -163,13 +191,15 @@ def training_row(
             for _ in range(questions)
         ]
     events.sort(key=lambda event: event[:2])
-    start = rng.randrange(max(1, len(corpus.training) - length))
+    start = rng.randrange(len(corpus.training) - length + 1)
     text = corpus.training[start : start + length]
     data, starts = hide(text, [(where, needle.sentence) for where, _, needle in events], length)
-    is_answer = [False] * length
-    for (_, is_question, needle), begin in zip(events, starts, strict=True):
-        begin += len(needle.question)
-        if is_question and begin + DIGITS <= length:
+    is_answer, first_starts = [False] * length, {}
+    for (_, is_question, needle), start in zip(events, starts, strict=True):
+        begin = start + len(needle.question)
+        if not is_question:
+            first_starts[needle.name] = start
+        elif start - first_starts[needle.name] >= distance and begin + DIGITS <= length:
             is_answer[begin : begin + DIGITS] = [True] * DIGITS
     return data, is_answer
 
@@ -186,8 +216,15 @@ def context(text: bytes, length: int, needles: Sequence[Needle], rng: random.Ran
     """`length` bytes of a text, from its beginning and over again where it ends, with needles that are evenly deep.
 
     Needle number i of m is at a drawn place in the i-th of m equal parts.
+
+    Raises:
+        ValueError: the needles are longer than the context, or the text is empty.
     """
     plain = length - NEEDLE_LENGTH * len(needles)
+    if plain < 0:
+        raise ValueError(f"`length` must be {NEEDLE_LENGTH} for each of {len(needles)} needles or more, got {length}")
+    if not text:
+        raise ValueError("`text` must not be empty, got 0 bytes")
     text = text * -(-plain // len(text))
     places = [int((i + rng.random()) / len(needles) * plain) + i * NEEDLE_LENGTH for i in range(len(needles))]
     return hide(text, list(zip(places, (needle.sentence for needle in needles), strict=True)), length)[0]

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, split_name
+from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, memories_of, split_name
 from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
+from fwpkm_kernels import chunks
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, reading, write_output
 from fwpkm_kernels.integrations.mixins import defaults
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory, parameter_groups
@@ -54,7 +55,7 @@ class Options:
     size: str = "miniature"
     seed: int = 0
     #: phases, one after the other
-    plan: tuple[Phase, ...] = (Phase(512, 2, 160), Phase(4096, 1, 90))
+    plan: tuple[Phase, ...] = (Phase(512, 2, 120), Phase(4096, 1, 90))
     #: parts of a batch, one after the other in each step
     accumulate: int = 1
     lr: float = 3e-3
@@ -63,7 +64,7 @@ class Options:
     weight_decay: float = 0.1
     clip: float = 1.0  #: the gradient's norm
     answer_weight: float = 1.0  #: of the loss of digits that are asked for
-    gate_price: float = 0.1
+    gate_price: float = 0.2
     needles: int = 6  #: for each 1024 bytes of a row, up to `most_needles`
     most_needles: int = 8
     questions: int = 2  #: for each needle
@@ -71,6 +72,8 @@ class Options:
     dtype: str = "float32"  #: of autocast
     #: options of the fast-weight memories, other than the size's
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: those that change when the model is tested: the key step then rests, as what it moves is not found again
+    test_memory: dict[str, Any] = dataclasses.field(default_factory=lambda: {"addressing_weight": 0.0})
 
     @property
     def steps(self) -> int:
@@ -111,10 +114,12 @@ def changed(options: Options, changes: Sequence[str]) -> Options:
         ValueError: a change names no option, or has no value for it.
     """
     given = dataclasses.asdict(options)
-    parsers = {name: type(x) for name, x in given.items() if name not in ("model", "size", "seed", "memory")}
+    apart = ("model", "size", "seed", "memory", "test_memory")
+    parsers = {name: type(x) for name, x in given.items() if name not in apart}
     parsers |= {"plan": _parse_plan, "dtype": _parse_dtype}
     if split_name(options.model)[1]:
         parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
+        parsers |= {f"test_memory.{name}": _parse_any for name in chunks.Options._fields}
     for change in changes:
         name, _, text = change.partition("=")
         if name not in parsers:
@@ -301,6 +306,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Options, dict[st
     size = SIZES[options.size]
     model = make_model(make_config(options.model, size, options.memory, options.gate_price), size)
     model.load_state_dict(state["model"])
+    for memory in memories_of(model):
+        memory.options = memory.options._replace(**options.test_memory)
     return model.to(device).eval(), options, state
 
 

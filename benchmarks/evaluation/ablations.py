@@ -1,0 +1,58 @@
+"""What the needle models' options do: rows that each change one of the defaults, with the same bytes of training.
+
+A row says only what differs from the defaults of `train.Options`, as ``--set`` takes it.
+"""
+
+import dataclasses
+from types import MappingProxyType
+
+from benchmarks.evaluation.text import NEEDLE_LENGTH
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """A row: another training, or other memories in the test, or both."""
+
+    changes: dict[str, str] = dataclasses.field(default_factory=dict)
+    #: sub-keys of fresh memories in the test, one after the other; None is the memory of the training
+    test_keys: tuple[int | None, ...] = (None,)
+
+
+#: The plan of the rows whose chunk is as long as the default's short rows, in which nothing would be written in time:
+#: as many bytes in longer ones.
+_LONG_CHUNKS = {"plan": "1024x1x160,4096x1x90", "distance": str(512 + NEEDLE_LENGTH)}
+
+ABLATIONS = MappingProxyType(
+    {
+        "defaults": Ablation(),
+        "no query convolution": Ablation({"memory.query_conv": "None"}),
+        "convolution of 4": Ablation({"memory.query_conv": "4"}),
+        "convolution of 8": Ablation({"memory.query_conv": "8"}),
+        "convolution of 12": Ablation({"memory.query_conv": "12"}),
+        "no price on gates": Ablation({"gate_price": "0"}),
+        "price on gates 0.05": Ablation({"gate_price": "0.05"}),
+        "price on gates 0.2": Ablation({"gate_price": "0.2"}),
+        "lookahead 0": Ablation({"memory.lookahead": "0"}),
+        "score dot": Ablation({"memory.score": "dot"}),
+        "no key step": Ablation({"memory.addressing_weight": "0"}),
+        "step normalized": Ablation({"memory.step": "normalized"}),
+        "chunks of 64": Ablation({"memory.chunk_size": "64"}),
+        "chunks of 128": Ablation({"memory.chunk_size": "128"}),
+        "chunks of 512": Ablation({"memory.chunk_size": "512", **_LONG_CHUNKS}),
+        "K = 4": Ablation({"memory.top_k": "4"}),
+        "K = 8": Ablation({"memory.top_k": "8"}),
+        "K = 16": Ablation({"memory.top_k": "16"}),
+        "K = 32": Ablation({"memory.top_k": "32"}),
+        # These are the curve over n: the defaults' training, and a small one, under memories of many sizes.
+        "other memories in the test": Ablation(test_keys=(64, 128, 256, 512, 1024)),
+        "trained with n = 128": Ablation({"memory.num_keys": "128"}, (None, 256, 512, 1024)),
+        "trained with n = 256": Ablation({"memory.num_keys": "256"}),
+        "memory reset in training": Ablation({"memory.initial_memory": "frozen"}),
+        "no gate on writes": Ablation({"memory.write_gate": "False"}),
+        "no gate on reads": Ablation({"memory.gate": "False"}),
+        "no gates": Ablation({"memory.gate": "False", "memory.write_gate": "False"}),
+    }
+)
+
+CELLS = "4096:20x5,32768:5x20,131072:2x20"
+READINGS = "1,2"
