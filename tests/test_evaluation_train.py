@@ -405,12 +405,14 @@ def test_the_published_model_is_tried(small_sizes):
 
 
 @pytest.mark.slow
-def test_a_model_learns_to_find_needles():
+def test_a_model_learns_to_find_needles(tmp_path):
     """In a minute, of 512 bytes; controls, which are nowhere, are not found."""
     options = changed(default_options("swa+fwpkm", "miniature"), ["plan=512x2x160", "memory.num_keys=128"])
     trainer = Trainer(options, python_text())
     while not trainer.is_done:
         trainer.train_step()
-    (found,) = needles.measure(trainer.model.eval(), python_text(), needles.Cell(512, 10, 4, (1,)), seed=0)
+    trainer.save(tmp_path)
+    model, *_ = load_model(tmp_path)
+    (found,) = needles.measure(model, python_text(), needles.Cell(512, 10, 4, (1,)), seed=0)
     assert found.found > 0.9 * found.needles
     assert found.controls_found == 0

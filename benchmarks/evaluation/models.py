@@ -60,16 +60,16 @@ SIZES = MappingProxyType(
         "small": Size(
             hidden_size=256, layers=4, heads=8, kv_heads=8, head_dim=32, parameters=3_000_000, window=128,
             gdn={"heads": 8, "head_dim": 32},
-            memory_layers=(2,), pkm_layers=(1,),
-            memory=_MEMORY | {"key_dim": 256, "value_dim": 128, "chunk_size": 256, "query_conv": 16},
+            memory_layers=(0,), pkm_layers=(2,),
+            memory=_MEMORY | {"key_dim": 256, "value_dim": 128, "top_k": 16, "chunk_size": 256, "query_conv": 16},
             pkm={"num_keys": 256, "key_dim": 128, "value_dim": 256, "top_k": 16},
             training={"plan": ((512, 4, 400), (4096, 2, 400)), "lr": 2e-3},
         ),
         "medium": Size(
             hidden_size=512, layers=8, heads=8, kv_heads=8, head_dim=64, parameters=25_000_000, window=256,
             gdn={"heads": 8, "head_dim": 64},
-            memory_layers=(1, 6), pkm_layers=(4,),
-            memory=_MEMORY | {"key_dim": 256, "value_dim": 256, "query_conv": 16},
+            memory_layers=(0, 5), pkm_layers=(3,),
+            memory=_MEMORY | {"key_dim": 256, "value_dim": 256, "top_k": 16, "query_conv": 16},
             pkm={"key_dim": 256},
             training={
                 "plan": ((1024, 8, 500), (4096, 4, 1500)), "lr": 1e-3, "warmup": 100, "dtype": "bfloat16",
