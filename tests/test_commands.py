@@ -537,6 +537,7 @@ REQUIRED = {
     "benchmarks.plots": ["results"],
     "benchmarks.evaluation.needles": ["folder", "--out=new"],
     "benchmarks.evaluation.perplexity": ["folder", "--out=new"],
+    "benchmarks.evaluation.train": ["folder"],
 }
 
 
@@ -566,6 +567,7 @@ WRITERS = [
     ("benchmarks.evaluation.needles", ["folder", "--out={}"], "load_trained"),
     ("benchmarks.evaluation.perplexity", ["folder", "--out={}"], "load_trained"),
     ("benchmarks.evaluation.run", ["--out={}"], "run_all"),
+    ("benchmarks.evaluation.train", ["{}"], "Trainer"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),

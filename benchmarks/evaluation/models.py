@@ -42,7 +42,8 @@ class Size:
     memory: dict[str, Any]
     pkm: dict[str, Any]
     context_attention: bool = True  #: whether full attention has the convolution and the head start
-    initializer_range: float | None = None  #: None: hidden_size^-0.5
+    initializer_range: float | None = None  #: None: hidden_size^-0.5, and `_start` sets apart what is alike
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)  #: `train.Options` other than the defaults
 
 
 _MEMORY: dict[str, Any] = {"scope": "batch", "initial_memory": "persistent"}
@@ -56,6 +57,37 @@ SIZES = MappingProxyType(
             memory=_MEMORY
             | {"num_keys": 512, "key_dim": 128, "value_dim": 64, "top_k": 16, "chunk_size": 256, "query_conv": 16},
             pkm={"num_keys": 128, "heads": 2, "key_dim": 64, "value_dim": 128, "top_k": 16},
+        ),
+        "small": Size(
+            hidden_size=256, layers=4, heads=8, kv_heads=8, head_dim=32, parameters=3_000_000, window=128,
+            gdn={"heads": 8, "head_dim": 32},
+            memory_layers=(0,), pkm_layers=(2,),
+            memory=_MEMORY | {"key_dim": 256, "value_dim": 128, "top_k": 16, "chunk_size": 256, "query_conv": 16},
+            pkm={"num_keys": 256, "key_dim": 128, "value_dim": 256, "top_k": 16},
+            training={"plan": ((512, 4, 400), (4096, 2, 400)), "lr": 2e-3},
+        ),
+        "medium": Size(
+            hidden_size=512, layers=8, heads=8, kv_heads=8, head_dim=64, parameters=25_000_000, window=256,
+            gdn={"heads": 8, "head_dim": 64},
+            memory_layers=(0, 5), pkm_layers=(3,),
+            memory=_MEMORY | {"key_dim": 256, "value_dim": 256, "top_k": 16, "query_conv": 16},
+            pkm={"key_dim": 256},
+            training={
+                "plan": ((1024, 8, 500), (4096, 4, 1500)), "lr": 1e-3, "warmup": 100, "dtype": "bfloat16",
+                "distance": 512 + 64,
+            },
+        ),
+        # The paper's, on bytes: MLPs are of its width in "gdn". Chunks carry, so that the memory can stream.
+        "published": Size(
+            hidden_size=768, layers=12, heads=12, kv_heads=4, head_dim=64, parameters=87_928_512, window=512,
+            gdn={"heads": 8, "head_dim": 64},
+            memory_layers=(2, 10), pkm_layers=(6,),
+            memory=_MEMORY, pkm={},
+            context_attention=False, initializer_range=0.02,
+            training={
+                "plan": ((4096, 4, 20_000),), "accumulate": 8, "lr": 3e-4, "warmup": 1000, "dtype": "bfloat16",
+                "distance": 512 + 64, "gate_price": 0.0,
+            },
         ),
     }
 )  # fmt: skip
@@ -226,7 +258,8 @@ def make_model(config: FwPKMConfig, size: Size) -> FwPKMForCausalLM:
     slope = (probes[1] - probes[0]) // 8
     config.intermediate_size = round(8 + (size.parameters - probes[0]) / slope)
     model = _compose(config, size)
-    _start(model)
+    if size.initializer_range is None:
+        _start(model)
     return model
 
 

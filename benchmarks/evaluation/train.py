@@ -21,7 +21,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,11 @@ class Options:
 def options_of(given: dict[str, Any]) -> Options:
     """Options from the dict that `dataclasses.asdict`, or JSON, makes of them."""
     return Options(**{**given, "plan": tuple(Phase(*phase) for phase in given["plan"])})
+
+
+def default_options(model: str, size: str, seed: int = 0) -> Options:
+    """As models of a size are trained."""
+    return options_of({"model": model, "size": size, "seed": seed, "plan": Options.plan, **SIZES[size].training})
 
 
 def changed(options: Options, changes: Sequence[str]) -> Options:
@@ -357,6 +362,62 @@ def train(trainer: Trainer, folder: Path | None, save_every: float) -> int:
     return end
 
 
+def shrunk(options: Options, steps: int) -> tuple[Options, Size]:
+    """The same model with small tables, for steps of one row, a chunk and a quarter long: a CPU can try that."""
+    size = SIZES[options.size]
+    memory = options.memory | {"num_keys": 32}
+    chunk = (defaults(FastWeightProductKeyMemory) | size.memory | memory)["chunk_size"]
+    plan = (Phase(chunk + chunk // 4, 1, steps),)
+    options = dataclasses.replace(options, plan=plan, accumulate=1, memory=memory)
+    return options, dataclasses.replace(size, pkm=size.pkm | {"num_keys": 32})
+
+
+def plan_seconds(options: Options, corpus: Corpus, device: str) -> float:
+    """How long the whole plan takes, judged by a few steps of each phase; the first of them is not counted."""
+    trainer, seconds = Trainer(options, corpus, device), 0.0
+    for phase in options.plan:
+        timed = [trainer.train_step()["seconds"] for _ in range(min(4, phase.steps))]
+        timed = timed[1:] or timed
+        seconds += phase.steps * sum(timed) / len(timed)
+        trainer.step += max(0, phase.steps - 4)
+    return seconds
+
+
+def choose_size(
+    device: str,
+    minutes: float,
+    model: str = "swa+fwpkm",
+    *,
+    corpus: Corpus | None = None,
+    measure: Callable[[Options, Corpus, str], float] = plan_seconds,
+) -> Options:
+    """The largest size whose plan takes no longer than so many minutes; else the smallest, with a plan cut to fit.
+
+    Sizes are tried from the smallest, until one takes too long or has no room on a GPU: steps of one far too large
+    would alone take longer than there is.
+
+    Args:
+        measure: how long a plan takes, in seconds.
+    """
+    corpus, chosen, cut = corpus or python_text(), None, 1.0
+    for size in SIZES:
+        options = default_options(model, size)
+        try:
+            seconds = measure(options, corpus, device)
+        except torch.OutOfMemoryError:
+            if chosen is None:
+                raise
+            break
+        if seconds > 60 * minutes:
+            cut = 60 * minutes / seconds
+            break
+        chosen = options
+    if chosen is None:
+        plan = tuple(phase._replace(steps=max(1, int(cut * phase.steps))) for phase in options.plan)
+        chosen = dataclasses.replace(options, plan=plan)
+    return chosen
+
+
 def plot(log: Sequence[dict[str, float]], title: str) -> bytes:
     """Bits, digits right and gate against the bytes trained on, as a PNG: each step, and the mean of the last 10."""
     figure = need("matplotlib.figure", "evaluation").Figure((12, 4), layout="constrained")
@@ -407,6 +468,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--save-every", type=float, default=300.0, metavar="SECONDS", help="(%(default)s)")
+    parser.add_argument(
+        "--dry-run", type=int, metavar="STEPS", help="with small tables and short rows; nothing is saved"
+    )
     parser.add_argument("--fresh", action="store_true", help=f"begin anew where there is a {CHECKPOINT}")
     arguments = parser.parse_args(argv)
     folder = arguments.folder
@@ -417,20 +481,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     with on_device(arguments.device) as device:
         try:
-            options = changed(Options(arguments.model, arguments.size, arguments.seed), arguments.set)
-            trainer = Trainer(options, corpus_of(arguments.text), device)
-            if (folder / CHECKPOINT).exists() and not arguments.fresh:
-                try:
-                    trainer.load_state_dict(load_checkpoint(folder, device))
-                except ValueError as error:
-                    raise CommandError(f"{folder / CHECKPOINT}: {error}; --fresh begins anew") from error
-            end = train(trainer, folder, arguments.save_every)
+            options = changed(default_options(arguments.model, arguments.size, arguments.seed), arguments.set)
+            size = SIZES[options.size]
+            if arguments.dry_run:
+                options, size = shrunk(options, arguments.dry_run)
+            trainer = Trainer(options, corpus_of(arguments.text), device, size=size)
+            if (folder / CHECKPOINT).exists() and not (arguments.fresh or arguments.dry_run):
+                resume(trainer, folder)
+            end = train(trainer, None if arguments.dry_run else folder, arguments.save_every)
         except (TypeError, ValueError, FloatingPointError) as error:
             raise CommandError(str(error)) from error
         if trainer.rank == 0:
-            write_output(folder / PLOT, plot(trainer.log, f"{options.model}, {options.size}, seed {options.seed}"))
+            if not arguments.dry_run:
+                write_output(folder / PLOT, plot(trainer.log, f"{options.model}, {options.size}, seed {options.seed}"))
             print(summary(trainer))
     return 128 + end if end else 0
+
+
+def resume(trainer: Trainer, folder: Path) -> None:
+    """Go on from the checkpoint of a folder."""
+    try:
+        trainer.load_state_dict(load_checkpoint(folder, str(trainer.device)))
+    except ValueError as error:
+        raise CommandError(f"{folder / CHECKPOINT}: {error}; --fresh begins anew") from error
 
 
 def corpus_of(files: Sequence[Path] | None) -> Corpus:
