@@ -521,7 +521,7 @@ def programs() -> list[str]:
     """Every module that `python -m` runs."""
     files = [
         *(ROOT / "fwpkm_kernels").rglob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
         *(ROOT / "tests").glob("*.py"),
     ]
     named = {path: ast.parse(path.read_text("utf-8")).body for path in files}
@@ -532,12 +532,19 @@ def programs() -> list[str]:
     )
 
 
+#: What else programs must be given.
+REQUIRED = {
+    "benchmarks.plots": ["results"],
+    "benchmarks.evaluation.mqar": ["--out=new"],
+}
+
+
 @pytest.mark.parametrize("name", sorted({*programs()} - {"benchmarks.sanitize"}))  # which takes no arguments
 def test_every_program_takes_any_text(name, monkeypatch):
     """Argparse shows what it was given; and python -OO has no docstring to describe the program."""
     module, err = pytest.importorskip(name, exc_type=ImportError), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(module, "__doc__", None)
-    monkeypatch.setattr(sys, "argv", [name, "--ł"] if name != "benchmarks.plots" else [name, "results", "--ł"])
+    monkeypatch.setattr(sys, "argv", [name, *REQUIRED.get(name, []), "--ł"])
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as ended:
         module.main()
@@ -555,6 +562,7 @@ WRITERS = [
     ("benchmarks.errors", ["--out={}"], "growth"),
     ("benchmarks.plots", ["results", "--out={}"], "plot"),
     ("benchmarks.gpu", ["--device=cpu", "--out={}"], "Run"),
+    ("benchmarks.evaluation.mqar", ["--out={}"], "train_mqar"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
