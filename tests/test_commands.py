@@ -538,6 +538,7 @@ REQUIRED = {
     "benchmarks.evaluation.needles": ["folder", "--out=new"],
     "benchmarks.evaluation.perplexity": ["folder", "--out=new"],
     "benchmarks.evaluation.train": ["folder"],
+    "benchmarks.evaluation.mqar": ["--out=new"],
 }
 
 
@@ -568,6 +569,7 @@ WRITERS = [
     ("benchmarks.evaluation.perplexity", ["folder", "--out={}"], "load_trained"),
     ("benchmarks.evaluation.run", ["--out={}"], "run_all"),
     ("benchmarks.evaluation.train", ["{}"], "Trainer"),
+    ("benchmarks.evaluation.mqar", ["--out={}"], "train_mqar"),
     ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
     ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
