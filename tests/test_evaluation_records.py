@@ -130,7 +130,7 @@ def trained(monkeypatch):
 
 
 def found_of(cell, readings) -> needles.Found:
-    return needles.Found(cell.length, readings, 1, cell.contexts * cell.needles, 9, 0, [1], 1.5, 100)
+    return needles.Found(cell.length, readings, 1, cell.contexts * cell.needles, 9, 0, 1, [1], 1.5, 100)
 
 
 def test_needles_go_on_where_they_were_interrupted(tmp_path, monkeypatch, trained):

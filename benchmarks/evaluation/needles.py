@@ -47,6 +47,7 @@ class Found(NamedTuple):
     needles: int
     digits: int  #: right, of all digits, where the model is given those before
     controls_found: int
+    control_digits: int
     by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
     seconds: float  #: of reading the contexts so often, once for all questions
     state_bytes: int  #: what the model keeps of a context that was read so often
@@ -73,7 +74,7 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    names = ("found", "digits", "controls", "seconds", "bytes")
+    names = ("found", "digits", "controls", "control_digits", "seconds", "bytes")
     tallies = {readings: dict.fromkeys(names, 0.0) for readings in cell.readings}
     by_depth = {readings: [0] * cell.needles for readings in cell.readings}
     for _ in range(cell.contexts):
@@ -95,7 +96,9 @@ def measure(
                 tally["digits"] += right
                 tally["found"] += right == DIGITS
                 by_depth[reading][depth] += right == DIGITS
-                tally["controls"] += answer(model, control, cache) == DIGITS
+                right = answer(model, control, cache)
+                tally["control_digits"] += right
+                tally["controls"] += right == DIGITS
     for readings, tally in tallies.items():
         yield Found(
             cell.length,
@@ -104,6 +107,7 @@ def measure(
             cell.contexts * cell.needles,
             int(tally["digits"]),
             int(tally["controls"]),
+            int(tally["control_digits"]),
             by_depth[readings],
             round(tally["seconds"], 3),
             int(tally["bytes"]),

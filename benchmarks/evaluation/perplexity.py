@@ -139,17 +139,17 @@ def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
     buckets = sorted({(piece.low, piece.high) for piece in pieces["on"]})
     for treatment, mine in pieces.items():
         for low, high in buckets:
-            size = sum(piece.bytes for piece in mine if piece.low == low)
-            yield {
-                "treatment": treatment, "low": low, "high": high,
-                "bits": round(mean_bits(mine, low), 6), "bytes": size,
+            inside = [piece for piece in mine if piece.low == low]
+            documents = {
+                name: [round(sum(x.bits for x in inside if x.document == name), 3),
+                       sum(x.bytes for x in inside if x.document == name)]
+                for name in sorted({x.document for x in inside})
             }  # fmt: skip
+            size = {"low": low, "high": high, "bytes": sum(x.bytes for x in inside), "documents": len(documents)}
+            yield {"treatment": treatment, **size, "bits": round(mean_bits(mine, low), 6), "by_document": documents}
             if treatment != "on":
                 saved, error = gain(pieces["on"], mine, low)
-                yield {
-                    "treatment": "on", "over": treatment, "low": low, "high": high,
-                    "gain": round(saved, 6), "error": round(error, 6), "bytes": size,
-                }  # fmt: skip
+                yield {"treatment": "on", "over": treatment, **size, "gain": round(saved, 6), "error": round(error, 6)}
 
 
 @command("perplexity")
