@@ -24,7 +24,7 @@ from benchmarks.evaluation.records import Line, append_lines, cell_key, read_lin
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles, python_text
 from benchmarks.evaluation.train import Options, load_model
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
-from fwpkm_kernels.layers import FastWeightProductKeyMemory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
 
 PIECE = 512  #: bytes of a call while a context is read
 
@@ -159,11 +159,28 @@ def parse_cells(text: str, readings: tuple[int, ...]) -> list[Cell]:
     return cells
 
 
-def resize_memories(model: Any, num_keys: int) -> None:
-    """Put fresh memories with another number of sub-keys in the place of those of a model."""
+WARM_UP = 2**17  #: bytes of the training text that a fresh memory reads before a test
+
+
+@torch.no_grad()
+def resize_memories(model: Any, num_keys: int, corpus: Corpus, seed: int) -> None:
+    """Put fresh memories with another number of sub-keys in the place of those of a model.
+
+    They first read some of the training text as in training, but without gradients: sub-keys that no key step has
+    spread yet are found unevenly.
+    """
+    torch.manual_seed(seed)
     for name, module in list(model.named_modules()):
         if isinstance(module, FastWeightProductKeyMemory):
             model.set_submodule(name, module.resized(num_keys))
+    rng = random.Random(seed)
+    model.train()
+    for _ in range(WARM_UP // 4096):
+        start = rng.randrange(len(corpus.training) - 4096)
+        data = torch.tensor(list(corpus.training[start : start + 4096]), device=model.device)
+        model(data.unsqueeze(0), logits_to_keep=1)
+        advance_memory(model)
+    model.eval()
 
 
 def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
@@ -186,14 +203,21 @@ def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, 
     }
 
 
-def load_trained(folder: Path, device: str) -> tuple[Any, Options, dict[str, Any], Corpus]:
-    """A trained model, its options and checkpoint, and the text, which must be that of its training."""
+def load_trained(folder: Path, device: str, num_keys: int | None = None) -> tuple[Any, Options, dict[str, Any], Corpus]:
+    """A model as it is tested, its options and checkpoint, and the text, which must be that of its training.
+
+    With `num_keys` its memories are fresh ones with so many sub-keys.
+    """
     model, options, state = load_model(folder, device)
     corpus = python_text()
     if state["corpus"] != corpus.fingerprint:
         raise CommandError(f"{folder} was trained on another text: another version of Python has another documentation")
     if state["step"] < options.steps:
         raise CommandError(f"{folder} has {state['step']} of {options.steps} steps: finish its training first")
+    if num_keys is not None:
+        resize_memories(model, num_keys, corpus, options.seed)
+    for memory in memories_of(model):
+        memory.options = memory.options._replace(**options.test_memory)
     return model, options, state, corpus
 
 
@@ -215,10 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = parse_cells(given.cells, tuple(int(x) for x in given.readings.split(",")))
     check_outputs(given.out)
     tqdm = need("tqdm", "evaluation").tqdm
-    model, options, state, corpus = load_trained(given.folder, given.device)
-    if given.num_keys is not None:
-        torch.manual_seed(options.seed)
-        resize_memories(model, given.num_keys)
+    model, options, state, corpus = load_trained(given.folder, given.device, given.num_keys)
     memories = memories_of(model)
     test_seed = options.seed if given.seed is None else given.seed
     line = about(options, state, corpus, given.device, given.row)

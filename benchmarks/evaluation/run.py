@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         """Train a model and measure it."""
         run = f"{model}-{seed}"
         is_full = split_name(model)[0] == "full"
-        orders = self.orders or (FULL_ORDERS if is_full else 3)
+        orders = self.orders or (FULL_ORDERS if is_full else 2)
         jobs = [
             self.training(model, seed, run, ()),
             self.needles(run, "needles.jsonl", FULL_CELLS if is_full else needles.CELLS, "1,2,4"),
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ablations", nargs="*", metavar="ROW", help="these rows of ablations.py, or all, and no models"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, help=f"{' and '.join(STORY)} if not given")
-    parser.add_argument("--seeds", type=_numbers, help="like 0,1,2; 0 if not given")
+    parser.add_argument("--seeds", type=_numbers, help="like 1,2,3; 1 if not given")
     parser.add_argument("--measures", nargs="*", choices=MEASURES, default=MEASURES, help="all if not given")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all trainings")
     parser.add_argument("--size", default="miniature", help="of the models; miniature if not given")
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.cells is not None:
         needles.parse_cells(given.cells, (1,))
     models = given.models or (MODELS if given.full else STORY if given.ablations is None else ())
-    seeds = {model: given.seeds or ((0, 1, 2) if given.full and model == HEADLINE else (0,)) for model in models}
+    seeds = {model: given.seeds or ((1, 2, 3) if given.full and model == HEADLINE else (1,)) for model in models}
     make_folder(given.out, *plots.FILES, "results.md", *(f"{name}.jsonl" for name in RESULTS))
     tqdm = need("tqdm", "evaluation").tqdm
     for module in ("matplotlib.figure", "rich"):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, memories_of, split_name
+from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, split_name
 from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
 from fwpkm_kernels import chunks
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, reading, write_output
@@ -64,12 +64,13 @@ class Options:
     weight_decay: float = 0.1
     clip: float = 1.0  #: the gradient's norm
     answer_weight: float = 1.0  #: of the loss of digits that are asked for
-    gate_price: float = 0.2
+    gate_price: float = 0.3
     needles: int = 6  #: for each 1024 bytes of a row, up to `most_needles`
     most_needles: int = 8
     questions: int = 2  #: for each needle
     distance: int = 256 + NEEDLE_LENGTH  #: bytes at least from a needle to a question
     dtype: str = "float32"  #: of autocast
+    memory_layers: tuple[int, ...] = ()  #: other than the size's
     #: options of the fast-weight memories, other than the size's
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: those that change when the model is tested: the key step then rests, as what it moves is not found again
@@ -99,7 +100,15 @@ class Options:
 
 def options_of(given: dict[str, Any]) -> Options:
     """Options from the dict that `dataclasses.asdict`, or JSON, makes of them."""
-    return Options(**{**given, "plan": tuple(Phase(*phase) for phase in given["plan"])})
+    plan, layers = (Phase(*phase) for phase in given["plan"]), given.get("memory_layers", ())
+    return Options(**{**given, "plan": tuple(plan), "memory_layers": tuple(layers)})
+
+
+def build(options: Options, size: Size | None = None) -> Any:
+    """The model, untrained; of another size than the options say, if one is given."""
+    size = size or SIZES[options.size]
+    size = dataclasses.replace(size, memory_layers=options.memory_layers or size.memory_layers)
+    return make_model(make_config(options.model, size, options.memory, options.gate_price), size)
 
 
 def default_options(model: str, size: str, seed: int = 0) -> Options:
@@ -116,7 +125,7 @@ def changed(options: Options, changes: Sequence[str]) -> Options:
     given = dataclasses.asdict(options)
     apart = ("model", "size", "seed", "memory", "test_memory")
     parsers = {name: type(x) for name, x in given.items() if name not in apart}
-    parsers |= {"plan": _parse_plan, "dtype": _parse_dtype}
+    parsers |= {"plan": _parse_plan, "dtype": _parse_dtype, "memory_layers": _parse_layers}
     if split_name(options.model)[1]:
         parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
         parsers |= {f"test_memory.{name}": _parse_any for name in chunks.Options._fields}
@@ -143,6 +152,11 @@ def _parse_plan(text: str) -> list[Phase]:
     return plan
 
 
+def _parse_layers(text: str) -> list[int]:
+    """LAYER, and more after commas"""
+    return [int(layer) for layer in text.split(",")]
+
+
 def _parse_dtype(text: str) -> str:
     """float32 or bfloat16"""
     if text not in ("float32", "bfloat16"):
@@ -167,9 +181,7 @@ class Trainer:
             (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_parallel else (0, 1)
         )
         torch.manual_seed(options.seed)
-        size = size or SIZES[options.size]
-        self.model = make_model(make_config(options.model, size, options.memory, options.gate_price), size)
-        self.model.to(self.device)
+        self.model = build(options, size).to(self.device)
         groups = parameter_groups(self.model, lr=options.lr, weight_decay=options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self.called: Any = self.model
@@ -303,11 +315,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Options, dict[st
     """A trained model, its options, and its checkpoint."""
     state = load_checkpoint(folder, device)
     options = options_of(state["options"])
-    size = SIZES[options.size]
-    model = make_model(make_config(options.model, size, options.memory, options.gate_price), size)
+    model = build(options)
     model.load_state_dict(state["model"])
-    for memory in memories_of(model):
-        memory.options = memory.options._replace(**options.test_memory)
     return model.to(device).eval(), options, state
 
 
