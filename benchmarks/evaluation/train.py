@@ -483,7 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help=f"begin anew where there is a {CHECKPOINT}")
     arguments = parser.parse_args(argv)
     folder = arguments.folder
-    make_folder(folder, CHECKPOINT, PLOT)
+    if os.environ.get("RANK", "0") == "0":  # ranks that try a new file together would meet each other's
+        make_folder(folder, CHECKPOINT, PLOT)
     for module in ("tqdm", "matplotlib.figure"):
         need(module, "evaluation")
     if arguments.threads:
