@@ -1,5 +1,7 @@
 """The evaluation's lines of results: statistics, what is measured again and what is not, the list of jobs, plots."""
 
+import contextlib
+import dataclasses
 import json
 import re
 import subprocess
@@ -217,23 +219,22 @@ def test_perplexity_is_measured_once(tmp_path, monkeypatch, trained):
     assert [x["treatment"] for x in read_lines(tmp_path / "plain")] == ["on"]
 
 
+#: Of associative recall.
+ASKED = {
+    "model": "swa", "seed": 0, "length": 256, "pairs": 8, "overwrite": True, "right": 30, "asked": 40, "stale": 3,
+    "overwritten": 20, "controls_right": 1, "controls": 16, "chance": 1 / 64, "training_right": 0.5,
+}  # fmt: skip
+
+
 def test_associative_recall_is_added_up():
-    lines = [
-        {
-            "model": "swa",
-            "seed": seed,
-            "length": 256,
-            "pairs": 8,
-            "overwrite": overwrite,
-            "right": 30 + seed,
-            "asked": 40,
-        }
-        for seed in (0, 2)
-        for overwrite in (False, True)
-    ]
+    kept = {"overwrite": False, "overwritten": 0, "stale": 0}
+    lines = [ASKED | {"seed": seed, "right": 30 + seed} | more for seed in (0, 2) for more in (kept, {})]
     table = records.mqar_table([*lines, {**lines[0], "right": 40}])
-    assert table.header == ["model", "overwritten", "seeds", "8 in 256"]
-    assert table.lines == [["swa", "no", "2", "90.0"], ["swa", "yes", "2", "77.5"]]
+    assert table.header[:4] == ["model", "overwritten", "seeds", "8 in 256"]
+    assert table.lines == [
+        ["swa", "no", "2", "90.0", "-", "6.2", "1.6", "50"],
+        ["swa", "yes", "2", "77.5", "15.0", "6.2", "1.6", "50"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_a_model_that_is_not_trained_to_its_end_is_refused(monkeypatch):
     state = {"corpus": CORPUS.fingerprint, "step": 3}
     monkeypatch.setattr(needles, "load_model", lambda *_: (None, train.Options(), state))
     monkeypatch.setattr(needles, "python_text", lambda: CORPUS)
-    with pytest.raises(CommandError, match="^runs/x has 3 of 250 steps"):
+    with pytest.raises(CommandError, match=f"^runs/x has 3 of {train.Options().steps} steps"):
         needles.load_trained(Path("runs/x"), "cpu")
     state["corpus"] = "another"
     with pytest.raises(CommandError, match="^runs/x was trained on another text"):
@@ -293,7 +294,7 @@ def test_the_jobs_of_a_model():
     assert one[0].arguments[:5] == (folder, "--model", "swa+fwpkm", "--seed", "1")
     assert one[1].arguments[:3] == (folder, "--cells", needles.CELLS)
     assert one[1].arguments[-2:] == ("--out", f"{folder}/needles.jsonl")
-    assert one[3].arguments == ("--model", "swa+fwpkm", "--seed", "1")
+    assert one[3].arguments == ("--model", "swa+fwpkm", "--seed", "1", "--device", "cpu")
     assert {zero[0].run, one[0].run} == {"swa+fwpkm-0", "swa+fwpkm-1"}
     assert run.FULL_CELLS in full[1].arguments
     assert full[2].arguments[1:3] == ("--orders", "1")
@@ -327,6 +328,9 @@ def test_every_ablation_is_a_run_of_its_own_with_as_many_bytes(row):
     assert training.run not in {jobs(rows=[name])[0][0].run for name in others}
     options = train.changed(train.Options(), [f"{name}={value}" for name, value in changes.items()])
     assert options.bytes == train.Options().bytes
+    memories = [SIZES["miniature"].memory | x.memory for x in (options, train.Options())]
+    is_changed = memories[0] != memories[1] or dataclasses.replace(options, memory={}) != train.Options()
+    assert is_changed == bool(changes)
     with torch.device("meta"):
         FwPKMForCausalLM(make_config(options.model, SIZES[options.size], options.memory, options.gate_price))
 
@@ -394,8 +398,7 @@ def results(folder: Path) -> None:
     append_lines(folder / "ablations.jsonl", rows)
     bits = {"row": "swa", "seed": 0, "low": 0, "high": 4096}
     append_lines(folder / "perplexity.jsonl", [bits | {"treatment": x, "bits": 3.0} for x in ("on", "off")])
-    asked = {"model": "swa", "seed": 0, "length": 256, "pairs": 8, "overwrite": True, "right": 3, "asked": 4}
-    append_lines(folder / "mqar.jsonl", [asked])
+    append_lines(folder / "mqar.jsonl", [ASKED])
 
 
 def test_an_evaluation_ends_in_tables_and_plots(tmp_path, monkeypatch, capsys):
@@ -444,6 +447,7 @@ def test_minutes_choose_the_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "choose_size", choose, raising=False)
     monkeypatch.setattr(run, "run_all", lambda chains, workers, *_: given.append((chains, workers)) or [])
+    monkeypatch.setattr(train, "on_device", contextlib.nullcontext)
     assert run.main([f"--out={tmp_path}", "--device=cuda", "--minutes=10", "--measures", "needles"]) == 0
     assert asked == [("cuda", 2.5, "full")]
     ((chains, workers),) = given

@@ -8,6 +8,7 @@ import dataclasses
 from types import MappingProxyType
 
 from benchmarks.evaluation.text import NEEDLE_LENGTH
+from benchmarks.evaluation.train import Options, Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +20,16 @@ class Ablation:
     test_keys: tuple[int | None, ...] = (None,)
 
 
-#: The plan of the rows whose chunk is as long as the default's short rows, in which nothing would be written in time:
-#: as many bytes in longer ones.
-_LONG_CHUNKS = {"plan": "1024x1x160,4096x1x90", "distance": str(512 + NEEDLE_LENGTH)}
+def _long_chunks(chunk_size: int) -> dict[str, str]:
+    """A chunk as long as short rows of the default's plan would write nothing that these ask for: theirs are twice as
+    long, and half as many."""
+    plan = [
+        Phase(2 * phase.length, phase.batch // 2, phase.steps) if phase.length < 2 * chunk_size else phase
+        for phase in Options().plan
+    ]
+    phases = ",".join("x".join(map(str, phase)) for phase in plan)
+    return {"memory.chunk_size": str(chunk_size), "plan": phases, "distance": str(chunk_size + NEEDLE_LENGTH)}
+
 
 ABLATIONS = MappingProxyType(
     {
@@ -39,11 +47,11 @@ ABLATIONS = MappingProxyType(
         "lookahead 0": Ablation({"memory.lookahead": "0"}),
         "score dot": Ablation({"memory.score": "dot"}),
         "no key step": Ablation({"memory.addressing_weight": "0"}),
-        "key step in the test too": Ablation({"test_memory.addressing_weight": "1"}),
+        "key step in tests too": Ablation({"test_memory.addressing_weight": "1"}),
         "step normalized": Ablation({"memory.step": "normalized"}),
         "chunks of 64": Ablation({"memory.chunk_size": "64"}),
         "chunks of 128": Ablation({"memory.chunk_size": "128"}),
-        "chunks of 512": Ablation({"memory.chunk_size": "512", **_LONG_CHUNKS}),
+        "chunks of 512": Ablation(_long_chunks(512)),
         "K = 4": Ablation({"memory.top_k": "4"}),
         "K = 8": Ablation({"memory.top_k": "8"}),
         "K = 32": Ablation({"memory.top_k": "32"}),

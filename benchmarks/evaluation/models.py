@@ -86,7 +86,7 @@ SIZES = MappingProxyType(
             context_attention=False, initializer_range=0.02,
             training={
                 "plan": ((4096, 4, 20_000),), "accumulate": 8, "lr": 3e-4, "warmup": 1000, "dtype": "bfloat16",
-                "distance": 512 + 64, "gate_price": 0.0,
+                "distance": 512 + 64, "gate_price": 0.0, "test_memory": {},
             },
         ),
     }

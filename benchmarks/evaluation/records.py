@@ -217,7 +217,7 @@ def perplexity_table(lines: Sequence[Line]) -> Table:
 
 
 def mqar_table(lines: Sequence[Line]) -> Table:
-    """Values recalled, in percent, by pairs and length."""
+    """Values recalled, in percent, by pairs and length; then, over all cells, what was not to be recalled."""
     last = {(x["model"], x["seed"], x["length"], x["pairs"], x["overwrite"]): x for x in lines}.values()
     columns = sorted({(line["length"], line["pairs"]) for line in last})
     shown = []
@@ -229,7 +229,16 @@ def mqar_table(lines: Sequence[Line]) -> Table:
             asked = sum(line["asked"] for line in same)
             cells.append(f"{100 * sum(line['right'] for line in same) / asked:.1f}" if asked else "-")
         seeds = len({line["seed"] for line in mine})
-        shown.append([model, "yes" if overwrite else "no", str(seeds), *cells])
+        others = [
+            f"{100 * sum(line[part] for line in mine) / total:.1f}"
+            if (total := sum(line[of] for line in mine))
+            else "-"
+            for part, of in (("stale", "overwritten"), ("controls_right", "controls"))
+        ]
+        training = sum(line["training_right"] for line in mine) / len(mine)
+        others += [f"{100 * mine[0]['chance']:.1f}", f"{100 * training:.0f}"]
+        shown.append([model, "yes" if overwrite else "no", str(seeds), *cells, *others])
     names = [f"{pairs} in {show_length(length)}" for length, pairs in columns]
     title = "Associative recall: values recalled, %, by pairs and length"
-    return Table(title, ["model", "overwritten", "seeds", *names], shown)
+    header = ["model", "overwritten", "seeds", *names, "older value", "controls right", "chance", "right in training"]
+    return Table(title, header, shown)

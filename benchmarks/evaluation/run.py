@@ -110,7 +110,7 @@ class Plan(NamedTuple):
             self.training(model, seed, run, ()),
             self.needles(run, "needles.jsonl", FULL_CELLS if is_full else needles.CELLS, "1,2,4"),
             self._measuring(run, "perplexity", "perplexity.jsonl", "--orders", str(orders)),
-            self.job(run, "mqar", "mqar.jsonl", "--model", model, "--seed", str(seed)),
+            self.job(run, "mqar", "mqar.jsonl", "--model", model, "--seed", str(seed), "--device", self.device),
         ]
         return [job for job in jobs if job.name in ("train", *self.measures)]
 
@@ -284,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         measures = tuple(given.measures)
         if given.minutes is not None:
             runs = sum(map(len, seeds.values())) + len(rows)
-            options = train.choose_size(
-                given.device, given.minutes / 2 / max(1, runs), models[0] if models else HEADLINE
-            )
+            with train.on_device(given.device) as device:
+                share = given.minutes / 2 / max(1, runs)
+                options = train.choose_size(device, share, models[0] if models else HEADLINE)
             phases = ",".join("x".join(map(str, phase)) for phase in options.plan)
             size, changes = options.size, (f"plan={phases}", *changes)
         plan = Plan(given.out, given.device, measures, changes, size, given.cells, given.readings, given.orders)
