@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, ContextAttention, Size, new_cache, split_name
+from benchmarks.evaluation.models import MODELS, ContextAttention, Size, memories_of, new_cache, split_name
 from benchmarks.evaluation.needles import read, state_bytes
 from benchmarks.evaluation.records import append_lines, stamp
 from benchmarks.evaluation.train import Options, Phase, Trainer
@@ -153,12 +153,13 @@ def make_options(model: str, seed: int, steps: int | None = None) -> Options:
 def train_mqar(
     options: Options, device: str = "cpu", progress: Callable[[int], object] = lambda count: None
 ) -> MqarTrainer:
-    """A trainer that has trained its model."""
+    """A trainer that has trained its model, whose memories have the options of tests."""
     trainer = MqarTrainer(options, device)
     while not trainer.is_done:
         trainer.train_step()
         progress(1)
-    trainer.model.eval()
+    for memory in memories_of(trainer.model.eval()):
+        memory.options = memory.options._replace(**options.test_memory)
     return trainer
 
 
