@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, ContextAttention, Size, new_cache, split_name
+from benchmarks.evaluation.models import MODELS, ContextAttention, Size, memories_of, new_cache, split_name
 from benchmarks.evaluation.needles import read, state_bytes
 from benchmarks.evaluation.records import append_lines, stamp
 from benchmarks.evaluation.train import Options, Phase, Trainer
@@ -146,19 +146,20 @@ class MqarTrainer(Trainer):
 
 def make_options(model: str, seed: int, steps: int | None = None) -> Options:
     """How a model is trained: those without a memory, whose steps are cheaper, in more of them."""
-    steps = steps or (150 if split_name(model)[1] else 500)
+    steps = steps or (120 if split_name(model)[1] else 500)
     return Options(model, "mqar", seed, plan=(Phase(256, 8, steps),), gate_price=0.0)
 
 
 def train_mqar(
     options: Options, device: str = "cpu", progress: Callable[[int], object] = lambda count: None
 ) -> MqarTrainer:
-    """A trainer that has trained its model."""
+    """A trainer that has trained its model, whose memories have the options of tests."""
     trainer = MqarTrainer(options, device)
     while not trainer.is_done:
         trainer.train_step()
         progress(1)
-    trainer.model.eval()
+    for memory in memories_of(trainer.model.eval()):
+        memory.options = memory.options._replace(**options.test_memory)
     return trainer
 
 
@@ -194,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation.mqar", description="Measure recall.")
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--seed", type=int, default=0, help="of training and tests, which share no rows")
-    parser.add_argument("--steps", type=int, help="of training; 150 with a fast-weight memory, else 500")
+    parser.add_argument("--steps", type=int, help="of training; 120 with a fast-weight memory, else 500")
     parser.add_argument("--keys", type=int, default=128, help="asked for in each cell, in two rows at least")
     parser.add_argument("--out", required=True, help="file of JSON lines to append to")
     parser.add_argument("--device", default="cpu")
