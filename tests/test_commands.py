@@ -677,8 +677,6 @@ def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
         ("benchmarks.run", ["--compare=file", "--results=missing"], "cannot read missing: No such file or directory"),
         ("benchmarks.run", ["--device=cpu", "--resume", "--json=closed"], "cannot read closed: Permission denied"),
         ("benchmarks.errors", ["--device=abacus"], "cannot use the device abacus: "),
-        ("benchmarks.evaluation.needles", ["missing", "--out=new"], "cannot read missing/checkpoint.pt: No such file"),
-        ("benchmarks.evaluation.perplexity", ["file", "--out=new"], "cannot read file/checkpoint.pt: Not a directory"),
         ("fwpkm_kernels.demo", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
     ],
 )

@@ -264,9 +264,11 @@ def test_needles_say_what_is_wrong(arguments, message, tmp_path, monkeypatch, ca
         (["--treatments=off"], "--treatments must begin with \"on\" .* got 'off'"),
         (["--treatments=on,reset"], "got 'on,reset'"),
         (["--orders=0"], "--orders must be at least 1, got 0"),
+        ([], "cannot read folder/checkpoint.pt: No such file"),
     ],
 )
-def test_perplexity_says_what_is_wrong(arguments, message, tmp_path, capsys):
+def test_perplexity_says_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert perplexity.main(["folder", f"--out={tmp_path / 'new'}", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
