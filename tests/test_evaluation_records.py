@@ -223,17 +223,19 @@ def test_perplexity_is_measured_once(tmp_path, monkeypatch, trained):
 ASKED = {
     "model": "swa", "seed": 0, "length": 256, "pairs": 8, "overwrite": True, "right": 30, "asked": 40, "stale": 3,
     "overwritten": 20, "controls_right": 1, "controls": 16, "chance": 1 / 64, "training_right": 0.5,
+    "training_steps": 500, "training_cpu_seconds": 40.2,
 }  # fmt: skip
 
 
 def test_associative_recall_is_added_up():
     kept = {"overwrite": False, "overwritten": 0, "stale": 0}
     lines = [ASKED | {"seed": seed, "right": 30 + seed} | more for seed in (0, 2) for more in (kept, {})]
-    table = records.mqar_table([*lines, {**lines[0], "right": 40}])
+    table = records.mqar_table([*lines, {**lines[0], "right": 40}, {**lines[0], "model": "gdn", "training_right": 0.1}])
     assert table.header[:4] == ["model", "overwritten", "seeds", "8 in 256"]
     assert table.lines == [
-        ["swa", "no", "2", "90.0", "-", "6.2", "1.6", "50"],
-        ["swa", "yes", "2", "77.5", "15.0", "6.2", "1.6", "50"],
+        ["swa", "no", "2", "90.0", "-", "6.2", "1.6", "50, 500 steps, 40 s of CPU"],
+        ["swa", "yes", "2", "77.5", "15.0", "6.2", "1.6", "50, 500 steps, 40 s of CPU"],
+        ["gdn", "no", "1", "75.0", "-", "6.2", "1.6", "not learnt in 500 steps, 40 s of CPU"],
     ]
 
 

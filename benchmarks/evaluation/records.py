@@ -236,7 +236,11 @@ def mqar_table(lines: Sequence[Line]) -> Table:
             for part, of in (("stale", "overwritten"), ("controls_right", "controls"))
         ]
         training = sum(line["training_right"] for line in mine) / len(mine)
-        others += [f"{100 * mine[0]['chance']:.1f}", f"{100 * training:.0f}"]
+        budget = f"{mine[0]['training_steps']} steps, {mine[0]['training_cpu_seconds']:.0f} s of CPU"
+        others += [
+            f"{100 * mine[0]['chance']:.1f}",
+            f"{100 * training:.0f}, {budget}" if training >= 0.5 else f"not learnt in {budget}",
+        ]
         shown.append([model, "yes" if overwrite else "no", str(seeds), *cells, *others])
     names = [f"{pairs} in {show_length(length)}" for length, pairs in columns]
     title = "Associative recall: values recalled, %, by pairs and length"
