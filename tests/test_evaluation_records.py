@@ -278,7 +278,7 @@ def test_perplexity_says_what_is_wrong(arguments, message, tmp_path, monkeypatch
 def test_a_model_that_is_not_trained_to_its_end_is_refused(monkeypatch):
     state = {"corpus": CORPUS.fingerprint, "step": 3}
     monkeypatch.setattr(needles, "load_model", lambda *_: (None, train.Options(), state))
-    monkeypatch.setattr(needles, "python_text", lambda: CORPUS)
+    monkeypatch.setattr(needles, "corpus_of", lambda files: CORPUS)
     with pytest.raises(CommandError, match=f"^runs/x has 3 of {train.Options().steps} steps"):
         needles.load_trained(Path("runs/x"), "cpu")
     state["corpus"] = "another"

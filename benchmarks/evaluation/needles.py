@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.evaluation.models import memories_of, new_cache
 from benchmarks.evaluation.records import Line, append_lines, cell_key, read_lines, stamp
-from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles, python_text
-from benchmarks.evaluation.train import Options, load_model
+from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles
+from benchmarks.evaluation.train import Options, corpus_of, load_model
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
 
@@ -203,15 +203,19 @@ def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, 
     }
 
 
-def load_trained(folder: Path, device: str, num_keys: int | None = None) -> tuple[Any, Options, dict[str, Any], Corpus]:
+def load_trained(
+    folder: Path, device: str, files: Sequence[Path] | None = None, num_keys: int | None = None
+) -> tuple[Any, Options, dict[str, Any], Corpus]:
     """A model as it is tested, its options and checkpoint, and the text, which must be that of its training.
 
     With `num_keys` its memories are fresh ones with so many sub-keys.
     """
     model, options, state = load_model(folder, device)
-    corpus = python_text()
+    corpus = corpus_of(files)
     if state["corpus"] != corpus.fingerprint:
-        raise CommandError(f"{folder} was trained on another text: another version of Python has another documentation")
+        raise CommandError(
+            f"{folder} was trained on another text: --text names a user's own, and each version of Python has its own"
+        )
     if state["step"] < options.steps:
         raise CommandError(f"{folder} has {state['step']} of {options.steps} steps: finish its training first")
     if num_keys is not None:
@@ -231,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readings", default="1,2,4", help="of cells that do not say; 1,2,4 if not given")
     parser.add_argument("--num-keys", type=int, help="ask over fresh memories with so many sub-keys")
     parser.add_argument("--seed", type=int, help="of contexts and needles; the training's if not given")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="that the model was trained on")
     parser.add_argument("--row", help="name in the tables; the model's if not given")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(argv)
@@ -239,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = parse_cells(given.cells, tuple(int(x) for x in given.readings.split(",")))
     check_outputs(given.out)
     tqdm = need("tqdm", "evaluation").tqdm
-    model, options, state, corpus = load_trained(given.folder, given.device, given.num_keys)
+    model, options, state, corpus = load_trained(given.folder, given.device, given.text, given.num_keys)
     memories = memories_of(model)
     test_seed = options.seed if given.seed is None else given.seed
     line = about(options, state, corpus, given.device, given.row)

@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--orders", type=int, default=3, help="in which the documents are read; 3 if not given")
     parser.add_argument("--treatments", default=",".join(TREATMENTS), help="of the memory; all if not given")
     parser.add_argument("--seed", type=int, help="of the orders; the training's if not given")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="that the model was trained on")
     parser.add_argument("--row", help="name in the tables; the model's if not given")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(argv)
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CommandError(f"--orders must be at least 1, got {given.orders}")
     check_outputs(given.out)
     tqdm = need("tqdm", "evaluation").tqdm
-    model, options, state, corpus = load_trained(given.folder, given.device)
+    model, options, state, corpus = load_trained(given.folder, given.device, given.text)
     seed = options.seed if given.seed is None else given.seed
     memories = memories_of(model)
     line = about(options, state, corpus, given.device, given.row)
