@@ -62,20 +62,20 @@ def found(monkeypatch):
 def test_a_model_that_finds_all(found):
     (once, twice) = found(lambda at, code: code, Cell(2000, 3, 5, (1, 2)))
     for cell, readings in ((once, 1), (twice, 2)):
-        assert cell[:7] == (2000, readings, 15, 15, 15 * DIGITS, 0, [3] * 5)
+        assert (cell[:6], cell.by_depth) == ((2000, readings, 15, 15, 15 * DIGITS, 0), [3] * 5)
         assert cell.state_bytes == 12
     assert 0 <= once.seconds <= twice.seconds
 
 
 def test_a_model_that_finds_none(found):
     (cell,) = found(lambda at, code: b"zzzzzz", Cell(2000, 2, 5, (1,)))
-    assert cell[:7] == (2000, 1, 0, 10, 0, 0, [0] * 5)
+    assert (cell[:7], cell.by_depth) == ((2000, 1, 0, 10, 0, 0, 0), [0] * 5)
 
 
 def test_one_digit_wrong_is_not_found(found):
     for place in range(DIGITS):
         (cell,) = found(lambda at, code, i=place: code[:i] + b"z" + code[i + 1 :], Cell(2000, 1, 4, (1,)))
-        assert cell[:7] == (2000, 1, 0, 4, 4 * (DIGITS - 1), 0, [0] * 4)
+        assert (cell[:6], cell.by_depth) == ((2000, 1, 0, 4, 4 * (DIGITS - 1), 0), [0] * 4)
 
 
 def test_depth_is_counted_from_the_beginning(found):
@@ -90,7 +90,7 @@ def test_controls_that_are_found_are_counted(monkeypatch):
     monkeypatch.setattr(needles, "read", lambda *arguments: None)
     monkeypatch.setattr(needles, "answer", lambda model, needle, cache: DIGITS)
     (cell,) = needles.measure(Reader(None), CORPUS, Cell(2000, 2, 5, (1,)), 0)
-    assert (cell.found, cell.controls_found, cell.needles) == (10, 10, 10)
+    assert (cell.found, cell.controls_found, cell.control_digits, cell.needles) == (10, 10, 10 * DIGITS, 10)
 
 
 def test_contexts_follow_the_seed_alone(monkeypatch):

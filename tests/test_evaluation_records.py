@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.evaluation import needles, perplexity, plots, records, run, train
 from benchmarks.evaluation.ablations import ABLATIONS
-from benchmarks.evaluation.models import MODELS, SIZES, make_config
+from benchmarks.evaluation.models import MODELS, SIZES, make_config, memories_of
 from benchmarks.evaluation.records import append_lines, read_lines, stamp, summary, wilson
 from benchmarks.evaluation.text import Corpus
 from fwpkm_kernels._commands import CommandError
@@ -180,14 +180,20 @@ def test_needles_go_on_where_they_were_interrupted(tmp_path, monkeypatch, traine
     assert len(asked) == 3
 
 
-def test_a_model_is_tested_over_memories_of_another_size(tmp_path, monkeypatch, trained):
-    options = {"top_k": 2, "key_dim": 8, "value_dim": 4, "scope": "batch", "initial_memory": "persistent"}
-    trained.block = torch.nn.ModuleList([torch.nn.Module()])
-    trained.block[0].memory = FastWeightProductKeyMemory(6, num_keys=4, **options)
-    seen = []
-    monkeypatch.setattr(needles, "measure", lambda model, *given: seen.append(model.block[0].memory.num_keys) or [])
-    assert needles.main(["folder", f"--out={tmp_path / 'out'}", "--cells=512:1x1", "--num-keys=16"]) == 0
-    assert seen == [16]
+def test_a_model_is_tested_over_memories_of_another_size(monkeypatch):
+    memory = {"num_keys": 4, "top_k": 2, "key_dim": 8, "value_dim": 4, "chunk_size": 8, "query_conv": 2}
+    size = dataclasses.replace(SIZES["miniature"], hidden_size=16, heads=1, kv_heads=1, head_dim=16, parameters=20_000)
+    size = dataclasses.replace(size, memory=size.memory | memory)
+    trained = train.build(train.Options(), size)
+    corpus = Corpus(b"a text to train on " * 300, {"held out": b"another"})
+    state = {"corpus": corpus.fingerprint, "step": train.Options().steps}
+    monkeypatch.setattr(needles, "load_model", lambda *_: (trained, train.Options(), state))
+    monkeypatch.setattr(needles, "corpus_of", lambda files: corpus)
+    model, *_ = needles.load_trained(Path("runs/x"), "cpu", None, 16)
+    (fresh,) = memories_of(model)
+    assert (fresh.num_keys, fresh.table.num_slots, fresh.options.addressing_weight) == (16, 256, 0.0)
+    assert fresh.table.weight.abs().sum(1).count_nonzero() > 16  # it has read text
+    assert not model.training
 
 
 def test_perplexity_is_measured_once(tmp_path, monkeypatch, trained):
@@ -417,9 +423,9 @@ def test_an_evaluation_ends_in_tables_and_plots(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "execute", execute)
     arguments = [f"--out={tmp_path}", "--models", "swa", "--workers=1"]
     assert run.main(arguments) == 1
-    assert seen == [f"swa-0: {name}" for name in ("train", *run.MEASURES)]
+    assert seen == [f"swa-1: {name}" for name in ("train", *run.MEASURES)]
     captured = capsys.readouterr()
-    assert "failed: swa-0: mqar: out of memory\n" in captured.err
+    assert "failed: swa-1: mqar: out of memory\n" in captured.err
     titles = re.findall("^## (.*)$", (tmp_path / "results.md").read_text(), re.M)
     assert len(titles) == 5
     assert all(title in captured.out for title in titles)
@@ -431,9 +437,9 @@ def test_an_evaluation_ends_in_tables_and_plots(tmp_path, monkeypatch, capsys):
     seen.clear()
     assert run.main([f"--out={tmp_path}", "--report"]) == 0
     assert seen == []
-    (tmp_path / "runs/swa-0/old").touch()
+    (tmp_path / "runs/swa-1/old").touch()
     assert run.main([*arguments, "--fresh"]) == 1
-    assert not (tmp_path / "runs/swa-0/old").exists()
+    assert not (tmp_path / "runs/swa-1/old").exists()
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path, monkeypatch, capsys):
@@ -464,7 +470,7 @@ def test_minutes_choose_the_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, chains",
     [
-        ([], {"full-0", "swa+fwpkm-0"}),
+        ([], {"full-1", "swa+fwpkm-1"}),
         (["--ablations", "K = 4"], {"swa+fwpkm-0-k-4"}),
         (["--seeds=4,5"], None),
         (["--full"], None),
@@ -477,8 +483,8 @@ def test_what_an_evaluation_runs(arguments, chains, tmp_path, monkeypatch):
     runs = {chain[0].run for chain in given}
     if arguments == ["--full"]:
         trained = sum(bool(ablation.changes) for ablation in ABLATIONS.values())
-        assert len(runs) == len(MODELS) + 2 + trained
-        assert {f"swa+fwpkm-{seed}" for seed in range(3)} | {f"{model}-0" for model in MODELS} <= runs
+        assert len(runs) == len(MODELS) + 2 + 1 + trained  # two more seeds, and the ablations' own
+        assert {f"swa+fwpkm-{seed}" for seed in range(4)} | {f"{model}-1" for model in MODELS} <= runs
     else:
         assert runs == (chains or {f"{model}-{seed}" for model in run.STORY for seed in (4, 5)})
 
