@@ -72,10 +72,7 @@ def test_attention_in_blocks_is_attention_with_a_dense_mask(length, past, window
     generator = torch.Generator().manual_seed(length * 100 + past)
     for rows, heads, groups in ((1, 2, 2), (3, 4, 2)):
         query = torch.randn(rows, heads, length, 5, generator=generator, dtype=torch.float64)
-        key = torch.randn(rows, groups, past + length, 5, generator=generator, dtype=torch.float64)
-        value = torch.randn(
-            rows, groups, past + length, 6 if window is None else 5, generator=generator, dtype=torch.float64
-        )
+        key, value = torch.randn(2, rows, groups, past + length, 5, generator=generator, dtype=torch.float64)
         out, weights = blocked_attention(torch.nn.Module(), query, key, value, None, scaling=0.7, sliding_window=window)
         assert weights is None
         torch.testing.assert_close(out, dense_attention(query, key, value, window, 0.7), rtol=1e-12, atol=1e-12)

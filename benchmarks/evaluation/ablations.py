@@ -37,9 +37,7 @@ ABLATIONS = MappingProxyType(
         "no query convolution": Ablation({"memory.query_conv": "None"}),
         "convolution of 4": Ablation({"memory.query_conv": "4"}),
         "convolution of 8": Ablation({"memory.query_conv": "8"}),
-        "convolution of 12": Ablation({"memory.query_conv": "12"}),
         "no price on gates": Ablation({"gate_price": "0"}),
-        "price on gates 0.1": Ablation({"gate_price": "0.1"}),
         "price on gates 0.5": Ablation({"gate_price": "0.5"}),
         "price on gates 1": Ablation({"gate_price": "1"}),
         "memory before the second layer": Ablation({"memory_layers": "1"}),
@@ -58,10 +56,8 @@ ABLATIONS = MappingProxyType(
         # These are the curve over n: the defaults' training, and a small one, under memories of many sizes.
         "other memories in the test": Ablation(test_keys=(64, 128, 256, 512, 1024)),
         "trained with n = 128": Ablation({"memory.num_keys": "128"}, (None, 512)),
-        "trained with n = 256": Ablation({"memory.num_keys": "256"}),
         "memory reset in training": Ablation({"memory.initial_memory": "frozen"}),
         "no gate on writes": Ablation({"memory.write_gate": "False"}),
-        "no gate on reads": Ablation({"memory.gate": "False"}),
         "no gates": Ablation({"memory.gate": "False", "memory.write_gate": "False"}),
     }
 )
