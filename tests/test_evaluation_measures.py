@@ -16,7 +16,7 @@ from benchmarks.evaluation.needles import Cell, answer, read, state_bytes
 from benchmarks.evaluation.perplexity import Piece, bits_of_stream, gain, mean_bits
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, draw_needles
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
-from tests.test_evaluation_models import tiny_model
+from tests.test_evaluation_models import TINY, tiny_model
 
 DOCUMENTS = {f"document {i}": bytes(random.Random(i).choices(range(97, 123), k=700 + 90 * i)) for i in range(5)}
 CORPUS = Corpus(b"", DOCUMENTS)
@@ -210,7 +210,7 @@ def test_the_error_of_equal_documents_is_that_of_a_mean():
 
 def test_one_document_has_no_error_to_speak_of():
     on = [piece("a", 0, 0, 50, 100.0)]
-    assert gain(on, [on[0]._replace(bits=150.0)], 0) == (1.0, math.inf)
+    assert gain(on, [on[0]._replace(bits=150.0)], 0) == (1.0, None)
 
 
 def test_other_pieces_are_refused():
@@ -266,16 +266,29 @@ def test_options_come_back_after_an_exception(model):
     assert memory.options == before
 
 
-def test_a_reset_at_each_document_begins_the_memory_anew(model):
-    """And nothing else: what attention has seen stays."""
-    starts = [100, 250]
-    data = stream(300)
+def test_a_reset_at_each_document_begins_the_memory_anew():
+    """And nothing else: what attention has seen stays. A new memory has no convolution to go on from: here is none."""
+    memory = TINY.memory | {"query_conv": None}
+    model = tiny_model("swa+fwpkm", memory=memory)
+    torch.nn.init.normal_(memories_of(model)[0].o_proj.weight)
+    starts = [40, 90]
+    data = stream(120)
     for treatment, others in (("reset each document", starts), ("on", [])):
         bits = bits_of_stream(model, data, treatment, starts)
-        assert bits.shape == (299,)
+        assert bits.shape == (119,)
         expected = bits_with_resets(model, data, others)
         torch.testing.assert_close(bits, expected, rtol=1e-4, atol=1e-4)
-    assert (bits[100:] - bits_of_stream(model, data, "reset each document", starts)[100:]).abs().max() > 1e-3
+    assert (bits[40:] - bits_of_stream(model, data, "reset each document", starts)[40:]).abs().max() > 1e-3
+
+
+def test_a_reset_leaves_the_convolution_of_queries(model):
+    """Where nothing is ever written, a reset changes nothing, wherever in a chunk it comes."""
+    model = copy.deepcopy(model)
+    (memory,) = memories_of(model)
+    memory.options = memory.options._replace(lr=0.0)
+    data = stream(120)
+    reset, on = (bits_of_stream(model, data, treatment, [16, 45, 90]) for treatment in ("reset each document", "on"))
+    torch.testing.assert_close(reset, on, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

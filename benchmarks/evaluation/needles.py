@@ -53,6 +53,13 @@ class Found(NamedTuple):
     state_bytes: int  #: what the model keeps of a context that was read so often
 
 
+def clock(model: Any) -> float:
+    """Seconds, once the model's device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def read(model: Any, data: torch.Tensor, cache: Any, progress: Callable[[int], object] = lambda count: None) -> None:
     """Read bytes [T] into a cache."""
@@ -83,9 +90,9 @@ def measure(
         data = torch.tensor(list(context(corpus.stream(rng), cell.length, hidden, rng)), device=model.device)
         cache, seconds = new_cache(model), 0.0
         for reading in range(1, max(cell.readings) + 1):
-            started = time.perf_counter()
+            started = clock(model)
             read(model, data, cache, progress)
-            seconds += time.perf_counter() - started
+            seconds += clock(model) - started
             if reading not in cell.readings:
                 continue
             tally = tallies[reading]

@@ -40,6 +40,20 @@ class Piece(NamedTuple):
     bits: float  #: the sum over its bytes
 
 
+def reset_memories(cache: Any) -> None:
+    """Let memories begin anew, and nothing else: queries go on from the last tokens that their convolution saw."""
+    for layer in cache.layers:
+        if not isinstance(layer, MemoryCacheLayer) or layer.memory is None:
+            continue
+        windows = [(session.window, session.place) for session in layer.memory.sessions]
+        columns = layer.memory.columns
+        layer.memory.reset()
+        layer.memory.columns = columns  # the model refuses a memory that has read less than attention
+        for session, (window, place) in zip(layer.memory.sessions, windows, strict=True):
+            if window is not None:
+                session.window = window.roll(-place, dims=1)  # what came before the chunk that begins now stands first
+
+
 @torch.no_grad()
 def bits_of_stream(
     model: Any,
@@ -61,16 +75,13 @@ def bits_of_stream(
         for memory in memories:
             memory.options = memory.options._replace(lr=0.0)
     resets = {"reset every 4K": range(0, len(data), 4096), "reset each document": starts}.get(treatment, ())
-    ends = sorted({*range(0, len(data) - 1, PIECE), *(at for at in resets if at < len(data) - 1), len(data) - 1})
+    borders = {at for at in resets if at < len(data) - 1}
+    ends = sorted({*range(0, len(data) - 1, PIECE), *borders, len(data) - 1})
     cache, bits = new_cache(model), []
     try:
         for begin, end in pairwise(ends):
-            if begin in set(resets):
-                for layer in cache.layers:
-                    if isinstance(layer, MemoryCacheLayer) and layer.memory is not None:
-                        columns = layer.memory.columns
-                        layer.memory.reset()
-                        layer.memory.columns = columns  # the model refuses a memory that has read less than attention
+            if begin in borders:
+                reset_memories(cache)
             logits = model(data[None, begin:end], cache=cache, use_cache=True).logits[0].float()
             bits.append(F.cross_entropy(logits, data[begin + 1 : end + 1], reduction="none") / math.log(2))
             progress(end - begin)
@@ -114,11 +125,11 @@ def mean_bits(pieces: list[Piece], low: int) -> float:
     return sum(piece.bits for piece in inside) / sum(piece.bytes for piece in inside)
 
 
-def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[float, float]:
+def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[float, float | None]:
     """Bits per byte that a treatment saves in a bucket, and the standard error of that over documents.
 
     A document's pieces are taken together, whatever the orders; documents count by their bytes. The error is that of a
-    ratio of sums over documents; infinite for a single one, which says nothing of others.
+    ratio of sums over documents; None for a single one, which says nothing of others.
     """
     saved: dict[str, float] = {}
     size: dict[str, int] = {}
@@ -131,7 +142,7 @@ def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[floa
     total, count = sum(size.values()), len(size)
     mean = sum(saved.values()) / total
     squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
-    return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.inf
+    return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else None
 
 
 def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
@@ -149,7 +160,8 @@ def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
             yield {"treatment": treatment, **size, "bits": round(mean_bits(mine, low), 6), "by_document": documents}
             if treatment != "on":
                 saved, error = gain(pieces["on"], mine, low)
-                yield {"treatment": "on", "over": treatment, **size, "gain": round(saved, 6), "error": round(error, 6)}
+                error = error and round(error, 6)
+                yield {"treatment": "on", "over": treatment, **size, "gain": round(saved, 6), "error": error}
 
 
 @command("perplexity")

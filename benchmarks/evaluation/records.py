@@ -197,13 +197,18 @@ def cost_table(lines: Sequence[Line]) -> Table:
     return Table("Reading a context once: seconds, and bytes kept of it", header, shown)
 
 
+def _error(error: float | None) -> str:
+    """A standard error; what older files had for none was infinite."""
+    return "?" if error is None or math.isinf(error) else f"{error:.4f}"
+
+
 def perplexity_table(lines: Sequence[Line]) -> Table:
     """Bits per byte by position, then the gain of writing the memory, with its standard error over documents."""
     buckets = sorted({(line["low"], line["high"]) for line in lines})
     cells: dict[tuple[str, int, str], dict[tuple[int, int], str]] = {}
     for line in sorted(lines, key=lambda line: "gain" in line):
         if "gain" in line:
-            what, cell = f"gain over {line['over']}", f"{line['gain']:.4f} ± {line['error']:.4f}"
+            what, cell = f"gain over {line['over']}", f"{line['gain']:.4f} ± {_error(line['error'])}"
         else:
             what, cell = line["treatment"], f"{line['bits']:.4f}"
         cells.setdefault((line["row"], line["seed"], what), {})[line["low"], line["high"]] = cell
