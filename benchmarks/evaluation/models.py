@@ -54,7 +54,7 @@ SIZES = MappingProxyType(
         "miniature": Size(
             hidden_size=128, layers=2, heads=4, kv_heads=4, head_dim=32, parameters=480_000, window=64,
             gdn={"heads": 4, "head_dim": 32},
-            memory_layers=(0,), pkm_layers=(1,),
+            memory_layers=(0,), pkm_layers=(0,),
             memory=_MEMORY
             | {"num_keys": 512, "key_dim": 128, "value_dim": 64, "top_k": 16, "chunk_size": 256, "query_conv": 16},
             pkm={"num_keys": 128, "heads": 2, "key_dim": 64, "value_dim": 128, "top_k": 16},

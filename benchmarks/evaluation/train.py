@@ -61,6 +61,8 @@ class Options:
     lr: float = 3e-3
     final_lr: float = 0.1  #: of `lr`, where the cosine ends
     warmup: int = 30  #: steps
+    #: of tables that are trained, over `lr`: few tokens reach a row (`fwpkm_kernels.layers.parameter_groups`)
+    table_lr: float = 5.0
     weight_decay: float = 0.1
     clip: float = 1.0  #: the gradient's norm
     answer_weight: float = 1.0  #: of the loss of digits that are asked for
@@ -220,7 +222,7 @@ class Trainer:
         o, started, cpu_started = self.options, time.perf_counter(), time.process_time()
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = o.lr * o.rate(self.step)
+            group["lr"] = o.lr * o.rate(self.step) * (o.table_lr if group["name"] == "tables" else 1.0)
         sums = torch.zeros(4, device=self.device)
         for part in range(o.accumulate):
             x, is_answer = self.batch(part)
