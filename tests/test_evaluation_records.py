@@ -21,8 +21,9 @@ pytest.importorskip("transformers", minversion="5.24")
 from benchmarks.evaluation import mqar, needles, perplexity, plots, records, run, train
 from benchmarks.evaluation.ablations import ABLATIONS
 from benchmarks.evaluation.models import MODELS, SIZES, make_config, memories_of
-from benchmarks.evaluation.records import append_lines, latest, read_lines, stamp, summary, wilson
+from benchmarks.evaluation.records import append_lines, latest, stamp, summary, wilson
 from benchmarks.evaluation.text import Corpus
+from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.integrations.transformers import FwPKMForCausalLM
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
@@ -113,8 +114,8 @@ def test_a_table_says_what_has_not_learnt():
         line(),
         line(readings=2, length=32768, found=100),
         line(row="swa", num_keys=None, found=0, training_digits_right=0.1),
-        line(row="swa", num_keys=None, found=9, readings=2),
-        line(row="swa", num_keys=None, found=100, length=32768),
+        line(row="swa", num_keys=None, found=9, readings=2, training_digits_right=0.1),
+        line(row="swa", num_keys=None, found=100, length=32768, training_digits_right=0.1),
     ]
     table = records.recall_table(lines, "Models")
     assert table.lines == [
@@ -134,7 +135,7 @@ def test_a_table_says_what_has_not_learnt():
 
 
 TRAINED = "369 KB, 110 CPU s, digits right 0.99, gate 0.17"
-UNTRAINED = "not learnt: 369 KB, 110 CPU s, digits right 0.69"
+UNTRAINED = "not learnt: 369 KB, 110 CPU s, digits right 0.10"
 
 
 def test_lines_are_appended_and_read_behind_one_that_is_cut_off(tmp_path):
@@ -175,7 +176,7 @@ def trained(monkeypatch):
     model.device = torch.device("cpu")
     for module in (needles, perplexity):
         monkeypatch.setattr(module, "load_trained", lambda *_: (model, train.Options(), state, CORPUS))
-    return state
+    return model
 
 
 def found_of(cell, readings) -> needles.Found:
@@ -293,8 +294,8 @@ def test_perplexity_is_measured_once(tmp_path, monkeypatch, trained):
         ["swa+fwpkm", "0", "1", "gain over off", "1.0000 ± 0.0000"],
     ]
     calls.clear()
-    trained["training_id"] = "another"
-    monkeypatch.setattr(perplexity, "about", lambda *_: lines[0] | {"training_id": "another"})
+    about = perplexity.about
+    monkeypatch.setattr(perplexity, "about", lambda *given: about(*given) | {"training_id": "another"})
     for more in ([], [], ["--orders=2"], ["--seed=5", "--orders=2"]):
         assert perplexity.main([*arguments, *more]) == 0
     assert calls == ["on", "off"] * 3
@@ -337,7 +338,7 @@ def test_models_are_compared_document_by_document():
 def test_perplexity_is_drawn_of_each_seed_once(tmp_path, monkeypatch):
     """And models of other options have panels of their own."""
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     lines = [
         bits("swa", {}, bits=x, seed=seed, options={"lr": lr}) for x, seed, lr in ((1, 0, 1), (4, 1, 1), (7, 0, 2))
     ]
@@ -348,7 +349,7 @@ def test_perplexity_is_drawn_of_each_seed_once(tmp_path, monkeypatch):
 
 def test_recall_is_drawn_with_what_tells_lines_apart(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     plots.plot_recall([line(), line(options={"lr": 1})], tmp_path)
     labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert labels == ["swa+fwpkm (lr 0.001)", "swa+fwpkm (lr 1)"]
@@ -666,6 +667,7 @@ def test_minutes_choose_the_size(tmp_path, monkeypatch):
         return train.Options(model, size, plan=(train.Phase(512, 2, steps), train.Phase(4096, 1, 3)))
 
     monkeypatch.setattr(train, "choose_size", choose)
+    monkeypatch.setattr(run, "try_all", lambda drawing: None)
     monkeypatch.setattr(run, "in_child", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(run, "run_all", lambda *found: given.append(found) or ([], ["swa-1: mqar"]))
     monkeypatch.setattr(train, "on_device", contextlib.nullcontext)
@@ -701,6 +703,7 @@ def test_an_interrupted_evaluation_has_a_report(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_all", run_all)
+    monkeypatch.setattr(run, "try_all", lambda drawing: None)
     with pytest.raises(KeyboardInterrupt):
         run.main([f"--out={tmp_path}"])
     assert "## Models" in (tmp_path / "results.md").read_text()

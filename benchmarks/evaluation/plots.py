@@ -1,6 +1,5 @@
 """Plots of an evaluation's results, as PNG; matplotlib's."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -8,21 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.records import Line, Recall, names_of, show_bucket, show_length, summary, tested
-from fwpkm_kernels._commands import need, write_output
+from benchmarks.files import new_figure, save_figure
 
 #: The files; none is written without data for it.
 FILES = ("recall.png", "loss.png", "perplexity.png", "num_keys.png")
-
-
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    figure = need("matplotlib.figure", "evaluation").Figure((6 * count, 4.5), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(png := io.BytesIO(), format="png", dpi=110)
-    write_output(path, png.getvalue())
-    return path
 
 
 def _draw_recalls(axes: Any, recalls: dict[int, Recall], label: str) -> None:
@@ -51,7 +39,7 @@ def plot_recall(lines: Sequence[Line], path: Path) -> list[Path]:
     counts = sorted({readings for recalls in sums.values() for _, readings in recalls})
     if not counts:
         return []
-    figure, panels = _panels(len(counts))
+    figure, panels = new_figure(6 * len(counts), 4.5, len(counts))
     for axes, readings in zip(panels, counts, strict=True):
         for row, recalls in sums.items():
             mine = {length: recall for (length, count), recall in recalls.items() if count == readings}
@@ -60,7 +48,7 @@ def plot_recall(lines: Sequence[Line], path: Path) -> list[Path]:
         title = "read once" if readings == 1 else f"read {readings} times"
         ticks = sorted({length for recalls in sums.values() for length, _ in recalls})
         _finish(axes, title, "bytes of the context", ticks, show_length)
-    return [_save(figure, path)]
+    return [save_figure(figure, path)]
 
 
 def plot_num_keys(lines: Sequence[Line], path: Path) -> list[Path]:
@@ -76,14 +64,14 @@ def plot_num_keys(lines: Sequence[Line], path: Path) -> list[Path]:
     if not curves:
         return []
     rows = list(dict.fromkeys(row for row, _ in curves))
-    figure, panels = _panels(len(rows))
+    figure, panels = new_figure(6 * len(rows), 4.5, len(rows))
     for axes, row in zip(panels, rows, strict=True):
         mine = {length: sizes for (name, length), sizes in curves.items() if name == row}
         for length, sizes in sorted(mine.items()):
             _draw_recalls(axes, {size: recalls[length] for size, recalls in sizes.items()}, show_length(length))
         ticks = sorted({size for sizes in mine.values() for size in sizes})
         _finish(axes, f"{row}, read once", "sub-keys n in the test, of n² slots", ticks, str)
-    return [_save(figure, path)]
+    return [save_figure(figure, path)]
 
 
 def means_of_last(values: Sequence[float], count: int = 10) -> list[float]:
@@ -100,7 +88,7 @@ def plot_losses(logs: dict[str, list[dict[str, float]]], path: Path) -> list[Pat
     if not logs:
         return []
     labels = {"bits": "bits a byte", "digits_right": "digits right, of those asked for", "gate": "mean gate"}
-    figure, panels = _panels(len(labels))
+    figure, panels = new_figure(6 * len(labels), 4.5, len(labels))
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for run, log in logs.items():
             trained, values = [*accumulate(line["tokens"] for line in log)], [line[name] for line in log]
@@ -110,7 +98,7 @@ def plot_losses(logs: dict[str, list[dict[str, float]]], path: Path) -> list[Pat
         axes.set(xlabel="bytes trained on", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    return [_save(figure, path)]
+    return [save_figure(figure, path)]
 
 
 def plot_perplexity(lines: Sequence[Line], path: Path) -> list[Path]:
@@ -123,7 +111,7 @@ def plot_perplexity(lines: Sequence[Line], path: Path) -> list[Path]:
             buckets.setdefault((line["low"], line["high"]), {})[line["seed"]] = line["bits"]
     if not bits:
         return []
-    figure, panels = _panels(len(bits))
+    figure, panels = new_figure(6 * len(bits), 4.5, len(bits))
     for axes, (name, treatments) in zip(panels, bits.items(), strict=True):
         positions = sorted({bucket for buckets in treatments.values() for bucket in buckets})
         for treatment, buckets in treatments.items():
@@ -135,4 +123,4 @@ def plot_perplexity(lines: Sequence[Line], path: Path) -> list[Path]:
         axes.set(title=title, xlabel="position, bytes", ylabel="bits a byte")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return [_save(figure, path)]
+    return [save_figure(figure, path)]

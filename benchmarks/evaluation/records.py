@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fwpkm_kernels import env_report
-from fwpkm_kernels._commands import Lines, reading
+from fwpkm_kernels._commands import Lines
 
 #: The share of needles that a model finds at its shortest length, after some number of readings, if it has learnt the
 #: task. What others find at greater lengths says nothing about length.
@@ -48,17 +48,6 @@ def append_lines(path: str | Path, lines: Iterable[Line]) -> None:
             file.write("")
         for line in lines:
             file.write(json.dumps(line, allow_nan=False))
-
-
-def read_lines(path: str | Path) -> list[Line]:
-    """The lines of a file, without any that was cut off; CommandError if it cannot be read."""
-    with reading(path):
-        text = Path(path).read_text("utf-8", "replace")
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def wilson(found: int, needles: int) -> tuple[float, float]:

@@ -37,9 +37,9 @@ from benchmarks.evaluation.records import (
     mqar_table,
     pairs_table,
     perplexity_table,
-    read_lines,
     recall_table,
 )
+from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, one_line, try_all, write_output
 
 STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest first, so that workers end together
