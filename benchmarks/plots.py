@@ -2,30 +2,20 @@
 
 import argparse
 import functools
-import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import new_figure, save_figure
 from benchmarks.measure import Result
 from benchmarks.registry import PACKAGE
 from benchmarks.results import alike, read_results, tokens_of
-from fwpkm_kernels._commands import command, make_folder, need, one_line, try_all, write_output
+from fwpkm_kernels._commands import command, make_folder, need, one_line, try_all
 
 #: The files; none is written without data for it.
 FILES = ("time.png", "roofline.png", "scaling.png")
 _LINES = ("-", ":", "--", "-.")
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, list(axes[0])
 
 
 def _color(number: int) -> Any:
@@ -35,15 +25,9 @@ def _color(number: int) -> Any:
 
 
 def _save(figure: Any, results: Sequence[Result], path: Path) -> Path:
-    from matplotlib import pyplot
-
     r = results[-1]
     figure.suptitle(f"{r.device}, torch {r.versions.get('torch')}, commit {(r.commit or 'unknown')[:12]}", fontsize=10)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    pyplot.close(figure)
-    write_output(path, png.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
 def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
@@ -53,7 +37,7 @@ def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
     if not ours:
         return []
     place = {name: i for i, name in enumerate(ours)}
-    figure, panels = _figure(16 if others else 9, 2 + 0.28 * len(ours), 1 + bool(others))
+    figure, panels = new_figure(16 if others else 9, 2 + 0.28 * len(ours), 1 + bool(others))
     left, right = panels[0], panels[-1]
     left.barh(range(len(ours)), [r.time_us for r in ours.values()], color=_color(0), alpha=0.7, label=PACKAGE)
     graphs = [r for r in ours.values() if r.graph_us is not None]
@@ -85,7 +69,7 @@ def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
     ours = [r for r in timed if r.provider == PACKAGE and r.flops and r.bytes]
     if not ours:
         return []
-    figure, (axes,) = _figure(10, 7)
+    figure, (axes,) = new_figure(10, 7)
     marks = {"forward": "o", "backward": "s"}
     operations = list(dict.fromkeys(r.operation for r in ours))
     for (operation, direction), mine in _grouped(ours, lambda r: (r.operation, r.direction)).items():
@@ -136,7 +120,7 @@ def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
     shown = [group[0] for groups, *_ in panels for group in groups]
     works = list(dict.fromkeys(f"{r.operation} {r.direction}" for r in shown))
     providers = sorted(dict.fromkeys(r.provider for r in shown), key=lambda name: name != PACKAGE)
-    figure, axes_of = _figure(7 * len(panels), 7.5, len(panels))
+    figure, axes_of = new_figure(7 * len(panels), 7.5, len(panels))
     for axes, (groups, x, y, x_label, y_label) in zip(axes_of, panels, strict=True):
         for group in groups:
             r = group[0]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.files import read_lines
 from benchmarks.measure import Result
 from benchmarks.registry import GRAPHED, PACKAGE, is_package
-from fwpkm_kernels._commands import reading
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
 SEQUENCES = ("sequence", "prefill")
@@ -45,13 +45,11 @@ def to_json(line: Result | Figure) -> str:
 
 
 def _read(path: str | Path, kind: Any) -> list[Any]:
-    with reading(path):
-        text = Path(path).read_text("utf-8", "replace")
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError, TypeError):
-            lines.append(kind(**json.loads(line)))
-    return lines
+    results = []
+    for line in read_lines(path):
+        with contextlib.suppress(TypeError):
+            results.append(kind(**line))
+    return results
 
 
 def read_results(path: str | Path) -> list[Result]:

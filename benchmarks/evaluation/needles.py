@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.records import Line, append_lines, cell_key, read_lines, stamp
+from benchmarks.evaluation.records import Line, append_lines, latest, measured, stamp
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles
 from benchmarks.evaluation.train import Options, corpus_of, load_model
+from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
 
@@ -256,15 +257,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     test_seed = options.seed if given.seed is None else given.seed
     line = about(options, state, corpus, given.device, given.row)
     line |= {"num_keys": memories[0].num_keys if memories else None, "test_seed": test_seed}
-    known = {cell_key(x) for x in read_lines(given.out)} if Path(given.out).is_file() else set()
+    known = set(map(measured, latest(read_lines(given.out)))) if Path(given.out).is_file() else set()
     for cell in cells:
-        keys = [cell_key({**line, "length": cell.length, "readings": readings}) for readings in cell.readings]
-        if known.issuperset(keys):
+        line |= {"length": cell.length, "contexts": cell.contexts, "needles": cell.contexts * cell.needles}
+        if known.issuperset(measured({**line, "readings": readings}) for readings in cell.readings):
             continue
         total = cell.length * cell.contexts * max(cell.readings)
         with tqdm(total=total, desc=f"{line['row']} {cell.length}", unit="B", unit_scale=True) as bar:
             found = measure(model, corpus, cell, test_seed, bar.update)
-            append_lines(given.out, ({**line, "contexts": cell.contexts, **one._asdict()} for one in found))
+            append_lines(given.out, ({**line, **one._asdict()} for one in found))
     return 0
 
 

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import PIECE, about, load_trained
-from benchmarks.evaluation.records import Line, append_lines, read_lines, tested
+from benchmarks.evaluation.needles import PIECE, about, clock, load_trained
+from benchmarks.evaluation.records import Line, append_lines, latest, mean_saved, measured
 from benchmarks.evaluation.text import Corpus
+from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
 
@@ -128,25 +129,23 @@ def mean_bits(pieces: list[Piece], low: int) -> float:
 def gain(with_memory: list[Piece], without: list[Piece], low: int) -> tuple[float, float | None]:
     """Bits per byte that a treatment saves in a bucket, and the standard error of that over documents.
 
-    A document's pieces are taken together, whatever the orders; documents count by their bytes. The error is that of a
-    ratio of sums over documents; None for a single one, which says nothing of others.
+    A document's pieces are taken together, whatever the orders; see `mean_saved`.
     """
-    saved: dict[str, float] = {}
-    size: dict[str, int] = {}
+    documents: dict[str, tuple[float, int]] = {}
     for on, off in zip(with_memory, without, strict=True):
         if on[:5] != off[:5]:
             raise ValueError("`with_memory` and `without` must be of the same pieces of text")
         if on.low == low:
-            saved[on.document] = saved.get(on.document, 0.0) + off.bits - on.bits
-            size[on.document] = size.get(on.document, 0) + on.bytes
-    total, count = sum(size.values()), len(size)
-    mean = sum(saved.values()) / total
-    squares = sum((saved[name] - mean * size[name]) ** 2 for name in size)
-    return mean, math.sqrt(squares * count / (count - 1)) / total if count > 1 else None
+            saved, size = documents.get(on.document, (0.0, 0))
+            documents[on.document] = saved + off.bits - on.bits, size + on.bytes
+    return mean_saved(documents.values())
 
 
-def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
-    """Bits per byte of each treatment and bucket, and the gain of "on" over each other treatment."""
+def lines_of(pieces: dict[str, list[Piece]], seconds: dict[str, float]) -> Iterator[Line]:
+    """Bits per byte of each treatment and bucket, and the gain of "on" over each other treatment.
+
+    The seconds that a treatment took, of all buckets and orders, stand in each of its lines.
+    """
     buckets = sorted({(piece.low, piece.high) for piece in pieces["on"]})
     for treatment, mine in pieces.items():
         for low, high in buckets:
@@ -157,7 +156,8 @@ def lines_of(pieces: dict[str, list[Piece]]) -> Iterator[Line]:
                 for name in sorted({x.document for x in inside})
             }  # fmt: skip
             size = {"low": low, "high": high, "bytes": sum(x.bytes for x in inside), "documents": len(documents)}
-            yield {"treatment": treatment, **size, "bits": round(mean_bits(mine, low), 6), "by_document": documents}
+            bits = {"bits": round(mean_bits(mine, low), 6), "by_document": documents, "seconds": seconds[treatment]}
+            yield {"treatment": treatment, **size, **bits}
             if treatment != "on":
                 saved, error = gain(pieces["on"], mine, low)
                 error = error and round(error, 6)
@@ -191,18 +191,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     memories = memories_of(model)
     line = about(options, state, corpus, given.device, given.row)
     line |= {"num_keys": memories[0].num_keys if memories else None, "test_seed": seed, "orders": given.orders}
-
-    def key(x: Line) -> tuple[object, ...]:
-        return (*tested(x), x["seed"], x["test_seed"], x["orders"])
-
     treatments = treatments if memories else ["on"]
-    known = read_lines(given.out) if Path(given.out).is_file() else []
-    if set(treatments) <= {x["treatment"] for x in known if key(x) == key(line)}:
+    any_bucket = dict.fromkeys(("low", "high", "over"))
+    known = latest(read_lines(given.out)) if Path(given.out).is_file() else []
+    if {measured({**line, "treatment": x}) for x in treatments} <= {measured(x | any_bucket) for x in known}:
         return 0
     size = min(sum(map(len, corpus.held_out.values())) - 1, EDGES[-1])
     with tqdm(total=size * given.orders * len(treatments), desc=line["row"], unit="B", unit_scale=True) as bar:
-        pieces = {x: measure(model, corpus, x, given.orders, seed, progress=bar.update) for x in treatments}
-    append_lines(given.out, ({**line, **one} for one in lines_of(pieces)))
+        pieces, seconds = {}, {}
+        for x in treatments:
+            started = clock(model)
+            pieces[x] = measure(model, corpus, x, given.orders, seed, progress=bar.update)
+            seconds[x] = round(clock(model) - started, 3)
+    append_lines(given.out, ({**line, **one} for one in lines_of(pieces, seconds)))
     return 0
 
 

@@ -5,38 +5,47 @@ printed. What is there already is kept: an evaluation that was interrupted goes 
 """
 
 import argparse
-import concurrent.futures
+import contextlib
 import functools
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.evaluation import ablations, needles, plots, train
+import torch
+
+from benchmarks.evaluation import ablations, mqar, needles, plots, train
 from benchmarks.evaluation.ablations import ABLATIONS, Ablation
-from benchmarks.evaluation.models import MODELS, split_name
+from benchmarks.evaluation.models import MODELS, SIZES, split_name
 from benchmarks.evaluation.records import (
     LEARNT,
     Line,
     Table,
     cost_table,
+    latest,
     mqar_table,
+    pairs_table,
     perplexity_table,
-    read_lines,
     recall_table,
 )
+from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, one_line, try_all, write_output
 
 STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest first, so that workers end together
 HEADLINE = "swa+fwpkm"  #: the model of three seeds and of the ablations
 MEASURES = ("needles", "perplexity", "mqar")
+ORDER = ("needles", "train", "perplexity", "mqar")  #: what begins first of what can: needles last longest, and say most
 RESULTS = ("needles", "ablations", "perplexity", "mqar")  #: files of lines
 #: Full attention reads 128K in minutes, and what it has read twice costs four times as much: of long contexts it gets
 #: one reading, and in perplexity one order of the documents.
@@ -48,7 +57,8 @@ A needle counts if all six digits of its code are right by greedy decoding: chan
 found" are needles asked for that are nowhere in the context. Contexts are held-out text, and names of needles are never
 those of the training. A model "not learnt" finds less than {100 * LEARNT:.0f} % at its shortest length, after any
 number of readings: it has not learnt the task in this budget, and what it finds at other lengths says nothing. Full
-attention reads contexts of 32K and 128K once only, since its cost grows with the square of what was read.
+attention reads contexts of 4K and 8K once and twice, of 32K and 128K once only, and no context four times; bits per
+byte it has of one order of the documents: its cost grows with the square of what was read.
 Gains are bits per byte that writing the memory saves, with the standard error over documents.
 """
 
@@ -139,25 +149,56 @@ def chains_of(
     return [list(jobs) for jobs in runs.values()]
 
 
-def execute(job: Job) -> str | None:
-    """Run a job in a process of its own; the last line that it printed if it failed."""
+def has_recall(job: Job) -> bool:
+    """Whether the results of an mqar job are of its model as it is trained now."""
+    wanted = mqar.make_options(job.arguments[1], int(job.arguments[3]))
+    try:
+        known = [train.options_of(line["options"]) for line in read_lines(job.output)] if job.output.exists() else []
+    except (KeyError, TypeError):  # options of another version
+        return False
+    return bool(known) and all(options == wanted for options in known)
+
+
+def execute(job: Job, children: list[subprocess.Popen[bytes]]) -> str | None:
+    """Run a job in a process of its own, one more of `children`; the last line that it printed if it failed."""
     folder = job.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     arguments, unfinished = job.arguments, job.output.with_suffix(".running")
     if job.name == "mqar":  # trains as well, and so has no use for a part of its lines
-        if job.output.exists():
+        if has_recall(job):
             return None
         unfinished.unlink(missing_ok=True)
         arguments = (*arguments, "--out", str(unfinished))
     log = folder / f"{job.name}.log"
     with open(log, "ab") as file:
+        begin = file.tell()
         started = [sys.executable, "-m", f"benchmarks.evaluation.{job.name}", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        status = subprocess.run(started, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        children.append(subprocess.Popen(started, stdout=file, stderr=subprocess.STDOUT, env=environment))
+        status = children[-1].wait()
     if status == 0 and job.name == "mqar":
         unfinished.replace(job.output)
-    lines = re.split(r"[\r\n]+", log.read_text("utf-8", "replace").strip())
+    lines = re.split(r"[\r\n]+", log.read_bytes()[begin:].decode("utf-8", "replace").strip())
     return None if status == 0 else f"status {status}, {lines[-1] or 'without a word'}, see {log}"
+
+
+@contextlib.contextmanager
+def ending_children() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A list of processes that are told to end where this one is; an interruption is told to all by the terminal."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def end(number: int, frame: Any) -> None:
+        for child in children:
+            child.send_signal(number)  # nothing to one that has ended
+        for process in multiprocessing.active_children():
+            process.terminate()
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield children
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_all(
@@ -165,39 +206,94 @@ def run_all(
     workers: int,
     execute: Callable[[Job], str | None],
     tell: Callable[[str], object],
-) -> list[str]:
-    """Run chains at the same time, the jobs of each one after the other; what failed, and why.
+    deadline: float = math.inf,
+) -> tuple[list[str], list[str]]:
+    """Run the jobs of all chains, some at a time: what failed, and why, and what had not begun at the deadline.
 
-    A job that fails stops no other but those that need its training.
+    What needs a training waits for it, and is not run where that failed. Jobs of one run and name, which write to one
+    file, follow each other. Which one begins of those that can, `ORDER` says.
+
+    Args:
+        deadline: of `time.monotonic`.
     """
-    failures: list[str] = []
-    is_over = threading.Event()
+    waiting = sorted((job for jobs in chains for job in jobs), key=lambda job: ORDER.index(job.name))
+    untrained = {job.run for job in waiting if job.name == "train"}
+    running: dict[Future[str | None], tuple[Job, float]] = {}
+    failures, left_out = [], []
 
-    def run_chain(jobs: Sequence[Job]) -> None:
-        is_trained = True
-        for job in jobs:
-            if is_over.is_set():
-                return
-            started = time.monotonic()
-            error = execute(job) if is_trained or not job.needs_training else "not run, as the training failed"
-            is_trained = is_trained and not (error and job.name == "train")
-            if error:
-                failures.append(f"{job.title}: {error}")
-            tell(f"{job.title}: {error or f'{time.monotonic() - started:.0f} s'}")
+    def can_begin(job: Job) -> bool:
+        is_trained = not (job.needs_training and job.run in untrained)
+        return is_trained and all((job.run, job.name) != (x.run, x.name) for x, _ in running.values())
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    def end(job: Job, error: str | None, seconds: float = 0.0) -> None:
+        if error:
+            failures.append(f"{job.title}: {error}")
+        tell(f"{job.title}: {error or f'{seconds:.0f} s'}")
+
+    with ThreadPoolExecutor(workers) as pool:
+        while waiting or running:
+            if time.monotonic() >= deadline:
+                left_out += [job.title for job in waiting]
+                waiting.clear()
+            for job in [*waiting]:
+                if len(running) < workers and can_begin(job):
+                    waiting.remove(job)
+                    running[pool.submit(execute, job)] = job, time.monotonic()
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                job, began = running.pop(done)
+                error = done.result()
+                end(job, error, time.monotonic() - began)
+                if job.name == "train":
+                    untrained.remove(job.run)
+                    for other in [x for x in waiting if error and x.run == job.run and x.needs_training]:
+                        waiting.remove(other)
+                        end(other, "not run, as the training failed")
+    return failures, left_out
+
+
+def choose(device: str, minutes: float, models: Sequence[str]) -> train.Options:
+    """The size and plan that each of the models can be trained with in so many minutes, on one thread as jobs are."""
+    torch.set_num_threads(1)
+    with train.on_device(device) as device:
+        chosen = [train.choose_size(device, minutes, model) for model in models]
+    return min(chosen, key=lambda options: ([*SIZES].index(options.size), options.bytes))
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process that ends then, and leaves a GPU as it was."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise CommandError("the process that tried the sizes was killed, as for want of memory") from error
+
+
+def read_checkpoints(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Options and log of each run's training, by the name of its folder; and what cannot be read, and why."""
+    states, problems = {}, []
+    for path in sorted(out.glob(f"runs/*/{train.CHECKPOINT}")):
         try:
-            for done in concurrent.futures.as_completed([pool.submit(run_chain, jobs) for jobs in chains]):
-                done.result()
-        finally:
-            is_over.set()  # where the user interrupts, jobs that run are told by the terminal, and no other begins
-    return failures
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            states[path.parent.name] = {"options": state["options"], "log": state["log"]}
+        except Exception as error:  # whatever torch.load makes of a damaged file
+            problems.append(f"cannot read {path}: {type(error).__name__} {str(error).partition('.')[0]}")
+    return states, problems
+
+
+def options_there(out: Path) -> train.Options | None:
+    """Options of a model that was trained before, if there is one, whose size and plan the others must have."""
+    for run, state in read_checkpoints(out)[0].items():
+        options = train.options_of(state["options"])
+        if run == f"{options.model}-{options.seed}":  # and not of an ablation
+            return options
+    return None
 
 
 def collect(out: Path) -> dict[str, list[Line]]:
-    """The lines of all runs, by file."""
+    """The lines of all runs, by file, one for each cell."""
     return {
-        name: [x for path in sorted(out.glob(f"runs/*/{name}.jsonl")) for x in read_lines(path)] for name in RESULTS
+        name: latest(x for path in sorted(out.glob(f"runs/*/{name}.jsonl")) for x in read_lines(path))
+        for name in RESULTS
     }
 
 
@@ -207,27 +303,35 @@ def tables_of(lines: dict[str, list[Line]]) -> list[Table]:
         ("needles", cost_table),
         ("ablations", functools.partial(recall_table, title=f"Ablations of {HEADLINE}")),
         ("perplexity", perplexity_table),
+        ("perplexity", pairs_table),
         ("mqar", mqar_table),
     )
-    return [make(lines[name]) for name, make in makers if lines[name]]
+    return [table for name, make in makers if lines[name] and (table := make(lines[name])).lines]
 
 
-def report(out: Path) -> str:
-    """Write lines, tables and plots of all runs that lie below a folder; the tables as text."""
+def origins(lines: Sequence[Line]) -> str:
+    """On which machines and with which versions lines were measured, and at which commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for line in lines:
+        if "commit" in line:
+            versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if version)
+            machine = f"{line['device']}, {line['threads']} thread each; {versions}"
+            commits.setdefault(machine, {})[str(line["commit"])] = None
+    return "".join(f"{machine}; commit {', '.join(mine)}.\n" for machine, mine in commits.items())
+
+
+def report(out: Path, notes: Sequence[str] = ()) -> str:
+    """Write lines, tables and plots of all runs that lie below a folder; the tables, and notes below, as text."""
     lines = collect(out)
     for name, mine in lines.items():
         if mine:
             write_output(out / f"{name}.jsonl", "".join(f"{json.dumps(line)}\n" for line in mine))
-    tables = tables_of(lines)
-    about = [line for mine in lines.values() for line in mine if "commit" in line]
-    origin = ""
-    if about:
-        last = about[-1]
-        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
-        origin = f"{last['device']}, {last['threads']} thread each; {versions}; commit {last['commit']}.\n"
-    texts = [table.markdown() for table in tables]
+    states, problems = read_checkpoints(out)
+    texts = [table.markdown() for table in tables_of(lines)] or ["no results\n"]
+    texts += [f"{note}\n" for note in (*notes, *problems)]
+    origin = origins([line for mine in lines.values() for line in mine])
     write_output(out / "results.md", "\n".join(["# Results of an evaluation\n", NOTES, origin, *texts]))
-    logs = {path.parent.name: train.load_checkpoint(path.parent)["log"] for path in sorted(out.glob("runs/*/*.pt"))}
+    logs = {run: state["log"] for run, state in states.items()}
     draw = {
         "recall.png": functools.partial(plots.plot_recall, lines["needles"]),
         "loss.png": functools.partial(plots.plot_losses, logs),
@@ -235,7 +339,7 @@ def report(out: Path) -> str:
         "num_keys.png": functools.partial(plots.plot_num_keys, lines["ablations"]),
     }
     try_all(functools.partial(function, out / name) for name, function in draw.items())
-    return "\n".join(texts) or "no results\n"
+    return "\n".join(texts)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -257,12 +361,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=_numbers, help="like 1,2,3; 1 if not given")
     parser.add_argument("--measures", nargs="*", choices=MEASURES, default=MEASURES, help="all if not given")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all trainings")
-    parser.add_argument("--size", default="miniature", help="of the models; miniature if not given")
+    parser.add_argument("--size", "--config", choices=SIZES, default="miniature", help="miniature if not given")
     parser.add_argument("--cells", help="of needles, as benchmarks.evaluation.needles takes them")
     parser.add_argument("--readings", help="of needles")
     parser.add_argument("--orders", type=int, help="of the documents in perplexity")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, help="choose the largest size that is trained in half of them")
+    parser.add_argument(
+        "--minutes", type=float, help="choose the largest size that all can be trained with in half of them"
+    )
     parser.add_argument("--workers", type=int, help="at a time, one thread each; 2, and 1 on a GPU, if not given")
     parser.add_argument("--fresh", action="store_true", help="delete what these runs have, and begin anew")
     parser.add_argument("--report", action="store_true", help="only tables and plots, of what is there")
@@ -276,35 +382,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = {model: given.seeds or ((1, 2, 3) if given.full and model == HEADLINE else (1,)) for model in models}
     make_folder(given.out, *plots.FILES, "results.md", *(f"{name}.jsonl" for name in RESULTS))
     tqdm = need("tqdm", "evaluation").tqdm
-    for module in ("matplotlib.figure", "rich"):
-        need(module, "evaluation")
-    failures: list[str] = []
-    if not given.report:
-        size, changes = given.size, tuple(given.set)
-        measures = tuple(given.measures)
-        if given.minutes is not None:
-            runs = sum(map(len, seeds.values())) + len(rows)
-            with train.on_device(given.device) as device:
-                share = given.minutes / 2 / max(1, runs)
-                options = train.choose_size(device, share, models[0] if models else HEADLINE)
+    need("matplotlib.figure", "evaluation")
+    size, changes, deadline = given.size, tuple(given.set), math.inf
+    with ending_children() as children:
+        if given.minutes is not None and not given.report:
+            deadline = time.monotonic() + 60 * given.minutes
+            options = None if given.fresh else options_there(given.out)
+            if options is None:
+                share = given.minutes / 2 / max(1, sum(map(len, seeds.values())) + len(rows))
+                options = in_child(choose, given.device, share, [*dict.fromkeys((*models, *([HEADLINE] * bool(rows))))])
             phases = ",".join("x".join(map(str, phase)) for phase in options.plan)
             size, changes = options.size, (f"plan={phases}", *changes)
-        plan = Plan(given.out, given.device, measures, changes, size, given.cells, given.readings, given.orders)
-        chains = chains_of(plan, models, seeds, rows)
+        plan = Plan(
+            given.out, given.device, tuple(given.measures), changes, size, given.cells, given.readings, given.orders
+        )
+        chains = [] if given.report else chains_of(plan, models, seeds, rows)
         if given.fresh:
             for jobs in chains:
                 shutil.rmtree(plan.folder(jobs[0].run), ignore_errors=True)
         workers = given.workers or (2 if given.device == "cpu" else 1)
-        with tqdm(total=sum(map(len, chains)), unit="job") as bar:
+        failures: list[str] = []
+        left_out: list[str] = []
+        try:
+            with tqdm(total=sum(map(len, chains)), unit="job", disable=not chains) as bar:
 
-            def tell(text: str) -> None:
-                bar.write(one_line(text))
-                bar.update()
+                def tell(text: str) -> None:
+                    bar.write(one_line(text))
+                    bar.update()
 
-            failures = run_all(chains, workers, execute, tell)
-    print(report(given.out))
-    for failure in failures:
-        print(f"failed: {one_line(failure)}", file=sys.stderr)
+                run = functools.partial(execute, children=children)
+                failures, left_out = run_all(chains, workers, run, tell, deadline)
+        finally:  # an interrupted evaluation has results too
+            for failure in failures:
+                print(f"failed: {one_line(failure)}", file=sys.stderr)
+            notes = [f"Left out, as {given.minutes:g} minutes were over: {', '.join(left_out)}."] if left_out else []
+            print(report(given.out, notes))
     return 1 if failures else 0
 
 

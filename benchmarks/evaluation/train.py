@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.evaluation import plots
 from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, split_name
 from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
 from fwpkm_kernels import chunks
@@ -429,22 +430,6 @@ def choose_size(
     return chosen
 
 
-def plot(log: Sequence[dict[str, float]], title: str) -> bytes:
-    """Bits, digits right and gate against the bytes trained on, as a PNG: each step, and the mean of the last 10."""
-    figure = need("matplotlib.figure", "evaluation").Figure((12, 4), layout="constrained")
-    tokens = torch.tensor([line["tokens"] for line in log]).cumsum(0).tolist()
-    panels = {"bits": "bits a byte", "digits_right": "digits right, of those asked for", "gate": "mean gate"}
-    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        values = [line[name] for line in log]
-        means = [sum(values[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(values))]
-        axes.plot(tokens, values, "C0", alpha=0.3)
-        axes.plot(tokens, means, "C0")
-        axes.set(xlabel="bytes trained on", ylabel=label)
-    figure.suptitle(title)
-    figure.savefig(png := io.BytesIO(), format="png")
-    return png.getvalue()
-
-
 @contextlib.contextmanager
 def on_device(name: str) -> Iterator[str]:
     """The device of this process; under torchrun, which sets up the ranks, a GPU of its own."""
@@ -505,7 +490,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CommandError(str(error)) from error
         if trainer.rank == 0:
             if not arguments.dry_run:
-                write_output(folder / PLOT, plot(trainer.log, f"{options.model}, {options.size}, seed {options.seed}"))
+                title = f"{options.model}, {options.size}, seed {options.seed}"
+                plots.plot_losses({title: trainer.log}, folder / PLOT)
             print(summary(trainer))
     return 128 + end if end else 0
 
