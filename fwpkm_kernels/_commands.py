@@ -219,7 +219,7 @@ def _is_replaced(path: str | Path) -> bool:
     return is_own and _own_stream(path) is None and _may(os.path.dirname(path) or ".", os.W_OK | os.X_OK)
 
 
-def write_output(path: str | Path, data: str | bytes) -> None:
+def write_output(path: str | Path, data: str | bytes | memoryview) -> None:
     """Write a file, and whole or not at all where it is replaced; CommandError says why it cannot be written.
 
     Links, and files with several names or of other users, keep what they are, and are written in place.
@@ -244,12 +244,12 @@ def write_output(path: str | Path, data: str | bytes) -> None:
                 os.unlink(beside)
 
 
-def _write_in_place(path: str | Path, content: bytes) -> None:
+def _write_in_place(path: str | Path, content: bytes | memoryview) -> None:
     with _open_in_place(path, "wb") as file:
         _write_all(file, content)
 
 
-def _write_all(file: io.FileIO, content: bytes) -> None:
+def _write_all(file: io.FileIO, content: bytes | memoryview) -> None:
     """Until an error says why there is no more; a disk that is nearly full takes a part first."""
     while content:
         content = content[file.write(content) :]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -14,45 +15,13 @@ from benchmarks.evaluation.models import (
     MODELS,
     SIZES,
     ContextAttention,
-    Size,
     blocked_attention,
     count_parameters,
-    make_config,
-    make_model,
     memories_of,
     new_cache,
     split_name,
 )
-
-TINY = Size(
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    parameters=40_000,
-    window=8,
-    gdn={"heads": 2, "head_dim": 8},
-    memory_layers=(1,),
-    pkm_layers=(1,),
-    memory={
-        "scope": "batch",
-        "initial_memory": "persistent",
-        "num_keys": 8,
-        "key_dim": 16,
-        "value_dim": 16,
-        "top_k": 4,
-        "chunk_size": 16,
-        "query_conv": 4,
-    },
-    pkm={"num_keys": 8, "heads": 2, "key_dim": 16, "value_dim": 16, "top_k": 4},
-)
-
-
-def tiny_model(model, seed=0, **changes):
-    torch.manual_seed(seed)
-    size = dataclasses.replace(TINY, **changes)
-    return make_model(make_config(model, size, {}, 0.1), size).eval()
+from tests.evaluation_models import TINY, tiny_model
 
 
 def dense_attention(query, key, value, window, scaling):
@@ -194,3 +163,18 @@ def test_a_name_is_mixer_and_memories(model, parts):
 def test_other_names_are_refused(model):
     with pytest.raises(ValueError, match=r"`model` must be one of swa\+fwpkm, full, .*, got "):
         split_name(model)
+
+
+def test_kernels_of_gpus_are_not_given_what_is_on_a_cpu():
+    """Whatever the machine has: the tensor decides."""
+
+    def in_torch(query, *, scale):
+        return "PyTorch", scale
+
+    @functools.wraps(in_torch)
+    def kernel(query, *, scale):
+        return "kernel", scale
+
+    function = models.in_torch_on_cpus(models.in_torch_on_cpus(kernel))  # as after a reload
+    assert function(torch.zeros(1), scale=2) == ("PyTorch", 2)
+    assert function(torch.zeros(1, device="meta"), scale=3) == ("kernel", 3)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.evaluation import mqar
-from benchmarks.evaluation.models import MODELS, count_parameters
+from benchmarks.evaluation.models import MODELS, count_parameters, size_options
 from benchmarks.evaluation.mqar import CONTROLS, KEYS, NONE, VALUES, MqarTrainer, Rows, make_options, make_rows
 from benchmarks.evaluation.train import Phase
 
@@ -182,8 +182,9 @@ def test_models_are_of_one_size():
 
 def test_a_memory_and_a_window_keep_as_much_of_any_length():
     kept = {
-        model: [mqar.measure(small(model).model.eval(), length, 8, False, 1, 0).state_bytes for length in (256, 512)]
+        model: [mqar.measure(trained, length, 8, False, 1, 0).state_bytes for length in (64, 128)]
         for model in ("swa", "swa+fwpkm", "full")
+        for trained in [small(model).model.eval()]
     }
     assert kept["swa"][0] == kept["swa"][1] < kept["swa+fwpkm"][0] == kept["swa+fwpkm"][1]
     assert 1.9 < kept["full"][1] / kept["full"][0] <= 2
@@ -204,6 +205,13 @@ def test_the_program_appends_a_line_for_each_cell(tmp_path, monkeypatch):
         assert (line["model"], line["seed"], line["training_steps"], line["training_tokens"]) == ("swa", 3, 1, 2048)
         assert line["options"]["seed"] == 3
         assert {"commit", "versions"} < set(line)
+        assert line["size_options"] == json.loads(json.dumps(size_options(mqar.SIZE)))
+
+
+@pytest.mark.parametrize("name", ["steps", "keys"])
+def test_nothing_is_not_trained_nor_asked(tmp_path, capsys, name):
+    assert mqar.main([f"--{name}=0", f"--out={tmp_path / 'new'}"]) == 2
+    assert capsys.readouterr().err == f"mqar: error: --{name} must be at least 1, got 0\n"
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The training program of the evaluation: exact resume, determinism, options, ranks, sizes."""
 
 import dataclasses
+import importlib
+import json
 import math
 import os
 import random
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -17,34 +20,19 @@ import torch
 
 pytest.importorskip("transformers", "5.24")
 
-from benchmarks.evaluation import needles, train
-from benchmarks.evaluation.models import MODELS, SIZES, Size, count_parameters, make_config, make_model
+from benchmarks.evaluation import mqar, needles, records, train
+from benchmarks.evaluation.models import MODELS, SIZES, count_parameters, make_config, make_model, size_options
 from benchmarks.evaluation.text import Corpus, python_text
 from benchmarks.evaluation.train import Options, Phase, Trainer, changed, default_options, load_checkpoint, load_model
+from fwpkm_kernels._commands import CommandError
+from fwpkm_kernels.layers import advance_memory
+from tests.evaluation_models import TINY
 
-TINY = Size(
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    kv_heads=2,
-    head_dim=16,
-    parameters=40_000,
-    window=16,
-    gdn={"heads": 2, "head_dim": 16},
-    memory_layers=(1,),
-    pkm_layers=(0,),
-    memory={
-        "scope": "batch", "initial_memory": "persistent", "num_keys": 16, "key_dim": 16, "value_dim": 16, "top_k": 4,
-        "chunk_size": 32, "query_conv": 4,
-    },
-    pkm={"num_keys": 16, "heads": 1, "key_dim": 16, "value_dim": 16, "top_k": 4},
-    training={"plan": ((128, 1, 3),), "warmup": 1},
-)  # fmt: skip
 _DRAWN = random.Random(0)
 TEXT = " ".join("".join(_DRAWN.choices("abcdef", k=_DRAWN.randrange(1, 8))) for _ in range(2000)).encode()
 CORPUS = Corpus(TEXT, {"held out": TEXT[::-1]})
 OPTIONS = Options(
-    "swa+fwpkm+pkm", plan=(Phase(128, 2, 4), Phase(192, 1, 2)), accumulate=2, warmup=2, distance=64, seed=3
+    "swa+fwpkm+pkm", plan=(Phase(96, 2, 2), Phase(128, 1, 2)), accumulate=2, warmup=2, distance=64, seed=3
 )
 
 
@@ -58,7 +46,7 @@ def trained(options: Options, steps: int, corpus: Corpus = CORPUS) -> Trainer:
 @pytest.fixture(scope="module")
 def whole() -> Trainer:
     """A run from its beginning to its end."""
-    return trained(OPTIONS, 6)
+    return trained(OPTIONS, 4)
 
 
 def numbers_of(trainer: Trainer) -> dict[str, object]:
@@ -79,12 +67,12 @@ def assert_same_bits(one: Trainer, two: Trainer) -> None:
 
 def test_a_run_goes_on_exactly(whole, tmp_path):
     """From what a file holds; memories and the optimizer's moments go on too."""
-    first = trained(OPTIONS, 3)
+    first = trained(OPTIONS, 2)
     first.save(tmp_path)
     second = Trainer(OPTIONS, CORPUS, size=TINY)
     second.load_state_dict(load_checkpoint(tmp_path))
     assert_same_bits(first, second)
-    for _ in range(3):
+    for _ in range(2):
         second.train_step()
     assert second.is_done
     assert_same_bits(whole, second)
@@ -94,16 +82,16 @@ def test_a_run_goes_on_exactly(whole, tmp_path):
 
 
 def test_a_seed_gives_the_same_run(whole):
-    assert_same_bits(whole, trained(OPTIONS, 6))
+    assert_same_bits(whole, trained(OPTIONS, 4))
     other = trained(dataclasses.replace(OPTIONS, seed=4), 1)
     assert other.log[0]["bits"] != whole.log[0]["bits"]
 
 
 def test_steps_follow_the_plan(whole):
-    assert [(line["length"], line["tokens"]) for line in whole.log] == [(128, 512)] * 4 + [(192, 384)] * 2
+    assert [(line["length"], line["tokens"]) for line in whole.log] == [(96, 384)] * 2 + [(128, 256)] * 2
     assert sum(line["tokens"] for line in whole.log) == OPTIONS.bytes
     with pytest.raises(IndexError):
-        OPTIONS.phase(6)
+        OPTIONS.phase(4)
 
 
 def test_parts_of_a_batch_are_one_batch():
@@ -123,6 +111,18 @@ def test_parts_of_a_batch_are_one_batch():
     assert line["norm"] == pytest.approx(torch.cat([x.flatten() for x in expected]).norm().item(), rel=1e-4)
 
 
+def test_a_memory_has_what_every_part_writes():
+    options = Options(plan=(Phase(96, 1, 1),), accumulate=3, warmup=0, distance=48, lr=0.0)
+    trainer, other = (Trainer(options, CORPUS, size=TINY) for _ in range(2))
+    other.model.train()
+    for part in range(3):
+        other.loss(*other.batch(part))
+        advance_memory(other.model)
+    trainer.train_step()
+    expected = other.model.state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in trainer.model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "theirs, error",
     [
@@ -130,15 +130,39 @@ def test_parts_of_a_batch_are_one_batch():
         ({"options": {"memory": {"top_k": 3}}}, "memory .*'top_k': 3.* and not {}"),
         ({"corpus": "0"}, f"text 0 and not {CORPUS.fingerprint}"),
         ({"ranks": 2}, "ranks 2 and not 1"),
+        ({"size_options": {"window": 7, "heads": 3}}, r"size\.heads 3 and not 4; size\.window 7 and not 8"),
     ],
 )
 def test_another_run_is_refused(whole, theirs, error):
     state = whole.state_dict()
-    state |= {**theirs, "options": state["options"] | theirs.get("options", {})}
+    state |= {name: state[name] | x if isinstance(x, dict) else x for name, x in theirs.items()}
     trainer = Trainer(OPTIONS, CORPUS, size=TINY)
     with pytest.raises(ValueError, match=f"^`state` must be of the same run, got {error}$"):
         trainer.load_state_dict(state)
     assert trainer.step == 0
+
+
+def test_a_checkpoint_of_before_sizes_were_kept_goes_on(whole, tmp_path, monkeypatch):
+    state = whole.state_dict()
+    del state["size_options"], state["origin"]
+    trainer = Trainer(OPTIONS, CORPUS, size=TINY)
+    trainer.load_state_dict(state)
+    assert_same_bits(whole, trainer)
+    torch.save(state, tmp_path / train.CHECKPOINT)
+    monkeypatch.setattr(train, "SIZES", {"miniature": TINY})
+    model, _, kept = load_model(tmp_path)
+    assert all(torch.equal(x, state["model"][name]) for name, x in model.state_dict().items())
+    assert set(state) - set(kept) == {"model", "optimizer"}
+    line = needles.about(OPTIONS, kept, CORPUS, "cpu", None)
+    assert (line["size_options"], line["training_id"], line["training_commit"]) == (None, None, None)
+
+
+def test_a_model_is_of_the_size_that_it_was_trained_with(whole, tmp_path, monkeypatch):
+    whole.save(tmp_path)
+    monkeypatch.setattr(train, "SIZES", {})
+    model, options, _ = load_model(tmp_path)
+    assert options == OPTIONS
+    assert all(torch.equal(x, whole.model.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 def test_options_are_changed_by_name():
@@ -165,6 +189,8 @@ def test_options_are_changed_by_name():
         ("swa", "warmup", "`warmup` must be int, got ''"),
         ("swa", "plan=512x2", "`plan` must be LENGTHxBATCHxSTEPS, .*, got '512x2'"),
         ("swa", "plan=512x0x2", "`plan` must be LENGTHxBATCHxSTEPS"),
+        ("swa", "accumulate=0", "`accumulate` must be an integer, at least 1, got '0'"),
+        ("swa", "accumulate=1.5", "`accumulate` must be an integer, at least 1, got '1.5'"),
         ("swa", "dtype=float16", "`dtype` must be float32 or bfloat16, got 'float16'"),
         ("lstm", "lr=1", "`model` must be one of .*, got 'lstm'"),
     ],
@@ -183,7 +209,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine(whole):
     rates = [options.rate(step) for step in range(9, 101)]
     assert rates == sorted(rates, reverse=True)
     assert dataclasses.replace(options, warmup=0).rate(0) == 1
-    rate = OPTIONS.lr * OPTIONS.rate(5)
+    rate = OPTIONS.lr * OPTIONS.rate(3)
     assert [group["lr"] for group in whole.optimizer.param_groups] == [rate, rate, OPTIONS.table_lr * rate]
 
 
@@ -217,10 +243,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     assert (trainer.step, len(trainer.log)) == (1, 1)
 
 
+STAMP = {"commit": "12ab-dirty", "versions": {"torch": "2.13"}, "threads": 1}
+
+
 @pytest.fixture
 def small_sizes(monkeypatch, tmp_path) -> Path:
-    """The program has one size, a tiny one; a text for it."""
+    """The program has one size, a tiny one; a text for it. Its stamps, which ask git, are made by hand."""
     monkeypatch.setattr(train, "SIZES", {"miniature": TINY})
+    monkeypatch.setattr(train, "stamp", lambda device: STAMP | {"device": device})
     (tmp_path / "text").write_bytes(TEXT)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "text"
@@ -238,12 +268,18 @@ def test_the_program_trains_and_goes_on_and_refuses(small_sizes, capsys):
     assert Path("folder", train.PLOT).read_bytes().startswith(b"\x89PNG")
     assert train.main(arguments) == 0  # there is nothing left to do
     assert load_checkpoint(Path("folder"))["seconds"] == state["seconds"]
+    about = needles.about(options, state, CORPUS, "cpu", None)
+    assert (about["training_commit"], about["training_versions"]) == ("12ab-dirty", {"torch": "2.13"})
+    assert about["training_device"] == "cpu"
+    assert about["size_options"] == json.loads(json.dumps(about["size_options"])) == size_options(TINY)
     capsys.readouterr()
     assert train.main([*arguments, "lr=1e-4"]) == 2
     error = "`state` must be of the same run, got lr 0.003 and not 0.0001; --fresh begins anew"
     assert capsys.readouterr().err == f"train: error: folder/checkpoint.pt: {error}\n"
     assert train.main([*arguments, "lr=1e-4", "--fresh"]) == 0
-    assert load_model(Path("folder"))[1].lr == 1e-4
+    _, options, fresh = load_model(Path("folder"))
+    assert options.lr == 1e-4
+    assert len({found["origin"]["id"] for found in (state, fresh)}) == 2
 
 
 def test_a_signal_saves_first(small_sizes, monkeypatch, capsys):
@@ -256,6 +292,7 @@ def test_a_signal_saves_first(small_sizes, monkeypatch, capsys):
         return line
 
     arguments = ["folder", "--text", "text"]
+    monkeypatch.setattr(train.plots, "plot_losses", lambda logs, path: [])
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_tell)
         assert train.main(arguments) == 128 + signal.SIGTERM
@@ -264,7 +301,10 @@ def test_a_signal_saves_first(small_sizes, monkeypatch, capsys):
     cut = load_checkpoint(Path("folder"))
     assert cut["step"] == 2
     assert train.main(arguments) == 0
-    assert load_checkpoint(Path("folder"))["log"][:2] == cut["log"]
+    gone_on = load_checkpoint(Path("folder"))
+    assert gone_on["log"][:2] == cut["log"]
+    assert len(cut["origin"]["id"]) == 16
+    assert gone_on["origin"] == cut["origin"]
     assert train.main(["whole", "--text", "text"]) == 0
     assert_same_state(Path("whole"), Path("folder"))
 
@@ -282,13 +322,58 @@ def assert_same_state(one: Path, two: Path) -> None:
         (["--model", "lstm"], "`model` must be one of "),
         (["--text", "text", "--set", "memory.num_keys=0"], "`num_keys` must be at least 1"),
         (["--text", "text", "--set", "lr=1e30"], "the gradient of step [23] has norm (nan|inf)"),
+        (["--text", "text", "--set", "plan=20000x1x1"], "`corpus` must have 20001 bytes to train on, got "),
         (["--device", "abacus"], "cannot use the device abacus: "),
+        (["--device", "meta"], "cannot use the device meta: "),
+        (["--dry-run", "0"], "--dry-run must be at least 1, got 0"),
+        (["--dry-run", "-1"], "--dry-run must be at least 1, got -1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
 def test_what_the_program_cannot_do_it_says_in_a_line(small_sizes, capsys, arguments, error):
     assert train.main(["folder", *arguments]) == 2
     last = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert re.search(f"train: error: {error}", last)
+
+
+def test_an_error_within_a_step_is_no_users_mistake(small_sizes, monkeypatch):
+    def fail(trainer):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        train.main(["folder", "--text", "text"])
+
+
+def test_measures_say_that_a_device_cannot_be_used(tmp_path, capsys):
+    with pytest.raises(CommandError, match="cannot use the device abacus"):
+        needles.load_trained(tmp_path, "abacus")
+    assert mqar.main(["--device=abacus", f"--out={tmp_path / 'new'}"]) == 2
+    assert capsys.readouterr().err.startswith("mqar: error: cannot use the device abacus: ")
+
+
+def test_any_name_of_a_cpu_is_one(monkeypatch):
+    monkeypatch.setattr(records.env_report, "collect", lambda: REPORT)
+    assert records.stamp(device="cpu:0")["device"] == "an abacus"
+
+
+REPORT = {
+    "torch": {"version": "2"}, "commit": None, "cpu": {"model": "an abacus"}, "python": "3", "triton": "3",
+    "fwpkm_kernels": "1",
+}  # fmt: skip
+
+
+def test_programs_say_that_transformers_is_missing(monkeypatch, capsys):
+    """When Python looks for them, before they import it."""
+    package = importlib.import_module("benchmarks.evaluation")
+    monkeypatch.setattr(sys, "argv", ["-m", "folder"])
+    importlib.reload(package)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as ended:
+        importlib.reload(package)
+    assert ended.value.code == 2
+    error = "transformers is missing; install it with: pip install 'fwpkm_kernels[evaluation]'"
+    assert capsys.readouterr().err == f"evaluation: error: {error}\n"
 
 
 def _train_as_rank(rank: int, folder: str, port: int, steps: int) -> None:
@@ -365,6 +450,23 @@ def test_no_room_for_the_smallest_is_an_error():
 
     with pytest.raises(torch.OutOfMemoryError):
         train.choose_size("cuda", 1.0, corpus=CORPUS, measure=measure)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_size_leaves_its_room_to_the_next(monkeypatch, has_room):
+    """Also to what comes after the last one, which here has no room or takes too long."""
+    alive, left = [], []
+
+    def measure(options, corpus, device):
+        trainer = torch.nn.Module()
+        alive.append(weakref.ref(trainer))
+        if len(alive) == 2 and not has_room:
+            raise torch.OutOfMemoryError("no room")
+        return 60.0 * len(alive)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append([ref() for ref in alive]))
+    assert train.choose_size("cuda", 1.5, corpus=CORPUS, measure=measure).size == "miniature"
+    assert left == [[None], [None, None]]
 
 
 def test_a_plan_is_timed_by_a_few_steps_of_each_phase(small_sizes, monkeypatch):

@@ -21,8 +21,11 @@ class Ablation:
 
 
 def _long_chunks(chunk_size: int) -> dict[str, str]:
-    """A chunk as long as short rows of the default's plan would write nothing that these ask for: theirs are twice as
-    long, and half as many."""
+    """Changes for chunks of a size, under which every question still comes a chunk after its needle, or later.
+
+    A phase whose rows are shorter than two chunks gets rows twice as long, and half as many: in rows of a single chunk
+    nothing would be written before it is asked for.
+    """
     plan = [
         Phase(2 * phase.length, phase.batch // 2, phase.steps) if phase.length < 2 * chunk_size else phase
         for phase in Options().plan

@@ -7,6 +7,10 @@ what projections of memories and other mixers take.
 """
 
 import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +51,13 @@ class Size:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)  #: `train.Options` other than the defaults
 
 
+def size_options(size: Size) -> dict[str, Any]:
+    """A size as JSON has it, without `training`: what a model depends on of that stands in its `train.Options`."""
+    given = json.loads(json.dumps(dataclasses.asdict(size)))
+    del given["training"]
+    return given
+
+
 _MEMORY: dict[str, Any] = {"scope": "batch", "initial_memory": "persistent"}
 
 SIZES = MappingProxyType(
@@ -78,7 +89,8 @@ SIZES = MappingProxyType(
                 "distance": 512 + 64,
             },
         ),
-        # The paper's, on bytes: MLPs are of its width in "gdn". Chunks carry, so that the memory can stream.
+        # The paper's model, on bytes. `parameters` are those of "gdn" with MLPs of the paper's width, 2304. Memories
+        # have boundary="carry" and not the paper's "drop", as only these can be read in pieces.
         "published": Size(
             hidden_size=768, layers=12, heads=12, kv_heads=4, head_dim=64, parameters=87_928_512, window=512,
             gdn={"heads": 8, "head_dim": 64},
@@ -145,11 +157,23 @@ def blocked_attention(
 
 AttentionInterface.register("blocked", blocked_attention)
 
-if not torch.cuda.is_available():
-    # Where fla is installed transformers takes its kernels for Gated DeltaNets, which need a GPU.
-    for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        _function = getattr(modeling_qwen3_next, _name)
-        setattr(modeling_qwen3_next, _name, getattr(_function, "__wrapped__", _function))
+
+def in_torch_on_cpus(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of transformers that calls the function it wraps, which is plain PyTorch, if its input is on a CPU.
+
+    Where fla is installed transformers takes its kernels for Gated DeltaNets, which need a GPU.
+    """
+    in_torch = inspect.unwrap(function)
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (in_torch if x.is_cpu else function)(x, *args, **kwargs)
+
+    return call
+
+
+for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+    setattr(modeling_qwen3_next, _name, in_torch_on_cpus(getattr(modeling_qwen3_next, _name)))
 
 
 class ContextAttention(Qwen3Attention):
@@ -220,6 +244,15 @@ def split_name(model: str) -> tuple[str, bool, bool]:
 def make_config(
     model: str, size: Size, memory: dict[str, Any], gate_price: float, vocab_size: int = 256
 ) -> FwPKMConfig:
+    """The configuration of a model of `MODELS`; `make_model` sets the width of its MLPs.
+
+    Args:
+        memory: options of the fast-weight memories, other than the size's.
+        gate_price: what a call with `labels` adds to its loss for each unit of the mean gate.
+
+    Raises:
+        ValueError: for another model.
+    """
     mixer, has_memory, has_pkm = split_name(model)
     gdn = size.gdn
     return FwPKMConfig(
@@ -296,6 +329,7 @@ def _compose(config: FwPKMConfig, size: Size) -> FwPKMForCausalLM:
 
 
 def memories_of(model: nn.Module) -> list[FastWeightProductKeyMemory]:
+    """The fast-weight memories of a model, in the order of its layers."""
     return [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory)]
 
 

@@ -23,10 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evaluation.models import MODELS, ContextAttention, Size, memories_of, new_cache, split_name
+from benchmarks.evaluation.models import (
+    MODELS,
+    ContextAttention,
+    Size,
+    memories_of,
+    new_cache,
+    size_options,
+    split_name,
+)
 from benchmarks.evaluation.needles import clock, read, state_bytes
 from benchmarks.evaluation.records import append_lines, stamp
-from benchmarks.evaluation.train import Options, Phase, Trainer
+from benchmarks.evaluation.train import Options, Phase, Trainer, check_counts, check_device
 from fwpkm_kernels._commands import check_outputs, command, need
 
 # Of the 256 tokens, keys are the first, values follow, and the others are fillers.
@@ -136,6 +144,12 @@ class MqarTrainer(Trainer):
         )
 
     def loss(self, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, a scalar with its graph, and its figures as of `Trainer.loss`, [4].
+
+        Args:
+            tokens: int64 [batch, length].
+            answers: the values that are to be predicted, or NONE, int64 [batch, length].
+        """
         output = self.called(tokens, output_gate_means=True)
         loss = F.cross_entropy(output.logits.mT, answers)
         gate = torch.stack(output.gate_means).mean() if output.gate_means else loss.new_zeros(())
@@ -203,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file of JSON lines to append to")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(argv)
+    check_counts(steps=given.steps, keys=given.keys)
+    check_device(given.device)
     check_outputs(given.out)
     tqdm = need("tqdm", "evaluation").tqdm
     options = make_options(given.model, given.seed, given.steps)
@@ -218,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "training_seconds": round(sum(step["seconds"] for step in trainer.log), 1),
         "training_cpu_seconds": round(time.process_time() - started, 1),
         "training_right": round(sum(step["digits_right"] for step in last) / len(last), 4),
+        "size_options": size_options(SIZE),
         **stamp(options, given.device),
     }
     cells = [(x, y, z) for x in LENGTHS for y in PAIRS for z in (False, True) if fits(x, y, z)]

@@ -22,7 +22,7 @@ import torch
 from benchmarks.evaluation.models import memories_of, new_cache
 from benchmarks.evaluation.records import Line, append_lines, latest, measured, stamp
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles
-from benchmarks.evaluation.train import Options, corpus_of, load_model
+from benchmarks.evaluation.train import Options, check_device, corpus_of, load_model
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
@@ -82,43 +82,36 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    names = ("found", "digits", "controls", "control_digits", "seconds", "bytes")
-    tallies = {readings: dict.fromkeys(names, 0.0) for readings in cell.readings}
-    by_depth = {readings: [0] * cell.needles for readings in cell.readings}
-    for _ in range(cell.contexts):
+    # Of each number of readings: the digits that are right, of needles and of controls, [2, contexts, needles].
+    digits = {x: torch.zeros(2, cell.contexts, cell.needles, dtype=torch.int64) for x in cell.readings}
+    seconds, kept = dict.fromkeys(cell.readings, 0.0), dict.fromkeys(cell.readings, 0)
+    for number in range(cell.contexts):
         needles = draw_needles(rng, 2 * cell.needles, is_test=True)
         hidden, controls = needles[: cell.needles], needles[cell.needles :]
         data = torch.tensor(list(context(corpus.stream(rng), cell.length, hidden, rng)), device=model.device)
-        cache, seconds = new_cache(model), 0.0
+        cache, spent = new_cache(model), 0.0
         for reading in range(1, max(cell.readings) + 1):
             started = clock(model)
             read(model, data, cache, progress)
-            seconds += clock(model) - started
-            if reading not in cell.readings:
-                continue
-            tally = tallies[reading]
-            tally["seconds"] += seconds
-            tally["bytes"] = state_bytes(cache)
-            for depth, (needle, control) in enumerate(zip(hidden, controls, strict=True)):
-                right = answer(model, needle, cache)
-                tally["digits"] += right
-                tally["found"] += right == DIGITS
-                by_depth[reading][depth] += right == DIGITS
-                right = answer(model, control, cache)
-                tally["control_digits"] += right
-                tally["controls"] += right == DIGITS
-    for readings, tally in tallies.items():
+            spent += clock(model) - started
+            if reading in cell.readings:
+                seconds[reading] += spent
+                kept[reading] = state_bytes(cache)
+                right = [[answer(model, needle, cache) for needle in asked] for asked in (hidden, controls)]
+                digits[reading][:, number] = torch.tensor(right)
+    for readings, right in digits.items():
+        is_found = right == DIGITS
         yield Found(
             cell.length,
             readings,
-            int(tally["found"]),
-            cell.contexts * cell.needles,
-            int(tally["digits"]),
-            int(tally["controls"]),
-            int(tally["control_digits"]),
-            by_depth[readings],
-            round(tally["seconds"], 3),
-            int(tally["bytes"]),
+            found=int(is_found[0].sum()),
+            needles=cell.contexts * cell.needles,
+            digits=int(right[0].sum()),
+            controls_found=int(is_found[1].sum()),
+            control_digits=int(right[1].sum()),
+            by_depth=is_found[0].sum(0).tolist(),
+            seconds=round(seconds[readings], 3),
+            state_bytes=kept[readings],
         )
 
 
@@ -193,7 +186,7 @@ def resize_memories(model: Any, num_keys: int, corpus: Corpus, seed: int) -> Non
 
 def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
     """What every line about a trained model says of it."""
-    log = state["log"]
+    log, origin = state["log"], state.get("origin", {})
     last = log[-10:]
     return {
         "row": row or options.model,
@@ -201,12 +194,14 @@ def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, 
         "seed": options.seed,
         "training_bytes": int(sum(step["tokens"] for step in log)),
         "training_cpu_seconds": round(state["cpu_seconds"], 1),
+        **{f"training_{name}": origin.get(name) for name in ("id", "commit", "versions", "device")},
         **{
             f"training_{name}": round(sum(step[name] for step in last) / len(last), 4)
             for name in ("digits_right", "gate")
         },
         "text": corpus.fingerprint,
         "held_out": sorted(corpus.held_out),
+        "size_options": state.get("size_options"),
         **stamp(options, device),
     }
 
@@ -218,6 +213,7 @@ def load_trained(
 
     With `num_keys` its memories are fresh ones with so many sub-keys.
     """
+    check_device(device)
     model, options, state = load_model(folder, device)
     corpus = corpus_of(files)
     if state["corpus"] != corpus.fingerprint:

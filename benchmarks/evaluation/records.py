@@ -29,7 +29,7 @@ def stamp(options: Any = None, device: str = "cpu") -> Line:
         **({} if options is None else {"options": dataclasses.asdict(options)}),
         "commit": report["commit"],
         "versions": {name: report[name] for name in ("python", "triton", "fwpkm_kernels")} | named,
-        "device": report["cpu"]["model"] if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else report["cpu"]["model"],
         "threads": torch.get_num_threads(),
     }
 

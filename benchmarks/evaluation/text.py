@@ -44,6 +44,11 @@ class Corpus(NamedTuple):
         """Of all the text: other versions of Python have another."""
         return f"{zlib.crc32(self.training + b''.join(self.held_out.values())):08x}"
 
+    def check_length(self, length: int) -> None:
+        """ValueError unless there are so many bytes to train on."""
+        if len(self.training) < length:
+            raise ValueError(f"`corpus` must have {length} bytes to train on, got {len(self.training)}")
+
     def stream(self, rng: random.Random) -> bytes:
         """The held-out documents one after the other, in a drawn order."""
         return b"".join(document for _, document in self.documents(rng))
@@ -175,13 +180,13 @@ def training_row(
     """`length` bytes of text with needles, each asked for `questions` times at least `distance` bytes later.
 
     Returns the bytes, and for each whether it is a digit that a question asks for. A question that comes nearer to its
-    needle, as other sentences have moved that, does not ask for its digits.
+    needle, as other sentences have moved that, does not ask for its digits, nor does one that is moved over the row's
+    end. As the miniature models are trained, 56 % of the questions of rows of 513 bytes ask, and 96 % of 4097.
 
     Raises:
         ValueError: the text for training is shorter than a row.
     """
-    if len(corpus.training) < length:
-        raise ValueError(f"`corpus` must have {length} bytes to train on, got {len(corpus.training)}")
+    corpus.check_length(length)
     events: list[tuple[int, bool, Needle]] = []
     for needle in draw_needles(rng, needles, is_test=False):
         first = rng.randrange(max(1, length - distance - 2 * NEEDLE_LENGTH))

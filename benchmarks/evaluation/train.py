@@ -18,6 +18,7 @@ import math
 import os
 import random
 import resource
+import secrets
 import signal
 import sys
 import time
@@ -30,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evaluation import plots
-from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, split_name
+from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, size_options, split_name
+from benchmarks.evaluation.records import stamp
 from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
 from fwpkm_kernels import chunks
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, reading, write_output
@@ -128,7 +130,7 @@ def changed(options: Options, changes: Sequence[str]) -> Options:
     given = dataclasses.asdict(options)
     apart = ("model", "size", "seed", "memory", "test_memory")
     parsers = {name: type(x) for name, x in given.items() if name not in apart}
-    parsers |= {"plan": _parse_plan, "dtype": _parse_dtype, "memory_layers": _parse_layers}
+    parsers |= {"plan": _parse_plan, "accumulate": _parse_count, "dtype": _parse_dtype, "memory_layers": _parse_layers}
     if split_name(options.model)[1]:
         parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
         parsers |= {f"test_memory.{name}": _parse_any for name in chunks.Options._fields}
@@ -155,6 +157,13 @@ def _parse_plan(text: str) -> list[Phase]:
     return plan
 
 
+def _parse_count(text: str) -> int:
+    """an integer, at least 1"""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def _parse_layers(text: str) -> list[int]:
     """LAYER, and more after commas"""
     return [int(layer) for layer in text.split(",")]
@@ -178,7 +187,8 @@ class Trainer:
     """A model, its optimizer, and how far they are."""
 
     def __init__(self, options: Options, corpus: Corpus, device: str = "cpu", *, size: Size | None = None) -> None:
-        self.options, self.corpus, self.device = options, corpus, torch.device(device)
+        size = size or SIZES[options.size]
+        self.options, self.size, self.corpus, self.device = options, size, corpus, torch.device(device)
         is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank, self.ranks = (
             (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_parallel else (0, 1)
@@ -193,6 +203,7 @@ class Trainer:
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0  #: of training, on the clock and of the processors
         self.log: list[dict[str, float]] = []  #: a line for each step
+        self.origin: dict[str, Any] = {}  #: where the training began, see `origin`
 
     @property
     def is_done(self) -> bool:
@@ -218,7 +229,7 @@ class Trainer:
         """One step of the optimizer; its line of the log.
 
         Raises:
-            FloatingPointError: the gradient is not finite; nothing has been changed then.
+            FloatingPointError: the gradient is not finite; no parameter has been changed then.
         """
         o, started, cpu_started = self.options, time.perf_counter(), time.process_time()
         self.model.train()
@@ -231,6 +242,7 @@ class Trainer:
             with contextlib.nullcontext() if is_last or self.ranks == 1 else self.called.no_sync():
                 loss, figures = self.loss(x, is_answer)
                 (loss / o.accumulate).backward()
+            advance_memory(self.model)
             sums += figures / o.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
         if not norm.isfinite():  # nor is it where the loss is not, on any rank
@@ -240,7 +252,6 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        advance_memory(self.model)
         if self.ranks > 1:
             torch.distributed.all_reduce(sums)
             sums /= self.ranks
@@ -258,7 +269,14 @@ class Trainer:
         return line
 
     def loss(self, x: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch; and its bits a byte, loss and accuracy of digits that are asked for, and mean gate."""
+        """The loss of a batch, a scalar with its graph, and what the log says of it, [4] without one.
+
+        That is the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
+
+        Args:
+            x: bytes, int64 [batch, length + 1].
+            is_answer: which of them are digits that are asked for, bool [batch, length + 1].
+        """
         o, targets, is_answer = self.options, x[:, 1:], is_answer[:, 1:]
         dtype = getattr(torch, o.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -276,6 +294,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         return {
             "options": json.loads(json.dumps(dataclasses.asdict(self.options))),  # plain lists, which torch.load takes
+            "size_options": size_options(self.size),
+            "origin": self.origin,
             "corpus": self.corpus.fingerprint,
             "ranks": self.ranks,
             "step": self.step,
@@ -290,15 +310,18 @@ class Trainer:
         """Go on where another run was.
 
         Raises:
-            ValueError: it had other options, another text or another number of ranks.
+            ValueError: it had other options, another size, another text or another number of ranks.
         """
         ours = dataclasses.asdict(self.options) | {"text": self.corpus.fingerprint, "ranks": self.ranks}
         theirs = dataclasses.asdict(options_of(state["options"])) | {"text": state["corpus"], "ranks": state["ranks"]}
+        sizes = size_options(self.size), state.get("size_options") or size_options(self.size)
+        for named, size in zip((ours, theirs), sizes, strict=True):
+            named |= {f"size.{name}": x for name, x in size.items()}
         if other := [f"{name} {theirs[name]} and not {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise ValueError(f"`state` must be of the same run, got {'; '.join(other)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log = state["step"], list(state["log"])
+        self.step, self.log, self.origin = state["step"], list(state["log"]), state.get("origin", {})
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 
     def save(self, folder: Path) -> None:
@@ -306,20 +329,27 @@ class Trainer:
         if self.rank > 0:
             return
         torch.save(self.state_dict(), data := io.BytesIO())
-        write_output(folder / CHECKPOINT, data.getvalue())
+        write_output(folder / CHECKPOINT, data.getbuffer())
 
 
-def load_checkpoint(folder: Path, device: str = "cpu") -> dict[str, Any]:
+def origin(device: torch.device) -> dict[str, Any]:
+    """What a checkpoint says of its training, however often that goes on: a number of its own, and where it began."""
+    return {"id": secrets.token_hex(8), **stamp(device=str(device))}
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a folder, on the CPU."""
     with reading(folder / CHECKPOINT):
-        return torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+        return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Options, dict[str, Any]]:
-    """A trained model, its options, and its checkpoint."""
-    state = load_checkpoint(folder, device)
-    options = options_of(state["options"])
-    model = build(options)
-    model.load_state_dict(state["model"])
+    """A trained model, its options, and the rest of its checkpoint."""
+    state = load_checkpoint(folder)
+    del state["optimizer"]
+    options, given = options_of(state["options"]), state.get("size_options")
+    model = build(options, Size(**given) if given else None)
+    model.load_state_dict(state.pop("model"))
     return model.to(device).eval(), options, state
 
 
@@ -333,7 +363,10 @@ def peak_memory(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def told_to_end() -> Iterator[list[int]]:
-    """A list that gets the signal with which the run is told to end; the second one ends it at once."""
+    """Within it SIGINT and SIGTERM go into the list that it gives, so that a run can save before it ends.
+
+    Only the first does: from then on they do what they did before, and a second one ends the process at once.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -359,6 +392,8 @@ def train(trainer: Trainer, folder: Path | None, save_every: float) -> int:
     done = int(sum(line["tokens"] for line in trainer.log))
     bar = tqdm.tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=options.model, disable=trainer.rank > 0)
     end = 0
+    if trainer.step == 0:
+        trainer.origin = origin(trainer.device)
     with bar, told_to_end() as received:
         while not (trainer.is_done or end):
             line = trainer.train_step()
@@ -420,6 +455,8 @@ def choose_size(
             if chosen is None:
                 raise
             break
+        finally:  # the next size, or the processes that train, need the room of this one
+            torch.cuda.empty_cache()
         if seconds > 60 * minutes:
             cut = 60 * minutes / seconds
             break
@@ -430,17 +467,24 @@ def choose_size(
     return chosen
 
 
+def check_device(name: str) -> None:
+    """CommandError unless the device of that name can be used."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise CommandError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from None
+
+
 @contextlib.contextmanager
 def on_device(name: str) -> Iterator[str]:
     """The device of this process; under torchrun, which sets up the ranks, a GPU of its own."""
     is_parallel = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-    try:
-        if is_parallel and torch.device(name).type == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise CommandError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from None
+    has_own = is_parallel and name.startswith("cuda")
+    if has_own:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(name)
+    if has_own:
+        torch.cuda.set_device(name)
     if not is_parallel:
         yield name
         return
@@ -469,6 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", action="store_true", help=f"begin anew where there is a {CHECKPOINT}")
     arguments = parser.parse_args(argv)
+    check_counts(threads=arguments.threads, dry_run=arguments.dry_run)
     folder = arguments.folder
     if os.environ.get("RANK", "0") == "0":  # ranks that try a new file together would meet each other's
         make_folder(folder, CHECKPOINT, PLOT)
@@ -482,11 +527,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             size = SIZES[options.size]
             if arguments.dry_run:
                 options, size = shrunk(options, arguments.dry_run)
-            trainer = Trainer(options, corpus_of(arguments.text), device, size=size)
-            if (folder / CHECKPOINT).exists() and not (arguments.fresh or arguments.dry_run):
-                resume(trainer, folder)
+            corpus = corpus_of(arguments.text)
+            corpus.check_length(1 + max(phase.length for phase in options.plan))
+            trainer = Trainer(options, corpus, device, size=size)
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error)) from error
+        if (folder / CHECKPOINT).exists() and not (arguments.fresh or arguments.dry_run):
+            resume(trainer, folder)
+        try:
             end = train(trainer, None if arguments.dry_run else folder, arguments.save_every)
-        except (TypeError, ValueError, FloatingPointError) as error:
+        except FloatingPointError as error:
             raise CommandError(str(error)) from error
         if trainer.rank == 0:
             if not arguments.dry_run:
@@ -496,10 +546,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + end if end else 0
 
 
+def check_counts(**given: int | None) -> None:
+    """CommandError unless these options of a program, where they are given, are at least 1."""
+    for name, count in given.items():
+        if count is not None and count < 1:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
 def resume(trainer: Trainer, folder: Path) -> None:
     """Go on from the checkpoint of a folder."""
     try:
-        trainer.load_state_dict(load_checkpoint(folder, str(trainer.device)))
+        trainer.load_state_dict(load_checkpoint(folder))
     except ValueError as error:
         raise CommandError(f"{folder / CHECKPOINT}: {error}; --fresh begins anew") from error
 
@@ -513,6 +570,7 @@ def corpus_of(files: Sequence[Path] | None) -> Corpus:
 
 
 def summary(trainer: Trainer) -> str:
+    """A line: how far the training is, the figures of its last step, and what it has cost."""
     last, tokens = trainer.log[-1], sum(line["tokens"] for line in trainer.log)
     return (
         f"{trainer.step} of {trainer.options.steps} steps, {tokens / 1e6:.2f} MB: {last['bits']:.3f} bits a byte, "
