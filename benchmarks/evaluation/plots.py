@@ -13,15 +13,15 @@ from benchmarks.files import new_figure, save_figure
 FILES = ("recall.png", "loss.png", "perplexity.png", "num_keys.png")
 
 
-def _draw_recalls(axes: Any, recalls: dict[int, Recall], label: str) -> None:
-    """A line of shares over lengths or sizes, with their intervals as bars."""
+def _draw_recalls(axes: Any, recalls: dict[int, Recall], label: str, number: int) -> None:
+    """A line of shares over lengths or sizes, with their intervals as bars, in the colour of a number."""
     x = sorted(recalls)
     shares = [recalls[at].share for at in x]
     bars = [
         [max(0.0, recall.share - recall.interval[0]) for recall in map(recalls.get, x)],
         [max(0.0, recall.interval[1] - recall.share) for recall in map(recalls.get, x)],
     ]
-    axes.errorbar(x, shares, bars, marker="o", ms=4, capsize=3, label=label)
+    axes.errorbar(x, shares, bars, marker="o", ms=4, capsize=3, label=label, color=f"C{number}")
 
 
 def _finish(axes: Any, title: str, label: str, ticks: Sequence[int], show: Callable[[int], str]) -> None:
@@ -41,10 +41,10 @@ def plot_recall(lines: Sequence[Line], path: Path) -> list[Path]:
         return []
     figure, panels = new_figure(6 * len(counts), 4.5, len(counts))
     for axes, readings in zip(panels, counts, strict=True):
-        for row, recalls in sums.items():
+        for number, (row, recalls) in enumerate(sums.items()):
             mine = {length: recall for (length, count), recall in recalls.items() if count == readings}
             if mine:
-                _draw_recalls(axes, mine, names[row])
+                _draw_recalls(axes, mine, names[row], number)
         title = "read once" if readings == 1 else f"read {readings} times"
         ticks = sorted({length for recalls in sums.values() for length, _ in recalls})
         _finish(axes, title, "bytes of the context", ticks, show_length)
@@ -67,8 +67,9 @@ def plot_num_keys(lines: Sequence[Line], path: Path) -> list[Path]:
     figure, panels = new_figure(6 * len(rows), 4.5, len(rows))
     for axes, row in zip(panels, rows, strict=True):
         mine = {length: sizes for (name, length), sizes in curves.items() if name == row}
-        for length, sizes in sorted(mine.items()):
-            _draw_recalls(axes, {size: recalls[length] for size, recalls in sizes.items()}, show_length(length))
+        for number, (length, sizes) in enumerate(sorted(mine.items())):
+            recalls_of = {size: recalls[length] for size, recalls in sizes.items()}
+            _draw_recalls(axes, recalls_of, show_length(length), number)
         ticks = sorted({size for sizes in mine.values() for size in sizes})
         _finish(axes, f"{row}, read once", "sub-keys n in the test, of n² slots", ticks, str)
     return [save_figure(figure, path)]
