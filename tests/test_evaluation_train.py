@@ -266,7 +266,7 @@ def test_the_program_trains_and_goes_on_and_refuses(small_sizes, monkeypatch, ca
     model, options, state = load_model(Path("folder"))
     assert (options.steps, options.distance, state["step"], model.training) == (3, 48, 3, False)
     assert Path("folder", train.PLOT).read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(train.plots, "plot_losses", lambda logs, path: [])  # whose time is most of that of a run so short
+    monkeypatch.setattr(train.plots, "plot_losses", lambda logs, path: [])  # most of so short a run
     assert train.main(arguments) == 0  # there is nothing left to do
     assert load_checkpoint(Path("folder"))["seconds"] == state["seconds"]
     about = needles.about(options, state, CORPUS, "cpu", None)
