@@ -98,7 +98,7 @@ def gated_delta_nets_in_pytorch(monkeypatch):
     """As where fla is not installed, whose kernels need a GPU."""
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         function = getattr(modeling_qwen3_next, name)
-        monkeypatch.setattr(modeling_qwen3_next, name, getattr(function, "__wrapped__", function))
+        monkeypatch.setattr(modeling_qwen3_next, name, inspect.unwrap(function))
 
 
 def qwen(seed: int = 0, **changes) -> Qwen3ForCausalLM:
