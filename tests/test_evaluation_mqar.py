@@ -13,7 +13,7 @@ pytest.importorskip("transformers", minversion="5.24")
 from benchmarks.evaluation import mqar
 from benchmarks.evaluation.models import MODELS, count_parameters, size_options
 from benchmarks.evaluation.mqar import CONTROLS, KEYS, NONE, VALUES, MqarTrainer, Rows, make_options, make_rows
-from benchmarks.evaluation.train import Phase
+from benchmarks.evaluation.options import Phase
 
 KINDS = [(256, 4, False), (256, 32, True), (256, 64, False), (97, 7, True), (1024, 128, True)]
 

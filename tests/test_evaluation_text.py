@@ -139,7 +139,9 @@ def test_most_questions_are_asked(length, needles, share):
 
 
 def test_a_batch_has_rows_of_one_byte_more_and_follows_its_seed():
-    make = lambda seed: training_batch(Corpus(PLAIN, {}), 3, 256, 2, 2, 100, random.Random(seed))  # noqa: E731
+    def make(seed):
+        return training_batch(Corpus(PLAIN, {}), 3, 256, 2, 2, 100, random.Random(seed))
+
     (data, is_answer), (again, same) = make(5), make(5)
     assert data.shape == is_answer.shape == (3, 257)
     assert data.equal(again)

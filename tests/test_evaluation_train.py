@@ -20,10 +20,11 @@ import torch
 
 pytest.importorskip("transformers", "5.24")
 
-from benchmarks.evaluation import mqar, needles, records, train
+from benchmarks.evaluation import budget, mqar, needles, records, train
 from benchmarks.evaluation.models import MODELS, SIZES, count_parameters, make_config, make_model, size_options
+from benchmarks.evaluation.options import Options, Phase, changed, default_options
 from benchmarks.evaluation.text import Corpus, python_text
-from benchmarks.evaluation.train import Options, Phase, Trainer, changed, default_options, load_checkpoint, load_model
+from benchmarks.evaluation.train import Trainer, load_checkpoint, load_model
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.layers import advance_memory
 from tests.evaluation_models import TINY
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_before_sizes_were_kept_goes_on(whole, tmp_path, monkeyp
     trainer.load_state_dict(state)
     assert_same_bits(whole, trainer)
     torch.save(state, tmp_path / train.CHECKPOINT)
-    monkeypatch.setattr(train, "SIZES", {"miniature": TINY})
+    monkeypatch.setattr("benchmarks.evaluation.options.SIZES", {"miniature": TINY})
     model, _, kept = load_model(tmp_path)
     assert all(torch.equal(x, state["model"][name]) for name, x in model.state_dict().items())
     assert set(state) - set(kept) == {"model", "optimizer"}
@@ -159,7 +160,7 @@ def test_a_checkpoint_of_before_sizes_were_kept_goes_on(whole, tmp_path, monkeyp
 
 def test_a_model_is_of_the_size_that_it_was_trained_with(whole, tmp_path, monkeypatch):
     whole.save(tmp_path)
-    monkeypatch.setattr(train, "SIZES", {})
+    monkeypatch.setattr("benchmarks.evaluation.options.SIZES", {})
     model, options, _ = load_model(tmp_path)
     assert options == OPTIONS
     assert all(torch.equal(x, whole.model.state_dict()[name]) for name, x in model.state_dict().items())
@@ -168,8 +169,15 @@ def test_a_model_is_of_the_size_that_it_was_trained_with(whole, tmp_path, monkey
 def test_options_are_changed_by_name():
     new = changed(
         default_options("swa+fwpkm", "miniature", 7),
-        "plan=512x2x160,4096x1x90 lr=1e-3 warmup=5 dtype=bfloat16".split()  # noqa: SIM905  as on a command line
-        + "memory.top_k=16 memory.query_conv=None memory.score=dot".split(),  # noqa: SIM905
+        [
+            "plan=512x2x160,4096x1x90",
+            "lr=1e-3",
+            "warmup=5",
+            "dtype=bfloat16",
+            "memory.top_k=16",
+            "memory.query_conv=None",
+            "memory.score=dot",
+        ],
     )
     assert new == Options(
         seed=7, plan=(Phase(512, 2, 160), Phase(4096, 1, 90)), lr=1e-3, warmup=5, dtype="bfloat16",
@@ -249,7 +257,7 @@ STAMP = {"commit": "12ab-dirty", "versions": {"torch": "2.13"}, "threads": 1}
 @pytest.fixture
 def small_sizes(monkeypatch, tmp_path) -> Path:
     """The program has one size, a tiny one; a text for it. Its stamps, which ask git, are made by hand."""
-    monkeypatch.setattr(train, "SIZES", {"miniature": TINY})
+    monkeypatch.setattr("benchmarks.evaluation.options.SIZES", {"miniature": TINY})
     monkeypatch.setattr(train, "stamp", lambda device: STAMP | {"device": device})
     (tmp_path / "text").write_bytes(TEXT)
     monkeypatch.chdir(tmp_path)
@@ -364,17 +372,11 @@ REPORT = {
 }  # fmt: skip
 
 
-def test_programs_say_that_transformers_is_missing(monkeypatch, capsys):
-    """When Python looks for them, before they import it."""
+def test_what_needs_transformers_says_so(monkeypatch):
     package = importlib.import_module("benchmarks.evaluation")
-    monkeypatch.setattr(sys, "argv", ["-m", "folder"])
-    importlib.reload(package)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(CommandError, match=r"^transformers is missing; .* 'fwpkm_kernels\[evaluation\]'$"):
         importlib.reload(package)
-    assert ended.value.code == 2
-    error = "transformers is missing; install it with: pip install 'fwpkm_kernels[evaluation]'"
-    assert capsys.readouterr().err == f"evaluation: error: {error}\n"
 
 
 def _train_as_rank(rank: int, folder: str, port: int, steps: int) -> None:
@@ -382,7 +384,7 @@ def _train_as_rank(rank: int, folder: str, port: int, steps: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(folder)
-    train.SIZES = MappingProxyType({"miniature": TINY})
+    importlib.import_module("benchmarks.evaluation.options").SIZES = MappingProxyType({"miniature": TINY})
     step = Trainer.train_step
 
     def step_and_save(trainer):
@@ -433,13 +435,13 @@ def test_the_largest_size_that_fits_is_chosen(minutes, size, asked):
             raise torch.OutOfMemoryError("no room")
         return 60.0 * minutes_of[options.size]
 
-    chosen = train.choose_size("cuda", minutes, "swa", corpus=CORPUS, measure=measure)
+    chosen = budget.choose_size("cuda", minutes, "swa", corpus=CORPUS, measure=measure)
     assert chosen == default_options("swa", size)
     assert tried == [(name, CORPUS, "cuda") for name in list(SIZES)[:asked]]
 
 
 def test_where_none_fits_the_smallest_has_its_plan_cut():
-    chosen = train.choose_size("cpu", 1.0, corpus=CORPUS, measure=lambda options, corpus, device: 120.0)
+    chosen = budget.choose_size("cpu", 1.0, corpus=CORPUS, measure=lambda options, corpus, device: 120.0)
     default = default_options("swa+fwpkm", "miniature")
     assert dataclasses.replace(chosen, plan=default.plan) == default
     assert chosen.plan == tuple(phase._replace(steps=phase.steps // 2) for phase in default.plan)
@@ -450,7 +452,7 @@ def test_no_room_for_the_smallest_is_an_error():
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError):
-        train.choose_size("cuda", 1.0, corpus=CORPUS, measure=measure)
+        budget.choose_size("cuda", 1.0, corpus=CORPUS, measure=measure)
 
 
 @pytest.mark.parametrize("has_room", [True, False])
@@ -466,7 +468,7 @@ def test_a_size_leaves_its_room_to_the_next(monkeypatch, has_room):
         return 60.0 * len(alive)
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append([ref() for ref in alive]))
-    assert train.choose_size("cuda", 1.5, corpus=CORPUS, measure=measure).size == "miniature"
+    assert budget.choose_size("cuda", 1.5, corpus=CORPUS, measure=measure).size == "miniature"
     assert left == [[None], [None, None]]
 
 
@@ -481,7 +483,7 @@ def test_a_plan_is_timed_by_a_few_steps_of_each_phase(small_sizes, monkeypatch):
         return {"seconds": {0: 50.0, 100: 7.0}.get(trainer.step - 1, 2.0 + trainer.step % 2)}
 
     monkeypatch.setattr(Trainer, "train_step", step)
-    assert train.plan_seconds(options, CORPUS, "cpu") == pytest.approx(100 * (2 + 3 + 2) / 3 + 2 * 2)
+    assert budget.plan_seconds(options, CORPUS, "cpu") == pytest.approx(100 * (2 + 3 + 2) / 3 + 2 * 2)
     assert taken == [0, 1, 2, 3, 100, 101]
 
 

@@ -1,14 +1,14 @@
 """What the needle models' options do: rows that each change one of the defaults, with the same bytes of training.
 
-A row says only what differs from the defaults of `train.Options`, as ``--set`` takes it. All are of seed 0, on which
+A row says only what differs from the defaults of `Options`, as ``--set`` takes it. All are of seed 0, on which
 the defaults were chosen; what is reported of the models themselves is of other seeds.
 """
 
 import dataclasses
 from types import MappingProxyType
 
+from benchmarks.evaluation.options import Options, Phase
 from benchmarks.evaluation.text import NEEDLE_LENGTH
-from benchmarks.evaluation.train import Options, Phase
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,11 +48,11 @@ class Size:
     pkm: dict[str, Any]
     context_attention: bool = True  #: whether full attention has the convolution and the head start
     initializer_range: float | None = None  #: None: hidden_size^-0.5, and `_start` sets apart what is alike
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)  #: `train.Options` other than the defaults
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)  #: `Options` other than the defaults
 
 
 def size_options(size: Size) -> dict[str, Any]:
-    """A size as JSON has it, without `training`: what a model depends on of that stands in its `train.Options`."""
+    """A size as JSON has it, without `training`: what a model depends on of that stands in its `Options`."""
     given = json.loads(json.dumps(dataclasses.asdict(size)))
     del given["training"]
     return given

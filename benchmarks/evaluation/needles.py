@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.evaluation.models import memories_of, new_cache
+from benchmarks.evaluation.options import Options
 from benchmarks.evaluation.records import Line, append_lines, latest, measured, stamp
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles
-from benchmarks.evaluation.train import Options, check_device, corpus_of, load_model
+from benchmarks.evaluation.train import check_device, corpus_of, load_model
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory

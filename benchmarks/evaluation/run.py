@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.evaluation import ablations, mqar, needles, plots, train
+from benchmarks.evaluation import ablations, budget, mqar, needles, plots, train
 from benchmarks.evaluation.ablations import ABLATIONS, Ablation
 from benchmarks.evaluation.models import MODELS, SIZES, split_name
+from benchmarks.evaluation.options import Options, options_of
 from benchmarks.evaluation.records import (
     LEARNT,
     Line,
@@ -153,7 +154,7 @@ def has_recall(job: Job) -> bool:
     """Whether the results of an mqar job are of its model as it is trained now."""
     wanted = mqar.make_options(job.arguments[1], int(job.arguments[3]))
     try:
-        known = [train.options_of(line["options"]) for line in read_lines(job.output)] if job.output.exists() else []
+        known = [options_of(line["options"]) for line in read_lines(job.output)] if job.output.exists() else []
     except (KeyError, TypeError):  # options of another version
         return False
     return bool(known) and all(options == wanted for options in known)
@@ -251,11 +252,11 @@ def run_all(
     return failures, left_out
 
 
-def choose(device: str, minutes: float, models: Sequence[str]) -> train.Options:
+def choose(device: str, minutes: float, models: Sequence[str]) -> Options:
     """The size and plan that each of the models can be trained with in so many minutes, on one thread as jobs are."""
     torch.set_num_threads(1)
     with train.on_device(device) as device:
-        chosen = [train.choose_size(device, minutes, model) for model in models]
+        chosen = [budget.choose_size(device, minutes, model) for model in models]
     return min(chosen, key=lambda options: ([*SIZES].index(options.size), options.bytes))
 
 
@@ -280,10 +281,10 @@ def read_checkpoints(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     return states, problems
 
 
-def options_there(out: Path) -> train.Options | None:
+def options_there(out: Path) -> Options | None:
     """Options of a model that was trained before, if there is one, whose size and plan the others must have."""
     for run, state in read_checkpoints(out)[0].items():
-        options = train.options_of(state["options"])
+        options = options_of(state["options"])
         if run == f"{options.model}-{options.seed}":  # and not of an ablation
             return options
     return None

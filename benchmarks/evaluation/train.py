@@ -9,7 +9,6 @@ FOLDER gets ``checkpoint.pt``, every now and then and when the run is told to en
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import io
@@ -22,172 +21,30 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evaluation import plots
-from benchmarks.evaluation.models import MODELS, SIZES, Size, make_config, make_model, size_options, split_name
+from benchmarks.evaluation.models import MODELS, SIZES, Size, size_options
+from benchmarks.evaluation.options import Options, build, changed, default_options, options_of, shrunk, size_of
 from benchmarks.evaluation.records import stamp
-from benchmarks.evaluation.text import NEEDLE_LENGTH, Corpus, python_text, read_files, training_batch
-from fwpkm_kernels import chunks
+from benchmarks.evaluation.text import Corpus, python_text, read_files, training_batch
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, reading, write_output
-from fwpkm_kernels.integrations.mixins import defaults
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory, parameter_groups
+from fwpkm_kernels.layers import advance_memory, parameter_groups
 
 CHECKPOINT, PLOT = "checkpoint.pt", "loss.png"
-
-
-class Phase(NamedTuple):
-    """Steps with rows of one length."""
-
-    length: int
-    batch: int
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a trained model depends on, besides the text."""
-
-    model: str = "swa+fwpkm"
-    size: str = "miniature"
-    seed: int = 0
-    #: phases, one after the other
-    plan: tuple[Phase, ...] = (Phase(512, 2, 120), Phase(4096, 1, 90))
-    #: parts of a batch, one after the other in each step
-    accumulate: int = 1
-    lr: float = 3e-3
-    final_lr: float = 0.1  #: of `lr`, where the cosine ends
-    warmup: int = 30  #: steps
-    #: of tables that are trained, over `lr`: few tokens reach a row (`fwpkm_kernels.layers.parameter_groups`)
-    table_lr: float = 5.0
-    weight_decay: float = 0.1
-    clip: float = 1.0  #: the gradient's norm
-    answer_weight: float = 1.0  #: of the loss of digits that are asked for
-    gate_price: float = 0.3
-    needles: int = 6  #: for each 1024 bytes of a row, up to `most_needles`
-    most_needles: int = 8
-    questions: int = 2  #: for each needle
-    distance: int = 256 + NEEDLE_LENGTH  #: bytes at least from a needle to a question
-    dtype: str = "float32"  #: of autocast
-    memory_layers: tuple[int, ...] = ()  #: other than the size's
-    #: options of the fast-weight memories, other than the size's
-    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: those that change when the model is tested: the key step then rests, as what it moves is not found again
-    test_memory: dict[str, Any] = dataclasses.field(default_factory=lambda: {"addressing_weight": 0.0})
-
-    @property
-    def steps(self) -> int:
-        return sum(phase.steps for phase in self.plan)
-
-    @property
-    def bytes(self) -> int:
-        """That one rank trains on."""
-        return self.accumulate * sum(phase.length * phase.batch * phase.steps for phase in self.plan)
-
-    def phase(self, step: int) -> Phase:
-        for phase in self.plan:
-            if step < phase.steps:
-                return phase
-            step -= phase.steps
-        raise IndexError(step)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, over `lr`: a line up, then a cosine."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.final_lr + (1 - self.final_lr) * cosine)
-
-
-def options_of(given: dict[str, Any]) -> Options:
-    """Options from the dict that `dataclasses.asdict`, or JSON, makes of them."""
-    plan, layers = (Phase(*phase) for phase in given["plan"]), given.get("memory_layers", ())
-    return Options(**{**given, "plan": tuple(plan), "memory_layers": tuple(layers)})
-
-
-def build(options: Options, size: Size | None = None) -> Any:
-    """The model, untrained; of another size than the options say, if one is given."""
-    size = size or SIZES[options.size]
-    size = dataclasses.replace(size, memory_layers=options.memory_layers or size.memory_layers)
-    return make_model(make_config(options.model, size, options.memory, options.gate_price), size)
-
-
-def default_options(model: str, size: str, seed: int = 0) -> Options:
-    """As models of a size are trained."""
-    return options_of({"model": model, "size": size, "seed": seed, "plan": Options.plan, **SIZES[size].training})
-
-
-def changed(options: Options, changes: Sequence[str]) -> Options:
-    """Options with others set, as ``lr=1e-3``, ``plan=512x2x160,4096x1x90`` or ``memory.top_k=16``.
-
-    Raises:
-        ValueError: a change names no option, or has no value for it.
-    """
-    given = dataclasses.asdict(options)
-    apart = ("model", "size", "seed", "memory", "test_memory")
-    parsers = {name: type(x) for name, x in given.items() if name not in apart}
-    parsers |= {"plan": _parse_plan, "accumulate": _parse_count, "dtype": _parse_dtype, "memory_layers": _parse_layers}
-    if split_name(options.model)[1]:
-        parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
-        parsers |= {f"test_memory.{name}": _parse_any for name in chunks.Options._fields}
-    for change in changes:
-        name, _, text = change.partition("=")
-        if name not in parsers:
-            raise ValueError(f"`--set` must have, for {options.model}, names of {', '.join(parsers)}, got {change!r}")
-        parse = parsers[name]
-        try:
-            value = parse(text)
-        except (TypeError, ValueError):
-            expected = parse.__name__ if isinstance(parse, type) else parse.__doc__
-            raise ValueError(f"`{name}` must be {expected}, got {text!r}") from None
-        kind, _, option = name.rpartition(".")
-        (given[kind] if kind else given)[option] = value
-    return options_of(given)
-
-
-def _parse_plan(text: str) -> list[Phase]:
-    """LENGTHxBATCHxSTEPS, and more after commas"""
-    plan = [Phase(*map(int, phase.split("x"))) for phase in text.split(",")]
-    if min(map(min, plan)) < 1:
-        raise ValueError
-    return plan
-
-
-def _parse_count(text: str) -> int:
-    """an integer, at least 1"""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _parse_layers(text: str) -> list[int]:
-    """LAYER, and more after commas"""
-    return [int(layer) for layer in text.split(",")]
-
-
-def _parse_dtype(text: str) -> str:
-    """float32 or bfloat16"""
-    if text not in ("float32", "bfloat16"):
-        raise ValueError
-    return text
-
-
-def _parse_any(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 class Trainer:
     """A model, its optimizer, and how far they are."""
 
     def __init__(self, options: Options, corpus: Corpus, device: str = "cpu", *, size: Size | None = None) -> None:
-        size = size or SIZES[options.size]
+        size = size or size_of(options)
         self.options, self.size, self.corpus, self.device = options, size, corpus, torch.device(device)
         is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank, self.ranks = (
@@ -409,64 +266,6 @@ def train(trainer: Trainer, folder: Path | None, save_every: float) -> int:
     return end
 
 
-def shrunk(options: Options, steps: int) -> tuple[Options, Size]:
-    """The same model with small tables, for steps of one row, a chunk and a quarter long: a CPU can try that."""
-    size = SIZES[options.size]
-    memory = options.memory | {"num_keys": 32}
-    chunk = (defaults(FastWeightProductKeyMemory) | size.memory | memory)["chunk_size"]
-    plan = (Phase(chunk + chunk // 4, 1, steps),)
-    options = dataclasses.replace(options, plan=plan, accumulate=1, memory=memory)
-    return options, dataclasses.replace(size, pkm=size.pkm | {"num_keys": 32})
-
-
-def plan_seconds(options: Options, corpus: Corpus, device: str) -> float:
-    """How long the whole plan takes, judged by a few steps of each phase; the first of them is not counted."""
-    trainer, seconds = Trainer(options, corpus, device), 0.0
-    for phase in options.plan:
-        timed = [trainer.train_step()["seconds"] for _ in range(min(4, phase.steps))]
-        timed = timed[1:] or timed
-        seconds += phase.steps * sum(timed) / len(timed)
-        trainer.step += max(0, phase.steps - 4)
-    return seconds
-
-
-def choose_size(
-    device: str,
-    minutes: float,
-    model: str = "swa+fwpkm",
-    *,
-    corpus: Corpus | None = None,
-    measure: Callable[[Options, Corpus, str], float] = plan_seconds,
-) -> Options:
-    """The largest size whose plan takes no longer than so many minutes; else the smallest, with a plan cut to fit.
-
-    Sizes are tried from the smallest, until one takes too long or has no room on a GPU: steps of one far too large
-    would alone take longer than there is.
-
-    Args:
-        measure: how long a plan takes, in seconds.
-    """
-    corpus, chosen, cut = corpus or python_text(), None, 1.0
-    for size in SIZES:
-        options = default_options(model, size)
-        try:
-            seconds = measure(options, corpus, device)
-        except torch.OutOfMemoryError:
-            if chosen is None:
-                raise
-            break
-        finally:  # the next size, or the processes that train, need the room of this one
-            torch.cuda.empty_cache()
-        if seconds > 60 * minutes:
-            cut = 60 * minutes / seconds
-            break
-        chosen = options
-    if chosen is None:
-        plan = tuple(phase._replace(steps=max(1, int(cut * phase.steps))) for phase in options.plan)
-        chosen = dataclasses.replace(options, plan=plan)
-    return chosen
-
-
 def check_device(name: str) -> None:
     """CommandError unless the device of that name can be used."""
     try:
@@ -524,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with on_device(arguments.device) as device:
         try:
             options = changed(default_options(arguments.model, arguments.size, arguments.seed), arguments.set)
-            size = SIZES[options.size]
+            size = size_of(options)
             if arguments.dry_run:
                 options, size = shrunk(options, arguments.dry_run)
             corpus = corpus_of(arguments.text)
