@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
@@ -373,17 +374,17 @@ def score_grad_kernel(
 
 
 def sum_picks(
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    factors: torch.Tensor,
+    out: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    factors: Tensor,
     plan: PickPlan,
     *,
     epilogue: str,
     idw: bool,
-    step_factors: torch.Tensor | None = None,
-    steps: torch.Tensor | None = None,
-    base: torch.Tensor | None = None,
+    step_factors: Tensor | None = None,
+    steps: Tensor | None = None,
+    base: Tensor | None = None,
     all_rows: bool = True,
     first_row: int = 0,
     decay: float = 1.0,
@@ -432,14 +433,14 @@ def sum_picks(
 
 
 def find_factors(
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
     plan: PickPlan,
     *,
     idw: bool,
     weight: float,
     first_row: int = 0,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K] as `half_scores` is."""
     num_rows, heads, _, top_k = sub_keys.shape
     factors = torch.empty_like(half_scores)
@@ -469,11 +470,11 @@ def find_factors(
 
 
 def step_keys(
-    keys: torch.Tensor,
-    out: torch.Tensor,
-    queries: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
+    keys: Tensor,
+    out: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
     plan: PickPlan,
     *,
     idw: bool,
@@ -503,7 +504,7 @@ def step_keys(
     )
 
 
-def pick_sums(coefficients: torch.Tensor, plan: PickPlan) -> torch.Tensor:
+def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
     """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
     sums = torch.empty_like(plan.slope)
     launch(
@@ -523,19 +524,19 @@ def pick_sums(coefficients: torch.Tensor, plan: PickPlan) -> torch.Tensor:
 
 
 def step_grad(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    slope: torch.Tensor,
-    grad_totals: torch.Tensor,
-    grad_queries: torch.Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    slope: Tensor,
+    grad_totals: Tensor,
+    grad_queries: Tensor,
     *,
     direction: float,
     idw: bool,
     weight: float,
     first_row: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the factors of the key step times `direction`, a, and the parts of B, each [M, H, 2, K].
 
     V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype. `grad_queries`
@@ -578,17 +579,17 @@ def step_grad(
 
 
 def score_grad(
-    grad_scores: torch.Tensor | None,
-    slots: torch.Tensor | None,
-    sub_keys: torch.Tensor,
-    half_scores: torch.Tensor,
-    step: tuple[torch.Tensor, ...] | None,
+    grad_scores: Tensor | None,
+    slots: Tensor | None,
+    sub_keys: Tensor,
+    half_scores: Tensor,
+    step: tuple[Tensor, ...] | None,
     *,
     num_keys: int,
     idw: bool,
     weight: float,
     first_row: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the gradients of the half scores picked, [M, H, 2, K].
 
     `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's; `step` is (u, u', sums B, a). Either
@@ -625,15 +626,15 @@ def score_grad(
 
 
 def address_grad(
-    grad_new_keys: torch.Tensor,
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    grad_scores: torch.Tensor | None,
-    slots: torch.Tensor | None,
+    grad_new_keys: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    half_scores: Tensor,
+    sub_keys: Tensor,
+    grad_scores: Tensor | None,
+    slots: Tensor | None,
     plan: PickPlan,
-    out: torch.Tensor,
+    out: Tensor,
     *,
     first_row: int,
     idw: bool,
@@ -642,7 +643,7 @@ def address_grad(
     weight: float,
     weight_decay: float,
     clip: float | None,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
     That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous

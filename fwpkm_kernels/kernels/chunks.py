@@ -8,6 +8,7 @@ Between `weigh` and `plan_writes` stands a stable sort of the keys that the form
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
@@ -101,16 +102,16 @@ def weigh_kernel(
 
 
 def weigh(
-    scores: torch.Tensor,
-    slots: torch.Tensor,
+    scores: Tensor,
+    slots: Tensor,
     num_slots: int,
     key_dtype: torch.dtype,
     layout: tuple[int, ...],
     *,
     weighting: str,
     temperature: float,
-    outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] of reads with `scores` and `slots` [R, J], and the keys [R·J] whose sort plans writes.
 
     `outputs` are slots (int64) and weights of the output reads, contiguous [B, T, J], to be filled.
@@ -268,16 +269,16 @@ def count_unmasked_kernel(
 
 
 def plan_writes(
-    keys: torch.Tensor,
-    order: torch.Tensor,
+    keys: Tensor,
+    order: Tensor,
     num_slots: int,
     row_dtype: torch.dtype,
     picks: int,
-    mask: torch.Tensor | None,
+    mask: Tensor | None,
     layout: tuple[int, ...],
     *,
     count_all: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """Launch the plan of every chunk, from the stable sort (`keys`, `order`) [R·J] of what `weigh` made.
 
     `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
@@ -454,11 +455,11 @@ def fold_kernel(
 
 
 def _fold_options(
-    like: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    like: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
     ratio: bool,
-) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, bool]]:
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
     """Tensors, strides and options of `write_factors`; `like` stands for what is not there."""
     running = like
     if ratio and mask is not None:
@@ -470,15 +471,15 @@ def _fold_options(
 
 
 def fold(
-    weights: torch.Tensor,
-    counts: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    weights: Tensor,
+    counts: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
     layout: tuple[int, ...],
     *,
     step: str,
     ratio: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the write weights c [R, J] from weights w and counts n_s [R, J].
 
     `gates` and `mask` are [positions, B], any strides, in the dtype of the weights. With `ratio` α has S/E, as under
@@ -550,14 +551,14 @@ def weigh_again_kernel(
 
 
 def weigh_again(
-    scores: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
+    scores: Tensor,
+    order: Tensor,
+    start: Tensor,
     layout: tuple[int, ...],
     *,
     weighting: str,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
     weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=start.dtype)
     if scores.numel() > 0:
@@ -664,21 +665,21 @@ def fold_grad_kernel(
 
 
 def fold_grad(
-    scores: torch.Tensor,
-    weights: torch.Tensor,
-    counts: torch.Tensor,
-    grad_weights: torch.Tensor,
-    grad_write_weights: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    grad_gates: torch.Tensor | None,
+    scores: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    grad_weights: Tensor,
+    grad_write_weights: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    grad_gates: Tensor | None,
     layout: tuple[int, ...],
     *,
     weighting: str,
     temperature: float,
     step: str,
     ratio: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
 
     With gates their gradient goes to `grad_gates`, contiguous [B, T], where a token is written; it is left elsewhere.
@@ -755,7 +756,7 @@ def sum_reads_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_w)
 
 
-def sum_reads(reads: torch.Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def sum_reads(reads: Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
     batch, length, chunk_size, _, rereads, missing, full, _ = layout
     out = torch.empty(batch, length, *reads.shape[1:], dtype=dtype, device=reads.device)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import launch, next_power_of_2, row_warps
@@ -69,15 +70,15 @@ def gather_kernel(
 
 
 def gather(
-    values: torch.Tensor,
-    slots: torch.Tensor,
+    values: Tensor,
+    slots: Tensor,
     *,
-    weights: torch.Tensor | None = None,
-    vectors: torch.Tensor | None = None,
+    weights: Tensor | None = None,
+    vectors: Tensor | None = None,
     sum_dtype: torch.dtype | None = None,
     dots_dtype: torch.dtype | None = None,
     factor: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the weighted sums [M, D] (given `weights` [M, J]) and the dots [M, J] (given `vectors` [M, D]).
 
     Results are in the compute dtype of the table unless `sum_dtype` or `dots_dtype` says otherwise; what was not asked

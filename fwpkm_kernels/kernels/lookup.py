@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import (
@@ -47,7 +48,7 @@ class LookupConfig(NamedTuple):
 FEW_ROWS = 1024
 
 
-def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig:
+def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
     """Launch table. A token's result never depends on how many come with it.
 
     BLOCK_M, BLOCK_N and the warps may go by the number of rows all the same. A dot product is a sum of those of BLOCK_D
@@ -369,18 +370,18 @@ def merge_kernel(
 
 
 def lookup(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
+    queries: Tensor,
+    keys: Tensor,
     *,
     top_k: int,
     idw: bool,
     eps: float,
     precision: str,
-    weights: torch.Tensor | None = None,
+    weights: Tensor | None = None,
     weighting: str = "softmax",
     temperature: float = 1.0,
     config: LookupConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
     Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
@@ -539,16 +540,16 @@ def half_grad_kernel(
 
 
 def half_grad(
-    grad_halves: torch.Tensor,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    sub_keys: torch.Tensor,
+    grad_halves: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    sub_keys: Tensor,
     *,
     idw: bool,
     eps: float,
-    out: torch.Tensor | None = None,
+    out: Tensor | None = None,
     add: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient.
 
     `grad_halves` are gradients of the half scores [M, H, 2, K], of any strides; `keys` is a table [H·2·n, Dk/2], and

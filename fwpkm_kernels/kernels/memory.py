@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
@@ -81,12 +82,12 @@ def read_kernel(
 
 
 def read(
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    weights: torch.Tensor,
-    targets: torch.Tensor,
-    output: torch.Tensor,
-) -> torch.Tensor:
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    output: Tensor,
+) -> Tensor:
     """Launch the read of a chunk's rows: errors [M, D] in the compute dtype; the last rows' reads go to `output`.
 
     `slots` and `weights` are [M, J], contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `output`
@@ -239,21 +240,21 @@ def read_grad_kernel(
 
 
 def read_grad(
-    log: torch.Tensor,
-    log_rows: torch.Tensor,
-    steps: torch.Tensor,
-    step_rows: torch.Tensor,
-    weights: torch.Tensor,
-    write_weights: torch.Tensor,
-    targets: torch.Tensor,
-    grad_output: torch.Tensor,
-    grad_targets: torch.Tensor,
-    grad_weights: torch.Tensor,
-    grad_write_weights: torch.Tensor,
+    log: Tensor,
+    log_rows: Tensor,
+    steps: Tensor,
+    step_rows: Tensor,
+    weights: Tensor,
+    write_weights: Tensor,
+    targets: Tensor,
+    grad_output: Tensor,
+    grad_targets: Tensor,
+    grad_weights: Tensor,
+    grad_write_weights: Tensor,
     *,
     factor: float = 1.0,
     config: ReadGradConfig | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch the backward of `read` and of the write: the gradient of p [M, D]; those of y, w and c are filled.
 
     `log`, `log_rows` hold the rows as they were read, and `steps`, `step_rows` the gradient of the rows after the
@@ -327,7 +328,7 @@ def restore_kernel(
     tl.store(values_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd, rows, mask=mask)
 
 
-def restore_rows(values: torch.Tensor, initial: torch.Tensor, touched: torch.Tensor) -> None:
+def restore_rows(values: Tensor, initial: Tensor, touched: Tensor) -> None:
     """Launch values[s] = initial[s], in place, for the rows where `touched` [N] (uint8 or bool, contiguous) is not 0.
 
     Other rows are neither read nor written.

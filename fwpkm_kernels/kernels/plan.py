@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2
 
@@ -38,11 +39,11 @@ class PlanConfig(NamedTuple):
 class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 
-    tokens: torch.Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
-    order: torch.Tensor  #: [M·H·2·K]: which of all picks that was
-    first: torch.Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: torch.Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: torch.Tensor  #: [2·n]: the derivative of the slope
+    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    order: Tensor  #: [M·H·2·K]: which of all picks that was
+    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
+    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
+    bend: Tensor  #: [2·n]: the derivative of the slope
 
 
 def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
@@ -225,12 +226,12 @@ def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
 
 
 def plan_picks(
-    sub_keys: torch.Tensor,
-    half_scores: torch.Tensor,
+    sub_keys: Tensor,
+    half_scores: Tensor,
     *,
     num_keys: int,
     first_row: int,
-    listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    listed: tuple[Tensor, Tensor, Tensor] | None = None,
     config: PlanConfig | None = None,
 ) -> PickPlan:
     """Launch the plan of `sub_keys` [M, H, 2, K], and the slopes from `half_scores`, like it, both contiguous, M > 0.

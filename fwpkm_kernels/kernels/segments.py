@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
@@ -223,17 +224,17 @@ def hot_segment_kernel(
 
 
 def segment_rows(
-    out: torch.Tensor,
-    vectors: torch.Tensor,
-    coefficients: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    out: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
     *,
     epilogue: str = "sum",
-    table: torch.Tensor | None = None,
-    log: torch.Tensor | None = None,
+    table: Tensor | None = None,
+    log: Tensor | None = None,
     centered: bool = False,
     compact: bool = False,
     decay: float = 1.0,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2, row_warps
 from .chunks import safe_squares
@@ -310,7 +311,7 @@ def plan_chunk_kernel(
     tl.store(write_weights_ptr + access, weight / count * scale * gate * factor, mask=mask_a)
 
 
-def _factors(gates: torch.Tensor | None, mask: torch.Tensor | None, unused: torch.Tensor) -> tuple[list, list, dict]:
+def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple[list, list, dict]:
     """The tensors, strides and flags of gates and mask [positions, B], either of which may be None."""
     tensors = [unused if x is None else x for x in (gates, mask)]
     strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
@@ -318,10 +319,10 @@ def _factors(gates: torch.Tensor | None, mask: torch.Tensor | None, unused: torc
 
 
 def enqueue(
-    queries: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    queue: Sequence[torch.Tensor],
+    queries: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    queue: Sequence[Tensor],
     first: int,
 ) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
@@ -353,12 +354,12 @@ def enqueue(
 
 
 def read_to_queue(
-    values: torch.Tensor,
-    found: Sequence[torch.Tensor],
-    tokens: Sequence[torch.Tensor | None],
-    queue: Sequence[torch.Tensor],
-    output: torch.Tensor,
-    place: int | torch.Tensor,
+    values: Tensor,
+    found: Sequence[Tensor],
+    tokens: Sequence[Tensor | None],
+    queue: Sequence[Tensor],
+    output: Tensor,
+    place: int | Tensor,
     lookahead: int,
 ) -> None:
     """Launch the reads of t positions, output [t, B, D], and put everything about them into a queue.
@@ -412,15 +413,15 @@ def read_to_queue(
 
 
 def plan_chunk(
-    slots: torch.Tensor,
-    weights: torch.Tensor,
-    gates: torch.Tensor,
-    mask: torch.Tensor,
-    touched: torch.Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    gates: Tensor,
+    mask: Tensor,
+    touched: Tensor,
     *,
     row_dtype: torch.dtype,
     step: str,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Launch the plan of a chunk's writes: (order, rows, start, end), each [E·J], and the write weights [E, J].
 
     `slots` and `weights` [E, J] are those of the pairs, at most MOST_ACCESSES; `gates` and `mask` [E], in the dtype of

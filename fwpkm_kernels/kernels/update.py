@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
@@ -33,7 +34,7 @@ def decay_kernel(
     tl.store(pointers, rows.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> None:
+def decay_rows(values: Tensor, written: Tensor, *, decay: float) -> None:
     """Launch the decay, in place, of the rows of `values` [N, D] where `written` [N] (uint8) is 0."""
     num_slots, width = values.shape
     if values.numel() == 0:
@@ -57,19 +58,19 @@ def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> 
 
 
 def update(
-    values: torch.Tensor,
-    out: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    values: Tensor,
+    out: Tensor,
+    errors: Tensor,
+    write_weights: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
     *,
     lr: float,
     weight_decay: float,
     clip: float | None,
-    log: torch.Tensor | None = None,
+    log: Tensor | None = None,
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
 
@@ -99,17 +100,17 @@ def update(
 
 
 def step_grad(
-    grad_values: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    grad_values: Tensor,
+    errors: Tensor,
+    write_weights: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
     *,
     lr: float,
     clip: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
     steps = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
     segment_rows(
@@ -130,18 +131,18 @@ def step_grad(
 
 
 def update_grad(
-    grad_values: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    slots: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    grad_values: Tensor,
+    errors: Tensor,
+    write_weights: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    end: Tensor,
     *,
     lr: float,
     clip: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J].
 
     Ĝ' = lr·grad_values, and 0 where the clamp was active. Without a clip it is read from `grad_values` itself. With
