@@ -1275,7 +1275,7 @@ FAULTS = [
         "    is_compileable = True\n",
         "    is_compileable = False\n",
         "a static cache drops the mask of single tokens",
-        "transformers",
+        "transformers_caches",
         "static or generat",
     ),
     Fault(
@@ -1284,7 +1284,7 @@ FAULTS = [
         "mask[:, seen : seen + tokens.shape[1]]",
         "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
-        "transformers",
+        "transformers_caches",
         "padding or cut or piece",
     ),
     Fault(
@@ -1293,7 +1293,7 @@ FAULTS = [
         "            while len(cache.layers) < layers:\n                cache.layers.append(kind())\n",
         "",
         "attention of a later layer finds the memory under its index",
-        "transformers",
+        "transformers_caches",
         "without_a_config",
     ),
     Fault(
@@ -1302,7 +1302,7 @@ FAULTS = [
         "        other.memory = None if self.memory is None else self.memory.clone()\n",
         "        pass\n",
         "a prompt that was read once is continued many times in one memory",
-        "transformers",
+        "transformers_caches",
         "copied_cache",
     ),
     Fault(
