@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..documents import Documents, convolve, make_documents, memory_by_document
 from ..kernels import compute_dtype
 from ..memory import check_memory, fast_weight_memory
 from ..state import MemoryState
+from .continuation import DROPS, LayerMemory, find_memory
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
 from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, keep
@@ -20,32 +21,6 @@ from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, ke
 SCOPES = ("sequence", "batch")
 INITIAL_MEMORIES = ("learned", "frozen", "persistent")
 OUTPUT_INITS = ("default", "zeros")
-
-# Why a memory cannot stream.
-_DROPS = '`boundary` must be "carry" for a memory that streams, got "drop"'
-_PACKED = '`cu_seqlens` must be None where a memory with `scope`="batch" streams'
-_TRAINED = (
-    "`cache` must be read into under torch.no_grad() to be continued, got one whose tokens were read with gradients, "
-    "for which the memory is left alone; to train over segments pass `memory`"
-)
-
-
-class LayerMemory(NamedTuple):
-    """What a segment leaves behind for the next one, differentiably; S documents, or one memory for the batch."""
-
-    keys: Tensor  #: [H, 2, n, Dk/2] under scope="batch", [S, H, 2, n, Dk/2] under "sequence"
-    values: Tensor  #: [N, D] or [S, N, D]
-    #: The last w - 1 normed ones, which `query_conv` reads on from: [S, w - 1, d]. None is zeros.
-    hidden_states: Tensor | None = None
-    gate_mean: Tensor | None = None  #: 0-d: the mean gate of the tokens of the segment; differentiable
-    #: What the segment read, int64 [B, T, J], for `memory_stats` of one memory at a time; and weights [B, T, J].
-    #: Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
-    slots: Tensor | None = None
-    weights: Tensor | None = None
-
-    def detach(self) -> "LayerMemory":
-        """The same without its graph: gradients of the next segment end here."""
-        return LayerMemory(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
 
 
 class FastWeightProductKeyMemory(nn.Module):
@@ -309,7 +284,7 @@ class FastWeightProductKeyMemory(nn.Module):
         """
         checks.check_int("batch", batch, minimum=0)
         if self.options.boundary != "carry":
-            raise ValueError(_DROPS)
+            raise ValueError(DROPS)
         keys, values = self._in_memory_dtype(self.keys, self.table.weight)
         return StreamedMemory(keys, values, batch, self.scope, self.options, self._conv_width)
 
@@ -374,7 +349,7 @@ class FastWeightProductKeyMemory(nn.Module):
         cu_seqlens = _one_of("cu_seqlens", cu_seqlens, "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"))
         cache = _one_of("cache", cache, "past_key_values", past_key_values)
         documents = make_documents(x, attention_mask, cu_seqlens, cu_seqlens_cpu, are_cut=self.scope == "sequence")
-        memory = self._find_memory(memory, cache, documents, x)
+        memory = find_memory(self, memory, cache, documents, x)
         if return_memory and isinstance(memory, StreamedMemory):
             raise ValueError("`return_memory` must be False where a memory streams: it is written in place")
         if self.scope == "sequence" and attention_mask is not None:
@@ -454,118 +429,6 @@ class FastWeightProductKeyMemory(nn.Module):
         if self.initial_memory == "persistent" and self.training and not _in_backward():
             self._pending = (result.keys.detach(), result.values.detach())
         return result
-
-    def _find_memory(
-        self, memory: Any, cache: Any, documents: Documents, x: Tensor
-    ) -> LayerMemory | StreamedMemory | None:
-        """What the call goes on from; None is the initial memory."""
-        if memory is not None and cache is not None:
-            raise ValueError("`memory` and `cache` must not be given together: each says what to go on from")
-        trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if cache is not None:
-            if not hasattr(cache, "layers"):
-                raise TypeError(f"`cache` must be a Cache of transformers or fla, got {type(cache).__name__}")
-            from ..integrations import cache as integration
-
-            refusal = self._why_not_streamed(trains, documents)
-            if refusal is not None and integration.is_fresh(cache, self):
-                integration.refuse_continuation(cache, self, refusal)
-                return None
-            memory, name = integration.memory_of(cache, self, documents.number), "cache"
-        elif memory is None:
-            return None
-        elif isinstance(memory, LayerMemory):
-            return self._check_segment(memory, documents)
-        else:
-            memory, name = self._as_streamed(memory, documents.number), "memory"
-        if trains:
-            raise ValueError(
-                f"`{name}` is written in place, without gradients, but `hidden_states` or a Parameter requires grad: "
-                "call under torch.no_grad(), or train over segments with memory=LayerMemory (return_memory=True)"
-            )
-        if memory.batch != documents.number:
-            raise ValueError(
-                f"`{name}` is for {memory.batch} sequences, got {documents.number} in `hidden_states` "
-                f"[B, T, d], {checks.shape(x)}"
-            )
-        memory.take_over(self.keys, self.table.weight, self.scope, self.options, self._conv_width)
-        if self.scope == "batch" and documents.cu_seqlens is not None:
-            raise ValueError(_PACKED)
-        return memory
-
-    def _why_not_streamed(self, trains: bool, documents: Documents) -> str | None:
-        """Why a call leaves the memory of a cache alone that has read nothing yet; None where it streams."""
-        if self.options.boundary != "carry":
-            return _DROPS
-        if self.scope == "batch" and documents.cu_seqlens is not None:
-            return _PACKED
-        return _TRAINED if trains else None
-
-    def _as_streamed(self, memory: Any, batch: int) -> StreamedMemory:
-        if isinstance(memory, MemoryState) and self.scope == "batch" and self.q_conv is None:
-            return StreamedMemory.of_state(memory, batch, self.options)
-        if not isinstance(memory, StreamedMemory):
-            kind = type(memory).__name__
-            raise TypeError(f"`memory` must be a LayerMemory, or what new_memory() gives, got {kind}")
-        return memory
-
-    def _check_segment(self, memory: LayerMemory, documents: Documents) -> LayerMemory:
-        """A segment's memory has the shapes of this layer's, for as many documents as there are."""
-        count = documents.number if self.scope == "sequence" else None
-        wanted = {
-            "keys": (self.heads, 2, self.num_keys, self.key_dim // 2),
-            "values": (self.num_keys**2, self.value_dim),
-        }
-        for name, size in wanted.items():
-            size = size if count is None else (count, *size)
-            checks.check_tensor(f"memory.{name}", getattr(memory, name))
-            checks.check_float(f"memory.{name}", getattr(memory, name))
-            if getattr(memory, name).shape != size:
-                raise ValueError(
-                    f"`memory.{name}` must be {list(size)} for this layer and input, "
-                    f"got {checks.shape(getattr(memory, name))}"
-                )
-        tail, size = memory.hidden_states, (documents.number, self._conv_width - 1, self.hidden_size)
-        if self.q_conv is not None and tail is not None and tail.shape != size:
-            raise ValueError(f"`memory.hidden_states` must be {list(size)}, got {checks.shape(tail)}")
-        return memory
-
-
-def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") -> None:
-    """Set the memory of each layer with initial_memory="persistent" to what its last training call left behind.
-
-    Call it once a step, after backward: an activation checkpoint computes with the old memory until then. Layers that
-    have made no training call since the last advance stay as they are; evaluation changes nothing.
-
-    Args:
-        model: a module that contains such layers.
-        group: of torch.distributed; None is the default group, if there is one.
-        reduce: "mean": every rank moves by the mean over ranks of (new - old), so that ranks stay equal; every rank
-            must have made a training call. "none": each rank goes its own way, as the authors' do; under
-            DistributedDataParallel that needs broadcast_buffers=False, else rank 0's memory replaces the others' before
-            every forward.
-
-    Raises:
-        ValueError: for another `reduce`, or where layers with something pending share a table.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    checks.check_choice("reduce", reduce, ("mean", "none"))
-    layers = [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory) and x._pending is not None]
-    if len({id(layer.table) for layer in layers}) < len(layers):
-        raise ValueError("`model` has layers that share a table, and each would advance it: give each its own")
-    is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    for layer in layers:
-        assert layer._pending is not None
-        for memory, new in zip((layer.keys, layer.table.weight), layer._pending, strict=True):
-            with torch.no_grad():
-                if reduce == "mean" and is_parallel and torch.distributed.get_world_size(group) > 1:
-                    moved = new.to(memory.device) - memory
-                    torch.distributed.all_reduce(moved, group=group)
-                    memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))
-                else:
-                    memory.copy_(new)
-        layer._pending = None
 
 
 def _in_backward() -> bool:
