@@ -1137,7 +1137,7 @@ FAULTS = [
     ),
     Fault(
         "padding-in-the-window",
-        "documents.py",
+        "layers/convolution.py",
         "running = F.pad(real.long().cumsum(1), (1, 0))",
         "running = F.pad(torch.ones_like(real).long().cumsum(1), (1, 0))",
         "the convolution sees a gap where padding was",
@@ -1146,7 +1146,7 @@ FAULTS = [
     ),
     Fault(
         "window-over-a-border",
-        "documents.py",
+        "layers/convolution.py",
         "places = running[:, :-1] + before * (documents.numbers(x.device) + 1)",
         "places = running[:, :-1] + before",
         "the convolution sees the end of the document before",

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .. import _checks as checks
 from ..chunks import Options
-from ..documents import Documents, convolve, make_documents, memory_by_document
+from ..documents import Documents, make_documents, memory_by_document
 from ..kernels import compute_dtype
 from ..memory import check_memory, fast_weight_memory
 from ..state import MemoryState
 from .continuation import DROPS, LayerMemory, find_memory
+from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
 from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, keep

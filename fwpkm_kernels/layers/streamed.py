@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ..chunks import Options
-from ..documents import Documents, put_back, slide, take
+from ..documents import Documents, put_back, take
 from ..state import MemoryState, check_indices
 from ..streaming import fast_weight_memory_step
+from .convolution import slide
 
 
 class Past(NamedTuple):
