@@ -54,6 +54,15 @@ class Documents(NamedTuple):
         """Of each position in a row the number of its document in the row, int64 [T]."""
         return torch.bucketize(torch.arange(self.length, device=device), self.bounds(device)[1:], right=True)
 
+    def pair_mask(self, lookahead: int, device: torch.device) -> Tensor | None:
+        """The mask of `fast_weight_memory` for one memory of all documents: it leaves out pairs that cross a border."""
+        if self.cu_seqlens is None or lookahead == 0:
+            return self.mask
+        number = self.numbers(device)
+        within = number == torch.cat((number[lookahead:], number.new_full((min(lookahead, len(number)),), -1)))
+        within = within.unsqueeze(0)
+        return within if self.mask is None else self.mask * within
+
     def pieces(self) -> list[slice | Tensor]:
         """Of each document where its tokens lie among the B·T: a slice, or if padding lies between them int64 [t].
 

@@ -1173,7 +1173,7 @@ FAULTS = [
     ),
     Fault(
         "pairs-across-a-border",
-        "layers/fast_weight.py",
+        "documents.py",
         "    within = within.unsqueeze(0)\n",
         "    within = torch.ones_like(within).unsqueeze(0)\n",
         'scope="batch" writes a pair whose target is in another document',

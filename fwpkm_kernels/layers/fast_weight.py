@@ -423,7 +423,7 @@ class FastWeightProductKeyMemory(nn.Module):
                     return_memory=return_memory,
                     options=self.options,
                 )
-            mask = _mask_borders(documents, self.options.lookahead, queries.device)
+            mask = documents.pair_mask(self.options.lookahead, queries.device)
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 
         result = self.table(run)
@@ -446,16 +446,6 @@ def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return gates.sum() / max(1, math.prod(gates.shape))  # 0 of no tokens, as a price on gates wants it
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
-
-
-def _mask_borders(documents: Documents, lookahead: int, device: torch.device) -> Tensor | None:
-    """The mask of `fast_weight_memory` for one memory of all documents: it leaves out pairs that cross a border."""
-    if documents.cu_seqlens is None or lookahead == 0:
-        return documents.mask
-    number = documents.numbers(device)
-    within = number == torch.cat((number[lookahead:], number.new_full((min(lookahead, len(number)),), -1)))
-    within = within.unsqueeze(0)
-    return within if documents.mask is None else documents.mask * within
 
 
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
