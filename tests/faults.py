@@ -870,8 +870,8 @@ FAULTS = [
     Fault(
         "queue-without-the-carried",
         "kernels/streaming.py",
-        "        row + lookahead.to(tl.int64) * B,\n",
-        "        row,\n",
+        "position, item, row + lookahead.to(tl.int64) * B,\n",
+        "position, item, row,\n",
         "queries overwrite those that are carried",
         "streaming",
         "precision",
