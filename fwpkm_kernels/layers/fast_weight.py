@@ -17,7 +17,7 @@ from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
-from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, keep
+from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, check_table, keep
 
 SCOPES = ("sequence", "batch")
 INITIAL_MEMORIES = ("learned", "frozen", "persistent")
@@ -198,7 +198,8 @@ class FastWeightProductKeyMemory(nn.Module):
         if table is None:
             table = ValueTable(num_keys**2, value_dim, trainable=is_learned, device=device, dtype=memory_dtype)
         else:
-            _check_table(table, num_keys, value_dim, initial_memory, memory_dtype)
+            check_table(table, num_keys, value_dim)
+            _check_table_fits(table, initial_memory, memory_dtype)
         self.table = table
         self._pending: tuple[Tensor, Tensor] | None = None  #: the memory that `advance_memory` will commit
         self.reset_parameters(table=False)
@@ -463,16 +464,8 @@ def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
     return other if x is None else x
 
 
-def _check_table(
-    table: ValueTable, num_keys: int, value_dim: int, initial_memory: str, memory_dtype: torch.dtype
-) -> None:
-    if not isinstance(table, ValueTable):
-        raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
-    if table.weight.shape != (num_keys**2, value_dim):
-        raise ValueError(
-            f"`table` must have num_keys² = {num_keys**2} slots of width value_dim = {value_dim}, "
-            f"got {checks.shape(table.weight)}"
-        )
+def _check_table_fits(table: ValueTable, initial_memory: str, memory_dtype: torch.dtype) -> None:
+    """A table that comes from outside can be one of this layer's memory: it has the right kind of numbers."""
     if (table.weight.dtype == torch.float64) != (memory_dtype == torch.float64):
         raise ValueError(f"`table` and the layer must both be float64 or neither, got {table.weight.dtype}")
     if isinstance(table.weight, nn.Parameter) != (initial_memory == "learned"):

@@ -13,7 +13,7 @@ from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
 from ..memory import WEIGHTINGS
 from .norm import RMSNorm
-from .table import ValueTable, keep
+from .table import ValueTable, check_table, keep
 
 QUERY_NORMS = ("rms", "layer")
 OUTPUTS = ("swilu", "gated", "linear", "none")
@@ -137,13 +137,8 @@ class ProductKeyMemory(nn.Module):
         self.weighting = weighting
         if table is None:
             table = ValueTable(num_keys**2, value_dim, device=device, dtype=memory_dtype)
-        elif not isinstance(table, ValueTable):
-            raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
-        elif (table.num_slots, table.width) != (num_keys**2, value_dim):
-            raise ValueError(
-                f"`table` must have num_keys² rows of width value_dim, shape {[num_keys**2, value_dim]}, "
-                f"got {[table.num_slots, table.width]}"
-            )
+        else:
+            check_table(table, num_keys, value_dim)
         self.table = table
         self.dropout = nn.Dropout(dropout)
         if output in ("swilu", "gated"):

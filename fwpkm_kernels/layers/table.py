@@ -100,3 +100,14 @@ def check_memory_dtype(name: str, dtype: object) -> None:
     """`dtype` is one of those that keys and values may have."""
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"`{name}` must be torch.float32, float64, float16 or bfloat16, got {dtype!r}")
+
+
+def check_table(table: object, num_keys: int, value_dim: int) -> None:
+    """`table` is a ValueTable of the size that a layer needs."""
+    if not isinstance(table, ValueTable):
+        raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
+    if table.weight.shape != (num_keys**2, value_dim):
+        raise ValueError(
+            f"`table` must have num_keys² = {num_keys**2} slots of width value_dim = {value_dim}, "
+            f"got {checks.shape(table.weight)}"
+        )
