@@ -32,12 +32,7 @@ from transformers import (
 )
 
 from fwpkm_kernels.integrations import language_model
-from fwpkm_kernels.integrations.transformers import (
-    FwPKMConfig,
-    FwPKMForCausalLM,
-    add_memory,
-    load_memory,
-)
+from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM, add_memory, load_memory
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory
 from tests.helpers.transformers import (
     CACHE,

@@ -9,19 +9,10 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
-from transformers import (
-    DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    StaticCache,
-    set_seed,
-)
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, StaticCache, set_seed
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
-from fwpkm_kernels.integrations.transformers import (
-    MemoryCacheLayer,
-    add_memory,
-)
+from fwpkm_kernels.integrations.transformers import MemoryCacheLayer, add_memory
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
 from tests.helpers.transformers import (
     CACHE,

@@ -4,21 +4,11 @@ import inspect
 
 import torch
 from packaging.version import Version
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    logging,
-)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3Config, Qwen3ForCausalLM, logging
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from fwpkm_kernels.integrations import language_model
-from fwpkm_kernels.integrations.transformers import (
-    FwPKMConfig,
-    FwPKMForCausalLM,
-    add_memory,
-)
+from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM, add_memory
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
