@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .chunks import Chunk, Options
+from .chunks import Chunk
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
-from .plan import Plan
+from .options import Options
+from .records import Plan
 from .update import write_grad_torch, write_torch
 
 
