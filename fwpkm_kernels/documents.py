@@ -4,6 +4,7 @@ A batch [B, T] holds a document in each row. Where `cu_seqlens` packs several in
 where a mask says that tokens are padding, they belong to no document. A document never knows of the others.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -195,6 +196,17 @@ def put_back(parts: list[Tensor], pieces: list[slice | Tensor], like: Tensor, fi
         padded = packed.new_full((batch * length, *rest), fill)
         packed = padded.index_copy(0, index.to(packed.device), packed)
     return packed.view(batch, length, *rest)
+
+
+def mean_gate(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """The mean gate of all tokens, without padding; 0-d, in the compute dtype."""
+    if gates is None:
+        return None
+    gates = gates.to(compute_dtype(gates.dtype))
+    if attention_mask is None:
+        return gates.sum() / max(1, math.prod(gates.shape))  # 0 of no tokens, as a price on gates wants it
+    real = attention_mask > 0
+    return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
 
 
 class DocumentsOutput(NamedTuple):

@@ -1,15 +1,13 @@
 """The fast-weight memory as a layer: projections and norms around `fast_weight_memory`."""
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from ..documents import Documents, make_documents, memory_by_document
-from ..kernels import compute_dtype
+from ..documents import Documents, make_documents, mean_gate, memory_by_document
 from ..memory import check_memory, fast_weight_memory
 from ..options import Options
 from ..state import MemoryState
@@ -17,7 +15,7 @@ from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
-from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, check_table, keep
+from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, check_table, check_table_kind, keep
 
 SCOPES = ("sequence", "batch")
 INITIAL_MEMORIES = ("learned", "frozen", "persistent")
@@ -199,7 +197,7 @@ class FastWeightProductKeyMemory(nn.Module):
             table = ValueTable(num_keys**2, value_dim, trainable=is_learned, device=device, dtype=memory_dtype)
         else:
             check_table(table, num_keys, value_dim)
-            _check_table_fits(table, initial_memory, memory_dtype)
+            check_table_kind(table, initial_memory, memory_dtype)
         self.table = table
         self._pending: tuple[Tensor, Tensor] | None = None  #: the memory that `advance_memory` will commit
         self.reset_parameters(table=False)
@@ -378,8 +376,10 @@ class FastWeightProductKeyMemory(nn.Module):
             output = torch.where((attention_mask > 0).unsqueeze(-1), output, 0.0)
         output = output.to(hidden_states.dtype)  # which autocast may have changed
         if not return_memory:
-            return (output, _mean(gates, attention_mask)) if return_gate_mean else output
-        left = LayerMemory(result.keys, result.values, tail, _mean(gates, attention_mask), result.slots, result.weights)
+            return (output, mean_gate(gates, attention_mask)) if return_gate_mean else output
+        left = LayerMemory(
+            result.keys, result.values, tail, mean_gate(gates, attention_mask), result.slots, result.weights
+        )
         return output, left
 
     def _queries(
@@ -438,17 +438,6 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _mean(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """The mean gate of all tokens, without padding; 0-d, in the compute dtype."""
-    if gates is None:
-        return None
-    gates = gates.to(compute_dtype(gates.dtype))
-    if attention_mask is None:
-        return gates.sum() / max(1, math.prod(gates.shape))  # 0 of no tokens, as a price on gates wants it
-    real = attention_mask > 0
-    return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
-
-
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
     """Validate the memory's options, as it would itself."""
     meta: dict[str, Any] = {"device": "meta", "dtype": memory_dtype}
@@ -462,14 +451,3 @@ def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
     if x is not None and other is not None and x is not other:
         raise ValueError(f"`{other_name}` is another name of `{name}`, and must not be given with another value")
     return other if x is None else x
-
-
-def _check_table_fits(table: ValueTable, initial_memory: str, memory_dtype: torch.dtype) -> None:
-    """A table that comes from outside can be one of this layer's memory: it has the right kind of numbers."""
-    if (table.weight.dtype == torch.float64) != (memory_dtype == torch.float64):
-        raise ValueError(f"`table` and the layer must both be float64 or neither, got {table.weight.dtype}")
-    if isinstance(table.weight, nn.Parameter) != (initial_memory == "learned"):
-        raise ValueError(
-            f'`table` must be trainable for `initial_memory`="learned", and only then; got {initial_memory!r} with '
-            f"trainable={isinstance(table.weight, nn.Parameter)}"
-        )

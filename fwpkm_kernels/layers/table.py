@@ -111,3 +111,14 @@ def check_table(table: object, num_keys: int, value_dim: int) -> None:
             f"`table` must have num_keys² = {num_keys**2} slots of width value_dim = {value_dim}, "
             f"got {checks.shape(table.weight)}"
         )
+
+
+def check_table_kind(table: ValueTable, initial_memory: str, memory_dtype: torch.dtype) -> None:
+    """`table` holds what a fast-weight layer needs: a Parameter where it is learned, float64 where the layer is."""
+    if (table.weight.dtype == torch.float64) != (memory_dtype == torch.float64):
+        raise ValueError(f"`table` and the layer must both be float64 or neither, got {table.weight.dtype}")
+    if isinstance(table.weight, nn.Parameter) != (initial_memory == "learned"):
+        raise ValueError(
+            f'`table` must be trainable for `initial_memory`="learned", and only then; got {initial_memory!r} with '
+            f"trainable={isinstance(table.weight, nn.Parameter)}"
+        )
