@@ -8,7 +8,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import is_exporting, refuse_transforms
+from ._autograd import in_backward, is_exporting, refuse_transforms
 from ._operators import operator
 from .chunks import count_read_positions, count_writes, rows_of
 from .coupled import coupled_memory
@@ -139,7 +139,7 @@ def _forward_op(
         g, m = (None if x is None else x.detach() for x in (gates, mask))
         # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
         # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
-        with torch.set_grad_enabled(torch._C._current_graph_task_id() != -1):
+        with torch.set_grad_enabled(in_backward()):
             return list(coupled_memory(q, y, k, v, g, m, o))
     return run_forward(queries, targets, keys, values, gates, mask, keep, o)
 

@@ -1201,8 +1201,8 @@ FAULTS = [
     Fault(
         "evaluation-is-pending",
         "layers/fast_weight.py",
-        'if self.initial_memory == "persistent" and self.training and not _in_backward():',
-        'if self.initial_memory == "persistent" and not _in_backward():',
+        'if self.initial_memory == "persistent" and self.training and not is_again:',
+        'if self.initial_memory == "persistent" and not is_again:',
         "advance_memory commits what evaluation has read",
         "layers_training",
         "exactly_once",

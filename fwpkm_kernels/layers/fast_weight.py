@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
+from .._autograd import in_backward
 from ..documents import Documents, make_documents, mean_gate, memory_by_document
 from ..memory import check_memory, fast_weight_memory
 from ..options import Options
@@ -428,14 +429,11 @@ class FastWeightProductKeyMemory(nn.Module):
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 
         result = self.table(run)
-        if self.initial_memory == "persistent" and self.training and not _in_backward():
+        # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
+        is_again = not torch.compiler.is_compiling() and in_backward()
+        if self.initial_memory == "persistent" and self.training and not is_again:
             self._pending = (result.keys.detach(), result.values.detach())
         return result
-
-
-def _in_backward() -> bool:
-    """Whether an activation checkpoint computes the forward again: then what it leaves behind is pending already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
