@@ -32,10 +32,10 @@ from benchmarks.evaluation.models import (
     size_options,
     split_name,
 )
-from benchmarks.evaluation.needles import clock, read, state_bytes
 from benchmarks.evaluation.options import Options, Phase
 from benchmarks.evaluation.records import append_lines, stamp
 from benchmarks.evaluation.train import Trainer, check_counts, check_device
+from benchmarks.evaluation.under_test import clock, read, state_bytes
 from fwpkm_kernels._commands import check_outputs, command, need
 
 # Of the 256 tokens, keys are the first, values follow, and the others are fillers.

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import PIECE, about, clock, load_trained
 from benchmarks.evaluation.records import Line, append_lines, latest, mean_saved, measured
 from benchmarks.evaluation.text import Corpus
+from benchmarks.evaluation.under_test import PIECE, about, clock, load_trained
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
