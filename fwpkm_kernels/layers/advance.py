@@ -1,4 +1,4 @@
-"""A memory with initial_memory="persistent" moves on, once a step."""
+"""`advance_memory`: a persistent memory becomes what the last training call has left behind."""
 
 from typing import Any
 

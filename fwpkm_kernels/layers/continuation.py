@@ -1,4 +1,4 @@
-"""What a call of the layer goes on from: its initial memory, a `LayerMemory`, or a memory that streams."""
+"""The memory that a call of the layer starts from: the initial one, a `LayerMemory`, or one that streams."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from .streamed import StreamedMemory
 if TYPE_CHECKING:
     from .fast_weight import FastWeightProductKeyMemory
 
-# Why a memory cannot stream.
+# Reasons why a memory cannot stream.
 DROPS = '`boundary` must be "carry" for a memory that streams, got "drop"'
 _PACKED = '`cu_seqlens` must be None where a memory with `scope`="batch" streams'
 _TRAINED = (
@@ -23,15 +23,15 @@ _TRAINED = (
 
 
 class LayerMemory(NamedTuple):
-    """What a segment leaves behind for the next one, differentiably; S documents, or one memory for the batch."""
+    """The memory after a segment, from which the next one starts, differentiably: of S documents, or of the batch."""
 
     keys: Tensor  #: [H, 2, n, Dk/2] under scope="batch", [S, H, 2, n, Dk/2] under "sequence"
     values: Tensor  #: [N, D] or [S, N, D]
-    #: The last w - 1 normed ones, which `query_conv` reads on from: [S, w - 1, d]. None is zeros.
+    #: The last w - 1 normed hidden states, which the next segment's `query_conv` sees: [S, w - 1, d]. None is zeros.
     hidden_states: Tensor | None = None
     gate_mean: Tensor | None = None  #: 0-d: the mean gate of the tokens of the segment; differentiable
-    #: What the segment read, int64 [B, T, J], for `memory_stats` of one memory at a time; and weights [B, T, J].
-    #: Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
+    #: The slots that the segment read, int64 [B, T, J], and their weights [B, T, J], for `memory_stats` of one memory
+    #: at a time. Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
     slots: Tensor | None = None
     weights: Tensor | None = None
 
@@ -43,7 +43,7 @@ class LayerMemory(NamedTuple):
 def find_memory(
     layer: "FastWeightProductKeyMemory", memory: Any, cache: Any, documents: Documents, x: Tensor
 ) -> LayerMemory | StreamedMemory | None:
-    """What the call goes on from; None is the initial memory."""
+    """The memory that a call starts from; None stands for the initial one."""
     if memory is not None and cache is not None:
         raise ValueError("`memory` and `cache` must not be given together: each says what to go on from")
     trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
@@ -80,7 +80,7 @@ def find_memory(
 
 
 def _why_not_streamed(layer: "FastWeightProductKeyMemory", trains: bool, documents: Documents) -> str | None:
-    """Why a call leaves the memory of a cache alone that has read nothing yet; None where it streams."""
+    """Why a call must leave a cache that has read nothing yet alone; None where its memory streams."""
     if layer.options.boundary != "carry":
         return DROPS
     if layer.scope == "batch" and documents.cu_seqlens is not None:
@@ -98,7 +98,7 @@ def _as_streamed(layer: "FastWeightProductKeyMemory", memory: Any, batch: int) -
 
 
 def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, documents: Documents) -> LayerMemory:
-    """A segment's memory has the shapes of this layer's, for as many documents as there are."""
+    """Refuse a segment's memory whose shapes are not those of this layer and these documents."""
     count = documents.number if layer.scope == "sequence" else None
     wanted = {
         "keys": (layer.heads, 2, layer.num_keys, layer.key_dim // 2),

@@ -10,7 +10,7 @@ from ..documents import Documents
 def convolve(x: Tensor, weight: Tensor, documents: Documents, tail: Tensor | None) -> tuple[Tensor, Tensor]:
     """A causal depthwise convolution over the tokens of each document: z_t = Σ_i weight_i · x_{t - w + 1 + i}.
 
-    Before the beginning of a document stand zeros, or `tail`; padding is not there. On the device: nothing waits.
+    Before its first token a document has zeros, or `tail`. Padding is skipped. Nothing waits for the device.
 
     Args:
         x: [B, T, d].
@@ -28,16 +28,17 @@ def convolve(x: Tensor, weight: Tensor, documents: Documents, tail: Tensor | Non
     if documents.are_rows:
         window = torch.cat((tail.to(x.dtype), x), dim=1)
         return slide(window, weight), window[:, length:]
-    # A row without its padding, and in front of each document its tail: so no window of w tokens meets two documents.
+    # The window is the row without its padding, with each document's tail in front of it: no w tokens that follow each
+    # other there belong to two documents.
     real = (
         torch.ones(batch, length, dtype=torch.bool, device=x.device) if documents.mask is None else documents.mask > 0
     )
     running = F.pad(real.long().cumsum(1), (1, 0))  # tokens before each position
     bounds = documents.bounds(x.device)
-    starts = running[:, bounds] + before * torch.arange(len(bounds), device=x.device)  # of each tail, [B, S / B + 1]
+    starts = running[:, bounds] + before * torch.arange(len(bounds), device=x.device)  # of tails, [B, S / B + 1]
     places = running[:, :-1] + before * (documents.numbers(x.device) + 1)
     size = length + before * (len(bounds) - 1)
-    places = torch.where(real, places, size)  # padding goes where nothing is read
+    places = torch.where(real, places, size)  # padding goes to a last column, which nothing reads
     tail_places = (starts[:, :-1, None] + torch.arange(before, device=x.device)).flatten(1)
 
     def columns(index: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def convolve(x: Tensor, weight: Tensor, documents: Documents, tail: Tensor | Non
 
 
 def slide(window: Tensor, weight: Tensor) -> Tensor:
-    """The depthwise convolution of a window [B, t + w - 1, d] with [d, 1, w], [B, t, d]."""
-    if window.shape[1] < weight.shape[2]:  # of no tokens, which conv1d refuses
+    """The depthwise convolution [B, t, d] of a window [B, t + w - 1, d] with weights [d, 1, w]."""
+    if window.shape[1] < weight.shape[2]:  # there are no tokens, which conv1d refuses
         return window[:, :0]
     return F.conv1d(window.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)

@@ -36,29 +36,29 @@ class FastWeightProductKeyMemory(nn.Module):
     Source: FwPKM, arXiv 2601.00671, section 3; without `query_conv`, which is not in the paper.
 
     **Scope.** "sequence": each row of the batch, or each document of a packed row, has a memory of its own, which
-    begins as the initial one; padding is removed before the memory sees it; so what comes out for a document depends on
-    no other, nor on padding. For now this is a loop over documents, each with a private table. "batch": all rows read
-    and write one memory, as the authors train; `attention_mask` then is the mask of `fast_weight_memory`, and in a
-    packed row no pair of tokens is written across a border.
+    begins as the initial one. Padding is removed before the memory sees it, so a document's output depends neither on
+    other documents nor on padding. Documents are computed one after the other, each with a private table. "batch": all
+    rows read and write one memory, as the authors train. `attention_mask` is then the mask of `fast_weight_memory`, and
+    in a packed row no pair of tokens is written across a border.
 
     **Initial memory.** "learned": `keys` and `table.weight` are Parameters; every call begins with them, gradients
     through all writes reach them, and nothing outlives a call. "frozen": the same from fixed buffers. "persistent",
-    which needs scope="batch": from buffers that `advance_memory` sets to what the last training call left behind; so
-    several calls between two advances all begin alike, and the last of them counts. No call writes them.
+    which needs scope="batch": buffers too, which no call writes and `advance_memory` sets to the memory that the last
+    training call left behind. Several calls between two advances all begin with the same memory; the last one counts.
 
     **Streaming or segments.** `memory=layer.new_memory(batch)`, or a `cache` of transformers or fla, is read and
-    written in place, without autograd; a prompt may be cut anywhere, down to single tokens. It needs boundary="carry".
-    A cache that has read nothing yet is left alone where gradients are asked for, as in training with use_cache=True,
-    or where the memory cannot stream, and then refuses to be continued. `memory=` a `LayerMemory`, which
-    return_memory=True gives, is differentiable.
+    written in place, without autograd; a prompt may be cut anywhere, down to single tokens. That needs
+    boundary="carry". Where gradients are asked for, as in training with use_cache=True, or where the memory cannot
+    stream, a call leaves a cache that has read nothing yet alone, and later calls with that cache raise. A
+    `LayerMemory`, which return_memory=True returns, is differentiable; as `memory=` it starts the next segment.
 
-    **dtype.** Projections and norms are of `dtype`; `keys` and `table` are created in `memory_dtype`. The fast memory
-    runs in `memory_dtype`, or wider, whatever `module.to(dtype)` makes of the Parameters; buffers are never rounded by
-    it. A float64 layer has a float64 memory. The output is in the dtype of the input.
+    **dtype.** Projections and norms are of `dtype`; `keys` and `table` are created in `memory_dtype`.
+    `module.to(dtype)` may cast Parameters, but it never rounds buffers, and the fast memory runs in `memory_dtype` or
+    wider all the same. A float64 layer has a float64 memory. The output is in the dtype of the input.
 
-    **torch.compile.** Training compiles with fullgraph=True; of more than one document the backward then computes each
-    again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are validated in eager code, and in compiled code
-    under scope="sequence".
+    **torch.compile.** Training compiles with fullgraph=True; with several documents its backward computes each
+    document's forward again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are validated in eager code,
+    and in compiled code under scope="sequence".
 
     **Data parallelism.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch"
     the memory is of the rank's batch, so they do.
@@ -75,8 +75,8 @@ class FastWeightProductKeyMemory(nn.Module):
         scope: "sequence" or "batch".
         initial_memory: "learned", "frozen" or "persistent".
         memory_dtype: of keys, table and the memory's arithmetic.
-        query_conv: w, the width of a causal depthwise convolution on the normed hidden states before q_proj; None has
-            none. It never reaches over the beginning of a document, nor sees padding.
+        query_conv: w, the width of a causal depthwise convolution on the normed hidden states before q_proj; None
+            leaves it out. It sees neither padding nor tokens of another document.
         input_norm: whether there are q_norm, v_norm and g_norm; False in a block that norms already.
         query_norm, value_norm: None, "l2" or "zscore" ((x - mean) / (std + 1e-6), std unbiased), of each head's query,
             of the values.
@@ -211,10 +211,10 @@ class FastWeightProductKeyMemory(nn.Module):
         return cls(hidden_size, **(published | options))
 
     def reset_parameters(self, *, table: bool = True) -> None:
-        """Draw all Parameters and buffers anew; also what `to_empty` has left without a value.
+        """Draw all Parameters and buffers anew, also after `to_empty`, which leaves them without values.
 
         Args:
-            table: whether the table is drawn anew too, which may be shared.
+            table: whether the table, which other layers may share, is drawn anew too.
         """
         for module in self.children():
             if isinstance(module, RMSNorm | nn.Linear):
@@ -233,7 +233,7 @@ class FastWeightProductKeyMemory(nn.Module):
             self.table.reset_parameters()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pending = None  # of the memory before
+        self._pending = None  # it belongs to the memory that the load replaces
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FastWeightProductKeyMemory":
@@ -241,7 +241,7 @@ class FastWeightProductKeyMemory(nn.Module):
 
     @torch.inference_mode(False)
     def resized(self, num_keys: int) -> "FastWeightProductKeyMemory":
-        """An independent copy over a fresh memory with another number of sub-keys: train small, test large.
+        """An independent copy with a fresh memory of another number of sub-keys, to train small and test large.
 
         Raises:
             TypeError, ValueError: for a bad `num_keys`; ValueError too for initial_memory="learned", whose keys and
@@ -269,16 +269,16 @@ class FastWeightProductKeyMemory(nn.Module):
         return other
 
     def extra_repr(self) -> str:
-        """Sizes, and what is not at its default of the options."""
+        """Sizes, and the options that are not at their defaults."""
         sizes = f"heads={self.heads}, num_keys={self.num_keys}, scope={self.scope!r}, memory={self.initial_memory!r}"
         defaults = Options()._asdict()
         return ", ".join([sizes, *(f"{k}={v!r}" for k, v in self.options._asdict().items() if v != defaults[k])])
 
     @torch.no_grad()
     def new_memory(self, batch: int = 1) -> StreamedMemory:
-        """A memory to stream with: as `memory=` of calls whose batches have `batch` rows, or documents.
+        """A memory to stream with: pass it as `memory=` to calls whose batches have `batch` rows or documents.
 
-        Under scope="sequence" each has a memory of its own; under "batch" all write one.
+        Under scope="sequence" it holds a memory for each of them; under "batch" they all write one.
 
         Raises:
             TypeError, ValueError: for a bad `batch`, and where the layer has boundary="drop", which cannot stream.
@@ -295,7 +295,7 @@ class FastWeightProductKeyMemory(nn.Module):
         return 1 if self.q_conv is None else self.q_conv.kernel_size[0]
 
     def _in_memory_dtype(self, *tensors: Tensor) -> list[Tensor]:
-        """Keys and values in the dtype that the memory runs in; themselves, where they have it."""
+        """Keys and values in the dtype that the memory runs in; no copies of those that have it."""
         return [x.to(torch.promote_types(x.dtype, self.memory_dtype)) for x in tensors]
 
     def forward(
@@ -317,28 +317,27 @@ class FastWeightProductKeyMemory(nn.Module):
 
         Args:
             hidden_states: [B, T, d].
-            attention_mask: [B, T], bool, integer or real; what is > 0 is a token, the rest padding. Where it lies on a
-                GPU, scope="sequence" waits for a copy of it, once a call (with a `query_conv` that streams, twice).
-                Under scope="batch" it multiplies what is written, as in `fast_weight_memory`, and NaN at padding
-                spreads.
+            attention_mask: [B, T], bool, integer or real: tokens have values > 0, padding all others. A mask on a GPU
+                is copied to the host under scope="sequence", which waits once a call (with a `query_conv` that streams,
+                twice). Under scope="batch" the mask multiplies what is written, as in `fast_weight_memory`, and a NaN
+                at padding spreads.
             cache, past_key_values: a `Cache` of transformers or fla, to stream with; two names of one argument.
-            use_cache: taken, and without effect, as other mixers take it: a cache that is given is used.
+            use_cache: accepted, as other mixers do, and ignored: a cache that is given is used.
             cu_seqlens: [S + 1], int32 or int64, non-decreasing from 0 to T: the borders of documents that are packed
                 into one row; then B = 1. `cu_seq_lens_q` is another name of it.
             cu_seqlens_cpu: the same on the CPU, which saves a copy that the host waits for.
-            memory: what to go on from: a `StreamedMemory` in place, or a `LayerMemory`, differentiably, with an empty
-                queue. Under scope="batch" a `MemoryState` too, if there is no `query_conv`.
-            return_memory: whether to return a `LayerMemory` too. Under scope="sequence" that is a table for each
-                document.
+            memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable
+                and with an empty queue. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
+            return_memory: whether to return a `LayerMemory` too; under scope="sequence" with a table for each document.
             return_gate_mean: whether to return the mean gate of all tokens too, 0-d and differentiable.
-            kwargs: what models hand on to all their layers; but for `cu_seq_lens_q` it is ignored.
+            kwargs: what models pass to all their layers; everything but `cu_seq_lens_q` is ignored.
 
         Returns:
-            output [B, T, d], 0 at padding under scope="sequence"; with a `LayerMemory`, or the mean gate, behind it.
+            output [B, T, d], 0 at padding under scope="sequence"; a pair of it and what else was asked for.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been written then,
-                nor where a projection refuses the dtype of `hidden_states`.
+            TypeError, ValueError: naming the argument, what was expected and what came. No memory has been written
+                then, nor after an error of a projection that refuses the dtype of `hidden_states`.
         """
         x = hidden_states
         checks.check_tensor("hidden_states", x, 3, "[B, T, d]")
@@ -354,7 +353,7 @@ class FastWeightProductKeyMemory(nn.Module):
         if return_memory and isinstance(memory, StreamedMemory):
             raise ValueError("`return_memory` must be False where a memory streams: it is written in place")
         if self.scope == "sequence" and attention_mask is not None:
-            x = torch.where((attention_mask > 0).unsqueeze(-1), x, 0.0)  # NaN there reaches nothing
+            x = torch.where((attention_mask > 0).unsqueeze(-1), x, 0.0)  # a NaN at padding reaches no token
 
         queries, tail = self._queries(x, documents, memory)
         targets = normalize(self.v_proj(x if self.v_norm is None else self.v_norm(x)), self.value_norm)
@@ -375,7 +374,7 @@ class FastWeightProductKeyMemory(nn.Module):
         output = self.o_proj(self.o_norm(y))
         if self.scope == "sequence" and attention_mask is not None:
             output = torch.where((attention_mask > 0).unsqueeze(-1), output, 0.0)
-        output = output.to(hidden_states.dtype)  # which autocast may have changed
+        output = output.to(hidden_states.dtype)  # autocast may have changed it
         if not return_memory:
             return (output, mean_gate(gates, attention_mask)) if return_gate_mean else output
         left = LayerMemory(
@@ -393,7 +392,7 @@ class FastWeightProductKeyMemory(nn.Module):
             if isinstance(memory, StreamedMemory):
                 normed = memory.convolve(normed, weight, documents)
             else:
-                if self.scope == "batch" and documents.mask is not None:  # padding stands in its place, and is 0
+                if self.scope == "batch" and documents.mask is not None:  # padding keeps its place, as zeros
                     normed = torch.where((documents.mask > 0).unsqueeze(-1), normed, 0.0)
                     documents = documents._replace(mask=None)
                 normed, tail = convolve(normed, weight, documents, None if memory is None else memory.hidden_states)
@@ -409,7 +408,7 @@ class FastWeightProductKeyMemory(nn.Module):
         memory: LayerMemory | None,
         return_memory: bool,
     ) -> Any:
-        """The memory's own part, differentiable: a MemoryOutput, or a DocumentsOutput."""
+        """Run the memory, differentiably. The result is a MemoryOutput or a DocumentsOutput."""
 
         def run(weight: Tensor) -> Any:
             initial = (self.keys, weight) if memory is None else (memory.keys, memory.values)
@@ -437,7 +436,7 @@ class FastWeightProductKeyMemory(nn.Module):
 
 
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
-    """Validate the memory's options, as it would itself."""
+    """Validate the options by the memory's own check, on meta tensors of these sizes."""
     meta: dict[str, Any] = {"device": "meta", "dtype": memory_dtype}
     queries, targets = torch.empty(1, 0, heads, key_dim, **meta), torch.empty(1, 0, 1, **meta)
     keys, values = torch.empty(heads, 2, num_keys, key_dim // 2, **meta), torch.empty(num_keys**2, 1, **meta)
@@ -445,7 +444,7 @@ def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_d
 
 
 def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
-    """Whichever of two names of one argument was used."""
+    """The value of an argument that has two names."""
     if x is not None and other is not None and x is not other:
         raise ValueError(f"`{other_name}` is another name of `{name}`, and must not be given with another value")
     return other if x is None else x

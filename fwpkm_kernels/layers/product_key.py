@@ -20,10 +20,10 @@ OUTPUTS = ("swilu", "gated", "linear", "none")
 
 
 class ProductKeyMemory(nn.Module):
-    """A large table that each token reads at a few slots, found by product keys: in the place of a feed-forward layer.
+    """A large table that each token reads at a few slots, found by product keys, in place of a feed-forward layer.
 
     Each head makes a query of the token, finds its K best of n² slots, and weighs them by their scores; the rows of all
-    heads add up to the token's read. Tokens do not see each other, and nothing is written but by an optimizer. Source:
+    heads add up to the token's read. Tokens do not see each other, and only an optimizer changes the table. Source:
     product keys, arXiv 1907.05242; `output="swilu"`, arXiv 2412.09764.
 
         q = query_norm(q_proj(x))                                 [..., H, Dk]
@@ -180,8 +180,8 @@ class ProductKeyMemory(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The layer's output [..., d] for hidden states [..., d], in their dtype; the block adds the residual.
 
-        `attention_mask` and all that models pass to their layers by name are taken and ignored: each token is read by
-        itself, so padding changes no other token.
+        `attention_mask`, and what else models pass to their layers by name, is ignored: each token is read by itself,
+        so padding changes no other token.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
