@@ -307,9 +307,10 @@ def _together(tables: list[Tensor]) -> Tensor:
 _untraced_loop = _disable_dynamo(_loop)
 
 _INPUTS = "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, Tensor? cu_seqlens"
+_OPTIONS = schema_of(Options)
 
 
-@operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {schema_of(Options)}) -> Tensor[]")
+@operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {_OPTIONS}) -> Tensor[]")
 def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
 ) -> list[Tensor]:
@@ -335,7 +336,7 @@ def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *o
 
 @operator(
     "fast_weight_memory_documents_backward",
-    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {schema_of(Options)}) -> Tensor[]",
+    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {_OPTIONS}) -> Tensor[]",
 )
 def _documents_backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
