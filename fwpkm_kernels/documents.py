@@ -342,8 +342,9 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
 ) -> list[Tensor]:
     o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    inputs = (queries, targets, keys, values, gates)
-    results = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
+    inputs = {"queries": queries, "targets": targets, "keys": keys, "values": values, "gates": gates}
+    layout = torch.contiguous_format
+    totals = {name: torch.zeros_like(x, memory_format=layout) for name, x in inputs.items() if x is not None}
     pieces = documents.pieces()
     tokens = (take(x, pieces) for x in (queries, targets, gates, grad_output))
     for number, (piece, q, y, g, grad_y) in enumerate(zip(pieces, *tokens, strict=True)):
@@ -354,14 +355,13 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
         grads = (grad_y, grad_k, grad_v)
         kept = Kept(*run_forward(q, y, k, v, g, None, True, o)[5:])
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
-        for place, x in enumerate(found):
-            if place in (2, 3):  # keys and values: documents that share them add up
-                total = results[place] if results[place].shape == x.shape else results[place][number]
+        for (name, total), x in zip(totals.items(), found, strict=True):
+            if name in ("keys", "values"):  # documents that share a memory add up
+                total = total if total.shape == x.shape else total[number]
                 total += x
             else:
-                flat = results[place].flatten(0, 1)
-                flat[piece] = x[0]
-    return results
+                total.flatten(0, 1)[piece] = x[0]
+    return list(totals.values())
 
 
 @_documents_backward_op.register_fake
@@ -376,20 +376,22 @@ class _MemoryByDocument(Function):
     """The loop as one operator, and its backward as another, which computes each document's forward again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
+    ):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:7])
-        ctx.options = args[8:]
-        results = _documents_op(*args)
-        ctx.mark_non_differentiable(*results[1:3])
-        return tuple(results)
+        inputs = (queries, targets, keys, values, gates, mask, cu_seqlens)
+        ctx.save_for_backward(*inputs)
+        ctx.options = options
+        output, slots, weights, *memory = _documents_op(*inputs, return_memory, *options)
+        ctx.mark_non_differentiable(slots, weights)
+        return (output, slots, weights, *memory)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, _slots: Any, _weights: Any, *grads: Any) -> Any:
         grads = (grad_output, *(grads or (None, None)))
-        none = (None,) * (3 + len(ctx.options))
+        none = (None,) * len(ctx.needs_input_grad)
         if all(x is None for x in grads):
-            return (None,) * 5 + none
+            return none
         results = _documents_backward_op(*grads, *ctx.saved_tensors, *ctx.options)
-        has_gates = ctx.saved_tensors[4] is not None
-        return (*results, *none) if has_gates else (*results, None, *none)
+        return (*results, *none[len(results) :])  # `results` are those of the first inputs
