@@ -2,8 +2,8 @@
 
 A context of held-out text with needles that are evenly deep is read one or several times, and then asked for each
 needle. A question is asked of a copy of what was read, so that no question sees another, and its answer counts only if
-every digit is right by greedy decoding. The model is given the right digits as it goes: the largest of its predictions
-are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are
+every digit is right by greedy decoding. The model is given the right digits in one call: its likeliest predictions are
+all right exactly if greedy decoding finds all six digits. Controls, asked for beside them, are needles that are
 nowhere in the context: what is found of these is chance.
 """
 

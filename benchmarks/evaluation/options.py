@@ -30,7 +30,7 @@ class Options:
     seed: int = 0
     #: phases, one after the other
     plan: tuple[Phase, ...] = (Phase(512, 2, 120), Phase(4096, 1, 90))
-    #: parts of a batch, one after the other in each step
+    #: how many parts a step's batch has, which are computed one after the other
     accumulate: int = 1
     lr: float = 3e-3
     final_lr: float = 0.1  #: of `lr`, where the cosine ends
@@ -49,7 +49,7 @@ class Options:
     memory_layers: tuple[int, ...] = ()  #: other than the size's
     #: options of the fast-weight memories, other than the size's
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: those that change when the model is tested: the key step then rests, as what it moves is not found again
+    #: those that change when the model is tested: without the key step, after which tokens would not be found again
     test_memory: dict[str, Any] = dataclasses.field(default_factory=lambda: {"addressing_weight": 0.0})
 
     @property

@@ -38,8 +38,8 @@ def read(model: Any, data: torch.Tensor, cache: Any, progress: Callable[[int], o
 def state_bytes(cache: Any) -> int:
     """Bytes of the tensors in a cache, those of memories with their tables.
 
-    A view counts for what it shows, as attention's window is one of all that a piece has brought; several of one
-    storage count for no more than it has.
+    A view counts for its own size, since attention's window is a view of all that a piece has brought. Several views of
+    one storage count for no more than the storage.
     """
     views: dict[tuple[int, int], dict[tuple[Any, ...], int]] = {}
 
@@ -65,7 +65,7 @@ def state_bytes(cache: Any) -> int:
 def resize_memories(model: Any, num_keys: int, corpus: Corpus, seed: int) -> None:
     """Put fresh memories with another number of sub-keys in the place of those of a model.
 
-    They first read some of the training text as in training, but without gradients: sub-keys that no key step has
+    They first read some of the training text as in training, but without gradients, since sub-keys that no key step has
     spread yet are found unevenly.
     """
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def resize_memories(model: Any, num_keys: int, corpus: Corpus, seed: int) -> Non
 
 
 def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
-    """What every line about a trained model says of it."""
+    """The fields about a trained model that every line of its results has."""
     log, origin = state["log"], state.get("origin", {})
     last = log[-10:]
     return {
