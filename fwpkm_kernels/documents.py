@@ -172,7 +172,7 @@ def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
     if x is None:
         return [None] * len(pieces)
     flat = x.flatten(0, 1)
-    sizes, end = [], 0  # by turns of the gap before a document, and of the document
+    sizes, end = [], 0  # of the gap before a document and of the document, by turns
     for piece in pieces:
         start, stop = (piece.start, piece.stop) if isinstance(piece, slice) else (int(piece[0]), int(piece[-1]) + 1)
         if start == stop:  # an empty document may be said to lie anywhere
@@ -356,7 +356,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
         kept = Kept(*run_forward(q, y, k, v, g, None, True, o)[5:])
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
         for (name, total), x in zip(totals.items(), found, strict=True):
-            if name in ("keys", "values"):  # documents that share a memory add up
+            if name in ("keys", "values"):  # documents that share a memory add their gradients
                 total = total if total.shape == x.shape else total[number]
                 total += x
             else:

@@ -185,8 +185,8 @@ class ContextAttention(Qwen3Attention):
     byte finds the bytes that followed a similar context. Only a quarter of a head is rotated, as in Qwen3-Next.
     """
 
-    WIDTH = 8  #: of the convolution
-    SHARPNESS = 3.0  #: with which heads begin
+    WIDTH = 8  #: of the convolution, in tokens
+    SHARPNESS = 3.0  #: the weight of the query norm at the beginning
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -235,7 +235,7 @@ class ContextAttention(Qwen3Attention):
 
 
 def split_name(model: str) -> tuple[str, bool, bool]:
-    """The mixer, whether there are fast-weight memories, and static ones."""
+    """A name's mixer, whether it has fast-weight memories, and whether it has static ones."""
     mixer, *memories = model.split("+")
     if mixer not in MIXERS or len(set(memories)) < len(memories) or set(memories) - {"fwpkm", "pkm"}:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {model!r}")
@@ -284,7 +284,7 @@ def make_config(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters outside of tables and sub-keys, and numbers in these."""
+    """How many parameters there are outside of tables and sub-keys, and how many numbers in these."""
     of_memory = [x for name, x in model.state_dict().items() if name.endswith((".keys", ".table.weight"))]
     others = [x for name, x in model.named_parameters() if not name.endswith((".keys", ".table.weight"))]
     return sum(x.numel() for x in others), sum(x.numel() for x in of_memory)

@@ -41,7 +41,7 @@ from fwpkm_kernels._commands import check_outputs, command, need
 # Of the 256 tokens, keys are the first, values follow, and the others are fillers.
 KEYS, VALUES = 160, 64
 CONTROLS = 16  #: in each row
-NONE = -100  #: where nothing is asked for: what a cross-entropy ignores
+NONE = -100  #: where nothing is asked for; a cross-entropy ignores it
 
 TRAINING_PAIRS = (4, 8, 16, 32)
 LENGTHS = (256, 1024, 4096)
@@ -90,7 +90,7 @@ def fits(length: int, pairs: int, overwrite: bool) -> bool:
 
 
 def make_rows(rows: int, length: int, pairs: int, overwrite: bool, rng: random.Random) -> Rows:
-    """Rows with so many different keys in each.
+    """Rows with `pairs` different keys in each.
 
     Raises:
         ValueError: they do not fit.
@@ -145,7 +145,7 @@ class MqarTrainer(Trainer):
         )
 
     def loss(self, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, a scalar with its graph, and its figures as of `Trainer.loss`, [4].
+        """The loss of a batch, a scalar with its graph, and the figures that `Trainer.loss` has, [4].
 
         Args:
             tokens: int64 [batch, length].
@@ -193,7 +193,7 @@ def count(predictions: Tensor, rows: Rows) -> list[int]:
 
 @torch.no_grad()
 def measure(model: Any, length: int, pairs: int, overwrite: bool, sequences: int, seed: int) -> Recall:
-    """What a model recalls in rows that it has not seen, each read in one call without a cache."""
+    """What a model recalls in rows that it was not trained on, each read in one call without a cache."""
     rng, counts, seconds = random.Random(f"test {seed} {length} {pairs} {overwrite}"), [0] * 7, 0.0
     for _ in range(sequences):
         rows = Rows(*(x.to(model.device) for x in make_rows(1, length, pairs, overwrite, rng)))

@@ -36,18 +36,18 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found of the needles of one length, after so many readings."""
+    """What was found in contexts of one length, after this number of readings."""
 
     length: int
     readings: int
     found: int
     needles: int
-    digits: int  #: right, of all digits, where the model is given those before
+    digits: int  #: right predictions of digits, given the digits before
     controls_found: int
     control_digits: int
-    by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
-    seconds: float  #: of reading the contexts so often, once for all questions
-    state_bytes: int  #: what the model keeps of a context that was read so often
+    by_depth: list[int]  #: found in each of the equal parts of the contexts, from their beginning
+    seconds: float  #: of this many readings of all contexts, without the questions
+    state_bytes: int  #: what the model keeps of a context after these readings
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    # Of each number of readings: the digits that are right, of needles and of controls, [2, contexts, needles].
+    # For each number of readings the count of right digits, of needles and of controls, [2, contexts, needles].
     digits = {x: torch.zeros(2, cell.contexts, cell.needles, dtype=torch.int64) for x in cell.readings}
     seconds, kept = dict.fromkeys(cell.readings, 0.0), dict.fromkeys(cell.readings, 0)
     for number in range(cell.contexts):
@@ -100,7 +100,7 @@ CELLS = "4096:20x5,8192:10x10,32768:5x20,131072:2x20"
 
 
 def parse_cells(text: str, readings: tuple[int, ...]) -> list[Cell]:
-    """Cells from LENGTH:CONTEXTSxNEEDLES[:READINGS] with commas between, where READINGS is like 1/2."""
+    """Cells from LENGTH:CONTEXTSxNEEDLES[:READINGS] with commas between; READINGS are numbers like 1/2."""
     cells = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+):(\d+)x(\d+)(?::(\d+(?:/\d+)*))?", part.strip())

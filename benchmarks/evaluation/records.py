@@ -61,7 +61,7 @@ def wilson(found: int, needles: int) -> tuple[float, float]:
 
 
 def mean_saved(documents: Iterable[tuple[float, int]]) -> tuple[float, float | None]:
-    """Bits per byte that are saved, of each document's bits saved and bytes; and the standard error over documents.
+    """The bits saved per byte, from each document's saved bits and bytes, and the standard error over documents.
 
     Documents count by their bytes. The error is that of a ratio of sums over documents; None for a single document,
     which says nothing about others.
@@ -145,7 +145,7 @@ class Recall(NamedTuple):
     needles: int
     digits: int
     controls_found: int
-    seconds: float  #: of reading a context so often, the mean
+    seconds: float  #: of this many readings of a context, the mean
     state_bytes: int
 
     @property
@@ -287,7 +287,7 @@ def perplexity_table(lines: Sequence[Line]) -> Table:
     return Table("Bits per byte by position in the text", header, shown)
 
 
-#: Models of which the first has what the second has, and one memory more.
+#: Pairs of models: the first has what the second has, and one memory more.
 PAIRS = (
     ("swa+fwpkm", "swa"),
     ("swa+pkm", "swa"),

@@ -43,7 +43,7 @@ from benchmarks.evaluation.records import (
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, one_line, try_all, write_output
 
-STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest first, so that workers end together
+STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest begins first, so that workers end together
 HEADLINE = "swa+fwpkm"  #: the model of three seeds and of the ablations
 MEASURES = ("needles", "perplexity", "mqar")
 ORDER = ("needles", "train", "perplexity", "mqar")  #: in which jobs begin that can: needles last longest, and say most
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     out: Path
     device: str = "cpu"
     measures: tuple[str, ...] = MEASURES
-    changes: tuple[str, ...] = ()  #: of the training's options, NAME=VALUE
+    changes: tuple[str, ...] = ()  #: to the training's options, NAME=VALUE
     size: str = "miniature"
     cells: str | None = None
     readings: str | None = None
@@ -161,7 +161,7 @@ def has_recall(job: Job) -> bool:
 
 
 def execute(job: Job, children: list[subprocess.Popen[bytes]]) -> str | None:
-    """Run a job in a process of its own, one more of `children`; the last line that it printed if it failed."""
+    """Run a job in a process of its own, which joins `children`; if it fails, return the last line that it printed."""
     folder = job.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     arguments, unfinished = job.arguments, job.output.with_suffix(".running")
@@ -209,7 +209,7 @@ def run_all(
     tell: Callable[[str], object],
     deadline: float = math.inf,
 ) -> tuple[list[str], list[str]]:
-    """Run the jobs of all chains, some at a time: what failed, and why, and what had not begun at the deadline.
+    """Run the jobs of all chains, `workers` at a time; return the failures, and what had not begun at the deadline.
 
     A job that needs a training waits for it, and is left out if the training fails. Jobs of one run and name write to
     one file, so they run one after the other. Of the jobs that can begin, the first in `ORDER` does.
@@ -322,7 +322,7 @@ def origins(lines: Sequence[Line]) -> str:
 
 
 def report(out: Path, notes: Sequence[str] = ()) -> str:
-    """Write lines, tables and plots of all runs that lie below a folder; the tables, and notes below, as text."""
+    """Write lines, tables and plots of all runs below a folder; return the tables with notes below as text."""
     lines = collect(out)
     for name, mine in lines.items():
         if mine:

@@ -25,8 +25,8 @@ from torch import Tensor
 DIGITS = 6  #: of a code
 SENTENCE = "\nthe access code of {} is {}.\n"
 HELD_OUT_BYTES = 150_000
-RUN = 12  #: words in a row that held-out text shares with no other
-#: Folders of the standard library whose docstrings are no prose, or that not every Python has.
+RUN = 12  #: held-out text shares no run of this many words with other text
+#: Folders of the standard library whose docstrings are no prose, or which some Pythons lack.
 SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data", "encodings"}
 )

@@ -41,7 +41,7 @@ CHECKPOINT, PLOT = "checkpoint.pt", "loss.png"
 
 
 class Trainer:
-    """A model, its optimizer, and how far they are."""
+    """A model, its optimizer, and the step that they have reached."""
 
     def __init__(self, options: Options, corpus: Corpus, device: str = "cpu", *, size: Size | None = None) -> None:
         size = size or size_of(options)
@@ -74,7 +74,7 @@ class Trainer:
         return int(x)
 
     def batch(self, part: int) -> tuple[Tensor, Tensor]:
-        """What a part of this step trains on: bytes [batch, length + 1], and which of them are asked for."""
+        """The data of a part of this step: bytes [batch, length + 1], and which of them are asked for."""
         o, phase = self.options, self.options.phase(self.step)
         rng = random.Random(f"{o.seed} {self.step} {self.rank} {part}")
         needles = max(2, min(o.most_needles, o.needles * phase.length // 1024))
@@ -126,9 +126,9 @@ class Trainer:
         return line
 
     def loss(self, x: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, a scalar with its graph, and what the log says of it, [4] without one.
+        """The loss of a batch, a scalar with its graph, and its figures for the log, [4], without a graph.
 
-        That is the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
+        The figures are the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
 
         Args:
             x: bytes, int64 [batch, length + 1].
@@ -164,7 +164,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another run was.
+        """Go on from where another run was.
 
         Raises:
             ValueError: it had other options, another size, another text or another number of ranks.

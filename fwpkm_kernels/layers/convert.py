@@ -97,7 +97,7 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
 
 
 def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str], begin: str = "") -> dict[str, Tensor]:
-    """What goes on with `begin` behind the prefix: all names of `known`, in the order of NAMES, and no others."""
+    """The tensors whose names begin with the prefix and `begin`, after a check that they are those of a layer."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
     found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix + begin)}

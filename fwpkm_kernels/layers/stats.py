@@ -16,8 +16,8 @@ class MemoryStats(NamedTuple):
 
     coverage: Tensor  #: the share of all slots that are used
     collisions: Tensor  #: the share of accesses whose slot another token accesses too
-    divergence: Tensor  #: of the slots' shares of the accesses from uniform ones, KL, in nats: 0 to log N
-    entropy: Tensor  #: of a token's weights, the mean over tokens, in nats: 0 to log J
+    divergence: Tensor  #: KL, in nats, of the slots' shares of accesses from uniform shares: 0 to log N
+    entropy: Tensor  #: in nats, of a token's weights, the mean over tokens: 0 to log J
     hits: Tensor  #: accesses of a used slot after its first, the mean over used slots
     gate: Tensor  #: the mean over tokens
     erosion: Tensor  #: what is left of the first write to a used slot, the mean over used slots: 0 to 1

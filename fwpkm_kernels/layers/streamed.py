@@ -132,7 +132,7 @@ class Session:
         return other
 
     def select(self, rows: list[int]) -> None:
-        """Go on with some of the sequences of one memory."""
+        """Keep some of the sequences of one memory."""
         if self.state._binding is not None:  # a state that is not bound has no rows yet
             self.state.select_(rows)
         if self.window is not None:
@@ -210,7 +210,7 @@ class StreamedMemory:
         return put_back(parts, pieces, x) if parts else x
 
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
-        """Read the next tokens, [B, T, H, Dk] and [B, T, D]; the output [B, T, D], 0 at padding."""
+        """Read the next tokens, [B, T, H, Dk] and [B, T, D]; return the output [B, T, D], 0 at padding."""
         pieces, record = self._pieces(documents), self.records_past
         if pieces is None:
             read = self.sessions[0].step(queries, targets, gates, documents.mask, record=record)
