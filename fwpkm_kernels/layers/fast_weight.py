@@ -153,8 +153,8 @@ class FastWeightProductKeyMemory(nn.Module):
         checks.check_choice("output_init", output_init, OUTPUT_INITS)
         if initial_memory == "persistent" and scope == "sequence":
             raise ValueError(
-                '`initial_memory`="persistent" needs `scope`="batch": of a memory for each sequence, '
-                'none could be the one that goes on; got "sequence"'
+                '`initial_memory`="persistent" needs `scope`="batch", whose one memory can go on after a call, '
+                'got "sequence"'
             )
         if query_conv is not None:
             checks.check_int("query_conv", query_conv, minimum=1)
