@@ -45,12 +45,17 @@ def _has_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
+def in_backward() -> bool:
+    """Whether the caller runs in a backward pass, as what an activation checkpoint computes again does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def refuse_recomputation(name: str) -> None:
     """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time.
 
     PyTorch does not tell whether it is a checkpoint or a hook that calls.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RuntimeError(
             f"{name} was called in a backward pass. If it was by an activation checkpoint, which computes its function"
             " again, the memory would be written twice: call it outside of the checkpoint, or let a policy save it"
