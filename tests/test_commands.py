@@ -532,6 +532,11 @@ def programs() -> list[str]:
     )
 
 
+def called(name: str) -> str:
+    """What a program is called in its messages."""
+    return name.removesuffix(".__main__").rpartition(".")[2]
+
+
 #: What else programs must be given.
 REQUIRED = {
     "benchmarks.plots": ["results"],
@@ -570,8 +575,8 @@ WRITERS = [
     ("benchmarks.evaluation.run", ["--out={}"], "run_all"),
     ("benchmarks.evaluation.train", ["{}"], "Trainer"),
     ("benchmarks.evaluation.mqar", ["--out={}"], "train_mqar"),
-    ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
-    ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
+    ("fwpkm_kernels.demo.__main__", ["--json={}"], "default_text"),
+    ("fwpkm_kernels.demo.__main__", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
     ("benchmarks.compiled", ["--write"], "report_cases"),
@@ -604,7 +609,7 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"{name.rpartition('.')[2]}: error: cannot write {place}")
+    assert captured.err.startswith(f"{called(name)}: error: cannot write {place}")
     assert sorted(os.listdir(here)) == ["file", "results"]
 
 
@@ -677,7 +682,7 @@ def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
         ("benchmarks.run", ["--compare=file", "--results=missing"], "cannot read missing: No such file or directory"),
         ("benchmarks.run", ["--device=cpu", "--resume", "--json=closed"], "cannot read closed: Permission denied"),
         ("benchmarks.errors", ["--device=abacus"], "cannot use the device abacus: "),
-        ("fwpkm_kernels.demo", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
+        ("fwpkm_kernels.demo.__main__", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
     ],
 )
 def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_another, monkeypatch, capsys):
@@ -688,7 +693,7 @@ def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert module.main() == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{name.rpartition('.')[2]}: error: {reason}")
+    assert err.startswith(f"{called(name)}: error: {reason}")
     assert err.count("\n") == 1
 
 
