@@ -1,7 +1,5 @@
 """The demo's command: ``python -m fwpkm_kernels.demo``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys
@@ -73,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
         )
     arguments = parser.parse_args(argv)
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    options = Options(**{**values, "memories": tuple(values["memories"]), "depths": tuple(values["depths"])})
+    options = Options(**values | {name: tuple(values[name]) for name in ("memories", "depths")})
     check(options)
     return arguments, options
 
@@ -82,18 +80,18 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
     """Let every memory read the text, and show, plot and save what came out."""
     check_outputs(arguments.json, arguments.plot, read=arguments.file)
     text = read_text(arguments.file, chunks_in_pass(options) * options.chunk_size) if arguments.file else default_text()
-    # What is missing shows before the work, not after it.
+    # A missing package is told here, before the work begins.
     tqdm, *_ = (need(name, "demo") for name in ("tqdm", "rich.table", "matplotlib.backends.backend_agg"))
     stream = make_stream(text, options)
-    commonest = max(map(stream.data.count, set(stream.data))) / len(stream.data)
-    print(f"text: {one_line(arguments.file or DEFAULT_TEXT)}, {sum(stream.is_text):,} bytes a pass")
+    name_of_text = str(arguments.file or DEFAULT_TEXT)
+    print(f"text: {one_line(name_of_text)}, {sum(stream.is_text):,} bytes a pass")
     if len(text) < sum(stream.is_text):
         print(f"note: the text has only {len(text):,} bytes, so each pass repeats it")
     shown = {k: ",".join(map(str, x)) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(options).items()}
     print("options:", *(f"{name}={value}" for name, value in shown.items()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"a needle: {stream.needles[0].text.decode().strip()}", flush=True)
-    set_up(options, options.memories[0])  # what cannot be set up shows before the progress bar does
+    set_up(options, options.memories[0])  # an error of it comes before the progress bar is drawn
     results: dict[str, list[PassResult]] = {}
     total = len(options.memories) * options.passes * len(stream.data)
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5) as bar:
@@ -104,19 +102,15 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
                 bar.set_description(f"{name}, pass {number}")
                 results[name].append(read_pass(memory, stream, bar.update))
                 bar.set_postfix_str(f"{results[name][-1].accuracy:.1%} predicted")
-            del memory  # before the next one: a table is large
+            del memory  # two tables at a time may not fit in memory
 
-    def save() -> None:
-        name = str(arguments.file or DEFAULT_TEXT)
-        write_output(arguments.json, as_json(results, stream, options, commonest, name))
-
-    def draw() -> None:
-        write_output(arguments.plot, plot(results, options, commonest))
-
+    outputs = [lambda: write_output(arguments.plot, plot(results, stream, options))]
+    if arguments.json:
+        outputs.insert(0, lambda: write_output(arguments.json, as_json(results, stream, options, name_of_text)))
     try:
-        try_all([save, draw] if arguments.json else [draw])
+        try_all(outputs)
     finally:
-        show(results, stream, options, commonest)
+        show(results, stream, options)
     print(f"plot: {one_line(arguments.plot)}")
 
 

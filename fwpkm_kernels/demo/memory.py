@@ -1,9 +1,6 @@
 """The memory of the demo: product-key slots that are addressed by the last eight bytes, and the options of a run."""
 
-from __future__ import annotations
-
 import dataclasses
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +23,11 @@ class Kind(NamedTuple):
     colour: str  #: in the plot
 
 
-MEMORIES = MappingProxyType(
-    {
-        "plain": Kind("paper", False, "#4477aa"),
-        "key-step": Kind("paper", True, "#cc6633"),
-        "normalized": Kind("normalized", False, "#228833"),
-    }
-)
+MEMORIES = {
+    "plain": Kind("paper", False, "#4477aa"),
+    "key-step": Kind("paper", True, "#cc6633"),
+    "normalized": Kind("normalized", False, "#228833"),
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -69,25 +64,25 @@ class EpisodicMemory:
     def __init__(self, options: Options, name: str) -> None:
         self.options, self.name = options, name
         n, half, width = options.sub_keys, options.query_width // 2, options.value_width
-        # Drawn on the CPU: the same seed means the same features on every device.
+        # All is drawn on the CPU, so that a seed means the same features on every device.
         generator = torch.Generator("cpu").manual_seed(options.seed)
         features = torch.randn(1, 2, n, half, generator=generator, device="cpu", dtype=torch.float32)
         codes = torch.randn(256, width, generator=generator, device="cpu", dtype=torch.float32)
         lengths = torch.tensor([length for lengths in SUFFIXES for length in lengths], device="cpu")
         hashes = torch.randint(2**63 - 1, (len(lengths), CONTEXT), generator=generator, device="cpu")
         before = torch.arange(CONTEXT, device="cpu") < CONTEXT - lengths.unsqueeze(1)
-        hashes[before] = 0  # bytes before the suffix do not count
+        hashes[before] = 0  # the bytes before a suffix have no say in its hash
         self.features = F.normalize(features, dim=-1).to(options.device)
         self.codes = F.normalize(codes, dim=-1).to(options.device)  # [256, D]
         self.hashes = hashes.to(options.device)  # [suffixes, 8]
-        no_values = torch.zeros(1, 1, device=options.device, dtype=torch.float32).expand(n * n, width)  # takes no room
+        # One zero, expanded: the state keeps the values that it starts with, and these take no room.
+        no_values = torch.zeros(1, 1, device=options.device, dtype=torch.float32).expand(n * n, width)
         self.state = MemoryState(self.features, no_values)
-        # The first calls may compile kernels, which is not to be timed.
-        self.recent = torch.full((CONTEXT - 1,), ord("\n"), dtype=torch.uint8, device=options.device)
-        recent = self.recent
+        self.recent = newlines = torch.full((CONTEXT - 1,), ord("\n"), dtype=torch.uint8, device=options.device)
+        # The first calls may compile kernels. They are made here, so that no pass counts that time.
         self.read(torch.zeros(2 * options.chunk_size, dtype=torch.uint8, device=options.device))
         self.recall(torch.zeros(1, CONTEXT, dtype=torch.uint8, device=options.device))
-        self.recent = recent
+        self.recent = newlines
         self.state.reset()
 
     def queries(self, contexts: Tensor) -> Tensor:
@@ -99,7 +94,7 @@ class EpisodicMemory:
         return torch.cat(tuple(sums), dim=-1).unsqueeze(1)
 
     def nearest_bytes(self, reads: Tensor) -> Tensor:
-        """The byte whose code is nearest to each read [M, D]; byte 0 for a read of nothing. All codes have length 1."""
+        """The byte whose code, of length 1 as all are, is nearest to each read [M, D]; byte 0 for a read of zeros."""
         return (reads @ self.codes.T).argmax(-1)
 
     def read(self, data: Tensor) -> Tensor:

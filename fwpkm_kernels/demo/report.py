@@ -1,7 +1,5 @@
 """What the demo tells: tables, a plot and JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -15,6 +13,8 @@ from .._commands import need
 from .memory import MEMORIES, Options
 from .stream import CODE_DIGITS, PassResult, Stream
 
+Results = Mapping[str, Sequence[PassResult]]  #: the passes of each memory, by its name
+
 
 def depth_label(depth: int) -> str:
     """4096 as 4K; any other number in full."""
@@ -26,7 +26,7 @@ def chance(results: Sequence[PassResult]) -> list[float]:
     return [sum(found) / len(results) for found in zip(*(r.controls_found for r in results), strict=True)]
 
 
-def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float) -> None:
+def show(results: Results, stream: Stream, options: Options) -> None:
     """Print the tables of accuracy and of needles."""
     console, table = need("rich.console", "demo"), need("rich.table", "demo")
     out = console.Console()
@@ -47,20 +47,20 @@ def show(results: Mapping[str, Sequence[PassResult]], stream: Stream, options: O
         needles.add_row("", "never (chance)", *(f"{mean:g}" for mean in chance(passes)), end_section=True)
     out.print(accuracy)
     out.print(
-        f"Always the commonest byte: {commonest:.1%}. Times are means over the passes;\n"
+        f"Always the commonest byte: {stream.commonest():.1%}. Times are means over the passes;\n"
         f"bytes/s count {len(stream.data):,} bytes a pass, needles included.\n"
     )
     out.print(needles)
     out.print(f"Guessing all {CODE_DIGITS} digits finds {10.0**-CODE_DIGITS * options.needles:g} of {options.needles}.")
 
 
-def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commonest: float) -> bytes:
+def plot(results: Results, stream: Stream, options: Options) -> bytes:
     """Draw accuracy by pass for all memories, and for each one a grid of the needles found by depth and pass: a PNG."""
     figure = need("matplotlib.figure", "demo").Figure(figsize=(12, 7.5), layout="constrained", dpi=150)
     figure.get_layout_engine().set(hspace=0.06)
     colour_map = need("matplotlib.colors", "demo").LinearSegmentedColormap
     top, *grids = figure.subplot_mosaic([["top"] * len(results), list(results)]).values()
-    passes = range(1, options.passes + 1)
+    passes, commonest = range(1, options.passes + 1), 100 * stream.commonest()
 
     width = 0.86 / len(results)
     for index, (name, rows) in enumerate(results.items()):
@@ -68,7 +68,7 @@ def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commones
         heights = [100 * r.accuracy for r in rows]
         bars = top.bar(places, heights, 0.94 * width, color=MEMORIES[name].colour, label=name)
         top.bar_label(bars, fmt="%.1f", fontsize=9, padding=1)
-    top.axhline(100 * commonest, color="black", linestyle="--", label=f"commonest byte: {100 * commonest:.1f} %")
+    top.axhline(commonest, color="black", linestyle="--", label=f"commonest byte: {commonest:.1f} %")
     top.set(title="Bytes predicted before they are read", ylabel="% of bytes", ylim=(0, 112), yticks=range(0, 101, 20))
     top.set_xticks(passes, [f"pass {number}" for number in passes])
     top.spines[["top", "right"]].set_visible(False)
@@ -95,9 +95,7 @@ def plot(results: Mapping[str, Sequence[PassResult]], options: Options, commones
     return png.getvalue()
 
 
-def as_json(
-    results: Mapping[str, Sequence[PassResult]], stream: Stream, options: Options, commonest: float, text: str
-) -> str:
+def as_json(results: Results, stream: Stream, options: Options, text: str) -> str:
     """Options and results; ``text`` is the name of what was read."""
     report = {
         package: __version__,
@@ -105,7 +103,7 @@ def as_json(
         "text": text,
         "text_bytes": sum(stream.is_text),
         "options": dataclasses.asdict(options),
-        "commonest_byte": commonest,
+        "commonest_byte": stream.commonest(),
         "memories": {
             name: {
                 "step": MEMORIES[name].step,

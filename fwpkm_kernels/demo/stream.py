@@ -1,12 +1,12 @@
 """What the memories of the demo read: a text in which needles are hidden, and a pass over it."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import math
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .memory import CONTEXT, EpisodicMemory, Options
 NEEDLE = "\nthe access code of {} is {}"
 NAME_LETTERS, CODE_DIGITS = 6, 6
 NEEDLE_LENGTH = len(NEEDLE.format("", "")) + NAME_LETTERS + CODE_DIGITS
-CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\v\f\r\x1b")  #: no text has these
+CONTROL_BYTE = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  #: all but white space and escape; no text has one
 DEFAULT_TEXT = "Python's documentation topics"
 
 
@@ -39,6 +39,10 @@ class Stream(NamedTuple):
     data: bytes
     is_text: list[bool]
     needles: list[Needle]
+
+    def commonest(self) -> float:
+        """The share of the commonest byte: what is right of the guess that it comes always."""
+        return max(map(self.data.count, set(self.data))) / len(self.data)
 
 
 class PassResult(NamedTuple):
@@ -62,8 +66,6 @@ def make_sentences(count: int, text: bytes, rng: random.Random) -> list[bytes]:
     seen: set[bytes] = set()
     repeated_text = text + text[:CONTEXT]
     for _ in range(100 * count):
-        if len(sentences) == count:
-            break
         name = "".join(rng.choice(letters) for letters in ("bdfgklmnprstvz", "aeiou") * (NAME_LETTERS // 2))
         code = "".join(rng.choice("0123456789") for _ in range(CODE_DIGITS))
         sentence = NEEDLE.format(name, code).encode()
@@ -71,9 +73,9 @@ def make_sentences(count: int, text: bytes, rng: random.Random) -> list[bytes]:
         if not contexts & seen and not any(context in repeated_text for context in contexts):
             sentences.append(sentence)
             seen |= contexts
-    if len(sentences) < count:
-        raise CommandError(f"could not draw {count} different needles; ask for fewer with --needles")
-    return sentences
+            if len(sentences) == count:
+                return sentences
+    raise CommandError(f"could not draw {count} different needles; ask for fewer with --needles")
 
 
 def chunks_in_pass(options: Options) -> int:
@@ -126,17 +128,16 @@ def read_pass(memory: EpisodicMemory, stream: Stream, progress: Callable[[int], 
     o = memory.options
     started = time.perf_counter()
     data = to_tensor([stream.data], o.device)[0]
-    due: dict[int, list[Needle]] = {}
-    for needle in stream.needles:
-        due.setdefault(needle.chunk + needle.depth // o.chunk_size, []).append(needle)
-    found, controls_found = dict.fromkeys(o.depths, 0), dict.fromkeys(o.depths, 0)
+    found: Counter[int] = Counter()
+    controls_found: Counter[int] = Counter()
     predicted = []
     for chunk, part in enumerate(data.split(o.chunk_size)):
         predicted.append(memory.read(part))
-        for needle in due.get(chunk, ()):
-            hit, control_hit = is_found(memory, [needle.text, needle.control])
-            found[needle.depth] += hit
-            controls_found[needle.depth] += control_hit
+        for needle in stream.needles:
+            if needle.chunk + needle.depth // o.chunk_size == chunk:
+                hit, control_hit = is_found(memory, [needle.text, needle.control])
+                found[needle.depth] += hit
+                controls_found[needle.depth] += control_hit
         progress(len(part))
     is_right = torch.cat(predicted)[:-1] == data[1:]
     counted = torch.tensor(stream.is_text[1:], device=o.device)
@@ -166,7 +167,6 @@ def read_text(path: Path, limit: int) -> bytes:
         data = file.read(limit)
     if not data:
         raise CommandError(f"{path} is empty; the demo needs a text to read")
-    for position, byte in enumerate(data):
-        if byte in CONTROL_BYTES:
-            raise CommandError(f"{path} is a binary file: byte {position} is 0x{byte:02x}")
+    if byte := CONTROL_BYTE.search(data):
+        raise CommandError(f"{path} is a binary file: byte {byte.start()} is 0x{byte[0].hex()}")
     return data
