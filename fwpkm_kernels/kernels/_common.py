@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import _direct
 
@@ -87,7 +88,7 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
         raise ValueError(f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass less at a time")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
     """Run `kernel` on the device of tensor `on`, which need not be the current one."""
     check_grid(kernel, grid)
     device = on.get_device()  # -1 of a CPU tensor

@@ -8,6 +8,7 @@ Between `weigh` and `plan_writes` stands a stable sort of the keys that the form
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
@@ -52,28 +53,9 @@ def weighed(scores, mask_j, temperature, WEIGHTING: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", *_LAYOUT])
 def weigh_kernel(
-    scores_ptr,
-    slots_ptr,
-    weights_ptr,
-    keys_ptr,
-    output_slots_ptr,
-    output_weights_ptr,
-    N,
-    R,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    temperature: tl.float64,
-    J: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    scores_ptr, slots_ptr, weights_ptr, keys_ptr, output_slots_ptr, output_weights_ptr,
+    N, R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
+    J: tl.constexpr, WEIGHTING: tl.constexpr, OUTPUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """weights[r] = softmax, silu or relu of scores[r] / temperature;  keys[r, j] = chunk·N + slots[r, j].
 
@@ -101,16 +83,9 @@ def weigh_kernel(
 
 
 def weigh(
-    scores: torch.Tensor,
-    slots: torch.Tensor,
-    num_slots: int,
-    key_dtype: torch.dtype,
-    layout: tuple[int, ...],
-    *,
-    weighting: str,
-    temperature: float,
-    outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: Tensor, slots: Tensor, num_slots: int, key_dtype: torch.dtype, layout: tuple[int, ...],
+    *, weighting: str, temperature: float, outputs: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] of reads with `scores` and `slots` [R, J], and the keys [R·J] whose sort plans writes.
 
     `outputs` are slots (int64) and weights of the output reads, contiguous [B, T, J], to be filled.
@@ -121,24 +96,10 @@ def weigh(
     if scores.numel() > 0:
         block_r, block_j, num_warps = _tile(picks)
         launch(
-            weigh_kernel,
-            (cdiv(num_reads, block_r),),
-            scores,
-            slots,
-            weights,
-            keys,
-            *(outputs or (slots, weights)),
-            num_slots,
-            num_reads,
-            *layout,
-            temperature,
-            J=picks,
-            WEIGHTING=weighting,
-            OUTPUT=outputs is not None,
-            BLOCK_R=block_r,
-            BLOCK_J=block_j,
-            num_warps=num_warps,
-            on=scores,
+            weigh_kernel, (cdiv(num_reads, block_r),),
+            scores, slots, weights, keys, *(outputs or (slots, weights)), num_slots, num_reads, *layout, temperature,
+            J=picks, WEIGHTING=weighting, OUTPUT=outputs is not None,
+            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
     return weights, keys
 
@@ -157,31 +118,10 @@ def load_factor(x_ptr, index, item, stride_p, stride_b, mask):
 
 @triton.jit(do_not_specialize=["A", "SPAN", "stride_mp", "stride_mb", *_LAYOUT])
 def plan_kernel(
-    keys_ptr,
-    sorted_ptr,
-    mask_ptr,
-    order_ptr,
-    rows_ptr,
-    start_ptr,
-    end_ptr,
-    counts_ptr,
-    flags_ptr,
-    stride_mp,
-    stride_mb,
-    N,
-    A,
-    SPAN,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    J: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    keys_ptr, sorted_ptr, mask_ptr, order_ptr, rows_ptr, start_ptr, end_ptr, counts_ptr, flags_ptr,
+    stride_mp, stride_mb,
+    N, A, SPAN, B, T, C, L, REREADS, MISSING, FULL, P,
+    J: tl.constexpr, COUNT: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
     """Of each sorted position: which access of its chunk stands there, its row, and where that row's segment lies.
 
@@ -237,22 +177,9 @@ def plan_kernel(
 
 @triton.jit(do_not_specialize=["A", *_LAYOUT])
 def count_unmasked_kernel(
-    running_ptr,
-    order_ptr,
-    start_ptr,
-    end_ptr,
-    counts_ptr,
-    A,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    J: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    running_ptr, order_ptr, start_ptr, end_ptr, counts_ptr,
+    A, B, T, C, L, REREADS, MISSING, FULL, P,
+    J: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
     """counts[access] = what the running sum gains over its segment, at least 1. Grid: (position tiles,)."""
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -268,16 +195,10 @@ def count_unmasked_kernel(
 
 
 def plan_writes(
-    keys: torch.Tensor,
-    order: torch.Tensor,
-    num_slots: int,
-    row_dtype: torch.dtype,
-    picks: int,
-    mask: torch.Tensor | None,
+    keys: Tensor, order: Tensor, num_slots: int, row_dtype: torch.dtype, picks: int, mask: Tensor | None,
     layout: tuple[int, ...],
-    *,
-    count_all: bool,
-) -> tuple[torch.Tensor, ...]:
+    *, count_all: bool,
+) -> tuple[Tensor, ...]:
     """Launch the plan of every chunk, from the stable sort (`keys`, `order`) [R·J] of what `weigh` made.
 
     `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
@@ -296,44 +217,20 @@ def plan_writes(
     block_a = 256
     grid = (cdiv(accesses, block_a),)
     launch(
-        plan_kernel,
-        grid,
-        keys,
-        order,
-        keys if mask is None else mask,
-        local_order,
-        rows,
-        start,
-        end,
-        counts,
-        flags,
+        plan_kernel, grid,
+        keys, order, keys if mask is None else mask, local_order, rows, start, end, counts, flags,
         *((0, 0) if mask is None else mask.stride()),
-        num_slots,
-        accesses,
-        next_power_of_2(min(chunk_size + rereads, positions) * batch * picks),
-        *layout,
-        J=picks,
-        COUNT=count,
-        BLOCK_A=block_a,
-        num_warps=4,
-        on=keys,
+        num_slots, accesses, next_power_of_2(min(chunk_size + rereads, positions) * batch * picks), *layout,
+        J=picks, COUNT=count, BLOCK_A=block_a, num_warps=4, on=keys,
     )
     if count == "unmasked":
         running = torch.cumsum(flags, 0, dtype=torch.int32)
         launch(
-            count_unmasked_kernel,
-            grid,
-            running,
-            local_order,
-            start,
-            end,
-            counts,
+            count_unmasked_kernel, grid,
+            running, local_order, start, end, counts,
             accesses,
             *layout,
-            J=picks,
-            BLOCK_A=block_a,
-            num_warps=4,
-            on=keys,
+            J=picks, BLOCK_A=block_a, num_warps=4, on=keys,
         )
     return result
 
@@ -350,29 +247,11 @@ def safe_squares(squares):
 
 @triton.jit
 def write_factors(
-    running_ptr,
-    gates_ptr,
-    mask_ptr,
-    offs_r,
-    mask_r,
-    weights,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    J: tl.constexpr,
-    STEP: tl.constexpr,
-    RATIO: tl.constexpr,
-    GATES: tl.constexpr,
-    MASK: tl.constexpr,
+    running_ptr, gates_ptr, mask_ptr,
+    offs_r, mask_r, weights,
+    stride_gp, stride_gb, stride_mp, stride_mb,
+    B, T, C, L, REREADS, MISSING, FULL, P,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
 ):
     """Of reads: (whether they are written, α, g, m, Σ w² or 1 where that is 0), each [BLOCK_R].
 
@@ -409,32 +288,11 @@ def write_factors(
 
 @triton.jit(do_not_specialize=["R", "stride_gp", "stride_gb", "stride_mp", "stride_mb", *_LAYOUT])
 def fold_kernel(
-    weights_ptr,
-    counts_ptr,
-    running_ptr,
-    gates_ptr,
-    mask_ptr,
-    write_weights_ptr,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    R,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    J: tl.constexpr,
-    STEP: tl.constexpr,
-    RATIO: tl.constexpr,
-    GATES: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    weights_ptr, counts_ptr, running_ptr, gates_ptr, mask_ptr, write_weights_ptr,
+    stride_gp, stride_gb, stride_mp, stride_mb,
+    R, B, T, C, L, REREADS, MISSING, FULL, P,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """c = α·g·m·w / n_s, and 0 for a read that is not written. A program owns BLOCK_R reads. Grid: (read tiles,)."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -454,11 +312,8 @@ def fold_kernel(
 
 
 def _fold_options(
-    like: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    ratio: bool,
-) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, bool]]:
+    like: Tensor, gates: Tensor | None, mask: Tensor | None, ratio: bool,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
     """Tensors, strides and options of `write_factors`; `like` stands for what is not there."""
     running = like
     if ratio and mask is not None:
@@ -470,15 +325,9 @@ def _fold_options(
 
 
 def fold(
-    weights: torch.Tensor,
-    counts: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    layout: tuple[int, ...],
-    *,
-    step: str,
-    ratio: bool,
-) -> torch.Tensor:
+    weights: Tensor, counts: Tensor, gates: Tensor | None, mask: Tensor | None, layout: tuple[int, ...],
+    *, step: str, ratio: bool,
+) -> Tensor:
     """Launch the write weights c [R, J] from weights w and counts n_s [R, J].
 
     `gates` and `mask` are [positions, B], any strides, in the dtype of the weights. With `ratio` α has S/E, as under
@@ -490,47 +339,21 @@ def fold(
         block_r, block_j, num_warps = _tile(picks)
         tensors, strides, options = _fold_options(weights, gates, mask, ratio)
         launch(
-            fold_kernel,
-            (cdiv(num_reads, block_r),),
-            weights,
-            counts,
-            *tensors,
-            write_weights,
+            fold_kernel, (cdiv(num_reads, block_r),),
+            weights, counts, *tensors, write_weights,
             *strides,
-            num_reads,
-            *layout,
-            J=picks,
-            STEP=step,
-            **options,
-            BLOCK_R=block_r,
-            BLOCK_J=block_j,
-            num_warps=num_warps,
-            on=weights,
+            num_reads, *layout,
+            J=picks, STEP=step,
+            **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=weights,
         )
     return write_weights
 
 
 @triton.jit(do_not_specialize=["R", *_LAYOUT])
 def weigh_again_kernel(
-    scores_ptr,
-    order_ptr,
-    start_ptr,
-    weights_ptr,
-    log_rows_ptr,
-    R,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    temperature: tl.float64,
-    J: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    scores_ptr, order_ptr, start_ptr, weights_ptr, log_rows_ptr,
+    R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
+    J: tl.constexpr, WEIGHTING: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """The weights as in `weigh_kernel`, and for each access the row of its chunk's log: where its segment starts.
 
@@ -550,74 +373,33 @@ def weigh_again_kernel(
 
 
 def weigh_again(
-    scores: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    layout: tuple[int, ...],
-    *,
-    weighting: str,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: Tensor, order: Tensor, start: Tensor, layout: tuple[int, ...],
+    *, weighting: str, temperature: float,
+) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
     weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=start.dtype)
     if scores.numel() > 0:
         num_reads, picks = scores.shape
         block_r, block_j, num_warps = _tile(picks)
         launch(
-            weigh_again_kernel,
-            (cdiv(num_reads, block_r),),
-            scores,
-            order,
-            start,
-            weights,
-            log_rows,
+            weigh_again_kernel, (cdiv(num_reads, block_r),),
+            scores, order, start, weights, log_rows,
             num_reads,
-            *layout,
-            temperature,
-            J=picks,
-            WEIGHTING=weighting,
-            BLOCK_R=block_r,
-            BLOCK_J=block_j,
-            num_warps=num_warps,
-            on=scores,
+            *layout, temperature,
+            J=picks, WEIGHTING=weighting, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
     return weights, log_rows
 
 
 @triton.jit(do_not_specialize=["R", "stride_gp", "stride_gb", "stride_mp", "stride_mb", *_LAYOUT])
 def fold_grad_kernel(
-    scores_ptr,
-    weights_ptr,
-    counts_ptr,
-    grad_weights_ptr,
-    grad_write_weights_ptr,
-    running_ptr,
-    gates_ptr,
-    mask_ptr,
-    grad_scores_ptr,
-    grad_gates_ptr,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    R,
-    B,
-    T,
-    C,
-    L,
-    REREADS,
-    MISSING,
-    FULL,
-    P,
-    temperature: tl.float64,
-    J: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    STEP: tl.constexpr,
-    RATIO: tl.constexpr,
-    GATES: tl.constexpr,
+    scores_ptr, weights_ptr, counts_ptr, grad_weights_ptr, grad_write_weights_ptr, running_ptr, gates_ptr, mask_ptr,
+    grad_scores_ptr, grad_gates_ptr,
+    stride_gp, stride_gb, stride_mp, stride_mb,
+    R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
+    J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr,
     MASK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """From dw (as read) and dc: ds, through c = α·g·m·w / n_s and w = weights(s / temperature), and dg.
 
@@ -664,21 +446,10 @@ def fold_grad_kernel(
 
 
 def fold_grad(
-    scores: torch.Tensor,
-    weights: torch.Tensor,
-    counts: torch.Tensor,
-    grad_weights: torch.Tensor,
-    grad_write_weights: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    grad_gates: torch.Tensor | None,
-    layout: tuple[int, ...],
-    *,
-    weighting: str,
-    temperature: float,
-    step: str,
-    ratio: bool,
-) -> torch.Tensor:
+    scores: Tensor, weights: Tensor, counts: Tensor, grad_weights: Tensor, grad_write_weights: Tensor,
+    gates: Tensor | None, mask: Tensor | None, grad_gates: Tensor | None, layout: tuple[int, ...],
+    *, weighting: str, temperature: float, step: str, ratio: bool,
+) -> Tensor:
     """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
 
     With gates their gradient goes to `grad_gates`, contiguous [B, T], where a token is written; it is left elsewhere.
@@ -690,44 +461,22 @@ def fold_grad(
         block_r, block_j, num_warps = _tile(picks)
         tensors, strides, options = _fold_options(weights, gates, mask, ratio)
         launch(
-            fold_grad_kernel,
-            (cdiv(num_reads, block_r),),
-            scores,
-            weights,
-            counts,
-            grad_weights,
-            grad_write_weights,
-            *tensors,
-            grad_scores,
+            fold_grad_kernel, (cdiv(num_reads, block_r),),
+            scores, weights, counts, grad_weights, grad_write_weights, *tensors, grad_scores,
             grad_scores if grad_gates is None else grad_gates,
             *strides,
-            num_reads,
-            *layout,
-            temperature,
-            J=picks,
-            WEIGHTING=weighting,
-            STEP=step,
-            **options,
-            BLOCK_R=block_r,
-            BLOCK_J=block_j,
-            num_warps=num_warps,
-            on=scores,
+            num_reads, *layout, temperature,
+            J=picks, WEIGHTING=weighting, STEP=step,
+            **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
     return grad_scores
 
 
 @triton.jit(do_not_specialize=["B", "T", "C", "REREADS", "MISSING", "FULL"])
 def sum_reads_kernel(
-    reads_ptr,
-    out_ptr,
-    B,
-    T,
-    C,
-    REREADS,
-    MISSING,
-    FULL,
-    WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    reads_ptr, out_ptr,
+    B, T, C, REREADS, MISSING, FULL,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """out[item, position] = reads[its read for output] + reads[its re-read], if it has one.
 
@@ -755,7 +504,7 @@ def sum_reads_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_w)
 
 
-def sum_reads(reads: torch.Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def sum_reads(reads: Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
     batch, length, chunk_size, _, rereads, missing, full, _ = layout
     out = torch.empty(batch, length, *reads.shape[1:], dtype=dtype, device=reads.device)
@@ -763,19 +512,9 @@ def sum_reads(reads: torch.Tensor, layout: tuple[int, ...], dtype: torch.dtype) 
         width = reads.shape[1:].numel()
         block_w = min(next_power_of_2(width), 1024)
         launch(
-            sum_reads_kernel,
-            (batch * length, cdiv(width, block_w)),
-            reads,
-            out,
-            batch,
-            length,
-            chunk_size,
-            rereads,
-            missing,
-            full,
-            WIDTH=width,
-            BLOCK_W=block_w,
-            num_warps=row_warps(block_w, reads.dtype),
-            on=reads,
+            sum_reads_kernel, (batch * length, cdiv(width, block_w)),
+            reads, out,
+            batch, length, chunk_size, rereads, missing, full,
+            WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
         )
     return out

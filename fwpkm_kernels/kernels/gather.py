@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import launch, next_power_of_2, row_warps
@@ -10,28 +11,11 @@ from ._common import launch, next_power_of_2, row_warps
 
 @triton.jit(do_not_specialize=["N"])
 def gather_kernel(
-    values_ptr,
-    slots_ptr,
-    weights_ptr,
-    vectors_ptr,
-    out_ptr,
-    dots_ptr,
-    stride_vn,
-    stride_vd,
-    stride_sm,
-    stride_sj,
-    stride_wm,
-    stride_wj,
-    stride_xm,
-    stride_xd,
-    factor: tl.float64,
-    N,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    HAS_SUM: tl.constexpr,
-    HAS_DOTS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    values_ptr, slots_ptr, weights_ptr, vectors_ptr, out_ptr, dots_ptr,
+    stride_vn, stride_vd, stride_sm, stride_sj, stride_wm, stride_wj, stride_xm, stride_xd,
+    factor: tl.float64, N,
+    J: tl.constexpr, D: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DOTS: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """out[m] = factor·Σ_j weights[m, j]·values[slots[m, j]];  dots[m, j] = factor·<vectors[m], values[slots[m, j]]>.
 
@@ -53,8 +37,7 @@ def gather_kernel(
         tl.device_assert((slot >= 0) & (slot < N) | (offs_j >= J), "`slots` must lie in [0, N)")
         rows = tl.load(
             values_ptr + slot.to(tl.int64)[:, None] * stride_vn + offs_d[None, :] * stride_vd,
-            mask=mask_j[:, None] & mask_d[None, :],
-            other=0.0,
+            mask=mask_j[:, None] & mask_d[None, :], other=0.0,
         ).to(dtype)  # [BLOCK_J, BLOCK_D]
         if HAS_SUM:
             weight = tl.load(
@@ -69,15 +52,10 @@ def gather_kernel(
 
 
 def gather(
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    weights: torch.Tensor | None = None,
-    vectors: torch.Tensor | None = None,
-    sum_dtype: torch.dtype | None = None,
-    dots_dtype: torch.dtype | None = None,
-    factor: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    values: Tensor, slots: Tensor,
+    *, weights: Tensor | None = None, vectors: Tensor | None = None, sum_dtype: torch.dtype | None = None,
+    dots_dtype: torch.dtype | None = None, factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Launch the weighted sums [M, D] (given `weights` [M, J]) and the dots [M, J] (given `vectors` [M, D]).
 
     Results are in the compute dtype of the table unless `sum_dtype` or `dots_dtype` says otherwise; what was not asked
@@ -93,27 +71,13 @@ def gather(
         return out, dots
     block_d = next_power_of_2(max(width, 1))
     launch(
-        gather_kernel,
-        (num_rows,),
-        values,
-        slots,
-        values if weights is None else weights,
-        values if vectors is None else vectors,
-        out,
-        dots,
-        *values.stride(),
-        *slots.stride(),
-        *((0, 0) if weights is None else weights.stride()),
+        gather_kernel, (num_rows,),
+        values, slots, values if weights is None else weights, values if vectors is None else vectors, out, dots,
+        *values.stride(), *slots.stride(), *((0, 0) if weights is None else weights.stride()),
         *((0, 0) if vectors is None else vectors.stride()),
-        factor,
-        values.shape[0],
-        J=picks,
-        D=width,
-        HAS_SUM=weights is not None,
-        HAS_DOTS=vectors is not None,
-        BLOCK_J=max(1, min(next_power_of_2(max(picks, 1)), 8, 8192 // block_d)),
-        BLOCK_D=block_d,
-        num_warps=row_warps(block_d, values.dtype),
-        on=values,
+        factor, values.shape[0],
+        J=picks, D=width, HAS_SUM=weights is not None, HAS_DOTS=vectors is not None,
+        BLOCK_J=max(1, min(next_power_of_2(max(picks, 1)), 8, 8192 // block_d)), BLOCK_D=block_d,
+        num_warps=row_warps(block_d, values.dtype), on=values,
     )
     return out, dots

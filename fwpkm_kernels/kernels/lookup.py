@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import (
@@ -47,7 +48,7 @@ class LookupConfig(NamedTuple):
 FEW_ROWS = 1024
 
 
-def lookup_config(num_rows: int, keys: torch.Tensor, top_k: int) -> LookupConfig:
+def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
     """Launch table. A token's result never depends on how many come with it.
 
     BLOCK_M, BLOCK_N and the warps may go by the number of rows all the same. A dot product is a sum of those of BLOCK_D
@@ -134,28 +135,12 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
 
 @triton.jit(do_not_specialize=["M"])
 def half_topk_kernel(
-    queries_ptr,
-    keys_ptr,
-    candidate_ptr,
-    column_ptr,
-    stride_qm,
-    stride_qh,
-    stride_qd,
-    stride_kh,
-    stride_ka,
-    stride_kn,
-    stride_kd,
+    queries_ptr, keys_ptr, candidate_ptr, column_ptr,
+    stride_qm, stride_qh, stride_qd, stride_kh, stride_ka, stride_kn, stride_kd,
     M,
-    NUM_KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    IDW: tl.constexpr,
+    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr, IDW: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
@@ -241,37 +226,12 @@ def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R
 
 @triton.jit
 def merge_kernel(
-    queries_ptr,
-    keys_ptr,
-    candidate_ptr,
-    column_ptr,
-    half_scores_ptr,
-    sub_keys_ptr,
-    scores_ptr,
-    slots_ptr,
-    weights_ptr,
-    stride_qm,
-    stride_qh,
-    stride_qd,
-    stride_kh,
-    stride_ka,
-    stride_kn,
-    stride_kd,
-    H,
-    eps: tl.float64,
-    temperature: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    IDW: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    queries_ptr, keys_ptr, candidate_ptr, column_ptr, half_scores_ptr, sub_keys_ptr, scores_ptr, slots_ptr, weights_ptr,
+    stride_qm, stride_qh, stride_qd, stride_kh, stride_ka, stride_kn, stride_kd,
+    H, eps: tl.float64, temperature: tl.float64,
+    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, NUM_PAIRS: tl.constexpr, SPLITS: tl.constexpr,
+    IDW: tl.constexpr, WEIGHTING: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     """Best TOP_K of the candidates of each half, in order, and best TOP_K of the sums of the two halves.
 
@@ -369,18 +329,10 @@ def merge_kernel(
 
 
 def lookup(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    *,
-    top_k: int,
-    idw: bool,
-    eps: float,
-    precision: str,
-    weights: torch.Tensor | None = None,
-    weighting: str = "softmax",
-    temperature: float = 1.0,
-    config: LookupConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    queries: Tensor, keys: Tensor,
+    *, top_k: int, idw: bool, eps: float, precision: str, weights: Tensor | None = None, weighting: str = "softmax",
+    temperature: float = 1.0, config: LookupConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
     Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
@@ -415,88 +367,37 @@ def lookup(
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
         launch(
-            half_topk_kernel,
-            (cdiv(rows, config.block_m), splits, 2 * heads),
-            queries[begin : begin + rows],
-            keys,
-            candidates,
-            columns,
-            *queries.stride(),
-            *keys.stride(),
+            half_topk_kernel, (cdiv(rows, config.block_m), splits, 2 * heads),
+            queries[begin : begin + rows], keys, candidates, columns,
+            *queries.stride(), *keys.stride(),
             rows,
-            NUM_KEYS=num_keys,
-            HALF=half,
-            TOP_K=top_k,
-            SPLITS=splits,
-            IDW=idw,
-            PRECISION=precision,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            BLOCK_K=min(next_power_of_2(top_k), 8),
-            num_warps=config.num_warps,
-            on=queries,
+            NUM_KEYS=num_keys, HALF=half, TOP_K=top_k, SPLITS=splits, IDW=idw, PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+            BLOCK_K=min(next_power_of_2(top_k), 8), num_warps=config.num_warps, on=queries,
         )
         launch(
-            merge_kernel,
-            (rows * heads,),
-            queries[begin : begin + rows],
-            keys,
-            candidates,
-            columns,
-            half_scores[begin : begin + rows],
-            sub_keys[begin : begin + rows],
-            scores[begin : begin + rows],
-            slots[begin : begin + rows],
+            merge_kernel, (rows * heads,),
+            queries[begin : begin + rows], keys, candidates, columns, half_scores[begin : begin + rows],
+            sub_keys[begin : begin + rows], scores[begin : begin + rows], slots[begin : begin + rows],
             (scores if weights is None else weights)[begin : begin + rows],
-            *queries.stride(),
-            *keys.stride(),
-            heads,
-            eps,
-            temperature,
-            NUM_KEYS=num_keys,
-            HALF=half,
-            TOP_K=top_k,
-            NUM_PAIRS=num_pairs,
-            SPLITS=splits,
-            IDW=idw,
+            *queries.stride(), *keys.stride(),
+            heads, eps, temperature,
+            NUM_KEYS=num_keys, HALF=half, TOP_K=top_k, NUM_PAIRS=num_pairs, SPLITS=splits, IDW=idw,
             WEIGHTING="none" if weights is None else weighting,
-            BLOCK_C=block_c,
-            BLOCK_R=next_power_of_2(top_k),
-            BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)),
-            BLOCK_D=block_d,
-            BLOCK_P=block_p,
-            num_warps=num_warps,
-            on=queries,
+            BLOCK_C=block_c, BLOCK_R=next_power_of_2(top_k),
+            BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)), BLOCK_D=block_d,
+            BLOCK_P=block_p, num_warps=num_warps, on=queries,
         )
     return scores, slots, half_scores, sub_keys
 
 
 @triton.jit
 def half_grad_kernel(
-    grad_halves_ptr,
-    queries_ptr,
-    keys_ptr,
-    sub_keys_ptr,
-    grad_queries_ptr,
-    factor_ptr,
-    stride_gm,
-    stride_gh,
-    stride_ga,
-    stride_gk,
-    stride_qm,
-    stride_qh,
-    stride_qd,
-    stride_kn,
-    stride_kd,
-    H,
-    eps: tl.float64,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    IDW: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    grad_halves_ptr, queries_ptr, keys_ptr, sub_keys_ptr, grad_queries_ptr, factor_ptr,
+    stride_gm, stride_gh, stride_ga, stride_gk, stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
+    H, eps: tl.float64,
+    HALF: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
 
@@ -523,9 +424,7 @@ def half_grad_kernel(
         row = tl.load(sub_keys_ptr + pick_base + offs_k, mask=mask_k, other=0).to(tl.int64)
         factor = tl.load(g_base + offs_k.to(tl.int64) * stride_gk, mask=mask_k, other=0.0).to(dtype)  # [BLOCK_K]
         k = tl.load(
-            keys_ptr + row[:, None] * stride_kn + offs_d[None, :] * stride_kd,
-            mask=mask,
-            other=0.0,
+            keys_ptr + row[:, None] * stride_kn + offs_d[None, :] * stride_kd, mask=mask, other=0.0,
         ).to(dtype)  # [BLOCK_K, BLOCK_D]
         if IDW:
             k = tl.where(mask_k[:, None], k - q[None, :], 0.0)
@@ -539,16 +438,9 @@ def half_grad_kernel(
 
 
 def half_grad(
-    grad_halves: torch.Tensor,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    sub_keys: torch.Tensor,
-    *,
-    idw: bool,
-    eps: float,
-    out: torch.Tensor | None = None,
-    add: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_halves: Tensor, queries: Tensor, keys: Tensor, sub_keys: Tensor,
+    *, idw: bool, eps: float, out: Tensor | None = None, add: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Launch the gradient of queries [M, H, Dk], and the factors [M, H, 2, K] of the sub-keys' gradient.
 
     `grad_halves` are gradients of the half scores [M, H, 2, K], of any strides; `keys` is a table [H·2·n, Dk/2], and
@@ -563,26 +455,12 @@ def half_grad(
         return grad_queries, factors
     block_d = next_power_of_2(max(1, half))
     launch(
-        half_grad_kernel,
-        (queries.shape[0] * queries.shape[1], 2),
-        grad_halves,
-        queries,
-        keys,
-        sub_keys,
-        grad_queries,
-        factors,
-        *grad_halves.stride(),
-        *queries.stride(),
-        *keys.stride(),
-        queries.shape[1],
-        eps,
-        HALF=half,
-        TOP_K=top_k,
-        IDW=idw,
-        ADD=add,
-        BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)),
-        BLOCK_D=block_d,
-        num_warps=row_warps(block_d, keys.dtype),
-        on=queries,
+        half_grad_kernel, (queries.shape[0] * queries.shape[1], 2),
+        grad_halves, queries, keys, sub_keys, grad_queries, factors,
+        *grad_halves.stride(), *queries.stride(), *keys.stride(),
+        queries.shape[1], eps,
+        HALF=half, TOP_K=top_k, IDW=idw, ADD=add,
+        BLOCK_K=max(1, min(next_power_of_2(top_k), 8, 4096 // block_d)), BLOCK_D=block_d,
+        num_warps=row_warps(block_d, keys.dtype), on=queries,
     )
     return grad_queries, factors

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
@@ -62,37 +63,12 @@ def finish_row(total, old, decay, lr, clip, EPILOGUE: tl.constexpr, CLIP: tl.con
 
 @triton.jit(do_not_specialize=["N", "A"])
 def segment_kernel(
-    vectors_ptr,
-    coefficients_ptr,
-    table_ptr,
-    out_ptr,
-    log_ptr,
-    partials_ptr,
-    order_ptr,
-    rows_ptr,
-    start_ptr,
-    end_ptr,
-    stride_vm,
-    stride_vd,
-    stride_tn,
-    stride_td,
-    stride_on,
-    stride_od,
-    decay: tl.float64,
-    lr: tl.float64,
-    clip: tl.float64,
-    N,
-    A,
-    PER_VECTOR: tl.constexpr,
-    D: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    CENTERED: tl.constexpr,
-    CLIP: tl.constexpr,
-    COMPACT: tl.constexpr,
-    LOG: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    vectors_ptr, coefficients_ptr, table_ptr, out_ptr, log_ptr, partials_ptr, order_ptr, rows_ptr, start_ptr, end_ptr,
+    stride_vm, stride_vd, stride_tn, stride_td, stride_on, stride_od,
+    decay: tl.float64, lr: tl.float64, clip: tl.float64, N, A,
+    PER_VECTOR: tl.constexpr, D: tl.constexpr, EPILOGUE: tl.constexpr, CENTERED: tl.constexpr, CLIP: tl.constexpr,
+    COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
@@ -130,8 +106,7 @@ def segment_kernel(
             coefficient = tl.load(coefficients_ptr + access, mask=mask_a, other=0.0).to(dtype)  # [BLOCK_A]
             vector = tl.load(
                 vectors_ptr + (access // PER_VECTOR)[:, None] * stride_vm + offs_d[None, :] * stride_vd,
-                mask=mask_a[:, None] & mask_d[None, :],
-                other=0.0,
+                mask=mask_a[:, None] & mask_d[None, :], other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
             if CENTERED:
                 vector = tl.where(mask_a[:, None], vector - old[None, :], 0.0)
@@ -151,30 +126,12 @@ def segment_kernel(
 
 @triton.jit(do_not_specialize=["A"])
 def hot_segment_kernel(
-    table_ptr,
-    out_ptr,
-    log_ptr,
-    partials_ptr,
-    rows_ptr,
-    start_ptr,
-    end_ptr,
-    stride_tn,
-    stride_td,
-    stride_on,
-    stride_od,
-    decay: tl.float64,
-    lr: tl.float64,
-    clip: tl.float64,
-    A,
-    D: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    CLIP: tl.constexpr,
-    COMPACT: tl.constexpr,
-    LOG: tl.constexpr,
-    PIECE: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    table_ptr, out_ptr, log_ptr, partials_ptr, rows_ptr, start_ptr, end_ptr,
+    stride_tn, stride_td, stride_on, stride_od,
+    decay: tl.float64, lr: tl.float64, clip: tl.float64, A,
+    D: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr, COMPACT: tl.constexpr, LOG: tl.constexpr,
+    PIECE: tl.constexpr, WINDOWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Add the partial sums of each hot segment in order, then the epilogue.
 
@@ -206,8 +163,7 @@ def hot_segment_kernel(
             offs_p = first + tl.arange(0, BLOCK_P)
             partial = tl.load(
                 partials_ptr + (start // PIECE + offs_p).to(tl.int64)[:, None] * D + offs_d[None, :],
-                mask=(offs_p < pieces)[:, None] & mask_d[None, :],
-                other=0.0,
+                mask=(offs_p < pieces)[:, None] & mask_d[None, :], other=0.0,
             )  # [BLOCK_P, BLOCK_D]
             total += tl.sum(partial, axis=0)
             first += BLOCK_P
@@ -223,22 +179,9 @@ def hot_segment_kernel(
 
 
 def segment_rows(
-    out: torch.Tensor,
-    vectors: torch.Tensor,
-    coefficients: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    *,
-    epilogue: str = "sum",
-    table: torch.Tensor | None = None,
-    log: torch.Tensor | None = None,
-    centered: bool = False,
-    compact: bool = False,
-    decay: float = 1.0,
-    lr: float = 1.0,
-    clip: float | None = None,
+    out: Tensor, vectors: Tensor, coefficients: Tensor, order: Tensor, rows: Tensor, start: Tensor, end: Tensor,
+    *, epilogue: str = "sum", table: Tensor | None = None, log: Tensor | None = None, centered: bool = False,
+    compact: bool = False, decay: float = 1.0, lr: float = 1.0, clip: float | None = None,
     config: SegmentConfig | None = None,
 ) -> None:
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
@@ -260,65 +203,21 @@ def segment_rows(
     hot_grid = (cdiv(accesses, WINDOWS * PIECE), cdiv(width, hot_block_d))
     check_grid(hot_segment_kernel, hot_grid)
     launch(
-        segment_kernel,
-        (accesses,),
-        vectors,
-        coefficients,
-        table,
-        out,
-        out if log is None else log,
-        partials,
-        order,
-        rows,
-        start,
-        end,
-        *vectors.stride(),
-        *table.stride(),
-        *out.stride(),
-        decay,
-        lr,
-        0.0 if clip is None else clip,
-        table.shape[0],
-        accesses,
-        PER_VECTOR=accesses // vectors.shape[0],
-        D=width,
-        EPILOGUE=epilogue,
-        CENTERED=centered,
-        CLIP=clip is not None,
-        COMPACT=compact,
-        LOG=log is not None,
-        PIECE=PIECE,
-        BLOCK_A=config.block_a,
-        BLOCK_D=block_d,
-        num_warps=config.num_warps,
-        on=vectors,
+        segment_kernel, (accesses,),
+        vectors, coefficients, table, out, out if log is None else log, partials, order, rows, start, end,
+        *vectors.stride(), *table.stride(), *out.stride(),
+        decay, lr, 0.0 if clip is None else clip, table.shape[0], accesses,
+        PER_VECTOR=accesses // vectors.shape[0], D=width, EPILOGUE=epilogue, CENTERED=centered, CLIP=clip is not None,
+        COMPACT=compact, LOG=log is not None, PIECE=PIECE,
+        BLOCK_A=config.block_a, BLOCK_D=block_d, num_warps=config.num_warps, on=vectors,
     )
     if accesses >= 2 * PIECE:
         launch(
-            hot_segment_kernel,
-            hot_grid,
-            table,
-            out,
-            out if log is None else log,
-            partials,
-            rows,
-            start,
-            end,
-            *table.stride(),
-            *out.stride(),
-            decay,
-            lr,
-            0.0 if clip is None else clip,
-            accesses,
-            D=width,
-            EPILOGUE=epilogue,
-            CLIP=clip is not None,
-            COMPACT=compact,
-            LOG=log is not None,
-            PIECE=PIECE,
+            hot_segment_kernel, hot_grid,
+            table, out, out if log is None else log, partials, rows, start, end,
+            *table.stride(), *out.stride(),
+            decay, lr, 0.0 if clip is None else clip, accesses,
+            D=width, EPILOGUE=epilogue, CLIP=clip is not None, COMPACT=compact, LOG=log is not None, PIECE=PIECE,
             WINDOWS=WINDOWS,
-            BLOCK_P=16,
-            BLOCK_D=hot_block_d,
-            num_warps=1,
-            on=vectors,
+            BLOCK_P=16, BLOCK_D=hot_block_d, num_warps=1, on=vectors,
         )

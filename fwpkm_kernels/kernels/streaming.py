@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2, row_warps
 from .chunks import safe_squares
-from .memory import load_rows
+from .scans import load_rows
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
 MOST_ACCESSES = 8192
@@ -20,28 +21,10 @@ MOST_ACCESSES = 8192
 
 @triton.jit
 def enqueue_row(
-    queries_ptr,
-    gates_ptr,
-    mask_ptr,
-    queue_queries_ptr,
-    queue_gates_ptr,
-    queue_mask_ptr,
-    position,
-    item,
-    row,
-    stride_qp,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    HAS_GATES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
+    position, item, row,
+    stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
+    HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """Copy the query of one token, [H·Dk], its gate and its mask (1 if there is none) to `row` of the queue."""
     offs_w = tl.arange(0, BLOCK_W)
@@ -62,108 +45,33 @@ def enqueue_row(
 
 @triton.jit(do_not_specialize=["B", "first"])
 def enqueue_kernel(
-    queries_ptr,
-    gates_ptr,
-    mask_ptr,
-    queue_queries_ptr,
-    queue_gates_ptr,
-    queue_mask_ptr,
-    stride_qp,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    B,
-    first,
-    HAS_GATES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
+    stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
+    B, first,
+    HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """Queries, gates and mask of the tokens to the positions of the queue from `first` on. Grid: (rows,)."""
     i_m = tl.program_id(0)
     enqueue_row(
-        queries_ptr,
-        gates_ptr,
-        mask_ptr,
-        queue_queries_ptr,
-        queue_gates_ptr,
-        queue_mask_ptr,
-        (i_m // B).to(tl.int64),
-        (i_m % B).to(tl.int64),
-        first.to(tl.int64) * B + i_m,
-        stride_qp,
-        stride_qb,
-        stride_qh,
-        stride_qd,
-        stride_gp,
-        stride_gb,
-        stride_mp,
-        stride_mb,
-        HAS_GATES,
-        HAS_MASK,
-        WIDTH,
-        HEAD,
+        queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
+        (i_m // B).to(tl.int64), (i_m % B).to(tl.int64), first.to(tl.int64) * B + i_m,
+        stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD,
         BLOCK_W,
     )
 
 
 @triton.jit(do_not_specialize=["B", "place", "lookahead"])
 def read_to_queue_kernel(
-    values_ptr,
-    slots_ptr,
-    weights_ptr,
-    half_scores_ptr,
-    sub_keys_ptr,
-    queries_ptr,
-    targets_ptr,
-    gates_ptr,
-    mask_ptr,
-    output_ptr,
-    queue_queries_ptr,
-    queue_gates_ptr,
-    queue_mask_ptr,
-    queue_targets_ptr,
-    queue_predictions_ptr,
-    queue_slots_ptr,
-    queue_weights_ptr,
-    queue_half_scores_ptr,
-    queue_sub_keys_ptr,
-    place_ptr,
-    stride_vn,
-    stride_vd,
-    stride_qp,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_yp,
-    stride_yb,
-    stride_yd,
-    stride_gp,
-    stride_gb,
-    stride_mp,
-    stride_mb,
-    stride_op,
-    stride_ob,
-    stride_od,
-    B,
-    place,
-    lookahead,
-    HAS_GATES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_PLACE: tl.constexpr,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    values_ptr, slots_ptr, weights_ptr, half_scores_ptr, sub_keys_ptr, queries_ptr, targets_ptr, gates_ptr, mask_ptr,
+    output_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr, queue_targets_ptr, queue_predictions_ptr,
+    queue_slots_ptr, queue_weights_ptr, queue_half_scores_ptr, queue_sub_keys_ptr, place_ptr,
+    stride_vn, stride_vd, stride_qp, stride_qb, stride_qh, stride_qd, stride_yp, stride_yb, stride_yd, stride_gp,
+    stride_gb, stride_mp, stride_mb, stride_op, stride_ob, stride_od,
+    B, place, lookahead,
+    HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PLACE: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i; and all that waits of it, to the queue.
 
@@ -179,27 +87,10 @@ def read_to_queue_kernel(
         first = place.to(tl.int64)
     row = first * B + i_m
     enqueue_row(
-        queries_ptr,
-        gates_ptr,
-        mask_ptr,
-        queue_queries_ptr,
-        queue_gates_ptr,
-        queue_mask_ptr,
-        position,
-        item,
-        row + lookahead.to(tl.int64) * B,
-        stride_qp,
-        stride_qb,
-        stride_qh,
-        stride_qd,
-        stride_gp,
-        stride_gb,
-        stride_mp,
-        stride_mb,
-        HAS_GATES,
-        HAS_MASK,
-        WIDTH,
-        HEAD,
+        queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
+        position, item, row + lookahead.to(tl.int64) * B,
+        stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD,
         BLOCK_W,
     )
     picks = i_m.to(tl.int64) * J
@@ -234,23 +125,11 @@ def read_to_queue_kernel(
 
 @triton.jit(do_not_specialize=["A"])
 def plan_chunk_kernel(
-    slots_ptr,
-    weights_ptr,
-    gates_ptr,
-    mask_ptr,
-    order_ptr,
-    rows_ptr,
-    start_ptr,
-    end_ptr,
-    write_weights_ptr,
+    slots_ptr, weights_ptr, gates_ptr, mask_ptr, order_ptr, rows_ptr, start_ptr, end_ptr, write_weights_ptr,
     touched_ptr,
     A,
-    J: tl.constexpr,
-    STEP: tl.constexpr,
-    NO_SLOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    J: tl.constexpr, STEP: tl.constexpr, NO_SLOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
 ):
     """The plan of A = E·J accesses, their write weights α·g·m·w/n_s, and a mark on every row that they touch.
 
@@ -310,7 +189,7 @@ def plan_chunk_kernel(
     tl.store(write_weights_ptr + access, weight / count * scale * gate * factor, mask=mask_a)
 
 
-def _factors(gates: torch.Tensor | None, mask: torch.Tensor | None, unused: torch.Tensor) -> tuple[list, list, dict]:
+def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple[list, list, dict]:
     """The tensors, strides and flags of gates and mask [positions, B], either of which may be None."""
     tensors = [unused if x is None else x for x in (gates, mask)]
     strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
@@ -318,11 +197,7 @@ def _factors(gates: torch.Tensor | None, mask: torch.Tensor | None, unused: torc
 
 
 def enqueue(
-    queries: torch.Tensor,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    queue: Sequence[torch.Tensor],
-    first: int,
+    queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Sequence[Tensor], first: int,
 ) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
 
@@ -334,32 +209,18 @@ def enqueue(
     tensors, strides, flags = _factors(gates, mask, queue[1])
     block_w = next_power_of_2(max(1, heads * head))
     launch(
-        enqueue_kernel,
-        (length * batch,),
-        queries,
-        *tensors,
-        *queue,
-        *queries.stride(),
-        *strides,
-        batch,
-        first,
-        WIDTH=heads * head,
-        HEAD=max(1, head),
-        BLOCK_W=block_w,
-        **flags,
-        num_warps=row_warps(block_w, queries.dtype),
-        on=queries,
+        enqueue_kernel, (length * batch,),
+        queries, *tensors, *queue,
+        *queries.stride(), *strides,
+        batch, first,
+        WIDTH=heads * head, HEAD=max(1, head),
+        BLOCK_W=block_w, **flags, num_warps=row_warps(block_w, queries.dtype), on=queries,
     )
 
 
 def read_to_queue(
-    values: torch.Tensor,
-    found: Sequence[torch.Tensor],
-    tokens: Sequence[torch.Tensor | None],
-    queue: Sequence[torch.Tensor],
-    output: torch.Tensor,
-    place: int | torch.Tensor,
-    lookahead: int,
+    values: Tensor, found: Sequence[Tensor], tokens: Sequence[Tensor | None], queue: Sequence[Tensor], output: Tensor,
+    place: int | Tensor, lookahead: int,
 ) -> None:
     """Launch the reads of t positions, output [t, B, D], and put everything about them into a queue.
 
@@ -378,49 +239,20 @@ def read_to_queue(
     factors, strides, flags = _factors(gates, mask, queue[1])
     is_known = isinstance(place, int)
     launch(
-        read_to_queue_kernel,
-        (length * batch,),
-        values,
-        *found,
-        queries,
-        targets,
-        *factors,
-        output,
-        *queue,
-        queue[5] if is_known else place,
-        *values.stride(),
-        *queries.stride(),
-        *targets.stride(),
-        *strides,
-        *output.stride(),
-        batch,
-        place if is_known else 0,
-        lookahead,
-        HAS_PLACE=not is_known,
-        J=picks,
-        D=width,
-        WIDTH=heads * head,
-        HEAD=max(1, head),
-        BLOCK_J=max(1, min(block_p, 8, 8192 // block_d)),
-        BLOCK_P=block_p,
-        BLOCK_D=block_d,
-        BLOCK_W=block_w,
-        **flags,
-        num_warps=row_warps(block_d, values.dtype),
-        on=values,
+        read_to_queue_kernel, (length * batch,),
+        values, *found, queries, targets, *factors, output, *queue, queue[5] if is_known else place,
+        *values.stride(), *queries.stride(), *targets.stride(), *strides, *output.stride(),
+        batch, place if is_known else 0, lookahead,
+        HAS_PLACE=not is_known, J=picks, D=width, WIDTH=heads * head, HEAD=max(1, head),
+        BLOCK_J=max(1, min(block_p, 8, 8192 // block_d)), BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_W=block_w, **flags,
+        num_warps=row_warps(block_d, values.dtype), on=values,
     )
 
 
 def plan_chunk(
-    slots: torch.Tensor,
-    weights: torch.Tensor,
-    gates: torch.Tensor,
-    mask: torch.Tensor,
-    touched: torch.Tensor,
-    *,
-    row_dtype: torch.dtype,
-    step: str,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor,
+    *, row_dtype: torch.dtype, step: str,
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Launch the plan of a chunk's writes: (order, rows, start, end), each [E·J], and the write weights [E, J].
 
     `slots` and `weights` [E, J] are those of the pairs, at most MOST_ACCESSES; `gates` and `mask` [E], in the dtype of
@@ -436,26 +268,10 @@ def plan_chunk(
         block_j = next_power_of_2(picks)
         block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
         launch(
-            plan_chunk_kernel,
-            (cdiv(num_pairs, block_m),),
-            slots,
-            weights,
-            gates,
-            mask,
-            order,
-            rows,
-            start,
-            end,
-            write_weights,
-            touched,
+            plan_chunk_kernel, (cdiv(num_pairs, block_m),),
+            slots, weights, gates, mask, order, rows, start, end, write_weights, touched,
             accesses,
-            J=picks,
-            STEP=step,
-            NO_SLOT=torch.iinfo(row_dtype).max,
-            BLOCK_M=block_m,
-            BLOCK_J=block_j,
-            BLOCK_B=max(16, 2048 // (block_m * block_j)),
-            num_warps=4,
-            on=weights,
+            J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
+            BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
         )
     return (order, rows, start, end), write_weights

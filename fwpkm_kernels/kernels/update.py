@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
@@ -12,15 +13,10 @@ from .segments import segment_rows
 
 @triton.jit
 def decay_kernel(
-    values_ptr,
-    written_ptr,
-    stride_vn,
-    stride_vd,
-    N,
-    decay: tl.float64,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    values_ptr, written_ptr,
+    stride_vn, stride_vd,
+    N, decay: tl.float64,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """values[s] = decay·values[s] for rows that were not written. A program owns BLOCK_N rows. Grid: (row tiles,)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -33,7 +29,7 @@ def decay_kernel(
     tl.store(pointers, rows.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> None:
+def decay_rows(values: Tensor, written: Tensor, *, decay: float) -> None:
     """Launch the decay, in place, of the rows of `values` [N, D] where `written` [N] (uint8) is 0."""
     num_slots, width = values.shape
     if values.numel() == 0:
@@ -41,35 +37,18 @@ def decay_rows(values: torch.Tensor, written: torch.Tensor, *, decay: float) -> 
     block_d = next_power_of_2(width)
     block_n = max(1, 2048 // block_d)
     launch(
-        decay_kernel,
-        (cdiv(num_slots, block_n),),
-        values,
-        written,
+        decay_kernel, (cdiv(num_slots, block_n),),
+        values, written,
         *values.stride(),
-        num_slots,
-        decay,
-        D=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=max(4, row_warps(block_d, values.dtype)),
-        on=values,
+        num_slots, decay,
+        D=width, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=max(4, row_warps(block_d, values.dtype)), on=values,
     )
 
 
 def update(
-    values: torch.Tensor,
-    out: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    clip: float | None,
-    log: torch.Tensor | None = None,
+    values: Tensor, out: Tensor, errors: Tensor, write_weights: Tensor, order: Tensor, rows: Tensor, start: Tensor,
+    end: Tensor,
+    *, lr: float, weight_decay: float, clip: float | None, log: Tensor | None = None,
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
 
@@ -79,19 +58,8 @@ def update(
     """
     decay = 1.0 - lr * weight_decay
     segment_rows(
-        out,
-        errors,
-        write_weights,
-        order,
-        rows,
-        start,
-        end,
-        epilogue="update",
-        table=values,
-        decay=decay,
-        lr=lr,
-        clip=clip,
-        log=log,
+        out, errors, write_weights, order, rows, start, end,
+        epilogue="update", table=values, decay=decay, lr=lr, clip=clip, log=log,
     )
     if out is values and weight_decay != 0.0:
         written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
@@ -99,49 +67,23 @@ def update(
 
 
 def step_grad(
-    grad_values: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    *,
-    lr: float,
-    clip: float,
-) -> torch.Tensor:
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, order: Tensor, rows: Tensor, start: Tensor, end: Tensor,
+    *, lr: float, clip: float,
+) -> Tensor:
     """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
     steps = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
     segment_rows(
-        steps,
-        errors,
-        write_weights,
-        order,
-        rows,
-        start,
-        end,
-        epilogue="step_grad",
-        table=grad_values,
-        compact=True,
-        lr=lr,
-        clip=clip,
+        steps, errors, write_weights, order, rows, start, end,
+        epilogue="step_grad", table=grad_values, compact=True, lr=lr, clip=clip,
     )
     return steps
 
 
 def update_grad(
-    grad_values: torch.Tensor,
-    errors: torch.Tensor,
-    write_weights: torch.Tensor,
-    slots: torch.Tensor,
-    order: torch.Tensor,
-    rows: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    *,
-    lr: float,
-    clip: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, order: Tensor, rows: Tensor,
+    start: Tensor, end: Tensor,
+    *, lr: float, clip: float | None,
+) -> tuple[Tensor, Tensor]:
     """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J].
 
     Ĝ' = lr·grad_values, and 0 where the clamp was active. Without a clip it is read from `grad_values` itself. With

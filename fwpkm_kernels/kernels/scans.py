@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
@@ -27,27 +28,10 @@ def load_rows(table_ptr, rows_ptr, offs_j, mask_j, offs_d, mask_d, stride_n, str
 # Numbers of rows are not specialised: the first, the last and the other chunks of a sequence are one compilation.
 @triton.jit(do_not_specialize=["B", "WRITTEN", "FIRST_OUTPUT"])
 def read_kernel(
-    values_ptr,
-    slots_ptr,
-    weights_ptr,
-    targets_ptr,
-    output_ptr,
-    errors_ptr,
-    stride_vn,
-    stride_vd,
-    stride_yp,
-    stride_yb,
-    stride_yd,
-    stride_op,
-    stride_ob,
-    stride_od,
-    B,
-    WRITTEN,
-    FIRST_OUTPUT,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    values_ptr, slots_ptr, weights_ptr, targets_ptr, output_ptr, errors_ptr,
+    stride_vn, stride_vd, stride_yp, stride_yb, stride_yd, stride_op, stride_ob, stride_od,
+    B, WRITTEN, FIRST_OUTPUT,
+    J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """p = Σ_j weights[i, j]·values[slots[i, j]];  errors[i] = p - y of a written row, else 0;  output = p.
 
@@ -81,12 +65,8 @@ def read_kernel(
 
 
 def read(
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    weights: torch.Tensor,
-    targets: torch.Tensor,
-    output: torch.Tensor,
-) -> torch.Tensor:
+    values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor,
+) -> Tensor:
     """Launch the read of a chunk's rows: errors [M, D] in the compute dtype; the last rows' reads go to `output`.
 
     `slots` and `weights` are [M, J], contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `output`
@@ -99,26 +79,13 @@ def read(
     batch = targets.shape[1]
     block_d = next_power_of_2(width)
     launch(
-        read_kernel,
-        (num_rows,),
-        values,
-        slots,
-        weights,
-        targets,
-        output,
-        errors,
-        *values.stride(),
-        *targets.stride(),
-        *output.stride(),
-        batch,
-        targets.shape[0] * batch,
-        num_rows - output.shape[0] * batch,
-        J=picks,
-        D=width,
-        BLOCK_J=max(1, min(next_power_of_2(max(picks, 1)), 8, 8192 // block_d)),
-        BLOCK_D=block_d,
-        num_warps=row_warps(block_d, values.dtype),
-        on=values,
+        read_kernel, (num_rows,),
+        values, slots, weights, targets, output, errors,
+        *values.stride(), *targets.stride(), *output.stride(),
+        batch, targets.shape[0] * batch, num_rows - output.shape[0] * batch,
+        J=picks, D=width,
+        BLOCK_J=max(1, min(next_power_of_2(max(picks, 1)), 8, 8192 // block_d)), BLOCK_D=block_d,
+        num_warps=row_warps(block_d, values.dtype), on=values,
     )
     return errors
 
@@ -144,39 +111,12 @@ def read_grad_config(picks: int, width: int, dtype: torch.dtype) -> ReadGradConf
 
 @triton.jit(do_not_specialize=["B", "WRITTEN", "FIRST_OUTPUT"])
 def read_grad_kernel(
-    log_ptr,
-    log_rows_ptr,
-    steps_ptr,
-    step_rows_ptr,
-    weights_ptr,
-    write_weights_ptr,
-    targets_ptr,
-    grad_output_ptr,
-    grad_targets_ptr,
-    grad_predictions_ptr,
-    grad_weights_ptr,
-    grad_write_weights_ptr,
-    stride_ln,
-    stride_ld,
-    stride_sn,
-    stride_sd,
-    stride_yp,
-    stride_yb,
-    stride_yd,
-    stride_gp,
-    stride_gb,
-    stride_gd,
-    stride_rp,
-    stride_rb,
-    stride_rd,
-    factor: tl.float64,
-    B,
-    WRITTEN,
-    FIRST_OUTPUT,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    log_ptr, log_rows_ptr, steps_ptr, step_rows_ptr, weights_ptr, write_weights_ptr, targets_ptr, grad_output_ptr,
+    grad_targets_ptr, grad_predictions_ptr, grad_weights_ptr, grad_write_weights_ptr,
+    stride_ln, stride_ld, stride_sn, stride_sd, stride_yp, stride_yb, stride_yd, stride_gp, stride_gb, stride_gd,
+    stride_rp, stride_rb, stride_rd,
+    factor: tl.float64, B, WRITTEN, FIRST_OUTPUT,
+    J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """With v_j = log[log_rows[i, j]], h_j = factor·steps[step_rows[i, j]], weights w and write weights c of row i:
 
@@ -239,21 +179,10 @@ def read_grad_kernel(
 
 
 def read_grad(
-    log: torch.Tensor,
-    log_rows: torch.Tensor,
-    steps: torch.Tensor,
-    step_rows: torch.Tensor,
-    weights: torch.Tensor,
-    write_weights: torch.Tensor,
-    targets: torch.Tensor,
-    grad_output: torch.Tensor,
-    grad_targets: torch.Tensor,
-    grad_weights: torch.Tensor,
-    grad_write_weights: torch.Tensor,
-    *,
-    factor: float = 1.0,
-    config: ReadGradConfig | None = None,
-) -> torch.Tensor:
+    log: Tensor, log_rows: Tensor, steps: Tensor, step_rows: Tensor, weights: Tensor, write_weights: Tensor,
+    targets: Tensor, grad_output: Tensor, grad_targets: Tensor, grad_weights: Tensor, grad_write_weights: Tensor,
+    *, factor: float = 1.0, config: ReadGradConfig | None = None,
+) -> Tensor:
     """Launch the backward of `read` and of the write: the gradient of p [M, D]; those of y, w and c are filled.
 
     `log`, `log_rows` hold the rows as they were read, and `steps`, `step_rows` the gradient of the rows after the
@@ -271,52 +200,22 @@ def read_grad(
     batch = targets.shape[1]
     config = config or read_grad_config(picks, width, min(log.dtype, steps.dtype, key=lambda dtype: dtype.itemsize))
     launch(
-        read_grad_kernel,
-        (num_rows,),
-        log,
-        log_rows,
-        steps,
-        step_rows,
-        weights,
-        write_weights,
-        targets,
-        grad_output,
-        grad_targets,
-        grad_predictions,
-        grad_weights,
-        grad_write_weights,
-        *log.stride(),
-        *steps.stride(),
-        *targets.stride(),
-        *grad_output.stride(),
-        *grad_targets.stride(),
-        factor,
-        batch,
-        targets.shape[0] * batch,
-        num_rows - grad_output.shape[0] * batch,
-        J=picks,
-        D=width,
-        BLOCK_J=config.block_j,
-        BLOCK_D=next_power_of_2(width),
-        num_warps=config.num_warps,
-        on=log,
+        read_grad_kernel, (num_rows,),
+        log, log_rows, steps, step_rows, weights, write_weights, targets, grad_output, grad_targets, grad_predictions,
+        grad_weights, grad_write_weights,
+        *log.stride(), *steps.stride(), *targets.stride(), *grad_output.stride(), *grad_targets.stride(),
+        factor, batch, targets.shape[0] * batch, num_rows - grad_output.shape[0] * batch,
+        J=picks, D=width, BLOCK_J=config.block_j, BLOCK_D=next_power_of_2(width), num_warps=config.num_warps, on=log,
     )
     return grad_predictions
 
 
 @triton.jit
 def restore_kernel(
-    values_ptr,
-    initial_ptr,
-    touched_ptr,
-    stride_vn,
-    stride_vd,
-    stride_in,
-    stride_id,
+    values_ptr, initial_ptr, touched_ptr,
+    stride_vn, stride_vd, stride_in, stride_id,
     N,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """values[s] = initial[s] for rows that were touched. A program owns BLOCK_N rows. Grid: (row tiles,)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -327,7 +226,7 @@ def restore_kernel(
     tl.store(values_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd, rows, mask=mask)
 
 
-def restore_rows(values: torch.Tensor, initial: torch.Tensor, touched: torch.Tensor) -> None:
+def restore_rows(values: Tensor, initial: Tensor, touched: Tensor) -> None:
     """Launch values[s] = initial[s], in place, for the rows where `touched` [N] (uint8 or bool, contiguous) is not 0.
 
     Other rows are neither read nor written.
@@ -338,17 +237,9 @@ def restore_rows(values: torch.Tensor, initial: torch.Tensor, touched: torch.Ten
     block_d = next_power_of_2(width)
     block_n = max(1, 8192 // block_d)
     launch(
-        restore_kernel,
-        (cdiv(num_slots, block_n),),
-        values,
-        initial,
-        touched.view(torch.uint8),
-        *values.stride(),
-        *initial.stride(),
+        restore_kernel, (cdiv(num_slots, block_n),),
+        values, initial, touched.view(torch.uint8),
+        *values.stride(), *initial.stride(),
         num_slots,
-        D=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=max(4, row_warps(block_d, values.dtype)),
-        on=values,
+        D=width, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=max(4, row_warps(block_d, values.dtype)), on=values,
     )

@@ -2,7 +2,7 @@
 
 A half of a row picks K sub-keys with probabilities P, the softmax of its half scores; P̄ is their mean over the rows of
 all heads, and u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside
-the rows of the sub-keys that were picked. `kernels/plan.py` lists the picks of each sub-key, and has its u and u'.
+the rows of the sub-keys that were picked. `kernels/picks.py` lists the picks of each sub-key, and has its u and u'.
 
 Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_sum_kernel`, whose sum is not stored
 but stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
-from .plan import PickPlan, probabilities
+from .picks import PickPlan, probabilities
 from .segments import finish_row
 
 
@@ -42,20 +43,9 @@ def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig
 
 @triton.jit(do_not_specialize=["R", "first_row"])
 def step_kernel(
-    half_scores_ptr,
-    sub_keys_ptr,
-    slope_ptr,
-    factor_ptr,
-    R,
-    H,
-    first_row,
-    share: tl.float64,
-    weight: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    IDW: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    half_scores_ptr, sub_keys_ptr, slope_ptr, factor_ptr,
+    R, H, first_row, share: tl.float64, weight: tl.float64,
+    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
@@ -89,34 +79,12 @@ def step_factors(scores, u, mask, share, weight, IDW: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_row"])
 def key_sum_kernel(
-    queries_ptr,
-    factor_ptr,
-    step_factor_ptr,
-    tokens_ptr,
-    order_ptr,
-    first_ptr,
-    keys_ptr,
-    steps_ptr,
-    base_ptr,
-    out_ptr,
-    stride_qm,
-    stride_qh,
-    stride_qd,
-    stride_kn,
-    stride_kd,
-    first_row,
-    decay: tl.float64,
-    lr: tl.float64,
-    clip: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    IDW: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    CLIP: tl.constexpr,
-    STEP: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    queries_ptr, factor_ptr, step_factor_ptr, tokens_ptr, order_ptr, first_ptr, keys_ptr, steps_ptr, base_ptr, out_ptr,
+    stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
+    first_row, decay: tl.float64, lr: tl.float64, clip: tl.float64,
+    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 
@@ -161,8 +129,7 @@ def key_sum_kernel(
                 step_totals += tl.load(step_factor_ptr + pick, mask=mask_a, other=0.0)
             q = tl.load(
                 q_ptrs[None, :] + token.to(tl.int64)[:, None] * stride_qm,
-                mask=mask_a[:, None] & mask_d[None, :],
-                other=0.0,
+                mask=mask_a[:, None] & mask_d[None, :], other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
             if IDW:
                 q -= k[None, :]  # also where there is no pick: the factor is 0 there
@@ -188,13 +155,9 @@ def key_sum_kernel(
 
 @triton.jit
 def pick_sums_kernel(
-    coefficient_ptr,
-    order_ptr,
-    first_ptr,
-    sums_ptr,
+    coefficient_ptr, order_ptr, first_ptr, sums_ptr,
     H,
-    NUM_KEYS: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
     """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n].
 
@@ -218,32 +181,12 @@ def pick_sums_kernel(
 
 @triton.jit(do_not_specialize=["first_row"])
 def step_grad_kernel(
-    half_scores_ptr,
-    sub_keys_ptr,
-    slope_ptr,
-    queries_ptr,
-    keys_ptr,
-    grad_totals_ptr,
-    grad_queries_ptr,
-    factor_ptr,
-    dot_ptr,
-    share_ptr,
-    stride_qm,
-    stride_qh,
-    stride_qd,
-    stride_kn,
-    stride_kd,
-    H,
-    first_row,
-    share: tl.float64,
-    weight: tl.float64,
-    direction: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    IDW: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    half_scores_ptr, sub_keys_ptr, slope_ptr, queries_ptr, keys_ptr, grad_totals_ptr, grad_queries_ptr, factor_ptr,
+    dot_ptr, share_ptr,
+    stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
+    H, first_row, share: tl.float64, weight: tl.float64, direction: tl.float64,
+    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
     the gradient of u; the factors f of `step_kernel`; and Σ f·V over the picks, the gradient of q in f·(q - k).
@@ -301,29 +244,12 @@ def step_grad_kernel(
 
 @triton.jit(do_not_specialize=["first_row"])
 def score_grad_kernel(
-    grad_scores_ptr,
-    slots_ptr,
-    sub_keys_ptr,
-    half_scores_ptr,
-    slope_ptr,
-    bend_ptr,
-    grad_slope_ptr,
-    dot_ptr,
+    grad_scores_ptr, slots_ptr, sub_keys_ptr, half_scores_ptr, slope_ptr, bend_ptr, grad_slope_ptr, dot_ptr,
     grad_halves_ptr,
-    stride_gm,
-    stride_gh,
-    stride_gk,
-    H,
-    first_row,
-    share: tl.float64,
-    weight: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    IDW: tl.constexpr,
-    LOOKUP: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    stride_gm, stride_gh, stride_gk,
+    H, first_row, share: tl.float64, weight: tl.float64,
+    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, LOOKUP: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     """Gradient of each half score that was picked.
 
@@ -373,23 +299,10 @@ def score_grad_kernel(
 
 
 def sum_picks(
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    factors: torch.Tensor,
-    plan: PickPlan,
-    *,
-    epilogue: str,
-    idw: bool,
-    step_factors: torch.Tensor | None = None,
-    steps: torch.Tensor | None = None,
-    base: torch.Tensor | None = None,
-    all_rows: bool = True,
-    first_row: int = 0,
-    decay: float = 1.0,
-    lr: float = 1.0,
-    clip: float | None = None,
-    config: KeySumConfig | None = None,
+    out: Tensor, keys: Tensor, queries: Tensor, factors: Tensor, plan: PickPlan,
+    *, epilogue: str, idw: bool, step_factors: Tensor | None = None, steps: Tensor | None = None,
+    base: Tensor | None = None, all_rows: bool = True, first_row: int = 0, decay: float = 1.0, lr: float = 1.0,
+    clip: float | None = None, config: KeySumConfig | None = None,
 ) -> None:
     """Launch the sums over the picks of each sub-key from `first_row` on, and with them the `epilogue` into `out`.
 
@@ -399,88 +312,39 @@ def sum_picks(
     heads, half = queries.shape[1], keys.shape[1]
     config = config or key_sum_config(half, plan.order.numel() / keys.shape[0], factors.dtype)
     launch(
-        key_sum_kernel,
-        (keys.shape[0], cdiv(half, config.block_d)),
-        queries,
-        factors,
-        factors if step_factors is None else step_factors,
-        plan.tokens,
-        plan.order,
-        plan.first,
-        keys,
-        keys if steps is None else steps,
-        keys if base is None else base,
-        out,
-        *queries.stride(),
-        *keys.stride(),
-        first_row,
-        decay,
-        lr,
-        0.0 if clip is None else clip,
-        NUM_KEYS=keys.shape[0] // (2 * heads),
-        HALF=half,
-        IDW=idw,
-        EPILOGUE=epilogue,
-        CLIP=clip is not None,
-        STEP=step_factors is not None,
-        ALL_ROWS=all_rows,
-        BLOCK_A=config.block_a,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        on=queries,
+        key_sum_kernel, (keys.shape[0], cdiv(half, config.block_d)),
+        queries, factors, factors if step_factors is None else step_factors, plan.tokens, plan.order, plan.first, keys,
+        keys if steps is None else steps, keys if base is None else base, out,
+        *queries.stride(), *keys.stride(),
+        first_row, decay, lr, 0.0 if clip is None else clip,
+        NUM_KEYS=keys.shape[0] // (2 * heads), HALF=half, IDW=idw, EPILOGUE=epilogue, CLIP=clip is not None,
+        STEP=step_factors is not None, ALL_ROWS=all_rows,
+        BLOCK_A=config.block_a, BLOCK_D=config.block_d, num_warps=config.num_warps, on=queries,
     )
 
 
 def find_factors(
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    plan: PickPlan,
-    *,
-    idw: bool,
-    weight: float,
-    first_row: int = 0,
-) -> torch.Tensor:
+    half_scores: Tensor, sub_keys: Tensor, plan: PickPlan,
+    *, idw: bool, weight: float, first_row: int = 0,
+) -> Tensor:
     """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K] as `half_scores` is."""
     num_rows, heads, _, top_k = sub_keys.shape
     factors = torch.empty_like(half_scores)
     block_k = next_power_of_2(top_k)
     block_r = max(1, 512 // block_k)
     launch(
-        step_kernel,
-        (cdiv(num_rows * heads * 2, block_r),),
-        half_scores,
-        sub_keys,
-        plan.slope,
-        factors,
-        num_rows * heads * 2,
-        heads,
-        first_row,
-        1.0 / ((num_rows - first_row) * heads),
-        weight,
-        NUM_KEYS=plan.slope.numel() // 2,
-        TOP_K=top_k,
-        IDW=idw,
-        BLOCK_R=block_r,
-        BLOCK_K=block_k,
-        num_warps=4,
-        on=sub_keys,
+        step_kernel, (cdiv(num_rows * heads * 2, block_r),),
+        half_scores, sub_keys, plan.slope, factors,
+        num_rows * heads * 2, heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight,
+        NUM_KEYS=plan.slope.numel() // 2, TOP_K=top_k, IDW=idw,
+        BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, on=sub_keys,
     )
     return factors
 
 
 def step_keys(
-    keys: torch.Tensor,
-    out: torch.Tensor,
-    queries: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    plan: PickPlan,
-    *,
-    idw: bool,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
+    keys: Tensor, out: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor, plan: PickPlan,
+    *, idw: bool, lr: float, weight: float, weight_decay: float, clip: float | None,
 ) -> None:
     """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])), where the sum is over the picks of j.
 
@@ -489,53 +353,29 @@ def step_keys(
     """
     decay = 1.0 - lr * weight_decay
     sum_picks(
-        out,
-        keys,
-        queries,
-        find_factors(half_scores, sub_keys, plan, idw=idw, weight=weight),
-        plan,
-        epilogue="update",
-        idw=idw,
-        all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(),
-        decay=decay,
-        lr=lr,
+        out, keys, queries, find_factors(half_scores, sub_keys, plan, idw=idw, weight=weight), plan,
+        epilogue="update", idw=idw, all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(), decay=decay, lr=lr,
         clip=clip,
     )
 
 
-def pick_sums(coefficients: torch.Tensor, plan: PickPlan) -> torch.Tensor:
+def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
     """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
     sums = torch.empty_like(plan.slope)
     launch(
-        pick_sums_kernel,
-        (sums.numel(),),
-        coefficients,
-        plan.order,
-        plan.first,
-        sums,
+        pick_sums_kernel, (sums.numel(),),
+        coefficients, plan.order, plan.first, sums,
         coefficients.shape[1],
-        NUM_KEYS=sums.numel() // 2,
-        BLOCK_A=512,
-        num_warps=4,
-        on=coefficients,
+        NUM_KEYS=sums.numel() // 2, BLOCK_A=512, num_warps=4, on=coefficients,
     )
     return sums
 
 
 def step_grad(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    slope: torch.Tensor,
-    grad_totals: torch.Tensor,
-    grad_queries: torch.Tensor,
-    *,
-    direction: float,
-    idw: bool,
-    weight: float,
-    first_row: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    queries: Tensor, keys: Tensor, half_scores: Tensor, sub_keys: Tensor, slope: Tensor, grad_totals: Tensor,
+    grad_queries: Tensor,
+    *, direction: float, idw: bool, weight: float, first_row: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the factors of the key step times `direction`, a, and the parts of B, each [M, H, 2, K].
 
     V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype. `grad_queries`
@@ -545,50 +385,22 @@ def step_grad(
     factors, dots, shares = (torch.empty_like(half_scores) for _ in range(3))
     block_k = next_power_of_2(top_k)
     launch(
-        step_grad_kernel,
-        (queries.shape[0] * heads, 2),
-        half_scores,
-        sub_keys,
-        slope,
-        queries,
-        keys,
-        grad_totals,
-        grad_queries,
-        factors,
-        dots,
-        shares,
-        *queries.stride(),
-        *keys.stride(),
-        heads,
-        first_row,
-        1.0 / ((queries.shape[0] - first_row) * heads),
-        weight,
-        direction,
-        NUM_KEYS=slope.numel() // 2,
-        HALF=half,
-        TOP_K=top_k,
-        IDW=idw,
-        BLOCK_K=block_k,
+        step_grad_kernel, (queries.shape[0] * heads, 2),
+        half_scores, sub_keys, slope, queries, keys, grad_totals, grad_queries, factors, dots, shares,
+        *queries.stride(), *keys.stride(),
+        heads, first_row, 1.0 / ((queries.shape[0] - first_row) * heads), weight, direction,
+        NUM_KEYS=slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw, BLOCK_K=block_k,
         # All picks at a time, so that sums over them need no second pass; of each as many columns as registers hold.
-        BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)),
-        num_warps=2,
-        on=queries,
+        BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
     )
     return factors, dots, shares
 
 
 def score_grad(
-    grad_scores: torch.Tensor | None,
-    slots: torch.Tensor | None,
-    sub_keys: torch.Tensor,
-    half_scores: torch.Tensor,
-    step: tuple[torch.Tensor, ...] | None,
-    *,
-    num_keys: int,
-    idw: bool,
-    weight: float,
-    first_row: int,
-) -> torch.Tensor:
+    grad_scores: Tensor | None, slots: Tensor | None, sub_keys: Tensor, half_scores: Tensor,
+    step: tuple[Tensor, ...] | None,
+    *, num_keys: int, idw: bool, weight: float, first_row: int,
+) -> Tensor:
     """Launch the gradients of the half scores picked, [M, H, 2, K].
 
     `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's; `step` is (u, u', sums B, a). Either
@@ -598,51 +410,22 @@ def score_grad(
     heads, _, top_k = sub_keys.shape[1:]
     block_k = next_power_of_2(top_k)
     launch(
-        score_grad_kernel,
-        (sub_keys.shape[0] * heads, 2),
-        half_scores if grad_scores is None else grad_scores,
-        sub_keys if slots is None else slots,
-        sub_keys,
-        half_scores,
-        *(step or (half_scores,) * 4),
-        grad_halves,
+        score_grad_kernel, (sub_keys.shape[0] * heads, 2),
+        half_scores if grad_scores is None else grad_scores, sub_keys if slots is None else slots, sub_keys,
+        half_scores, *(step or (half_scores,) * 4), grad_halves,
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
-        heads,
-        first_row,
-        1.0 / max(1, (sub_keys.shape[0] - first_row) * heads),
-        weight,
-        NUM_KEYS=num_keys,
-        TOP_K=top_k,
-        IDW=idw,
-        LOOKUP=grad_scores is not None,
-        STEP=step is not None,
-        BLOCK_K=block_k,
-        BLOCK_P=max(1, min(block_k, 1024 // block_k)),
-        num_warps=1,
-        on=sub_keys,
+        heads, first_row, 1.0 / max(1, (sub_keys.shape[0] - first_row) * heads), weight,
+        NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
+        BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=sub_keys,
     )
     return grad_halves
 
 
 def address_grad(
-    grad_new_keys: torch.Tensor,
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    half_scores: torch.Tensor,
-    sub_keys: torch.Tensor,
-    grad_scores: torch.Tensor | None,
-    slots: torch.Tensor | None,
-    plan: PickPlan,
-    out: torch.Tensor,
-    *,
-    first_row: int,
-    idw: bool,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-) -> torch.Tensor:
+    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor,
+    grad_scores: Tensor | None, slots: Tensor | None, plan: PickPlan, out: Tensor,
+    *, first_row: int, idw: bool, eps: float, lr: float, weight: float, weight_decay: float, clip: float | None,
+) -> Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
     That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous
@@ -658,17 +441,8 @@ def address_grad(
             directions, direction = torch.empty_like(grad_new_keys), 1.0
             factors = find_factors(*picks, plan, **options)
             sum_picks(
-                directions,
-                keys,
-                queries,
-                factors,
-                plan,
-                epilogue="step_grad",
-                idw=idw,
-                base=grad_new_keys,
-                all_rows=False,
-                first_row=first_row,
-                lr=-lr,
+                directions, keys, queries, factors, plan,
+                epilogue="step_grad", idw=idw, base=grad_new_keys, all_rows=False, first_row=first_row, lr=-lr,
                 clip=clip,
             )
         factors, dots, shares = step_grad(
@@ -679,27 +453,12 @@ def address_grad(
         grad_scores, slots, sub_keys, half_scores, step, num_keys=plan.slope.numel() // 2, **options
     )
     _, grad_factors = half_grad(
-        grad_halves,
-        queries,
-        keys,
-        sub_keys,
-        idw=idw,
-        eps=eps,
-        out=out,
-        add=step is not None,
+        grad_halves, queries, keys, sub_keys, idw=idw, eps=eps, out=out, add=step is not None,
     )
     grad_keys = torch.empty_like(grad_new_keys)
     sum_picks(
-        grad_keys,
-        keys,
-        queries,
-        grad_factors,
-        plan,
-        epilogue="grad",
-        idw=idw,
-        step_factors=factors if idw else None,
-        steps=directions,
-        base=grad_new_keys,
+        grad_keys, keys, queries, grad_factors, plan,
+        epilogue="grad", idw=idw, step_factors=factors if idw else None, steps=directions, base=grad_new_keys,
         decay=1.0 - lr * weight_decay,
     )
     return grad_keys

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2
 
@@ -38,11 +39,11 @@ class PlanConfig(NamedTuple):
 class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 
-    tokens: torch.Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
-    order: torch.Tensor  #: [M·H·2·K]: which of all picks that was
-    first: torch.Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: torch.Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: torch.Tensor  #: [2·n]: the derivative of the slope
+    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    order: Tensor  #: [M·H·2·K]: which of all picks that was
+    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
+    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
+    bend: Tensor  #: [2·n]: the derivative of the slope
 
 
 def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
@@ -54,13 +55,9 @@ def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
     usage_warps = max(1, block_t // 128)
     mean = max(1, num_rows * top_k // num_keys)  # tokens that picked a sub-key
     return PlanConfig(
-        block_high=2**bits // low,
-        block_low=low,
-        block_k=min(block_k, 8),
-        block_t=block_t,
+        block_high=2**bits // low, block_low=low, block_k=min(block_k, 8), block_t=block_t,
         block_a=min(max(next_power_of_2(mean), 8), 64, max(1, 256 * usage_warps // block_k)),
-        count_warps=8 if bits > 10 else 4,
-        usage_warps=usage_warps,
+        count_warps=8 if bits > 10 else 4, usage_warps=usage_warps,
     )
 
 
@@ -75,15 +72,10 @@ def count_bits(x):
 
 @triton.jit(do_not_specialize=["M"])
 def count_kernel(
-    sub_keys_ptr,
-    words_ptr,
+    sub_keys_ptr, words_ptr,
     M,
-    NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_HIGH: tl.constexpr,
-    BLOCK_LOW: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_HIGH: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """For each sub-key the tokens of a tile that picked it, and how many picks of the tile are of lower sub-keys.
 
@@ -128,25 +120,10 @@ def probabilities(scores, mask):
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def usage_kernel(
-    sub_keys_ptr,
-    half_scores_ptr,
-    words_ptr,
-    tokens_ptr,
-    order_ptr,
-    first_ptr,
-    slope_ptr,
-    bend_ptr,
-    M,
-    H,
-    first_row,
-    share: tl.float64,
-    NUM_KEYS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    WORDS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    sub_keys_ptr, half_scores_ptr, words_ptr, tokens_ptr, order_ptr, first_ptr, slope_ptr, bend_ptr,
+    M, H, first_row, share: tl.float64,
+    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
 
@@ -225,12 +202,8 @@ def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
 
 
 def plan_picks(
-    sub_keys: torch.Tensor,
-    half_scores: torch.Tensor,
-    *,
-    num_keys: int,
-    first_row: int,
-    listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    sub_keys: Tensor, half_scores: Tensor,
+    *, num_keys: int, first_row: int, listed: tuple[Tensor, Tensor, Tensor] | None = None,
     config: PlanConfig | None = None,
 ) -> PickPlan:
     """Launch the plan of `sub_keys` [M, H, 2, K], and the slopes from `half_scores`, like it, both contiguous, M > 0.
@@ -269,28 +242,11 @@ def plan_picks(
     else:
         tokens, order, first = listed
     launch(
-        usage_kernel,
-        (2 * num_keys,),
-        sub_keys,
-        half_scores,
-        words,
-        tokens,
-        order,
-        first,
-        slope,
-        bend,
-        num_rows,
-        heads,
-        first_row,
-        1.0 / max(1, (num_rows - first_row) * heads),
-        NUM_KEYS=num_keys,
-        TOP_K=top_k,
-        WORDS=listed is None,
-        TILE=TILE,
-        BLOCK_T=config.block_t,
-        BLOCK_A=config.block_a,
-        BLOCK_K=next_power_of_2(top_k),
-        num_warps=config.usage_warps,
+        usage_kernel, (2 * num_keys,),
+        sub_keys, half_scores, words, tokens, order, first, slope, bend,
+        num_rows, heads, first_row, 1.0 / max(1, (num_rows - first_row) * heads),
+        NUM_KEYS=num_keys, TOP_K=top_k, WORDS=listed is None, TILE=TILE,
+        BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_K=next_power_of_2(top_k), num_warps=config.usage_warps,
         on=sub_keys,
     )
     return PickPlan(tokens, order, first, slope, bend)
