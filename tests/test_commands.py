@@ -99,7 +99,6 @@ def test_what_cannot_be_written_is_told_before_and_after_the_work(here, path, re
 def as_another(here):
     """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
     here.chmod(0o777)
-    plant(here)
     if os.geteuid() != 0:
         yield
         return
@@ -686,6 +685,8 @@ def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_another, monkeypatch, capsys):
+    Path("folder").mkdir()
+    Path("file").touch()
     Path("closed").touch(0o222)
     os.chmod("closed", 0o222)
     module = importlib.import_module(name)
