@@ -27,6 +27,7 @@ from fwpkm_kernels.demo.stream import (
     read_text,
     to_tensor,
 )
+from tests.helpers.files import FULL
 
 SMALL = Options(
     passes=2,
@@ -254,13 +255,8 @@ def test_default_text_is_long_enough_and_defaults_are_the_papers_memory():
     stream = make_stream(text, options)
     assert len(text) > sum(stream.is_text) >= 131072
     assert {needle.depth for needle in stream.needles} == {4096, 16384, 65536, 131072}
-    assert (options.sub_keys, options.top_k, options.query_width, options.value_width, options.chunk_size) == (
-        512,
-        8,
-        512,
-        512,
-        512,
-    )
+    sizes = (options.sub_keys, options.top_k, options.query_width, options.value_width, options.chunk_size)
+    assert sizes == (512, 8, 512, 512, 512)
 
 
 def failure(capsys, *argv):
@@ -315,9 +311,8 @@ def need_demo_extra() -> None:
         (["--plot=missing/demo.png"], "cannot write missing/demo.png"),
     ],
 )
-def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, arguments, message):
+def test_impossible_options_get_one_clear_line(here, capsys, arguments, message):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
     assert program.main(arguments) == 2
     line = capsys.readouterr().err
     assert message in line
@@ -337,31 +332,28 @@ def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, ar
         (["--plot=" + "n" * 256], "File name too long"),
     ],
 )
-def test_outputs_are_tried_before_a_byte_is_read(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
+def test_outputs_are_tried_before_a_byte_is_read(here, capsys, monkeypatch, arguments, message):
     monkeypatch.delattr(program, "read_text")
-    (tmp_path / "text").write_bytes(prose())
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to("missing/demo.png")
+    (here / "text").write_bytes(prose())
+    (here / "folder").mkdir()
+    (here / "link").symlink_to("missing/demo.png")
     assert message in failure(capsys, "text", *arguments)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "text"]
+    assert sorted(os.listdir(here)) == ["folder", "link", "text"]
 
 
-def test_a_current_folder_that_is_gone_gets_one_clear_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gone").mkdir()
+def test_a_current_folder_that_is_gone_gets_one_clear_line(here, capsys):
+    (here / "gone").mkdir()
     os.chdir("gone")
-    (tmp_path / "gone").rmdir()
+    (here / "gone").rmdir()
     assert "cannot write demo.png: No such file" in failure(capsys)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+@FULL
+def test_an_output_that_fails_costs_no_other(here, capsys, monkeypatch):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
-    (tmp_path / "plot").write_bytes(b"old")
-    (tmp_path / "demo.png").symlink_to("plot")
+    (here / "text").write_bytes(prose())
+    (here / "plot").write_bytes(b"old")
+    (here / "demo.png").symlink_to("plot")
     arguments = ["text", "--memories=plain", *FEW_ARGUMENTS]
 
     def told(*outputs):
@@ -372,9 +364,9 @@ def test_an_output_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
 
     full = "cannot write /dev/full: No space left on device"
     assert told("--plot=/dev/full", "--json=kept.json") == f"demo: error: {full}"
-    assert list(json.loads((tmp_path / "kept.json").read_text())["memories"]) == ["plain"]
+    assert list(json.loads((here / "kept.json").read_text())["memories"]) == ["plain"]
     assert told("--json=/dev/full") == f"demo: error: {full}"
-    assert (tmp_path / "plot").read_bytes().startswith(b"\x89PNG")
+    assert (here / "plot").read_bytes().startswith(b"\x89PNG")
     assert told("--plot=/dev/full", "--json=/dev/full") == f"demo: error: {full}; {full}"
 
     def no_plot(*args):
@@ -384,7 +376,7 @@ def test_an_output_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError, match="no fonts"):
         program.main([*arguments, "--json=again.json"])
     assert "Needles found" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["again.json", "demo.png", "kept.json", "plot", "text"]
+    assert sorted(os.listdir(here)) == ["again.json", "demo.png", "kept.json", "plot", "text"]
 
 
 def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
@@ -401,9 +393,8 @@ def test_a_folder_that_torch_lacks_gets_one_clear_line(monkeypatch):
         set_up(SMALL, "plain")
 
 
-def test_names_are_shown_on_one_line(tmp_path, capsys, monkeypatch):
+def test_names_are_shown_on_one_line(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
     Path("te\nxt").write_bytes(prose())
     assert program.main(["te\nxt", "--plot=pl\not", "--memories=plain", *FEW_ARGUMENTS]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -417,10 +408,9 @@ def test_a_character_cut_by_the_limit_is_no_error(tmp_path):
     assert read_text(path, 3) == "ééé".encode()[:3]
 
 
-def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, monkeypatch):
+def test_the_command_shows_tables_and_writes_plot_and_json(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
+    (here / "text").write_bytes(prose())
     assert program.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
     shown = capsys.readouterr()
     for name in MEMORIES:
@@ -428,8 +418,8 @@ def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, mon
     for words in ("Accuracy by pass", "bytes/s", "Needles found", "after 1K", "never (chance)", "sub_keys=64"):
         assert words in shown.out
     assert "100%" in shown.err  # the progress bar
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((tmp_path / "result.json").read_text())
+    assert (here / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((here / "result.json").read_text())
     assert list(report["memories"]) == list(MEMORIES)
     for name, memory in report["memories"].items():
         _, results = run(SMALL, name=name)
@@ -441,16 +431,15 @@ def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, mon
         }[name]
 
 
-def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeypatch):
+def test_the_command_reads_with_the_memories_asked_for(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
+    (here / "text").write_bytes(prose())
     arguments = ["text", "--json=result.json", "--memories", "normalized", *SMALL_ARGUMENTS]
     assert program.main(arguments) == 0
     shown = capsys.readouterr()
     assert " normalized " in shown.out
     assert " plain " not in shown.out
-    assert list(json.loads((tmp_path / "result.json").read_text())["memories"]) == ["normalized"]
+    assert list(json.loads((here / "result.json").read_text())["memories"]) == ["normalized"]
 
 
 @pytest.fixture(params=["meta", torch.float64, torch.bfloat16], ids=str)
@@ -477,10 +466,9 @@ def few_numbers():
 
 
 @pytest.fixture
-def expected(tmp_path, monkeypatch):
+def expected(here):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
+    (here / "text").write_bytes(prose())
     return few_numbers()
 
 
