@@ -184,6 +184,7 @@ def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
     from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update
+    from fwpkm_kernels.kernels import weights as weighing
     from fwpkm_kernels.kernels.picks import plan_picks
 
     bf16 = torch.bfloat16
@@ -376,7 +377,7 @@ def cases() -> list[Case]:
         result.append(Case(f"memory_backward/{name}", chunk_backward))
 
         def reset(table=table):  # type: ignore[no-untyped-def]
-            scans.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
+            update.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
     for name, batch, j, n, exact in (
@@ -394,17 +395,17 @@ def cases() -> list[Case]:
             how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
             by_item = (layout[0], 4096, j)
             outputs = (_slots(*by_item), _meta(*by_item, dtype=scores.dtype))
-            _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
+            _, keys = weighing.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
             order = _slots(keys.numel())
             by_token = _meta(*by_item[1::-1], dtype=scores.dtype)
             for mask in (None, by_token):  # a token's mask, and its gate
                 chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
                 step = "paper" if mask is None else "normalized"
                 fold: dict[str, Any] = {"step": step, "ratio": mask is not None}
-                chunks.fold(scores, counts, mask, mask, layout, **fold)
+                weighing.fold(scores, counts, mask, mask, layout, **fold)
                 grads = (scores, scores, mask, mask, mask)
-                chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
-            chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
+                weighing.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
+            weighing.weigh_again(scores, order, counts.view(-1), layout, **how)
             chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
 
         result.append(Case(f"chunks/{name}", of_reads))
