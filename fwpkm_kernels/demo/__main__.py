@@ -76,8 +76,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     return arguments, options
 
 
-def demo(arguments: argparse.Namespace, options: Options) -> None:
-    """Let every memory read the text, and show, plot and save what came out."""
+@command("demo")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Let every memory read the text, and show, plot and save what came out.
+
+    ``argv`` replaces the command line. Returns the exit status.
+    """
+    arguments, options = parse(argv)
     check_outputs(arguments.json, arguments.plot, read=arguments.file)
     text = read_text(arguments.file, chunks_in_pass(options) * options.chunk_size) if arguments.file else default_text()
     # A missing package is told here, before the work begins.
@@ -112,12 +117,6 @@ def demo(arguments: argparse.Namespace, options: Options) -> None:
     finally:
         show(results, stream, options)
     print(f"plot: {one_line(arguments.plot)}")
-
-
-@command("demo")
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; ``argv`` replaces the command line. Returns the exit status."""
-    demo(*parse(argv))
     return 0
 
 
