@@ -195,7 +195,7 @@ def _beside(path: str | Path) -> str:
 
 
 def _own_stream(path: str | Path) -> int | None:
-    """The open descriptor that a path names, as /dev/fd/3 and /dev/stdout do; 1 or 2 also for the name of its file."""
+    """The open descriptor of what a path names: 3 for /dev/fd/3, and 1 for the file that is standard output."""
     named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", os.fspath(path))
     for descriptor in (1, 2, *map(int, named.groups() if named else ())):
         with contextlib.suppress(OSError, ValueError):
@@ -205,15 +205,15 @@ def _own_stream(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path is a device, a pipe or a stream that is already open, and not a file that has a place."""
+    """Whether a path is a device, a pipe or an open stream, so that no other file has a place beside it."""
     return _own_stream(path) is not None or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def _is_replaced(path: str | Path) -> bool:
     """Whether a file is written under another name and then moved into place.
 
-    A new file is; one that exists is if it is a regular file of this user, with one name only and not an open stream,
-    in a folder where this user may make files.
+    That is so for a new file, and for a regular file of this user that has one name, is no open stream, and lies in a
+    folder where this user may make files.
     """
     try:
         found = os.lstat(path)
