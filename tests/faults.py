@@ -1049,7 +1049,7 @@ FAULTS = [
     ),
     Fault(
         "outputs-tried-when-all-is-done",
-        "demo.py",
+        "demo/__main__.py",
         "    check_outputs(arguments.json, arguments.plot, read=arguments.file)\n",
         "",
         "that a file cannot be written shows after the work",
