@@ -183,8 +183,9 @@ def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]
 
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
-    from fwpkm_kernels.kernels import addressing, chunks, gather, lookup, memory, segments, update
-    from fwpkm_kernels.kernels.plan import plan_picks
+    from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update
+    from fwpkm_kernels.kernels import weights as weighing
+    from fwpkm_kernels.kernels.picks import plan_picks
 
     bf16 = torch.bfloat16
     result = []
@@ -261,13 +262,13 @@ def cases() -> list[Case]:
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
+                lambda: key_step.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
             )
         )
         result.append(
             Case(
                 f"key_step_backward/{name}",
-                lambda: addressing.address_grad(
+                lambda: key_step.address_grad(
                     _meta(*keys.shape, dtype=exact),
                     keys,
                     *picks,
@@ -360,7 +361,7 @@ def cases() -> list[Case]:
         def chunk(  # type: ignore[no-untyped-def]
             table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
         ):
-            memory.read(table, slots, weights, written, read)
+            scans.read(table, slots, weights, written, read)
             plan = _plan(slots.numel())
             update.update(table, table, errors, weights, *plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
 
@@ -369,14 +370,14 @@ def cases() -> list[Case]:
         ):
             steps = torch.empty_like(table, dtype=errors.dtype)
             grads = (written, torch.empty_like(weights), torch.empty_like(weights))
-            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
+            scans.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
             segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
 
         result.append(Case(f"memory/{name}", chunk))
         result.append(Case(f"memory_backward/{name}", chunk_backward))
 
         def reset(table=table):  # type: ignore[no-untyped-def]
-            memory.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
+            update.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
     for name, batch, j, n, exact in (
@@ -394,17 +395,17 @@ def cases() -> list[Case]:
             how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
             by_item = (layout[0], 4096, j)
             outputs = (_slots(*by_item), _meta(*by_item, dtype=scores.dtype))
-            _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
+            _, keys = weighing.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
             order = _slots(keys.numel())
             by_token = _meta(*by_item[1::-1], dtype=scores.dtype)
             for mask in (None, by_token):  # a token's mask, and its gate
                 chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
                 step = "paper" if mask is None else "normalized"
                 fold: dict[str, Any] = {"step": step, "ratio": mask is not None}
-                chunks.fold(scores, counts, mask, mask, layout, **fold)
+                weighing.fold(scores, counts, mask, mask, layout, **fold)
                 grads = (scores, scores, mask, mask, mask)
-                chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
-            chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
+                weighing.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
+            weighing.weigh_again(scores, order, counts.view(-1), layout, **how)
             chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
 
         result.append(Case(f"chunks/{name}", of_reads))
@@ -418,10 +419,10 @@ def cases() -> list[Case]:
         sub_keys, half_scores = _meta(4096, 1, 2, 8, dtype=torch.int32), _meta(4096, 1, 2, 8)
         listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
         by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
-        addressing.pick_sums(half_scores, by_sort)
+        key_step.pick_sums(half_scores, by_sort)
         keys = _meta(1024, 256)
         step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
-        addressing.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
+        key_step.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
 
     # Rows and positions that need 64 bits.
     result.append(Case("wide/paper", wide))

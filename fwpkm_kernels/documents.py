@@ -16,9 +16,9 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._operators import operator
-from .chunks import OPTIONS_SCHEMA, Options
 from .kernels import compute_dtype
 from .memory import Kept, fast_weight_memory, run_backward, run_forward
+from .options import OPTIONS_SCHEMA, Options
 
 
 class Documents(NamedTuple):

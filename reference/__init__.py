@@ -8,8 +8,8 @@ cut, outputs and state must be those of ``fast_weight_memory`` under ``boundary=
 in float64, all others in float32.
 """
 
-from reference.addressing import product_key_update
 from reference.gather import sparse_value_gather
+from reference.key_step import product_key_update
 from reference.layers import fast_weight_layer, product_key_layer
 from reference.lookup import brute_force_lookup, product_key_lookup
 from reference.memory import fast_weight_memory
