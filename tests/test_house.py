@@ -342,9 +342,10 @@ def test_everything_that_make_installs_is_pinned():
     assert not loose, f"not in constraints.txt: {loose}"
 
 
-def test_the_examples_of_the_readme_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/memory.md"])
+def test_the_examples_of_the_documents_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert blocks
     for block in blocks:
         names: dict[str, object] = {}
         exec(block, names)
