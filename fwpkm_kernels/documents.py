@@ -17,7 +17,7 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._operators import operator
 from .kernels import compute_dtype
-from .memory import Kept, fast_weight_memory, run_backward, run_forward
+from .memory import fast_weight_memory, run_backward, run_forward
 from .options import Options, schema_of
 
 
@@ -353,7 +353,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
             for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
         )
         grads = (grad_y, grad_k, grad_v)
-        kept = Kept(*run_forward(q, y, k, v, g, None, True, o)[5:])
+        _, kept = run_forward(q, y, k, v, g, None, True, o)
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
         for (name, total), x in zip(totals.items(), found, strict=True):
             if name in ("keys", "values"):  # documents that share a memory add their gradients
