@@ -362,8 +362,8 @@ CONFIGURATIONS = (
     Configuration("8x4096-n4096-bf16-d256", 32768, ("sequence",), _GPU, batch=8, sub_keys=4096, width=256, **_BF16),
     Configuration("8x4096-drop", 32768, ("sequence",), _GPU, batch=8, boundary="drop"),
     Configuration("1x1024", 1024, _LAYERS, _CPU, directions=("both", "forward")),
-    Configuration("1x512", 512, ("sequence",), _CPU),
-    Configuration("1x4608", 4608, ("sequence",), _CPU),
+    Configuration("1x512", 512, ("sequence",), _CPU, directions=("both", "forward", "backward")),
+    Configuration("1x4608", 4608, ("sequence",), _CPU, directions=("both", "forward", "backward")),
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
     Configuration("1x1024-drop", 1024, ("sequence",), _BOTH, boundary="drop"),
     # Streams: chunks, a prompt, single tokens.

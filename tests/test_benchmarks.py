@@ -47,8 +47,6 @@ def test_names_of_rows_are_unique_and_every_operation_is_there(device):
     assert len(names) == len(set(names))
     for operation in registry.OPERATIONS:
         for direction in operation.directions:
-            if (device, direction) == ("cpu", "both"):
-                continue  # of which the figures of a CPU tell
             assert any(name.startswith(f"{operation.name}/{direction}/") for name in names)
     assert len(registry.rows(device, "lookup/forward")) == sum("lookup/forward" in name for name in names)
 
