@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fwpkm_kernels as fwpkm
 import reference
-from benchmarks import costs, inputs, providers
+from benchmarks import costs, inputs, peers, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
 from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE, Provider, is_package
@@ -68,8 +68,6 @@ class Row:
 
     def providers(self) -> list[Provider]:
         """Those of the operation that run on the row's device at its configuration, and then the peers."""
-        from benchmarks import peers  # here, since peers may import this module
-
         every = (*self.operation.providers, *peers.providers(self.operation.name))
         return [p for p in every if self.device in p.devices and p.applies(self.configuration)]
 
