@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import Configuration
 from benchmarks.providers import Provider
-from fwpkm_kernels.chunks import Options
+from fwpkm_kernels.options import Options
 from reference.memory import MemoryOutput
 
 #: The environment variable that names the folders.
