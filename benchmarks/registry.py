@@ -2,7 +2,7 @@
 
 A row is one operation, in one direction, at one configuration: `update/backward/training`. A provider is a way to
 compute it. Inputs are drawn in inputs.py, formulas of what must be moved and computed are in costs.py, the providers
-in providers.py, and the check of their numbers in verify.py.
+in eager.py (plain PyTorch), peers.py and providers.py (this package), and the check of their numbers in verify.py.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fwpkm_kernels as fwpkm
 import reference
-from benchmarks import costs, inputs, peers, providers
+from benchmarks import costs, eager, inputs, peers, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
 from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE, Provider, is_package
@@ -148,12 +148,12 @@ def _graph_applies(c: Configuration) -> bool:
 def _compiled(run: Callable[..., Any]) -> Provider:
     """torch.compile takes many seconds for each shape, so of an operation one stands for all; and not on CPUs, where it
     needs a C++ compiler and longer still."""
-    return Provider("torch.compile", providers.compile_lazily(run), lambda c: c.name == "training", devices=("cuda",))
+    return Provider("torch.compile", eager.compile_lazily(run), lambda c: c.name == "training", devices=("cuda",))
 
 
 def _stream(name: str) -> Operation:
     """A memory that is kept between calls. Steps branch on the host: only `MemoryGraph` knows how to capture them."""
-    eager = functools.partial(Provider, run=providers.eager_step, capturable=False)
+    kept = functools.partial(Provider, run=eager.eager_step, capturable=False)
     return Operation(
         name,
         ("forward",),
@@ -171,27 +171,27 @@ def _stream(name: str) -> Operation:
                 own=providers.own_graph,
                 replay=providers.graph_replay,
             ),
-            eager("pytorch", applies=_eager_step_applies, own=providers.own_eager),
-            eager(
+            kept("pytorch", applies=_eager_step_applies, own=eager.own_eager),
+            kept(
                 "torch.compile",
                 applies=lambda c: name == "step" and c.name == "inference",
                 devices=("cuda",),
-                own=functools.partial(providers.own_eager, chunk=providers.compiled_chunk),
+                own=functools.partial(eager.own_eager, chunk=eager.compiled_chunk),
             ),
-            eager(
+            kept(
                 "dense",
                 applies=lambda c: name == "step" and _dense_applies(c),
-                own=functools.partial(providers.own_eager, chunk=providers.dense_chunk),
+                own=functools.partial(eager.own_eager, chunk=eager.dense_chunk),
             ),
         ),
         in_place=True,
-        sparse=providers.torch_memory,
+        sparse=eager.torch_memory,
     )
 
 
 def _layer(name: str, scope: str) -> Operation:
     """A layer around the memory, beside the mathematics of its projections and the memory's operator."""
-    sparse = functools.partial(providers.composed_layer, providers.torch_memory)
+    sparse = functools.partial(providers.composed_layer, eager.torch_memory)
     return Operation(
         name,
         ("both", "forward"),
@@ -218,11 +218,11 @@ OPERATIONS = (
         costs.sequence,
         (
             Provider(PACKAGE, fwpkm.fast_weight_memory),
-            Provider("pytorch", providers.torch_memory, _autograd_applies),
-            Provider("dense", functools.partial(providers.torch_memory, dense=True), _dense_applies, capturable=False),
+            Provider("pytorch", eager.torch_memory, _autograd_applies),
+            Provider("dense", functools.partial(eager.torch_memory, dense=True), _dense_applies, capturable=False),
         ),
         wrt=("queries", "targets", "keys", "values"),
-        sparse=providers.torch_memory,
+        sparse=eager.torch_memory,
     ),
     _stream("step"),
     _stream("prefill"),
@@ -235,8 +235,8 @@ OPERATIONS = (
         costs.lookup,
         (
             Provider(PACKAGE, fwpkm.product_key_lookup),
-            Provider("pytorch", providers.torch_lookup),
-            _compiled(providers.torch_lookup),
+            Provider("pytorch", eager.torch_lookup),
+            _compiled(eager.torch_lookup),
         ),
         wrt=("queries", "keys"),
     ),
@@ -248,9 +248,9 @@ OPERATIONS = (
         costs.gather,
         (
             Provider(PACKAGE, fwpkm.sparse_value_gather),
-            Provider("pytorch", providers.torch_gather),
-            _compiled(providers.torch_gather),
-            Provider("embedding_bag", providers.embedding_bag, _is_float32, capturable=False),
+            Provider("pytorch", eager.torch_gather),
+            _compiled(eager.torch_gather),
+            Provider("embedding_bag", eager.embedding_bag, _is_float32, capturable=False),
         ),
         wrt=("values", "weights"),
     ),
@@ -262,7 +262,7 @@ OPERATIONS = (
         functools.partial(costs.gather, sparse=True),
         (
             Provider(PACKAGE, functools.partial(fwpkm.sparse_value_gather, sparse_grad=True)),
-            Provider("embedding_bag", functools.partial(providers.embedding_bag, sparse=True), capturable=False),
+            Provider("embedding_bag", functools.partial(eager.embedding_bag, sparse=True), capturable=False),
         ),
         wrt=("values", "weights"),
     ),
@@ -274,9 +274,9 @@ OPERATIONS = (
         costs.update_inplace,
         (
             Provider(PACKAGE, fwpkm.chunk_value_update_),
-            Provider("pytorch", providers.torch_update_),
-            _compiled(providers.torch_update_),
-            Provider("dense", providers.dense_update_, _dense_applies, capturable=False),
+            Provider("pytorch", eager.torch_update_),
+            _compiled(eager.torch_update_),
+            Provider("dense", eager.dense_update_, _dense_applies, capturable=False),
         ),
         in_place=True,
     ),
@@ -293,7 +293,7 @@ OPERATIONS = (
                 functools.partial(providers.package_reset, touched_rows_only=True),
                 own=providers.own_written,
             ),
-            Provider("pytorch", providers.torch_reset, own=providers.own_copied),
+            Provider("pytorch", eager.torch_reset, own=eager.own_copied),
         ),
         in_place=True,
     ),
@@ -305,12 +305,12 @@ OPERATIONS = (
         costs.key_step,
         (
             Provider(PACKAGE, fwpkm.product_key_update),
-            Provider("pytorch", providers.torch_key_step),
-            _compiled(providers.torch_key_step),
-            Provider("dense", providers.dense_key_step),
+            Provider("pytorch", eager.torch_key_step),
+            _compiled(eager.torch_key_step),
+            Provider("dense", eager.dense_key_step),
         ),
         wrt=("keys", "queries"),
-        sparse=providers.torch_key_step,
+        sparse=eager.torch_key_step,
     ),
     Operation(
         "update",
@@ -320,8 +320,8 @@ OPERATIONS = (
         costs.update,
         (
             Provider(PACKAGE, fwpkm.chunk_value_update),
-            Provider("pytorch", providers.torch_update),
-            Provider("dense", providers.dense_update, _dense_applies, capturable=False),
+            Provider("pytorch", eager.torch_update),
+            Provider("dense", eager.dense_update, _dense_applies, capturable=False),
         ),
         wrt=("values", "weights", "targets", "predictions"),
     ),
