@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE, is_package
+from benchmarks.providers import PACKAGE, is_package
 from benchmarks.results import plain_table, show_bytes, show_us
 
 #: Times whose ratio is less count as equal.

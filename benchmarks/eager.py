@@ -5,7 +5,7 @@ Each takes the arguments of the reference of the same operation, by name.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,74 +102,64 @@ def embedding_bag(values: Tensor, slots: Tensor, weights: Tensor, *, sparse: boo
     return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(values.dtype), sparse=sparse)
 
 
-def _torch_steps(
-    num_slots: int,
-    slots: Tensor,
-    weights: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    count_slots: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """What each access adds to its row, [M·J, D]; the only array of the table's length is one of counts."""
-    counted = (slots if count_slots is None else count_slots).flatten()
-    counts = weights.new_zeros(num_slots).index_add_(0, counted, weights.new_ones(counted.shape))
-    write_weights = (slots.shape[1] if scale is None else scale) * weights / counts[slots]
-    return (write_weights.unsqueeze(-1) * (targets - predictions).unsqueeze(1)).flatten(0, 1)
+class Write(NamedTuple):
+    """The arguments of a write besides the table."""
+
+    slots: Tensor  #: [M, J]
+    weights: Tensor  #: [M, J]
+    targets: Tensor  #: [M, D]
+    predictions: Tensor  #: [M, D]
+    count_slots: Tensor | None = None  #: whose accesses n_s counts
+    scale: float | None = None  #: α
+
+    @property
+    def counted(self) -> Tensor:
+        return (self.slots if self.count_slots is None else self.count_slots).flatten()
+
+    @property
+    def alpha(self) -> float:
+        return self.slots.shape[1] if self.scale is None else self.scale
 
 
-def torch_update_(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    *,
-    count_slots: Tensor | None = None,
-    scale: float | None = None,
-) -> None:
-    """M·J rows added into the table, by whichever of the two ways is faster: atomics on GPUs, index_put_ on CPUs."""
-    steps = _torch_steps(values.shape[0], slots, weights, targets, predictions, count_slots, scale).to(values.dtype)
+def torch_update_(values: Tensor, **write: Any) -> None:
+    """M·J rows added into the table, by whichever of the two ways is faster: atomics on GPUs, index_put_ on CPUs. The
+    only array of the table's length is one of counts."""
+    w = Write(**write)
+    slots, counted = w.slots.flatten(), w.counted
+    counts = w.weights.new_zeros(len(values)).index_add_(0, counted, w.weights.new_ones(counted.shape))
+    write_weights = (w.alpha * w.weights / counts[w.slots]).unsqueeze(-1)
+    steps = (write_weights * (w.targets - w.predictions).unsqueeze(1)).flatten(0, 1).to(values.dtype)
     if values.is_cuda:
-        values.index_add_(0, slots.flatten(), steps)
+        values.index_add_(0, slots, steps)
     else:
-        values.index_put_((slots.flatten(),), steps, accumulate=True)
+        values.index_put_((slots,), steps, accumulate=True)
 
 
-def torch_update(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
+def torch_update(values: Tensor, **write: Any) -> Tensor:
     """The same, into a copy of the table."""
     out = values.clone()
-    torch_update_(out, slots, weights, targets, predictions)
+    torch_update_(out, **write)
     return out
 
 
-def _dense_step(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    count_slots: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """α·G/n_s over the whole table; α is J unless `scale` says otherwise."""
-    terms = weights.unsqueeze(-1) * (predictions - targets).unsqueeze(1)
-    gradient = torch.zeros_like(values).index_add_(0, slots.flatten(), terms.flatten(0, 1).to(values.dtype))
-    counted = (slots if count_slots is None else count_slots).flatten()
-    counts = torch.bincount(counted, minlength=values.shape[0]).clamp(min=1)
-    return (slots.shape[1] if scale is None else scale) * gradient / counts.unsqueeze(1)
+def _dense_step(values: Tensor, w: Write) -> Tensor:
+    """α·G/n_s over the whole table."""
+    terms = (w.weights.unsqueeze(-1) * (w.predictions - w.targets).unsqueeze(1)).flatten(0, 1).to(values.dtype)
+    gradient = torch.zeros_like(values).index_add_(0, w.slots.flatten(), terms)
+    counts = torch.bincount(w.counted, minlength=len(values)).clamp(min=1)
+    return w.alpha * gradient / counts.unsqueeze(1)
 
 
-def dense_update(values: Tensor, *args: Any, **options: Any) -> Tensor:
+def dense_update(values: Tensor, **write: Any) -> Tensor:
     """The write as the equation has it: a gradient and a step for all rows."""
-    return values - _dense_step(values, *args, **options)
+    return values - _dense_step(values, Write(**write))
 
 
-def dense_update_(values: Tensor, *args: Any, **options: Any) -> None:
-    values.sub_(_dense_step(values, *args, **options))
+def dense_update_(values: Tensor, **write: Any) -> None:
+    values.sub_(_dense_step(values, Write(**write)))
 
 
-def _chunk(
+def chunk(
     keys: Tensor,
     values: Tensor,
     queries: Tensor,
@@ -235,7 +225,7 @@ def torch_memory(
         window, pairs = queries[start - carried : stop], targets[start - carried + 1 : stop]
         tensors = (window.flatten(0, 1), pairs.flatten(0, 1))
         of_pairs = None if gates is None else gates.T[start - carried :][: len(pairs)].flatten()
-        out, keys, values = _chunk(keys, values, *tensors, carried * queries.shape[1], gates=of_pairs, **options)
+        out, keys, values = chunk(keys, values, *tensors, carried * queries.shape[1], gates=of_pairs, **options)
         outputs.append(out)
     return torch.cat(outputs).view(targets.shape).transpose(0, 1).to(targets.dtype), keys, values
 
@@ -279,11 +269,11 @@ class EagerMemory:
         return output
 
 
-def own_eager(inputs: Inputs, *, chunk: Callable[..., Any] = _chunk) -> Inputs:
+def own_memory(inputs: Inputs, *, chunk: Callable[..., Any]) -> Inputs:
     return {"memory": EagerMemory(inputs["memory"], chunk)}
 
 
-def eager_step(memory: EagerMemory, **inputs: Any) -> Tensor:
+def step(memory: EagerMemory, **inputs: Any) -> Tensor:
     return memory.step(**inputs)
 
 
@@ -313,5 +303,5 @@ def compile_lazily(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-dense_chunk = functools.partial(_chunk, dense=True)
-compiled_chunk = compile_lazily(_chunk)
+dense_chunk = functools.partial(chunk, dense=True)
+compiled_chunk = compile_lazily(chunk)

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Result
-from benchmarks.registry import COMPOSED, GRAPHED, PACKAGE, rows
+from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE
+from benchmarks.registry import rows
 from benchmarks.results import plain_table
 
 

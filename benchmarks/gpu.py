@@ -33,7 +33,7 @@ from benchmarks.compare import compare
 from benchmarks.goals import goals_table
 from benchmarks.measure import NO_GRAPH
 from benchmarks.plots import FILES, plot
-from benchmarks.registry import is_package
+from benchmarks.providers import is_package
 from benchmarks.results import read_results, report, to_json
 from benchmarks.run import running, select_cases
 from benchmarks.sanitize import TOOL_OPTIONS, TOOLS, errors_found, find_sanitizer

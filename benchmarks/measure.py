@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from benchmarks.registry import Cost, Inputs, Provider, Row
+from benchmarks.costs import Cost
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Provider
+from benchmarks.registry import Row
 from benchmarks.verify import Expected, verify
 from fwpkm_kernels import env_report
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.files import read_lines
 from benchmarks.measure import Result
-from benchmarks.registry import GRAPHED, PACKAGE, is_package
+from benchmarks.providers import GRAPHED, PACKAGE, is_package
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
 SEQUENCES = ("sequence", "prefill")

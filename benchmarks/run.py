@@ -20,7 +20,8 @@ from benchmarks import goals
 from benchmarks.compare import THRESHOLD, compare
 from benchmarks.inputs import make_room
 from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, measure_machine, no_result, release
-from benchmarks.registry import Provider, Row, is_package, rows
+from benchmarks.providers import Provider, is_package
+from benchmarks.registry import Row, rows
 from benchmarks.results import read_results, report, time_and_ratio, to_json
 from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, reading, write_output
 

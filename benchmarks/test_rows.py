@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.measure import Call, Clock, Machine, Shared, measure, measure_machine, number_of_repeats, warm_up
-from benchmarks.registry import Provider, Row, rows
+from benchmarks.providers import Provider
+from benchmarks.registry import Row, rows
 
 
 @pytest.fixture(scope="session")

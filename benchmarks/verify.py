@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import Configuration, Inputs
-from benchmarks.registry import PACKAGE, Provider, Row
+from benchmarks.providers import PACKAGE, Provider
+from benchmarks.registry import Row
 from fwpkm_kernels import testing
 
 #: Lookups are compared with the reference in as many rows as keep its differences [rows, H, n, Dk] at this size.

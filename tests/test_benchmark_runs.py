@@ -16,6 +16,7 @@ import torch
 from benchmarks import goals, inputs, registry, run, sanitize
 from benchmarks.compare import compare
 from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, no_result, peak_cpu, time_cuda
+from benchmarks.providers import GRAPHED, PACKAGE, Provider, is_package
 from benchmarks.results import per_chunk
 from fwpkm_kernels._commands import write_output
 from tests.conftest import HAS_GPU
@@ -134,7 +135,7 @@ def wrong(values, slots, weights):
 
 def with_faults(row: registry.Row) -> registry.Row:
     """A row with two providers that cannot be timed before this package."""
-    faulty = (registry.Provider("late", late), registry.Provider("wrong", wrong), row.operation.providers[0])
+    faulty = (Provider("late", late), Provider("wrong", wrong), row.operation.providers[0])
     return dataclasses.replace(row, operation=dataclasses.replace(row.operation, providers=faulty))
 
 
@@ -233,7 +234,7 @@ def some_result(**fields) -> Result:
     times = {"min_us": 90.0, "p10_us": 95.0, "median_us": 100.0, "p90_us": 110.0, "repeats": 9, "peak_bytes": 2**20}
     shared = {"kind": "cuda", "device": "test", "dtype": "float32", "shapes": {}, "bytes": 10**6, "flops": 10**7}
     ceilings = {"floor_us": 50.0, "bandwidth_gb_s": 3000.0, "matmul_tflop_s": 400.0, "ratio": 2.0}
-    names = {"operation": "gather", "direction": "forward", "configuration": "inference", "provider": registry.PACKAGE}
+    names = {"operation": "gather", "direction": "forward", "configuration": "inference", "provider": PACKAGE}
     return Result(**{**names, **shared, **ceilings, **times, **fields})
 
 
@@ -320,7 +321,7 @@ def gpu_rows(**us: float) -> list[Result]:
 def test_goals_of_a_gpu():
     """Each beside the numbers, of which the better one counts; a step's graph is its replay alone."""
     results = gpu_rows(**{"8x4096": 2340.0, "8x512": 100.0, "training-n4096": 800.0})
-    graphed = some_result(operation="step", provider=registry.GRAPHED, median_us=60.0, graph_us=30.0, graph_ratio=1.0)
+    graphed = some_result(operation="step", provider=GRAPHED, median_us=60.0, graph_us=30.0, graph_ratio=1.0)
     lines = dict(line.split("  ", 1) for line in goals.goals_table([*results, graphed]).splitlines()[1:])
     lines = {name: line.split() for name, line in lines.items()}
     assert lines["training forward, one chunk of 8x512"] == ["≤", "160", "µs", "320", "160", "1.00", "reached"]
@@ -373,7 +374,7 @@ def test_goals_of_a_cpu():
 
 def test_a_replay_alone_is_the_time_in_a_graph():
     row = some_result(operation="step", graph_us=None)
-    graphed = dataclasses.replace(row, provider=registry.GRAPHED, graph_us=42.0, graph_ratio=0.84)
+    graphed = dataclasses.replace(row, provider=GRAPHED, graph_us=42.0, graph_ratio=0.84)
     assert "42 µs" in run.report([row, graphed])
 
 
@@ -556,12 +557,12 @@ def test_a_row_without_inputs_is_an_error_of_its_own(monkeypatch):
 
 def test_on_a_gpu_this_package_comes_first_and_what_has_a_goal():
     providers = [provider.name for _, provider in run.select_cases("cuda")]
-    turns = [0 if registry.is_package(name) else 2 if name == "torch.compile" else 1 for name in providers]
+    turns = [0 if is_package(name) else 2 if name == "torch.compile" else 1 for name in providers]
     assert turns == sorted(turns)
     assert set(turns) == {0, 1, 2}
     own, other = (run.select_cases("cuda", whose=whose) for whose in ("own", "other"))
     assert [*own, *other] == run.select_cases("cuda")
-    names = [row.name for row, p in own if p.name == registry.PACKAGE]
+    names = [row.name for row, p in own if p.name == PACKAGE]
     with_goal = [row for row, _ in goals.cases("cuda")]
     assert names[: len(with_goal)] == with_goal
     assert sorted(names) == sorted(row.name for row in registry.rows("cuda"))

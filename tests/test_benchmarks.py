@@ -10,7 +10,7 @@ import torch
 import reference
 from benchmarks import registry, run
 from benchmarks.measure import Expected, Machine, measure, prepare, verify
-from benchmarks.providers import package_layer, package_layer_step
+from benchmarks.providers import PACKAGE, Provider, package_layer, package_layer_step
 from fwpkm_kernels import (
     MemoryGraph,
     chunk_value_update,
@@ -60,7 +60,7 @@ def test_every_provider_agrees_with_the_reference(name):
     assert cost.flops > 0 or row.operation.name == "reset"  # which copies
     expected = Expected(row, inputs)
     providers = row.providers()
-    assert providers[0].name == registry.PACKAGE
+    assert providers[0].name == PACKAGE
     assert len(providers) > 1
     for provider in providers:
         verify(row, provider, inputs, expected)
@@ -229,7 +229,7 @@ def wrong_write_(values, **inputs):
 )
 def test_wrong_numbers_are_refused_and_not_timed(name, planted):
     own = ROWS[name].operation.providers[0].own
-    result = measure(ROWS[name], registry.Provider("planted", planted, own=own), MACHINE, seconds=0.001)
+    result = measure(ROWS[name], Provider("planted", planted, own=own), MACHINE, seconds=0.001)
     assert result.status == "wrong"
     assert result.message
     assert result.median_us is None
@@ -318,7 +318,7 @@ def test_wrong_memories_are_refused(name, planted):
     own = row.providers()[0].own
     inputs = row.inputs("cpu")
     with pytest.raises(AssertionError, match=f"{name}: planted"):
-        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+        verify(row, Provider("planted", planted, own=own), inputs, Expected(row, inputs))
 
 
 def wrong_layer_output(**inputs):
@@ -367,7 +367,7 @@ def test_wrong_layers_are_refused(name, planted, message):
     inputs = row.inputs("cpu")
     own = row.providers()[0].own
     with pytest.raises(AssertionError, match=f"{name}: planted.*{message}"):
-        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+        verify(row, Provider("planted", planted, own=own), inputs, Expected(row, inputs))
 
 
 def test_a_layer_gets_the_gradients_of_the_tensors_that_it_is_given():
@@ -394,7 +394,7 @@ def test_what_is_wrong_past_the_first_tokens_is_refused():
         return out
 
     with pytest.raises(AssertionError, match="of the timed inputs"):
-        verify(row, registry.Provider("planted", wrong), inputs, Expected(row, inputs))
+        verify(row, Provider("planted", wrong), inputs, Expected(row, inputs))
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_replayed_graphs_are_compared_with_the_reference(name, capture, monkeypa
     assert provider not in row.providers()
     assert provider in dataclasses.replace(row, device="cuda").providers()
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(registry.providers.fwpkm, "MemoryGraph", make_graph)
+    monkeypatch.setattr("benchmarks.providers.fwpkm.MemoryGraph", make_graph)
     inputs = row.inputs("cpu")
     refused = pytest.raises(AssertionError, match=f"{name}: {provider.name}")
     with refused if capture is NoReplay else contextlib.nullcontext():
@@ -519,7 +519,7 @@ def test_a_provider_that_raises_is_recorded():
     def broken(**inputs):
         raise RuntimeError("out of order")
 
-    result = measure(ROWS["gather/forward/inference"], registry.Provider("broken", broken), MACHINE, seconds=0.001)
+    result = measure(ROWS["gather/forward/inference"], Provider("broken", broken), MACHINE, seconds=0.001)
     assert result.status == "error"
     assert result.message == "RuntimeError: out of order"
     assert result.median_us is None

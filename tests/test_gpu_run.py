@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, logs, registry, run, smoke
+from benchmarks import gpu, logs, run, smoke
 from benchmarks.goals import goals_table
 from benchmarks.measure import NO_GRAPH
+from benchmarks.providers import GRAPHED
 from benchmarks.results import read_results
 from tests import conftest
 from tests.conftest import HAS_GPU, PLACES
@@ -320,7 +321,7 @@ def test_goals_say_where_there_is_no_graph():
     assert f"{name} in a graph ({NO_GRAPH}: out of memory)" in text
     assert f"{step} fwpkm_kernels-graph (not measured)" in text
     graphed = [r for r in results if r.row == step]
-    graphed = [dataclasses.replace(r, provider=registry.GRAPHED, status="error", message="") for r in graphed]
+    graphed = [dataclasses.replace(r, provider=GRAPHED, status="error", message="") for r in graphed]
     assert f"{step} fwpkm_kernels-graph (error)" in goals_table([*results, *graphed])
 
 
