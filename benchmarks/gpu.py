@@ -158,7 +158,7 @@ class Run:
             *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
             *re.findall(r"^SKIPPED .*needs .* of a GPU's memory.*$", tests, re.M),
             "",
-            str(report(results)),
+            report(results),
             *(["", "compared with the stored run:", "", comparison] if self.old is not None else []),
         ]
         begin, rest = "\n".join(head), "\n".join(body)

@@ -99,37 +99,20 @@ def describe(machine_results: Sequence[Result]) -> str:
     )
 
 
-def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | None:
-    """Print the table with rich and return None, or return it as text."""
+def report(results: Sequence[Result]) -> str:
+    """The table; below it the time of a chunk, the machine, and what was not right."""
     if not results:
         return "no results"
     # Where this package could not be captured in a graph, that is no fault of its numbers, but has to be seen.
     told = [r for r in results if r.status != "ok" or (r.message and is_package(r.provider))]
     problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in told)
-    header, lines = table_of(results)
-    lines_below = [
+    chunks = "\n".join(
         f"{x.name}, {x.provider}: {show_us(x.us)} a chunk"
         + (f", {show_us(x.graph_us)} in a graph" if x.graph_us else "")
         + f"; {show_us(x.once_us)} once a call"
         for x in per_chunk(results)
-    ]
-    text = "\n\n".join(filter(None, ("\n".join(lines_below), describe(results), problems)))
-    if rich_allowed:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            shown = Table()
-            for i, name in enumerate(header):
-                shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-            for line in lines:
-                shown.add_row(*line)
-            Console(width=max(Console().width, sum(len(h) + 14 for h in header))).print(shown)
-            print(text)
-            return None
-    return plain_table(header, lines) + "\n\n" + text
+    )
+    return "\n\n".join(filter(None, (plain_table(*table_of(results)), chunks, describe(results), problems)))
 
 
 def show_bytes(count: int | None) -> str:

@@ -86,29 +86,6 @@ def run_rows(
         release(machine)
 
 
-class Progress:
-    """A bar with tqdm in a terminal; without, a line for each result."""
-
-    def __init__(self, total: int):
-        self.bar = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, unit="measurement", leave=False)
-
-    def step(self, name: str, outcome: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(name)
-            self.bar.update()
-        else:
-            print(f"{name}: {outcome}", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def outcome_of(result: Result) -> str:
     time_text, ratio = time_and_ratio(result)
     return time_text + (f", {ratio} x floor" if ratio != "-" else "")
@@ -214,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = stack.enter_context(Lines(options.json, append=options.resume))
             if options.resume and os.path.getsize(options.json):
                 file.write("")  # a line that was cut off must not run into the next one
-        recorder, progress = Recorder(file, marker), Progress(len(cases))
-        stack.callback(progress.close)
+        recorder = Recorder(file, marker)
         stack.callback(faulthandler.cancel_dump_traceback_later)
 
         def begin_case(row: Row, provider: Provider) -> None:
@@ -226,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def keep(result: Result) -> None:
             results.append(result)
             recorder.keep(result)
-            progress.step(f"{result.row} {result.provider}", outcome_of(result))
+            print(f"{result.row} {result.provider}: {outcome_of(result)}", flush=True)
             if marker is not None and result.message.startswith(NO_GRAPH):  # which another process goes on behind
                 raise RuntimeError("after a failed capture torch takes no other: --resume goes on in a new process")
             if device == "cuda" and result.status == "error":
@@ -261,9 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {row.name for row in selected}
     shown = [r for r in results if r.row in names]
     if not options.no_table:
-        text = report(shown, rich_allowed=sys.stdout.isatty())
-        if text is not None:
-            print(text)
+        print(report(shown))
         if shown and not options.op and options.whose == "all":
             print(f"\n{goals.goals_table(shown)}")
         missing = len({(row.name, p.name) for row, p in planned} - {(r.row, r.provider) for r in shown})
