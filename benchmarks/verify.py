@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs
 from benchmarks.providers import PACKAGE, Provider
 from benchmarks.registry import Row
@@ -46,16 +47,17 @@ Numbers = dict[str, Tensor]
 Check = Callable[[str, str, Any, Tensor, Tensor], None]
 
 
-def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
-    """Raise AssertionError unless the provider agrees with the reference on `inputs`."""
+def verify(provider: Provider, shared: "Shared") -> None:
+    """Raise AssertionError unless a provider of a row agrees with the reference."""
+    row = shared.row
     if row.operation.name == "lookup":
-        _verify_lookup(row, provider, inputs)
-    elif "slots" in inputs:
-        _verify_table(row, provider, inputs, expected)
+        _verify_lookup(provider, shared)
+    elif "slots" in shared.inputs:
+        _verify_table(provider, shared)
     else:
-        _verify_few(row, provider, expected)
+        _verify_few(provider, shared)
         if row.operation.sparse is not None and row.configuration.length >= row.configuration.chunk:
-            _verify_timed(row, provider, expected)  # fewer tokens take the same way as the few
+            _verify_timed(provider, shared)  # fewer tokens take the same way as the few
 
 
 class Case(NamedTuple):
@@ -68,13 +70,22 @@ class Case(NamedTuple):
     baseline: Numbers
 
 
-class Expected:
-    """What the reference says of a row and its inputs: computed once, for all providers."""
+class Shared:
+    """What the providers of a row share: inputs of seed 0, what they cost, and what the reference says of them. Each is
+    made when it is first asked for: what raises there is the error of that measurement alone."""
 
-    def __init__(self, row: Row, inputs: Inputs):
+    def __init__(self, row: Row, kind: str):
         self.row = row
-        self.inputs = inputs
+        self.kind = kind
         self._few: dict[int, Case] = {}
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        return self.row.inputs(self.kind)
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return self.row.cost(self.inputs)
 
     @functools.cached_property
     def addressed(self) -> Tensor:
@@ -100,8 +111,7 @@ class Expected:
         """A few tokens, other ones at each attempt, as the reference has them."""
         if attempt not in self._few:
             c, step = _of_few(self.row)
-            device = next(iter(self.inputs.values())).device.type
-            inputs = self.row.operation.make_inputs(c, device, 1000 + attempt)
+            inputs = self.row.operation.make_inputs(c, self.kind, 1000 + attempt)
             reduced, function = _reduced(inputs), self.row.operation.reference
             cotangent = None if self.row.direction == "forward" else _cotangent(self.row, reduced)
             exact = _numbers(self.row, function, testing.as_float64(reduced), cotangent)
@@ -113,7 +123,7 @@ class Expected:
         """The inputs that are timed, as the sparse form has the first chunks of them, in float64."""
         inputs, c, row = self.inputs, self.row.configuration, self.row
         if "memory" in inputs and c.length == c.chunk:  # a second step goes on with the state of the first
-            more = row.inputs(inputs["queries"].device.type, 1)
+            more = row.inputs(self.kind, 1)
             inputs = {**inputs, **{name: torch.cat([inputs[name], more[name]], dim=1) for name in _tokens(inputs)}}
         reduced = _reduced(inputs)
         reduced |= {name: reduced[name][:, : _CHUNKS * c.chunk] for name in _tokens(inputs)}
@@ -211,10 +221,11 @@ def _run(row: Row, provider: Provider, case: Case) -> Numbers:
     return found
 
 
-def _compare(name: str, case: Case, found: Numbers, check: Check, *, rows_are_exact: bool) -> None:
+def _compare(provider: Provider, shared: Shared, case: Case, check: Check, *, rows_are_exact: bool) -> None:
     """Compare what there is of `case.exact`: the first tokens, some columns, and, of a table, the rows that changed,
     which are the same ones if `rows_are_exact`."""
-    inputs = _flat(case.inputs)
+    name, inputs = f"{shared.row.name}: {provider.name}", _flat(case.inputs)
+    found = _run(shared.row, provider, case)
     for key, exact in case.exact.items():
         x, rows, of = found[key].detach(), ..., key.removeprefix("gradient of ")
         if of in ("output", *_tokens(inputs)):
@@ -237,7 +248,7 @@ def _rows_that_differ(before: Tensor, after: Tensor) -> Tensor:
     return torch.cat([(a != b).any(1) for a, b in zip(before.split(blocks), after.split(blocks), strict=True)])
 
 
-def _verify_few(row: Row, provider: Provider, expected: Expected) -> None:
+def _verify_few(provider: Provider, shared: Shared) -> None:
     """Within the error budget of the reference."""
 
     def verify_once(case: Case) -> None:
@@ -248,17 +259,17 @@ def _verify_few(row: Row, provider: Provider, expected: Expected) -> None:
         def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
             testing.assert_within_budget(found, exact, case.baseline[key][rows], name=name, reduction_length=length)
 
-        _compare(f"{row.name}: {provider.name}", case, _run(row, provider, case), check, rows_are_exact=True)
+        _compare(provider, shared, case, check, rows_are_exact=True)
 
     # Where rounding decides a lookup, right numbers fail; other tokens do not meet that again, and wrong ones do.
     with contextlib.suppress(AssertionError):
-        return verify_once(expected.few(0))
-    return verify_once(expected.few(1))  # after the exception is gone, and the tables that it holds
+        return verify_once(shared.few(0))
+    return verify_once(shared.few(1))  # after the exception is gone, and the tables that it holds
 
 
-def _verify_timed(row: Row, provider: Provider, expected: Expected) -> None:
+def _verify_timed(provider: Provider, shared: Shared) -> None:
     """Mostly near: rounding decides a few lookups, and what follows from them."""
-    tolerance, case = _TOLERANCE[row.configuration.dtype], expected.timed
+    tolerance, case = _TOLERANCE[shared.row.configuration.dtype], shared.timed
 
     def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
         error = (found.double() - exact).square().sum(-1)
@@ -269,38 +280,39 @@ def _verify_timed(row: Row, provider: Provider, expected: Expected) -> None:
                 f"{name}: {share:.2%} of the rows of the timed inputs are off by more than {tolerance}"
             )
 
-    _compare(f"{row.name}: {provider.name}", case, _run(row, provider, case), check, rows_are_exact=False)
+    _compare(provider, shared, case, check, rows_are_exact=False)
 
 
-def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
+def _verify_table(provider: Provider, shared: Shared) -> None:
     """The rows that slots name within the error budget; of the others nothing changes, and no gradient is taken."""
-    values, (exact, baseline) = inputs["values"], expected.of_slots
+    row, inputs, (exact, baseline) = shared.row, shared.inputs, shared.of_slots
+    values = inputs["values"]
     if row.operation.in_place:
         own = provider.own(inputs)
         provider.run(**{**inputs, **own})
         found = {"output": own["values"]}
     else:
-        found = _numbers(row, provider.run, inputs, expected.cotangent)
+        found = _numbers(row, provider.run, inputs, shared.cotangent)
     others = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    others[expected.addressed] = False
+    others[shared.addressed] = False
     is_read = row.operation.name.startswith("gather")
     for key, x in found.items():
         name = f"{row.name}: {provider.name}: {key}"
         if key == "gradient of values" or (key == "output" and not is_read):
             x, before = x.to_dense() if x.is_sparse else x, values
             if key != "output":
-                before = values.new_zeros(()).expand(values.shape) if is_read else expected.cotangent
+                before = values.new_zeros(()).expand(values.shape) if is_read else shared.cotangent
             if (_rows_that_differ(before, x) & others).any():
                 raise AssertionError(f"{name}: rows that are not addressed have changed")
-            x = x[expected.addressed]
+            x = x[shared.addressed]
         length = max(inputs["slots"].numel(), values.shape[1])
         testing.assert_within_budget(x, exact[key], baseline[key], name=name, reduction_length=length)
 
 
-def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
+def _verify_lookup(provider: Provider, shared: Shared) -> None:
     """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
-    name = f"{row.name}: {provider.name}"
-    queries, keys = inputs["queries"], inputs["keys"]
+    row, inputs = shared.row, shared.inputs
+    name, queries, keys = f"{row.name}: {provider.name}", inputs["queries"], inputs["keys"]
     rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
     sample = torch.arange(0, len(queries), max(1, len(queries) // rows), device=queries.device)
     part = {**inputs, "queries": queries[sample]}

@@ -15,21 +15,14 @@ import torch
 
 from benchmarks import goals, inputs, registry, run, sanitize
 from benchmarks.compare import compare
-from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, no_result, peak_cpu, time_cuda
+from benchmarks.measure import NO_GRAPH, Shared, measure, no_result, peak_cpu, time_cuda
 from benchmarks.providers import GRAPHED, PACKAGE, Provider, is_package
 from benchmarks.results import per_chunk
 from fwpkm_kernels._commands import write_output
 from tests.conftest import HAS_GPU
+from tests.helpers.results import MACHINE, ROWS, gpu_rows, slower_by, some_result
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
-
-
-def shrunk(row: registry.Row) -> registry.Row:
-    return dataclasses.replace(row, configuration=row.configuration.shrunk())
-
-
-ROWS = {row.name: shrunk(row) for row in registry.rows()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,8 +196,7 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
 
     def fake_measure(row, provider, machine, *, seconds, shared, graphs):
         assert shared.inputs is shared.inputs
-        assert shared.expected is shared.expected
-        return row, provider, shared.inputs["seed"], (shared.expected.row, shared.expected.inputs["seed"])
+        return row, provider, shared.inputs["seed"], shared.row
 
     monkeypatch.setattr(run, "measure", fake_measure)
     monkeypatch.setattr(run, "release", lambda machine: None)
@@ -213,7 +205,7 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
     for deadline in (time.monotonic() + 60, time.monotonic()):
         run.run_rows(cases, machine, seconds=1.0, deadline=deadline, on_result=measured.append)
     assert drawn == [a, b]
-    assert measured == [(a, "x", 1, (a, 1)), (a, "y", 1, (a, 1)), (b, "x", 2, (b, 2))]
+    assert measured == [(a, "x", 1, a), (a, "y", 1, a), (b, "x", 2, b)]
 
 
 def test_peak_memory_of_a_cpu_call():
@@ -227,20 +219,6 @@ def test_peak_memory_of_a_cpu_call():
         return torch.cat([c, c])  # four at once: b, c and this one
 
     assert 4 * 4000 <= peak_cpu(call) < 4 * 4000 + 1000
-
-
-def some_result(**fields) -> Result:
-    """A result of this package with times that say what they are."""
-    times = {"min_us": 90.0, "p10_us": 95.0, "median_us": 100.0, "p90_us": 110.0, "repeats": 9, "peak_bytes": 2**20}
-    shared = {"kind": "cuda", "device": "test", "dtype": "float32", "shapes": {}, "bytes": 10**6, "flops": 10**7}
-    ceilings = {"floor_us": 50.0, "bandwidth_gb_s": 3000.0, "matmul_tflop_s": 400.0, "ratio": 2.0}
-    names = {"operation": "gather", "direction": "forward", "configuration": "inference", "provider": PACKAGE}
-    return Result(**{**names, **shared, **ceilings, **times, **fields})
-
-
-def slower_by(factor: float, **fields) -> Result:
-    times = {name: factor * getattr(some_result(), name) for name in ("min_us", "p10_us", "median_us", "p90_us")}
-    return some_result(**times, **fields)
 
 
 @pytest.mark.parametrize(
@@ -304,18 +282,6 @@ def test_time_of_one_chunk_more():
     assert [x.graph_us for x in per_chunk(graphs)] == [100.0]
     assert "200 µs a chunk, 100 µs in a graph; 800 µs once a call" in run.report(graphs)
     assert per_chunk([some_result(sizes={"tokens": 512}), some_result(sizes={"tokens": 4096})]) == []
-
-
-def gpu_rows(**us: float) -> list[Result]:
-    """Results of the rows that goals need, all of the same time eagerly and in a graph but for some."""
-    results = []
-    for row, _ in goals.cases("cuda"):
-        operation, direction, configuration = row.split("/")
-        time = us.get(configuration, 100.0)
-        names = {"operation": operation, "direction": direction, "configuration": configuration}
-        graph = {"graph_us": time / 2, "graph_ratio": 1.0}
-        results.append(some_result(**names, **graph, median_us=time, peak_bytes=2 * 2**30))
-    return results
 
 
 def test_goals_of_a_gpu():
@@ -464,7 +430,7 @@ def test_what_ended_a_process_is_an_error_of_the_next(shrunk_run, tmp_path):
     program = """
 import sys, time
 from benchmarks import registry, run
-from tests.test_benchmark_runs import MACHINE
+from tests.helpers.results import MACHINE
 row = registry.rows("cpu", "gather/forward/inference")[0]
 def hang(*args, on_begin, **options):
     on_begin(row, row.providers()[0])

@@ -9,7 +9,7 @@ import torch
 
 import reference
 from benchmarks import registry, run
-from benchmarks.measure import Expected, Machine, measure, prepare, verify
+from benchmarks.measure import Shared, measure, prepare, verify
 from benchmarks.providers import PACKAGE, Provider, package_layer, package_layer_step
 from fwpkm_kernels import (
     MemoryGraph,
@@ -22,17 +22,8 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
+from tests.helpers.results import MACHINE, ROWS, shrunk
 from tests.test_graphs import OnGpu, Rerun
-
-MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
-
-
-def shrunk(row: registry.Row) -> registry.Row:
-    return dataclasses.replace(row, configuration=row.configuration.shrunk())
-
-
-# The same row can be there for CPUs and for GPUs.
-ROWS = {row.name: shrunk(row) for row in registry.rows()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,16 +45,14 @@ def test_names_of_rows_are_unique_and_every_operation_is_there(device):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_provider_agrees_with_the_reference(name):
     row = ROWS[name]
-    inputs = row.inputs("cpu")
-    cost = row.cost(inputs)
-    assert cost.bytes > 0
-    assert cost.flops > 0 or row.operation.name == "reset"  # which copies
-    expected = Expected(row, inputs)
+    shared = Shared(row, "cpu")
+    assert shared.cost.bytes > 0
+    assert shared.cost.flops > 0 or row.operation.name == "reset"  # which copies
     providers = row.providers()
     assert providers[0].name == PACKAGE
     assert len(providers) > 1
     for provider in providers:
-        verify(row, provider, inputs, expected)
+        verify(provider, shared)
 
 
 def test_bytes_and_flops_by_hand():
@@ -343,9 +332,8 @@ def test_what_is_wrong_past_the_first_tokens_is_refused(name, planted):
     row = dataclasses.replace(
         ROWS[name], configuration=dataclasses.replace(ROWS[name].configuration, tokens=1200, chunk=200)
     )
-    inputs = row.inputs("cpu")
     with pytest.raises(AssertionError, match=f"{name}: planted.*of the timed inputs"):
-        verify(row, Provider("planted", planted), inputs, Expected(row, inputs))
+        verify(Provider("planted", planted), Shared(row, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -365,9 +353,8 @@ def test_what_stands_for_the_reference_is_the_reference(name):
 def test_rounding_may_decide_a_lookup_once():
     """A stream whose first sample fails is compared once more, with other tokens."""
     row = ROWS["step/forward/inference"]
-    inputs = row.inputs("cpu")
-    expected = Expected(row, inputs)
-    tokens = [expected.few(attempt).inputs["queries"] for attempt in range(2)]
+    shared = Shared(row, "cpu")
+    tokens = [shared.few(attempt).inputs["queries"] for attempt in range(2)]
     assert not torch.equal(*tokens)
     seen = []
 
@@ -377,7 +364,7 @@ def test_rounding_may_decide_a_lookup_once():
         return out + 1.0 if len(seen) <= 2 else out  # both chunks of the first sample
 
     package = row.providers()[0]
-    verify(row, dataclasses.replace(package, run=unlucky), inputs, expected)
+    verify(dataclasses.replace(package, run=unlucky), shared)
     assert torch.equal(torch.cat(seen[2:4], dim=1), tokens[1])
 
 
@@ -419,7 +406,7 @@ def test_replayed_graphs_are_compared_with_the_reference(name, capture, monkeypa
     inputs = row.inputs("cpu")
     refused = pytest.raises(AssertionError, match=f"{name}: {provider.name}")
     with refused if capture is NoReplay else contextlib.nullcontext():
-        verify(row, provider, inputs, Expected(row, inputs))
+        verify(provider, Shared(row, "cpu"))
 
     own = provider.own(inputs)
     graph = own["memory"].graph
@@ -441,11 +428,10 @@ def test_compiled_providers_agree_with_the_reference(monkeypatch):
         for provider in row.providers():
             if provider.name == "torch.compile":
                 small = shrunk(row)
-                inputs = small.inputs("cpu")
                 fresh = registry.eager.compile_lazily(getattr(provider.run, "__wrapped__", provider.run))
                 if row.operation.name != "step":
                     provider = dataclasses.replace(provider, run=fresh)
-                verify(small, provider, inputs, Expected(small, inputs))
+                verify(provider, Shared(small, "cpu"))
                 names.append(f"{row.operation.name}/{row.direction}")
     torch.compiler.reset()
     assert set(names) >= {"lookup/forward", "gather/forward", "update_/forward", "key-step/forward", "step/forward"}

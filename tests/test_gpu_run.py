@@ -20,7 +20,7 @@ from benchmarks.providers import GRAPHED
 from benchmarks.results import read_results
 from tests import conftest
 from tests.conftest import HAS_GPU, PLACES
-from tests.test_benchmark_runs import gpu_rows, slower_by, some_result
+from tests.helpers.results import gpu_rows, slower_by, some_result
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ FAULTY = """
 import os, signal, sys, time, torch
 from benchmarks import run
 from benchmarks.measure import NO_GRAPH, Machine, no_result
-machine, lost = Machine("cuda", "made up", bandwidth=1e12, matmul=1e14, commit=None, versions={}), []
+machine, lost = Machine("cuda", "made up", bandwidth_gb_s=1e3, matmul_tflop_s=100.0, commit=None, versions={}), []
 
 def measure(row, provider, *args, **options):
     fields = {"status": "ok", "median_us": 1.0, "ratio": 1.0}
