@@ -19,7 +19,7 @@ from benchmarks.evaluation.text import Corpus
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
-from tests.evaluation_lines import ASKED, bits, line
+from tests.helpers.evaluation_lines import ASKED, bits, line
 
 CORPUS = Corpus(b"text " * 100, {"a": b"more text " * 300, "b": b"other text " * 300})
 

@@ -27,7 +27,7 @@ from benchmarks.evaluation.text import Corpus, python_text
 from benchmarks.evaluation.train import Trainer, load_checkpoint, load_model
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.layers import advance_memory
-from tests.evaluation_models import TINY
+from tests.helpers.evaluation_models import TINY
 
 _DRAWN = random.Random(0)
 TEXT = " ".join("".join(_DRAWN.choices("abcdef", k=_DRAWN.randrange(1, 8))) for _ in range(2000)).encode()
