@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.helpers")  # before anything imports them: their asserts show values too
+
 HAS_GPU = torch.cuda.is_available()
 # Triton reads it once, when it is first imported.
 if HAS_GPU:

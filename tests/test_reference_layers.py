@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import reference
 from fwpkm_kernels.layers.convert import from_published
 from reference.layers import LayerOutput
-from tests.test_golden_chunk import GOLDEN, assert_near, load
+from tests.helpers.golden import GOLDEN, assert_near, load
 
 f64 = torch.float64
 GOLDEN_LAYERS = ["no_gate", "no_value_norm", "paper", "paper_mask"]
