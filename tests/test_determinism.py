@@ -48,7 +48,7 @@ from fwpkm_kernels.plan import plan_picks, plan_segments
 from fwpkm_kernels.streaming import _plan_pairs
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
-from tests.test_memory import make_inputs, named, run
+from tests.helpers.memory import make_inputs, named, run
 from tests.test_plan import make_picks
 from tests.test_scans import make_chunk, run_read, run_read_grad
 from tests.test_streaming import contents, make_state, stream, tokens_of

@@ -23,7 +23,7 @@ from fwpkm_kernels import (
     testing,
 )
 from tests.conftest import HAS_GPU
-from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
+from tests.helpers.memory import KEY_GRADIENTS, assert_same_bits, make_inputs
 from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
 
 Inputs = dict[str, Any]

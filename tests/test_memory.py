@@ -16,6 +16,20 @@ from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, me
 from fwpkm_kernels.memory import STEPS
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.golden import NAMES, assert_near, load, tolerance
+from tests.helpers.memory import (
+    BOUNDARIES,
+    DIFFERENTIABLE,
+    KEY_GRADIENTS,
+    PLACES_SLOW,
+    assert_close,
+    assert_same_bits,
+    cotangents,
+    gradients_of,
+    leaves_of,
+    make_inputs,
+    named,
+    run,
+)
 
 OPTIONS = (
     "chunk_size",
@@ -30,95 +44,10 @@ OPTIONS = (
     "addressing_weight",
     "key_gradient",
 )
-DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
 #: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
 QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
 #: What it runs in float32 too, in `make test-all`; float32 is no other than elsewhere there.
 FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "idw_silu", "clip")
-#: Instead of the fixture `place`, where the interpreter takes many seconds.
-PLACES_SLOW = pytest.mark.parametrize(
-    "place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=lambda place: place.backend
-)
-BOUNDARIES = pytest.mark.parametrize("boundary", ["carry", "drop"])
-KEY_GRADIENTS = pytest.mark.parametrize("key_gradient", ["addressing", "all"])
-
-
-def make_inputs(
-    batch: int = 2,
-    length: int = 8,
-    heads: int = 1,
-    num_keys: int = 4,
-    key_width: int = 4,
-    width: int = 3,
-    *,
-    gates: bool = True,
-    mask: str | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    activations_dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    layout: str = "contiguous",
-) -> dict[str, Any]:
-    """The tensor arguments by name; ``mask`` is None, one of MASK_KINDS, or "none left", which masks every token."""
-    activations = activations_dtype or dtype
-    lookup = {"seed": seed, "dtype": activations, "keys_dtype": torch.promote_types(dtype, torch.float32)}
-    queries, keys = testing.make_lookup_inputs((batch, length), heads, num_keys, key_width, **lookup)
-    kind = "bool" if mask == "none left" else mask
-    kinds = {"gates": gates, "mask": kind, "dtype": dtype, "activations_dtype": activations}
-    update = testing.make_update_inputs(batch * length, 1, num_keys**2, width, seed=seed + 1, **kinds)
-    by_token = {"targets": update.targets, "gates": update.gates, "mask": update.mask}
-    inputs = {"queries": queries, "targets": update.targets, "keys": keys, "values": update.values}
-    inputs |= {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items() if x is not None}
-    if mask == "none left":
-        inputs["mask"] = torch.zeros_like(inputs["mask"])
-    return {name: testing.with_layout(x.to(device), layout) for name, x in inputs.items()}
-
-
-def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs that gradients are asked of, as leaves."""
-    return {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
-
-
-def cotangents(outputs: MemoryOutput, seed: int = 5) -> list[Tensor]:
-    return [testing.random_cotangent(x, seed=seed + i) for i, x in enumerate(outputs[:3])]
-
-
-def gradients_of(outputs: MemoryOutput, leaves: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Gradients of one loss on output, final keys and final values together."""
-    found = torch.autograd.grad(
-        outputs[:3], list(leaves.values()), cotangents(outputs), allow_unused=True, materialize_grads=True, **options
-    )
-    return dict(zip(leaves, found, strict=True))
-
-
-def run(function: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> tuple[MemoryOutput, dict[str, Tensor]]:
-    """Outputs and gradients."""
-    leaves = leaves_of(inputs)
-    outputs = function(**{**inputs, **leaves}, **options)
-    return outputs, gradients_of(outputs, leaves)
-
-
-def named(outputs: MemoryOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    return outputs._asdict() | {f"gradient of {name}": x for name, x in gradients.items()}
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in actual.items():
-        testing.assert_bitwise_equal(x, expected[name], name)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-9) -> None:
-    """Relative in norm, beside a gradient that vanishes analytically up to rounding; slots are equal."""
-    assert actual.keys() == expected.keys()
-    for name, x in actual.items():
-        wanted = expected[name].detach()
-        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), name
-        if x.is_floating_point():
-            error, norm = float((x.detach() - wanted).norm()), float(wanted.norm())
-            assert error <= bound * max(norm, 1e-3), f"{name}: error {error:.3g} over {bound:.3g} of {norm:.3g}"
-        else:
-            testing.assert_bitwise_equal(x, wanted, name)
 
 
 def check(inputs: dict[str, Any], place: Place, **options: Any) -> None:

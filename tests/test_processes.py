@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fwpkm_kernels import MemoryState, graphs, testing
-from tests.test_memory import make_inputs
+from tests.helpers.memory import make_inputs
 from tests.test_reset import Layer
 from tests.test_streaming import DEVICE, OPTIONS, contents, make_state, stream, tokens_of
 

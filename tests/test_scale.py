@@ -34,7 +34,7 @@ from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, position_dtype, row_dtype
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
-from tests.test_memory import make_inputs, named, run
+from tests.helpers.memory import make_inputs, named, run
 from tests.test_plan import make_picks
 from tests.test_scans import Chunk, make_chunk
 

@@ -20,7 +20,7 @@ from fwpkm_kernels import (
     streaming,
     testing,
 )
-from tests.test_memory import assert_close, assert_same_bits, make_inputs
+from tests.helpers.memory import assert_close, assert_same_bits, make_inputs
 from tests.test_streaming import (
     BOTH,
     BY_TOKEN,
