@@ -31,9 +31,8 @@ from fwpkm_kernels import (
 )
 from fwpkm_kernels.options import Options
 from tests.helpers.memory import assert_same_bits, make_inputs
+from tests.helpers.streaming import BOUND, DEVICE, OPTIONS, contents, half_read, make_state, stream, tokens_of
 from tests.test_graphs import graph_maker, replayed
-from tests.test_state import half_read
-from tests.test_streaming import BOUND, DEVICE, OPTIONS, contents, make_state, stream, tokens_of
 
 Arguments = dict[str, Any]
 

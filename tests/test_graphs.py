@@ -24,7 +24,16 @@ from fwpkm_kernels import (
 )
 from tests.conftest import HAS_GPU
 from tests.helpers.memory import KEY_GRADIENTS, assert_same_bits, make_inputs
-from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
+from tests.helpers.streaming import (
+    BY_TOKEN,
+    DEVICE,
+    OPTIONS,
+    assert_same_state,
+    contents,
+    make_state,
+    stream,
+    tokens_of,
+)
 
 Inputs = dict[str, Any]
 Cuts = list[int]

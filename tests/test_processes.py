@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fwpkm_kernels import MemoryState, graphs, testing
 from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import DEVICE, OPTIONS, contents, make_state, stream, tokens_of
 from tests.test_reset import Layer
-from tests.test_streaming import DEVICE, OPTIONS, contents, make_state, stream, tokens_of
 
 METHODS = ("fork", "forkserver", "spawn")
 

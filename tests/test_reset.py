@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fwpkm_kernels import MemoryState, fast_weight_memory_step, testing
 from tests.conftest import Place
 from tests.helpers.memory import make_inputs
-from tests.test_streaming import DEVICES, OPTIONS, make_state, stream
+from tests.helpers.streaming import DEVICES, OPTIONS, make_state, stream
 
 Change = Callable[[nn.Parameter], Any]
 

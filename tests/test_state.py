@@ -21,7 +21,7 @@ from fwpkm_kernels import (
     testing,
 )
 from tests.helpers.memory import assert_close, assert_same_bits, make_inputs
-from tests.test_streaming import (
+from tests.helpers.streaming import (
     BOTH,
     BY_TOKEN,
     DEVICE,
@@ -29,7 +29,10 @@ from tests.test_streaming import (
     OPTIONS,
     assert_same_state,
     contents,
+    copies,
+    half_read,
     make_state,
+    saved_and_loaded,
     stream,
     tokens_of,
 )
@@ -133,24 +136,6 @@ def test_equal_states_save_equal_tensors_and_no_other_tokens():
     assert not states[0].state_dict()["queue.targets"][3:].any()
     states[0].reset()
     assert not any(x.any() for name, x in states[0].state_dict().items() if name.startswith("queue"))
-
-
-def copies() -> dict[str, Callable[[MemoryState], MemoryState]]:
-    return {
-        "clone": MemoryState.clone,
-        "copy": copy.copy,
-        "deepcopy": copy.deepcopy,
-        "pickle": lambda state: pickle.loads(pickle.dumps(state)),
-        "torch.save": saved_and_loaded,
-    }
-
-
-def saved_and_loaded(x: Any, weights_only: bool = False) -> Any:
-    """Through torch.save and torch.load."""
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 @DEVICES
@@ -271,15 +256,6 @@ def test_copies_made_in_inference_mode(how):
     testing.assert_bitwise_equal(stream(other, inputs, [4], **OPTIONS), stream(state, inputs, [4], **OPTIONS))
     other.reset()
     assert_close({"values": other.values}, {"values": inputs["values"]}, 0.0)
-
-
-def half_read(**options: Any) -> tuple[Inputs, MemoryState]:
-    """A state in the middle of its second chunk, bfloat16 queries and float16 targets waiting in it."""
-    inputs = make_inputs(2, 11, mask="real", dtype=torch.float32)
-    inputs |= {"queries": inputs["queries"].bfloat16(), "targets": inputs["targets"].half()}
-    state = make_state(inputs)
-    stream(state, inputs, [6], **OPTIONS | {"clip": 0.5, **options})
-    return inputs, state
 
 
 def test_state_dict_is_flat_contiguous_and_unshared():
