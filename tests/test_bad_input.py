@@ -30,9 +30,9 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.options import Options
+from tests.helpers.graphs import graph_maker, replayed
 from tests.helpers.memory import assert_same_bits, make_inputs
 from tests.helpers.streaming import BOUND, DEVICE, OPTIONS, contents, half_read, make_state, stream, tokens_of
-from tests.test_graphs import graph_maker, replayed
 
 Arguments = dict[str, Any]
 

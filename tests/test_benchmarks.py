@@ -22,7 +22,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from tests.test_graphs import OnGpu, Rerun
+from tests.helpers.graphs import OnGpu, Rerun
 
 MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
 

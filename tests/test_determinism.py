@@ -49,9 +49,9 @@ from fwpkm_kernels.streaming import _plan_pairs
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.memory import make_inputs, named, run
+from tests.helpers.picks import make_picks
+from tests.helpers.scans import make_chunk, run_read, run_read_grad
 from tests.helpers.streaming import contents, make_state, stream, tokens_of
-from tests.test_plan import make_picks
-from tests.test_scans import make_chunk, run_read, run_read_grad
 
 # cuBLAS, which the composed path under key_gradient="all" calls, is deterministic only with it; read at its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

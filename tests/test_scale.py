@@ -35,8 +35,8 @@ from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_seg
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.memory import make_inputs, named, run
-from tests.test_plan import make_picks
-from tests.test_scans import Chunk, make_chunk
+from tests.helpers.picks import make_picks
+from tests.helpers.scans import Chunk, make_chunk
 
 #: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
 PATIENCE = 30

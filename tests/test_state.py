@@ -27,6 +27,7 @@ from tests.helpers.streaming import (
     DEVICE,
     DEVICES,
     OPTIONS,
+    Inputs,
     assert_same_state,
     contents,
     copies,
@@ -36,9 +37,6 @@ from tests.helpers.streaming import (
     stream,
     tokens_of,
 )
-
-Inputs = dict[str, Any]
-Cuts = list[int]
 
 
 @DEVICES

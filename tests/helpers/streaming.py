@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwpkm_kernels import MemoryState, fast_weight_memory_step
-from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER
+from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.memory import assert_same_bits, make_inputs
 
 Inputs = dict[str, Any]
@@ -111,3 +111,24 @@ def half_read(**options: Any) -> tuple[Inputs, MemoryState]:
     state = make_state(inputs)
     stream(state, inputs, [6], **OPTIONS | {"clip": 0.5, **options})
     return inputs, state
+
+
+def learned(place: Place, **options: Any) -> tuple[dict[str, Any], nn.Parameter, nn.Parameter]:
+    inputs = make_inputs(2, 9, device=place.device, **options)
+    return inputs, nn.Parameter(inputs["keys"].clone()), nn.Parameter(inputs["values"].clone())
+
+
+class Layer(nn.Module):
+    """A module with a memory and a state of it."""
+
+    def __init__(self, buffers: bool = False) -> None:
+        super().__init__()
+        inputs, self.keys, self.values = learned(Place("torch", "cpu"), dtype=torch.float32)
+        if buffers:
+            del self.keys, self.values
+            self.register_buffer("keys", inputs["keys"])
+            self.register_buffer("values", inputs["values"])
+        self.state = MemoryState(self.keys, self.values)
+
+    def forward(self, queries: Tensor, targets: Tensor) -> Tensor:
+        return fast_weight_memory_step(self.state, queries, targets, **OPTIONS)
