@@ -50,7 +50,7 @@ QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
 FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "idw_silu", "clip")
 
 
-def check(inputs: dict[str, Any], place: Place, **options: Any) -> None:
+def check_memory(inputs: dict[str, Any], place: Place, **options: Any) -> None:
     """Outputs, slots, weights and all gradients are those of the reference, in float64."""
     inputs = {name: x.to(place.device) for name, x in inputs.items()}
     with testing.poisoned_memory(), testing.assert_unchanged(inputs):
@@ -142,14 +142,14 @@ EDGES = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge, boundary, key_gradient):
     shape, options = EDGES[edge]
-    check(make_inputs(*shape), PLACES[0], **options, boundary=boundary, key_gradient=key_gradient)
+    check_memory(make_inputs(*shape), PLACES[0], **options, boundary=boundary, key_gradient=key_gradient)
 
 
 @pytest.mark.parametrize("edge", [pytest.param(edge, marks=SLOW_IN_INTERPRETER) for edge in EDGES])
 @BOUNDARIES
 def test_edges_in_triton(edge, boundary, triton_place):
     shape, options = EDGES[edge]
-    check(make_inputs(*shape), triton_place, **options, boundary=boundary)
+    check_memory(make_inputs(*shape), triton_place, **options, boundary=boundary)
 
 
 #: keys and values, activations, options
@@ -381,7 +381,7 @@ def small_call(key_gradient: str = "addressing", **options: Any) -> tuple[dict[s
 
 
 @KEY_GRADIENTS
-def test_backward_twice_with_retain_graph(key_gradient, place):
+def test_backward_through_the_memory_twice_with_retain_graph(key_gradient, place):
     """Nothing that backward reads, and no incoming gradient, is spoilt by an earlier backward."""
     inputs = make_inputs(1, 3, mask="real", dtype=torch.float32, device=place.device)
     leaves = leaves_of(inputs)
@@ -396,7 +396,7 @@ def test_backward_twice_with_retain_graph(key_gradient, place):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @KEY_GRADIENTS
-def test_checkpointing(key_gradient, use_reentrant):
+def test_a_checkpointed_memory(key_gradient, use_reentrant):
     leaves, options = small_call(key_gradient)
 
     def outputs(queries, targets, keys, values, gates):
@@ -539,7 +539,7 @@ def test_of_many_keys_only_the_picked_are_kept():
         fast_weight_memory(**{**inputs, **leaves}, **options)
     mine = [size for address, size in saved.items() if address != leaves["keys"].data_ptr()]
     assert max(mine) < 4 * leaves["keys"].nbytes  # of 16 chunks
-    check(inputs, PLACES[0], **options)
+    check_memory(inputs, PLACES[0], **options)
 
 
 @BOUNDARIES
@@ -627,7 +627,7 @@ def assert_compiled_equals_eager(compiled: Callable[..., Any], length: int, **op
 
 
 @BOUNDARIES
-def test_compiled_equals_eager(boundary):
+def test_a_compiled_memory_equals_eager(boundary):
     options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "boundary": boundary}
 
     def step(**inputs):
@@ -639,7 +639,7 @@ def test_compiled_equals_eager(boundary):
 
 @pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
 @BOUNDARIES
-def test_one_compilation_serves_every_number_of_tokens(boundary, addressing_weight):
+def test_one_compilation_of_the_memory_serves_every_number_of_tokens(boundary, addressing_weight):
     options = {"chunk_size": 3, "top_k": 2, "boundary": boundary, "addressing_weight": addressing_weight}
 
     def step(**inputs):
@@ -654,7 +654,7 @@ def test_one_compilation_serves_every_number_of_tokens(boundary, addressing_weig
 
 
 @KEY_GRADIENTS
-def test_compiled_without_gradients(key_gradient):
+def test_a_compiled_memory_without_gradients(key_gradient):
     inputs = make_inputs(dtype=torch.float32)
 
     def read(**inputs):
@@ -667,7 +667,7 @@ def test_compiled_without_gradients(key_gradient):
 @PLACES_SLOW
 @KEY_GRADIENTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(dtype, key_gradient, place):
+def test_autocast_changes_no_memory(dtype, key_gradient, place):
     inputs = make_inputs(1, 3, dtype=torch.float32, device=place.device)
     options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "backend": place.backend}
     expected = named(*run(fast_weight_memory, inputs, **options))

@@ -73,11 +73,11 @@ def assert_same_step(compiled, rows: int, device: str = "cpu"):
 
 
 @PLACES_OF_LAYERS
-def test_compiled_step_equals_eager(place):
+def test_a_compiled_chunk_equals_eager(place):
     assert_same_step(torch.compile(step, fullgraph=True), 20, place.device)
 
 
-def test_one_compilation_serves_every_number_of_tokens():
+def test_one_compilation_of_a_chunk_serves_every_number_of_tokens():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for rows in (20, 33, 7):
@@ -98,7 +98,7 @@ def test_compiled_write_in_place():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(dtype, place):
+def test_autocast_changes_no_operation(dtype, place):
     """An operation's precision is what its arguments say; autocast belongs to the layers around it."""
     leaves, plain_leaves = make_leaves(20, place.device), make_leaves(20, place.device)
 
@@ -122,7 +122,7 @@ def test_autocast_changes_nothing(dtype, place):
 
 @PLACES_OF_LAYERS
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant, place):
+def test_a_checkpointed_chunk(use_reentrant, place):
     leaves, plain_leaves = make_leaves(20, place.device), make_leaves(20, place.device)
     loss(checkpoint(step, *leaves.values(), use_reentrant=use_reentrant)).backward()
     loss(step(**plain_leaves)).backward()
@@ -130,7 +130,7 @@ def test_checkpointing(use_reentrant, place):
         testing.assert_bitwise_equal(leaf.grad, plain_leaves[name].grad, name)
 
 
-def test_backward_twice_with_retain_graph(place):
+def test_backward_through_operations_twice_with_retain_graph(place):
     """Nothing that backward reads is spoilt by an earlier backward."""
     queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(5, 1, 9, 8, device=place.device))
     inputs = testing.make_update_inputs(5, 3, 81, 6, device=place.device)
