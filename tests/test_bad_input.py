@@ -1,6 +1,9 @@
 """What every public function refuses: by which error, that it names the argument and what came, and changes nothing."""
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -646,3 +649,18 @@ def test_a_replay_on_other_tensors_is_refused(name, make_graph):
     with pytest.raises(ValueError, match="`state`"):
         replayed(graph, state, inputs, 8)
     assert_same_bits(contents(state), before)
+
+
+def test_triton_on_cpu_tensors_without_the_interpreter_is_an_error():
+    """In a process of its own: here the interpreter may be on."""
+    script = """
+import torch, fwpkm_kernels
+try:
+    fwpkm_kernels.product_key_lookup(torch.ones(1, 1, 4), torch.ones(1, 2, 3, 2), 1, backend="triton")
+except ValueError as error:
+    assert "`backend`" in str(error) and "TRITON_INTERPRET=1" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwpkm_kernels import MemoryOutput, testing
-from tests.conftest import PLACES, SLOW_IN_INTERPRETER
+import reference
+from fwpkm_kernels import MemoryOutput, fast_weight_memory, testing
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 
 DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
 #: Instead of the fixture `place`, where the interpreter takes many seconds.
@@ -95,3 +96,18 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: 
             assert error <= bound * max(norm, 1e-3), f"{name}: error {error:.3g} over {bound:.3g} of {norm:.3g}"
         else:
             testing.assert_bitwise_equal(x, wanted, name)
+
+
+def check_memory(inputs: dict[str, Any], place: Place, **options: Any) -> None:
+    """Outputs, slots, weights and all gradients are those of the reference, in float64."""
+    inputs = {name: x.to(place.device) for name, x in inputs.items()}
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        actual = named(*run(fast_weight_memory, inputs, **options, backend=place.backend))
+    assert_close(actual, named(*run(reference.fast_weight_memory, inputs, **options)))
+
+
+def small_call(key_gradient: str = "addressing", **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Leaves and options of a call of three chunks with a mask."""
+    options = {"chunk_size": 3, "top_k": 2, "key_gradient": key_gradient, **options}
+    inputs = make_inputs(2, 8, mask="real", dtype=torch.float32)
+    return leaves_of(inputs), {**options, "mask": inputs["mask"]}
