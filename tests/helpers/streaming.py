@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -132,3 +132,9 @@ class Layer(nn.Module):
 
     def forward(self, queries: Tensor, targets: Tensor) -> Tensor:
         return fast_weight_memory_step(self.state, queries, targets, **OPTIONS)
+
+
+def buffers_of(state: MemoryState) -> Iterator[Tensor]:
+    yield from (state.keys, state.values, state._position, state._touched)
+    if state._queue is not None:
+        yield from state._queue
