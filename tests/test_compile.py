@@ -83,12 +83,12 @@ def assert_same_training(
     frames = []
     for length in (13, 18, 12, 22):  # products of fewer rows on a CPU are compiled otherwise by inductor itself
         results = []
-        for run, optimizer in zip(runs, optimizers, strict=True):
+        for forward, optimizer in zip(runs, optimizers, strict=True):
             x = make_x(length, seed=length).to(place.device).requires_grad_()
-            if mark and run is runs[0]:
+            if mark and forward is runs[0]:
                 torch._dynamo.mark_dynamic(x, 1)
             optimizer.zero_grad()
-            outputs = run(x)
+            outputs = forward(x)
             squares(outputs).backward()
             optimizer.step()
             results.append([*outputs, x.grad])
