@@ -1,11 +1,7 @@
 """Past 2³¹: tables, strides and numbers of accesses that 32 bits do not hold; and what is refused by name."""
 
 import functools
-import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,44 +29,12 @@ from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, position_dtype, row_dtype
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
-from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.memory import make_inputs, named, run
 from tests.helpers.picks import make_picks
 from tests.helpers.scans import Chunk, make_chunk
 
-#: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
-PATIENCE = 30
-
-
-def wait_for_room(gigabytes: float, patience: float = PATIENCE) -> None:
-    """Skip the test if other processes do not leave so much of the GPU's memory for so many seconds."""
-    end = time.monotonic() + patience
-    while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
-        if time.monotonic() >= end:
-            pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB were free for {patience} s")
-        time.sleep(0.5)
-
-
-@pytest.fixture
-def gigabytes() -> int:
-    """What of a GPU's memory a test needs for itself; 0, unless its parameters say so, for up to a tenth of it."""
-    return 0
-
-
-@pytest.fixture(autouse=True)
-def _room(gigabytes: int) -> Iterator[None]:
-    """A GPU's memory is shared by all processes of the suite: a test that needs most of it runs alone of this file."""
-    if not HAS_GPU:
-        yield
-        return
-    import fcntl  # not on Windows
-
-    with open(Path(tempfile.gettempdir()) / f"fwpkm-kernels-tests-{os.getuid()}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if gigabytes else fcntl.LOCK_SH)
-        torch.cuda.empty_cache()
-        wait_for_room(gigabytes)
-        yield
-        torch.cuda.empty_cache()
+pytestmark = pytest.mark.usefixtures("room")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
