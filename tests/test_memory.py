@@ -432,3 +432,20 @@ def test_operations_of_the_torch_backend_on_a_gpu():
     with testing.poisoned_memory():
         for on_gpu, on_cpu in zip(run("cuda"), run("cpu"), strict=True):
             torch.testing.assert_close(on_gpu, on_cpu)
+
+
+@KEY_GRADIENTS
+def test_without_gradients_nothing_is_kept_and_the_bits_are_the_same(key_gradient, place):
+    inputs = make_inputs(2, 3, mask="real", dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "weight_decay": 0.1, "backend": place.backend}
+    leaves = leaves_of(inputs)
+    expected = fast_weight_memory(**{**inputs, **leaves}, **options)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        without_leaves = fast_weight_memory(**inputs, **options)
+        with torch.no_grad():
+            outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
+    assert not saved
+    assert not any(x.requires_grad for x in (*outputs, *without_leaves))
+    assert_same_bits(outputs._asdict(), expected._asdict())
+    assert_same_bits(without_leaves._asdict(), expected._asdict())

@@ -71,7 +71,7 @@ def disturb(device: str, seed: int) -> None:
 
 
 def assert_same_bits_always(function: Function, device: str, runs: int = RUNS) -> None:
-    """Every run gives the same bits: see the top of this file for what differs between them."""
+    """Every run gives the same bits: the top of tests/test_determinism.py says what differs between them."""
 
     def disturbed() -> Any:
         number = next(numbers)
