@@ -14,10 +14,10 @@ from .chunks import count_read_positions, count_writes, rows_of
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .options import OPTIONS_SCHEMA, Options
+from .options import Options, schema_of
 from .plan import row_dtype
-from .records import Plan
-from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
+from .records import Addresses, Plan
+from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
 from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
 
 WEIGHTINGS = ("softmax", "silu", "relu")
@@ -120,7 +120,7 @@ def run_forward(
 @operator(
     "fast_weight_memory",
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
-    f"{OPTIONS_SCHEMA}) -> Tensor[]",
+    f"{schema_of(Options)}) -> Tensor[]",
 )
 def _forward_op(
     queries: Tensor,
@@ -186,7 +186,7 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
 @operator(
     "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
-    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
+    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(
     grad_output: Tensor | None,

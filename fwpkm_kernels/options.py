@@ -1,4 +1,8 @@
-"""The options of the whole memory, in one record, and what each of its parts is given of them."""
+"""Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
+
+A new option of the memory is a field of `Options` here, an argument of `FastWeightMemory.forward`, of
+`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,12 +11,50 @@ import torch
 from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
 from .records import Layout
 
-#: The fields of `Options` in the schema of an operator.
-OPTIONS_SCHEMA = (
-    "int chunk_size, int top_k, int lookahead, str score, float eps, str weighting, float temperature, float lr, "
-    "float weight_decay, float? clip, float addressing_weight, str key_gradient, str step, str boundary, "
-    "str precision, str backend"
-)
+_SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
+
+
+def schema_of(record: type) -> str:
+    """The fields of a record of options as arguments in the schema of an operator."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in record.__annotations__.items())
+
+
+class Lookup(NamedTuple):
+    """The options of `product_key_lookup`, in its order."""
+
+    top_k: int
+    score: str = "idw"
+    eps: float = 1e-3
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+
+class KeyStep(NamedTuple):
+    """The options of `product_key_update`, in its order."""
+
+    top_k: int
+    score: str = "idw"
+    eps: float = 1e-3
+    lr: float = 1.0
+    weight: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+    @property
+    def lookup(self) -> Lookup:
+        """Those of the lookup whose picks the step moves."""
+        return Lookup(self.top_k, self.score, self.eps, self.precision, self.backend)
+
+
+class Write(NamedTuple):
+    """What a write to values does besides adding up, in the order of its operators."""
+
+    lr: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    backend: str = "auto"
 
 
 class Options(NamedTuple):
@@ -68,6 +110,11 @@ class Options(NamedTuple):
         """Those of `step_keys`."""
         names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
         return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+
+    @property
+    def write(self) -> Write:
+        """Those of a write."""
+        return Write(self.lr, self.weight_decay, self.clip, self.backend)
 
     def keeps_picks(self, batch: int, num_keys: int) -> bool:
         """Whether backward needs less of the keys of a chunk if it keeps a row for each pick, instead of all n."""

@@ -18,6 +18,15 @@ class Plan(NamedTuple):
     end: Tensor  #: one past where it ends, likewise
 
 
+class Addresses(NamedTuple):
+    """What a lookup of M rows of queries finds."""
+
+    scores: Tensor  #: [M, H, K], in the compute dtype
+    slots: Tensor  #: int64 [M, H, K]
+    half_scores: Tensor  #: [M, H, 2, K], descending, in the compute dtype
+    sub_keys: Tensor  #: int32 [M, H, 2, K]: what these are of, as rows of keys.view(H·2·n, Dk/2)
+
+
 class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 

@@ -22,7 +22,7 @@ from .kernels import compute_dtype
 from .key_step import step_keys
 from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
-from .options import OPTIONS_SCHEMA, Options
+from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
 from .records import Plan, Queue, Tokens
 from .scans import read, write
@@ -330,7 +330,7 @@ _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for 
     "fast_weight_memory_step",
     mutates_args=_STATE_FIELDS,
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS))}, "
-    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> Tensor",
+    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {schema_of(Options)}) -> Tensor",
     tags=_STEP_TAGS,
 )
 def _step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> Tensor:
@@ -348,7 +348,7 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     "fast_weight_memory_first_step",
     mutates_args=_STATE_FIELDS[:4],
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS[:4]))}, "
-    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> "
+    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {schema_of(Options)}) -> "
     f"({', '.join(['Tensor'] * (1 + len(Queue._fields)))})",
     tags=_STEP_TAGS,
 )
