@@ -37,18 +37,13 @@ def make_inputs(
     layout: str = "contiguous",
 ) -> dict[str, Any]:
     """The tensor arguments by name; ``mask`` is None, one of MASK_KINDS, or "none left", which masks every token."""
-    activations = activations_dtype or dtype
-    lookup = {"seed": seed, "dtype": activations, "keys_dtype": torch.promote_types(dtype, torch.float32)}
-    queries, keys = testing.make_lookup_inputs((batch, length), heads, num_keys, key_width, **lookup)
-    kind = "bool" if mask == "none left" else mask
-    kinds = {"gates": gates, "mask": kind, "dtype": dtype, "activations_dtype": activations}
-    update = testing.make_update_inputs(batch * length, 1, num_keys**2, width, seed=seed + 1, **kinds)
-    by_token = {"targets": update.targets, "gates": update.gates, "mask": update.mask}
-    inputs = {"queries": queries, "targets": update.targets, "keys": keys, "values": update.values}
-    inputs |= {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items() if x is not None}
+    inputs = testing.make_memory_inputs(
+        batch, length, heads, num_keys, key_width, width, gates=gates, mask="bool" if mask == "none left" else mask,
+        seed=seed, dtype=dtype, activations_dtype=activations_dtype, device=device, layout=layout,
+    )  # fmt: skip
     if mask == "none left":
-        inputs["mask"] = torch.zeros_like(inputs["mask"])
-    return {name: testing.with_layout(x.to(device), layout) for name, x in inputs.items()}
+        inputs.mask.zero_()
+    return {name: x for name, x in inputs._asdict().items() if x is not None}
 
 
 def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
