@@ -17,7 +17,7 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._operators import operator
 from .kernels import compute_dtype
-from .memory import Kept, fast_weight_memory, run_backward, run_forward
+from .memory import fast_weight_memory, run_backward, run_forward
 from .options import Options, schema_of
 
 
@@ -315,7 +315,8 @@ def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *o
 
 @operator(
     "fast_weight_memory_documents_backward",
-    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {schema_of(Options)}) -> Tensor[]",
+    schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, "
+    f"{_INPUTS}, {schema_of(Options)}) -> Tensor[]",
 )
 def _documents_backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
@@ -331,7 +332,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
             for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
         )
         grads = (grad_y, grad_k, grad_v)
-        kept = Kept(*run_forward(q, y, k, v, g, None, True, o)[5:])
+        _, kept = run_forward(q, y, k, v, g, None, True, o)
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
         for place, x in enumerate(found):
             if place in (2, 3):  # of the memory, which all documents begin with or each its own

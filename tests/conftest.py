@@ -85,6 +85,27 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def as_another(here: Path) -> Iterator[None]:
+    """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
+    here.chmod(0o777)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
 def triton_place() -> Place:
     return PLACES[1]
 

@@ -316,7 +316,7 @@ FAULTS = [
     Fault(
         "written-rows-decay-twice",
         "kernels/update.py",
-        "decay_rows(values, written.index_fill_(0, rows.long(), 1), decay=decay)",
+        "decay_rows(values, written.index_fill_(0, plan.rows.long(), 1), decay=decay)",
         "decay_rows(values, written, decay=decay)",
         "rows that were written, decay included, decay again",
         "update",
@@ -325,8 +325,8 @@ FAULTS = [
     Fault(
         "order-taken-for-its-inverse",
         "kernels/update.py",
-        "torch.empty_like(start).scatter_(0, order, start)",
-        "start[order]",
+        "torch.empty_like(plan.start).scatter_(0, plan.order, plan.start)",
+        "plan.start[plan.order]",
         "an access finds another row of Ĝ'",
         "update",
         "options",
@@ -334,7 +334,7 @@ FAULTS = [
     Fault(
         "decay-missing-in-backward-of-a-write",
         "update.py",
-        "grad_out * (1.0 - lr * weight_decay)",
+        "grad_out * (1.0 - o.lr * o.weight_decay)",
         "grad_out",
         "dvalues without 1 - lr·wd",
         "update",
@@ -352,8 +352,8 @@ FAULTS = [
     Fault(
         "clamp-below-missing",
         "update.py",
-        "totals.clamp_(-clip, clip)",
-        "totals.clamp_(max=clip)",
+        "totals.clamp_(-o.clip, o.clip)",
+        "totals.clamp_(max=o.clip)",
         "G is not bounded from below",
         "update",
         "options or hot",
@@ -361,8 +361,8 @@ FAULTS = [
     Fault(
         "clamp-active-at-its-bound-torch",
         "update.py",
-        "totals.abs() <= clip",
-        "totals.abs() < clip",
+        "totals.abs() <= o.clip",
+        "totals.abs() < o.clip",
         "no gradient where |G| = clip",
         "update",
         "bound_of_the_clip",
@@ -708,8 +708,8 @@ FAULTS = [
     Fault(
         "unfilled-chunk-decays",
         "scans.py",
-        "weight_decay=o.weight_decay if chunk.is_written else 0.0",
-        "weight_decay=o.weight_decay",
+        "o.write if chunk.is_written else o.write._replace(weight_decay=0.0)",
+        "o.write",
         "a last chunk that waits decays the table, if gradients are wanted",
         "memory properties",
         "edges or (in_torch and fast_weight_memory)",
@@ -735,8 +735,8 @@ FAULTS = [
     Fault(
         "backward-in-forward-order",
         "scans.py",
-        "in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):",
-        "in zip(chunks, of_reads, of_accesses, strict=True):",
+        "in reversed(list(of_chunks)):",
+        "in of_chunks:",
         "the value scan's backward goes from the first chunk to the last",
         "golden_chunk memory properties",
         "edges or value_scan or (in_torch and fast_weight_memory)",
@@ -946,8 +946,8 @@ FAULTS = [
     Fault(
         "key-step-over-the-carried",
         "streaming.py",
-        "step_keys(keys, window[carried * batch :], half_scores",
-        "step_keys(keys, window[: len(half_scores)], half_scores",
+        "chunk = window[writes.carried * queue.gates.shape[1] :]",
+        "chunk = window[: len(half_scores)]",
         "the queries of the key step are those of L tokens before",
         "streaming properties",
         "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
@@ -1049,7 +1049,7 @@ FAULTS = [
     ),
     Fault(
         "outputs-tried-when-all-is-done",
-        "demo.py",
+        "demo/__main__.py",
         "    check_outputs(arguments.json, arguments.plot, read=arguments.file)\n",
         "",
         "that a file cannot be written shows after the work",

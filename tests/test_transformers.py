@@ -839,7 +839,7 @@ def test_a_trainer_runs_ten_steps(tmp_path):
 
 
 def test_the_ten_lines(tmp_path):
-    """Those of the README, on a small model."""
+    """Those of docs/layers.md, on a small model."""
     words = {"[PAD]": 0, "[UNK]": 1, **{word: index for index, word in enumerate("abcdef", 2)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -847,7 +847,7 @@ def test_the_ten_lines(tmp_path):
     qwen().save_pretrained(tmp_path)
     prompts = ["a b c d e f a b", "c d"]
 
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "layers.md").read_text("utf-8"), re.DOTALL)
     (lines,) = (block for block in blocks if "add_memory" in block)
     lines = lines.replace('"Qwen/Qwen3-0.6B"', "folder").replace("layers=[2, 14]", "layers=[0, 2]")
     lines = lines.replace("num_keys=512, chunk_size=512", "**MEMORY").replace("max_new_tokens=64", "max_new_tokens=8")
