@@ -1137,7 +1137,7 @@ FAULTS = [
     ),
     Fault(
         "padding-in-the-window",
-        "documents.py",
+        "layers/convolution.py",
         "running = F.pad(real.long().cumsum(1), (1, 0))",
         "running = F.pad(torch.ones_like(real).long().cumsum(1), (1, 0))",
         "the convolution sees a gap where padding was",
@@ -1146,7 +1146,7 @@ FAULTS = [
     ),
     Fault(
         "window-over-a-border",
-        "documents.py",
+        "layers/convolution.py",
         "places = running[:, :-1] + before * (documents.numbers(x.device) + 1)",
         "places = running[:, :-1] + before",
         "the convolution sees the end of the document before",
@@ -1173,7 +1173,7 @@ FAULTS = [
     ),
     Fault(
         "pairs-across-a-border",
-        "layers/fast_weight.py",
+        "documents.py",
         "    within = within.unsqueeze(0)\n",
         "    within = torch.ones_like(within).unsqueeze(0)\n",
         'scope="batch" writes a pair whose target is in another document',
@@ -1201,24 +1201,24 @@ FAULTS = [
     Fault(
         "evaluation-is-pending",
         "layers/fast_weight.py",
-        'if self.initial_memory == "persistent" and self.training and not _in_backward():',
-        'if self.initial_memory == "persistent" and not _in_backward():',
+        'if self.initial_memory == "persistent" and self.training and not is_again:',
+        'if self.initial_memory == "persistent" and not is_again:',
         "advance_memory commits what evaluation has read",
         "layers_training",
         "exactly_once",
     ),
     Fault(
         "advance-again",
-        "layers/fast_weight.py",
-        "        layer._pending = None\n\n\ndef _in_backward",
-        "        pass\n\n\ndef _in_backward",
+        "layers/advance.py",
+        "        layer._pending = None\n",
+        "        pass\n",
         "a memory stays pending after it was committed",
         "layers_training",
         "exactly_once or resized",
     ),
     Fault(
         "advance-by-the-sum",
-        "layers/fast_weight.py",
+        "layers/advance.py",
         "memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))",
         "memory.add_(moved)",
         "memories move by the sum over ranks",
@@ -1275,7 +1275,7 @@ FAULTS = [
         "    is_compileable = True\n",
         "    is_compileable = False\n",
         "a static cache drops the mask of single tokens",
-        "transformers",
+        "transformers_caches",
         "static or generat",
     ),
     Fault(
@@ -1284,7 +1284,7 @@ FAULTS = [
         "mask[:, seen : seen + tokens.shape[1]]",
         "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
-        "transformers",
+        "transformers_caches",
         "padding or cut or piece",
     ),
     Fault(
@@ -1293,7 +1293,7 @@ FAULTS = [
         "            while len(cache.layers) < layers:\n                cache.layers.append(kind())\n",
         "",
         "attention of a later layer finds the memory under its index",
-        "transformers",
+        "transformers_caches",
         "without_a_config",
     ),
     Fault(
@@ -1302,7 +1302,7 @@ FAULTS = [
         "        other.memory = None if self.memory is None else self.memory.clone()\n",
         "        pass\n",
         "a prompt that was read once is continued many times in one memory",
-        "transformers",
+        "transformers_caches",
         "copied_cache",
     ),
     Fault(

@@ -37,10 +37,7 @@ class Found(NamedTuple):
 def golden_cases() -> list[Any]:
     return [
         pytest.param(
-            place,
-            name,
-            id=f"{place.backend}-{name}",
-            marks=SLOW_IN_INTERPRETER if place.backend == "triton" else [],
+            place, name, id=f"{place.backend}-{name}", marks=SLOW_IN_INTERPRETER if place.backend == "triton" else []
         )
         for place in PLACES
         for name in GOLDEN_LAYERS

@@ -325,8 +325,8 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "norm_eps": (ValueError, {"norm_eps": -1.0}, "at least 0.0, got -1.0"),
     "precision": (ValueError, {"precision": "fp8"}, "got 'fp8'"),
     "backend": (ValueError, {"backend": "cuda"}, "got 'cuda'"),
-    "table of another size": (ValueError, {"table": ValueTable(24, 7)}, r"\[25, 7\], got \[24, 7\]"),
-    "table of another width": (ValueError, {"table": ValueTable(25, 8)}, r"\[25, 7\], got \[25, 8\]"),
+    "table of another size": (ValueError, {"table": ValueTable(24, 7)}, r"value_dim = 7, got \[24, 7\]"),
+    "table of another width": (ValueError, {"table": ValueTable(25, 8)}, r"value_dim = 7, got \[25, 8\]"),
     "table of another kind": (TypeError, {"table": torch.zeros(25, 7)}, "ValueTable, got Tensor"),
 }
 
