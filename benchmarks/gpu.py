@@ -52,12 +52,10 @@ echo "the fuzzer ended with status $status"; seed=$((seed + 1)); [ $seed -lt 9 ]
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("scans", "chunks", "lookup", "gather", "update", "key_step")),
     *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
-    *(
-        f"tests/test_{name}.py"
-        for name in ("determinism", "threads", "debug", "golden_chunk", "torch", "layers_documents")
-    ),
+    *(f"tests/test_{name}.py" for name in ("determinism", "launch_tables", "threads", "debug", "golden_chunk")),
+    *(f"tests/test_{name}.py" for name in ("autograd", "compile", "checkpoint", "layers_documents")),
 ]
-ALONE = ["tests/test_scale.py"]
+ALONE = ["tests/test_limits.py", "tests/test_large.py"]
 #: A test or a measurement that takes longer on a GPU hangs: what has to compile every kernel takes half of this.
 HANGS = 60
 #: Seconds between two summaries; and from the interruption of a process to its end, of pytest, which still reports, and

@@ -22,8 +22,8 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
+from tests.helpers.graphs import OnGpu, Rerun
 from tests.helpers.results import MACHINE, ROWS, shrunk
-from tests.test_graphs import OnGpu, Rerun
 
 
 @pytest.fixture(autouse=True, scope="module")

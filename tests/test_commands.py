@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from fwpkm_kernels._commands import CommandError, need, one_line, try_all
-from tests.helpers.files import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 
