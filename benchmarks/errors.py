@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, try_all, write_output
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 
 TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)

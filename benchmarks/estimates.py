@@ -67,7 +67,7 @@ TRIPS: dict[str, Callable[[Any], float]] = {
 }
 
 
-#: In a graph of streaming steps a chunk's plan and values run beside addresses (`fwpkm_kernels.streaming.Lanes`).
+#: In a graph of streaming steps a chunk's plan and values run beside addresses (`fwpkm_kernels.lanes.Lanes`).
 LANES = {"plan": "plan", "read": "values", "write": "values"}
 
 

@@ -1,7 +1,7 @@
 """Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
 
 A new option of the memory is a field of `Options` here, an argument of `FastWeightMemory.forward`, of
-`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
+`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_options`, and the code that it changes.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _checks as checks
 from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
 from .records import Layout
+
+WEIGHTINGS = ("softmax", "silu", "relu")
+KEY_GRADIENTS = ("addressing", "all")
+STEPS = ("paper", "gradient", "normalized")
+BOUNDARIES = ("carry", "drop")
 
 _SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
 
@@ -130,6 +136,30 @@ class Options(NamedTuple):
     def keys_move(self) -> bool:
         """Whether a key step can change the keys at all."""
         return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
+
+
+def check_options(o: Options, dtype: torch.dtype) -> Options:
+    """Validate what a memory adds to the options of its lookup; returns them with their numbers as ints and floats.
+
+    `dtype` is that of the sums, in which numbers must be finite.
+    """
+    chunk_size = checks.check_int("chunk_size", o.chunk_size, minimum=1)
+    lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
+    if lookahead > chunk_size:
+        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
+    checks.check_choice("weighting", o.weighting, WEIGHTINGS)
+    checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
+    checks.check_choice("step", o.step, STEPS)
+    checks.check_choice("boundary", o.boundary, BOUNDARIES)
+    return o._replace(
+        chunk_size=chunk_size,
+        lookahead=lookahead,
+        temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
+        lr=checks.check_number("lr", o.lr, dtype),
+        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
+        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
+        addressing_weight=checks.check_number("addressing_weight", o.addressing_weight, dtype),
+    )
 
 
 #: Where users give `gates` and `mask`: before this one of the options.

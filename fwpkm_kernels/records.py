@@ -101,3 +101,13 @@ class Writes(NamedTuple):
     write_weights: Tensor  #: c, [R, J]
     counts: Tensor  #: n_s, int32 [R, J]
     plan: Plan  #: of each chunk, as `within_chunks` makes it
+
+
+class MemoryOutput(NamedTuple):
+    """What a sequence leaves behind."""
+
+    output: Tensor  #: [B, T, D], in the targets' dtype
+    keys: Tensor  #: [H, 2, n, Dk/2], after the last write
+    values: Tensor  #: [N, D], after the last write
+    slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
+    weights: Tensor  #: [B, T, J], of the output reads; not differentiable

@@ -5,7 +5,6 @@ A step reads its tokens from the present state. When the last token of a chunk h
 were read are not looked up again, but for the `lookahead` ones that are carried into the next chunk.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,14 @@ from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
 from .kernels import compute_dtype
 from .key_step import step_keys
+from .lanes import Lanes
 from .lookup import lookup_halves
-from .memory import count_most_accesses, run_scans
+from .memory import count_most_accesses
 from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
 from .records import Addresses, Plan, Queue, Tokens, each
 from .scans import read
+from .sequence import run_scans
 from .state import MemoryState, check_step
 from .update import write
 from .weights import fold_write_weights, weigh, write_scale
@@ -91,7 +92,7 @@ def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
         buffer[where] = 1.0 if x is None else x
 
 
-def close_chunk(memory: Memory, is_first: bool, lanes: "Lanes", o: Options) -> None:
+def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
 
     Once in a capture: the reads do not wait for writes on another lane.
@@ -116,7 +117,7 @@ def close_chunk(memory: Memory, is_first: bool, lanes: "Lanes", o: Options) -> N
 
 
 def read_and_close_chunk(
-    memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: "Lanes", o: Options
+    memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: Lanes, o: Options
 ) -> None:
     """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
@@ -176,49 +177,6 @@ def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
         touched.fill_(1)
     else:
         touched.index_fill_(0, slots.flatten(), 1)
-
-
-class Lanes:
-    """What the parts of a chunk run on beside each other in a CUDA graph: streams; where nothing is captured, nothing.
-
-    Addresses stay on the stream that is captured: so those of the next chunk need not wait for the values of this one.
-    """
-
-    def __init__(self, is_capturing: bool = False) -> None:
-        self.plans: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
-        self.values: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
-        self._open: list[torch.cuda.Stream] = []  #: on which something has been launched
-        #: Memory that is freed on one stream may be handed out on it while another still reads: so nothing is freed.
-        self._held: list[Any] = []
-
-    def on(self, lane: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager[Any]:
-        """Launch on a lane, after all that has been launched on the present stream."""
-        if lane is None:
-            return contextlib.nullcontext()
-        lane.wait_stream(torch.cuda.current_stream())
-        if lane not in self._open:
-            self._open.append(lane)
-        return torch.cuda.stream(lane)
-
-    def hold(self, *tensors: Any) -> None:
-        """Keep what several lanes read until all of them have ended."""
-        if self.plans is not None:
-            self._held.append(tensors)
-
-    def wait(self, lane: "torch.cuda.Stream | None") -> None:
-        """Let the present stream wait for a lane."""
-        if lane is not None:
-            torch.cuda.current_stream().wait_stream(lane)
-
-    def join(self) -> None:
-        """Let the present stream wait for all lanes that were launched on; then nothing is held any more.
-
-        The others are no part of what is captured: to wait for them would be an error.
-        """
-        for lane in self._open:
-            self.wait(lane)
-        self._open.clear()
-        self._held.clear()
 
 
 class ChunkWrites(NamedTuple):
@@ -468,19 +426,18 @@ def fast_weight_memory_step(
     o = check_step(state, queries, targets, gates, mask, o)
     if not state._made_in_export:
         refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)
-    # The operator asks as well, but after what is not bound yet has been. Not so in a compiled function, which binds
-    # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
+    # Refuse before `_bind` changes the state. Compiled code binds after its operators have run, and a bound state has
+    # nothing to lose: there the operator's check is enough, and the only one, as a checkpoint's policy may skip it.
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
-    gates, mask = each(Tensor.detach, gates, mask)
-    tokens = (queries.detach(), targets.detach(), gates, mask)
+    tokens = each(Tensor.detach, queries, targets, gates, mask)
     if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
 
 
-def _run_step(state: MemoryState, tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None], o: Options) -> Tensor:
+def _run_step(state: MemoryState, tokens: tuple[Any, ...], o: Options) -> Tensor:
     """Bind the state at its first step, and run the operator."""
     queries, targets, _, _ = tokens
     output: Tensor

@@ -797,7 +797,7 @@ FAULTS = [
     ),
     Fault(
         "input-table-written",
-        "memory.py",
+        "sequence.py",
         "new_values = values.clone(memory_format=torch.contiguous_format)",
         "new_values = values.contiguous()",
         "the memory writes into the table that it was given",
@@ -806,7 +806,7 @@ FAULTS = [
     ),
     Fault(
         "incoming-gradient-overwritten",
-        "memory.py",
+        "sequence.py",
         "table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)",
         "table_grad = table_grad.zero_() if grad_values is None else grad_values.contiguous()",
         "backward writes into the gradient of the final table",

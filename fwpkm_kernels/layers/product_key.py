@@ -10,7 +10,7 @@ from .. import _checks as checks
 from ..gather import sparse_value_gather
 from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
-from ..memory import WEIGHTINGS
+from ..options import WEIGHTINGS
 from ..weights import weigh
 from .norm import RMSNorm
 from .table import ValueTable, check_table, keep
