@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.eager import EPS
 from benchmarks.inputs import Configuration
 from benchmarks.providers import Provider
 from fwpkm_kernels.options import Options
@@ -27,8 +28,6 @@ from reference.memory import MemoryOutput
 
 #: The environment variable that names the folders.
 FOLDERS = "FWPKM_PEERS"
-#: ε of every row.
-_EPS = Options().eps
 
 
 def providers(operation_name: str) -> list[Provider]:
@@ -151,7 +150,7 @@ def _fast_weight_retrieve(
     memory.keys = keys.transpose(0, 1)
     rows = queries.to(keys.dtype).flatten(1).unsqueeze(0)
     targets = rows.new_zeros(1, rows.shape[1], heads)
-    return memory, memory.retrieve(targets, idw_eps=_EPS, query_tokens=rows)[1]
+    return memory, memory.retrieve(targets, idw_eps=EPS, query_tokens=rows)[1]
 
 
 def _fast_weight_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
@@ -163,7 +162,7 @@ def _fast_weight_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -
 def _fast_weight_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float) -> Tensor:
     _require({"heads": keys.shape[0], "score": score}, heads=1, score="idw")
     memory, found = _fast_weight_retrieve(queries, keys, top_k, weight=weight)
-    _, steps = memory.store(found, idw_eps=_EPS)  # [2, 1, H, n, Dk/2]
+    _, steps = memory.store(found, idw_eps=EPS)  # [2, 1, H, n, Dk/2]
     return keys + steps[:, 0].transpose(0, 1)
 
 
@@ -180,14 +179,14 @@ def _fast_weight_sequence(
     # it keeps a memory for each item of a batch, and tables of their own for the heads
     given = {"batch": batch, "heads": heads, **o._asdict()}
     _require(given, batch=1, heads=1, lookahead=1, score="idw", weighting="softmax", temperature=1, step="paper")
-    _require(given, weight_decay=0, clip=None, key_gradient="addressing", boundary="drop", eps=_EPS)
+    _require(given, weight_decay=0, clip=None, key_gradient="addressing", boundary="drop", eps=EPS)
     memory = _fast_weight(keys, values.unsqueeze(1), o.top_k)
     past = None
     outputs, slots, weights = [], [], []
     for start in range(0, length, o.chunk_size):
         chunk = slice(start, start + o.chunk_size)
         rows = queries[:, chunk].flatten(2)
-        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=_EPS, query_tokens=rows)
+        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=EPS, query_tokens=rows)
         outputs.append(output)
         slots.append(found["final_indices"].flatten(2))
         weights.append(found["final_scores"].flatten(2))
@@ -195,7 +194,7 @@ def _fast_weight_sequence(
         written = torch.ones_like(output[..., 0]) * (torch.arange(tokens, device=output.device) < tokens - 1)
         memory.learning_rate = o.lr * o.top_k * tokens / max(1, tokens - 1)
         memory.addressing_loss_weight = o.addressing_weight * o.lr / memory.learning_rate
-        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=_EPS)
+        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=EPS)
         past = _load(_FAST_WEIGHT).Memories(*stored)
     if past is not None:
         keys, values = keys + past.keys[:, 0].transpose(0, 1), values + past.memory_values[0, :, 0]
@@ -235,7 +234,7 @@ def _authors_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, **options: Any) -> MemoryOutput:
     """Its module's forward, as it trains. Final keys and values have no gradient: it leaves them in its parameters."""
     o = Options(**options)
-    _require(o._asdict(), eps=_EPS, step="paper", boundary="drop")
+    _require(o._asdict(), eps=EPS, step="paper", boundary="drop")
     if o.clip not in (None, 1.0):
         raise NotImplementedError(f"`clip` can only be None or 1.0 there, got {o.clip!r}")
     if o.addressing_weight == 0:
