@@ -111,17 +111,10 @@ def _fast_weight(keys: Tensor, values: Tensor, top_k: int, lr: float = 1.0, weig
     width = values.shape[2]
     with torch.device("meta"):
         memory = _load(_FAST_WEIGHT).fwPKM(
-            heads * width,
-            heads=heads,
-            num_memories=sub_keys**2,
-            dim_queries_keys=heads * half,
-            dim_values=heads * width,
-            learning_rate=lr,
-            topk=top_k,
-            addressing_loss_weight=weight,
-            mse_loss_weight_to_keys=0.0,
-            use_boundary_embed=False,
-        )
+            heads * width, heads=heads, num_memories=sub_keys**2, topk=top_k,
+            dim_queries_keys=heads * half, dim_values=heads * width, use_boundary_embed=False,
+            learning_rate=lr, addressing_loss_weight=weight, mse_loss_weight_to_keys=0.0,
+        )  # fmt: skip
     for name in ("keys", "memories", "to_queries", "to_gates", "to_values", "to_out"):
         delattr(memory, name)
     memory.zero = torch.zeros((), device=keys.device)  # it takes its device from this buffer
@@ -215,14 +208,8 @@ def _authors_memory(**options: Any) -> Any:
 
 def _authors_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
     heads, _, sub_keys, half = keys.shape
-    memory = _authors_memory(
-        mem_k_dim=2 * half,
-        mem_v_dim=1,
-        mem_heads=heads,
-        mem_topk=top_k,
-        mem_n_subkeys=sub_keys,
-        qk_score_type=_AUTHORS_SCORES[score],
-    )
+    sizes = {"mem_k_dim": 2 * half, "mem_v_dim": 1, "mem_heads": heads, "mem_topk": top_k, "mem_n_subkeys": sub_keys}
+    memory = _authors_memory(**sizes, qk_score_type=_AUTHORS_SCORES[score])
     scores, slots, *_ = memory.get_indices(queries.to(keys.dtype).contiguous(), keys.flatten(0, 2))
     return scores, slots
 
@@ -242,22 +229,12 @@ def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Te
     heads, width = queries.shape[2:]
     differentiable = torch.is_grad_enabled()
     memory = _authors_memory(
-        mem_k_dim=width,
-        mem_v_dim=values.shape[1],
-        mem_heads=heads,
-        mem_topk=o.top_k,
-        mem_n_subkeys=keys.shape[2],
-        lookahead=o.lookahead,
-        qk_score_type=_AUTHORS_SCORES[o.score],
-        score_nonlinear=o.weighting,
-        score_temperature=o.temperature,
-        learning_rate=o.lr,
-        weight_decay=o.weight_decay,
-        mem_grad_to_values_only=o.key_gradient == "addressing",
-        grad_clip=o.clip is not None,
-        addr_loss_weight=o.addressing_weight,
+        mem_k_dim=width, mem_v_dim=values.shape[1], mem_heads=heads, mem_topk=o.top_k, mem_n_subkeys=keys.shape[2],
+        qk_score_type=_AUTHORS_SCORES[o.score], score_nonlinear=o.weighting, score_temperature=o.temperature,
+        learning_rate=o.lr, weight_decay=o.weight_decay, grad_clip=o.clip is not None, lookahead=o.lookahead,
+        addr_loss_weight=o.addressing_weight, mem_grad_to_values_only=o.key_gradient == "addressing",
         fp32_fw=values.dtype != torch.float64,
-    )
+    )  # fmt: skip
     memory.train(differentiable)
     # Copies, since it overwrites its parameters with what the last chunk leaves; and it takes gradients of its own.
     parameters = {"keys": keys.flatten(0, 2).clone(), "values": values.clone()}
