@@ -42,7 +42,7 @@ OPTIONS = (
     "key_gradient",
 )
 #: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
-QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
+QUICK = ("paper_j_short", "paper_n_topk2")
 #: What it runs in float32 too, in `make test-all`; float32 is no other than elsewhere there.
 FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "idw_silu", "clip")
 
