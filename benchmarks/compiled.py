@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,8 @@ import torch
 
 from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
 
+from .record import Launch, meta, on_meta, recorded_launches, step, training
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -40,21 +42,6 @@ class Case:
 
     name: str
     run: Callable[[], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A kernel and everything its compilation depends on; and where it was launched."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    grid: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Of the kernel."""
-        return str(self.kernel.__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,16 +156,12 @@ ROWS = {
 }
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def _slots(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.int64)
+    return meta(*shape, dtype=torch.int64)
 
 
 def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
-    return [_slots(accesses), *(_meta(accesses, dtype=dtype) for _ in range(3))]
+    return [_slots(accesses), *(meta(accesses, dtype=dtype) for _ in range(3))]
 
 
 def cases() -> list[Case]:
@@ -202,9 +185,9 @@ def cases() -> list[Case]:
         k_dtype: torch.dtype = torch.float32,
         precision: str = "tf32x3",
     ) -> None:
-        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads, 2, n, width // 2, dtype=k_dtype)
+        queries, keys = meta(m, heads, width, dtype=q_dtype), meta(heads, 2, n, width // 2, dtype=k_dtype)
         exact = torch.promote_types(k_dtype, torch.float32)
-        grad = _meta(m, heads, 1, k, dtype=exact).expand(-1, -1, 2, -1)
+        grad = meta(m, heads, 1, k, dtype=exact).expand(-1, -1, 2, -1)
         table, sub_keys = keys.view(-1, width // 2), _slots(m, heads, 2, k)
         result.append(
             Case(
@@ -220,7 +203,7 @@ def cases() -> list[Case]:
                     segments.segment_rows(
                         torch.empty_like(table),
                         queries.view(-1, width // 2),
-                        _meta(m * heads * 2 * k, dtype=exact),
+                        meta(m * heads * 2 * k, dtype=exact),
                         *_plan(m * heads * 2 * k),
                         table=table,
                         centered=idw,
@@ -231,7 +214,7 @@ def cases() -> list[Case]:
 
     def weighed_lookup() -> None:
         options: dict[str, Any] = {"top_k": 8, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
-        lookup.lookup(_meta(512, 1, 512), _meta(1, 2, 512, 256), **options, weights=_meta(512, 1, 8))
+        lookup.lookup(meta(512, 1, 512), meta(1, 2, 512, 256), **options, weights=meta(512, 1, 8))
 
     result.append(Case("lookup/weighed", weighed_lookup))
 
@@ -249,10 +232,10 @@ def cases() -> list[Case]:
         k_dtype: torch.dtype = torch.float32,
     ) -> None:
         exact = torch.promote_types(k_dtype, torch.float32)
-        queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
-        half_scores, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
+        queries, keys = meta(m, heads, width, dtype=q_dtype), meta(heads * 2 * n, width // 2, dtype=k_dtype)
+        half_scores, sub_keys = meta(m, heads, 2, k, dtype=exact), meta(m, heads, 2, k, dtype=torch.int32)
         picks = (queries, half_scores, sub_keys)
-        scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
+        scores, slots = meta(m, heads, k, dtype=exact), _slots(m, heads, k)
         options: dict[str, Any] = {"idw": idw, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip}
 
         def plan(first_row: int) -> tuple[torch.Tensor, ...]:
@@ -268,13 +251,13 @@ def cases() -> list[Case]:
             Case(
                 f"key_step_backward/{name}",
                 lambda: addressing.address_grad(
-                    _meta(*keys.shape, dtype=exact),
+                    meta(*keys.shape, dtype=exact),
                     keys,
                     *picks,
                     scores,
                     slots,
                     plan(8),
-                    _meta(m, heads, width, dtype=exact),
+                    meta(m, heads, width, dtype=exact),
                     first_row=8,
                     eps=1e-3,
                     **options,
@@ -310,10 +293,10 @@ def cases() -> list[Case]:
         ("paper-float64", 4096, 8, 512, 512, torch.float64),
         ("n4096", 4096, 8, 4096, 512, torch.float32),
     ):
-        table = _meta(n * n, width, dtype=dtype)
+        table = meta(n * n, width, dtype=dtype)
         exact = torch.promote_types(dtype, torch.float32)
-        vectors, coefficients, slots = _meta(m, width, dtype=exact), _meta(m, j, dtype=exact), _slots(m, j)
-        grad_out = _meta(m, width, dtype=dtype)
+        vectors, coefficients, slots = meta(m, width, dtype=exact), meta(m, j, dtype=exact), _slots(m, j)
+        grad_out = meta(m, width, dtype=dtype)
 
         def forward(table=table, slots=slots, coefficients=coefficients):  # type: ignore[no-untyped-def]
             gather.gather(table, slots, weights=coefficients, sum_dtype=table.dtype)
@@ -352,9 +335,9 @@ def cases() -> list[Case]:
     ):
         # One chunk: 512 positions, and one before them that is read again to be written.
         m, exact = 513 * batch, torch.promote_types(dtype, torch.float32)
-        table, log = _meta(512 * 512, width, dtype=dtype), _meta(m * j, width, dtype=dtype)
-        errors, weights, slots = _meta(m, width, dtype=exact), _meta(m, j, dtype=exact), _slots(m, j)
-        sequence = _meta(batch, 4096, width, dtype=activations).transpose(0, 1)
+        table, log = meta(512 * 512, width, dtype=dtype), meta(m * j, width, dtype=dtype)
+        errors, weights, slots = meta(m, width, dtype=exact), meta(m, j, dtype=exact), _slots(m, j)
+        sequence = meta(batch, 4096, width, dtype=activations).transpose(0, 1)
         written, read = sequence[511:1023], sequence[512:1024]
 
         def chunk(  # type: ignore[no-untyped-def]
@@ -376,7 +359,7 @@ def cases() -> list[Case]:
         result.append(Case(f"memory_backward/{name}", chunk_backward))
 
         def reset(table=table):  # type: ignore[no-untyped-def]
-            memory.restore_rows(table, table, _meta(table.shape[0], dtype=torch.uint8))
+            memory.restore_rows(table, table, meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
     for name, batch, j, n, exact in (
@@ -387,16 +370,16 @@ def cases() -> list[Case]:
     ):
         # Eight chunks of 512 positions, all but the first with one that is read again.
         layout, reads = (batch, 4096, 512, 1, 1, 1, 8, 4103), 4103 * batch
-        scores, slots, counts = _meta(reads, j, dtype=exact), _slots(reads, j), _meta(reads, j, dtype=torch.int32)
+        scores, slots, counts = meta(reads, j, dtype=exact), _slots(reads, j), meta(reads, j, dtype=torch.int32)
 
         def of_reads(layout=layout, scores=scores, slots=slots, counts=counts, n=n, j=j):  # type: ignore[no-untyped-def]
             row_dtype = torch.int32 if n == 512 else torch.int64
             how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
             by_item = (layout[0], 4096, j)
-            outputs = (_slots(*by_item), _meta(*by_item, dtype=scores.dtype))
+            outputs = (_slots(*by_item), meta(*by_item, dtype=scores.dtype))
             _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
             order = _slots(keys.numel())
-            by_token = _meta(*by_item[1::-1], dtype=scores.dtype)
+            by_token = meta(*by_item[1::-1], dtype=scores.dtype)
             for mask in (None, by_token):  # a token's mask, and its gate
                 chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
                 step = "paper" if mask is None else "normalized"
@@ -405,23 +388,23 @@ def cases() -> list[Case]:
                 grads = (scores, scores, mask, mask, mask)
                 chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
             chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
-            chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
+            chunks.sum_reads(meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
 
         result.append(Case(f"chunks/{name}", of_reads))
 
     def wide() -> None:
         for dtype in (torch.float32, bf16):
-            table, vectors, coefficients = _meta(512 * 512, 512, dtype=dtype), _meta(4096, 512), _meta(4096, 8)
+            table, vectors, coefficients = meta(512 * 512, 512, dtype=dtype), meta(4096, 512), meta(4096, 8)
             plan = _plan(32768, torch.int64)
             update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
             segments.segment_rows(table, vectors, coefficients, *plan)
-        sub_keys, half_scores = _meta(4096, 1, 2, 8, dtype=torch.int32), _meta(4096, 1, 2, 8)
+        sub_keys, half_scores = meta(4096, 1, 2, 8, dtype=torch.int32), meta(4096, 1, 2, 8)
         listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
         by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
         addressing.pick_sums(half_scores, by_sort)
-        keys = _meta(1024, 256)
+        keys = meta(1024, 256)
         step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
-        addressing.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
+        addressing.step_keys(keys, keys, meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
 
     # Rows and positions that need 64 bits.
     result.append(Case("wide/paper", wide))
@@ -429,53 +412,28 @@ def cases() -> list[Case]:
     result.append(
         Case(
             "memory_scalars/paper",
-            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
+            lambda: segments.segment_rows(meta(512 * 512, 1), meta(32768, 1), meta(32768), *_plan(32768)),
         )
     )
 
-    from . import launches as whole_memory
-
     def memory_case(name: str, run: Callable[[], Any]) -> None:
-        def on_meta() -> None:
-            with whole_memory.on_meta():
+        def run_on_meta() -> None:
+            with on_meta():
                 run()
 
-        result.append(Case(f"chunk/{name}", on_meta))
+        result.append(Case(f"chunk/{name}", run_on_meta))
 
     def train(dtype: torch.dtype) -> None:
-        for part in whole_memory.training(8, 1024, dtype):
+        for part in training(8, 1024, dtype):
             part()
 
     # Whatever the memory itself launches.
     memory_case("training", lambda: train(torch.float32))
     memory_case("training-bf16", lambda: train(bf16))
-    memory_case("inference", lambda: whole_memory.step(512, 512)())
-    memory_case("inference-bf16", lambda: whole_memory.step(512, 512, bf16)())
-    memory_case("decode", lambda: whole_memory.step(1, 600)())
+    memory_case("inference", lambda: step(512, 512)())
+    memory_case("inference-bf16", lambda: step(512, 512, bf16)())
+    memory_case("decode", lambda: step(1, 600)())
     return result
-
-
-@contextlib.contextmanager
-def recorded_launches(on_launch: Callable[[Launch], None] = lambda launch: None) -> Iterator[list[Launch]]:
-    """Within the context kernels do not run; their launches are noted in the list, and `on_launch` is told of each."""
-    from triton.runtime.jit import JITFunction
-
-    launches: list[Launch] = []
-    original = JITFunction.run
-
-    def note(self: Any, *args: Any, grid: Any, warmup: Any, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False))
-        options = {}
-        for name, value in kwargs.items():
-            (arguments if name in self.arg_names else options)[name] = value
-        launches.append(Launch(self, arguments, options, tuple(grid)))
-        on_launch(launches[-1])
-
-    JITFunction.run = note
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
 
 
 _TYPES = {

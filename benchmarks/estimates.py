@@ -22,20 +22,17 @@ import torch
 
 from fwpkm_kernels._commands import command, need
 
-from .compiled import Launch, compile_launch, disassemble, executed_instructions, recorded_launches, specialize
+from .compiled import compile_launch, disassemble, executed_instructions, specialize
 from .launches import (
-    CHUNK,
     FIXED_FLOORS,
     INFERENCE,
     TRAINING,
     Count,
     _of_kernel,
     _Operators,
-    on_meta,
     stage,
-    step,
-    training,
 )
+from .record import CHUNK, Launch, on_meta, recorded_launches, step, training
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.

@@ -12,27 +12,34 @@ the next, and everything that it reads again itself does: for an operator its in
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwpkm_kernels._commands import check_outputs, command, need, write_output
 
-from .compiled import Launch, recorded_launches
+from .record import (
+    CHUNK,
+    NUM_KEYS,
+    NUM_SLOTS,
+    PICKS,
+    QUERY,
+    WIDTH,
+    Launch,
+    on_meta,
+    recorded_launches,
+    step,
+    training,
+)
 
 BANDWIDTH = 3.0e12  # bytes a second, of an H100
-#: The paper's sizes: tokens of a chunk for each item, picks, sub-keys, widths of queries and values.
-CHUNK, PICKS, NUM_KEYS, QUERY, WIDTH = 512, 8, 512, 512, 512
-NUM_SLOTS = NUM_KEYS**2
 
 
 class Traffic(NamedTuple):
@@ -359,22 +366,6 @@ def _of_kernel(launch: Launch) -> Traffic:
     return TRAFFIC.get(launch.name, _whole)(arguments)
 
 
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Within the context the memory takes meta tensors for those of a GPU, and its operators run as plain functions."""
-    from fwpkm_kernels import memory, streaming
-
-    with contextlib.ExitStack() as stack:
-        for module, name in ((memory, "_forward_op"), (memory, "_backward_op"), (streaming, "_step_op")):
-            stack.enter_context(mock.patch.object(module, name, getattr(module, name)._init_fn))
-        stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
-        for name in ("cuda.device", "autocast"):
-            stack.enter_context(mock.patch(f"torch.{name}", return_value=contextlib.nullcontext()))
-        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=-1))
-        stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
-        yield
-
-
 def count(function: Callable[[], Any]) -> list[Count]:
     """What a function launches; to be called within `on_meta`."""
     counts: list[Count] = []
@@ -385,44 +376,6 @@ def count(function: Callable[[], Any]) -> list[Count]:
     with recorded_launches(note), _Operators(counts):
         function()
     return counts
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=requires_grad)
-
-
-def training(
-    batch: int, length: int, dtype: torch.dtype = torch.float32
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """`fast_weight_memory` over a sequence, and the backward of what it returned: to be called one after the other."""
-    from fwpkm_kernels import fast_weight_memory
-
-    inputs = (
-        _meta(batch, length, 1, QUERY, dtype=dtype, requires_grad=True),
-        _meta(batch, length, WIDTH, dtype=dtype, requires_grad=True),
-        _meta(1, 2, NUM_KEYS, QUERY // 2, requires_grad=True),
-        _meta(NUM_SLOTS, WIDTH, requires_grad=True),
-    )
-    output: list[torch.Tensor] = []
-
-    def forward() -> None:
-        output.append(fast_weight_memory(*inputs).output)
-
-    def backward() -> None:
-        torch.autograd.grad(output[0], inputs, torch.empty_like(output[0]))
-
-    return forward, backward
-
-
-def step(tokens: int, position: int, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
-    """`fast_weight_memory_step` of one conversation, somewhere in its second chunk."""
-    from fwpkm_kernels import MemoryState, fast_weight_memory_step
-
-    state = MemoryState(_meta(1, 2, NUM_KEYS, QUERY // 2), _meta(NUM_SLOTS, WIDTH))
-    queries, targets = _meta(1, tokens, 1, QUERY, dtype=dtype), _meta(1, tokens, WIDTH, dtype=dtype)
-    fast_weight_memory_step(state, queries[:, :0], targets[:, :0])  # binds
-    state._position.fill_(position)
-    return lambda: fast_weight_memory_step(state, queries, targets)
 
 
 class Row(NamedTuple):

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COMPILE = r"""
 import json, re, sys
-from benchmarks import compiled
+from benchmarks import compiled, record
 for case in compiled.cases():
     if case.name not in ("gather/paper", "gather_backward/paper", "update_decay_clip/paper"):
         continue
-    with compiled.recorded_launches() as launches:
+    with record.recorded_launches() as launches:
         case.run()
     for launch in launches:
         if launch.name not in ("gather_kernel", "segment_kernel"):

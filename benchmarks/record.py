@@ -1,0 +1,103 @@
+"""What the package launches, noted instead of run: on meta tensors of the paper's sizes, without a GPU."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+#: The paper's sizes: tokens of a chunk for each item, picks, sub-keys, widths of queries and values.
+CHUNK, PICKS, NUM_KEYS, QUERY, WIDTH = 512, 8, 512, 512, 512
+NUM_SLOTS = NUM_KEYS**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel and everything its compilation depends on; and where it was launched."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.__name__)
+
+
+@contextlib.contextmanager
+def recorded_launches(on_launch: Callable[[Launch], None] = lambda launch: None) -> Iterator[list[Launch]]:
+    """Within the context kernels do not run; their launches are noted in the list, and `on_launch` is told of each."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: Any, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        options = {}
+        for name, value in kwargs.items():
+            (arguments if name in self.arg_names else options)[name] = value
+        launches.append(Launch(self, arguments, options, tuple(grid)))
+        on_launch(launches[-1])
+
+    with mock.patch.object(JITFunction, "run", note):
+        yield launches
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within the context the memory takes meta tensors for those of a GPU, and its operators run as plain functions."""
+    from fwpkm_kernels import memory, streaming
+
+    with contextlib.ExitStack() as stack:
+        for module, name in ((memory, "_forward_op"), (memory, "_backward_op"), (streaming, "_step_op")):
+            stack.enter_context(mock.patch.object(module, name, getattr(module, name)._init_fn))
+        stack.enter_context(mock.patch.object(Tensor, "is_cuda", True))
+        for name in ("cuda.device", "autocast"):
+            stack.enter_context(mock.patch(f"torch.{name}", return_value=contextlib.nullcontext()))
+        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=-1))
+        stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
+        yield
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
+    """A tensor that has a shape and no elements."""
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+
+
+def training(
+    batch: int, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """`fast_weight_memory` over a sequence, and the backward of what it returned: to be called one after the other."""
+    from fwpkm_kernels import fast_weight_memory
+
+    inputs = (
+        meta(batch, length, 1, QUERY, dtype=dtype, requires_grad=True),
+        meta(batch, length, WIDTH, dtype=dtype, requires_grad=True),
+        meta(1, 2, NUM_KEYS, QUERY // 2, requires_grad=True),
+        meta(NUM_SLOTS, WIDTH, requires_grad=True),
+    )
+    output: list[Tensor] = []
+
+    def forward() -> None:
+        output.append(fast_weight_memory(*inputs).output)
+
+    def backward() -> None:
+        torch.autograd.grad(output[0], inputs, torch.empty_like(output[0]))
+
+    return forward, backward
+
+
+def step(tokens: int, position: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """`fast_weight_memory_step` of one conversation, somewhere in its second chunk."""
+    from fwpkm_kernels import MemoryState, fast_weight_memory_step
+
+    state = MemoryState(meta(1, 2, NUM_KEYS, QUERY // 2), meta(NUM_SLOTS, WIDTH))
+    queries, targets = meta(1, tokens, 1, QUERY, dtype=dtype), meta(1, tokens, WIDTH, dtype=dtype)
+    fast_weight_memory_step(state, queries[:, :0], targets[:, :0])  # binds
+    state._position.fill_(position)
+    return lambda: fast_weight_memory_step(state, queries, targets)
