@@ -73,12 +73,10 @@ class Report:
     instructions: int
     #: that a warp executes: see `executed_instructions`
     executed: int | None
-    #: of the top-k, warp instructions executed for each (token, head) row: see `topk_instructions`
-    topk_per_row: float | None
 
 
 class Rows(NamedTuple):
-    """What a program of a kernel moves as whole rows, in bytes, and what is a row of the top-k.
+    """What a program of a kernel moves as whole rows, in bytes.
 
     Each is a function of the launch's arguments, with the size of an element in place of every tensor.
     """
@@ -87,16 +85,12 @@ class Rows(NamedTuple):
     loads: Callable[[Any], int] = lambda x: 0
     #: rows stored at a time
     stores: Callable[[Any], int] = lambda x: 0
-    #: top-k kernels: (token, head) rows of the whole launch
-    topk: Callable[[Any], int] | None = None
 
 
 #: Every kernel of the package.
 ROWS = {
-    "half_topk_kernel": Rows(topk=lambda x: x.M * x.grid[2] // 2),
-    "merge_kernel": Rows(
-        loads=lambda x: x.IDW * min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr, topk=lambda x: x.grid[0]
-    ),
+    "half_topk_kernel": Rows(),
+    "merge_kernel": Rows(loads=lambda x: x.IDW * min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr),
     "half_grad_kernel": Rows(
         loads=lambda x: min(x.BLOCK_K, x.TOP_K) * x.HALF * x.keys_ptr,
         stores=lambda x: x.HALF * x.grad_queries_ptr,
@@ -612,8 +606,8 @@ def _loops(kernel: list[Instruction]) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in zip(targets, ends, strict=True) if begin < end]
 
 
-def executed_instructions(kernel: list[Instruction], first: int = 0, *, unknown: float | None = None) -> float | None:
-    """Instructions that a warp executes from index `first` on; None where a loop does not say how often it runs.
+def executed_instructions(kernel: list[Instruction], *, unknown: float | None = None) -> float | None:
+    """Instructions that a warp executes; None where a loop does not say how often it runs.
 
     Every instruction once, taken branch or not, and those in a loop as often as it runs: `unknown` times, where that is
     given and the loop does not say.
@@ -621,30 +615,11 @@ def executed_instructions(kernel: list[Instruction], first: int = 0, *, unknown:
     kernel = _to_the_end(kernel)
     times: list[float] = [1] * len(kernel)
     for begin, end in _loops(kernel):
-        if begin >= first:
-            trips = _trips(kernel, begin, end) or unknown
-            if trips is None or trips < 1:
-                return None
-            times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
-    return sum(times[first:])
-
-
-def topk_instructions(kernel: list[Instruction], top_k: int) -> int | None:
-    """Instructions that a warp executes in the top-k of a kernel; None where that cannot be told.
-
-    What comes after the loop with the tensor-core instructions, or all if there are none. Loops must run a divisor of K
-    times: they are over the picks.
-    """
-    kernel = _to_the_end(kernel)
-    loops = _loops(kernel)
-    first = 0
-    tensor_core = [i for i, instruction in enumerate(kernel) if _is_tensor_core(instruction)]
-    if tensor_core:
-        first = max([end for begin, end in loops if begin <= tensor_core[-1] <= end], default=tensor_core[-1]) + 1
-    trips = [_trips(kernel, begin, end) for begin, end in loops if begin >= first]
-    if any(x is None or x < 1 or top_k % x != 0 for x in trips):
-        return None
-    return executed_instructions(kernel, first)
+        trips = _trips(kernel, begin, end) or unknown
+        if trips is None or trips < 1:
+            return None
+        times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
+    return sum(times)
 
 
 class Limits(NamedTuple):
@@ -688,9 +663,6 @@ def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str
     names = [instruction.name for instruction in kernel]
     loads = [name for name in names if name.startswith("LDG")]  # LDGSTS too, which loads to shared memory
     stores = [name for name in names if name.startswith("STG")]
-    topk = None
-    if compiled.topk_rows and (not compiled.has_dot or any(map(_is_tensor_core, kernel))):
-        topk = topk_instructions(kernel, compiled.top_k)
     return {
         "registers": registers,
         "stack": stack,
@@ -703,7 +675,6 @@ def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str
         "tensor_core": sum(map(_is_tensor_core, kernel)),
         "instructions": len(kernel),
         "executed": executed_instructions(kernel),
-        "topk_per_row": None if topk is None else topk * compiled.num_warps * compiled.programs / compiled.topk_rows,
     }
 
 
@@ -734,7 +705,6 @@ def _examine_amd(compiled: "Compiled") -> dict[str, Any]:
             line.startswith("\t") and not line.startswith(("\t.", "\t;")) for line in text.splitlines()
         ),
         "executed": None,
-        "topk_per_row": None,
     }
 
 
@@ -749,11 +719,6 @@ class Compiled:
     shared: int
     row_loads: int
     row_stores: int
-    topk_rows: int
-    programs: int
-    top_k: int
-    #: whether it forms what it ranks, by dot products
-    has_dot: bool
     #: cubin, or AMD's assembly
     binary: bytes
 
@@ -792,10 +757,6 @@ def compile_case(name: str, target: str) -> list[Compiled]:
                 shared=compiled.metadata.shared,
                 row_loads=int(rows.loads(arguments)),
                 row_stores=int(rows.stores(arguments)),
-                topk_rows=rows.topk(arguments) if rows.topk else 0,
-                programs=math.prod(launch.grid),
-                top_k=sizes.get("TOP_K", 0),
-                has_dot="PRECISION" in sizes,
                 binary=compiled.asm["cubin"] if target.startswith("sm_") else compiled.asm["amdgcn"].encode(),
             )
         )
@@ -836,9 +797,6 @@ moved 128 bits at a time. Other versions of Triton give other counts.
 - *tensor*: tensor-core instructions in the program. *code*: all instructions in it.
 - *run*: instructions that a warp executes: all once, both sides of branches, and those in a loop as often as it runs. A
   dash: a loop does not say how often, as in AMD's assembly, or the data do.
-- *top-k*: of these, what all programs that work for a (token, head) row execute for it after the loop of tensor-core
-  instructions, or in all if there are none. Rows that a tile has no tokens for count with the others: decoding fills
-  one of 64.
 
 A line is a kernel as the case compiles it; a later case that compiles to the same numbers is left out.
 """
@@ -847,9 +805,8 @@ A line is a kernel as the case compiles it; a later case that compiles to the sa
 def _table(reports: list[Report]) -> str:
     """One target's part of the committed table."""
     lines = [
-        "| kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | run "
-        "| top-k |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | run |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     seen = set()
     order = list(ROWS)
@@ -869,8 +826,7 @@ def _table(reports: list[Report]) -> str:
         )
         if (x.kernel, cells) not in seen:
             seen.add((x.kernel, cells))
-            topk = "–" if x.topk_per_row is None else f"{x.topk_per_row:.0f}"
-            lines.append("| " + " | ".join(map(str, (x.kernel, x.case, *cells, topk))) + " |")
+            lines.append("| " + " | ".join(map(str, (x.kernel, x.case, *cells))) + " |")
     return "\n".join(lines)
 
 
@@ -912,7 +868,7 @@ def main() -> int:
         file = stack.enter_context(Lines(arguments.json, append=True)) if arguments.json else None
         columns = ("case", "kernel", "target", "num_warps", "registers", "stack", "spills", "shared", "occupancy")
         columns += ("wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "tensor_core", "instructions")
-        columns += ("executed", "topk_per_row")
+        columns += ("executed",)
         template = "{:34} {:20} {:6} " + " ".join(["{:>6}"] * (len(columns) - 3))
         print(template.format(*(c[:6] if i > 2 else c for i, c in enumerate(columns))))
         for target in arguments.target or ["sm_90"]:

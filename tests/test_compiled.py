@@ -20,7 +20,6 @@ from benchmarks.compiled import (
     Rows,
     executed_instructions,
     occupancy,
-    topk_instructions,
 )
 
 #: Instructions that a warp may execute at most, where a training chunk of the paper is compiled for sm_90.
@@ -101,14 +100,6 @@ def test_occupancy():
 def as_kernel(*lines: str) -> list[Instruction]:
     parts = [re.match(r"(?:@(\S+) )?(\S+)(.*)", line).groups() for line in lines]
     return [Instruction(16 * i, predicate or "", *rest) for i, (predicate, *rest) in enumerate(parts)]
-
-
-def test_topk_instructions():
-    dot = ["MOV R1, RZ", "HMMA R0", "IADD3 R1, R1, 0x10, RZ", "ISETP.NE.U32.AND P0, PT, R1, 0x40, PT", "@P0 BRA 0x10"]
-    picks = ["MOV R2, RZ", "STG.E R4", "IADD3 R2, R2, 0x4, RZ", "ISETP.NE.U32.AND P1, PT, R2, 0x20, PT", "@P1 BRA 0x60"]
-    assert topk_instructions(as_kernel(*dot, *picks, "EXIT"), 8) == 1 + 4 * 8 + 1
-    assert topk_instructions(as_kernel(*dot, *picks, "EXIT"), 9) is None, "not a loop over the picks"
-    assert topk_instructions(as_kernel("S2R R0", "STG.E R0", "EXIT"), 8) == 3
 
 
 def test_executed_instructions():
