@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel at the paper's sizes, for GPUs that are not here.
 
     python -m benchmarks.compiled [--target sm_90 ...] [--case REGEX] [--json FILE]
-    python -m benchmarks.compiled --write            # COMPILED.md: all targets, and what benchmarks.launches counts
+    python -m benchmarks.compiled --write            # COMPILED.md: sm_90, and what benchmarks.launches counts
 
 The launchers run on meta tensors of the real sizes while `JITFunction.run` only takes notes: so what is compiled is
 each kernel with just the arguments, specialisations and launch configuration that it would be launched with. Registers,
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,17 @@ import torch
 
 from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
 
-from .record import Launch, meta, on_meta, recorded_launches, step, training
+from . import estimates, launches
+from .machine_code import (
+    Instruction,
+    compile_launch,
+    disassemble,
+    executed_instructions,
+    is_tensor_core,
+    specialize,
+    tool,
+)
+from .record import meta, on_meta, recorded_launches, step, training
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -430,198 +439,6 @@ def cases() -> list[Case]:
     return result
 
 
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
-
-
-def specialize(launch: Launch) -> dict[str, Any]:
-    """Signature, constants and attributes as Triton would specialise the launch."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        specialized = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialized and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialized and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = parameter.annotation_type
-    return {"signature": signature, "constexprs": constants, "attrs": attributes}
-
-
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Compile one noted launch for `target`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target[3:]), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64)
-    return triton.compile(ASTSource(fn=launch.kernel, **specialize(launch)), target=gpu, options=launch.options)
-
-
-def _tool(name: str) -> str:
-    import triton.backends.nvidia
-
-    return os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
-
-
-class Instruction(NamedTuple):
-    """One line of a disassembly, its address counted from the kernel's first."""
-
-    address: int
-    predicate: str
-    name: str
-    operands: str
-
-
-def _code(cubin: bytes) -> bytes:
-    """The instructions of the one kernel in a cubin: the section .text.KERNEL of this ELF file."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    (code,) = (
-        cubin[begin : begin + length]
-        for name, _, _, _, begin, length in sections
-        if cubin.startswith(b".text.", sections[names][4] + name)
-    )
-    return code
-
-
-def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
-    """The instructions of each, but the padding at their ends.
-
-    One run of the disassembler for all of them: it takes 0.4 s to start.
-    """
-    codes = [_code(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(b"".join(codes))
-        file.flush()
-        architecture = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}[target]
-        command = [_tool("nvdisasm"), "--binary", architecture, file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+) )?\s*([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
-    assert len(lines) * 16 == sum(map(len, codes)), "the disassembly is not of 16 bytes an instruction"
-    kernels, begin = [], 0
-    for code in codes:
-        kernel = []
-        for address, predicate, name, operands in lines[begin // 16 : (begin + len(code)) // 16]:
-            if name.startswith("BRA"):
-                label = re.search("0x([0-9a-f]+)", operands)
-                operands = operands if label is None else operands.replace(label[0], hex(int(label[1], 16) - begin))
-            kernel.append(Instruction(int(address, 16) - begin, predicate, name, operands))
-        while kernel[-1].name == "NOP" or (
-            kernel[-1].name.startswith("BRA") and _target(kernel[-1]) == kernel[-1].address
-        ):
-            kernel.pop()
-        kernels.append(kernel)
-        begin += len(code)
-    return kernels
-
-
-def _target(branch: Instruction) -> int:
-    found = re.search(r"0x([0-9a-f]+)", branch.operands)
-    return int(found[1], 16) if found else -1
-
-
-def _is_tensor_core(instruction: Instruction) -> bool:
-    return re.match(r"[A-Z]+G?MMA\b", instruction.name) is not None
-
-
-def _number(kernel: list[Instruction], register: str) -> int | None:
-    """What the last instruction that writes the register moves there, if that is a number."""
-    # A pair of registers is named by its even one, and cleared at once.
-    pair = re.sub(r"\d+$", lambda x: str(int(x[0]) // 2 * 2), register)
-    for instruction in reversed(kernel):
-        operands = instruction.operands.replace(",", "").split()
-        if operands[:1] == [register] or (operands[:1] == [pair] and instruction.name == "CS2R"):
-            if not re.search("MOV|CS2R", instruction.name):
-                return None
-            if operands[-1] in ("RZ", "URZ", "SRZ"):
-                return 0
-            value = int(operands[-1], 16) if re.match("-?0x", operands[-1]) else None
-            return value if value is None or value < 2**31 else value - 2**32
-    return None
-
-
-def _trips(kernel: list[Instruction], begin: int, end: int) -> int | None:
-    """How often the loop runs whose last instruction, at index `end`, branches to `begin`; None if it does not say.
-
-    It says so if it compares a counter that starts at a number with another: MOV R64, -0x4 before it, and in it
-    IADD3 R64, R64, 0x4, then ISETP.NE P1, R64, 0x1c. Or if it runs once more while a flag is set that it clears: twice.
-    """
-    body, branch = kernel[begin:end], kernel[end]
-    found = re.search(r"U?P\d", branch.operands if branch.name == "BRA.U" else branch.predicate)
-    predicate = found[0] if found else "none"
-    for at_test, test in reversed(list(enumerate(body))):
-        operands = test.operands.replace(".reuse", "")
-        copied = re.match(rf" {predicate}, .*\b(UP\d)", operands)
-        if test.name.startswith("PLOP3") and copied:
-            predicate = copied[1]
-            # Bit 7 of the table is the result for three operands that are true.
-            cleared = re.compile(rf" {predicate}, UPT, UPT, UPT, UPT, 0x[0-7]?[0-9a-f],")
-            if any(x.name.startswith("UPLOP3") and cleared.match(x.operands) for x in body[at_test:]):
-                return 2
-        compared = re.match(rf" {predicate}, U?PT, (U?R\d+), 0x([0-9a-f]+)\b", operands)
-        if re.match(r"U?ISETP\.(NE|LT|GE)\b", test.name) and compared:
-            counter, limit = compared[1], int(compared[2], 16)
-            first = _number(kernel[:begin], counter)
-            for at_step, step in enumerate(body):
-                added = re.match(
-                    rf" {counter}, (?:U?P\w+, )*{counter}, 0x([0-9a-f]+)\b", step.operands.replace(".reuse", "")
-                )
-                if re.match(r"U?IADD|VIADD", step.name) and added and first is not None:
-                    return (limit - first) // int(added[1], 16) + (at_test < at_step)
-    return None
-
-
-def _to_the_end(kernel: list[Instruction]) -> list[Instruction]:
-    """Without what stands behind the last EXIT, such as waiting for a barrier."""
-    return kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
-
-
-def _loops(kernel: list[Instruction]) -> list[tuple[int, int]]:
-    """Indices of the first and the last instruction of each loop."""
-    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
-    ends = [i for i, instruction in enumerate(kernel) if instruction.name.startswith("BRA")]
-    targets = [indices.get(_target(kernel[i]), i) for i in ends]
-    return [(begin, end) for begin, end in zip(targets, ends, strict=True) if begin < end]
-
-
-def executed_instructions(kernel: list[Instruction], *, unknown: float | None = None) -> float | None:
-    """Instructions that a warp executes; None where a loop does not say how often it runs.
-
-    Every instruction once, taken branch or not, and those in a loop as often as it runs: `unknown` times, where that is
-    given and the loop does not say.
-    """
-    kernel = _to_the_end(kernel)
-    times: list[float] = [1] * len(kernel)
-    for begin, end in _loops(kernel):
-        trips = _trips(kernel, begin, end) or unknown
-        if trips is None or trips < 1:
-            return None
-        times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
-    return sum(times)
-
-
 class Limits(NamedTuple):
     """What a multiprocessor holds at a time (CUDA C++ programming guide, technical specifications)."""
 
@@ -657,7 +474,7 @@ def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.binary)
         file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        command = [tool("cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     names = [instruction.name for instruction in kernel]
@@ -672,7 +489,7 @@ def _examine_nvidia(compiled: "Compiled", kernel: list[Instruction]) -> dict[str
         "narrow_loads": sum(".128" not in name for name in loads),
         "wide_stores": sum(".128" in name for name in stores),
         "narrow_stores": sum(".128" not in name for name in stores),
-        "tensor_core": sum(map(_is_tensor_core, kernel)),
+        "tensor_core": sum(map(is_tensor_core, kernel)),
         "instructions": len(kernel),
         "executed": executed_instructions(kernel),
     }
@@ -779,24 +596,26 @@ def report_cases(pattern: str, target: str, pool: ProcessPoolExecutor) -> list[R
 
 
 TABLE = Path(__file__).parent / "COMPILED.md"
-#: Cases of the committed table: chunks of the paper, and what these do not launch.
+#: Of the committed table: the target, and the cases, which are chunks of the paper and what these do not launch.
+TABLE_TARGET = "sm_90"
 TABLE_CASES = r"^chunk/|/(paper|paper-bf16-table|paper-bf16-queries|static-pkm)$"
 
 INTRODUCTION = """\
 # What the compiler makes of the kernels
 
 Generated by `python -m benchmarks.compiled --write` with Triton {triton} and torch {torch}; no GPU is needed. What a
-test holds every kernel to, at these and other sizes, is in `tests/test_compiled.py`: no spills, and rows of tables
-moved 128 bits at a time. Other versions of Triton give other counts.
+test holds every kernel to, at these and other sizes, and for sm_80, sm_100 and gfx942 too, is in
+`tests/test_compiled.py`: no spills, and rows of tables moved 128 bits at a time. Other versions of Triton give other
+counts.
 
 - *registers* of a thread; *spills*: instructions that move spilled registers; *shared* memory in bytes.
 - *occupancy*: the most warps of the kernel that a multiprocessor can hold, given registers, shared memory and warps of
-  a program, of those it can hold of any: 64, in at most 32 programs. For gfx942: waves of a SIMD, of 8.
+  a program, of those it can hold of any: 64, in at most 32 programs.
 - *loads*, *stores*: 128-bit ones / those that the rows of a program come to / narrower ones. Narrower ones are slots,
   weights and the like, and rows on a path that only other strides take.
 - *tensor*: tensor-core instructions in the program. *code*: all instructions in it.
 - *run*: instructions that a warp executes: all once, both sides of branches, and those in a loop as often as it runs. A
-  dash: a loop does not say how often, as in AMD's assembly, or the data do.
+  dash: a loop does not say how often, or the data do.
 
 A line is a kernel as the case compiles it; a later case that compiles to the same numbers is left out.
 """
@@ -834,11 +653,8 @@ def write_table(pool: ProcessPoolExecutor) -> None:
     """Write the committed file."""
     import triton
 
-    from . import estimates, launches
-
     parts = [INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])]
-    for target in TARGETS:
-        parts += [f"## {target}\n", _table(report_cases(TABLE_CASES, target, pool)) + "\n"]
+    parts += [f"## {TABLE_TARGET}\n", _table(report_cases(TABLE_CASES, TABLE_TARGET, pool)) + "\n"]
     parts.append(launches.markdown(launches.rows()))
     parts.append(estimates.markdown(estimates.estimates(pool)))
     write_output(TABLE, "\n".join(parts))
@@ -851,7 +667,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
     parser.add_argument("--json", help="append JSON lines to this file")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, of all targets, and nothing else")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, and nothing else")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile this many cases at a time"
     )

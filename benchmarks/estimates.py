@@ -22,7 +22,6 @@ import torch
 
 from fwpkm_kernels._commands import command, need
 
-from .compiled import compile_launch, disassemble, executed_instructions, specialize
 from .launches import (
     FIXED_FLOORS,
     INFERENCE,
@@ -32,6 +31,7 @@ from .launches import (
     _Operators,
     stage,
 )
+from .machine_code import compile_launch, disassemble, executed_instructions, specialize
 from .record import CHUNK, Launch, on_meta, recorded_launches, step, training
 
 TARGET = "sm_90"

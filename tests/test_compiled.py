@@ -16,11 +16,10 @@ from benchmarks.compiled import (
     ROWS,
     TABLE,
     TARGETS,
-    Instruction,
     Rows,
-    executed_instructions,
     occupancy,
 )
+from benchmarks.machine_code import Instruction, executed_instructions
 
 #: Instructions that a warp may execute at most, where a training chunk of the paper is compiled for sm_90.
 MOST_EXECUTED = {"half_topk_kernel": 4900, "merge_kernel": 1200, "step_kernel": 460}
@@ -77,9 +76,8 @@ def test_every_kernel_is_listed():
     assert set(ROWS) == kernels
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_committed_table(target):
-    section = re.search(rf"^## {target}$(.*?)^## ", TABLE.read_text("utf-8"), re.M | re.S)
+def test_committed_table():
+    section = re.search(r"^## sm_90$(.*?)^## ", TABLE.read_text("utf-8"), re.M | re.S)
     lines = [line.split(" | ") for line in section[1].splitlines() if line.startswith("| ")]
     head, *lines = lines
     assert {line[0].removeprefix("| ") for line in lines} == set(ROWS), "python -m benchmarks.compiled --write"

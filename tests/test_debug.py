@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COMPILE = r"""
 import json, re, sys
-from benchmarks import compiled, record
+from benchmarks import compiled, machine_code, record
 for case in compiled.cases():
     if case.name not in ("gather/paper", "gather_backward/paper", "update_decay_clip/paper"):
         continue
@@ -28,7 +28,7 @@ for case in compiled.cases():
             continue
         for debug in (False, True):
             launch.options["debug"] = debug
-            kernel = compiled.compile_launch(launch, "sm_90")
+            kernel = machine_code.compile_launch(launch, "sm_90")
             body = kernel.asm["ttir"].split("tt.func", 1)[1].split("{", 1)[1]
             print(json.dumps({
                 "kernel": launch.name,
