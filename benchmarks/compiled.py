@@ -169,8 +169,8 @@ def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]
 
 def cases() -> list[Case]:
     """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
-    from fwpkm_kernels.kernels import addressing, chunks, gather, lookup, memory, segments, update
-    from fwpkm_kernels.kernels.plan import plan_picks
+    from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update
+    from fwpkm_kernels.kernels.picks import plan_picks
 
     bf16 = torch.bfloat16
     result = []
@@ -247,13 +247,13 @@ def cases() -> list[Case]:
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: addressing.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
+                lambda: key_step.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
             )
         )
         result.append(
             Case(
                 f"key_step_backward/{name}",
-                lambda: addressing.address_grad(
+                lambda: key_step.address_grad(
                     meta(*keys.shape, dtype=exact),
                     keys,
                     *picks,
@@ -346,7 +346,7 @@ def cases() -> list[Case]:
         def chunk(  # type: ignore[no-untyped-def]
             table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
         ):
-            memory.read(table, slots, weights, written, read)
+            scans.read(table, slots, weights, written, read)
             plan = _plan(slots.numel())
             update.update(table, table, errors, weights, *plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
 
@@ -355,14 +355,14 @@ def cases() -> list[Case]:
         ):
             steps = torch.empty_like(table, dtype=errors.dtype)
             grads = (written, torch.empty_like(weights), torch.empty_like(weights))
-            memory.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
+            scans.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
             segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
 
         result.append(Case(f"memory/{name}", chunk))
         result.append(Case(f"memory_backward/{name}", chunk_backward))
 
         def reset(table=table):  # type: ignore[no-untyped-def]
-            memory.restore_rows(table, table, meta(table.shape[0], dtype=torch.uint8))
+            scans.restore_rows(table, table, meta(table.shape[0], dtype=torch.uint8))
 
         result.append(Case(f"memory_reset/{name}", reset))
     for name, batch, j, n, exact in (
@@ -404,10 +404,10 @@ def cases() -> list[Case]:
         sub_keys, half_scores = meta(4096, 1, 2, 8, dtype=torch.int32), meta(4096, 1, 2, 8)
         listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
         by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
-        addressing.pick_sums(half_scores, by_sort)
+        key_step.pick_sums(half_scores, by_sort)
         keys = meta(1024, 256)
         step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
-        addressing.step_keys(keys, keys, meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
+        key_step.step_keys(keys, keys, meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
 
     # Rows and positions that need 64 bits.
     result.append(Case("wide/paper", wide))

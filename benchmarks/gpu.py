@@ -50,7 +50,7 @@ until "$@" --seed $seed; do status=$?; [ $status != 130 ] || exit $status
 echo "the fuzzer ended with status $status"; seed=$((seed + 1)); [ $seed -lt 9 ] || exit; done"""
 #: What a GPU is needed for, in the order of its worth; ALONE are those that need most of its memory.
 KERNEL_TESTS = [
-    *(f"tests/test_{name}.py" for name in ("memory_kernels", "chunks", "lookup", "gather", "update", "addressing")),
+    *(f"tests/test_{name}.py" for name in ("scans", "chunks", "lookup", "gather", "update", "key_step")),
     *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
     *(
         f"tests/test_{name}.py"

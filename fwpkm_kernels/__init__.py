@@ -1,8 +1,8 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
-from .addressing import ProductKeyUpdate, product_key_update
 from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph
+from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, MemoryOutput, fast_weight_memory
 from .state import MemoryState

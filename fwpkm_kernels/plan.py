@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:  # Triton may be missing
-    from .kernels.plan import PickPlan
+    from .kernels.picks import PickPlan
 
 #: So many rows are numbered in 32 bits; more in 64.
 NARROW_ROWS = 2**31
@@ -63,8 +63,8 @@ def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_ro
     `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
     from `first_row` on.
     """
-    from .kernels.plan import can_plan
-    from .kernels.plan import plan_picks as launch
+    from .kernels.picks import can_plan
+    from .kernels.picks import plan_picks as launch
 
     rows, heads, _, top_k = sub_keys.shape
     listed = None

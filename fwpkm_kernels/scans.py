@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .addressing import address_grad, step_keys
 from .chunks import Chunk, Options
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
+from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
 from .plan import Plan
 from .update import write_grad_torch, write_torch
@@ -31,7 +31,7 @@ def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output
         output: [positions output, B, D], any strides and float dtype: receives p of the last rows.
     """
     if checks.use_triton(backend, values):
-        from .kernels.memory import read as launch
+        from .kernels.scans import read as launch
 
         return launch(values, slots, weights, targets, output)
     predictions = gather_torch(values, slots, weights, compute_dtype(values.dtype))
@@ -88,7 +88,7 @@ def _read_grad(
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
     if checks.use_triton(o.backend, grad_values):
-        from .kernels.memory import read_grad
+        from .kernels.scans import read_grad
         from .kernels.update import step_grad
 
         steps, step_rows, factor = grad_values, slots, o.lr

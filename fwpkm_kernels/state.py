@@ -214,7 +214,7 @@ class MemoryState:
         if not touched_rows_only or self._initial_values.device != device:
             self._values.copy_(self._initial_values)
         elif self._values.is_cuda:
-            from .kernels.memory import restore_rows
+            from .kernels.scans import restore_rows
 
             restore_rows(self._values, self._initial_values, self._touched)
         else:

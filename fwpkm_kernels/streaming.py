@@ -15,12 +15,12 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_recomputation, refuse_traces, refuse_transforms
 from ._operators import operator
-from .addressing import step_keys
 from .binding import Binding, Queue, make_queue
 from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
 from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
 from .kernels import compute_dtype
+from .key_step import step_keys
 from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
 from .plan import Plan, check_num_accesses, count_accesses, plan_segments, row_dtype

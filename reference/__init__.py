@@ -6,8 +6,8 @@ name, the arguments and the results of the package's own, less the options that 
 all others in float32.
 """
 
-from reference.addressing import product_key_update
 from reference.gather import sparse_value_gather
+from reference.key_step import product_key_update
 from reference.layers import fast_weight_layer, product_key_layer
 from reference.lookup import brute_force_lookup, product_key_lookup
 from reference.memory import fast_weight_memory

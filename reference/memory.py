@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.addressing import marginal_entropy_loss, step_keys
 from reference.gather import sparse_value_gather
+from reference.key_step import marginal_entropy_loss, step_keys
 from reference.lookup import product_key_lookup
 from reference.update import chunk_value_update
 

@@ -38,16 +38,16 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.chunks import Options, plan_writes, plan_writes_grad
-from fwpkm_kernels.kernels import _common, addressing, chunks, lookup, memory, segments, streaming
-from fwpkm_kernels.kernels import plan as pick_plan
+from fwpkm_kernels.kernels import _common, chunks, key_step, lookup, scans, segments, streaming
+from fwpkm_kernels.kernels import picks as pick_plan
 from fwpkm_kernels.kernels.gather import gather as gather_rows
 from fwpkm_kernels.kernels.update import decay_rows
 from fwpkm_kernels.plan import plan_picks, plan_segments
 from fwpkm_kernels.streaming import _plan_pairs
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
-from tests.test_memory_kernels import make_chunk, run_read, run_read_grad
 from tests.test_plan import make_picks
+from tests.test_scans import make_chunk, run_read, run_read_grad
 from tests.test_streaming import contents, make_state, stream, tokens_of
 
 # cuBLAS, which the composed path under key_gradient="all" calls, is deterministic only with it; read at its first call.
@@ -321,8 +321,8 @@ def test_every_tile_of_a_plan_of_picks(block_t, config, triton_place, monkeypatc
 def test_every_tile_of_a_key_step(block_a, block_d, triton_place, monkeypatch):
     rows, n, width = (4096, 64, 64) if HAS_GPU else (20, 5, 8)
     queries, keys = testing.make_lookup_inputs(rows, 1, n, width, device=triton_place.device)
-    config = addressing.KeySumConfig(block_a, block_d, 4)
-    monkeypatch.setattr(addressing, "key_sum_config", lambda *_: config)
+    config = key_step.KeySumConfig(block_a, block_d, 4)
+    monkeypatch.setattr(key_step, "key_sum_config", lambda *_: config)
     options = {"top_k": 3, "backend": triton_place.backend}
     assert_same_bits_always(lambda: product_key_update(keys, queries, **options), triton_place.device, min(RUNS, 5))
 
@@ -332,7 +332,7 @@ def test_every_tile_of_a_key_step(block_a, block_d, triton_place, monkeypatch):
 def test_every_tile_of_the_backward_of_a_read(num_warps, block_j, triton_place):
     shape = (8, 513, 512, 512, 8, 4096, 512) if HAS_GPU else (1, 3, 2, 2, 8, 9, 5)
     chunk = make_chunk(shape, device=triton_place.device)
-    config = memory.ReadGradConfig(block_j, num_warps)
+    config = scans.ReadGradConfig(block_j, num_warps)
     call = lambda: (run_read(chunk), run_read_grad(chunk, 0.3, config=config))  # noqa: E731
     assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
 
@@ -395,7 +395,7 @@ def by_rows(place: Place) -> Function:
     def call() -> Any:
         decayed, values = initial.clone(), torch.zeros_like(initial)
         decay_rows(decayed, flags, decay=0.9)
-        memory.restore_rows(values, initial, flags)
+        scans.restore_rows(values, initial, flags)
         return decayed, values
 
     return call
@@ -454,14 +454,14 @@ def sub_key_launches(place: Place) -> Function:
 
     def call() -> Any:
         grad_totals = torch.ones_like(table)
-        found = addressing.find_factors(half_scores, sub_keys, plan, **numbers)
+        found = key_step.find_factors(half_scores, sub_keys, plan, **numbers)
         out = torch.empty_like(queries)
-        factors, dots, shares = addressing.step_grad(
+        factors, dots, shares = key_step.step_grad(
             queries, table, half_scores, sub_keys, plan.slope, grad_totals, out, direction=1.0, **numbers
         )
-        sums = addressing.pick_sums(shares, plan)
+        sums = key_step.pick_sums(shares, plan)
         step = (plan.slope, plan.bend, sums, dots)
-        grad_halves = addressing.score_grad(
+        grad_halves = key_step.score_grad(
             half_scores[:, :, 0], slots, sub_keys, half_scores, step, num_keys=n, **numbers
         )
         return (
@@ -584,10 +584,10 @@ LAUNCHED = {
 BY_TABLE = {
     "segment_kernel": segments.SegmentConfig,
     "half_topk_kernel": lookup.LookupConfig,
-    "read_grad_kernel": memory.ReadGradConfig,
+    "read_grad_kernel": scans.ReadGradConfig,
     "count_kernel": pick_plan.PlanConfig,
     "usage_kernel": pick_plan.PlanConfig,
-    "key_sum_kernel": addressing.KeySumConfig,
+    "key_sum_kernel": key_step.KeySumConfig,
 }
 MODULES = [
     importlib.import_module(module.name)

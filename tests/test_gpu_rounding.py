@@ -332,8 +332,8 @@ def test_what_the_compiler_makes_of_each_operation(tmp_path):
 NUMERIC = {
     "lookup": "matches or dtypes or near_keys or every_tile or batch",
     "gather update": "not (sparse or hot or beyond) or 127",
-    "addressing": "matches or clip or weight or dtypes or near_keys or joint or halves",
-    "chunks memory_kernels streaming_kernels plan": "not log_keeps",
+    "key_step": "matches or clip or weight or dtypes or near_keys or joint or halves",
+    "chunks scans streaming_kernels plan": "not log_keeps",
     "memory": "golden or edges_in_triton or identical or bits",
     "streaming": "precision or bitwise or strides or each_step",
 }

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from fwpkm_kernels import (
     MemoryGraph,
     MemoryState,
-    addressing,
     fast_weight_memory,
     fast_weight_memory_step,
     graphs,
+    key_step,
     plan,
     streaming,
     testing,
@@ -316,7 +316,7 @@ def test_a_capture_warms_up_on_picks_that_can_be_planned(make_graph, monkeypatch
         planned.append(len(picks))
         return plan.plan_picks(sub_keys, half_scores, num_keys, **options)
 
-    monkeypatch.setattr(addressing, "plan_picks", plan_picks)
+    monkeypatch.setattr(key_step, "plan_picks", plan_picks)
     inputs = make_inputs(2, 4, heads=2, dtype=torch.float32, device=DEVICE)
     make_graph(make_state(inputs), inputs, 2, **OPTIONS, backend="triton")
     assert planned == [8]

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fwpkm_kernels import plan as plans
 from fwpkm_kernels import testing
-from fwpkm_kernels.kernels import plan as kernels
+from fwpkm_kernels.kernels import picks as kernels
 from fwpkm_kernels.plan import check_rows, count_accesses, count_among, plan_picks, plan_segments, segment_totals
 from tests.conftest import SLOW_IN_INTERPRETER
 

@@ -27,8 +27,8 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.chunks import Options, plan_writes, plan_writes_grad
-from fwpkm_kernels.kernels import _common, addressing, memory, segments, streaming
-from fwpkm_kernels.kernels import plan as pick_kernels
+from fwpkm_kernels.kernels import _common, key_step, scans, segments, streaming
+from fwpkm_kernels.kernels import picks as pick_kernels
 from fwpkm_kernels.kernels.gather import gather_kernel
 from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.plan import (
@@ -45,8 +45,8 @@ from fwpkm_kernels.plan import (
 )
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
-from tests.test_memory_kernels import Chunk, make_chunk
 from tests.test_plan import make_picks
+from tests.test_scans import Chunk, make_chunk
 
 #: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
 PATIENCE = 30
@@ -215,7 +215,7 @@ def force_64_bits(monkeypatch):
             seen.update(args[names.index(name)].dtype for name in ("start_ptr", "first_ptr") if name in names)
             launch(kernel, grid, *args, **options)
 
-        for module in (segments, addressing):
+        for module in (segments, key_step):
             monkeypatch.setattr(module, "launch", spy)
         return seen
 
@@ -464,10 +464,10 @@ def test_far_tensors_of_the_value_scan(name, dim, triton_place):
             grad_targets = far(grad_targets, dim)
         if name == "grad_output" and c.grad_output.stride(dim) > 2**29:
             output = far(output, dim)
-        errors = memory.read(c.values, c.slots, c.weights, c.targets, output)
+        errors = scans.read(c.values, c.slots, c.weights, c.targets, output)
         grads = [torch.zeros_like(c.weights) for _ in range(2)]
         arguments = (c.values, c.slots, c.steps, c.step_rows, c.weights, c.write_weights, c.targets, c.grad_output)
-        grad_predictions = memory.read_grad(*arguments, grad_targets, *grads)
+        grad_predictions = scans.read_grad(*arguments, grad_targets, *grads)
         return errors, output.contiguous(), grad_predictions, grad_targets.contiguous(), *grads
 
     assert_far(call, near, name, dim)
@@ -482,7 +482,7 @@ def test_a_far_table_is_restored(name, dim, triton_place):
 
     def call(values, initial):
         table = far(values, dim) if values.stride(dim) > 2**20 else values.clone()
-        memory.restore_rows(table, initial, touched)
+        scans.restore_rows(table, initial, touched)
         return table.contiguous()
 
     assert_far(call, near, name, dim)

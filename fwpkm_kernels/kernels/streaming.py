@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2, row_warps
 from .chunks import safe_squares
-from .memory import load_rows
+from .scans import load_rows
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
 MOST_ACCESSES = 8192

@@ -110,7 +110,7 @@ def step_keys(
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
     if stepped:
-        from .kernels.addressing import step_keys as launch
+        from .kernels.key_step import step_keys as launch
 
         del options["eps"]  # which the half scores have in them
         sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
@@ -161,7 +161,7 @@ def _address_grad_torch(
     clip: float | None,
     num_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.addressing.address_grad` in plain PyTorch."""
+    """`kernels.key_step.address_grad` in plain PyTorch."""
     dtype = compute_dtype(keys.dtype)
     num_keys, half = keys.shape[2:]
     if grad_scores is None or slots is None:
@@ -270,7 +270,7 @@ def address_grad(
         inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
         grads, grad_keys = _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
         return grads if out is None else out.copy_(grads), grad_keys
-    from .kernels.addressing import address_grad as launch
+    from .kernels.key_step import address_grad as launch
 
     sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
     del options["num_rows"]
@@ -292,7 +292,7 @@ def address_grad(
 
 
 @operator("product_key_update")
-def _update_op(
+def _key_step_op(
     keys: Tensor,
     queries: Tensor,
     top_k: int,
@@ -326,7 +326,7 @@ def _update_op(
     return new_keys, half_scores, sub_keys
 
 
-@_update_op.register_fake
+@_key_step_op.register_fake
 def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend):  # type: ignore[no-untyped-def]
     size = (*queries.shape[:2], 2, top_k)
     half_scores = keys.new_empty(size, dtype=compute_dtype(keys.dtype))
@@ -334,7 +334,7 @@ def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precisio
 
 
 @operator("product_key_update_backward")
-def _update_grad_op(
+def _key_step_grad_op(
     grad_new_keys: Tensor,
     keys: Tensor,
     queries: Tensor,
@@ -368,7 +368,7 @@ def _update_grad_op(
     return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
 
 
-@_update_grad_op.register_fake
+@_key_step_grad_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_new_keys, keys, queries, half_scores, sub_keys, score, eps, lr, weight, weight_decay, clip, backend
 ):
@@ -380,7 +380,7 @@ class _ProductKeyUpdateBackward(Function):
 
     @staticmethod
     def forward(ctx: Any, grad_new_keys: Tensor, keys: Tensor, queries: Tensor, *rest: Any) -> Any:
-        return _update_grad_op(grad_new_keys, keys, queries, *rest)
+        return _key_step_grad_op(grad_new_keys, keys, queries, *rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -408,10 +408,10 @@ class ProductKeyUpdate(Function):
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
         refuse_transforms("product_key_update", (keys, queries))
-        top_k, eps, lr, weight, weight_decay, clip = _check_update(
+        top_k, eps, lr, weight, weight_decay, clip = _check_key_step(
             keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
         )
-        new_keys, half_scores, sub_keys = _update_op(
+        new_keys, half_scores, sub_keys = _key_step_op(
             keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
         )
         ctx.save_for_backward(keys, queries, half_scores, sub_keys)
@@ -428,7 +428,7 @@ class ProductKeyUpdate(Function):
         return (*grads, None, None, None, None, None, None, None, None, None)
 
 
-def _check_update(
+def _check_key_step(
     keys: Tensor,
     queries: Tensor,
     top_k: int,

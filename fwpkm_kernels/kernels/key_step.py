@@ -2,7 +2,7 @@
 
 A half of a row picks K sub-keys with probabilities P, the softmax of its half scores; P̄ is their mean over the rows of
 all heads, and u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) the slope of P̄·log(P̄ + 1e-8). Everything here is [rows, 2, K] beside
-the rows of the sub-keys that were picked. `kernels/plan.py` lists the picks of each sub-key, and has its u and u'.
+the rows of the sub-keys that were picked. `kernels/picks.py` lists the picks of each sub-key, and has its u and u'.
 
 Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_sum_kernel`, whose sum is not stored
 but stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
-from .plan import PickPlan, probabilities
+from .picks import PickPlan, probabilities
 from .segments import finish_row
 
 
