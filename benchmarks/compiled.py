@@ -40,17 +40,9 @@ from .machine_code import (
     specialize,
     tool,
 )
-from .record import meta, on_meta, recorded_launches, step, training
+from .record import recorded_launches
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One launch of the package at one configuration."""
-
-    name: str
-    run: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,286 +149,6 @@ ROWS = {
         loads=lambda x: x.BLOCK_N * x.D * x.initial_ptr, stores=lambda x: x.BLOCK_N * x.D * x.values_ptr
     ),
 }
-
-
-def _slots(*shape: int) -> torch.Tensor:
-    return meta(*shape, dtype=torch.int64)
-
-
-def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
-    return [_slots(accesses), *(meta(accesses, dtype=dtype) for _ in range(3))]
-
-
-def cases() -> list[Case]:
-    """Every kernel, forward and backward, at the paper's sizes: 8×512 tokens, n = 512, K = 8, Dk = D = 512."""
-    from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update
-    from fwpkm_kernels.kernels.picks import plan_picks
-
-    bf16 = torch.bfloat16
-    result = []
-
-    def add_lookup(
-        name: str,
-        m: int,
-        heads: int,
-        n: int,
-        k: int,
-        width: int,
-        *,
-        idw: bool,
-        q_dtype: torch.dtype = torch.float32,
-        k_dtype: torch.dtype = torch.float32,
-        precision: str = "tf32x3",
-    ) -> None:
-        queries, keys = meta(m, heads, width, dtype=q_dtype), meta(heads, 2, n, width // 2, dtype=k_dtype)
-        exact = torch.promote_types(k_dtype, torch.float32)
-        grad = meta(m, heads, 1, k, dtype=exact).expand(-1, -1, 2, -1)
-        table, sub_keys = keys.view(-1, width // 2), _slots(m, heads, 2, k)
-        result.append(
-            Case(
-                f"lookup/{name}",
-                lambda: lookup.lookup(queries, keys, top_k=k, idw=idw, eps=1e-3, precision=precision),
-            )
-        )
-        result.append(
-            Case(
-                f"lookup_backward/{name}",
-                lambda: (
-                    lookup.half_grad(grad, queries, table, sub_keys, idw=idw, eps=1e-3),
-                    segments.segment_rows(
-                        torch.empty_like(table),
-                        queries.view(-1, width // 2),
-                        meta(m * heads * 2 * k, dtype=exact),
-                        *_plan(m * heads * 2 * k),
-                        table=table,
-                        centered=idw,
-                    ),
-                ),
-            )
-        )
-
-    def weighed_lookup() -> None:
-        options: dict[str, Any] = {"top_k": 8, "idw": True, "eps": 1e-3, "precision": "tf32x3"}
-        lookup.lookup(meta(512, 1, 512), meta(1, 2, 512, 256), **options, weights=meta(512, 1, 8))
-
-    result.append(Case("lookup/weighed", weighed_lookup))
-
-    def add_key_step(
-        name: str,
-        m: int,
-        heads: int,
-        n: int,
-        k: int,
-        width: int,
-        *,
-        idw: bool,
-        clip: float | None = None,
-        q_dtype: torch.dtype = torch.float32,
-        k_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        exact = torch.promote_types(k_dtype, torch.float32)
-        queries, keys = meta(m, heads, width, dtype=q_dtype), meta(heads * 2 * n, width // 2, dtype=k_dtype)
-        half_scores, sub_keys = meta(m, heads, 2, k, dtype=exact), meta(m, heads, 2, k, dtype=torch.int32)
-        picks = (queries, half_scores, sub_keys)
-        scores, slots = meta(m, heads, k, dtype=exact), _slots(m, heads, k)
-        options: dict[str, Any] = {"idw": idw, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip}
-
-        def plan(first_row: int) -> tuple[torch.Tensor, ...]:
-            return plan_picks(sub_keys, half_scores, num_keys=n, first_row=first_row)
-
-        result.append(
-            Case(
-                f"key_step/{name}",
-                lambda: key_step.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
-            )
-        )
-        result.append(
-            Case(
-                f"key_step_backward/{name}",
-                lambda: key_step.address_grad(
-                    meta(*keys.shape, dtype=exact),
-                    keys,
-                    *picks,
-                    scores,
-                    slots,
-                    plan(8),
-                    meta(m, heads, width, dtype=exact),
-                    first_row=8,
-                    eps=1e-3,
-                    **options,
-                ),
-            )
-        )
-
-    add_lookup("paper", 4096, 1, 512, 8, 512, idw=True)
-    add_lookup("paper-bf16-queries", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16)
-    add_lookup("paper-bf16", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16, k_dtype=bf16)
-    add_lookup("paper-float64", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float64, k_dtype=torch.float64)
-    for precision in ("tf32", "ieee"):
-        add_lookup(f"paper-{precision}", 4096, 1, 512, 8, 512, idw=True, precision=precision)
-    add_lookup("paper-dot", 4096, 1, 512, 8, 512, idw=False)
-    add_lookup("static-pkm", 512, 4, 512, 32, 512, idw=False)
-    add_lookup("n4096", 4096, 1, 4096, 8, 512, idw=True)
-    add_lookup("n4096-K64", 4096, 1, 4096, 64, 512, idw=True)
-    add_key_step("paper", 4096, 1, 512, 8, 512, idw=True)
-    add_key_step("paper-bf16-queries", 4096, 1, 512, 8, 512, idw=True, clip=1.0, q_dtype=bf16)
-    add_key_step("paper-bf16", 4096, 1, 512, 8, 512, idw=True, q_dtype=bf16, k_dtype=bf16)
-    add_key_step("paper-float64", 4096, 1, 512, 8, 512, idw=True, q_dtype=torch.float64, k_dtype=torch.float64)
-    add_key_step("paper-dot", 4096, 1, 512, 8, 512, idw=False)
-    add_key_step("static-pkm", 512, 4, 512, 32, 512, idw=True)
-    add_key_step("n4096-K64", 4096, 1, 4096, 64, 512, idw=True)
-
-    for name, m, j, n, width, dtype in (
-        ("paper", 4096, 8, 512, 512, torch.float32),
-        ("paper-bf16-table", 4096, 8, 512, 512, bf16),
-        ("static-pkm", 512, 128, 512, 512, torch.float32),
-        ("D1024", 4096, 8, 512, 1024, torch.float32),
-        ("D256", 4096, 8, 512, 256, torch.float32),
-        ("D4096", 4096, 8, 512, 4096, torch.float32),
-        ("paper-float64", 4096, 8, 512, 512, torch.float64),
-        ("n4096", 4096, 8, 4096, 512, torch.float32),
-    ):
-        table = meta(n * n, width, dtype=dtype)
-        exact = torch.promote_types(dtype, torch.float32)
-        vectors, coefficients, slots = meta(m, width, dtype=exact), meta(m, j, dtype=exact), _slots(m, j)
-        grad_out = meta(m, width, dtype=dtype)
-
-        def forward(table=table, slots=slots, coefficients=coefficients):  # type: ignore[no-untyped-def]
-            gather.gather(table, slots, weights=coefficients, sum_dtype=table.dtype)
-
-        def backward(table=table, slots=slots, grad_out=grad_out, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
-            gather.gather(table, slots, vectors=grad_out)
-            segments.segment_rows(table, grad_out, coefficients, *_plan(m * j))
-
-        def write(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
-            update.update(table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.0, clip=None)
-
-        def write_decay_clip(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
-            update.update(table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.1, clip=1.0)
-
-        def write_backward(table=table, vectors=vectors, coefficients=coefficients, slots=slots, m=m, j=j):  # type: ignore[no-untyped-def]
-            for clip in (None, 1.0):
-                update.update_grad(table, vectors, coefficients, slots, *_plan(m * j), lr=1.0, clip=clip)
-
-        result.append(Case(f"gather/{name}", forward))
-        result.append(Case(f"gather_backward/{name}", backward))
-        result.append(Case(f"update/{name}", write))
-        result.append(Case(f"update_backward/{name}", write_backward))
-        if name.startswith(("paper", "D4096")):
-            result.append(Case(f"update_decay_clip/{name}", write_decay_clip))
-
-    for name, batch, j, width, dtype, activations in (
-        ("paper", 8, 8, 512, torch.float32, torch.float32),
-        ("paper-bf16-targets", 8, 8, 512, torch.float32, bf16),
-        ("paper-bf16-table", 8, 8, 512, bf16, bf16),
-        ("paper-float64", 8, 8, 512, torch.float64, torch.float64),
-        ("inference", 1, 8, 512, torch.float32, torch.float32),
-        ("J128", 1, 128, 512, torch.float32, torch.float32),
-        ("J128-bf16-table", 1, 128, 512, bf16, bf16),
-        ("D1024", 8, 8, 1024, torch.float32, torch.float32),
-        ("D4096", 8, 8, 4096, torch.float32, torch.float32),
-    ):
-        # One chunk: 512 positions, and one before them that is read again to be written.
-        m, exact = 513 * batch, torch.promote_types(dtype, torch.float32)
-        table, log = meta(512 * 512, width, dtype=dtype), meta(m * j, width, dtype=dtype)
-        errors, weights, slots = meta(m, width, dtype=exact), meta(m, j, dtype=exact), _slots(m, j)
-        sequence = meta(batch, 4096, width, dtype=activations).transpose(0, 1)
-        written, read = sequence[511:1023], sequence[512:1024]
-
-        def chunk(  # type: ignore[no-untyped-def]
-            table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
-        ):
-            scans.read(table, slots, weights, written, read)
-            plan = _plan(slots.numel())
-            update.update(table, table, errors, weights, *plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
-
-        def chunk_backward(  # type: ignore[no-untyped-def]
-            table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
-        ):
-            steps = torch.empty_like(table, dtype=errors.dtype)
-            grads = (written, torch.empty_like(weights), torch.empty_like(weights))
-            scans.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
-            segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
-
-        result.append(Case(f"memory/{name}", chunk))
-        result.append(Case(f"memory_backward/{name}", chunk_backward))
-
-        def reset(table=table):  # type: ignore[no-untyped-def]
-            scans.restore_rows(table, table, meta(table.shape[0], dtype=torch.uint8))
-
-        result.append(Case(f"memory_reset/{name}", reset))
-    for name, batch, j, n, exact in (
-        ("paper", 8, 8, 512, torch.float32),
-        ("paper-float64", 8, 8, 512, torch.float64),
-        ("J128", 1, 128, 512, torch.float32),
-        ("n65536", 1, 8, 65536, torch.float32),
-    ):
-        # Eight chunks of 512 positions, all but the first with one that is read again.
-        layout, reads = (batch, 4096, 512, 1, 1, 1, 8, 4103), 4103 * batch
-        scores, slots, counts = meta(reads, j, dtype=exact), _slots(reads, j), meta(reads, j, dtype=torch.int32)
-
-        def of_reads(layout=layout, scores=scores, slots=slots, counts=counts, n=n, j=j):  # type: ignore[no-untyped-def]
-            row_dtype = torch.int32 if n == 512 else torch.int64
-            how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
-            by_item = (layout[0], 4096, j)
-            outputs = (_slots(*by_item), meta(*by_item, dtype=scores.dtype))
-            _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
-            order = _slots(keys.numel())
-            by_token = meta(*by_item[1::-1], dtype=scores.dtype)
-            for mask in (None, by_token):  # a token's mask, and its gate
-                chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
-                step = "paper" if mask is None else "normalized"
-                fold: dict[str, Any] = {"step": step, "ratio": mask is not None}
-                chunks.fold(scores, counts, mask, mask, layout, **fold)
-                grads = (scores, scores, mask, mask, mask)
-                chunks.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
-            chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
-            chunks.sum_reads(meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
-
-        result.append(Case(f"chunks/{name}", of_reads))
-
-    def wide() -> None:
-        for dtype in (torch.float32, bf16):
-            table, vectors, coefficients = meta(512 * 512, 512, dtype=dtype), meta(4096, 512), meta(4096, 8)
-            plan = _plan(32768, torch.int64)
-            update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
-            segments.segment_rows(table, vectors, coefficients, *plan)
-        sub_keys, half_scores = meta(4096, 1, 2, 8, dtype=torch.int32), meta(4096, 1, 2, 8)
-        listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
-        by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
-        key_step.pick_sums(half_scores, by_sort)
-        keys = meta(1024, 256)
-        step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
-        key_step.step_keys(keys, keys, meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
-
-    # Rows and positions that need 64 bits.
-    result.append(Case("wide/paper", wide))
-    # A table of width 1 sums scalars by segment.
-    result.append(
-        Case(
-            "memory_scalars/paper",
-            lambda: segments.segment_rows(meta(512 * 512, 1), meta(32768, 1), meta(32768), *_plan(32768)),
-        )
-    )
-
-    def memory_case(name: str, run: Callable[[], Any]) -> None:
-        def run_on_meta() -> None:
-            with on_meta():
-                run()
-
-        result.append(Case(f"chunk/{name}", run_on_meta))
-
-    def train(dtype: torch.dtype) -> None:
-        for part in training(8, 1024, dtype):
-            part()
-
-    # Whatever the memory itself launches.
-    memory_case("training", lambda: train(torch.float32))
-    memory_case("training-bf16", lambda: train(bf16))
-    memory_case("inference", lambda: step(512, 512)())
-    memory_case("inference-bf16", lambda: step(512, 512, bf16)())
-    memory_case("decode", lambda: step(1, 600)())
-    return result
 
 
 class Limits(NamedTuple):
@@ -553,11 +265,12 @@ class Compiled:
 
 def compile_case(name: str, target: str) -> list[Compiled]:
     """Compile every kernel that case `name` launches."""
+    from .cases import CASES
+
     # Launchers ask torch which vendor's GPUs it was built for.
-    with mock.patch.object(torch.version, "hip", None if target.startswith("sm_") else target):
-        case = next(case for case in cases() if case.name == name)
-        with recorded_launches() as launches:
-            case.run()
+    built_for = mock.patch.object(torch.version, "hip", None if target.startswith("sm_") else target)
+    with built_for, recorded_launches() as launches:
+        CASES[name]()
     # Most launches of a sequence are alike.
     different = {str((launch.name, specialize(launch), launch.options)): launch for launch in launches}
     results = []
@@ -590,7 +303,9 @@ def examine(compiled: list[Compiled], target: str) -> list[Report]:
 
 def report_cases(pattern: str, target: str, pool: ProcessPoolExecutor) -> list[Report]:
     """Compile and examine all kernels of the cases whose name has a match of the regular expression."""
-    names = [case.name for case in cases() if re.search(pattern, case.name)]
+    from .cases import CASES
+
+    names = [name for name in CASES if re.search(pattern, name)]
     parts = pool.map(compile_case, names, [target] * len(names))
     return examine([kernel for part in parts for kernel in part], target)
 
