@@ -10,6 +10,7 @@ instructions: so a kernel may take longer, hardly less.
 """
 
 import argparse
+import collections
 import math
 import os
 import sys
@@ -18,21 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
 from fwpkm_kernels._commands import command, need
 
-from .launches import (
-    FIXED_FLOORS,
-    INFERENCE,
-    TRAINING,
-    Count,
-    _of_kernel,
-    _Operators,
-    stage,
-)
+from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
 from .machine_code import compile_launch, disassemble, executed_instructions, specialize
-from .record import CHUNK, Launch, on_meta, recorded_launches, step, training
+from .record import CHUNK, PICKS, QUERY, Launch, meta, on_meta, recorded_launches, step, training
+from .traffic import Traffic, of_launch
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
@@ -64,10 +56,6 @@ TRIPS: dict[str, Callable[[Any], float]] = {
 }
 
 
-#: In a graph of streaming steps a chunk's plan and values run beside addresses (`fwpkm_kernels.streaming.Lanes`).
-LANES = {"plan": "plan", "read": "values", "write": "values"}
-
-
 class Estimate(NamedTuple):
     """A kernel, or an operator of PyTorch, in one kind of work: its launches in a chunk, and all of them together."""
 
@@ -92,12 +80,13 @@ def warp_instructions(launch: Launch) -> float:
     return executed * compiled.metadata.num_warps * math.prod(launch.grid)
 
 
-def _micros(instructions: float | None, moved: float, again: float) -> tuple[float, str]:
+def _micros(instructions: float, traffic: Traffic) -> tuple[float, str]:
     """µs of one launch, and what they are bound by."""
+    moved = traffic.read + traffic.written
     times = {
-        "instructions": 1e6 * (instructions or 0.0) / ISSUE,
+        "instructions": 1e6 * instructions / ISSUE,
         "memory": 1e6 * moved / MEMORY,
-        "cache": 1e6 * (moved + again) / CACHE,
+        "cache": 1e6 * (moved + traffic.again) / CACHE,
         "latency": LEAST,
     }
     bound = max(times, key=lambda name: times[name])
@@ -107,64 +96,41 @@ def _micros(instructions: float | None, moved: float, again: float) -> tuple[flo
 def _of_work(work: str) -> list[Estimate]:
     """A chunk of a sequence that has more before and after it, or a step."""
 
-    def launched(function: Callable[[], Any]) -> list[tuple[Count, Launch | None]]:
-        counts: list[Count] = []
-        kernels: dict[int, Launch] = {}
-
-        def note(launch: Launch) -> None:
-            kernels[len(counts)] = launch
-            counts.append(Count(launch.name, stage(), _of_kernel(launch), True))
-
-        with recorded_launches(note), _Operators(counts):
-            function()
-        return [(count, kernels.get(i)) for i, count in enumerate(counts)]
-
-    def several(chunks: int) -> list[tuple[Count, Launch | None]]:
-        results = [launched(part) for part in training(8, chunks * CHUNK)]
-        return results[TRAINING.index(work)]
+    def several(chunks: int) -> list[Count]:
+        return [count(part) for part in training(8, chunks * CHUNK)][TRAINING.index(work)]
 
     with on_meta():
         # Of the third chunk: what three have more than two.
-        parts = [(1, launched(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
-    sums: dict[tuple[str, str], list[float]] = {}
-    bounds: dict[tuple[str, str], str] = {}
+        parts = [(1, count(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
+    sums: dict[tuple[str, str, bool], list[float]] = {}
+    bounds: dict[tuple[str, str, bool], str] = {}
     known: dict[str, float] = {}
-    for sign, launches in parts:
-        for count, launch in launches:
-            instructions = None
-            if launch is not None:
-                key = str((launch.name, launch.grid, specialize(launch), launch.options))
-                if key not in known:
-                    known[key] = warp_instructions(launch)
-                instructions = known[key]
-            moved, again = count.traffic.read + count.traffic.written, count.traffic.again
-            micros, bound = _micros(instructions, moved, again)
-            row = sums.setdefault((count.stage, count.name), [0.0] * 5)
-            values = (1.0, instructions or 0.0, moved, again, micros)
-            row[:] = [a + sign * b for a, b in zip(row, values, strict=True)]
-            bounds[count.stage, count.name] = bound if instructions is not None else f"{bound}, operator"
+    for sign, counts in parts:
+        for x in counts:
+            instructions = 0.0
+            if x.launch is not None:
+                alike = str((x.name, x.launch.grid, specialize(x.launch), x.launch.options))
+                instructions = known[alike] = known.get(alike) or warp_instructions(x.launch)
+            key = (x.stage, x.name, x.launch is not None)
+            micros, bounds[key] = _micros(instructions, x.traffic)
+            moved = x.traffic.read + x.traffic.written
+            values = (1, instructions / 1e6, moved / 1e6, x.traffic.again / 1e6, micros)
+            sums[key] = [a + sign * b for a, b in zip(sums.get(key, [0.0] * 5), values, strict=True)]
     return [
-        Estimate(
-            work, *key, row[0], None if "operator" in bounds[key] else row[1] / 1e6, row[2] / 1e6, row[3] / 1e6, row[4],
-            bounds[key],
-        )
-        for key, row in sums.items()
-        if row[0] > 0.01
-    ]  # fmt: skip
+        Estimate(work, stage, name, launches, millions if is_kernel else None, *rest, bounds[stage, name, is_kernel])
+        for (stage, name, is_kernel), (launches, millions, *rest) in sums.items()
+        if launches > 0.01
+    ]
 
 
 def lookup_micros(num_keys: int) -> float:
     """µs of the lookup of a training chunk in so many sub-keys of each half."""
     from fwpkm_kernels.kernels.lookup import lookup
 
-    queries, keys = (torch.empty(size, device="meta") for size in ((8 * CHUNK, 1, 512), (1, 2, num_keys, 256)))
+    queries, keys = meta(8 * CHUNK, 1, QUERY), meta(1, 2, num_keys, QUERY // 2)
     with recorded_launches() as launches:
-        lookup(queries, keys, top_k=8, idw=True, eps=1e-3, precision="tf32x3")
-    total = 0.0
-    for launch in launches:
-        traffic = _of_kernel(launch)
-        total += _micros(warp_instructions(launch), traffic.read + traffic.written, traffic.again)[0]
-    return total
+        lookup(queries, keys, top_k=PICKS, idw=True, eps=1e-3, precision="tf32x3")
+    return sum(_micros(warp_instructions(launch), of_launch(launch))[0] for launch in launches)
 
 
 def of_the_whole(every: list[Estimate]) -> list[tuple[str, float, float]]:
@@ -186,15 +152,16 @@ def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
 
 
 def on_lanes(rows: list[Estimate]) -> tuple[float, float]:
-    """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap."""
+    """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap.
 
-    def spent(*stages: str) -> float:
-        return sum(x.micros for x in rows if x.stage in stages)
-
-    lanes = {lane: spent(*(name for name in LANES if LANES[name] == lane)) for lane in LANES.values()}
-    found = spent("queue", "lookup")
-    alone = found + max(spent("key step"), max(spent("plan"), spent("read")) + spent("write"))
-    return alone, max(found + spent("key step"), *lanes.values())
+    There a chunk's plan and values run beside its addresses (`fwpkm_kernels.streaming.Lanes`).
+    """
+    spent = collections.defaultdict[str, float](float)
+    for x in rows:
+        spent[x.stage] += x.micros
+    found, values = spent["queue"] + spent["lookup"], spent["read"] + spent["write"]
+    alone = found + max(spent["key step"], max(spent["plan"], spent["read"]) + spent["write"])
+    return alone, max(found + spent["key step"], spent["plan"], values)
 
 
 def markdown(every: list[Estimate]) -> str:

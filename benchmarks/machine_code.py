@@ -1,5 +1,7 @@
 """Compile a noted launch for a GPU that is not here, and read the machine code that comes out."""
 
+import itertools
+import math
 import os
 import re
 import struct
@@ -59,10 +61,12 @@ def compile_launch(launch: Launch, target: str) -> Any:
     return triton.compile(ASTSource(fn=launch.kernel, **specialize(launch)), target=gpu, options=launch.options)
 
 
-def tool(name: str) -> str:
+def _run_tool(name: str, *arguments: str) -> str:
+    """What a tool of NVIDIA's in Triton's package prints."""
     import triton.backends.nvidia
 
-    return os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
+    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 class Instruction(NamedTuple):
@@ -88,7 +92,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
-    """The instructions of each, but the padding at their ends.
+    """The instructions of each, but the padding at their ends; addresses go on from one to the next.
 
     One run of the disassembler for all of them: it takes 0.4 s to start.
     """
@@ -97,34 +101,23 @@ def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
         file.write(b"".join(codes))
         file.flush()
         architecture = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}[target]
-        command = [tool("nvdisasm"), "--binary", architecture, file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _run_tool("nvdisasm", "--binary", architecture, file.name)
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+) )?\s*([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
+    instructions = [Instruction(int(address, 16), *rest) for address, *rest in lines]
     assert len(lines) * 16 == sum(map(len, codes)), "the disassembly is not of 16 bytes an instruction"
-    kernels, begin = [], 0
-    for code in codes:
-        kernel = []
-        for address, predicate, name, operands in lines[begin // 16 : (begin + len(code)) // 16]:
-            if name.startswith("BRA"):
-                label = re.search("0x([0-9a-f]+)", operands)
-                operands = operands if label is None else operands.replace(label[0], hex(int(label[1], 16) - begin))
-            kernel.append(Instruction(int(address, 16) - begin, predicate, name, operands))
-        while kernel[-1].name == "NOP" or (
-            kernel[-1].name.startswith("BRA") and _target(kernel[-1]) == kernel[-1].address
-        ):
+    kernels = []
+    for end, code in zip(itertools.accumulate(map(len, codes)), codes, strict=True):
+        kernel = instructions[(end - len(code)) // 16 : end // 16]
+        while kernel[-1].name == "NOP" or _target(kernel[-1]) == kernel[-1].address:
             kernel.pop()
         kernels.append(kernel)
-        begin += len(code)
     return kernels
 
 
-def _target(branch: Instruction) -> int:
-    found = re.search(r"0x([0-9a-f]+)", branch.operands)
-    return int(found[1], 16) if found else -1
-
-
-def is_tensor_core(instruction: Instruction) -> bool:
-    return re.match(r"[A-Z]+G?MMA\b", instruction.name) is not None
+def _target(instruction: Instruction) -> int | None:
+    """Where a branch goes; None if it does not say, and of what is no branch."""
+    found = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.name.startswith("BRA") else None
+    return int(found[1], 16) if found else None
 
 
 def _number(kernel: list[Instruction], register: str) -> int | None:
@@ -174,30 +167,93 @@ def _trips(kernel: list[Instruction], begin: int, end: int) -> int | None:
     return None
 
 
-def _to_the_end(kernel: list[Instruction]) -> list[Instruction]:
-    """Without what stands behind the last EXIT, such as waiting for a barrier."""
-    return kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
-
-
-def _loops(kernel: list[Instruction]) -> list[tuple[int, int]]:
-    """Indices of the first and the last instruction of each loop."""
-    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
-    ends = [i for i, instruction in enumerate(kernel) if instruction.name.startswith("BRA")]
-    targets = [indices.get(_target(kernel[i]), i) for i in ends]
-    return [(begin, end) for begin, end in zip(targets, ends, strict=True) if begin < end]
-
-
 def executed_instructions(kernel: list[Instruction], *, unknown: float | None = None) -> float | None:
     """Instructions that a warp executes; None where a loop does not say how often it runs.
 
     Every instruction once, taken branch or not, and those in a loop as often as it runs: `unknown` times, where that is
-    given and the loop does not say.
+    given and the loop does not say. What stands behind the last EXIT, such as waiting for a barrier, is left out.
     """
-    kernel = _to_the_end(kernel)
+    kernel = kernel[: max(i for i, instruction in enumerate(kernel) if instruction.name == "EXIT") + 1]
+    indices = {instruction.address: i for i, instruction in enumerate(kernel)}
     times: list[float] = [1] * len(kernel)
-    for begin, end in _loops(kernel):
-        trips = _trips(kernel, begin, end) or unknown
-        if trips is None or trips < 1:
-            return None
-        times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
+    for end, branch in enumerate(kernel):
+        begin = indices.get(_target(branch), end)
+        if begin < end:  # a loop
+            trips = _trips(kernel, begin, end) or unknown
+            if trips is None or trips < 1:
+                return None
+            times[begin : end + 1] = [x * trips for x in times[begin : end + 1]]
     return sum(times)
+
+
+#: What a multiprocessor holds at a time (CUDA C++ programming guide, technical specifications): warps, blocks and
+#: registers of every target, and bytes of shared memory.
+WARPS, BLOCKS, REGISTERS = 64, 32, 65536
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+
+
+def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
+    """Most warps of a kernel that a multiprocessor can hold, of those that it can hold of any."""
+    # Registers go to warps in units of 256 and to four warps at a time; a block has 1 KB of shared memory of its own.
+    warps = REGISTERS // (math.ceil(registers * 32 / 256) * 256) // 4 * 4
+    by_shared = SHARED[target] // (math.ceil(shared / 128) * 128 + 1024)
+    return min(BLOCKS, WARPS // num_warps, warps // num_warps, by_shared) * num_warps / WARPS
+
+
+def _examine_nvidia(compiled: Any, kernel: list[Instruction], target: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    names = [instruction.name for instruction in kernel]
+    loads = [".128" in name for name in names if name.startswith("LDG")]  # LDGSTS too, which loads to shared memory
+    stores = [".128" in name for name in names if name.startswith("STG")]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": sum(name.startswith(("LDL", "STL")) for name in names),
+        "occupancy": occupancy(target, registers, compiled.metadata.shared, compiled.metadata.num_warps),
+        "wide_loads": loads.count(True),
+        "narrow_loads": loads.count(False),
+        "wide_stores": stores.count(True),
+        "narrow_stores": stores.count(False),
+        "tensor_core": sum(re.match(r"[A-Z]+G?MMA\b", name) is not None for name in names),
+        "instructions": len(kernel),
+        "executed": executed_instructions(kernel),
+    }
+
+
+def _examine_amd(compiled: Any) -> dict[str, Any]:
+    text, shared = compiled.asm["amdgcn"], compiled.metadata.shared
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, text)[1])  # type: ignore[index]
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, text, re.MULTILINE))
+
+    waves = number(r"; Occupancy: (\d+)")  # of a SIMD, by its registers
+    if shared > 0:  # 64 KB, of four SIMDs
+        waves = min(waves, 65536 // shared * compiled.metadata.num_warps // 4)
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "stack": number(r"\.private_segment_fixed_size:\s+(\d+)"),
+        "spills": number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
+        "occupancy": waves / 8,
+        "wide_loads": count(r"(?:global|buffer)_load_dwordx4"),
+        "narrow_loads": count(r"(?:global|buffer)_load_(?!dwordx4)\w+"),
+        "wide_stores": count(r"(?:global|buffer)_store_dwordx4"),
+        "narrow_stores": count(r"(?:global|buffer)_store_(?!dwordx4)\w+"),
+        "tensor_core": count("v_mfma"),
+        "instructions": count(r"^\t[^.;]"),
+        "executed": None,
+    }
+
+
+def examine(kernels: list[Any], target: str) -> list[dict[str, Any]]:
+    """Registers, stack and instruction counts of compiled kernels: fields of `benchmarks.compiled.Report`."""
+    if not target.startswith("sm_"):
+        return [_examine_amd(kernel) for kernel in kernels]
+    codes = disassemble([kernel.asm["cubin"] for kernel in kernels], target)
+    return [_examine_nvidia(kernel, code, target) for kernel, code in zip(kernels, codes, strict=True)]

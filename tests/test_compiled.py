@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import (
-    ROWS,
-    TABLE,
-    TARGETS,
-    Rows,
-    occupancy,
-)
-from benchmarks.machine_code import Instruction, executed_instructions
+from benchmarks.compiled import TABLE, TARGETS
+from benchmarks.machine_code import Instruction, executed_instructions, occupancy
+from benchmarks.traffic import KERNELS, Kernel
 
 #: Instructions that a warp may execute at most, where a training chunk of the paper is compiled for sm_90.
 MOST_EXECUTED = {"half_topk_kernel": 4900, "merge_kernel": 1200, "step_kernel": 460}
@@ -46,14 +41,16 @@ OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in TARGETS if 
 
 @pytest.mark.parametrize("reports", [SM_90, *OTHERS], indirect=True)
 def test_no_spills_and_wide_moves_of_rows(reports):
-    assert {report["kernel"] for report in reports} == set(ROWS)
+    assert {report["kernel"] for report in reports} == set(KERNELS)
     spilled = [report for report in reports if report["stack"] > 0 or report["spills"] > 0]
     assert not spilled
     for moves in ("loads", "stores"):
         narrow = [report for report in reports if report[f"wide_{moves}"] < report[f"expected_wide_{moves}"]]
         assert not narrow
         # Of every kernel of rows there is a case in which a row has 128 bits for each lane.
-        of_rows = {name for name, rows in ROWS.items() if getattr(rows, moves) is not Rows._field_defaults[moves]}
+        of_rows = {
+            name for name, kernel in KERNELS.items() if getattr(kernel, moves) is not Kernel._field_defaults[moves]
+        }
         if moves == "stores" and reports[0]["target"] == "gfx942":  # whose waves are wider than these programs' rows
             of_rows -= {"key_sum_kernel", "step_grad_kernel"}
         assert {report["kernel"] for report in reports if report[f"expected_wide_{moves}"] > 0} == of_rows
@@ -73,14 +70,14 @@ def test_every_kernel_is_listed():
     kernels = {
         name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text("utf-8"), re.M)
     }
-    assert set(ROWS) == kernels
+    assert set(KERNELS) == kernels
 
 
 def test_committed_table():
     section = re.search(r"^## sm_90$(.*?)^## ", TABLE.read_text("utf-8"), re.M | re.S)
     lines = [line.split(" | ") for line in section[1].splitlines() if line.startswith("| ")]
     head, *lines = lines
-    assert {line[0].removeprefix("| ") for line in lines} == set(ROWS), "python -m benchmarks.compiled --write"
+    assert {line[0].removeprefix("| ") for line in lines} == set(KERNELS), "python -m benchmarks.compiled --write"
     for line in lines:
         assert line[head.index("spills")] == "0"
         for moves in ("loads", "stores"):
