@@ -25,6 +25,7 @@ import torch
 from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
 
 from . import estimates, launches
+from .files import markdown_table
 from .machine_code import compile_launch, examine, specialize
 from .record import recorded_launches
 from .traffic import KERNELS, row_bytes
@@ -123,27 +124,17 @@ A line is a kernel as the case compiles it; a later case that compiles to the sa
 
 def _table(reports: list[Report]) -> str:
     """The first part of the committed file."""
-    columns = "kernel | case | warps | registers | spills | shared | occupancy | loads | stores | tensor | code | run"
-    lines = [f"| {columns} |", "|---|---" + "|--:" * 10 + "|"]
-    seen = set()
+    lines: dict[tuple[object, ...], str] = {}
     order = list(KERNELS)
     for x in sorted(reports, key=lambda x: (order.index(x.kernel), not x.case.startswith("chunk/"))):
-        cells = (
-            x.num_warps,
-            x.registers,
-            x.spills,
-            x.shared,
-            f"{x.occupancy:.0%}",
-            f"{x.wide_loads} / {x.expected_wide_loads} / {x.narrow_loads}",
-            f"{x.wide_stores} / {x.expected_wide_stores} / {x.narrow_stores}",
-            x.tensor_core,
-            x.instructions,
-            "–" if x.executed is None else x.executed,
-        )
-        if (x.kernel, cells) not in seen:
-            seen.add((x.kernel, cells))
-            lines.append("| " + " | ".join(map(str, (x.kernel, x.case, *cells))) + " |")
-    return "\n".join(lines)
+        loads = f"{x.wide_loads} / {x.expected_wide_loads} / {x.narrow_loads}"
+        stores = f"{x.wide_stores} / {x.expected_wide_stores} / {x.narrow_stores}"
+        cells = (x.num_warps, x.registers, x.spills, x.shared, f"{x.occupancy:.0%}", loads, stores, x.tensor_core)
+        cells += (x.instructions, "–" if x.executed is None else x.executed)
+        lines.setdefault((x.kernel, *cells), x.case)
+    columns = ["kernel", "case", "warps", "registers", "spills", "shared", "occupancy", "loads", "stores", "tensor"]
+    rows = [(kernel, case, *cells) for (kernel, *cells), case in lines.items()]
+    return markdown_table([*columns, "code", "run"], rows, texts=2)
 
 
 def write_table(pool: ProcessPoolExecutor) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from fwpkm_kernels._commands import command, need
 
+from .files import markdown_table
 from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
 from .machine_code import compile_launch, disassemble, executed_instructions, specialize
 from .record import CHUNK, PICKS, QUERY, Launch, meta, on_meta, recorded_launches, step, training
@@ -176,24 +177,22 @@ and what it reads again at {CACHE / 1e12:.1f} TB/s, and {LEAST:.0f} µs; and a g
 this knows nothing of, such as latencies that few warps leave open, makes a kernel slower. What a sequence takes once,
 whatever its length, is not in it: its sort, its copies."""
     ]
+    columns = ["kernel", "launches", "warp instructions, M", "MB", "MB again", "µs", "bound by"]
     for work in dict.fromkeys(x.work for x in every):
         rows = [x for x in every if x.work == work]
-        total = sum(x.micros for x in rows)
-        lines = ["| stage | kernel | launches | warp instructions, M | MB | MB again | µs | bound by |"]
-        lines.append("|---|---|--:|--:|--:|--:|--:|---|")
+        cells = []
         for x in rows:
+            numbers = (f"{number:.1f}" for number in (x.megabytes, x.again, x.micros))
             millions = "–" if x.instructions is None else f"{x.instructions:.1f}"
-            cells = (f"{x.launches:.0f}", millions, f"{x.megabytes:.1f}", f"{x.again:.1f}", f"{x.micros:.1f}", x.bound)
-            lines.append(f"| {x.stage} | {x.name} | " + " | ".join(cells) + " |")
-        head = f"{work[0].upper()}{work[1:]}: {total:.0f} µs estimated, the goal is {GOALS[work]} µs"
+            cells.append((x.stage, x.name, round(x.launches), millions, *numbers, x.bound))
+        text = f"{sum(x.micros for x in rows):.0f} µs estimated, the goal is {GOALS[work]} µs."
         if work == INFERENCE:
             alone, among_others = on_lanes(rows)
-            head += f".\nIn a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks"
-        title, text = f"### {work[0].upper()}{work[1:]}", f"{head.partition(': ')[2]}."
-        parts.append(f"{title}\n\n{text} {OBSTACLES[work]}\n\n" + "\n".join(lines))
-    lines = ["| | µs estimated | goal |", "|---|--:|--:|"]
-    lines += [f"| {name} | {micros:.0f} | {goal} |" for name, micros, goal in of_the_whole(every)]
-    parts.append("### Of the whole\n\n" + "\n".join(lines))
+            text += f" In a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks."
+        table = markdown_table(["stage", *columns], cells, texts=2)
+        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{text} {OBSTACLES[work]}\n\n{table}")
+    whole = [(name, f"{micros:.0f}", goal) for name, micros, goal in of_the_whole(every)]
+    parts.append("### Of the whole\n\n" + markdown_table(["", "µs estimated", "goal"], whole))
     return "\n\n".join(parts) + "\n"
 
 

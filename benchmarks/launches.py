@@ -14,14 +14,17 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwpkm_kernels._commands import check_outputs, command, need, write_output
 
+from .files import markdown_table
 from .record import (
     CHUNK,
     NUM_KEYS,
@@ -70,13 +73,7 @@ _STAGE_OF = {function: stage for stage, functions in STAGES.items() for function
 
 #: Allocations, and views that their schema does not call so.
 _NO_LAUNCH = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_unsafe_view",
-    "_reshape_alias",
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"),
 }
 #: These write their first argument without reading it, at indices as much as they are given.
 _OVERWRITE = {"copy_", "zero_", "fill_", "index_fill_", "scatter_", "index_put_"}
@@ -84,23 +81,15 @@ _OVERWRITE = {"copy_", "zero_", "fill_", "index_fill_", "scatter_", "index_put_"
 _PICK = {"index", "gather", "index_select"}
 
 
-def callers() -> list[str]:
-    """The functions of the package that are running, the outermost first."""
-    names, frame = [], sys._getframe(1)
-    while frame is not None:
-        if f"{os.sep}fwpkm_kernels{os.sep}" in frame.f_code.co_filename:
-            names.append(frame.f_code.co_name)
-        frame = frame.f_back  # type: ignore[assignment]
-    return names[::-1]
-
-
 def stage() -> str:
     """The stage that is running."""
-    return next((_STAGE_OF[name] for name in callers() if name in _STAGE_OF), "around")
+    frames = [frame.f_code for frame, _ in traceback.walk_stack(None)]
+    names = [code.co_name for code in frames if f"{os.sep}fwpkm_kernels{os.sep}" in code.co_filename]
+    return next((_STAGE_OF[name] for name in reversed(names) if name in _STAGE_OF), "around")
 
 
-def _tensors(x: Any) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
         return [x]
     return [y for part in x for y in _tensors(part)] if isinstance(x, (list, tuple)) else []
 
@@ -200,13 +189,13 @@ def floors(work: str) -> dict[str, float]:
     return lookup | write | {"read": rows + 3 * vector}
 
 
-def _sums(counts: list[Count]) -> dict[str, list[float]]:
-    """For each stage: kernels, operators, megabytes read, written and read again."""
-    sums: dict[str, list[float]] = {}
-    for x in counts:
-        row = sums.setdefault(x.stage, [0.0] * 5)
-        moved = (x.launch is not None, x.launch is None, *(y / 1e6 for y in dataclasses.astuple(x.traffic)))
-        row[:] = [a + b for a, b in zip(row, moved, strict=True)]
+def _sums(function: Callable[[], Any]) -> dict[str, Tensor]:
+    """For each stage of a function: kernels, operators, megabytes read, written and read again."""
+    sums: dict[str, Tensor] = {}
+    for x in count(function):
+        is_kernel, megabytes = x.launch is not None, (moved / 1e6 for moved in dataclasses.astuple(x.traffic))
+        row = torch.tensor([is_kernel, not is_kernel, *megabytes], dtype=torch.float64)
+        sums[x.stage] = sums.get(x.stage, 0.0) + row
     return sums
 
 
@@ -214,26 +203,22 @@ def rows() -> list[Row]:
     """Count everything."""
     result = []
 
-    def add(work: str, per_chunk: dict[str, list[float]], fixed: dict[str, list[float]]) -> None:
+    def add(work: str, per_chunk: dict[str, Tensor], once: dict[str, Tensor]) -> None:
         floor = floors(work)
-        order = [*STAGES, "around"]
-        for name in sorted(per_chunk, key=order.index):
-            kernels, operators, read, written, again = per_chunk[name]
-            once = fixed.get(name, [0.0] * 5)
-            moved = (read, written, again, floor.get(name, 0.0) / 1e6)
-            result.append(Row(work, name, kernels, operators, *moved, sum(once[:2]), sum(once[2:4])))
+        for name in (name for name in (*STAGES, "around") if name in per_chunk):
+            launches, moved = once[name].split([2, 3])
+            of_chunk = (*per_chunk[name].tolist(), floor.get(name, 0.0) / 1e6)
+            result.append(Row(work, name, *of_chunk, float(launches.sum()), float(moved[:2].sum())))
 
     with on_meta():
         # The first chunk of a sequence has nothing to read again, the others are alike.
-        counted = []
-        for chunks in (1, 8):
-            counted.append([_sums(count(part)) for part in training(8, chunks * CHUNK)])
-        for work, one, eight in zip(TRAINING, *counted, strict=True):
-            per_chunk = {name: [(b - a) / 7 for a, b in zip(one[name], eight[name], strict=True)] for name in eight}
-            fixed = {name: [a - b for a, b in zip(one[name], per_chunk[name], strict=True)] for name in eight}
-            add(work, per_chunk, fixed)
-        add(INFERENCE, _sums(count(step(CHUNK, CHUNK))), {})
-        add(DECODE, _sums(count(step(1, CHUNK + 100))), {})
+        one, eight = (map(_sums, training(8, chunks * CHUNK)) for chunks in (1, 8))
+        for work, first, every in zip(TRAINING, one, eight, strict=True):
+            per_chunk = {name: (every[name] - first.get(name, 0.0)) / 7 for name in every}
+            add(work, per_chunk, {name: first.get(name, 0.0) - per_chunk[name] for name in every})
+        for work, tokens, position in ((INFERENCE, CHUNK, CHUNK), (DECODE, 1, CHUNK + 100)):
+            per_chunk = _sums(step(tokens, position))
+            add(work, per_chunk, {name: torch.zeros(5) for name in per_chunk})
     return result
 
 
@@ -246,18 +231,17 @@ def totals(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _lines(rows: list[Row]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     def number(x: float) -> str:
         return f"{x:.1f}" if abs(x) < 9.95 and round(x, 1) % 1 else f"{round(x)}"
 
-    lines = []
-    for row in rows:
-        moved = row.read + row.written
-        cells = [row.stage, *map(number, (row.kernels, row.operators, row.read, row.written, row.again))]
-        cells += [number(row.floor), f"{moved / row.floor:.2f}" if row.floor else "–"]
-        cells += [number(row.fixed_launches), number(row.fixed_bytes)] if row.work in TRAINING else []
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    ratio = f"{(row.read + row.written) / row.floor:.2f}" if row.floor else "–"
+    once = [row.fixed_launches, row.fixed_bytes] if row.work in TRAINING else []
+    return [row.stage, *map(number, row[2:8]), ratio, *map(number, once)]
+
+
+def _micros(megabytes: float) -> float:
+    return megabytes * 1e12 / BANDWIDTH
 
 
 def markdown(every: list[Row]) -> str:
@@ -277,26 +261,18 @@ than others). Inference is a step of {CHUNK} tokens, decoding one of 1.
 - *floor*: megabytes that have to move, see `floors` there; *ratio*: read and written over that."""
     ]
     for total in totals(every):
-        work = total.work
-        spent = (
-            f"{_micros(total.read + total.written):.1f} µs of bytes at 3.0 TB/s, floor {_micros(total.floor):.1f} µs"
-        )
+        work, moved = total.work, total.read + total.written
+        spent = f"{_micros(moved):.1f} µs of bytes at 3.0 TB/s, floor {_micros(total.floor):.1f} µs"
         if work in DESIGN_FLOORS:
-            spent += (
-                f", or {DESIGN_FLOORS[work]} µs with the arithmetic of the lookup and what the design counts besides"
-            )
+            of_design = "with the arithmetic of the lookup and what the design counts besides"
+            spent += f", or {DESIGN_FLOORS[work]} µs {of_design}"
         if work in FIXED_FLOORS:
             spent += f"; once {_micros(total.fixed_bytes):.0f} µs, floor {_micros(FIXED_FLOORS[work] / 1e6):.0f} µs"
-        head = "| stage | kernels | operators | read | written | again | floor | ratio |"
-        head += " launches, once | MB, once |" if work in TRAINING else ""
-        lines = [head, "|---|" + "--:|" * (head.count("|") - 2)]
-        lines += _lines([row for row in every if row.work == work] + [total])
-        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{spent}.\n\n" + "\n".join(lines))
+        columns = ["stage", "kernels", "operators", "read", "written", "again", "floor", "ratio"]
+        columns += ["launches, once", "MB, once"] if work in TRAINING else []
+        table = markdown_table(columns, [_cells(row) for row in [*every, total] if row.work == work])
+        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{spent}.\n\n{table}")
     return "\n\n".join(parts) + "\n"
-
-
-def _micros(megabytes: float) -> float:
-    return megabytes * 1e12 / BANDWIDTH
 
 
 @command("launches")
