@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update
+from fwpkm_kernels.kernels import chunks, gather, key_step, lookup, scans, segments, update, weights
 from fwpkm_kernels.kernels.picks import plan_picks
 
 from .record import CHUNK, NUM_KEYS, NUM_SLOTS, QUERY, WIDTH, meta, on_meta, step, training
@@ -226,14 +226,14 @@ def _chunk(x: SimpleNamespace) -> None:
 @_case("memory_backward", CHUNKS, _of_chunk)
 def _chunk_backward(x: SimpleNamespace) -> None:
     steps = torch.empty_like(x.table, dtype=x.errors.dtype)
-    weights, grads = (x.weights, x.weights), (x.written, torch.empty_like(x.weights), torch.empty_like(x.weights))
-    scans.read_grad(x.log, x.slots, steps, x.slots, *weights, x.written, x.read, *grads, factor=1.0)
+    both, grads = (x.weights, x.weights), (x.written, torch.empty_like(x.weights), torch.empty_like(x.weights))
+    scans.read_grad(x.log, x.slots, steps, x.slots, *both, x.written, x.read, *grads, factor=1.0)
     segments.segment_rows(steps, x.errors, x.weights, *x.plan)
 
 
 @_case("memory_reset", CHUNKS, _of_chunk)
 def _reset(x: SimpleNamespace) -> None:
-    scans.restore_rows(x.table, x.table, meta(NUM_SLOTS, dtype=torch.uint8))
+    update.restore_rows(x.table, x.table, meta(NUM_SLOTS, dtype=torch.uint8))
 
 
 SEQUENCES: Table = {
@@ -252,14 +252,14 @@ def _weights_of_reads(batch: int = 8, j: int = 8, n: int = NUM_KEYS, exact: torc
     row_dtype = torch.int32 if n == NUM_KEYS else torch.int64
     how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
     outputs = (_slots(batch, 4096, j), meta(batch, 4096, j, dtype=exact))
-    _, keys = chunks.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
+    _, keys = weights.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
     order = _slots(keys.numel())
     for mask in (None, meta(4096, batch, dtype=exact)):  # a token's mask, and its gate
         chunks.plan_writes(keys, order, n * n, row_dtype, j, mask, layout, count_all=False)
         fold: dict[str, Any] = {"step": "paper" if mask is None else "normalized", "ratio": mask is not None}
-        chunks.fold(scores, counts, mask, mask, layout, **fold)
-        chunks.fold_grad(scores, scores, counts, scores, scores, mask, mask, mask, layout, **how, **fold)
-    chunks.weigh_again(scores, order, counts.view(-1), layout, **how)
+        weights.fold(scores, counts, mask, mask, layout, **fold)
+        weights.fold_grad(scores, scores, counts, scores, scores, mask, mask, mask, layout, **how, **fold)
+    weights.weigh_again(scores, order, counts.view(-1), layout, **how)
     chunks.sum_reads(meta(reads, 1, WIDTH, dtype=exact), layout, BF16)
 
 

@@ -7,31 +7,15 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .chunks import Options
 from .kernels import compute_dtype
 from .memory import check_memory
+from .options import Options
+from .records import Queue
 
 #: Options that may change from step to step.
 FREE_OPTIONS = ("lr", "weight_decay", "clip", "addressing_weight")
 #: Bytes of a saved binding, whatever is bound: a distributed checkpoint loads into tensors of equal shape.
 SAVED_BYTES = 1024
-
-
-class Queue(NamedTuple):
-    """What waits for a chunk to be full: C tokens of the present chunk, after L that are carried from the one before.
-
-    Time first, so that the tokens of a chunk are a slice.
-    """
-
-    queries: Tensor  #: [L + C, B, H, Dk]
-    gates: Tensor  #: [L + C, B]
-    mask: Tensor  #: [L + C, B]
-    targets: Tensor  #: [C, B, D]
-    predictions: Tensor  #: [C, B, D], not rounded
-    slots: Tensor  #: int64 [C, B, H, K]
-    weights: Tensor  #: [C, B, J]
-    half_scores: Tensor  #: [C, B, H, 2, K]
-    sub_keys: Tensor  #: int32 [C, B, H, 2, K]
 
 
 class Binding(NamedTuple):

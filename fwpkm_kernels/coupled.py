@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
-from .chunks import Options, items_of, rows_of, weigh, weigh_grad, write_scale
+from .chunks import items_of, rows_of
 from .kernels import compute_dtype
 from .lookup import halves_op, sub_key_rows
+from .options import Options
 from .plan import sum_at
 from .update import chunk_value_update, chunk_value_update_
+from .weights import weigh, weigh_grad, write_scale
 
 
 def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._operators import operator
-from .chunks import OPTIONS_SCHEMA, Options
 from .kernels import compute_dtype
 from .memory import Kept, fast_weight_memory, run_backward, run_forward
+from .options import Options, schema_of
 
 
 class Documents(NamedTuple):
@@ -289,7 +289,7 @@ _untraced_loop = _disable_dynamo(_loop)
 _INPUTS = "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, Tensor? cu_seqlens"
 
 
-@operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {OPTIONS_SCHEMA}) -> Tensor[]")
+@operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {schema_of(Options)}) -> Tensor[]")
 def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
 ) -> list[Tensor]:
@@ -315,7 +315,7 @@ def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *o
 
 @operator(
     "fast_weight_memory_documents_backward",
-    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {OPTIONS_SCHEMA}) -> Tensor[]",
+    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {schema_of(Options)}) -> Tensor[]",
 )
 def _documents_backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options

@@ -12,7 +12,8 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
-from .plan import Plan, check_tokens, plan_segments, segment_totals
+from .plan import plan_segments, segment_totals
+from .records import Plan
 
 # Gathered rows that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -44,7 +45,7 @@ def gather_rows(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch
 
 @operator("sparse_value_gather")
 def _gather_op(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
-    check_tokens("slots", slots, slots.shape[0])
+    checks.check_tokens("slots", slots, slots.shape[0])
     checks.check_slot_range("slots", slots, values.shape[0])
     return gather_rows(values, slots, weights, values.dtype, backend)
 
@@ -194,7 +195,7 @@ def _check_gather(values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: b
     if slots.dim() < 1:
         raise ValueError("`slots` must have at least 1 dimension [..., J], got a scalar")
     checks.check_like("weights", weights, "slots", slots)
-    check_tokens("slots", slots, math.prod(slots.shape[:-1]))
+    checks.check_tokens("slots", slots, math.prod(slots.shape[:-1]))
     checks.check_together(values=values, slots=slots, weights=weights)
     checks.check_flag("sparse_grad", sparse_grad)
     checks.check_choice("backend", backend, checks.BACKENDS)

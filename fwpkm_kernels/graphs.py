@@ -9,9 +9,10 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
-from .chunks import Options
+from .options import Options
+from .records import Tokens
 from .state import MemoryState, check_step
-from .streaming import Lanes, Tokens, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
+from .streaming import Lanes, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
 
 class Graph(Protocol):

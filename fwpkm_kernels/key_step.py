@@ -12,7 +12,8 @@ from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
-from .plan import Plan, check_tokens, plan_picks, plan_segments, segment_totals
+from .plan import plan_picks, plan_segments, segment_totals
+from .records import Plan
 
 
 def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
@@ -306,7 +307,7 @@ def _key_step_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new keys, and what backward reads: the half scores and sub-keys that won."""
-    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
+    checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     _, _, half_scores, sub_keys = lookup_halves(
         queries, keys, top_k=top_k, score=score, eps=eps, precision=precision, backend=backend
     )

@@ -12,7 +12,8 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
-from .plan import Plan, check_num_keys, check_tokens, plan_segments, segment_totals
+from .plan import plan_segments, segment_totals
+from .records import Plan
 
 # Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -122,7 +123,7 @@ def lookup_halves(
 def _lookup_op(
     queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
+    checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
     scores, slots, _, _ = lookup_halves(queries, keys, top_k=top_k, **options)
     return scores, slots
@@ -386,8 +387,8 @@ def check_lookup(
             f"`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk, "
             f"got {checks.shape(queries)} against {checks.shape(keys)}"
         )
-    check_num_keys(keys)
-    check_tokens("queries", queries, math.prod(queries.shape[:-1]))
+    checks.check_num_keys(keys)
+    checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     checks.check_together(queries=queries, keys=keys)
     top_k = checks.check_int("top_k", top_k, minimum=1)
     if top_k > num_keys:

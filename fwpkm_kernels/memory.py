@@ -10,22 +10,15 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
-from .chunks import (
-    OPTIONS_SCHEMA,
-    Options,
-    count_read_positions,
-    count_writes,
-    plan_writes,
-    plan_writes_grad,
-    rows_of,
-    sum_reads,
-    weigh_again,
-)
+from .chunks import count_read_positions, count_writes, rows_of
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .plan import Plan, check_num_accesses, row_dtype
-from .scans import Addresses, address_scan, address_scan_grad, value_scan, value_scan_grad
+from .options import Options, schema_of
+from .plan import row_dtype
+from .records import Addresses, Plan
+from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
+from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
 
 WEIGHTINGS = ("softmax", "silu", "relu")
 KEY_GRADIENTS = ("addressing", "all")
@@ -127,7 +120,7 @@ def run_forward(
 @operator(
     "fast_weight_memory",
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
-    f"{OPTIONS_SCHEMA}) -> Tensor[]",
+    f"{schema_of(Options)}) -> Tensor[]",
 )
 def _forward_op(
     queries: Tensor,
@@ -140,7 +133,7 @@ def _forward_op(
     *options: Any,
 ) -> list[Tensor]:
     o = Options(*options)
-    check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
         q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
         g, m = (None if x is None else x.detach() for x in (gates, mask))
@@ -193,7 +186,7 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
 @operator(
     "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
-    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {OPTIONS_SCHEMA}) -> Tensor[]",
+    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(
     grad_output: Tensor | None,
@@ -477,7 +470,7 @@ def check_memory(
     lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
     if lookahead > chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
-    check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, top_k))
+    checks.check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, top_k))
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)

@@ -6,38 +6,16 @@ atomics, and nothing here has the size of the table or a shape that depends on t
 """
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:  # Triton may be missing
-    from .kernels.picks import PickPlan
+from ._checks import NARROW_ACCESSES, NARROW_ROWS, check_sort, exceeds
+from .records import PickPlan, Plan
 
-#: So many rows are numbered in 32 bits; more in 64.
-NARROW_ROWS = 2**31
-#: So many accesses are numbered in 32 bits, where the sum of two numbers fits too; more in 64.
-NARROW_ACCESSES = 2**30
 #: Whether Triton compiles the kernels' asserts, which then see slots as they came: 2³² in 32 bits would be slot 0.
 ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes", "y")
-#: torch.sort takes no more on a GPU.
-MOST_SORTED = 2**31 - 1
-#: Rows of tokens (and heads), which kernels number in 32 bits: two programs for each are a launch.
-MOST_TOKENS = 2**30 - 1
-#: What kernels number in 32 bits in one call of the whole memory.
-MOST_ACCESSES = 2**30 - 1
-#: Heads, and sub-keys of a half: two heads' halves, and tiles of 64 sub-keys, are axes of a launch, of 65535 at most.
-MOST_HEADS, MOST_KEYS = 2**14, 2**21
-
-
-class Plan(NamedTuple):
-    """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
-
-    order: Tensor  #: int64: which access stands at this position
-    rows: Tensor  #: the row that it touches, ascending
-    start: Tensor  #: where the segment of that row begins, in `position_dtype`
-    end: Tensor  #: one past where it ends, likewise
 
 
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
@@ -57,7 +35,7 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     return Plan(order, rows, start, end)
 
 
-def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> "PickPlan":
+def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> PickPlan:
     """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
     `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
@@ -128,62 +106,6 @@ def position_dtype(num_accesses: int) -> torch.dtype:
     int64 where something traces that does not know how many.
     """
     return torch.int32 if exceeds(NARROW_ACCESSES + 1, num_accesses) else torch.int64
-
-
-def exceeds(size: int, most: int) -> bool:
-    """Whether size > most; where something traces, whether every size that may come does.
-
-    What is traced then serves all sizes, and the operators' bodies, which see numbers, ask again.
-    """
-    if torch.compiler.is_compiling() or isinstance(size, torch.SymInt) or isinstance(most, torch.SymInt):
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
-
-        return statically_known_true(size > most)
-    return size > most
-
-
-def check_sort(name: str, slots: Tensor) -> None:
-    """No more slots than can be sorted where they are."""
-    if slots.is_cuda and exceeds(slots.numel(), MOST_SORTED):
-        raise ValueError(
-            f"`{name}` must hold at most {MOST_SORTED} slots to be sorted on a GPU, got shape {list(slots.shape)}"
-        )
-
-
-def check_tokens(name: str, x: Tensor, num_tokens: int) -> None:
-    """No more tokens (times heads) than the kernels number in 32 bits."""
-    if exceeds(num_tokens, MOST_TOKENS):
-        raise ValueError(
-            f"`{name}` must hold at most {MOST_TOKENS} tokens (times heads) in one call, got shape {list(x.shape)}"
-        )
-
-
-def check_num_keys(keys: Tensor) -> None:
-    """No more heads and sub-keys [H, 2, n, Dk/2] than the kernels number in 32 bits and launch."""
-    heads, _, num_keys, _ = keys.shape
-    limits = ((heads, MOST_HEADS), (num_keys, MOST_KEYS), (2 * heads * num_keys, NARROW_ROWS))
-    if any(exceeds(size, most) for size, most in limits):
-        raise ValueError(
-            f"`keys` [H, 2, n, Dk/2] must have at most {MOST_HEADS} heads, {MOST_KEYS} sub-keys in each half, and "
-            f"{NARROW_ROWS} in all, got shape {list(keys.shape)}"
-        )
-
-
-def check_num_accesses(queries: Tensor, num_accesses: int) -> None:
-    """No more accesses than the kernels of a sequence number in 32 bits."""
-    if exceeds(num_accesses, MOST_ACCESSES):
-        raise ValueError(
-            f"`queries` [B, T, H, Dk] must make at most {MOST_ACCESSES} accesses in one call, top_k for each head and "
-            f"token, and those that are read again; got {num_accesses} for shape {list(queries.shape)}"
-        )
-
-
-def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:
-    """On CPU tensors, where it costs no synchronisation: the plan names rows in [0, num_slots) only."""
-    if plan.rows.device.type == "cpu" and plan.rows.numel() > 0:
-        low, high = int(plan.rows[0]), int(plan.rows[-1])
-        if low < 0 or high >= num_slots:
-            raise ValueError(f"`{name}` must lie in [0, {num_slots}), got values from {low} to {high}")
 
 
 def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,18 +7,18 @@ chunks, and the value scan follows. It is one sparse delta rule with read weight
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .chunks import Chunk, Options
+from .chunks import Chunk
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
-from .plan import Plan
+from .options import Options
+from .records import Addresses, Plan
 from .update import write_grad_torch, write_torch
 
 
@@ -116,15 +116,6 @@ def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan,
     """grad_values = decay·grad_values + Σ weights·vectors, in place: what a write does with lr = -1."""
     # 1 - lr·wd = decay.
     write(grad_values, vectors, weights, plan, lr=-1.0, weight_decay=decay - 1.0, clip=None, backend=backend)
-
-
-class Addresses(NamedTuple):
-    """What the address scan finds, for all R reads of a sequence."""
-
-    scores: Tensor  #: [R, H, K]
-    slots: Tensor  #: int64 [R, H, K]
-    half_scores: Tensor  #: [R, H, 2, K]
-    sub_keys: Tensor  #: int32 [R, H, 2, K]
 
 
 def _count_carried(chunks: list[Chunk]) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_recomputation
 from ._operators import operator
-from .binding import Binding, Queue, check_binding, check_initial_memory, check_step_inputs, make_queue
-from .chunks import Options
+from .binding import Binding, check_binding, check_initial_memory, check_step_inputs, make_queue
+from .options import Options
+from .records import Queue
 from .saving import load, pickled, reduce_for_processes, saved, unpickle
 
 #: What a copy of a state has anew, and what it keeps; other attributes are those of subclasses.
@@ -214,7 +215,7 @@ class MemoryState:
         if not touched_rows_only or self._initial_values.device != device:
             self._values.copy_(self._initial_values)
         elif self._values.is_cuda:
-            from .kernels.scans import restore_rows
+            from .kernels.update import restore_rows
 
             restore_rows(self._values, self._initial_values, self._touched)
         else:

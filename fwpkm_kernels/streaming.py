@@ -7,7 +7,7 @@ were read are not looked up again, but for the `lookahead` ones that are carried
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,19 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_recomputation, refuse_traces, refuse_transforms
 from ._operators import operator
-from .binding import Binding, Queue, make_queue
-from .chunks import OPTIONS_SCHEMA, Options, fold_write_weights, weigh, write_scale
+from .binding import Binding, make_queue
 from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
 from .kernels import compute_dtype
 from .key_step import step_keys
 from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
-from .plan import Plan, check_num_accesses, count_accesses, plan_segments, row_dtype
+from .options import Options, schema_of
+from .plan import count_accesses, plan_segments, row_dtype
+from .records import Plan, Queue, Tokens
 from .scans import read, write
 from .state import MemoryState, check_step
+from .weights import fold_write_weights, weigh, write_scale
 
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,19 +50,6 @@ def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor,
         return weights.flatten(1), slots, half_scores, sub_keys
     scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **o.lookup)
     return weigh(scores.flatten(1), o.weighting, o.temperature), slots, half_scores, sub_keys
-
-
-class Tokens(NamedTuple):
-    """Some tokens of all items of the batch, time first."""
-
-    queries: Tensor  #: [t, B, H, Dk]
-    targets: Tensor  #: [t, B, D]
-    gates: Tensor | None  #: [t, B]
-    mask: Tensor | None  #: [t, B]
-
-    def part(self, begin: int, end: int) -> "Tokens":
-        """The tokens from `begin` to `end`."""
-        return Tokens(*(None if x is None else x[begin:end] for x in self))  # type: ignore[arg-type]
 
 
 def read_piece(
@@ -319,9 +308,9 @@ def _plan_pairs(
         touched.fill_(1)
     num_slots, picks = touched.shape[0], weights.shape[1]
     if checks.use_triton(o.backend, weights):
-        from .kernels.streaming import MOST_ACCESSES, plan_chunk
+        from .kernels.streaming import MOST_COMPARED, plan_chunk
 
-        if weights.numel() <= MOST_ACCESSES:
+        if weights.numel() <= MOST_COMPARED:
             options: dict[str, Any] = {"row_dtype": row_dtype(num_slots), "step": o.step}
             fields, write_weights = plan_chunk(slots, weights, gates, mask, touched, **options)
             return Plan(*fields), write_weights
@@ -341,7 +330,7 @@ _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for 
     "fast_weight_memory_step",
     mutates_args=_STATE_FIELDS,
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS))}, "
-    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> Tensor",
+    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {schema_of(Options)}) -> Tensor",
     tags=_STEP_TAGS,
 )
 def _step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> Tensor:
@@ -359,7 +348,7 @@ def _(keys, values, position, touched, *rest):  # type: ignore[no-untyped-def]
     "fast_weight_memory_first_step",
     mutates_args=_STATE_FIELDS[:4],
     schema=f"({', '.join(f'Tensor(a{i}!) {name}' for i, name in enumerate(_STATE_FIELDS[:4]))}, "
-    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {OPTIONS_SCHEMA}) -> "
+    f"Tensor queries, Tensor targets, Tensor? gates, Tensor? mask, {schema_of(Options)}) -> "
     f"({', '.join(['Tensor'] * (1 + len(Queue._fields)))})",
     tags=_STEP_TAGS,
 )
@@ -399,7 +388,7 @@ def _step(
     """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
     _refuse_replays(values)
     o = Options(*options)
-    check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     by_time = (None if x is None else x.transpose(0, 1) for x in (queries, targets, gates, mask))
     tokens = Tokens(*by_time)  # type: ignore[arg-type]
     length, batch, width = tokens.targets.shape

@@ -11,7 +11,8 @@ from ._autograd import refuse_recomputation, refuse_transforms
 from ._operators import operator
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
-from .plan import Plan, check_rows, check_tokens, count_accesses, count_among, plan_segments, segment_totals
+from .plan import count_accesses, count_among, plan_segments, segment_totals
+from .records import Plan
 
 
 def write_torch(
@@ -63,9 +64,9 @@ def _update_op(
     clip: float | None,
     backend: str,
 ) -> Tensor:
-    check_tokens("slots", write_weights, write_weights.shape[0])
+    checks.check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
-    check_rows(plan, values.shape[0])
+    checks.check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
         from .kernels.update import update
 
@@ -98,9 +99,9 @@ def _update_inplace_op(
     backend: str,
 ) -> None:
     refuse_recomputation("chunk_value_update_")
-    check_tokens("slots", write_weights, write_weights.shape[0])
+    checks.check_tokens("slots", write_weights, write_weights.shape[0])
     plan = Plan(order, rows, start, end)
-    check_rows(plan, values.shape[0])
+    checks.check_rows(plan, values.shape[0])
     if checks.use_triton(backend, values):
         from .kernels.update import update
 
@@ -360,7 +361,7 @@ def _check_update(
     checks.check_slots("slots", slots)
     floats = {"values": values, "weights": weights, "targets": targets, "predictions": predictions}
     checks.check_like("weights", weights, "slots", slots)
-    check_tokens("slots", slots, slots.shape[0])
+    checks.check_tokens("slots", slots, slots.shape[0])
     checks.check_like("predictions", predictions, "targets", targets)
     for name, x, other_name, other, dim in (
         ("targets", targets, "slots", slots, 0),

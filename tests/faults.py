@@ -572,7 +572,7 @@ FAULTS = [
     ),
     Fault(
         "n_s-missing",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "weights / counts.to(weights.dtype) * scale",
         "weights * scale",
         "write weights without 1/n_s",
@@ -581,7 +581,7 @@ FAULTS = [
     ),
     Fault(
         "paper-step-without-ratio",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "scale = J * ratio",
         "scale = J * ones",
         "α without S/E",
@@ -590,7 +590,7 @@ FAULTS = [
     ),
     Fault(
         "running-sum-one-too-far",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "running_ptr + first * B - 1",
         "running_ptr + first * B",
         "S leaves out the chunk's first token where that is unmasked",
@@ -599,7 +599,7 @@ FAULTS = [
     ),
     Fault(
         "gradient-step-times-picks",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "    else:\n        scale = ratio\n",
         "    else:\n        scale = J * ratio\n",
         "the plain gradient's α is the paper's, J times that",
@@ -608,7 +608,7 @@ FAULTS = [
     ),
     Fault(
         "normalized-slope-halved",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "per_weight -= 2.0 * per_read[:, None]",
         "per_weight -= per_read[:, None]",
         "dα/dw = -α·w/S",
@@ -617,7 +617,7 @@ FAULTS = [
     ),
     Fault(
         "gate-gradient-without-alpha",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "grad_gate = per_read * scale",
         "grad_gate = per_read",
         "dg without α",
@@ -626,7 +626,7 @@ FAULTS = [
     ),
     Fault(
         "temperature-missing-in-backward",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "grad / tl.full([], temperature, dtype)",
         "grad",
         "ds without 1/τ",
@@ -635,7 +635,7 @@ FAULTS = [
     ),
     Fault(
         "outputs-time-first",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "(item.to(tl.int64) * T + position)[:, None] * J",
         "(position.to(tl.int64) * B + item)[:, None] * J",
         "slots and weights as [T, B, J] instead of [B, T, J]",
@@ -653,7 +653,7 @@ FAULTS = [
     ),
     Fault(
         "log-rows-of-the-first-chunk",
-        "kernels/chunks.py",
+        "kernels/weights.py",
         "access = (first.to(tl.int64) * B * J)[:, None] + tl.load(",
         "access = tl.load(",
         "all chunks write the first one's rows of the log, the others' stay unwritten",
@@ -662,7 +662,7 @@ FAULTS = [
     ),
     Fault(
         "gradient-step-times-picks-in-pytorch",
-        "chunks.py",
+        "weights.py",
         'float(weights.shape[-1]) if step == "paper" else 1.0',
         "float(weights.shape[-1])",
         "the plain gradient's α is the paper's, J times that, in PyTorch and under key_gradient=\"all\"",
@@ -671,7 +671,7 @@ FAULTS = [
     ),
     Fault(
         "ratio-of-all-unmasked",
-        "chunks.py",
+        "weights.py",
         "torch.cumsum(reads.written & (mask > 0), 0)",
         "torch.cumsum(mask > 0, 0)",
         "S counts unmasked tokens that are not written",
@@ -680,7 +680,7 @@ FAULTS = [
     ),
     Fault(
         "gradients-without-mask",
-        "chunks.py",
+        "weights.py",
         "per_weight = per_weight * mask.unsqueeze(1)",
         "pass",
         "dg and ds of masked tokens are not 0",
@@ -689,7 +689,7 @@ FAULTS = [
     ),
     Fault(
         "rereads-replace-reads",
-        "chunks.py",
+        "weights.py",
         "by_token[chunk.first * batch : chunk.stop * batch] += ",
         "by_token[chunk.first * batch : chunk.stop * batch] = ",
         "the gradient of a token that is read again lacks its first read",
@@ -698,7 +698,7 @@ FAULTS = [
     ),
     Fault(
         "decay-moves-no-keys",
-        "chunks.py",
+        "options.py",
         "self.addressing_weight != 0.0 or self.weight_decay != 0.0",
         "self.addressing_weight != 0.0",
         "under λ = 0 keys do not decay",
@@ -788,7 +788,7 @@ FAULTS = [
     ),
     Fault(
         "restored-by-the-other-stride",
-        "kernels/scans.py",
+        "kernels/update.py",
         "initial_ptr + offs_n[:, None] * stride_in",
         "initial_ptr + offs_n[:, None] * stride_vn",
         "rows of the initial table are found by the stride of the other one",

@@ -29,7 +29,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.chunks import Options
+from fwpkm_kernels.options import Options
 from tests.test_graphs import graph_maker, replayed
 from tests.test_memory import assert_same_bits, make_inputs
 from tests.test_state import half_read

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fwpkm_kernels import testing
-from fwpkm_kernels.chunks import Options, Writes, plan_writes, plan_writes_grad, sum_reads, weigh_again
 from fwpkm_kernels.memory import STEPS
-from fwpkm_kernels.plan import Plan
+from fwpkm_kernels.options import Options
+from fwpkm_kernels.records import Plan
+from fwpkm_kernels.weights import Writes, plan_writes, plan_writes_grad, sum_reads, weigh_again
 from tests.conftest import PLACES
 
 CUTS = st.fixed_dictionaries(

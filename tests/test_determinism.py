@@ -37,13 +37,16 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.chunks import Options, plan_writes, plan_writes_grad
 from fwpkm_kernels.kernels import _common, chunks, key_step, lookup, scans, segments, streaming
 from fwpkm_kernels.kernels import picks as pick_plan
+from fwpkm_kernels.kernels import update as update_kernels
+from fwpkm_kernels.kernels import weights as weight_kernels
 from fwpkm_kernels.kernels.gather import gather as gather_rows
 from fwpkm_kernels.kernels.update import decay_rows
+from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import plan_picks, plan_segments
 from fwpkm_kernels.streaming import _plan_pairs
+from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
 from tests.test_plan import make_picks
@@ -341,7 +344,7 @@ def test_every_tile_of_the_backward_of_a_read(num_warps, block_j, triton_place):
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
 def test_every_tile_of_the_plan_of_a_sequence(boundary, tile, triton_place, monkeypatch):
     """Counts, write weights and the sort that they follow."""
-    monkeypatch.setattr(chunks, "_TILE", tile)
+    monkeypatch.setattr(weight_kernels, "_TILE", tile)
     o = Options(chunk_size=7, top_k=3, boundary=boundary, step="normalized", backend="triton")
     length, batch = (3000, 8) if HAS_GPU else (16, 2)
     reads = o.layout(length, batch).positions * batch
@@ -355,7 +358,7 @@ def test_every_tile_of_the_plan_of_a_sequence(boundary, tile, triton_place, monk
 
 @pytest.mark.parametrize("most", [0, 8192], ids=["by a sort", "by comparing"])
 def test_both_plans_of_a_streamed_chunk(most, triton_place, monkeypatch):
-    monkeypatch.setattr(streaming, "MOST_ACCESSES", most)
+    monkeypatch.setattr(streaming, "MOST_COMPARED", most)
     call = chunk_plan(triton_place)
     assert_same_bits_always(call, triton_place.device, min(RUNS, 5))
 
@@ -380,7 +383,7 @@ def chunk_launches(place: Place) -> Function:
         of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, o)
         layout = o.layout(length, batch)
         options = {"weighting": "softmax", "temperature": 1.0}
-        again = chunks.weigh_again(scores, writes.plan.order, writes.plan.start, layout, **options)
+        again = weight_kernels.weigh_again(scores, writes.plan.order, writes.plan.start, layout, **options)
         return writes, of_writes, again, chunks.sum_reads(summed, layout, torch.float32)
 
     return call
@@ -395,7 +398,7 @@ def by_rows(place: Place) -> Function:
     def call() -> Any:
         decayed, values = initial.clone(), torch.zeros_like(initial)
         decay_rows(decayed, flags, decay=0.9)
-        scans.restore_rows(values, initial, flags)
+        update_kernels.restore_rows(values, initial, flags)
         return decayed, values
 
     return call

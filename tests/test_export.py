@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fwpkm_kernels import (
     MemoryState,
+    _checks,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
     fast_weight_memory_step,
-    plan,
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
@@ -154,7 +154,7 @@ def test_operators_ask_for_limits_again(name, monkeypatch):
     layer = Layer(case)
     program = exported(layer, case.tokens)
     for limit in ("MOST_TOKENS", "MOST_ACCESSES"):
-        monkeypatch.setattr(plan, limit, 7)
+        monkeypatch.setattr(_checks, limit, 7)
     tokens = make_tokens(case.tokens, (2, 4))
     for run in (program.module(), layer, lambda tokens: export(layer, (tokens,), strict=False)):
         with pytest.raises(ValueError, match="must (hold|make) at most 7 "):
@@ -364,7 +364,7 @@ def test_a_copy_of_a_module_has_the_copy_of_its_state_as_buffers():
 
 def test_an_exported_stream_that_fails_leaves_gradients_on(monkeypatch):
     module = exported(Stream(), WHOLE, "tokens alone").module()
-    monkeypatch.setattr(plan, "MOST_ACCESSES", 7)
+    monkeypatch.setattr(_checks, "MOST_ACCESSES", 7)
     with pytest.raises(ValueError, match="at most 7"):
         module(make_tokens(WHOLE, TRACED))
     assert torch.is_grad_enabled()

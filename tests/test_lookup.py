@@ -171,15 +171,16 @@ def test_only_sub_keys_in_consecutive_columns_have_tiles_for_few_rows(monkeypatc
     "top_k, weighting", [(1, "softmax"), (1, "silu"), (3, "softmax"), (3, "silu"), (3, "relu"), (8, "softmax")]
 )
 def test_weights_of_the_picks(top_k, weighting, triton_place, monkeypatch):
-    """They are those of `chunks.weigh`, and change nothing else."""
-    from fwpkm_kernels.kernels import chunks, lookup
+    """They are those of `kernels.weights.weigh`, and change nothing else."""
+    from fwpkm_kernels.kernels import lookup
+    from fwpkm_kernels.kernels.weights import weigh
 
     inputs = testing.make_lookup_inputs(70, 1, 20, 6, device=triton_place.device)
     options = {"top_k": top_k, "idw": False, "eps": 1e-3, "precision": "tf32x3"}
     how = {"weighting": weighting, "temperature": 0.7}
     expected = lookup.lookup(*inputs, **options)
     scores, slots = (x[:, 0] for x in expected[:2])
-    expected_weights, _ = chunks.weigh(scores, slots, 400, torch.int32, (1, 70, 70, 0, 0, 0, 1, 70), **how)
+    expected_weights, _ = weigh(scores, slots, 400, torch.int32, (1, 70, 70, 0, 0, 0, 1, 70), **how)
     weights = torch.full((70, 1, top_k), torch.nan, device=triton_place.device)
     monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)  # in slabs
     for actual, one in zip(lookup.lookup(*inputs, **options, weights=weights, **how), expected, strict=True):

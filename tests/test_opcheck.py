@@ -9,10 +9,9 @@ from torch import Tensor
 
 import fwpkm_kernels.documents  # noqa: F401  whose operators nothing else here would register
 from fwpkm_kernels import MemoryState, testing
-from fwpkm_kernels.binding import Queue
-from fwpkm_kernels.chunks import Options
+from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import plan_segments
-from fwpkm_kernels.streaming import Tokens
+from fwpkm_kernels.records import Queue, Tokens
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs
 from tests.test_streaming import make_state, stream

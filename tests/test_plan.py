@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fwpkm_kernels import plan as plans
 from fwpkm_kernels import testing
+from fwpkm_kernels._checks import check_rows
 from fwpkm_kernels.kernels import picks as kernels
-from fwpkm_kernels.plan import check_rows, count_accesses, count_among, plan_picks, plan_segments, segment_totals
+from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, segment_totals
 from tests.conftest import SLOW_IN_INTERPRETER
 
 slot_lists = st.lists(st.integers(0, 11), max_size=200).map(lambda slots: torch.tensor(slots, dtype=torch.int64))

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fwpkm_kernels
 from fwpkm_kernels import testing
-from fwpkm_kernels.kernels import gather, scans, segments, streaming
+from fwpkm_kernels.kernels import gather, segments, streaming, update
 from tests import judge
 from tests.conftest import HAS_GPU
 from tests.sanitizer import KINDS, Fault, Sanitizer, full_name, sanitized
@@ -82,7 +82,7 @@ def test_every_kernel():
         ran |= seen.launched | seen.called
     values = torch.zeros(7, 5)
     with sanitized() as seen:
-        scans.restore_rows(values, torch.ones(7, 5), torch.arange(7) % 2 == 1)
+        update.restore_rows(values, torch.ones(7, 5), torch.arange(7) % 2 == 1)
     assert not seen.faults
     assert values.sum() == 15
     assert functions() - ran - seen.launched == set(), "launch it in EVERY_KERNEL"

@@ -19,30 +19,20 @@ from fwpkm_kernels import (
     chunk_value_update_,
     fast_weight_memory,
     fast_weight_memory_step,
-    lookup,
     plan,
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.chunks import Options, plan_writes, plan_writes_grad
-from fwpkm_kernels.kernels import _common, key_step, scans, segments, streaming
+from fwpkm_kernels._checks import check_num_accesses, check_num_keys, check_sort, check_tokens
+from fwpkm_kernels.kernels import _common, key_step, scans, segments, streaming, update
 from fwpkm_kernels.kernels import picks as pick_kernels
 from fwpkm_kernels.kernels.gather import gather_kernel
 from fwpkm_kernels.kernels.lookup import half_grad
-from fwpkm_kernels.plan import (
-    check_num_accesses,
-    check_num_keys,
-    check_sort,
-    check_tokens,
-    count_accesses,
-    count_among,
-    plan_picks,
-    plan_segments,
-    position_dtype,
-    row_dtype,
-)
+from fwpkm_kernels.options import Options
+from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, position_dtype, row_dtype
+from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
 from tests.test_plan import make_picks
@@ -207,7 +197,6 @@ def force_64_bits(monkeypatch):
     def force() -> set[torch.dtype]:
         monkeypatch.setattr(plan, "NARROW_ROWS", 0)
         monkeypatch.setattr(plan, "NARROW_ACCESSES", 0)
-        monkeypatch.setattr(lookup, "check_num_keys", lambda keys: None)
         launch = _common.launch
 
         def spy(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
@@ -482,7 +471,7 @@ def test_a_far_table_is_restored(name, dim, triton_place):
 
     def call(values, initial):
         table = far(values, dim) if values.stride(dim) > 2**20 else values.clone()
-        scans.restore_rows(table, initial, touched)
+        update.restore_rows(table, initial, touched)
         return table.contiguous()
 
     assert_far(call, near, name, dim)

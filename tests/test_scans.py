@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fwpkm_kernels import testing
 from fwpkm_kernels.kernels import compute_dtype
-from fwpkm_kernels.kernels.scans import ReadGradConfig, read, read_grad, read_grad_config, restore_rows
+from fwpkm_kernels.kernels.scans import ReadGradConfig, read, read_grad, read_grad_config
 from fwpkm_kernels.kernels.segments import segment_config, segment_rows
+from fwpkm_kernels.kernels.update import restore_rows
 from fwpkm_kernels.plan import plan_segments
 
 # B, positions, written positions, output positions, J, N, D

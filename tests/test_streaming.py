@@ -21,7 +21,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.binding import FREE_OPTIONS
-from fwpkm_kernels.chunks import Options
+from fwpkm_kernels.options import Options
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER
 from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.evaluation.models import SIZES, Size, make_config, make_model, split_name
 from benchmarks.evaluation.text import NEEDLE_LENGTH
-from fwpkm_kernels import chunks
 from fwpkm_kernels.integrations.mixins import defaults
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
+from fwpkm_kernels.options import Options as MemoryOptions
 
 
 class Phase(NamedTuple):
@@ -108,7 +108,7 @@ def changed(options: Options, changes: Sequence[str]) -> Options:
     parsers |= {"plan": _parse_plan, "accumulate": _parse_count, "dtype": _parse_dtype, "memory_layers": _parse_layers}
     if split_name(options.model)[1]:
         parsers |= {f"memory.{name}": _parse_any for name in defaults(FastWeightProductKeyMemory)}
-        parsers |= {f"test_memory.{name}": _parse_any for name in chunks.Options._fields}
+        parsers |= {f"test_memory.{name}": _parse_any for name in MemoryOptions._fields}
     for change in changes:
         name, _, text = change.partition("=")
         if name not in parsers:

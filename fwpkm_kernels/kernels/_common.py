@@ -111,3 +111,11 @@ def cdiv(n: int, size: int) -> int:
 
 #: Whether the kernels run in Triton's interpreter, on CPU tensors: decided once, when Triton is imported.
 INTERPRETED = not isinstance(to_ordered, triton.JITFunction)
+
+
+@triton.jit
+def load_rows(table_ptr, rows_ptr, offs_j, mask_j, offs_d, mask_d, stride_n, stride_d, DTYPE: tl.constexpr):
+    """The rows of a table that `rows_ptr` names for picks `offs_j`: [BLOCK_J, BLOCK_D], 0 outside of the masks."""
+    row = tl.load(rows_ptr + offs_j, mask=mask_j, other=0).to(tl.int64)  # [BLOCK_J]
+    pointers = table_ptr + row[:, None] * stride_n + offs_d[None, :] * stride_d
+    return tl.load(pointers, mask=mask_j[:, None] & mask_d[None, :], other=0.0).to(DTYPE)

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import PickPlan
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
-from .picks import PickPlan, probabilities
+from .picks import probabilities
 from .segments import finish_row
 
 

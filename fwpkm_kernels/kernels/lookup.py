@@ -29,7 +29,7 @@ from ._common import (
     to_ordered,
     to_ordered_number,
 )
-from .chunks import weighed
+from .weights import weighed
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
 CANDIDATE_BYTES = 2**25

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import PickPlan
 from ._common import cdiv, launch, next_power_of_2
 
 TILE = 16
@@ -34,16 +35,6 @@ class PlanConfig(NamedTuple):
     block_a: int
     count_warps: int
     usage_warps: int
-
-
-class PickPlan(NamedTuple):
-    """The plan of sub-keys [M, H, 2, K], and how much each is used."""
-
-    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
-    order: Tensor  #: [M·H·2·K]: which of all picks that was
-    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: Tensor  #: [2·n]: the derivative of the slope
 
 
 def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:

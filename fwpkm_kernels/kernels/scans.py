@@ -14,15 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import compute_dtype
-from ._common import cdiv, launch, next_power_of_2, row_warps
-
-
-@triton.jit
-def load_rows(table_ptr, rows_ptr, offs_j, mask_j, offs_d, mask_d, stride_n, stride_d, DTYPE: tl.constexpr):
-    """The rows of a table that `rows_ptr` names for picks `offs_j`: [BLOCK_J, BLOCK_D], 0 outside of the masks."""
-    row = tl.load(rows_ptr + offs_j, mask=mask_j, other=0).to(tl.int64)  # [BLOCK_J]
-    pointers = table_ptr + row[:, None] * stride_n + offs_d[None, :] * stride_d
-    return tl.load(pointers, mask=mask_j[:, None] & mask_d[None, :], other=0.0).to(DTYPE)
+from ._common import launch, load_rows, next_power_of_2, row_warps
 
 
 # Numbers of rows are not specialised: the first, the last and the other chunks of a sequence are one compilation.
@@ -208,38 +200,3 @@ def read_grad(
         J=picks, D=width, BLOCK_J=config.block_j, BLOCK_D=next_power_of_2(width), num_warps=config.num_warps, on=log,
     )
     return grad_predictions
-
-
-@triton.jit
-def restore_kernel(
-    values_ptr, initial_ptr, touched_ptr,
-    stride_vn, stride_vd, stride_in, stride_id,
-    N,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """values[s] = initial[s] for rows that were touched. A program owns BLOCK_N rows. Grid: (row tiles,)."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    touched = tl.load(touched_ptr + offs_n, mask=offs_n < N, other=0)
-    mask = (touched != 0)[:, None] & (offs_d < D)[None, :]
-    rows = tl.load(initial_ptr + offs_n[:, None] * stride_in + offs_d[None, :] * stride_id, mask=mask, other=0.0)
-    tl.store(values_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd, rows, mask=mask)
-
-
-def restore_rows(values: Tensor, initial: Tensor, touched: Tensor) -> None:
-    """Launch values[s] = initial[s], in place, for the rows where `touched` [N] (uint8 or bool, contiguous) is not 0.
-
-    Other rows are neither read nor written.
-    """
-    num_slots, width = values.shape
-    if values.numel() == 0:
-        return
-    block_d = next_power_of_2(width)
-    block_n = max(1, 8192 // block_d)
-    launch(
-        restore_kernel, (cdiv(num_slots, block_n),),
-        values, initial, touched.view(torch.uint8),
-        *values.stride(), *initial.stride(),
-        num_slots,
-        D=width, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=max(4, row_warps(block_d, values.dtype)), on=values,
-    )

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, launch, next_power_of_2, row_warps
-from .chunks import safe_squares
-from .scans import load_rows
+from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps
+from .weights import safe_squares
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
-MOST_ACCESSES = 8192
+MOST_COMPARED = 8192
 
 
 @triton.jit
@@ -255,7 +254,7 @@ def plan_chunk(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Launch the plan of a chunk's writes: (order, rows, start, end), each [E·J], and the write weights [E, J].
 
-    `slots` and `weights` [E, J] are those of the pairs, at most MOST_ACCESSES; `gates` and `mask` [E], in the dtype of
+    `slots` and `weights` [E, J] are those of the pairs, at most MOST_COMPARED; `gates` and `mask` [E], in the dtype of
     the weights; all contiguous. Rows of `touched` [N], uint8, that are written become 1.
     """
     num_pairs, picks = weights.shape

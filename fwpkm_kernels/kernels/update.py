@@ -94,3 +94,38 @@ def update_grad(
     steps = step_grad(grad_values, errors, write_weights, order, rows, start, end, lr=lr, clip=clip)
     compact_slots = torch.empty_like(start).scatter_(0, order, start).view_as(slots)
     return gather(steps, compact_slots, weights=write_weights, vectors=errors)
+
+
+@triton.jit
+def restore_kernel(
+    values_ptr, initial_ptr, touched_ptr,
+    stride_vn, stride_vd, stride_in, stride_id,
+    N,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """values[s] = initial[s] for rows that were touched. A program owns BLOCK_N rows. Grid: (row tiles,)."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    touched = tl.load(touched_ptr + offs_n, mask=offs_n < N, other=0)
+    mask = (touched != 0)[:, None] & (offs_d < D)[None, :]
+    rows = tl.load(initial_ptr + offs_n[:, None] * stride_in + offs_d[None, :] * stride_id, mask=mask, other=0.0)
+    tl.store(values_ptr + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd, rows, mask=mask)
+
+
+def restore_rows(values: Tensor, initial: Tensor, touched: Tensor) -> None:
+    """Launch values[s] = initial[s], in place, for the rows where `touched` [N] (uint8 or bool, contiguous) is not 0.
+
+    Other rows are neither read nor written.
+    """
+    num_slots, width = values.shape
+    if values.numel() == 0:
+        return
+    block_d = next_power_of_2(width)
+    block_n = max(1, 8192 // block_d)
+    launch(
+        restore_kernel, (cdiv(num_slots, block_n),),
+        values, initial, touched.view(torch.uint8),
+        *values.stride(), *initial.stride(),
+        num_slots,
+        D=width, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=max(4, row_warps(block_d, values.dtype)), on=values,
+    )

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from ..chunks import Options
 from ..documents import Documents, convolve, make_documents, memory_by_document
 from ..kernels import compute_dtype
 from ..memory import check_memory, fast_weight_memory
+from ..options import Options
 from ..state import MemoryState
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory

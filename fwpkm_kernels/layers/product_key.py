@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from ..chunks import weigh
 from ..gather import sparse_value_gather
 from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
 from ..memory import WEIGHTINGS
+from ..weights import weigh
 from .norm import RMSNorm
 from .table import ValueTable, keep
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..chunks import Options
 from ..documents import Documents, put_back, slide, take
+from ..options import Options
 from ..state import MemoryState, check_indices
 from ..streaming import fast_weight_memory_step
 

@@ -1,0 +1,131 @@
+"""Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
+
+A new option of the memory is a field of `Options` here, an argument of `FastWeightMemory.forward`, of
+`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
+from .records import Layout
+
+_SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
+
+
+def schema_of(record: type) -> str:
+    """The fields of a record of options as arguments in the schema of an operator."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in record.__annotations__.items())
+
+
+class Lookup(NamedTuple):
+    """The options of `product_key_lookup`, in its order."""
+
+    top_k: int
+    score: str = "idw"
+    eps: float = 1e-3
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+
+class KeyStep(NamedTuple):
+    """The options of `product_key_update`, in its order."""
+
+    top_k: int
+    score: str = "idw"
+    eps: float = 1e-3
+    lr: float = 1.0
+    weight: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+    @property
+    def lookup(self) -> Lookup:
+        """Those of the lookup whose picks the step moves."""
+        return Lookup(self.top_k, self.score, self.eps, self.precision, self.backend)
+
+
+class Write(NamedTuple):
+    """What a write to values does besides adding up, in the order of its operators."""
+
+    lr: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    backend: str = "auto"
+
+
+class Options(NamedTuple):
+    """The options of `fast_weight_memory`, in its order."""
+
+    chunk_size: int = 512
+    top_k: int = 8
+    lookahead: int = 1
+    score: str = "idw"
+    eps: float = 1e-3
+    weighting: str = "softmax"
+    temperature: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    addressing_weight: float = 1.0
+    key_gradient: str = "addressing"
+    step: str = "paper"
+    boundary: str = "carry"
+    precision: str = "tf32x3"
+    backend: str = "auto"
+
+    def cut(self, length: int, carried: int = 0) -> list[Chunk]:
+        """The chunks of a sequence."""
+        return cut(length, self.chunk_size, self.lookahead, self.boundary, carried)
+
+    def number_reads(self, length: int, batch: int, device: torch.device, carried: int = 0) -> Reads:
+        """The reads of a sequence."""
+        return number_reads(length, batch, self.chunk_size, self.lookahead, self.boundary, device, carried)
+
+    def layout(self, length: int, batch: int, carried: int = 0) -> Layout:
+        """`cut` in numbers."""
+        rereads = self.lookahead if self.boundary == "carry" else 0
+        return Layout(
+            batch,
+            length,
+            min(self.chunk_size, length + self.lookahead),
+            self.lookahead,
+            rereads,
+            rereads - carried,
+            count_writes(length, self.chunk_size, self.boundary),
+            count_read_positions(length, self.chunk_size, self.lookahead, self.boundary, carried),
+        )
+
+    @property
+    def lookup(self) -> dict[str, Any]:
+        """Those of `lookup_halves`."""
+        names = ("top_k", "score", "eps", "precision", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def key_step(self) -> dict[str, Any]:
+        """Those of `step_keys`."""
+        names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
+        return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+
+    @property
+    def write(self) -> Write:
+        """Those of a write."""
+        return Write(self.lr, self.weight_decay, self.clip, self.backend)
+
+    def keeps_picks(self, batch: int, num_keys: int) -> bool:
+        """Whether backward needs less of the keys of a chunk if it keeps a row for each pick, instead of all n."""
+        return batch * (self.chunk_size + self.lookahead) * self.top_k < num_keys
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether α has the factor S/E."""
+        return self.boundary == "drop"
+
+    @property
+    def keys_move(self) -> bool:
+        """Whether a key step can change the keys at all."""
+        return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)

@@ -1,0 +1,80 @@
+"""The records that travel between modules and into kernels, each with what its tensors hold and their shapes.
+
+Nothing is computed here, and only torch is imported: kernels import this module, torch and triton, and no other module
+of the package.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
+
+    order: Tensor  #: int64: which access stands at this position
+    rows: Tensor  #: the row that it touches, ascending
+    start: Tensor  #: where the segment of that row begins, in `position_dtype`
+    end: Tensor  #: one past where it ends, likewise
+
+
+class Addresses(NamedTuple):
+    """What a lookup of M rows of queries finds."""
+
+    scores: Tensor  #: [M, H, K], in the compute dtype
+    slots: Tensor  #: int64 [M, H, K]
+    half_scores: Tensor  #: [M, H, 2, K], descending, in the compute dtype
+    sub_keys: Tensor  #: int32 [M, H, 2, K]: what these are of, as rows of keys.view(H·2·n, Dk/2)
+
+
+class PickPlan(NamedTuple):
+    """The plan of sub-keys [M, H, 2, K], and how much each is used."""
+
+    tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
+    order: Tensor  #: [M·H·2·K]: which of all picks that was
+    first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
+    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
+    bend: Tensor  #: [2·n]: the derivative of the slope
+
+
+class Layout(NamedTuple):
+    """The numbers from which kernels work out what `cut` and `number_reads` say; in the order that these take them."""
+
+    batch: int
+    length: int  #: of the sequence, in positions
+    chunk_size: int  #: as far as it matters: the positions there are at most
+    lookahead: int
+    rereads: int  #: of every full chunk but perhaps the first
+    missing: int  #: how many of them the first chunk lacks
+    full: int  #: how many chunks are written
+    positions: int  #: that are read, re-reads included
+
+
+class Queue(NamedTuple):
+    """What waits for a chunk to be full: C tokens of the present chunk, after L that are carried from the one before.
+
+    Time first, so that the tokens of a chunk are a slice.
+    """
+
+    queries: Tensor  #: [L + C, B, H, Dk]
+    gates: Tensor  #: [L + C, B]
+    mask: Tensor  #: [L + C, B]
+    targets: Tensor  #: [C, B, D]
+    predictions: Tensor  #: [C, B, D], not rounded
+    slots: Tensor  #: int64 [C, B, H, K]
+    weights: Tensor  #: [C, B, J]
+    half_scores: Tensor  #: [C, B, H, 2, K]
+    sub_keys: Tensor  #: int32 [C, B, H, 2, K]
+
+
+class Tokens(NamedTuple):
+    """Some tokens of all items of the batch, time first."""
+
+    queries: Tensor  #: [t, B, H, Dk]
+    targets: Tensor  #: [t, B, D]
+    gates: Tensor | None  #: [t, B]
+    mask: Tensor | None  #: [t, B]
+
+    def part(self, begin: int, end: int) -> "Tokens":
+        """The tokens from `begin` to `end`."""
+        return Tokens(*(None if x is None else x[begin:end] for x in self))  # type: ignore[arg-type]
