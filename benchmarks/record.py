@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 #: The paper's sizes: tokens of a chunk for each item, picks, sub-keys, widths of queries and values.
 CHUNK, PICKS, NUM_KEYS, QUERY, WIDTH = 512, 8, 512, 512, 512
@@ -51,11 +52,8 @@ def recorded_launches(on_launch: Callable[[Launch], None] = lambda launch: None)
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Within the context the memory takes meta tensors for those of a GPU, and its operators run as plain functions."""
-    from fwpkm_kernels import memory, streaming
-
     with contextlib.ExitStack() as stack:
-        for module, name in ((memory, "_forward_op"), (memory, "_backward_op"), (streaming, "_step_op")):
-            stack.enter_context(mock.patch.object(module, name, getattr(module, name)._init_fn))
+        stack.enter_context(mock.patch.object(CustomOpDef, "__call__", lambda operator, *x: operator._init_fn(*x)))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", True))
         for name in ("cuda.device", "autocast"):
             stack.enter_context(mock.patch(f"torch.{name}", return_value=contextlib.nullcontext()))
@@ -70,24 +68,29 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = 
 
 
 def training(
-    batch: int, length: int, dtype: torch.dtype = torch.float32
-) -> tuple[Callable[[], None], Callable[[], None]]:
+    batch: int = 8, length: int = 2 * CHUNK, dtype: torch.dtype = torch.float32, *, keys: torch.dtype = torch.float32,
+    table: torch.dtype = torch.float32, heads: int = 1, num_keys: int = NUM_KEYS, width: int = WIDTH,
+    masked: bool = False, **options: Any,
+) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
     """`fast_weight_memory` over a sequence, and the backward of what it returned: to be called one after the other."""
     from fwpkm_kernels import fast_weight_memory
 
-    inputs = (
-        meta(batch, length, 1, QUERY, dtype=dtype, requires_grad=True),
-        meta(batch, length, WIDTH, dtype=dtype, requires_grad=True),
-        meta(1, 2, NUM_KEYS, QUERY // 2, requires_grad=True),
-        meta(NUM_SLOTS, WIDTH, requires_grad=True),
-    )
+    inputs = {
+        "queries": meta(batch, length, heads, QUERY, dtype=dtype, requires_grad=True),
+        "targets": meta(batch, length, width, dtype=dtype, requires_grad=True),
+        "keys": meta(heads, 2, num_keys, QUERY // 2, dtype=keys, requires_grad=True),
+        "values": meta(num_keys**2, width, dtype=table, requires_grad=True),
+    }
+    if masked:
+        inputs["gates"] = meta(batch, length, dtype=keys, requires_grad=True)
+        options["mask"] = meta(batch, length, dtype=keys)
     output: list[Tensor] = []
 
     def forward() -> None:
-        output.append(fast_weight_memory(*inputs).output)
+        output.append(fast_weight_memory(**inputs, **options).output)
 
     def backward() -> None:
-        torch.autograd.grad(output[0], inputs, torch.empty_like(output[0]))
+        torch.autograd.grad(output[0], list(inputs.values()), torch.empty_like(output[0]))
 
     return forward, backward
 

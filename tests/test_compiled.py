@@ -62,7 +62,7 @@ def test_no_spills_and_wide_moves_of_rows(reports):
         assert all(x["executed"] <= most for x in of_a_chunk)
     lookups = [report for report in reports if report["kernel"] == "half_topk_kernel"]
     without = {report["case"] for report in lookups if report["tensor_core"] == 0}
-    assert without <= {"lookup/paper-float64", "lookup/paper-ieee"}
+    assert all("float64" in case or "ieee" in case for case in without)
 
 
 def test_every_kernel_is_listed():

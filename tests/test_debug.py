@@ -19,7 +19,7 @@ COMPILE = r"""
 import json, re, sys
 from benchmarks import machine_code, record
 from benchmarks.cases import CASES
-for case in ("gather/paper", "gather_backward/paper", "update_decay_clip/paper"):
+for case in ("gather/paper", "update/paper"):
     with record.recorded_launches() as launches:
         CASES[case]()
     for launch in launches:
