@@ -19,13 +19,17 @@ from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from fwpkm_kernels import product_key_lookup
 from fwpkm_kernels._commands import command, need
 
 from .files import markdown_table
 from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
 from .machine_code import compile_launch, disassemble, executed_instructions, specialize
-from .record import CHUNK, PICKS, QUERY, Launch, meta, on_meta, recorded_launches, step, training
-from .traffic import Traffic, of_launch
+from .record import CHUNK, PICKS, QUERY, Launch, meta, on_meta, step, training
+from .traffic import Traffic
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
@@ -64,7 +68,7 @@ class Estimate(NamedTuple):
     stage: str
     name: str
     launches: float
-    instructions: float | None  #: millions of a warp; None for operators
+    instructions: float  #: millions of a warp; 0 for operators, whose code nobody sees
     megabytes: float
     again: float
     micros: float
@@ -103,35 +107,28 @@ def _of_work(work: str) -> list[Estimate]:
     with on_meta():
         # Of the third chunk: what three have more than two.
         parts = [(1, count(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
-    sums: dict[tuple[str, str, bool], list[float]] = {}
-    bounds: dict[tuple[str, str, bool], str] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    bounds: dict[tuple[str, str], str] = {}
     known: dict[str, float] = {}
-    for sign, counts in parts:
-        for x in counts:
-            instructions = 0.0
-            if x.launch is not None:
-                alike = str((x.name, x.launch.grid, specialize(x.launch), x.launch.options))
-                instructions = known[alike] = known.get(alike) or warp_instructions(x.launch)
-            key = (x.stage, x.name, x.launch is not None)
-            micros, bounds[key] = _micros(instructions, x.traffic)
-            moved = x.traffic.read + x.traffic.written
-            values = (1, instructions / 1e6, moved / 1e6, x.traffic.again / 1e6, micros)
-            sums[key] = [a + sign * b for a, b in zip(sums.get(key, [0.0] * 5), values, strict=True)]
-    return [
-        Estimate(work, stage, name, launches, millions if is_kernel else None, *rest, bounds[stage, name, is_kernel])
-        for (stage, name, is_kernel), (launches, millions, *rest) in sums.items()
-        if launches > 0.01
-    ]
+    for sign, x in ((sign, x) for sign, counts in parts for x in counts):
+        instructions = 0.0
+        if x.launch is not None:
+            alike = str((x.name, x.launch.grid, specialize(x.launch), x.launch.options))
+            instructions = known[alike] = known.get(alike) or warp_instructions(x.launch)
+        key = (x.stage, x.name)
+        micros, bounds[key] = _micros(instructions, x.traffic)
+        moved = x.traffic.read + x.traffic.written
+        numbers = (1.0, instructions / 1e6, moved / 1e6, x.traffic.again / 1e6, micros)
+        sums[key] = sums.get(key, 0.0) + sign * torch.tensor(numbers, dtype=torch.float64)
+    return [Estimate(work, *key, *row.tolist(), bounds[key]) for key, row in sums.items() if row[0] > 0.01]
 
 
 def lookup_micros(num_keys: int) -> float:
     """µs of the lookup of a training chunk in so many sub-keys of each half."""
-    from fwpkm_kernels.kernels.lookup import lookup
-
     queries, keys = meta(8 * CHUNK, 1, QUERY), meta(1, 2, num_keys, QUERY // 2)
-    with recorded_launches() as launches:
-        lookup(queries, keys, top_k=PICKS, idw=True, eps=1e-3, precision="tf32x3")
-    return sum(_micros(warp_instructions(launch), of_launch(launch))[0] for launch in launches)
+    with on_meta():
+        counts = count(lambda: product_key_lookup(queries, keys, PICKS))
+    return sum(_micros(warp_instructions(x.launch), x.traffic)[0] for x in counts if x.launch is not None)
 
 
 def of_the_whole(every: list[Estimate]) -> list[tuple[str, float, float]]:
@@ -183,7 +180,7 @@ whatever its length, is not in it: its sort, its copies."""
         cells = []
         for x in rows:
             numbers = (f"{number:.1f}" for number in (x.megabytes, x.again, x.micros))
-            millions = "–" if x.instructions is None else f"{x.instructions:.1f}"
+            millions = f"{x.instructions:.1f}" if x.instructions else "–"
             cells.append((x.stage, x.name, round(x.launches), millions, *numbers, x.bound))
         text = f"{sum(x.micros for x in rows):.0f} µs estimated, the goal is {GOALS[work]} µs."
         if work == INFERENCE:
