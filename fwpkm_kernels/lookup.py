@@ -291,7 +291,7 @@ def _lookup_grad_op(
         grad_keys.view(table.shape),
         queries.unflatten(-1, (2, half)).flatten(0, 2),
         factors,
-        *plan_segments(sub_keys, table.shape[0]),
+        plan_segments(sub_keys, table.shape[0]),
         table=table,
         centered=score == "idw",
     )

@@ -2,13 +2,18 @@
 
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.helpers")  # before anything imports them: their asserts show values too
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads it once, when it is first imported.
@@ -80,8 +85,65 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def as_another(here: Path) -> Iterator[None]:
+    """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
+    here.chmod(0o777)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
 def triton_place() -> Place:
     return PLACES[1]
+
+
+#: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
+PATIENCE = 30
+
+
+def wait_for_room(gigabytes: float, patience: float = PATIENCE) -> None:
+    """Skip the test if other processes do not leave so much of the GPU's memory for so many seconds."""
+    end = time.monotonic() + patience
+    while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
+        if time.monotonic() >= end:
+            pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB were free for {patience} s")
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def gigabytes() -> int:
+    """What of a GPU's memory a test needs for itself; 0, unless its parameters say so, for up to a tenth of it."""
+    return 0
+
+
+@pytest.fixture
+def room(gigabytes: int) -> Iterator[None]:
+    """A GPU's memory is shared by all processes of the suite: of the tests that ask for room, one that needs most of it
+    runs alone."""
+    if not HAS_GPU:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with open(Path(tempfile.gettempdir()) / f"fwpkm-kernels-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if gigabytes else fcntl.LOCK_SH)
+        torch.cuda.empty_cache()
+        wait_for_room(gigabytes)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -316,7 +316,7 @@ FAULTS = [
     Fault(
         "written-rows-decay-twice",
         "kernels/update.py",
-        "decay_rows(values, written.index_fill_(0, rows.long(), 1), decay=decay)",
+        "decay_rows(values, written.index_fill_(0, plan.rows.long(), 1), decay=decay)",
         "decay_rows(values, written, decay=decay)",
         "rows that were written, decay included, decay again",
         "update",
@@ -325,8 +325,8 @@ FAULTS = [
     Fault(
         "order-taken-for-its-inverse",
         "kernels/update.py",
-        "torch.empty_like(start).scatter_(0, order, start)",
-        "start[order]",
+        "torch.empty_like(plan.start).scatter_(0, plan.order, plan.start)",
+        "plan.start[plan.order]",
         "an access finds another row of Ĝ'",
         "update",
         "options",
@@ -334,7 +334,7 @@ FAULTS = [
     Fault(
         "decay-missing-in-backward-of-a-write",
         "update.py",
-        "grad_out * (1.0 - lr * weight_decay)",
+        "grad_out * (1.0 - o.lr * o.weight_decay)",
         "grad_out",
         "dvalues without 1 - lr·wd",
         "update",
@@ -352,8 +352,8 @@ FAULTS = [
     Fault(
         "clamp-below-missing",
         "update.py",
-        "totals.clamp_(-clip, clip)",
-        "totals.clamp_(max=clip)",
+        "totals.clamp_(-o.clip, o.clip)",
+        "totals.clamp_(max=o.clip)",
         "G is not bounded from below",
         "update",
         "options or hot",
@@ -361,8 +361,8 @@ FAULTS = [
     Fault(
         "clamp-active-at-its-bound-torch",
         "update.py",
-        "totals.abs() <= clip",
-        "totals.abs() < clip",
+        "totals.abs() <= o.clip",
+        "totals.abs() < o.clip",
         "no gradient where |G| = clip",
         "update",
         "bound_of_the_clip",
@@ -406,7 +406,7 @@ FAULTS = [
         "num_slots <= NARROW_ROWS",
         "num_slots <= 2 * NARROW_ROWS",
         "chunk·N + slot overflows int32",
-        "chunks plan scale",
+        "chunks plan limits",
     ),
     Fault(
         "first-row-without-probability",
@@ -708,8 +708,8 @@ FAULTS = [
     Fault(
         "unfilled-chunk-decays",
         "scans.py",
-        "weight_decay=o.weight_decay if chunk.is_written else 0.0",
-        "weight_decay=o.weight_decay",
+        "o.write if chunk.is_written else o.write._replace(weight_decay=0.0)",
+        "o.write",
         "a last chunk that waits decays the table, if gradients are wanted",
         "memory properties",
         "edges or (in_torch and fast_weight_memory)",
@@ -735,8 +735,8 @@ FAULTS = [
     Fault(
         "backward-in-forward-order",
         "scans.py",
-        "in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):",
-        "in zip(chunks, of_reads, of_accesses, strict=True):",
+        "in reversed(list(of_chunks)):",
+        "in of_chunks:",
         "the value scan's backward goes from the first chunk to the last",
         "golden_chunk memory properties",
         "edges or value_scan or (in_torch and fast_weight_memory)",
@@ -810,7 +810,7 @@ FAULTS = [
         "table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)",
         "table_grad = table_grad.zero_() if grad_values is None else grad_values.contiguous()",
         "backward writes into the gradient of the final table",
-        "memory",
+        "memory autograd",
         "backward or gradient",
     ),
     Fault(
@@ -819,7 +819,7 @@ FAULTS = [
         "ctx.mark_non_differentiable(slots, weights)",
         "ctx.mark_non_differentiable(slots)",
         "a loss of the weights that are given back has a gradient of 0 and no error",
-        "memory",
+        "autograd",
         "differentiable",
     ),
     Fault(
@@ -946,8 +946,8 @@ FAULTS = [
     Fault(
         "key-step-over-the-carried",
         "streaming.py",
-        "step_keys(keys, window[carried * batch :], half_scores",
-        "step_keys(keys, window[: len(half_scores)], half_scores",
+        "chunk = window[writes.carried * queue.gates.shape[1] :]",
+        "chunk = window[: len(half_scores)]",
         "the queries of the key step are those of L tokens before",
         "streaming properties",
         "((in_torch or what_was_written) and fast_weight_memory_step) or strides",
@@ -1049,7 +1049,7 @@ FAULTS = [
     ),
     Fault(
         "outputs-tried-when-all-is-done",
-        "demo.py",
+        "demo/__main__.py",
         "    check_outputs(arguments.json, arguments.plot, read=arguments.file)\n",
         "",
         "that a file cannot be written shows after the work",
@@ -1137,7 +1137,7 @@ FAULTS = [
     ),
     Fault(
         "padding-in-the-window",
-        "documents.py",
+        "layers/convolution.py",
         "running = F.pad(real.long().cumsum(1), (1, 0))",
         "running = F.pad(torch.ones_like(real).long().cumsum(1), (1, 0))",
         "the convolution sees a gap where padding was",
@@ -1146,7 +1146,7 @@ FAULTS = [
     ),
     Fault(
         "window-over-a-border",
-        "documents.py",
+        "layers/convolution.py",
         "places = running[:, :-1] + before * (documents.numbers(x.device) + 1)",
         "places = running[:, :-1] + before",
         "the convolution sees the end of the document before",
@@ -1173,7 +1173,7 @@ FAULTS = [
     ),
     Fault(
         "pairs-across-a-border",
-        "layers/fast_weight.py",
+        "documents.py",
         "    within = within.unsqueeze(0)\n",
         "    within = torch.ones_like(within).unsqueeze(0)\n",
         'scope="batch" writes a pair whose target is in another document',
@@ -1201,24 +1201,24 @@ FAULTS = [
     Fault(
         "evaluation-is-pending",
         "layers/fast_weight.py",
-        'if self.initial_memory == "persistent" and self.training and not _in_backward():',
-        'if self.initial_memory == "persistent" and not _in_backward():',
+        'if self.initial_memory == "persistent" and self.training and not is_again:',
+        'if self.initial_memory == "persistent" and not is_again:',
         "advance_memory commits what evaluation has read",
         "layers_training",
         "exactly_once",
     ),
     Fault(
         "advance-again",
-        "layers/fast_weight.py",
-        "        layer._pending = None\n\n\ndef _in_backward",
-        "        pass\n\n\ndef _in_backward",
+        "layers/advance.py",
+        "        layer._pending = None\n",
+        "        pass\n",
         "a memory stays pending after it was committed",
         "layers_training",
         "exactly_once or resized",
     ),
     Fault(
         "advance-by-the-sum",
-        "layers/fast_weight.py",
+        "layers/advance.py",
         "memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))",
         "memory.add_(moved)",
         "memories move by the sum over ranks",
@@ -1275,7 +1275,7 @@ FAULTS = [
         "    is_compileable = True\n",
         "    is_compileable = False\n",
         "a static cache drops the mask of single tokens",
-        "transformers",
+        "transformers_caches",
         "static or generat",
     ),
     Fault(
@@ -1284,7 +1284,7 @@ FAULTS = [
         "mask[:, seen : seen + tokens.shape[1]]",
         "mask[:, : tokens.shape[1]]",
         "a later piece of a prompt is masked as the first one was",
-        "transformers",
+        "transformers_caches",
         "padding or cut or piece",
     ),
     Fault(
@@ -1293,7 +1293,7 @@ FAULTS = [
         "            while len(cache.layers) < layers:\n                cache.layers.append(kind())\n",
         "",
         "attention of a later layer finds the memory under its index",
-        "transformers",
+        "transformers_caches",
         "without_a_config",
     ),
     Fault(
@@ -1302,7 +1302,7 @@ FAULTS = [
         "        other.memory = None if self.memory is None else self.memory.clone()\n",
         "        pass\n",
         "a prompt that was read once is continued many times in one memory",
-        "transformers",
+        "transformers_caches",
         "copied_cache",
     ),
     Fault(

@@ -14,7 +14,7 @@ from fwpkm_kernels.key_step import address_grad, step_keys
 from fwpkm_kernels.lookup import lookup_halves
 from fwpkm_kernels.plan import plan_picks
 from tests.conftest import HAS_GPU, SLOW_IN_INTERPRETER, Place
-from tests.test_golden_chunk import load
+from tests.helpers.golden import load
 
 # rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column.
 SHAPES = [(3, 2, 9, 3, 14), (1, 1, 1, 1, 2), (2, 1, 5, 5, 10), (4, 1, 20, 1, 6), (2, 1, 6, 3, 2)]
