@@ -22,12 +22,12 @@ from unittest import mock
 
 import torch
 
-from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
+from fwpkm_kernels._commands import Lines, check_outputs, command, write_output
 
 from . import estimates, launches
 from .files import markdown_table
 from .machine_code import compile_launch, examine, specialize
-from .record import recorded_launches
+from .record import need_compiler, recorded_launches
 from .traffic import KERNELS, row_bytes
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -139,10 +139,8 @@ def _table(reports: list[Report]) -> str:
 
 def write_table(pool: ProcessPoolExecutor) -> None:
     """Write the committed file."""
-    import triton
-
     parts = [
-        INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0]),
+        INTRODUCTION.format(triton=need_compiler().__version__, torch=torch.__version__.partition("+")[0]),
         f"## {TABLE_TARGET}\n",
         _table(report_cases(TABLE_CASES, TABLE_TARGET, pool)) + "\n",
         launches.markdown(launches.rows()),
@@ -163,9 +161,7 @@ def main() -> int:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile this many cases at a time"
     )
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    need("triton", "triton")
+    need_compiler()
     check_outputs(TABLE if arguments.write else arguments.json)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(arguments.jobs))

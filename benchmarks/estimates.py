@@ -12,7 +12,6 @@ instructions: so a kernel may take longer, hardly less.
 import argparse
 import collections
 import math
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 
 from fwpkm_kernels import product_key_lookup
-from fwpkm_kernels._commands import command, need
+from fwpkm_kernels._commands import command
 
 from .files import markdown_table
 from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
 from .machine_code import compile_launch, disassemble, executed_instructions, specialize
-from .record import CHUNK, PICKS, QUERY, Launch, meta, on_meta, step, training
+from .record import CHUNK, PICKS, QUERY, Launch, meta, need_compiler, on_meta, step, training
 from .traffic import Traffic
 
 TARGET = "sm_90"
@@ -197,9 +196,7 @@ whatever its length, is not in it: its sort, its copies."""
 def main() -> int:
     """Print the tables. Returns the exit status."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    need("triton", "triton")
+    need_compiler()
     print(markdown(estimates()))
     return 0
 

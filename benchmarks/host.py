@@ -32,6 +32,8 @@ import torch
 
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need, write_output
 
+from .record import need_compiler
+
 SOURCE = Path(__file__).with_name("libcuda.c")
 #: Tokens of a chunk for each item, items, picks, sub-keys, widths: small, with the launches of the paper's sizes.
 CHUNK, BATCH, PICKS, NUM_KEYS, WIDTH = 4, 2, 8, 16, 64
@@ -242,16 +244,14 @@ def main() -> int:
     parser.add_argument("--json", help="write JSON to this file")
     parser.add_argument("--repeats", type=int, default=100, help="how often each is measured")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter launches nothing: unset TRITON_INTERPRET")
+    triton = need_compiler()
     check_outputs(arguments.json)
     with stand_in() as driver:
         with compared(driver) as names:
             forward, backward = training()
             backward(forward())
         spreads, launches = measure(arguments.repeats)
-    version = need("triton", "triton").__version__
-    print(f"{len(names)} launches give the driver the same directly as through Triton {version}.")
+    print(f"{len(names)} launches give the driver the same directly as through Triton {triton.__version__}.")
     print(f"\nMilliseconds of the processor for {CHUNKS} chunks, least and median of {arguments.repeats}:\n")
     print(f"{'':16s}" + "".join(f"{part:>16s}" for part in spreads[DIRECT]) + f"{'µs a launch':>14s}")
     rest = spreads[NOTHING]["both"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwpkm_kernels._commands import check_outputs, command, need, write_output
+from fwpkm_kernels._commands import check_outputs, command, write_output
 
 from .files import markdown_table
 from .record import (
@@ -33,6 +33,7 @@ from .record import (
     QUERY,
     WIDTH,
     Launch,
+    need_compiler,
     on_meta,
     recorded_launches,
     step,
@@ -281,9 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", help="write JSON lines to this file")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter launches nothing: unset TRITON_INTERPRET")
-    need("triton", "triton")
+    need_compiler()
     check_outputs(arguments.json)
     every = rows()
     print(markdown(every))

@@ -70,7 +70,7 @@ def _run_tool(name: str, *arguments: str) -> str:
 
 
 class Instruction(NamedTuple):
-    """One line of a disassembly, its address counted from the kernel's first."""
+    """One line of a disassembly; its address counts from the first of the first kernel."""
 
     address: int
     predicate: str
@@ -92,7 +92,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
-    """The instructions of each, but the padding at their ends; addresses go on from one to the next.
+    """The instructions of each, but the padding at their ends.
 
     One run of the disassembler for all of them: it takes 0.4 s to start.
     """
@@ -101,7 +101,7 @@ def disassemble(cubins: list[bytes], target: str) -> list[list[Instruction]]:
         file.write(b"".join(codes))
         file.flush()
         architecture = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}[target]
-        text = _run_tool("nvdisasm", "--binary", architecture, file.name)
+        text = _run_tool("nvdisasm", "--binary", architecture, file.name).replace(".reuse", "")
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+) )?\s*([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
     instructions = [Instruction(int(address, 16), *rest) for address, *rest in lines]
     assert len(lines) * 16 == sum(map(len, codes)), "the disassembly is not of 16 bytes an instruction"
@@ -146,22 +146,19 @@ def _trips(kernel: list[Instruction], begin: int, end: int) -> int | None:
     found = re.search(r"U?P\d", branch.operands if branch.name == "BRA.U" else branch.predicate)
     predicate = found[0] if found else "none"
     for at_test, test in reversed(list(enumerate(body))):
-        operands = test.operands.replace(".reuse", "")
-        copied = re.match(rf" {predicate}, .*\b(UP\d)", operands)
+        copied = re.match(rf" {predicate}, .*\b(UP\d)", test.operands)
         if test.name.startswith("PLOP3") and copied:
             predicate = copied[1]
             # Bit 7 of the table is the result for three operands that are true.
             cleared = re.compile(rf" {predicate}, UPT, UPT, UPT, UPT, 0x[0-7]?[0-9a-f],")
             if any(x.name.startswith("UPLOP3") and cleared.match(x.operands) for x in body[at_test:]):
                 return 2
-        compared = re.match(rf" {predicate}, U?PT, (U?R\d+), 0x([0-9a-f]+)\b", operands)
+        compared = re.match(rf" {predicate}, U?PT, (U?R\d+), 0x([0-9a-f]+)\b", test.operands)
         if re.match(r"U?ISETP\.(NE|LT|GE)\b", test.name) and compared:
             counter, limit = compared[1], int(compared[2], 16)
             first = _number(kernel[:begin], counter)
             for at_step, step in enumerate(body):
-                added = re.match(
-                    rf" {counter}, (?:U?P\w+, )*{counter}, 0x([0-9a-f]+)\b", step.operands.replace(".reuse", "")
-                )
+                added = re.match(rf" {counter}, (?:U?P\w+, )*{counter}, 0x([0-9a-f]+)\b", step.operands)
                 if re.match(r"U?IADD|VIADD", step.name) and added and first is not None:
                     return (limit - first) // int(added[1], 16) + (at_test < at_step)
     return None

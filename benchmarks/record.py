@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -10,9 +11,18 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from fwpkm_kernels._commands import CommandError, need
+
 #: The paper's sizes: tokens of a chunk for each item, picks, sub-keys, widths of queries and values.
 CHUNK, PICKS, NUM_KEYS, QUERY, WIDTH = 512, 8, 512, 512, 512
 NUM_SLOTS = NUM_KEYS**2
+
+
+def need_compiler() -> Any:
+    """Triton; CommandError where it is missing, or where its interpreter is on."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CommandError("Triton's interpreter compiles and launches nothing: unset TRITON_INTERPRET")
+    return need("triton", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
