@@ -13,10 +13,8 @@ import argparse
 import collections
 import math
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from .files import markdown_table
 from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
 from .machine_code import compile_launch, disassemble, executed_instructions, specialize
 from .record import CHUNK, PICKS, QUERY, Launch, meta, need_compiler, on_meta, step, training
-from .traffic import Traffic
+from .traffic import Traffic, unknown_trips
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
@@ -51,14 +49,6 @@ Launches that start before the last one has ended (programmatic dependent launch
 they do is for a GPU to say. `plan_chunk_kernel` compares all accesses with all.""",
 }
 
-#: How often the loops run that do not say so: those over the picks of a sub-key, the positions of a search and so on.
-TRIPS: dict[str, Callable[[Any], float]] = {
-    "usage_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / (2 * x.NUM_KEYS * x.H) / x.BLOCK_A),
-    "key_sum_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / x.keys_ptr.shape[0] / x.BLOCK_A),
-    "plan_chunk_kernel": lambda x: math.ceil(x.A / x.BLOCK_B),
-    "plan_kernel": lambda x: x.SPAN.bit_length(),
-}
-
 
 class Estimate(NamedTuple):
     """A kernel, or an operator of PyTorch, in one kind of work: its launches in a chunk, and all of them together."""
@@ -78,8 +68,7 @@ def warp_instructions(launch: Launch) -> float:
     """Of all programs of a launch."""
     compiled = compile_launch(launch, TARGET)
     (kernel,) = disassemble([compiled.asm["cubin"]], TARGET)
-    trips = TRIPS.get(launch.name, lambda x: 1.0)(SimpleNamespace(**launch.arguments))
-    executed = executed_instructions(kernel, unknown=trips)
+    executed = executed_instructions(kernel, unknown=unknown_trips(launch))
     assert executed is not None
     return executed * compiled.metadata.num_warps * math.prod(launch.grid)
 

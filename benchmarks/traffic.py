@@ -1,4 +1,4 @@
-"""How many bytes a launch of each kernel moves: a formula beside every kernel's name.
+"""What a launch of each kernel moves and how often its loops run: formulas beside every kernel's name.
 
 Bytes are those that a launch reads from and writes to device memory if nothing stays in the caches from one launch to
 the next, and everything that it reads again itself does. Slots are taken to be uniform, A accesses to N rows meeting
@@ -200,6 +200,8 @@ class Kernel(NamedTuple):
     #: bytes that a program reads, and stores, at a time as whole rows
     loads: Callable[[Any], int] = lambda x: 0
     stores: Callable[[Any], int] = lambda x: 0
+    #: how often loops run that do not say so: those over the picks of a sub-key, the positions of a search and so on
+    trips: Callable[[Any], float] = lambda x: 1.0
 
 
 def _bytes(columns: int, *tensors: Tensor) -> int:
@@ -217,13 +219,14 @@ KERNELS = {
         stores=lambda x: _bytes(x.HALF, x.grad_queries_ptr),
     ),
     "count_kernel": Kernel(lambda x: reads(x.sub_keys_ptr) + writes(x.words_ptr)),
-    "usage_kernel": Kernel(_usage),
+    "usage_kernel": Kernel(_usage, trips=lambda x: max(1.0, x.tokens_ptr.numel() / (2 * x.NUM_KEYS * x.H) / x.BLOCK_A)),
     "step_kernel": Kernel(lambda x: reads(x.half_scores_ptr, x.sub_keys_ptr, x.slope_ptr) + writes(x.factor_ptr)),
     "key_sum_kernel": Kernel(
         _key_sum,
         loads=lambda x: x.BLOCK_A * _bytes(min(x.BLOCK_D, x.HALF), x.queries_ptr),
         # A block of columns is less than what all warps store 128 bits of.
         stores=lambda x: _bytes(min(x.BLOCK_D, x.HALF), x.out_ptr),
+        trips=lambda x: max(1.0, x.tokens_ptr.numel() / len(x.keys_ptr) / x.BLOCK_A),
     ),
     "step_grad_kernel": Kernel(
         _step_grad,
@@ -242,9 +245,9 @@ KERNELS = {
         loads=lambda x: min(x.BLOCK_J, x.J) * _bytes(x.D, x.values_ptr),
         stores=lambda x: _bytes(x.D, x.queue_predictions_ptr, x.output_ptr),
     ),
-    "plan_chunk_kernel": Kernel(_plan_chunk),
+    "plan_chunk_kernel": Kernel(_plan_chunk, trips=lambda x: math.ceil(x.A / x.BLOCK_B)),
     "weigh_kernel": Kernel(),
-    "plan_kernel": Kernel(),
+    "plan_kernel": Kernel(trips=lambda x: x.SPAN.bit_length()),
     "count_unmasked_kernel": Kernel(),
     "fold_kernel": Kernel(),
     "weigh_again_kernel": Kernel(),
@@ -294,6 +297,11 @@ def _arguments(launch: Launch) -> SimpleNamespace:
 def of_launch(launch: Launch) -> Traffic:
     """What a launch moves."""
     return KERNELS[launch.name].traffic(_arguments(launch))
+
+
+def unknown_trips(launch: Launch) -> float:
+    """How often the loops of a launch run whose code does not say so."""
+    return KERNELS[launch.name].trips(_arguments(launch))
 
 
 def row_bytes(launch: Launch) -> tuple[int, int]:
