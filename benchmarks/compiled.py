@@ -97,8 +97,7 @@ def report_cases(pattern: str, target: str, pool: ProcessPoolExecutor) -> list[R
 
 
 TABLE = Path(__file__).parent / "COMPILED.md"
-#: Of the committed table: the target, and the cases, which are chunks of the paper and what these do not launch.
-TABLE_TARGET = "sm_90"
+#: Cases of the committed table: chunks of the paper, and what these do not launch.
 TABLE_CASES = r"^chunk/|/(paper|paper-bf16-table|paper-bf16-queries|static-pkm)$"
 
 INTRODUCTION = """\
@@ -122,8 +121,8 @@ A line is a kernel as the case compiles it; a later case that compiles to the sa
 """
 
 
-def _table(reports: list[Report]) -> str:
-    """The first part of the committed file."""
+def _section(target: str, reports: list[Report]) -> str:
+    """The table of a target, in Markdown."""
     lines: dict[tuple[object, ...], str] = {}
     order = list(KERNELS)
     for x in sorted(reports, key=lambda x: (order.index(x.kernel), not x.case.startswith("chunk/"))):
@@ -134,15 +133,14 @@ def _table(reports: list[Report]) -> str:
         lines.setdefault((x.kernel, *cells), x.case)
     columns = ["kernel", "case", "warps", "registers", "spills", "shared", "occupancy", "loads", "stores", "tensor"]
     rows = [(kernel, case, *cells) for (kernel, *cells), case in lines.items()]
-    return markdown_table([*columns, "code", "run"], rows, texts=2)
+    return f"## {target}\n\n{markdown_table([*columns, 'code', 'run'], rows, texts=2)}\n"
 
 
 def write_table(pool: ProcessPoolExecutor) -> None:
     """Write the committed file."""
     parts = [
         INTRODUCTION.format(triton=need_compiler().__version__, torch=torch.__version__.partition("+")[0]),
-        f"## {TABLE_TARGET}\n",
-        _table(report_cases(TABLE_CASES, TABLE_TARGET, pool)) + "\n",
+        _section("sm_90", report_cases(TABLE_CASES, "sm_90", pool)),
         launches.markdown(launches.rows()),
         estimates.markdown(estimates.estimates(pool)),
     ]
@@ -151,7 +149,7 @@ def write_table(pool: ProcessPoolExecutor) -> None:
 
 @command("compiled")
 def main() -> int:
-    """Print the table; with --json also write one line per kernel. Returns the exit status."""
+    """Print the table; with --json also write a line for each kernel of each case. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default sm_90")
     parser.add_argument("--case", default="", help="only cases whose name has a match of this regular expression")
@@ -169,16 +167,11 @@ def main() -> int:
             write_table(pool)
             return 0
         file = stack.enter_context(Lines(arguments.json, append=True)) if arguments.json else None
-        columns = [field.name for field in dataclasses.fields(Report)]
-        template = "{:34} {:20} {:6} " + " ".join(["{:>6}"] * (len(columns) - 3))
-        print(template.format(*columns[:3], *(column[:6] for column in columns[3:])))
         for target in arguments.target or ["sm_90"]:
-            for report in report_cases(arguments.case, target, pool):
-                row = dataclasses.asdict(report)
-                cells = ("-" if x is None else round(x, 2) if isinstance(x, float) else x for x in row.values())
-                print(template.format(*cells), flush=True)
-                if file is not None:
-                    file.write(json.dumps(row))
+            reports = report_cases(arguments.case, target, pool)
+            print(_section(target, reports), flush=True)
+            for report in reports if file else ():
+                file.write(json.dumps(dataclasses.asdict(report)))
     return 0
 
 

@@ -32,6 +32,7 @@ import torch
 
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need, write_output
 
+from .files import markdown_table
 from .record import need_compiler
 
 SOURCE = Path(__file__).with_name("libcuda.c")
@@ -253,12 +254,12 @@ def main() -> int:
         spreads, launches = measure(arguments.repeats)
     print(f"{len(names)} launches give the driver the same directly as through Triton {triton.__version__}.")
     print(f"\nMilliseconds of the processor for {CHUNKS} chunks, least and median of {arguments.repeats}:\n")
-    print(f"{'':16s}" + "".join(f"{part:>16s}" for part in spreads[DIRECT]) + f"{'µs a launch':>14s}")
-    rest = spreads[NOTHING]["both"]
+    rows = []
     for how, parts in spreads.items():
-        cells = "".join(f"{x.least:9.2f} {x.median:6.2f}" for x in parts.values())
-        each = f"{1e3 * (parts['both'].least - rest.least) / launches:14.1f}" if how != NOTHING else ""
-        print(f"{how:16s}{cells}{each}")
+        of_launches = parts["both"].least - spreads[NOTHING]["both"].least
+        each = f"{1e3 * of_launches / launches:.1f}" if how != NOTHING else "–"
+        rows.append([how, *(f"{x.least:.2f} {x.median:.2f}" for x in parts.values()), each])
+    print(markdown_table(["", *spreads[DIRECT], "µs a launch"], rows))
     if arguments.json:
         result = {how: {part: x._asdict() for part, x in parts.items()} for how, parts in spreads.items()}
         write_output(arguments.json, json.dumps({"launches": launches, "compared": len(names), "ms": result}) + "\n")
