@@ -109,7 +109,8 @@ TABLES_OF_VALUES: dict[str, dict[str, Any]] = {
 }
 
 
-@_cases("gather", {**TABLES_OF_VALUES, "scalars": {"j": 1, "width": 1}})
+@_cases("gather", TABLES_OF_VALUES)
+@_cases("scalars", {"paper": {"j": 1, "width": 1}})
 def _gather(**sizes: Any) -> None:
     values, slots, weights = _values_slots_weights(**sizes)
     _backward(sparse_value_gather(values, slots, weights), values, weights)
