@@ -271,9 +271,11 @@ def cases() -> list[Case]:
                 lambda: key_step.address_grad(
                     _meta(*keys.shape, dtype=exact),
                     keys,
-                    *picks,
+                    queries,
                     scores,
                     slots,
+                    half_scores,
+                    sub_keys,
                     plan(8),
                     _meta(m, heads, width, dtype=exact),
                     first_row=8,

@@ -433,7 +433,7 @@ def check_memory(
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
-    top_k, eps = check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    lookup = check_lookup(queries, keys, o.lookup)
     if queries.shape[:2] != targets.shape[:2]:
         raise ValueError(
             f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
@@ -470,7 +470,7 @@ def check_memory(
     lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
     if lookahead > chunk_size:
         raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
-    checks.check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, top_k))
+    checks.check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, lookup.top_k))
     checks.check_choice("weighting", o.weighting, WEIGHTINGS)
     checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
     checks.check_choice("step", o.step, STEPS)
@@ -478,9 +478,9 @@ def check_memory(
     dtype = compute_dtype(values.dtype)
     return o._replace(
         chunk_size=chunk_size,
-        top_k=top_k,
+        top_k=lookup.top_k,
         lookahead=lookahead,
-        eps=eps,
+        eps=lookup.eps,
         temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
         lr=checks.check_number("lr", o.lr, dtype),
         weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),

@@ -4,14 +4,22 @@ A new option of the memory is a field of `Options` here, an argument of `FastWei
 `fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
 from .records import Layout
 
-_SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
+#: A number that may be a symbol where something traces, as sizes are.
+Symbolic = Annotated[int, "SymInt"]
+_SCHEMA_TYPES: dict[Any, str] = {
+    int: "int",
+    Symbolic: "SymInt",
+    str: "str",
+    float: "float",
+    float | None: "float?",
+}
 
 
 def schema_of(record: type) -> str:
@@ -22,7 +30,7 @@ def schema_of(record: type) -> str:
 class Lookup(NamedTuple):
     """The options of `product_key_lookup`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     precision: str = "tf32x3"
@@ -32,7 +40,7 @@ class Lookup(NamedTuple):
 class KeyStep(NamedTuple):
     """The options of `product_key_update`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     lr: float = 1.0
@@ -100,16 +108,15 @@ class Options(NamedTuple):
         )
 
     @property
-    def lookup(self) -> dict[str, Any]:
-        """Those of `lookup_halves`."""
-        names = ("top_k", "score", "eps", "precision", "backend")
-        return {name: getattr(self, name) for name in names}
+    def lookup(self) -> Lookup:
+        """Those of the lookups."""
+        return Lookup(self.top_k, self.score, self.eps, self.precision, self.backend)
 
     @property
-    def key_step(self) -> dict[str, Any]:
-        """Those of `step_keys`."""
-        names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
-        return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+    def key_step(self) -> KeyStep:
+        """Those of the key steps."""
+        numbers = (self.lr, self.addressing_weight, self.weight_decay, self.clip)
+        return KeyStep(self.top_k, self.score, self.eps, *numbers, self.precision, self.backend)
 
     @property
     def write(self) -> Write:

@@ -24,7 +24,7 @@ from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
 from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
-from .records import Plan, Queue, Tokens
+from .records import Picks, Plan, Queue, Tokens
 from .scans import read, write
 from .state import MemoryState, check_step
 from .weights import fold_write_weights, weigh, write_scale
@@ -48,7 +48,7 @@ def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor,
             temperature=o.temperature,
         )
         return weights.flatten(1), slots, half_scores, sub_keys
-    scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **o.lookup)
+    scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, o.lookup)
     return weigh(scores.flatten(1), o.weighting, o.temperature), slots, half_scores, sub_keys
 
 
@@ -294,7 +294,7 @@ def _write_chunk(
             backend=o.backend,
         )
     if o.key_gradient != "all" and o.keys_move:
-        step_keys(keys, window[carried * batch :], half_scores, sub_keys, out=keys, **o.key_step)
+        step_keys(keys, window[carried * batch :], Picks(half_scores, sub_keys), o.key_step, out=keys)
     lanes.hold(found, plan, write_weights, errors)
     # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
     lanes.wait(lanes.plans if o.key_gradient != "all" else lanes.values)

@@ -946,8 +946,8 @@ FAULTS = [
     Fault(
         "key-step-over-the-carried",
         "streaming.py",
-        "step_keys(keys, window[carried * batch :], half_scores",
-        "step_keys(keys, window[: len(half_scores)], half_scores",
+        "step_keys(keys, window[carried * batch :], Picks",
+        "step_keys(keys, window[: len(half_scores)], Picks",
         "the queries of the key step are those of L tokens before",
         "streaming properties",
         "((in_torch or what_was_written) and fast_weight_memory_step) or strides",

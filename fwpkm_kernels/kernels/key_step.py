@@ -423,8 +423,8 @@ def score_grad(
 
 
 def address_grad(
-    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor,
-    grad_scores: Tensor | None, slots: Tensor | None, plan: PickPlan, out: Tensor,
+    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, grad_scores: Tensor | None, slots: Tensor | None,
+    half_scores: Tensor, sub_keys: Tensor, plan: PickPlan, out: Tensor,
     *, first_row: int, idw: bool, eps: float, lr: float, weight: float, weight_decay: float, clip: float | None,
 ) -> Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Addresses
 from . import compute_dtype
 from ._common import (
     cdiv,
@@ -332,22 +333,19 @@ def lookup(
     queries: Tensor, keys: Tensor,
     *, top_k: int, idw: bool, eps: float, precision: str, weights: Tensor | None = None, weighting: str = "softmax",
     temperature: float = 1.0, config: LookupConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Addresses:
     """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
-    Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
-    keys.view(H·2·n, Dk/2), int32. `weights`, [M, H, K], contiguous and in the compute dtype, is filled with the
-    softmax, silu or relu of a row's scores / temperature.
+    `weights`, [M, H, K], contiguous and in the compute dtype, is filled with the softmax, silu or relu of a row's
+    scores / temperature.
     """
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
-    scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
-    slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
-    sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    found = Addresses.empty(queries, top_k, dtype)
+    scores, slots, half_scores, sub_keys = found
     if scores.numel() == 0:
-        return scores, slots, half_scores, sub_keys
+        return found
     config = config or lookup_config(num_rows, keys, top_k)
     splits = cdiv(num_keys, config.block_n)
     if precision == "tf32x3" and torch.version.hip is not None:
@@ -388,7 +386,7 @@ def lookup(
             BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)), BLOCK_D=block_d,
             BLOCK_P=block_p, num_warps=num_warps, on=queries,
         )
-    return scores, slots, half_scores, sub_keys
+    return found
 
 
 @triton.jit
