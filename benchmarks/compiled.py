@@ -30,6 +30,7 @@ from unittest import mock
 import torch
 
 from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
+from fwpkm_kernels.records import Layout, Plan
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -177,8 +178,8 @@ def _slots(*shape: int) -> torch.Tensor:
     return _meta(*shape, dtype=torch.int64)
 
 
-def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
-    return [_slots(accesses), *(_meta(accesses, dtype=dtype) for _ in range(3))]
+def _plan(accesses: int, dtype: torch.dtype = torch.int32) -> Plan:
+    return Plan(_slots(accesses), *(_meta(accesses, dtype=dtype) for _ in range(3)))
 
 
 def cases() -> list[Case]:
@@ -222,7 +223,7 @@ def cases() -> list[Case]:
                         torch.empty_like(table),
                         queries.view(-1, width // 2),
                         _meta(m * heads * 2 * k, dtype=exact),
-                        *_plan(m * heads * 2 * k),
+                        _plan(m * heads * 2 * k),
                         table=table,
                         centered=idw,
                     ),
@@ -323,17 +324,17 @@ def cases() -> list[Case]:
 
         def backward(table=table, slots=slots, grad_out=grad_out, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
             gather.gather(table, slots, vectors=grad_out)
-            segments.segment_rows(table, grad_out, coefficients, *_plan(m * j))
+            segments.segment_rows(table, grad_out, coefficients, _plan(m * j))
 
         def write(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
-            update.update(table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.0, clip=None)
+            update.update(table, table, vectors, coefficients, _plan(m * j), lr=1.0, weight_decay=0.0, clip=None)
 
         def write_decay_clip(table=table, vectors=vectors, coefficients=coefficients, m=m, j=j):  # type: ignore[no-untyped-def]
-            update.update(table, table, vectors, coefficients, *_plan(m * j), lr=1.0, weight_decay=0.1, clip=1.0)
+            update.update(table, table, vectors, coefficients, _plan(m * j), lr=1.0, weight_decay=0.1, clip=1.0)
 
         def write_backward(table=table, vectors=vectors, coefficients=coefficients, slots=slots, m=m, j=j):  # type: ignore[no-untyped-def]
             for clip in (None, 1.0):
-                update.update_grad(table, vectors, coefficients, slots, *_plan(m * j), lr=1.0, clip=clip)
+                update.update_grad(table, vectors, coefficients, slots, _plan(m * j), lr=1.0, clip=clip)
 
         result.append(Case(f"gather/{name}", forward))
         result.append(Case(f"gather_backward/{name}", backward))
@@ -365,7 +366,7 @@ def cases() -> list[Case]:
         ):
             scans.read(table, slots, weights, written, read)
             plan = _plan(slots.numel())
-            update.update(table, table, errors, weights, *plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
+            update.update(table, table, errors, weights, plan, lr=1.0, weight_decay=0.0, clip=None, log=log)
 
         def chunk_backward(  # type: ignore[no-untyped-def]
             table=table, log=log, errors=errors, weights=weights, slots=slots, written=written, read=read
@@ -373,7 +374,7 @@ def cases() -> list[Case]:
             steps = torch.empty_like(table, dtype=errors.dtype)
             grads = (written, torch.empty_like(weights), torch.empty_like(weights))
             scans.read_grad(log, slots, steps, slots, weights, weights, written, read, *grads, factor=1.0)
-            segments.segment_rows(steps, errors, weights, *_plan(slots.numel()))
+            segments.segment_rows(steps, errors, weights, _plan(slots.numel()))
 
         result.append(Case(f"memory/{name}", chunk))
         result.append(Case(f"memory_backward/{name}", chunk_backward))
@@ -389,13 +390,13 @@ def cases() -> list[Case]:
         ("n65536", 1, 8, 65536, torch.float32),
     ):
         # Eight chunks of 512 positions, all but the first with one that is read again.
-        layout, reads = (batch, 4096, 512, 1, 1, 1, 8, 4103), 4103 * batch
+        layout, reads = Layout(batch, 4096, 512, 1, 1, 1, 8, 4103), 4103 * batch
         scores, slots, counts = _meta(reads, j, dtype=exact), _slots(reads, j), _meta(reads, j, dtype=torch.int32)
 
         def of_reads(layout=layout, scores=scores, slots=slots, counts=counts, n=n, j=j):  # type: ignore[no-untyped-def]
             row_dtype = torch.int32 if n == 512 else torch.int64
             how: dict[str, Any] = {"weighting": "softmax", "temperature": 1.0}
-            by_item = (layout[0], 4096, j)
+            by_item = (layout.batch, 4096, j)
             outputs = (_slots(*by_item), _meta(*by_item, dtype=scores.dtype))
             _, keys = weighing.weigh(scores, slots, n * n, row_dtype, layout, **how, outputs=outputs)
             order = _slots(keys.numel())
@@ -407,7 +408,7 @@ def cases() -> list[Case]:
                 weighing.fold(scores, counts, mask, mask, layout, **fold)
                 grads = (scores, scores, mask, mask, mask)
                 weighing.fold_grad(scores, scores, counts, *grads, layout, **how, **fold)
-            weighing.weigh_again(scores, order, counts.view(-1), layout, **how)
+            weighing.weigh_again(scores, Plan(order, order, counts.view(-1), counts.view(-1)), layout, **how)
             chunks.sum_reads(_meta(len(scores), 1, 512, dtype=scores.dtype), layout, torch.bfloat16)
 
         result.append(Case(f"chunks/{name}", of_reads))
@@ -416,8 +417,8 @@ def cases() -> list[Case]:
         for dtype in (torch.float32, bf16):
             table, vectors, coefficients = _meta(512 * 512, 512, dtype=dtype), _meta(4096, 512), _meta(4096, 8)
             plan = _plan(32768, torch.int64)
-            update.update(table, table, vectors, coefficients, *plan, lr=1.0, weight_decay=0.1, clip=1.0)
-            segments.segment_rows(table, vectors, coefficients, *plan)
+            update.update(table, table, vectors, coefficients, plan, lr=1.0, weight_decay=0.1, clip=1.0)
+            segments.segment_rows(table, vectors, coefficients, plan)
         sub_keys, half_scores = _meta(4096, 1, 2, 8, dtype=torch.int32), _meta(4096, 1, 2, 8)
         listed = (_slots(4096 * 2 * 8), _slots(4096 * 2 * 8), _slots(2 * 512 + 1))
         by_sort = plan_picks(sub_keys, half_scores, num_keys=512, first_row=0, listed=listed)
@@ -432,7 +433,7 @@ def cases() -> list[Case]:
     result.append(
         Case(
             "memory_scalars/paper",
-            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), *_plan(32768)),
+            lambda: segments.segment_rows(_meta(512 * 512, 1), _meta(32768, 1), _meta(32768), _plan(32768)),
         )
     )
 

@@ -1,4 +1,4 @@
-"""Where PyTorch has no rule for an operation, a refusal that says so before anything is computed."""
+"""What autograd, its transforms and traces cannot do with our functions is refused here, before it is computed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,8 +16,8 @@ def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LO
     """Raise under a transform of torch.func, or for a tensor with a tangent of forward-mode differentiation.
 
     The operators have no rules for either, and those that run without autograd would drop derivatives silently. Public
-    functions ask, backward passes before they apply a Function of their own, and Functions when they run, for those who
-    apply them in a compiled function; a Function applied under a transform elsewhere is PyTorch's to refuse.
+    functions call this, and backward passes before they apply a Function of their own. Functions call it too when they
+    run, since compiled code may apply them directly; in eager code PyTorch itself refuses a Function under a transform.
 
     Args:
         name: of the public function.
@@ -33,7 +33,7 @@ def refuse_transforms(name: str, args: Iterable[Any], instead_of_vmap: str = _LO
             " vjp or jacrev, use torch.autograd.grad or torch.autograd.functional; forward-mode differentiation"
             " (jvp, jacfwd) is not supported"
         )
-    # Asked for the level first, since every unpack_dual costs some of a microsecond.
+    # The level is looked at first, since every unpack_dual takes a part of a microsecond.
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
         raise RuntimeError(
             f"{name} does not support forward-mode differentiation (torch.autograd.forward_ad): use torch.autograd"
@@ -45,12 +45,17 @@ def _has_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
+def in_backward() -> bool:
+    """Whether the caller runs in a backward pass, as what an activation checkpoint computes again does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def refuse_recomputation(name: str) -> None:
     """Raise in a backward pass, where an activation checkpoint would apply what `name` writes a second time.
 
     PyTorch does not tell whether it is a checkpoint or a hook that calls.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RuntimeError(
             f"{name} was called in a backward pass. If it was by an activation checkpoint, which computes its function"
             " again, the memory would be written twice: call it outside of the checkpoint, or let a policy save it"
@@ -60,15 +65,16 @@ def refuse_recomputation(name: str) -> None:
 
 
 def is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which Dynamo before PyTorch 2.13 takes for true in torch.compile as well."""
+    """The flag of torch.compiler.is_exporting(), which in torch.compile before PyTorch 2.13 is True by mistake."""
     return torch.compiler._is_exporting_flag
 
 
 def refuse_traces(name: str, memory: Tensor, tokens: Tensor, is_bound: bool) -> None:
-    """Raise where a trace of what mutates a state would be a program that does something else.
+    """Raise where a trace of a function that writes a state would be a program that does something else.
 
-    torch.export and make_fx keep the tensors of a state as constants of the program, which its calls then write. What a
-    first step binds they would make anew at every call; a state that is made in the trace itself is part of it.
+    torch.export and make_fx keep the tensors of a state as constants, which every call of the program then writes. A
+    first step in the program would bind the state at every call, so that one must be made before the trace. A state
+    that is made in the trace is a part of the program, and is allowed.
 
     Args:
         memory: one of the state's tensors.

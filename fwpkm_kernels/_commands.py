@@ -20,12 +20,12 @@ from typing import Any, ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: Bytes that a trial writes: where not even they fit, the disk is full.
+#: Bytes that are written to try a file: a disk where not even these fit is full.
 _TRIAL = 4096
 
 
 class CommandError(Exception):
-    """What the user can put right, told in one line."""
+    """An error that the user can put right; the program tells it in one line."""
 
 
 def one_line(text: object) -> str:
@@ -35,11 +35,11 @@ def one_line(text: object) -> str:
 
 
 def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
-    """Decorate the main function of the program ``name``: it may print any text, and raise CommandError.
+    """Decorate the main function of the program ``name``, which may then print any text and raise CommandError.
 
-    Within it the standard streams escape what their encoding lacks, and drop what a pipe no longer takes, so that the
-    files asked for are written all the same; the caller finds its own streams again. The exit status is 2 after a
-    CommandError, and where standard output failed.
+    While it runs, the standard streams escape the characters that their encoding lacks. Text for a pipe that nobody
+    reads any more is dropped, so that the program still writes its files; any other failure of standard output, and a
+    CommandError, make the exit status 2. The caller's streams are put back at the end.
     """
 
     def decorate(main: Callable[_P, int]) -> Callable[_P, int]:
@@ -55,7 +55,7 @@ def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
                 except SystemExit as end:
                     if end.code or not lost:
                         raise
-                    status = 0  # of --help, which was lost
+                    status = 0  # --help ended the program, and its text could not be written
                 sys.stdout.flush()
                 if lost and not isinstance(lost[0], BrokenPipeError):
                     print(f"{name}: error: cannot write standard output: {lost[0].strerror}", file=sys.stderr)
@@ -69,21 +69,21 @@ def command(name: str) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
 
 @contextlib.contextmanager
 def _any_text(name: str, lost: list[OSError]) -> Iterator[None]:
-    """A stream that takes any text in the place of a standard one; ``lost`` gets the first error of what is below."""
+    """Replace a standard stream by one that takes any text; ``lost`` gets the first error of the file below it."""
     before: Any = getattr(sys, name)
     with contextlib.ExitStack() as stack:
-        now = before  # a StringIO, or a notebook's
+        now = before  # a StringIO or a notebook's stream takes any text as it is
         if before is None or getattr(before, "closed", False):
             now = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
         elif isinstance(before, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 before.flush()
             buffer: Any = before.buffer
-            with contextlib.suppress(OSError):  # raised where there is no file below
-                # Not its own buffer: that would keep what could not be written, and fail once more when Python ends.
+            with contextlib.suppress(OSError):  # fileno() raises it for a stream without a file
+                # The stream's own buffer would keep what could not be written, and fail again when Python ends.
                 buffer = io.BufferedWriter(_Descriptor(before.fileno(), lost))
             now = io.TextIOWrapper(buffer, before.encoding, "backslashreplace", line_buffering=True)
-            stack.callback(now.detach)  # which flushes
+            stack.callback(now.detach)  # flushes, and leaves the file open
         setattr(sys, name, now)
         stack.callback(setattr, sys, name, before)
         yield
@@ -106,11 +106,11 @@ class _Descriptor(io.FileIO):
 
 
 def need(module: str, extra: str) -> Any:
-    """Import a module; CommandError if it cannot be, with the extra that installs it."""
+    """Import a module; CommandError says which extra installs it, or why it cannot be imported."""
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a shared library, or a cache that cannot be made
+    except (ImportError, OSError) as error:  # a missing library and a cache that cannot be made raise OSError
         if isinstance(error, ModuleNotFoundError) and (error.name or package).split(".")[0] == package:
             reason = f"is missing; install it with: pip install 'fwpkm_kernels[{extra}]'"
         else:
@@ -122,13 +122,13 @@ def need(module: str, extra: str) -> Any:
 def _telling(action: str, path: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # a name that no file can have raises ValueError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CommandError(f"cannot {action} {path}: {reason}") from None
 
 
 def reading(path: str | Path) -> contextlib.AbstractContextManager[None]:
-    """Around what reads the file at a path: CommandError says why it cannot be read."""
+    """The context in which a program reads the file at a path; CommandError says why it cannot be read."""
     return _telling("read", path)
 
 
@@ -137,10 +137,10 @@ def _writing(path: str | Path) -> contextlib.AbstractContextManager[None]:
 
 
 def check_outputs(*paths: str | Path | None, read: str | Path | None = None) -> None:
-    """Raise CommandError unless each path can be written, and they are files of their own; None is no path.
+    """Raise CommandError unless each path can be written, and no two are the same file; None stands for no path.
 
-    A file that exists keeps its content, and one that does not exist is not left behind. ``read`` is a file that is
-    read, which no path may be.
+    A file that exists keeps its content, and one that does not exist is not left behind. ``read`` is a file that the
+    program reads, so that no path may be the same file.
     """
     seen: dict[tuple[int, int], str] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -159,17 +159,18 @@ def check_outputs(*paths: str | Path | None, read: str | Path | None = None) -> 
 
 
 def _try(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int] | None:
-    """Open a file for writing, or create it till the stack is closed; the numbers that tell files apart."""
+    """Open a file for writing, or create it until the stack is closed; its device and inode if it is a regular file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        # A relative path stays so where it can: folders above the current one may be another user's.
+        # A path that is no link stays relative, since the folders above the current one may be closed to this user.
         return _create(os.path.realpath(path) if os.path.islink(path) else path, stack)
     if stat.S_ISFIFO(found.st_mode) or _own_stream(path) is not None:
-        if not _may(path, os.W_OK):  # not opened: a pipe may have no reader yet, and a socket cannot be
+        # Only asked: opening a pipe would wait for its reader, and a socket cannot be opened.
+        if not _may(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     else:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY))  # a folder raises here
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY))  # raises for a folder
     if _is_replaced(path):
         _create(_beside(path), stack)
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
@@ -189,12 +190,12 @@ def _create(path: str | Path, stack: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def _beside(path: str | Path) -> str:
-    """A new file in the folder of another."""
+    """A name for a new file in the folder of another file."""
     return os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
 
 
 def _own_stream(path: str | Path) -> int | None:
-    """The descriptor that a path means, as /dev/stdout and /dev/fd/3 do; 1 or 2 also by the name of its file."""
+    """The open descriptor of what a path names: 3 for /dev/fd/3, and 1 for the file that is standard output."""
     named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", os.fspath(path))
     for descriptor in (1, 2, *map(int, named.groups() if named else ())):
         with contextlib.suppress(OSError, ValueError):
@@ -204,13 +205,16 @@ def _own_stream(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path means what has no place of its own: a device, a pipe, or a stream that is already open."""
+    """Whether a path is a device, a pipe or an open stream, so that no other file has a place beside it."""
     return _own_stream(path) is not None or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def _is_replaced(path: str | Path) -> bool:
-    """Whether a file is written beside its place and then moved there: a new one, and one that has this name alone, is
-    the user's own, is no stream that is open, and lies in a folder that takes others."""
+    """Whether a file is written under another name and then moved into place.
+
+    That is so for a new file, and for a regular file of this user that has one name, is no open stream, and lies in a
+    folder where this user may make files.
+    """
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -220,9 +224,10 @@ def _is_replaced(path: str | Path) -> bool:
 
 
 def write_output(path: str | Path, data: str | bytes | memoryview) -> None:
-    """Write a file, and whole or not at all where it is replaced; CommandError says why it cannot be written.
+    """Write a file; CommandError says why it cannot be written.
 
-    Links, and files with several names or of other users, keep what they are, and are written in place.
+    A file of the user's own is replaced whole or not at all. Links, and files with several names or of other users, are
+    written in place, and so remain what they are.
     """
     content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with _writing(path):
@@ -237,7 +242,7 @@ def write_output(path: str | Path, data: str | bytes | memoryview) -> None:
                 shutil.copymode(path, beside)
             try:
                 os.replace(beside, path)
-            except OSError:  # a mount point: its content can be changed
+            except OSError:  # a mount point cannot be replaced, but its content can be changed
                 _write_in_place(path, content)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -250,25 +255,25 @@ def _write_in_place(path: str | Path, content: bytes | memoryview) -> None:
 
 
 def _write_all(file: io.FileIO, content: bytes | memoryview) -> None:
-    """Until an error says why there is no more; a disk that is nearly full takes a part first."""
+    """Write all of the content: a disk that is nearly full takes a part of it, and raises at the next call."""
     while content:
         content = content[file.write(content) :]
 
 
 def _open_in_place(path: str | Path, mode: str) -> io.FileIO:
-    """Open without a buffer, which would fail again when it is closed."""
+    """Open a file without a buffer, since a buffer that could not be written fails again when it is closed."""
     stream = _own_stream(path)
     if stream is not None:
         for printed in (sys.stdout, sys.stderr):
             printed.flush()
-        return io.FileIO(os.dup(stream), "wb")  # opened anew, a file would be emptied
-    # Not created where it exists: in folders like /tmp that is refused for another user's file.
+        return io.FileIO(os.dup(stream), "wb")  # opening the path again would empty the file
+    # O_CREAT is left out for a file that exists: in folders like /tmp it is refused for another user's file.
     drop = os.O_CREAT if os.path.exists(path) else 0
     return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags & ~drop, 0o666))
 
 
 class Lines:
-    """A file of lines that are written as they come; CommandError if it cannot be opened or written."""
+    """A file of lines, each written at once; CommandError if it cannot be opened or written."""
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
         self.path = path
@@ -288,14 +293,14 @@ class Lines:
 
 
 def make_folder(path: str | Path, *names: str) -> None:
-    """Make a folder, and raise CommandError unless files of these names, or any, can be written in it."""
+    """Make a folder; CommandError unless files of these names, or a new one if none is given, can be written in it."""
     with _writing(path):
         os.makedirs(path, exist_ok=True)
     check_outputs(*(os.path.join(path, name) for name in names or (secrets.token_hex(8),)))
 
 
 def try_all(actions: Iterable[Callable[[], _T]]) -> list[_T]:
-    """Do all of them, the others too where some raise CommandError; what they gave, or one CommandError for all."""
+    """Call all actions, whichever raise CommandError; what they returned, or one CommandError with all the reasons."""
     given, errors = [], []
     for action in actions:
         try:

@@ -1,6 +1,6 @@
 """How operators are registered: under the package's own name, once in a process.
 
-Where PyTorch registers a name again, it frees what was registered before, and those who still hold it crash.
+When a name is registered again, PyTorch frees the operator that had it, and code that still holds that one crashes.
 """
 
 import os
@@ -22,12 +22,12 @@ def operator(
     schema: str | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """torch.library.custom_op, which gives a known operator the new function where a module is loaded again.
+    """As torch.library.custom_op, but a module that is loaded again gives the operator that exists its new function.
 
-    So what was compiled, or imported from the module before, goes on working, with the newest code.
+    What was compiled or imported before goes on working, and runs the new function.
 
     Raises:
-        ImportError: where the operator is known with another schema or other tags.
+        ImportError: if the operator exists with another schema or other tags.
     """
     qualified = f"{NAMESPACE}::{name}"
 
@@ -53,7 +53,7 @@ def _folder(function: Callable[..., Any]) -> str:
 
 
 def _refuse_other_owners() -> None:
-    """Raise where names of the namespace are another's, before any of them is taken away."""
+    """Raise ImportError if another copy, or other code, has registered operators in the namespace of this package."""
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith(f"{NAMESPACE}::"):
             known = _maybe_get_opdef(name)

@@ -14,7 +14,7 @@ from .records import Queue
 
 #: Options that may change from step to step.
 FREE_OPTIONS = ("lr", "weight_decay", "clip", "addressing_weight")
-#: Bytes of a saved binding, whatever is bound: a distributed checkpoint loads into tensors of equal shape.
+#: Bytes of every saved binding: a distributed checkpoint loads only into tensors of the shape that was saved.
 SAVED_BYTES = 1024
 
 
@@ -30,11 +30,11 @@ class Binding(NamedTuple):
     def of(cls, queries: Tensor, targets: Tensor, o: Options) -> "Binding":
         """What a step with these arguments binds."""
         defaults = {name: Options._field_defaults[name] for name in FREE_OPTIONS}
-        bound = Options(**{**o._asdict(), **defaults})  # o._replace(…) is more than torch.compile of 2.11 can keep
+        bound = Options(**{**o._asdict(), **defaults})  # torch.compile of PyTorch 2.11 fails at o._replace(…)
         return cls(queries.shape[0], queries.dtype, targets.dtype, bound)
 
 
-@torch.inference_mode(False)  # a step outside of inference mode writes it
+@torch.inference_mode(False)  # otherwise no step outside of inference mode could write the queue
 def make_queue(keys: Tensor, values: Tensor, binding: Binding, device: torch.device) -> Queue:
     """An empty queue for what is bound, of a memory of these shapes and dtypes."""
     batch, o = binding.batch, binding.options
@@ -59,7 +59,7 @@ def make_queue(keys: Tensor, values: Tensor, binding: Binding, device: torch.dev
 
 
 def waiting(queue: Queue, position: int, o: Options) -> dict[str, Tensor]:
-    """A copy of the queue without what no longer waits: equal states save equal tensors, and no other tokens."""
+    """A copy of the queue with zeros for tokens that no longer wait, so that equal states save equal tensors."""
     copies = {name: x.clone() for name, x in queue._asdict().items()}
     for name, x in copies.items():
         first = o.lookahead if name in ("queries", "gates", "mask") else 0
@@ -70,7 +70,7 @@ def waiting(queue: Queue, position: int, o: Options) -> dict[str, Tensor]:
 
 
 def check_binding(bound: Binding, came: Binding) -> None:
-    """Name the first thing that is not as it was bound."""
+    """Raise ValueError, which names the first thing that differs from what was bound."""
     if came.batch != bound.batch:
         raise ValueError(f"`queries` must keep the state's batch size, {bound.batch}, got {came.batch}")
     dtypes = {
@@ -86,10 +86,10 @@ def check_binding(bound: Binding, came: Binding) -> None:
 
 
 def check_queue(tensors: dict[str, Tensor], keys: Tensor, num_slots: int, waiting: int) -> None:
-    """A saved queue of the right shapes names slots and sub-keys that there are, and picks as a lookup makes them.
+    """Raise ValueError unless a saved queue of the right shapes names slots and sub-keys that exist.
 
-    `waiting` is how many tokens wait in it. Their picks [tokens, B, H, 2, K] are of their own half, and differ: what
-    plans a key step relies on that.
+    The sub-keys [waiting, B, H, 2, K] of the tokens that wait must be of their own half, and different, as a lookup
+    picks them: the plan of a key step relies on that.
     """
     heads, _, num_keys, _ = keys.shape
     for name, size in (("slots", num_slots), ("sub_keys", 2 * heads * num_keys)):
@@ -113,7 +113,7 @@ def to_bytes(plain: dict[str, Any]) -> Tensor:
 
 
 def from_bytes(x: Tensor) -> Binding:
-    """What `to_bytes` has written; any of several errors if it has not."""
+    """The binding that `to_bytes` has written; other bytes raise errors of several classes."""
     fields = json.loads(bytes(x.tolist()))
     queries_dtype, targets_dtype = (getattr(torch, name) for name in fields["dtypes"])
     return Binding(fields["batch"], queries_dtype, targets_dtype, Options(**fields["options"]))

@@ -61,8 +61,10 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that the package runs from, with "-dirty" after it if tracked files differ; of
-    a copy without git's folder, what FWPKM_COMMIT says."""
+    """The git commit of the checkout that the package runs from, with "-dirty" after it if tracked files differ.
+
+    A copy without git's folder has the commit that the environment variable FWPKM_COMMIT names, or None.
+    """
     root = Path(__file__).resolve().parent.parent
     # Without this check a copy installed inside another project's checkout would report that project's commit.
     if not (root / ".git").exists():

@@ -85,32 +85,30 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
 def _values_grad_op(
     grad_out: Tensor,
     weights: Tensor,
-    order: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    end: Tensor,
+    plan: list[Tensor],
     num_slots: int,
     dtype: torch.dtype,
     compact: bool,
     backend: str,
 ) -> Tensor:
     """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
-    size = order.numel() if compact else num_slots
+    planned = Plan._make(plan)
+    size = planned.order.numel() if compact else num_slots
     out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
-    plan = Plan(order, rows, start, end)
     weights = weights.to(compute_dtype(dtype)).contiguous()
     if checks.use_triton(backend, grad_out):
         from .kernels.segments import segment_rows
 
-        segment_rows(out, grad_out, weights, *plan, compact=compact)
+        segment_rows(out, grad_out, weights, planned, compact=compact)
     else:
-        positions, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
+        positions, touched, totals = segment_totals(planned, grad_out.to(weights.dtype), weights)
         out[positions if compact else touched] = totals.to(dtype)
     return out
 
 
 @_values_grad_op.register_fake
-def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, backend):  # type: ignore[no-untyped-def]
+def _(grad_out, weights, plan, num_slots, dtype, compact, backend):  # type: ignore[no-untyped-def]
+    order, *_ = plan
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
@@ -134,7 +132,8 @@ class _SparseValueGatherBackward(Function):
             grad_weights = _weights_grad_op(grad_out, values, slots, weights.dtype, backend)
         if needs_values:
             plan = plan_segments(slots, values.shape[0])
-            grad_values = _values_grad_op(grad_out, weights, *plan, values.shape[0], values.dtype, sparse_grad, backend)
+            of_table = (values.shape[0], values.dtype)
+            grad_values = _values_grad_op(grad_out, weights, list(plan), *of_table, sparse_grad, backend)
             if sparse_grad:
                 # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
                 # of a slot's accesses stands at the first of its entries; the others are zero.

@@ -10,9 +10,9 @@ from torch import Tensor
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
 from .options import Options
-from .records import Tokens
+from .records import Tokens, each
 from .state import MemoryState, check_step
-from .streaming import Lanes, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
+from .streaming import Lanes, Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
 
 class Graph(Protocol):
@@ -88,8 +88,8 @@ class MemoryGraph:
         self._state, self._options, self._process = state, o, os.getpid()
         state._bind(queries, targets, o)
         self._captured = self._tensors()
-        static = (None if x is None else torch.empty_like(x.transpose(0, 1)) for x in (gates, mask))
         with torch.inference_mode(False), torch.no_grad(), self._on_device():
+            static = each(lambda x: torch.empty_like(x.transpose(0, 1)), gates, mask)
             self._tokens = Tokens(
                 torch.zeros_like(queries.transpose(0, 1), memory_format=torch.contiguous_format),
                 torch.zeros_like(targets.transpose(0, 1), memory_format=torch.contiguous_format),
@@ -140,19 +140,19 @@ class MemoryGraph:
     def _run_close(self, state: MemoryState) -> None:
         """Read the last tokens of a chunk that is not the first, and write it; or whole chunks."""
         assert state._queue is not None
-        memory, o = (state.keys, state.values, state._touched, state._queue), self._options
+        memory, o = Memory(state.keys, state.values, state._touched, state._queue), self._options
         lanes = Lanes(state.values.is_cuda and torch.cuda.is_current_stream_capturing())
         with torch.autocast(state.values.device.type, enabled=False):
             try:
                 if self._count < o.chunk_size:
                     place = o.chunk_size - self._count
                     read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
-                    close_chunk(*memory, False, lanes, o)
+                    close_chunk(memory, False, lanes, o)
                 else:
                     for begin in range(0, self._count, o.chunk_size):
                         part = self._tokens.part(begin, begin + o.chunk_size)
                         output = self._output[begin : begin + o.chunk_size]
-                        read_and_close_chunk(*memory, part, output, False, lanes, o)
+                        read_and_close_chunk(memory, part, output, False, lanes, o)
             finally:  # with a lane left open the capture could not end, and after that no other begin
                 lanes.join()
 

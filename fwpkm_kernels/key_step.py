@@ -319,14 +319,10 @@ def _check_key_step(keys: Tensor, queries: Tensor, o: KeyStep) -> KeyStep:
     checks.check_tensor("queries", queries, 3, "[M, H, Dk]")
     lookup = check_lookup(queries, keys, o.lookup)
     dtype = compute_dtype(keys.dtype)
-    return o._replace(
-        top_k=lookup.top_k,
-        eps=lookup.eps,
-        lr=checks.check_number("lr", o.lr, dtype),
-        weight=checks.check_number("weight", o.weight, dtype),
-        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
-        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
-    )
+    lr, weight = checks.check_number("lr", o.lr, dtype), checks.check_number("weight", o.weight, dtype)
+    weight_decay = checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0)
+    clip = None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0)
+    return KeyStep(lookup.top_k, o.score, lookup.eps, lr, weight, weight_decay, clip, o.precision, o.backend)
 
 
 def product_key_update(

@@ -264,7 +264,7 @@ def _lookup_grad_op(
         grad_keys.view(table.shape),
         queries.unflatten(-1, (2, half)).flatten(0, 2),
         factors,
-        *plan_segments(sub_keys, table.shape[0]),
+        plan_segments(sub_keys, table.shape[0]),
         table=table,
         centered=o.score == "idw",
     )
@@ -360,7 +360,7 @@ def check_lookup(queries: Tensor, keys: Tensor, o: Lookup) -> Lookup:
     eps = checks.check_number("eps", o.eps, dtype, minimum=torch.finfo(dtype).tiny)  # less would be 0 to the kernels
     checks.check_choice("precision", o.precision, checks.PRECISIONS)
     checks.check_choice("backend", o.backend, checks.BACKENDS)
-    return o._replace(top_k=top_k, eps=eps)
+    return Lookup(top_k, o.score, eps, o.precision, o.backend)
 
 
 def product_key_lookup(

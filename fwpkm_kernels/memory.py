@@ -1,5 +1,6 @@
 """The whole memory over a sequence: address scan, plan, value scan, and their backward."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,15 +9,15 @@ from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import is_exporting, refuse_transforms
+from ._autograd import in_backward, is_exporting, refuse_transforms
 from ._operators import operator
 from .chunks import count_read_positions, count_writes, rows_of
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .options import Options, schema_of
+from .options import Options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, Plan
+from .records import Addresses, Plan, Writes, each
 from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
 from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
 
@@ -39,18 +40,25 @@ class MemoryOutput(NamedTuple):
 class Kept(NamedTuple):
     """What the backward of a sequence reads besides its inputs; R reads, A = R·J accesses. No table is among them."""
 
-    scores: Tensor  #: [R, H, K]
-    slots: Tensor  #: int64 [R, H, K]
-    half_scores: Tensor  #: [R, H, 2, K]
-    sub_keys: Tensor  #: int32 [R, H, 2, K]
+    found: Addresses  #: of the reads, M = R
     chunk_keys: Tensor  #: of the keys, what `address_scan` keeps
     write_weights: Tensor  #: [R, J]
     counts: Tensor  #: int32 [R, J]
-    order: Tensor  #: int64 [A]: the plan
-    rows: Tensor  #: [A], in `row_dtype(N)`
-    start: Tensor  #: int32 [A]
-    end: Tensor  #: int32 [A]
+    plan: Plan  #: of each chunk
     log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start
+
+    def flat(self) -> list[Tensor]:
+        """All tensors, as operators take and return them."""
+        return [x for field in self for x in ([field] if isinstance(field, Tensor) else field)]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor]) -> "Kept":
+        """The record of what `flat` gave."""
+        (
+            scores, slots, half_scores, sub_keys, chunk_keys, write_weights, counts, order, rows, start, end, log,
+        ) = flat  # fmt: skip
+        found, plan = Addresses(scores, slots, half_scores, sub_keys), Plan(order, rows, start, end)
+        return cls(found, chunk_keys, write_weights, counts, plan, log)
 
 
 def run_scans(
@@ -61,11 +69,12 @@ def run_scans(
     gates: Tensor | None,
     mask: Tensor | None,
     output: Tensor,
-    carried: int,
-    keep: bool,
     o: Options,
+    *,
+    carried: int = 0,
+    keep: bool = False,
     found_for_output: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Kept]:
+) -> tuple[Tensor, Kept]:
     """Both scans, for a sequence before which `carried` positions (0 or L) wait to be written.
 
     Args:
@@ -77,20 +86,17 @@ def run_scans(
         found_for_output: slots and weights of the reads for output, contiguous [B, T, J], to be filled.
 
     Returns:
-        The keys after the last write; slots, weights and write weights of all reads, [R, J]; and what backward needs,
-        in which keys and log are empty without `keep`.
+        The keys after the last write; and what backward needs, in which keys and log are empty without `keep`.
     """
     batch, length, width = targets.shape
     chunks = o.cut(length, carried)
     found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
-    gates, mask = (None if x is None else x.view(carried + length, batch) for x in (gates, mask))
-    weights, write_weights, counts, plan = plan_writes(
-        scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o
-    )
+    gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
+    writes = plan_writes(scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o)
     log = values.new_empty(slots.numel() if keep else 0, width)
-    value_scan(values, targets, slots, weights, write_weights, plan, output, log if keep else None, chunks, o)
-    return new_keys, slots, weights, write_weights, Kept(*found, chunk_keys, write_weights, counts, *plan, log)
+    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
+    return new_keys, Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log)
 
 
 @checks.without_autocast
@@ -103,18 +109,18 @@ def run_forward(
     mask: Tensor | None,
     keep: bool,
     o: Options,
-) -> list[Tensor]:
-    """Output, keys, values, slots and weights, and with `keep` what backward reads."""
+) -> tuple[MemoryOutput, Kept]:
+    """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`."""
     size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
-    gates, mask = (None if x is None else x.transpose(0, 1).to(dtype) for x in (gates, mask))
+    gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
     keys = keys.contiguous()  # so are, then, its copies and the final keys
     new_values = values.clone(memory_format=torch.contiguous_format)
     output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
     slots = torch.empty(size, dtype=torch.int64, device=values.device)
     weights = torch.empty(size, dtype=dtype, device=values.device)
     tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
-    new_keys, *_, kept = run_scans(*tensors, 0, keep, o, (slots, weights))
-    return [output, new_keys, new_values, slots, weights, *(kept if keep else ())]
+    new_keys, kept = run_scans(*tensors, o, keep=keep, found_for_output=(slots, weights))
+    return MemoryOutput(output, new_keys, new_values, slots, weights), kept
 
 
 @operator(
@@ -136,12 +142,13 @@ def _forward_op(
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
         q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
-        g, m = (None if x is None else x.detach() for x in (gates, mask))
+        g, m = each(Tensor.detach, gates, mask)
         # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
         # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
-        with torch.set_grad_enabled(torch._C._current_graph_task_id() != -1):
+        with torch.set_grad_enabled(in_backward()):
             return list(coupled_memory(q, y, k, v, g, m, o))
-    return run_forward(queries, targets, keys, values, gates, mask, keep, o)
+    results, kept = run_forward(queries, targets, keys, values, gates, mask, keep, o)
+    return [*results, *(kept.flat() if keep else ())]
 
 
 @_forward_op.register_fake
@@ -166,20 +173,26 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
         if o.keys_move and o.keeps_picks(batch, keys.shape[2]):
             of_keys = (reads, heads, 2, o.top_k, keys.shape[3])
         accesses = reads * picks
-        results += Kept(
+        found = Addresses(
             scores=empty(dtype, reads, heads, o.top_k),
             slots=empty(torch.int64, reads, heads, o.top_k),
             half_scores=empty(dtype, reads, heads, 2, o.top_k),
             sub_keys=empty(torch.int32, reads, heads, 2, o.top_k),
-            chunk_keys=empty(keys.dtype, *of_keys),
-            write_weights=empty(dtype, reads, picks),
-            counts=empty(torch.int32, reads, picks),
+        )
+        plan = Plan(
             order=empty(torch.int64, accesses),
             rows=empty(row_dtype(values.shape[0]), accesses),
             start=empty(torch.int32, accesses),
             end=empty(torch.int32, accesses),
-            log=empty(values.dtype, accesses, values.shape[1]),
         )
+        results += Kept(
+            found=found,
+            chunk_keys=empty(keys.dtype, *of_keys),
+            write_weights=empty(dtype, reads, picks),
+            counts=empty(torch.int32, reads, picks),
+            plan=plan,
+            log=empty(values.dtype, accesses, values.shape[1]),
+        ).flat()
     return results
 
 
@@ -202,7 +215,9 @@ def _backward_op(
     *options: Any,
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
-    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, Kept(*kept), Options(*options))
+    return run_backward(
+        queries, targets, gates, mask, grads, num_keys, with_addresses, Kept.of(kept), Options(*options)
+    )
 
 
 @checks.without_autocast
@@ -222,7 +237,7 @@ def run_backward(
     Those of queries and keys are empty unless `with_addresses`.
     """
     batch, length = queries.shape[:2]
-    dtype, device = kept.scores.dtype, queries.device
+    dtype, device = kept.write_weights.dtype, queries.device
     grad_output, grad_keys, grad_values = grads
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
@@ -230,37 +245,23 @@ def run_backward(
     table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
     chunks = o.cut(length)
-    scores, plan = kept.scores.flatten(1), Plan(kept.order, kept.rows, kept.start, kept.end)
-    weights, log_rows = weigh_again(scores, plan, length, batch, o)
+    scores, slots = kept.found.scores.flatten(1), kept.found.slots.flatten(1)
+    weights, log_rows = weigh_again(scores, kept.plan, length, batch, o)
+    writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad,
-        grad_output,
-        targets,
-        kept.slots.flatten(1),
-        weights,
-        kept.write_weights,
-        plan,
-        kept.log,
-        log_rows,
-        chunks,
-        o,
+        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
     )
-    of_reads = (grad_weights, grad_write_weights, scores, weights, kept.counts)
-    grad_scores, grad_gates = plan_writes_grad(*of_reads, gates, mask, length, batch, o)
+    grad_scores, grad_gates = plan_writes_grad(
+        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, o
+    )
     grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
     if with_addresses:
         heads, width = queries.shape[2:]
         if grad_keys is None:
             grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
+        grad_found = grad_scores.view(kept.found.scores.shape)
         by_read, new_grad_keys = address_scan_grad(
-            grad_keys.to(dtype),
-            grad_scores.view(kept.scores.shape),
-            rows_of(queries),
-            Addresses(kept.scores, kept.slots, kept.half_scores, kept.sub_keys),
-            kept.chunk_keys,
-            chunks,
-            batch,
-            o,
+            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, o
         )
         grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
         new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
@@ -272,7 +273,7 @@ def run_backward(
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
 ):
-    kept = Kept(*kept)
+    kept = Kept.of(kept)
     heads, width = queries.shape[2:]
     shapes = [
         (queries.shape if with_addresses else (0,), queries.dtype),
@@ -345,42 +346,17 @@ class FastWeightMemory(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        targets: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        chunk_size: int = 512,
-        top_k: int = 8,
-        lookahead: int = 1,
-        score: str = "idw",
-        eps: float = 1e-3,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
-        gates: Tensor | None = None,
-        mask: Tensor | None = None,
-        lr: float = 1.0,
-        weight_decay: float = 0.0,
-        clip: float | None = None,
-        addressing_weight: float = 1.0,
-        key_gradient: str = "addressing",
-        step: str = "paper",
-        boundary: str = "carry",
-        precision: str = "tf32x3",
-        backend: str = "auto",
+        ctx: Any, queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
-        o = Options(
-            chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
-            addressing_weight, key_gradient, step, boundary, precision, backend,
-        )  # fmt: skip
+        o, gates, mask = from_public_order(options)
         refuse_transforms("fast_weight_memory", (queries, targets, keys, values, gates, mask))
         o = check_memory(queries, targets, keys, values, gates, mask, o)
         # Else an unused gradient of the final table would come as a table of zeros.
         ctx.set_materialize_grads(False)
         results = _forward_op(queries, targets, keys, values, gates, mask, True, *o)
         output, new_keys, new_values, slots, weights, *kept = results
-        if key_gradient == "all":
+        if o.key_gradient == "all":
             kept = [values]
         ctx.save_for_backward(queries, targets, keys, gates, mask, *kept)
         ctx.mark_non_differentiable(slots, weights)
@@ -390,10 +366,10 @@ class FastWeightMemory(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Any, grad_keys: Any, grad_values: Any, *_: Any) -> Any:
         """The closed form: chunks in reverse, one dense gradient of the table, rows from the undo log."""
-        none = (None,) * 18
+        none = [None] * len(Options._fields)
         grads = (grad_output, grad_keys, grad_values)
         if all(grad is None for grad in grads):
-            return (None, None, None, None, *none)
+            return (None, None, None, None, *in_public_order(none, None, None))
         queries, targets, keys, gates, mask, *saved = ctx.saved_tensors
         refuse_transforms("fast_weight_memory", (*grads, queries, targets, keys, gates, mask, *saved))
         needed = ctx.needs_input_grad[:4]
@@ -403,7 +379,7 @@ class FastWeightMemory(Function):
         )
         grad_gates = results[4] if gates is not None else None
         main = (result if is_needed else None for result, is_needed in zip(results[:4], needed, strict=True))
-        return (*main, *none[:7], grad_gates, *none[8:])
+        return (*main, *in_public_order(none, grad_gates, None))
 
 
 # Dynamo cannot trace the backward, and that of torch 2.11 then fails in what it runs instead. This decorator, unlike
@@ -600,10 +576,9 @@ def fast_weight_memory(
     # What torch.export makes has no gradients: it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
-        # The Function takes the arguments in the public order, where gates and mask come in the middle.
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
-        return MemoryOutput(*train(*tensors, *o[:7], gates, mask, *o[7:]))
+        return MemoryOutput(*train(*tensors, *in_public_order(o, gates, mask)))
     o = check_memory(queries, targets, keys, values, gates, mask, o)
     # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
-    detached = (None if x is None else x.detach() for x in (*tensors, gates, mask))
+    detached = each(Tensor.detach, *tensors, gates, mask)
     return MemoryOutput(*_forward_op(*detached, False, *o))

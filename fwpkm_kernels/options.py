@@ -4,6 +4,7 @@ A new option of the memory is a field of `Options` here, an argument of `FastWei
 `fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -136,3 +137,18 @@ class Options(NamedTuple):
     def keys_move(self) -> bool:
         """Whether a key step can change the keys at all."""
         return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
+
+
+#: Where users give `gates` and `mask`: before this one of the options.
+_BEHIND_MASK = Options._fields.index("lr")
+
+
+def in_public_order(options: Sequence[Any], gates: Any, mask: Any) -> tuple[Any, ...]:
+    """What stands for each option, gates and mask, in the order of `FastWeightMemory.apply`."""
+    return (*options[:_BEHIND_MASK], gates, mask, *options[_BEHIND_MASK:])
+
+
+def from_public_order(given: Sequence[Any]) -> tuple[Options, Any, Any]:
+    """Options, gates and mask of arguments in that order, of which the last may be left out."""
+    gates, mask, *_ = [*given[_BEHIND_MASK : _BEHIND_MASK + 2], None, None]
+    return Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 :]), gates, mask

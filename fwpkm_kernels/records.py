@@ -4,10 +4,16 @@ Nothing is computed here, and only torch is imported: kernels import this module
 of the package.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`function` of each tensor, as gates and mask, and None of what is None."""
+    return tuple(None if x is None else function(x) for x in tensors)
 
 
 class Plan(NamedTuple):
@@ -17,6 +23,10 @@ class Plan(NamedTuple):
     rows: Tensor  #: the row that it touches, ascending
     start: Tensor  #: where the segment of that row begins, in `position_dtype`
     end: Tensor  #: one past where it ends, likewise
+
+    def split(self, sizes: list[int]) -> Iterator["Plan"]:
+        """Plans of so many accesses each, one after the other: views that are made all at once."""
+        return map(Plan._make, zip(*(x.split_with_sizes(sizes) for x in self), strict=True))
 
 
 class Picks(NamedTuple):
@@ -53,6 +63,10 @@ class Addresses(NamedTuple):
     def picks(self) -> Picks:
         """The half scores and their sub-keys."""
         return Picks(self.half_scores, self.sub_keys)
+
+    def split(self, sizes: list[int]) -> Iterator["Addresses"]:
+        """Those of so many rows each, one after the other: views that are made all at once."""
+        return map(Addresses._make, zip(*(x.split_with_sizes(sizes) for x in self), strict=True))
 
 
 class PickPlan(NamedTuple):
@@ -105,4 +119,13 @@ class Tokens(NamedTuple):
 
     def part(self, begin: int, end: int) -> "Tokens":
         """The tokens from `begin` to `end`."""
-        return Tokens(*(None if x is None else x[begin:end] for x in self))  # type: ignore[arg-type]
+        return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
+
+
+class Writes(NamedTuple):
+    """What the reads of a sequence weigh, and what they write, chunk by chunk."""
+
+    weights: Tensor  #: w, [R, J]
+    write_weights: Tensor  #: c, [R, J]
+    counts: Tensor  #: n_s, int32 [R, J]
+    plan: Plan  #: of each chunk, as `within_chunks` makes it

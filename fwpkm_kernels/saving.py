@@ -113,8 +113,8 @@ def _load_binding(state: "MemoryState", x: Tensor) -> Binding:
 
 
 def pickled(state: "MemoryState") -> dict[str, Any]:
-    """What is private to a state, as tensors and plain types: a careful unpickler need not trust other classes."""
-    # The position is no tensor here, for torch.load would put that on another device.
+    """What is private to a state, as tensors and plain types, which an unpickler that trusts no other classes takes."""
+    # The position is pickled as a number, since torch.load may put a tensor on another device.
     binding = None if state._binding is None else to_plain(state._binding)
     queue = None if state._queue is None else state._queue._asdict()
     memory = {"keys": state._keys, "values": state._values, "touched": state._touched, "queue": queue}
@@ -154,7 +154,7 @@ def unpickle(state: "MemoryState", fields: dict[str, Any]) -> None:
 
 
 def _refuse_old_files() -> None:
-    """Raise while torch.load reads a file of torch.save's old format, which fills tensors after all else is made."""
+    """Raise while torch.load reads torch.save's old format, which fills a state's tensors only after its checks."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_legacy_load":
@@ -166,9 +166,9 @@ def _refuse_old_files() -> None:
 
 
 def reduce_for_processes(state: "MemoryState") -> tuple[Any, ...]:
-    """How multiprocessing pickles a state: what is private as bytes, since it shares the tensors that it pickles.
+    """How multiprocessing pickles a state: what is private as bytes, since tensors would be shared by the processes.
 
-    The initial memory is pickled as it is, since it may be pickled again with the module that it belongs to.
+    The initial memory remains tensors, which the module that they belong to may be pickled with.
     """
     fields = state.__getstate__()
     fields["_memory"] = pickle.dumps(fields["_memory"])
@@ -176,5 +176,5 @@ def reduce_for_processes(state: "MemoryState") -> tuple[Any, ...]:
 
 
 def _from_process(state: "MemoryState", fields: dict[str, Any]) -> None:
-    """The inverse of `reduce_for_processes`; files never name it, so their bytes are not unpickled."""
+    """The inverse of `reduce_for_processes`. No file names this function, so no bytes of a file are unpickled here."""
     state.__setstate__(fields | {"_memory": pickle.loads(fields["_memory"])})

@@ -6,7 +6,7 @@ chunks, and the value scan follows. It is one sparse delta rule with read weight
     p = Σⱼ wⱼ values[slotⱼ]      G[s] = Σ cⱼ e      values ← (1 - lr·wd) values - lr·clamp(G)
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
-from .options import Options
-from .records import Addresses, Plan
-from .update import write_grad_torch, write_torch
+from .options import Options, Write
+from .records import Addresses, Plan, Writes
+from .update import write, write_grad
 
 
 def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor, backend: str) -> Tensor:
@@ -42,43 +42,25 @@ def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output
     return predictions
 
 
-def write(
-    values: Tensor,
-    errors: Tensor,
-    weights: Tensor,
-    plan: Plan,
-    *,
-    lr: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
-    log: Tensor | None = None,
-) -> None:
-    """Write a chunk in place: values = (1 - lr·wd)·values - lr·clamp(Σ weights·errors).
+class _ReadGrad(NamedTuple):
+    """What the backward of reads and writes reads and fills, [R, J] each."""
 
-    With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
-    """
-    if checks.use_triton(backend, values):
-        from .kernels.update import update
-
-        update(values, values, errors, weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip, log=log)
-    else:
-        write_torch(values, plan, errors, weights, lr, weight_decay, clip, log)
+    log_rows: Tensor  #: which row of its chunk's log each access finds
+    slots: Tensor
+    weights: Tensor  #: w
+    write_weights: Tensor  #: c
+    grad_weights: Tensor  #: dw, to be filled
+    grad_write_weights: Tensor  #: dc, to be filled
 
 
 def _read_grad(
     grad_values: Tensor,
     log: Tensor,
-    log_rows: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    write_weights: Tensor,
+    reads: _ReadGrad,
     plan: Plan,
     targets: Tensor,
     grad_output: Tensor,
     grad_targets: Tensor,
-    grad_weights: Tensor,
-    grad_write_weights: Tensor,
     o: Options,
 ) -> Tensor:
     """Backward of a chunk's reads and of the small side of its write, from G' = grad_values after it.
@@ -87,6 +69,7 @@ def _read_grad(
 
         r = Σⱼ cⱼ Ĝ'[slotⱼ],   dp = dout - r,   dy = r,   dcⱼ = -<Ĝ'[slotⱼ], e>,   dwⱼ = <dp, old values[slotⱼ]>
     """
+    log_rows, slots, weights, write_weights, grad_weights, grad_write_weights = reads
     if checks.use_triton(o.backend, grad_values):
         from .kernels.scans import read_grad
         from .kernels.update import step_grad
@@ -94,13 +77,13 @@ def _read_grad(
         steps, step_rows, factor = grad_values, slots, o.lr
         if o.clip is not None:
             errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
-            steps = step_grad(grad_values, errors, write_weights, *plan, lr=o.lr, clip=o.clip)
+            steps = step_grad(grad_values, errors, write_weights, plan, lr=o.lr, clip=o.clip)
             step_rows, factor = log_rows, 1.0
         inputs = (log, log_rows, steps, step_rows, weights, write_weights, targets, grad_output)
         return read_grad(*inputs, grad_targets, grad_weights, grad_write_weights, factor=factor)
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
-    sums, dots = write_grad_torch(grad_values, errors, write_weights, slots, plan, o.lr, o.clip)
+    sums, dots = write_grad(grad_values, errors, write_weights, slots, plan, o.write)
     # Of rows that are not written, c is 0: nothing of the write reaches them, not even NaN.
     sums[num_written:] = 0.0
     dots[num_written:] = 0.0
@@ -115,7 +98,7 @@ def _read_grad(
 def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, decay: float, backend: str) -> None:
     """grad_values = decay·grad_values + Σ weights·vectors, in place: what a write does with lr = -1."""
     # 1 - lr·wd = decay.
-    write(grad_values, vectors, weights, plan, lr=-1.0, weight_decay=decay - 1.0, clip=None, backend=backend)
+    write(grad_values, vectors, weights, plan, Write(lr=-1.0, weight_decay=decay - 1.0, backend=backend))
 
 
 def _count_carried(chunks: list[Chunk]) -> int:
@@ -131,10 +114,9 @@ def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
-def _by_chunk(chunks: list[Chunk], rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of tensors with `rows` rows for each position read, the rows of each chunk: views that are made all at once."""
-    sizes = [(chunk.stop - chunk.first) * rows for chunk in chunks]
-    return zip(*(torch.split_with_sizes(x, sizes) for x in tensors), strict=True)
+def _sizes(chunks: list[Chunk], rows: int) -> list[int]:
+    """How many rows each chunk has of a tensor with `rows` rows for each position read."""
+    return [(chunk.stop - chunk.first) * rows for chunk in chunks]
 
 
 def address_scan(
@@ -202,12 +184,13 @@ def address_scan_grad(
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
     keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
-    of_reads = _by_chunk(chunks, batch, *found, grad_scores, grad_queries)
-    for index, (chunk, reads) in reversed(list(enumerate(zip(chunks, of_reads, strict=True)))):
-        part, (chunk_grad_scores, chunk_grad_queries) = Addresses(*reads[:4]), reads[4:]
+    sizes = _sizes(chunks, batch)
+    of_reads = (found.split(sizes), grad_scores.split_with_sizes(sizes), grad_queries.split_with_sizes(sizes))
+    parts = list(enumerate(zip(chunks, *of_reads, strict=True)))
+    for index, (chunk, chunk_found, chunk_grad_scores, chunk_grad_queries) in reversed(parts):
         if keeps_picks:  # rows that nothing picked are not read
             picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
-            keys.flatten(0, 2)[part.sub_keys.flatten().long()] = picked
+            keys.flatten(0, 2)[chunk_found.sub_keys.flatten().long()] = picked
         else:
             keys = chunk_keys[index]
         _, grad_keys = address_grad(
@@ -215,8 +198,8 @@ def address_scan_grad(
             keys,
             queries[chunk.first * batch : chunk.stop * batch],
             chunk_grad_scores,
-            part.slots,
-            part.picks,
+            chunk_found.slots,
+            chunk_found.picks,
             o.key_step if chunk.is_written else no_step,
             first_row=(chunk.start - chunk.first) * batch,
             out=chunk_grad_queries,
@@ -228,9 +211,7 @@ def value_scan(
     values: Tensor,
     targets: Tensor,
     slots: Tensor,
-    weights: Tensor,
-    write_weights: Tensor,
-    plan: Plan,
+    writes: Writes,
     output: Tensor,
     log: Tensor | None,
     chunks: list[Chunk],
@@ -239,23 +220,16 @@ def value_scan(
     """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
     batch, picks = targets.shape[0], slots.shape[1]
     targets, output = targets.transpose(0, 1), output.transpose(0, 1)
-    of_reads = _by_chunk(chunks, batch, slots, weights, write_weights)
-    of_accesses = _by_chunk(chunks, batch * picks, *plan, *([] if log is None else [log]))
-    for chunk, (slots, weights, write_weights), accesses in zip(chunks, of_reads, of_accesses, strict=True):
+    sizes, accesses = _sizes(chunks, batch), _sizes(chunks, batch * picks)
+    of_reads = (x.split_with_sizes(sizes) for x in (slots, writes.weights, writes.write_weights))
+    logs = [None] * len(chunks) if log is None else log.split_with_sizes(accesses)
+    of_chunks = zip(chunks, *of_reads, writes.plan.split(accesses), logs, strict=True)
+    for chunk, chunk_slots, weights, write_weights, plan, chunk_log in of_chunks:
         pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
-        errors = read(values, slots, weights, pair_targets, output[chunk.start : chunk.stop], o.backend)
+        errors = read(values, chunk_slots, weights, pair_targets, output[chunk.start : chunk.stop], o.backend)
         if chunk.is_written or log is not None:
-            write(
-                values,
-                errors,
-                write_weights,
-                Plan(*accesses[:4]),
-                lr=o.lr,
-                weight_decay=o.weight_decay if chunk.is_written else 0.0,
-                clip=o.clip,
-                backend=o.backend,
-                log=None if log is None else accesses[4],
-            )
+            how = o.write if chunk.is_written else o.write._replace(weight_decay=0.0)
+            write(values, errors, write_weights, plan, how, chunk_log)
 
 
 def value_scan_grad(
@@ -263,9 +237,7 @@ def value_scan_grad(
     grad_output: Tensor,
     targets: Tensor,
     slots: Tensor,
-    weights: Tensor,
-    write_weights: Tensor,
-    plan: Plan,
+    writes: Writes,
     log: Tensor,
     log_rows: Tensor,
     chunks: list[Chunk],
@@ -279,7 +251,7 @@ def value_scan_grad(
     """
     batch, picks = targets.shape[0], slots.shape[1]
     grad_targets = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
-    grad_weights, grad_write_weights = torch.empty_like(weights), torch.empty_like(weights)
+    grad_weights, grad_write_weights = (torch.empty_like(writes.weights) for _ in range(2))
     targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
     paired = [(c.first + o.lookahead, c.last + o.lookahead) for c in chunks if c.last > c.first]
     done = 0
@@ -287,28 +259,14 @@ def value_scan_grad(
         if first > done:  # between them no chunk writes
             by_time[done:first].zero_()
         done = last
-    inputs = (log_rows, slots, weights, write_weights)
-    of_reads = _by_chunk(chunks, batch, *inputs, grad_weights, grad_write_weights)
-    of_accesses = _by_chunk(chunks, batch * picks, *plan, log)
-    for chunk, reads, accesses in reversed(list(zip(chunks, of_reads, of_accesses, strict=True))):
-        log_rows, slots, weights, write_weights, chunk_grad_weights, chunk_grad_write_weights = reads
+    reads = _ReadGrad(log_rows, slots, writes.weights, writes.write_weights, grad_weights, grad_write_weights)
+    sizes, accesses = _sizes(chunks, batch), _sizes(chunks, batch * picks)
+    of_reads = map(_ReadGrad._make, zip(*(x.split_with_sizes(sizes) for x in reads), strict=True))
+    of_chunks = zip(chunks, of_reads, writes.plan.split(accesses), log.split_with_sizes(accesses), strict=True)
+    for chunk, chunk_reads, plan, chunk_log in reversed(list(of_chunks)):
         pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
-        chunk_plan = Plan(*accesses[:4])
-        grad_predictions = _read_grad(
-            grad_values,
-            accesses[4],
-            log_rows,
-            slots,
-            weights,
-            write_weights,
-            chunk_plan,
-            targets[pairs],
-            grad_output[chunk.start : chunk.stop],
-            by_time[pairs],
-            chunk_grad_weights,
-            chunk_grad_write_weights,
-            o,
-        )
+        grads = (grad_output[chunk.start : chunk.stop], by_time[pairs])
+        grad_predictions = _read_grad(grad_values, chunk_log, chunk_reads, plan, targets[pairs], *grads, o)
         decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
-        _add_rows(grad_values, grad_predictions, weights, chunk_plan, decay, o.backend)
+        _add_rows(grad_values, grad_predictions, chunk_reads.weights, plan, decay, o.backend)
     return grad_targets, grad_weights, grad_write_weights

@@ -6,8 +6,7 @@ were read are not looked up again, but for the `lookahead` ones that are carried
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +23,33 @@ from .lookup import lookup_halves
 from .memory import count_most_accesses, run_scans
 from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
-from .records import Picks, Plan, Queue, Tokens
-from .scans import read, write
+from .records import Addresses, Picks, Plan, Queue, Tokens, each
+from .scans import read
 from .state import MemoryState, check_step
+from .update import write
 from .weights import fold_write_weights, weigh, write_scale
 
 
-def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights [M, J], slots [M, H, K], half scores and sub-keys [M, H, 2, K] of queries [M, H, Dk]."""
+def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Addresses]:
+    """Weights [M, J] and addresses of queries [M, H, Dk]."""
     if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # of one head the lookup has all picks of a token
         from .kernels.lookup import lookup
 
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
-        _, slots, half_scores, sub_keys = lookup(
-            queries,
-            keys,
-            top_k=o.top_k,
-            idw=o.score == "idw",
-            eps=o.eps,
-            precision=o.precision,
-            weights=weights,
-            weighting=o.weighting,
-            temperature=o.temperature,
-        )
-        return weights.flatten(1), slots, half_scores, sub_keys
-    scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, o.lookup)
-    return weigh(scores.flatten(1), o.weighting, o.temperature), slots, half_scores, sub_keys
+        how: dict[str, Any] = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
+        how |= {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
+        return weights.flatten(1), lookup(queries, keys, **how)
+    found = lookup_halves(queries, keys, o.lookup)
+    return weigh(found.scores.flatten(1), o.weighting, o.temperature), found
+
+
+class Memory(NamedTuple):
+    """What a step reads and writes of a state."""
+
+    keys: Tensor  #: [H, 2, n, Dk/2]
+    values: Tensor  #: [N, D]
+    touched: Tensor  #: bool [N]: which rows may differ from the initial memory
+    queue: Queue
 
 
 def read_piece(
@@ -59,113 +59,88 @@ def read_piece(
 
     `place` is a tensor of one integer in a captured graph, where it is not known yet.
     """
-    count = tokens.queries.shape[0]
-    weights, slots, half_scores, sub_keys = _look_up(tokens.queries.flatten(0, 1), keys, o)
+    weights, found = _look_up(tokens.queries.flatten(0, 1), keys, o)
     if checks.use_triton(o.backend, values):
         from .kernels import streaming
 
-        found = (slots, weights, half_scores, sub_keys)
-        streaming.read_to_queue(values, found, tokens, queue, output, place, o.lookahead)
+        streaming.read_to_queue(values, found, weights, tokens, queue, output, place, o.lookahead)
         return
-    predictions = gather_torch(values, slots.flatten(1), weights, weights.dtype)
+    predictions = gather_torch(values, found.slots.flatten(1), weights, weights.dtype)
     output.copy_(predictions.view(output.shape))
-    where = slice(int(place), int(place) + count)
+    where = slice(int(place), int(place) + tokens.queries.shape[0])
     _enqueue(queue, tokens, where.start, o)
     queue.targets[where] = tokens.targets
-    for buffer, x in (
-        (queue.predictions, predictions),
-        (queue.slots, slots),
-        (queue.weights, weights),
-        (queue.half_scores, half_scores),
-        (queue.sub_keys, sub_keys),
-    ):
-        buffer[where] = x.view(count, *buffer.shape[1:])
+    read = {"predictions": predictions, "weights": weights, **found._asdict()}
+    del read["scores"]
+    for name, x in read.items():
+        buffer = getattr(queue, name)[where]
+        buffer.copy_(x.view(buffer.shape))
 
 
 def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
     """Put queries, gates and mask into the queue, behind those that are carried."""
-    first, buffers = place + o.lookahead, (queue.queries, queue.gates, queue.mask)
+    first = place + o.lookahead
     if checks.use_triton(o.backend, queue.queries):
         from .kernels import streaming
 
-        streaming.enqueue(tokens.queries, tokens.gates, tokens.mask, buffers, first)
+        streaming.enqueue(tokens.queries, tokens.gates, tokens.mask, queue, first)
         return
     where = slice(first, first + tokens.queries.shape[0])
-    for buffer, x in zip(buffers, (tokens.queries, tokens.gates, tokens.mask), strict=True):
+    queue.queries[where] = tokens.queries
+    for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask)):
         buffer[where] = 1.0 if x is None else x
 
 
-def close_chunk(
-    keys: Tensor, values: Tensor, touched: Tensor, queue: Queue, is_first: bool, lanes: "Lanes", o: Options
-) -> None:
+def close_chunk(memory: Memory, is_first: bool, lanes: "Lanes", o: Options) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
 
     Once in a capture: the reads do not wait for writes on another lane.
     """
-    carried = 0 if is_first else o.lookahead
-    window = queue.queries[o.lookahead - carried :]  # what is carried, then the chunk
+    queue, carried = memory.queue, 0 if is_first else o.lookahead
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
     if carried > 0:
-        again, slots_again, _, _ = _look_up(window[:carried].flatten(0, 1), keys, o)
-        predicted_again = gather_rows(values, slots_again.flatten(1), again, again.dtype, o.backend)
-        pairs = ((slots_again, slots), (again, weights), (predicted_again, predictions))
+        again = queue.queries[o.lookahead - carried : o.lookahead].flatten(0, 1)
+        weights_again, found_again = _look_up(again, memory.keys, o)
+        slots_again = found_again.slots
+        of_rows = (slots_again.flatten(1), weights_again, weights_again.dtype)
+        predicted_again = gather_rows(memory.values, *of_rows, o.backend)
+        pairs = ((slots_again, slots), (weights_again, weights), (predicted_again, predictions))
         slots, weights, predictions = (torch.cat(pair) for pair in pairs)
     lanes.hold(predictions)
     pair_targets = queue.targets[o.lookahead - carried :].flatten(0, 1)
-    half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
-    memory, found = (keys, values, touched, queue), (slots, weights, half_scores, sub_keys)
-    _write_chunk(*memory, carried, found, lambda: predictions[: len(pair_targets)] - pair_targets, lanes, o)
+    writes = plan_chunk_writes(memory, carried, slots, weights, lanes, o)
+    with lanes.on(lanes.values):
+        errors = predictions[: len(pair_targets)] - pair_targets
+    picks = Picks(queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1))
+    apply_chunk_writes(memory, writes, errors, picks, lanes, o)
 
 
 def read_and_close_chunk(
-    keys: Tensor,
-    values: Tensor,
-    touched: Tensor,
-    queue: Queue,
-    tokens: Tokens,
-    output: Tensor,
-    is_first: bool,
-    lanes: "Lanes",
-    o: Options,
+    memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: "Lanes", o: Options
 ) -> None:
     """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
-    carried, batch = 0 if is_first else o.lookahead, tokens.queries.shape[1]
+    queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
     _enqueue(queue, tokens, 0, o)
-    weights, slots, half_scores, sub_keys = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), keys, o)
+    weights, found = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
+    writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
+    with lanes.on(lanes.values):
+        errors = read(memory.values, found.slots.flatten(1), weights, pair_targets, output, o.backend)
     of_pairs = slice(0, pair_targets.shape[:2].numel())
-    of_chunk = slice(carried * batch, None)
-    memory = (keys, values, touched, queue)
-    found = (slots, weights, half_scores[of_chunk], sub_keys[of_chunk])
-    _write_chunk(
-        *memory,
-        carried,
-        found,
-        lambda: read(values, slots.flatten(1), weights, pair_targets, output, o.backend)[of_pairs],
-        lanes,
-        o,
-    )
+    lanes.hold(found, errors)
+    apply_chunk_writes(memory, writes, errors[of_pairs], found.picks.since(carried * batch), lanes, o)
 
 
-def read_and_close_chunks(
-    keys: Tensor,
-    values: Tensor,
-    touched: Tensor,
-    queue: Queue,
-    tokens: Tokens,
-    output: Tensor,
-    is_first: bool,
-    o: Options,
-) -> None:
+def read_and_close_chunks(memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, o: Options) -> None:
     """Several whole chunks at once, as `fast_weight_memory` does it: all addresses first, one plan for all writes."""
-    carried = 0 if is_first else o.lookahead
+    queue, carried = memory.queue, 0 if is_first else o.lookahead
     queries, factors = _after_carried(queue, tokens, carried)
     gates, mask = (x.flatten() for x in factors)
     targets, by_item = tokens.targets.transpose(0, 1), output.transpose(0, 1)
-    tensors = (queries.flatten(0, 1), targets, keys, values, gates, mask, by_item)
-    new_keys, slots, _, _, _ = run_scans(*tensors, carried, False, o)
-    keys.copy_(new_keys)
-    _touch(touched, slots, o)
+    tensors = (queries.flatten(0, 1), targets, memory.keys, memory.values, gates, mask, by_item)
+    new_keys, kept = run_scans(*tensors, o, carried=carried)
+    memory.keys.copy_(new_keys)
+    _touch(memory.touched, kept.found.slots, o)
     for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
         buffer[: o.lookahead] = x[len(x) - o.lookahead :]
 
@@ -184,14 +159,13 @@ def _carry(queue: Queue, o: Options) -> None:
     """Carry the last L tokens of a chunk into the next one."""
     if o.lookahead == 0:
         return
-    buffers = (queue.queries, queue.gates, queue.mask)
-    queries, gates, mask = (buffer[o.chunk_size :] for buffer in buffers)
+    queries, gates, mask = (buffer[o.chunk_size :] for buffer in (queue.queries, queue.gates, queue.mask))
     if checks.use_triton(o.backend, queries):
         from .kernels import streaming
 
-        streaming.enqueue(queries, gates, mask, buffers, 0)
+        streaming.enqueue(queries, gates, mask, queue, 0)
         return
-    for buffer, x in zip(buffers, (queries, gates, mask), strict=True):
+    for buffer, x in ((queue.queries, queries), (queue.gates, gates), (queue.mask, mask)):
         buffer[: o.lookahead] = x
 
 
@@ -246,58 +220,63 @@ class Lanes:
         self._held.clear()
 
 
-def _write_chunk(
-    keys: Tensor,
-    values: Tensor,
-    touched: Tensor,
-    queue: Queue,
-    carried: int,
-    found: tuple[Tensor, Tensor, Tensor, Tensor],
-    make_errors: Callable[[], Tensor],
-    lanes: Lanes,
-    o: Options,
+class ChunkWrites(NamedTuple):
+    """What a chunk writes, planned: of E pairs of a token that was read and its target, time first."""
+
+    carried: int  #: how many positions before the chunk are written with it
+    slots: Tensor  #: [E, H, K]
+    gates: Tensor  #: [E]
+    mask: Tensor  #: [E]
+    plan: Plan
+    write_weights: Tensor  #: [E, J]
+
+
+def plan_chunk_writes(
+    memory: Memory, carried: int, slots: Tensor, weights: Tensor, lanes: Lanes, o: Options
+) -> ChunkWrites:
+    """Plan the writes of a chunk from slots and weights of all its reads, [(carried + C)·B, ...], time first."""
+    queue, first = memory.queue, o.lookahead - carried
+    num_pairs = (o.chunk_size - first) * queue.gates.shape[1]
+    gates, mask = (x[first:].flatten()[:num_pairs] for x in (queue.gates, queue.mask))
+    pair_slots, pair_weights = slots[:num_pairs], weights[:num_pairs]
+    with lanes.on(lanes.plans):
+        plan, write_weights = _plan_pairs(pair_slots, pair_weights, gates, mask, memory.touched, o)
+    lanes.hold(slots, weights, plan, write_weights)
+    return ChunkWrites(carried, pair_slots, gates, mask, plan, write_weights)
+
+
+def apply_chunk_writes(
+    memory: Memory, writes: ChunkWrites, errors: Tensor, picks: Picks, lanes: Lanes, o: Options
 ) -> None:
     """Write values and keys, both from the state that was read, and carry the last tokens over.
 
     Args:
-        carried: how many positions before the chunk are written with it.
-        found: slots and weights of all reads, [(carried + C)·B, ...], time first, of which those in front are written;
-            half scores and sub-keys of those of the chunk, [C·B, H, 2, K].
-        make_errors: launches the reads; the errors [E, D] of the pairs.
+        errors: [E, D], of the pairs, launched on the lane of values.
+        picks: of the tokens of the chunk, M = C·B.
     """
-    slots, weights, half_scores, sub_keys = found
-    first, batch = o.lookahead - carried, queue.gates.shape[1]
-    num_pairs = (o.chunk_size - first) * batch
-    pair_slots, pair_weights = slots[:num_pairs], weights[:num_pairs]
-    gates, mask = (x[first:].flatten()[:num_pairs] for x in (queue.gates, queue.mask))
-    window = queue.queries[first:].flatten(0, 1)
+    keys, values, _, queue = memory
+    window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # what is carried, then the chunk
+    chunk = window[writes.carried * queue.gates.shape[1] :]
+    lanes.hold(errors, picks)
+    if o.key_gradient == "all":
+        with lanes.on(lanes.values):
+            lanes.wait(lanes.plans)
+            pair_rows = values[writes.slots.flatten(1)].to(errors.dtype)
+            pairs = (window[: len(errors)], writes.slots, pair_rows, errors, [writes.gates, writes.mask])
+            keys.copy_(coupled_step(keys, chunk, picks.sub_keys, *pairs, o))
+            write(values, errors, writes.write_weights, writes.plan, o.write)
+            _carry(queue, o)
+        lanes.wait(lanes.values)
+        return
     with lanes.on(lanes.plans):
-        plan, write_weights = _plan_pairs(pair_slots, pair_weights, gates, mask, touched, o)
-        if o.key_gradient != "all":
-            _carry(queue, o)
+        _carry(queue, o)
     with lanes.on(lanes.values):
-        errors = make_errors()
         lanes.wait(lanes.plans)
-        if o.key_gradient == "all":
-            pair_rows = values[pair_slots.flatten(1)].to(errors.dtype)
-            tensors = (window[:num_pairs], pair_slots, pair_rows, errors, [gates, mask])
-            keys.copy_(coupled_step(keys, window[carried * batch :], sub_keys, *tensors, o))
-            _carry(queue, o)
-        write(
-            values,
-            errors,
-            write_weights,
-            plan,
-            lr=o.lr,
-            weight_decay=o.weight_decay,
-            clip=o.clip,
-            backend=o.backend,
-        )
-    if o.key_gradient != "all" and o.keys_move:
-        step_keys(keys, window[carried * batch :], Picks(half_scores, sub_keys), o.key_step, out=keys)
-    lanes.hold(found, plan, write_weights, errors)
+        write(values, errors, writes.write_weights, writes.plan, o.write)
+    if o.keys_move:
+        step_keys(keys, chunk, picks, o.key_step, out=keys)
     # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
-    lanes.wait(lanes.plans if o.key_gradient != "all" else lanes.values)
+    lanes.wait(lanes.plans)
 
 
 def _plan_pairs(
@@ -311,9 +290,7 @@ def _plan_pairs(
         from .kernels.streaming import MOST_COMPARED, plan_chunk
 
         if weights.numel() <= MOST_COMPARED:
-            options: dict[str, Any] = {"row_dtype": row_dtype(num_slots), "step": o.step}
-            fields, write_weights = plan_chunk(slots, weights, gates, mask, touched, **options)
-            return Plan(*fields), write_weights
+            return plan_chunk(slots, weights, gates, mask, touched, row_dtype=row_dtype(num_slots), step=o.step)
     plan = plan_segments(slots, num_slots)
     counts = count_accesses(plan, (mask > 0).repeat_interleave(picks)).view(weights.shape)
     _touch(touched, slots, o)
@@ -389,11 +366,11 @@ def _step(
     _refuse_replays(values)
     o = Options(*options)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
-    by_time = (None if x is None else x.transpose(0, 1) for x in (queries, targets, gates, mask))
-    tokens = Tokens(*by_time)  # type: ignore[arg-type]
+    tokens = Tokens(*each(lambda x: x.transpose(0, 1), queries, targets, gates, mask))  # type: ignore[arg-type]
     length, batch, width = tokens.targets.shape
     output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
     begin, now, lanes = 0, int(position), Lanes()
+    memory = Memory(keys, values, touched, queue)
     try:
         while begin < length:
             offset, left = now % o.chunk_size, length - begin
@@ -401,15 +378,15 @@ def _step(
             if offset == 0 and left >= 2 * o.chunk_size and o.key_gradient != "all":
                 count = left - left % o.chunk_size
             part, out = tokens.part(begin, begin + count), output[:, begin : begin + count].transpose(0, 1)
-            memory, is_first = (keys, values, touched, queue), now < o.chunk_size
+            is_first = now < o.chunk_size
             if count > o.chunk_size:
-                read_and_close_chunks(*memory, part, out, is_first, o)
+                read_and_close_chunks(memory, part, out, is_first, o)
             elif count == o.chunk_size:
-                read_and_close_chunk(*memory, part, out, is_first, lanes, o)
+                read_and_close_chunk(memory, part, out, is_first, lanes, o)
             else:
                 read_piece(keys, values, queue, part, out, offset, o)
                 if offset + count == o.chunk_size:
-                    close_chunk(*memory, is_first, lanes, o)
+                    close_chunk(memory, is_first, lanes, o)
             begin, now = begin + count, now + count
             position.fill_(now)
     except BaseException:
@@ -488,7 +465,7 @@ def fast_weight_memory_step(
     # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
-    gates, mask = (None if x is None else x.detach() for x in (gates, mask))
+    gates, mask = each(Tensor.detach, gates, mask)
     tokens = (queries.detach(), targets.detach(), gates, mask)
     if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
         return _run_step(state, tokens, o)

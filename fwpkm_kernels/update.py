@@ -11,37 +11,46 @@ from ._autograd import refuse_recomputation, refuse_transforms
 from ._operators import operator
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
+from .options import Write, schema_of
 from .plan import count_accesses, count_among, plan_segments, segment_totals
 from .records import Plan
 
 
-def write_torch(
-    values: Tensor,
-    plan: Plan,
-    errors: Tensor,
-    write_weights: Tensor,
-    lr: float,
-    weight_decay: float,
-    clip: float | None,
-    log: Tensor | None = None,
+def write(
+    values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, o: Write, log: Tensor | None = None
 ) -> None:
-    """The write in plain PyTorch, in place; `log` [accesses, D] keeps each row as it was, where its segment starts."""
-    decay = 1.0 - lr * weight_decay
-    if clip is None:  # the step size goes with the small tensor
-        positions, touched, steps = segment_totals(plan, errors, -lr * write_weights)
+    """Write a chunk in place: values = (1 - lr·wd)·values - lr·clamp(Σ write_weights·errors).
+
+    With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
+    """
+    if checks.use_triton(o.backend, values):
+        from .kernels.update import update
+
+        update(values, values, errors, write_weights, plan, log=log, lr=o.lr, weight_decay=o.weight_decay, clip=o.clip)
+    else:
+        _write_torch(values, errors, write_weights, plan, o, log)
+
+
+def _write_torch(
+    values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, o: Write, log: Tensor | None = None
+) -> None:
+    """The write in plain PyTorch."""
+    decay = 1.0 - o.lr * o.weight_decay
+    if o.clip is None:  # the step size goes with the small tensor
+        positions, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
     else:
         positions, touched, totals = segment_totals(plan, errors, write_weights)
-        steps = totals.clamp_(-clip, clip).mul_(-lr)
+        steps = totals.clamp_(-o.clip, o.clip).mul_(-o.lr)
     if log is not None or values.dtype != steps.dtype:
         rows = values[touched]
         if log is not None:
             log[positions] = rows
-        if weight_decay != 0.0:
+        if o.weight_decay != 0.0:
             values.mul_(decay)
         # Half precision: each row is rounded once.
         values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
         return
-    if weight_decay != 0.0:
+    if o.weight_decay != 0.0:
         values.mul_(decay)
     # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
     if values.is_cuda:  # where scatter_add_ has no deterministic form
@@ -50,112 +59,79 @@ def write_torch(
         values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
 
 
-@operator("chunk_value_update")
-def _update_op(
-    values: Tensor,
-    errors: Tensor,
-    write_weights: Tensor,
-    order: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    end: Tensor,
-    lr: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
-) -> Tensor:
+@operator(
+    "chunk_value_update",
+    schema=f"(Tensor values, Tensor errors, Tensor write_weights, Tensor[] plan, {schema_of(Write)}) -> Tensor",
+)
+def _update_op(values: Tensor, errors: Tensor, write_weights: Tensor, plan: list[Tensor], *options: Any) -> Tensor:
+    o, planned = Write(*options), Plan._make(plan)
     checks.check_tokens("slots", write_weights, write_weights.shape[0])
-    plan = Plan(order, rows, start, end)
-    checks.check_rows(plan, values.shape[0])
-    if checks.use_triton(backend, values):
+    checks.check_rows(planned, values.shape[0])
+    if checks.use_triton(o.backend, values):
         from .kernels.update import update
 
         out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-        out.copy_(values) if weight_decay == 0.0 else torch.mul(values, 1.0 - lr * weight_decay, out=out)
-        update(values, out, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
+        out.copy_(values) if o.weight_decay == 0.0 else torch.mul(values, 1.0 - o.lr * o.weight_decay, out=out)
+        update(values, out, errors, write_weights, planned, lr=o.lr, weight_decay=o.weight_decay, clip=o.clip)
     else:
         out = values.clone(memory_format=torch.contiguous_format)
-        write_torch(out, plan, errors, write_weights, lr, weight_decay, clip)
+        _write_torch(out, errors, write_weights, planned, o)
     return out
 
 
 @_update_op.register_fake
-def _(values, errors, write_weights, order, rows, start, end, lr, weight_decay, clip, backend):  # type: ignore[no-untyped-def]
+def _(values, errors, write_weights, plan, *options):  # type: ignore[no-untyped-def]
     return values.new_empty(values.shape)
 
 
-@operator("chunk_value_update_", mutates_args=("values",))
+@operator(
+    "chunk_value_update_",
+    mutates_args=("values",),
+    schema=f"(Tensor(a0!) values, Tensor errors, Tensor write_weights, Tensor[] plan, {schema_of(Write)}) -> ()",
+)
 def _update_inplace_op(
-    values: Tensor,
-    errors: Tensor,
-    write_weights: Tensor,
-    order: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    end: Tensor,
-    lr: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
+    values: Tensor, errors: Tensor, write_weights: Tensor, plan: list[Tensor], *options: Any
 ) -> None:
     refuse_recomputation("chunk_value_update_")
+    planned = Plan._make(plan)
     checks.check_tokens("slots", write_weights, write_weights.shape[0])
-    plan = Plan(order, rows, start, end)
-    checks.check_rows(plan, values.shape[0])
-    if checks.use_triton(backend, values):
-        from .kernels.update import update
-
-        update(values, values, errors, write_weights, *plan, lr=lr, weight_decay=weight_decay, clip=clip)
-    else:
-        write_torch(values, plan, errors, write_weights, lr, weight_decay, clip)
+    checks.check_rows(planned, values.shape[0])
+    write(values, errors, write_weights, planned, Write(*options))
 
 
-def write_grad_torch(
-    grad_values: Tensor,
-    errors: Tensor,
-    write_weights: Tensor,
-    slots: Tensor,
-    plan: Plan,
-    lr: float,
-    clip: float | None,
-) -> tuple[Tensor, Tensor]:
-    """r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J], in plain PyTorch."""
-    if slots.numel() == 0:
-        return torch.zeros_like(errors), torch.zeros_like(write_weights)
-    if clip is not None:
-        # Ĝ' for the distinct rows only, and which of these each access touches.
-        positions, touched, totals = segment_totals(plan, errors, write_weights)
-        grad_values = torch.where(totals.abs() <= clip, grad_values[touched].to(totals.dtype), 0.0)
-        segments = torch.searchsorted(positions, plan.start, right=True) - 1
-        slots = torch.empty_like(segments).scatter_(0, plan.order, segments).view(slots.shape)
-    return gather_torch(grad_values, slots, lr * write_weights, errors.dtype), lr * row_dots(grad_values, slots, errors)
-
-
-@operator("chunk_value_update_backward")
-def _update_grad_op(
-    grad_values: Tensor,
-    errors: Tensor,
-    write_weights: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    end: Tensor,
-    lr: float,
-    clip: float | None,
-    backend: str,
+def write_grad(
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, plan: Plan, o: Write
 ) -> tuple[Tensor, Tensor]:
     """r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J]; Ĝ' = lr·G', and 0 where the clamp was active."""
-    plan = Plan(order, rows, start, end)
-    if checks.use_triton(backend, grad_values):
+    if checks.use_triton(o.backend, grad_values):
         from .kernels.update import update_grad
 
-        return update_grad(grad_values, errors, write_weights, slots, *plan, lr=lr, clip=clip)
-    return write_grad_torch(grad_values, errors, write_weights, slots, plan, lr, clip)
+        return update_grad(grad_values, errors, write_weights, slots, plan, lr=o.lr, clip=o.clip)
+    if slots.numel() == 0:
+        return torch.zeros_like(errors), torch.zeros_like(write_weights)
+    if o.clip is not None:
+        # Ĝ' for the distinct rows only, and which of these each access touches.
+        positions, touched, totals = segment_totals(plan, errors, write_weights)
+        grad_values = torch.where(totals.abs() <= o.clip, grad_values[touched].to(totals.dtype), 0.0)
+        segments = torch.searchsorted(positions, plan.start, right=True) - 1
+        slots = torch.empty_like(segments).scatter_(0, plan.order, segments).view(slots.shape)
+    sums = gather_torch(grad_values, slots, o.lr * write_weights, errors.dtype)
+    return sums, o.lr * row_dots(grad_values, slots, errors)
+
+
+@operator(
+    "chunk_value_update_backward",
+    schema="(Tensor grad_values, Tensor errors, Tensor write_weights, Tensor slots, Tensor[] plan, "
+    f"{schema_of(Write)}) -> (Tensor, Tensor)",
+)
+def _update_grad_op(
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, plan: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    return write_grad(grad_values, errors, write_weights, slots, Plan._make(plan), Write(*options))
 
 
 @_update_grad_op.register_fake
-def _(grad_values, errors, write_weights, slots, order, rows, start, end, lr, clip, backend):  # type: ignore[no-untyped-def]
+def _(grad_values, errors, write_weights, slots, plan, *options):  # type: ignore[no-untyped-def]
     return errors.new_empty(errors.shape), errors.new_empty(slots.shape)
 
 
@@ -183,29 +159,21 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
 
 
 @operator("chunk_value_update_counts")
-def _counts_op(
-    order: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    end: Tensor,
-    counted: Tensor | None,
-    count_slots: Tensor | None,
-    num_slots: int,
-) -> Tensor:
+def _counts_op(plan: list[Tensor], counted: Tensor | None, count_slots: Tensor | None, num_slots: int) -> Tensor:
     """n_s of every access, [A]: in the dtype of `start`, or int64 for `count_slots`, of which there may be more.
 
     An operator, since what traces has no numbers to look at, and since Inductor (of torch 2.13) may read what a scatter
     fills before it is filled.
     """
-    plan = Plan(order, rows, start, end)
     if count_slots is None:
-        return count_accesses(plan, counted)
+        return count_accesses(Plan._make(plan), counted)
     checks.check_slot_range("count_slots", count_slots, num_slots)
-    return count_among(plan, count_slots).long()
+    return count_among(Plan._make(plan), count_slots).long()
 
 
 @_counts_op.register_fake
-def _(order, rows, start, end, counted, count_slots, num_slots):  # type: ignore[no-untyped-def]
+def _(plan, counted, count_slots, num_slots):  # type: ignore[no-untyped-def]
+    _, _, start, _ = plan
     return start.new_empty(start.shape, dtype=start.dtype if count_slots is None else torch.int64)
 
 
@@ -214,7 +182,7 @@ def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count
     counted = None
     if mask is not None and count_slots is None:
         counted = (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
-    return _counts_op(*plan, counted, count_slots, num_slots)
+    return _counts_op(list(plan), counted, count_slots, num_slots)
 
 
 class _ChunkValueUpdateBackward(Function):
@@ -233,16 +201,14 @@ class _ChunkValueUpdateBackward(Function):
         scale: float | Tensor,
         counts: Tensor,
         plan: Plan,
-        lr: float,
-        clip: float | None,
-        backend: str,
+        o: Write,
     ) -> Any:
         dtype = compute_dtype(grad_values.dtype)
         factors = {"scale": scale, "gates": gates, "mask": mask}
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, tuple(factors.values()), dtype
         )
-        sums, dots = _update_grad_op(grad_values, errors, write_weights, slots, *plan, lr, clip, backend)
+        sums, dots = _update_grad_op(grad_values, errors, write_weights, slots, list(plan), *o)
 
         def times_other(grad: Tensor, left_out: str) -> Tensor:
             for name in ("scale", "gates"):
@@ -293,19 +259,17 @@ class ChunkValueUpdate(Function):
     ) -> Tensor:
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
         refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
-        options = (lr, scale, weight_decay, clip, backend)
-        lr, scale, weight_decay, clip = _check_update(
-            values, slots, weights, targets, predictions, gates, mask, count_slots, *options
-        )
+        o = Write(lr, weight_decay, clip, backend)
+        o, scale = _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, scale, o)
         plan = plan_segments(slots, values.shape[0])
         counts = _count(plan, slots, values.shape[0], mask, count_slots)
         errors, write_weights = _fold_write(
             slots, weights, targets, predictions, counts, (scale, gates, mask), compute_dtype(values.dtype)
         )
-        out = _update_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
+        out = _update_op(values, errors, write_weights, list(plan), *o)
         tensor_scale = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan)
-        ctx.options = (lr, None if tensor_scale is not None else scale, weight_decay, clip, backend)
+        ctx.options, ctx.scale = o, None if tensor_scale is not None else scale
         return out
 
     @staticmethod
@@ -313,10 +277,10 @@ class ChunkValueUpdate(Function):
         """The closed form: gathers of the incoming gradient at the rows that were written."""
         slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan = ctx.saved_tensors
         refuse_transforms("chunk_value_update", (grad_out, weights, targets, predictions, gates, mask, tensor_scale))
-        lr, scale, weight_decay, clip, backend = ctx.options
+        o, scale = ctx.options, ctx.scale
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
-            grad_values = grad_out if weight_decay == 0.0 else grad_out * (1.0 - lr * weight_decay)
+            grad_values = grad_out if o.weight_decay == 0.0 else grad_out * (1.0 - o.lr * o.weight_decay)
         if any(ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 9)):
             grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = _ChunkValueUpdateBackward.apply(
                 grad_out,
@@ -328,10 +292,8 @@ class ChunkValueUpdate(Function):
                 mask,
                 scale if tensor_scale is None else tensor_scale,
                 counts,
-                Plan(*plan),
-                lr,
-                clip,
-                backend,
+                Plan._make(plan),
+                o,
             )
         written = (grad_weights, grad_targets, grad_predictions, grad_gates)
         return (grad_values, None, *written, None, None, None, grad_scale, None, None, None)
@@ -346,13 +308,10 @@ def _check_update(
     gates: Tensor | None,
     mask: Tensor | None,
     count_slots: Tensor | None,
-    lr: float,
     scale: float | Tensor | None,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
-) -> tuple[float, float | Tensor, float, float | None]:
-    """Validate the arguments of a write; returns `lr`, `scale`, `weight_decay` and `clip`, the numbers as floats."""
+    o: Write,
+) -> tuple[Write, float | Tensor]:
+    """Validate the arguments of a write; returns the options and `scale`, their numbers as floats."""
     checks.check_tensor("values", values, 2, "[N, D]")
     checks.check_tensor("slots", slots, 2, "[M, J]")
     checks.check_tensor("weights", weights, 2, "[M, J]")
@@ -397,14 +356,12 @@ def _check_update(
         checks.check_together(values=values, count_slots=count_slots)
     dtype = compute_dtype(values.dtype)
     scale = float(slots.shape[1]) if scale is None else scale
-    numbers = (
-        checks.check_number("lr", lr, dtype),
-        scale if isinstance(scale, Tensor) else checks.check_number("scale", scale, dtype),
-        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
-        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
-    )
-    checks.check_choice("backend", backend, checks.BACKENDS)
-    return numbers
+    checks.check_choice("backend", o.backend, checks.BACKENDS)
+    lr = checks.check_number("lr", o.lr, dtype)
+    scale = scale if isinstance(scale, Tensor) else checks.check_number("scale", scale, dtype)
+    weight_decay = checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0)
+    clip = None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0)
+    return Write(lr, weight_decay, clip, o.backend), scale
 
 
 def chunk_value_update(
@@ -507,7 +464,7 @@ def chunk_value_update_(
     """
     tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
     refuse_transforms("chunk_value_update_", (*tensors, scale))
-    lr, scale, weight_decay, clip = _check_update(*tensors, lr, scale, weight_decay, clip, backend)
+    o, scale = _check_update(*tensors, scale, Write(lr, weight_decay, clip, backend))
     checks.check_writable("values", values, "chunk_value_update")
     # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
     weights, targets, predictions = (x.detach() for x in (weights, targets, predictions))
@@ -517,4 +474,4 @@ def chunk_value_update_(
     errors, write_weights = _fold_write(
         slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
     )
-    _update_inplace_op(values, errors, write_weights, *plan, lr, weight_decay, clip, backend)
+    _update_inplace_op(values, errors, write_weights, list(plan), *o)

@@ -1,6 +1,6 @@
 """The small [rows, J] algebra between scores and scans: read weights, the plan of all writes, and write weights."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from . import _checks as checks
 from .chunks import Reads, items_of
 from .options import Options
 from .plan import count_accesses, plan_segments, row_dtype, sum_at, within_chunks
-from .records import Plan
+from .records import Plan, Writes, each
 
 
 def plan_reads(
@@ -134,15 +134,6 @@ def fold_write_weights_grad(
     return torch.where(written.unsqueeze(1), for_weights, 0.0), torch.where(written, for_gates, 0.0)
 
 
-class Writes(NamedTuple):
-    """What the reads of a sequence weigh, and what they write, chunk by chunk."""
-
-    weights: Tensor  #: w, [R, J]
-    write_weights: Tensor  #: c, [R, J]
-    counts: Tensor  #: n_s, int32 [R, J]
-    plan: Plan  #: of each chunk, as `within_chunks` makes it
-
-
 def plan_writes(
     scores: Tensor,
     slots: Tensor,
@@ -168,23 +159,15 @@ def plan_writes(
 
         layout = o.layout(length, batch, carried)
         chunks = -(-length // o.chunk_size)
-        weights, keys = kernels.weigh(
-            scores,
-            slots,
-            num_slots,
-            row_dtype(chunks * num_slots),
-            layout,
-            weighting=o.weighting,
-            temperature=o.temperature,
-            outputs=outputs,
-        )
+        how: dict[str, Any] = {"weighting": o.weighting, "temperature": o.temperature, "outputs": outputs}
+        weights, keys = kernels.weigh(scores, slots, num_slots, row_dtype(chunks * num_slots), layout, **how)
         ordered, order = torch.sort(keys, stable=True)
         shape = (num_slots, row_dtype(num_slots), slots.shape[1])
-        *plan, counts = planning.plan_writes(ordered, order, *shape, mask, layout, count_all=o.boundary == "drop")
+        plan, counts = planning.plan_writes(ordered, order, *shape, mask, layout, count_all=o.boundary == "drop")
         write_weights = kernels.fold(weights, counts, gates, mask, layout, step=o.step, ratio=o.has_ratio)
-        return Writes(weights, write_weights, counts, Plan(*plan))
+        return Writes(weights, write_weights, counts, plan)
     reads = o.number_reads(length, batch, scores.device, carried)
-    gates, mask = _of_reads(gates, mask, reads)
+    gates, mask = each(lambda x: x.flatten()[reads.token], gates, mask)
     weights = weigh(scores, o.weighting, o.temperature)
     chunks = -(-length // o.chunk_size)
     planned, counts = plan_reads(slots, num_slots, chunks, reads, mask, o.boundary)
@@ -196,19 +179,13 @@ def plan_writes(
     return Writes(weights, write_weights, counts, planned)
 
 
-def _of_reads(gates: Tensor | None, mask: Tensor | None, reads: Reads) -> list[Tensor | None]:
-    """Gates and mask [positions, B] of each read, [R]."""
-    return [None if x is None else x.flatten()[reads.token] for x in (gates, mask)]
-
-
 def weigh_again(scores: Tensor, plan: Plan, length: int, batch: int, o: Options) -> tuple[Tensor, Tensor]:
     """The weights [R, J] once more, and which row of its chunk's log each access finds, int32 [R, J]."""
     if checks.use_triton(o.backend, scores):
         from .kernels import weights as kernels
 
         layout = o.layout(length, batch)
-        options: dict[str, Any] = {"weighting": o.weighting, "temperature": o.temperature}
-        return kernels.weigh_again(scores, plan.order, plan.start, layout, **options)
+        return kernels.weigh_again(scores, plan, layout, weighting=o.weighting, temperature=o.temperature)
     log_rows = torch.empty_like(plan.start)
     for chunk in o.cut(length):
         rows, picks = chunk.rows(batch), scores.shape[1]
@@ -221,8 +198,7 @@ def plan_writes_grad(
     grad_weights: Tensor,
     grad_write_weights: Tensor,
     scores: Tensor,
-    weights: Tensor,
-    counts: Tensor,
+    writes: Writes,
     gates: Tensor | None,
     mask: Tensor | None,
     length: int,
@@ -236,33 +212,23 @@ def plan_writes_grad(
         gates, mask: [B, T] or None, any strides and dtype.
     """
     grad_gates = None
-    gate_positions, mask_positions = (None if x is None else x.transpose(0, 1).to(scores.dtype) for x in (gates, mask))
+    gate_positions, mask_positions = each(lambda x: x.transpose(0, 1).to(scores.dtype), gates, mask)
     if checks.use_triton(o.backend, scores):
         from .kernels import weights as kernels
 
         if gates is not None:  # tokens that are not written keep the 0
             grad_gates = torch.zeros(batch, length, dtype=gates.dtype, device=scores.device)
-        grad_scores = kernels.fold_grad(
-            scores,
-            weights,
-            counts,
-            grad_weights,
-            grad_write_weights,
-            gate_positions,
-            mask_positions,
-            grad_gates,
-            o.layout(length, batch),
-            weighting=o.weighting,
-            temperature=o.temperature,
-            step=o.step,
-            ratio=o.has_ratio,
-        )
+        grads, factors = (grad_weights, grad_write_weights), (gate_positions, mask_positions, grad_gates)
+        how: dict[str, Any] = {"weighting": o.weighting, "temperature": o.temperature}
+        how |= {"step": o.step, "ratio": o.has_ratio}
+        layout = o.layout(length, batch)
+        grad_scores = kernels.fold_grad(scores, writes.weights, writes.counts, *grads, *factors, layout, **how)
         return grad_scores, grad_gates
     reads = o.number_reads(length, batch, scores.device)
-    gate_reads, mask_reads = _of_reads(gate_positions, mask_positions, reads)
-    ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, weights.dtype)
+    gate_reads, mask_reads = each(lambda x: x.flatten()[reads.token], gate_positions, mask_positions)
+    ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, scores.dtype)
     through_write, per_read = fold_write_weights_grad(
-        grad_write_weights, weights, counts, ratio, o.step, gate_reads, mask_reads, reads.written
+        grad_write_weights, writes.weights, writes.counts, ratio, o.step, gate_reads, mask_reads, reads.written
     )
     grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
     if gates is not None:

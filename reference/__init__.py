@@ -2,8 +2,10 @@
 
 Nothing here is fast and nothing here imports ``fwpkm_kernels``; the package is tested against it. Each function has the
 name, the arguments and the results of the package's own, less the options that say how to compute (``backend``,
-``precision``, ``sparse_grad``); the layers are functions of their parameters. Float64 tensors are computed in float64,
-all others in float32.
+``precision``, ``sparse_grad``); the layers are functions of their parameters. ``brute_force_lookup``, which searches
+all n² slots, is there to test the lookup's definition. Streaming has no definition of its own: however a sequence is
+cut, outputs and state must be those of ``fast_weight_memory`` under ``boundary="carry"``. Float64 tensors are computed
+in float64, all others in float32.
 """
 
 from reference.gather import sparse_value_gather

@@ -4,11 +4,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.helpers")  # before anything imports them: their asserts show values too
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads it once, when it is first imported.
@@ -77,6 +80,27 @@ def place(request: pytest.FixtureRequest) -> Place:
     if request.param.backend == "torch" and request.config.getoption("--gpu-rounding"):
         pytest.skip("of Triton's interpreter only")
     return request.param
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def as_another(here: Path) -> Iterator[None]:
+    """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
+    here.chmod(0o777)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ import fwpkm_kernels
 import reference
 from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
-from tests.layer_judge import check_layer
+from tests.helpers.layer_judge import check_layer
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]

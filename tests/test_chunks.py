@@ -93,7 +93,7 @@ class Case:
             results = [*writes.plan, writes.counts, outputs[0], outputs[1], writes.weights, writes.write_weights]
             if self.carried == 0:
                 weights, log_rows = weigh_again(self.scores, writes.plan, *where, o)
-                forward = (self.scores, weights, writes.counts, self.gates, self.mask)
+                forward = (self.scores, writes._replace(weights=weights), self.gates, self.mask)
                 grad_scores, grad_gates = plan_writes_grad(*self.grads, *forward, *where, o)
                 by_token = sum_reads(self.grad_queries, *where, torch.float32, o)
                 results += [log_rows, weights, grad_scores, by_token]

@@ -1,397 +1,19 @@
-"""What the programs share: outputs tried before the work and written whole after it, and text for any terminal."""
+"""Every program: it shows any text, tries its files before its work, and says in one line what is wrong."""
 
 import ast
-import contextlib
 import importlib
 import io
 import os
 import resource
-import socket
-import stat
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from fwpkm_kernels import _commands
-from fwpkm_kernels._commands import (
-    CommandError,
-    Lines,
-    check_outputs,
-    command,
-    make_folder,
-    need,
-    one_line,
-    reading,
-    try_all,
-    write_output,
-)
+from fwpkm_kernels._commands import CommandError, need, one_line, try_all
+from tests.helpers.files import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder of the test's own, which is the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """All that is in a folder: names, links, contents, modes and times."""
-    found = {}
-    for path in folder.rglob("*"):
-        about = path.lstat()
-        what = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        found[str(path)] = (what, about.st_mode, about.st_mtime_ns if path.is_file() else 0)
-    return found
-
-
-def plant(folder: Path) -> None:
-    """A file, a folder, links, a pipe, and what cannot be written."""
-    (folder / "file").write_text("old")
-    (folder / "folder").mkdir()
-    (folder / "link").symlink_to("file")
-    (folder / "dangling").symlink_to("folder/new")
-    (folder / "lost").symlink_to("missing/new")
-    (folder / "loop").symlink_to("loop")
-    os.link(folder / "file", folder / "other")
-    os.mkfifo(folder / "pipe")
-
-
-@pytest.mark.parametrize("path", ["file", "new", "link", "dangling", "folder/new", "pipe", "/dev/null", None])
-def test_what_can_be_written_is_left_as_it_was(here, path):
-    plant(here)
-    before = contents(here)
-    check_outputs(path)
-    check_outputs(None if path is None else Path(path))
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(
-    "path, reason",
-    [
-        ("folder", "Is a directory"),
-        ("", ""),
-        ("missing/new", "No such file"),
-        ("lost", "No such file"),
-        ("file/new", "Not a directory"),
-        ("loop", "Too many levels"),
-        ("n" * 300, "File name too long"),
-        ("nul\0", "null"),
-        ("\ud800", "surrogates"),
-    ],
-)
-def test_what_cannot_be_written_is_told_before_and_after_the_work(here, path, reason):
-    plant(here)
-    before = contents(here)
-    for act in (check_outputs, lambda path: write_output(path, "new"), Lines):
-        with pytest.raises(CommandError, match="^cannot write ") as raised:
-            act(path)
-        assert reason in str(raised.value)
-    assert contents(here) == before
-
-
-@pytest.fixture
-def as_another(here):
-    """Run as a user for whom permissions count, in a folder that he may write, but not reach from above."""
-    here.chmod(0o777)
-    plant(here)
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def test_permissions_count(here, as_another):
-    os.mkdir("mine")
-    Path("mine/protected").write_text("old")
-    Path("mine/writable").write_text("old")
-    os.chmod("mine/protected", 0o444)
-    check_outputs("new", "mine/new", "mine/writable")
-    with pytest.raises(CommandError, match="Permission denied"):
-        check_outputs("mine/protected")
-    os.chmod("mine", 0o555)
-    with pytest.raises(CommandError, match="cannot write mine/new: Permission denied"):
-        check_outputs("mine/new")
-    with pytest.raises(CommandError, match="Permission denied"):
-        make_folder("mine/deep")
-    check_outputs("mine/writable")  # its folder takes no other file, so it is written in place
-    write_output("mine/writable", "new")
-    assert Path("mine/writable").read_text() == "new"
-    assert sorted(os.listdir("mine")) == ["protected", "writable"]
-    os.chmod("mine", 0o644)
-    with pytest.raises(CommandError, match="Permission denied"):
-        check_outputs("mine/writable")
-    os.chmod("mine", 0o755)
-    os.mkfifo("mine/pipe", 0o444)
-    with pytest.raises(CommandError, match="Permission denied"):
-        check_outputs("mine/pipe")
-
-
-@pytest.mark.parametrize(
-    "one, other", [("new", "./new"), ("file", "link"), ("file", "other"), ("dangling", "folder/new"), ("new", "new")]
-)
-def test_two_outputs_are_two_files(here, one, other):
-    plant(here)
-    before = contents(here)
-    with pytest.raises(CommandError, match="is the same file as"):
-        check_outputs(one, other)
-    if one != "new":
-        with contextlib.suppress(FileNotFoundError):
-            os.link("file", "folder/new")
-        with pytest.raises(CommandError, match="is the file that is read"):
-            check_outputs(one, read=other)
-        os.unlink("folder/new")
-    assert contents(here).keys() == before.keys()
-    check_outputs("/dev/null", "/dev/null", read="/dev/null")
-
-
-def test_a_current_folder_that_is_gone_cannot_be_written(here):
-    (here / "gone").mkdir()
-    os.chdir("gone")
-    (here / "gone").rmdir()
-    with pytest.raises(CommandError, match="cannot write new: No such file"):
-        check_outputs("new")
-
-
-def test_a_file_is_replaced_whole(here, monkeypatch):
-    plant(here)
-    (here / "own").write_text("old")
-    os.chmod("own", 0o640)
-    os.umask(mask := os.umask(0))
-    before = os.stat("own").st_ino
-    write_output("own", "é\ud800")
-    assert (here / "own").read_bytes() == "é\\ud800".encode()
-    assert stat.S_IMODE(os.stat("own").st_mode) == 0o640
-    assert os.stat("own").st_ino != before
-    write_output(here / "new", b"\0")
-    assert stat.S_IMODE(os.stat("new").st_mode) == 0o666 & ~mask
-
-    def replace(*paths):
-        raise OSError(16, "Device or resource busy")
-
-    monkeypatch.setattr(os, "replace", replace)  # as where the file is a mount point
-    write_output("own", "2")
-    assert (here / "own").read_text() == "2"
-    assert not [name for name in os.listdir(here) if name.endswith(".part")]
-
-
-def test_links_and_files_with_several_names_stay_what_they_are(here):
-    plant(here)
-    before = os.stat("file").st_ino
-    for name in ("file", "link"):
-        write_output(name, name)
-        assert [(here / same).read_text() for same in ("file", "link", "other")] == [name] * 3
-    assert os.stat("file").st_ino == before
-    write_output("dangling", b"1")
-    assert (here / "folder" / "new").read_bytes() == b"1"
-    assert (here / "link").is_symlink()
-    assert (here / "dangling").is_symlink()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's files")
-def test_a_file_of_another_user_stays_his(here, as_another, monkeypatch):
-    os.seteuid(0)
-    for name in ("his", "lines"):
-        Path(name).write_text("old")
-        os.chmod(name, 0o666)
-        os.chown(name, 1, 1)
-    os.seteuid(65534)
-    write_output("his", "moving it here would be allowed")
-    assert os.stat("his").st_uid == 1
-    os.seteuid(0)
-    os.chmod(here, 0o1777)
-    os.seteuid(65534)
-    really_open = os.open
-
-    def protected(path, flags, *rest, **options):
-        """As fs.protected_regular has it, which not every kernel is set to."""
-        if flags & os.O_CREAT and str(path) in ("his", "lines"):
-            raise PermissionError(13, "Permission denied")
-        opened.append(str(path))
-        return really_open(path, flags, *rest, **options)
-
-    opened: list[str] = []
-    monkeypatch.setattr(os, "open", protected)
-    check_outputs("his", "lines")
-    opened.clear()
-    write_output("his", "new")
-    with Lines("lines") as lines:
-        lines.write("new")
-    assert opened == ["his", "lines"]  # and not past what stands for the kernel
-    assert Path("his").read_text() == "new"
-    assert Path("lines").read_text() == "new\n"
-    assert os.stat("his").st_uid == 1
-
-
-def test_a_disk_that_is_full_half_way_costs_no_file_that_is_replaced(here):
-    plant(here)
-    (here / "own").write_text("old")
-    before = contents(here)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    try:
-        check_outputs("own", "new")
-        for path in ("own", "new"):
-            with pytest.raises(CommandError, match=f"cannot write {path}: File too large"):
-                write_output(path, bytes(100_000))
-        with Lines("lines") as lines, pytest.raises(CommandError, match="File too large"):
-            lines.write("x" * 10_000)
-        os.unlink("lines")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        for path in ("own", "new"):
-            with pytest.raises(CommandError, match="File too large"):
-                check_outputs(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents(here) == before
-
-
-@FULL
-def test_devices_and_pipes_are_written_as_they_are(here):
-    plant(here)
-    check_outputs("/dev/full")  # only the writing tells
-    with pytest.raises(CommandError, match="cannot write /dev/full: No space left on device"):
-        write_output("/dev/full", "text")
-    with Lines("/dev/full") as lines, pytest.raises(CommandError, match="No space left"):
-        lines.write("text")
-    write_output("/dev/null", "text")
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.append(Path("pipe").read_bytes()))
-    reader.start()
-    write_output("pipe", bytes(200_000))  # more than a pipe holds
-    reader.join(10)
-    assert read == [bytes(200_000)]
-
-
-def test_what_is_no_file_is_opened_to_try_it(here, monkeypatch):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("socket")
-        with pytest.raises(CommandError, match="cannot write socket: No such device"):
-            check_outputs("socket")
-    flags: list[int] = []
-    monkeypatch.setattr(os, "open", lambda path, flag: flags.append(flag) or os.dup(2))
-    check_outputs("/dev/null")
-    (flag,) = flags
-    assert flag & os.O_NONBLOCK  # a line without a carrier would wait for one
-    assert flag & os.O_NOCTTY
-
-
-def run_alone(code: str, **options) -> "subprocess.CompletedProcess[bytes]":
-    """Run code in a new Python that has the helpers' names, but need not import torch."""
-    source = Path(_commands.__file__).read_text("utf-8")
-    return subprocess.run([sys.executable, "-c", f"{source}\n{code}"], timeout=60, **options)
-
-
-OWN_STREAM = """
-@command("x")
-def main():
-    print("before", end=" ")
-    check_outputs("/dev/stdout")
-    write_output("/dev/stdout", "data\\n")
-    with Lines("/dev/stdout") as lines:
-        lines.write("line")
-    print("after")
-    return 0
-
-print("first")
-main()
-print("last")
-"""
-
-
-def test_standard_output_as_a_file_keeps_what_is_printed(here):
-    with open("out", "wb") as out:
-        run_alone(OWN_STREAM, stdout=out, check=True)
-    assert Path("out").read_text().split() == ["first", "before", "data", "line", "after", "last"]
-    done = run_alone(OWN_STREAM, stdout=subprocess.PIPE, check=True)
-    assert done.stdout.split() == [b"first", b"before", b"data", b"line", b"after", b"last"]
-
-
-def test_an_open_descriptor_is_written_where_it_stands(here):
-    code = """
-import sys
-path = sys.argv[1]
-check_outputs(path)
-write_output(path, "data\\n")
-with Lines(path) as lines:
-    lines.write("line")
-"""
-    for folder in ("/dev/fd", "/proc/self/fd"):
-        with open("out", "wb") as out:
-            out.write(b"before\n")
-            out.flush()
-            source = Path(_commands.__file__).read_text("utf-8")
-            arguments = [sys.executable, "-c", source + code, f"{folder}/{out.fileno()}"]
-            subprocess.run(arguments, check=True, pass_fds=[out.fileno()], timeout=60)
-            out.write(b"after\n")
-        assert Path("out").read_text().split() == ["before", "data", "line", "after"]
-
-
-def test_standard_error_as_a_file_keeps_its_order(here):
-    code = """
-@command("x")
-def main():
-    print("first", end=" ", file=sys.stderr)
-    write_output("/dev/stderr", "data")
-
-main()
-"""
-    with open("err", "wb") as err:
-        run_alone(code, stderr=err, check=True)
-    assert Path("err").read_text() == "first data"
-
-
-def test_standard_output_may_be_a_socket(here):
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        run_alone(OWN_STREAM, stdout=theirs, check=True)
-        theirs.close()
-        assert ours.recv(1000).split()[1:4] == [b"before", b"data", b"line"]
-
-
-def test_lines_come_as_they_are_written(here):
-    plant(here)
-    with Lines("file") as lines:
-        lines.write("é\ud800")
-        assert Path("file").read_bytes() == "é\\ud800\n".encode()
-    with Lines("file", append=True) as lines:
-        lines.write("2")
-    assert Path("file").read_text("utf-8").splitlines()[1] == "2"
-
-
-def test_a_folder_is_made_and_tried(here):
-    plant(here)
-    for path in ("folder", "a/b/c", "."):
-        before = contents(here)
-        make_folder(path)
-        make_folder(path, "x.png", "y.png")
-        assert contents(here).items() >= before.items()
-        assert os.path.isdir(path)
-    assert os.listdir("a/b/c") == []
-    before = contents(here)
-    for path, names in (("file", ()), ("a/" + "n" * 300, ()), ("a", ("n" * 300,)), (".", ("new", "folder"))):
-        with pytest.raises(CommandError, match="^cannot write "):
-            make_folder(path, *names)
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(
-    "path, reason", [("folder", "Is a directory"), ("missing", "No such file"), ("loop", "Too many"), ("nul\0", "null")]
-)
-def test_what_cannot_be_read_is_told(here, path, reason):
-    plant(here)
-    with pytest.raises(CommandError, match=f"^cannot read {path}: .*{reason}"), reading(path), open(path) as file:
-        file.read()
 
 
 def test_an_extra_that_is_broken_is_told(here, monkeypatch):
@@ -422,101 +44,6 @@ def test_all_are_tried():
     assert done == [1, 2]
 
 
-SHOWN = "é ł \udce9 µs"
-
-
-@command("program")
-def program(argument: str = SHOWN) -> int:
-    print(argument)
-    raise CommandError(f"{argument}\nand more")
-
-
-ENCODINGS = {
-    "ascii": "\\xe9 \\u0142 \\udce9 \\xb5s",
-    "latin-1": "é \\u0142 \\udce9 µs",
-    "cp1252": "é \\u0142 \\udce9 µs",
-    "utf-8": "é ł \\udce9 µs",
-}
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("has_file", [True, False])
-def test_any_text_is_shown(here, monkeypatch, encoding, has_file):
-    streams = []
-    for name in ("stdout", "stderr"):
-        buffer = open(name, "w+b") if has_file else io.BytesIO()  # noqa: SIM115
-        streams.append(io.TextIOWrapper(buffer, encoding, "strict"))
-        monkeypatch.setattr(sys, name, streams[-1])
-    print("first", end=" ")
-    print("first", end=" ", file=sys.stderr)
-    assert program() == 2
-    assert [sys.stdout, sys.stderr] == streams
-    for stream, expected in zip(streams, ("first {}\n", "first program: error: {}\\nand more\n"), strict=True):
-        assert stream.errors == "strict"
-        stream.write("last")
-        stream.flush()
-        stream.buffer.seek(0)
-        assert stream.buffer.read().decode(encoding) == expected.format(ENCODINGS[encoding]) + "last"
-        stream.close()
-
-
-def test_a_stream_without_bytes_is_left_alone():
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        assert program() == 2
-    assert out.getvalue() == f"{SHOWN}\n"
-    assert err.getvalue().count("\n") == 1
-
-
-def test_streams_that_are_closed_are_no_error(monkeypatch):
-    for out in (None, io.TextIOWrapper(io.BytesIO())):
-        if out is not None:
-            out.close()
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "stderr", out)
-        assert program() == 2
-        assert sys.stdout is out
-
-
-PRINTS = """
-@command("x")
-def main():
-    for number in range(20000):
-        print(number)
-    open("worked", "w").close()
-    return 0
-
-sys.exit(main())
-"""
-
-
-def test_a_pipe_that_ends_early_does_not_end_the_work(here):
-    """Nor does it leave a message when Python ends."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "wb") as out:
-        done = run_alone(PRINTS, stdout=out, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert (here / "worked").exists()
-
-
-@FULL
-def test_full_standard_output_is_told(here):
-    with open("/dev/full", "wb") as full:
-        done = run_alone(PRINTS, stdout=full, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (2, b"x: error: cannot write standard output: No space left on device\n")
-    assert (here / "worked").exists()
-
-
-def test_help_that_is_lost_is_told(here):
-    code = 'import argparse\ncommand("x")(lambda: argparse.ArgumentParser().parse_args(["--help"]))()'
-    with open(os.devnull, "wb") as nowhere:
-        assert run_alone(code, stdout=nowhere).returncode == 0
-    if os.path.exists("/dev/full"):
-        with open("/dev/full", "wb") as full:
-            done = run_alone(code, stdout=full, stderr=subprocess.PIPE)
-        assert done.stderr == b"x: error: cannot write standard output: No space left on device\n"
-
-
 def programs() -> list[str]:
     """Every module that `python -m` runs."""
     files = [
@@ -530,6 +57,11 @@ def programs() -> list[str]:
         for path, body in named.items()
         if any(isinstance(part, ast.If) and "__main__" in ast.unparse(part.test) for part in body)
     )
+
+
+def called(name: str) -> str:
+    """What a program is called in its messages."""
+    return name.removesuffix(".__main__").rpartition(".")[2]
 
 
 #: What else programs must be given.
@@ -570,8 +102,8 @@ WRITERS = [
     ("benchmarks.evaluation.run", ["--out={}"], "run_all"),
     ("benchmarks.evaluation.train", ["{}"], "Trainer"),
     ("benchmarks.evaluation.mqar", ["--out={}"], "train_mqar"),
-    ("fwpkm_kernels.demo", ["--json={}"], "default_text"),
-    ("fwpkm_kernels.demo", ["--plot={}"], "default_text"),
+    ("fwpkm_kernels.demo.__main__", ["--json={}"], "default_text"),
+    ("fwpkm_kernels.demo.__main__", ["--plot={}"], "default_text"),
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
     ("benchmarks.compiled", ["--write"], "report_cases"),
@@ -604,7 +136,7 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"{name.rpartition('.')[2]}: error: cannot write {place}")
+    assert captured.err.startswith(f"{called(name)}: error: cannot write {place}")
     assert sorted(os.listdir(here)) == ["file", "results"]
 
 
@@ -677,10 +209,12 @@ def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
         ("benchmarks.run", ["--compare=file", "--results=missing"], "cannot read missing: No such file or directory"),
         ("benchmarks.run", ["--device=cpu", "--resume", "--json=closed"], "cannot read closed: Permission denied"),
         ("benchmarks.errors", ["--device=abacus"], "cannot use the device abacus: "),
-        ("fwpkm_kernels.demo", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
+        ("fwpkm_kernels.demo.__main__", ["missing", "--plot=new"], "cannot read missing: No such file or directory"),
     ],
 )
 def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_another, monkeypatch, capsys):
+    Path("folder").mkdir()
+    Path("file").touch()
     Path("closed").touch(0o222)
     os.chmod("closed", 0o222)
     module = importlib.import_module(name)
@@ -688,7 +222,7 @@ def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert module.main() == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{name.rpartition('.')[2]}: error: {reason}")
+    assert err.startswith(f"{called(name)}: error: {reason}")
     assert err.count("\n") == 1
 
 

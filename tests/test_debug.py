@@ -73,16 +73,16 @@ def test_kernels_stop_at_slots_out_of_range(slot, dtype, debugged_interpreter):
     out = torch.zeros_like(values)
     vectors = torch.ones(2, 5)
     gather(values, slots, weights=weights, vectors=vectors)
-    segment_rows(out, vectors, weights, *plan_segments(slots, 12))
+    segment_rows(out, vectors, weights, plan_segments(slots, 12))
     steps = torch.zeros(6, 5)
-    segment_rows(steps, vectors, weights, *plan_segments(slots, 12), compact=True)  # more rows than `steps` has
+    segment_rows(steps, vectors, weights, plan_segments(slots, 12), compact=True)  # more rows than `steps` has
     slots[1, 2] = slot
     for options in ({"weights": weights}, {"vectors": vectors}):
         with pytest.raises(Exception, match=r"`slots` must lie in \[0, N\)"):
             gather(values, slots, **options)
     for options in ({}, {"epilogue": "update"}, {"epilogue": "add"}):
         with pytest.raises(Exception, match=r"`slots` must lie in \[0, N\)"):
-            segment_rows(out, vectors, weights, *plan_segments(slots, 12), **options)
+            segment_rows(out, vectors, weights, plan_segments(slots, 12), **options)
 
 
 OUT_OF_RANGE = """

@@ -10,9 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fwpkm_kernels import chunk_value_update_, demo, product_key_lookup, sparse_value_gather
+from fwpkm_kernels import chunk_value_update_, product_key_lookup, sparse_value_gather
+from fwpkm_kernels._commands import CommandError
+from fwpkm_kernels.demo import __main__ as program
+from fwpkm_kernels.demo import memory as memories
+from fwpkm_kernels.demo import stream as streams
+from fwpkm_kernels.demo.memory import MEMORIES, EpisodicMemory, Options, set_up
+from fwpkm_kernels.demo.stream import (
+    chunks_in_pass,
+    code_contexts,
+    default_text,
+    is_found,
+    make_sentences,
+    make_stream,
+    read_pass,
+    read_text,
+    to_tensor,
+)
+from tests.helpers.files import FULL
 
-SMALL = demo.Options(
+SMALL = Options(
     passes=2,
     device="cpu",
     text_bytes=4096,
@@ -37,9 +54,9 @@ def prose(size=6000, seed=0):
 
 def run(options, text=None, name="plain"):
     """A memory, and the results of its passes over a text."""
-    stream = demo.make_stream(prose() if text is None else text, options)
-    memory = demo.EpisodicMemory(options, name)
-    return memory, [demo.read_pass(memory, stream, lambda count: None) for _ in range(options.passes)]
+    stream = make_stream(prose() if text is None else text, options)
+    memory = EpisodicMemory(options, name)
+    return memory, [read_pass(memory, stream, lambda count: None) for _ in range(options.passes)]
 
 
 def numbers(results):
@@ -51,7 +68,7 @@ def same_state(one, other):
     return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_same_seed_gives_the_same_numbers_bitwise(name):
     memory, results = run(SMALL, name=name)
     again, results_again = run(SMALL, name=name)
@@ -63,7 +80,7 @@ def test_same_seed_gives_the_same_numbers_bitwise(name):
     assert not torch.equal(memory.state.keys, other.state.keys)
 
 
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_a_second_pass_knows_more_and_the_needles(name):
     _, (first, second) = run(SMALL, name=name)
     assert 0.3 < first.accuracy < second.accuracy
@@ -72,7 +89,7 @@ def test_a_second_pass_knows_more_and_the_needles(name):
 
 
 def test_the_memories_differ_in_what_they_say_they_differ_in():
-    (plain, _), (key_step, _), (normalized, _) = (run(SMALL, name=name) for name in demo.MEMORIES)
+    (plain, _), (key_step, _), (normalized, _) = (run(SMALL, name=name) for name in MEMORIES)
     assert torch.equal(plain.state.keys, plain.features)
     assert torch.equal(normalized.state.keys, plain.features)
     assert not torch.equal(key_step.state.keys, plain.features)
@@ -94,7 +111,7 @@ def by_hand(stream, options, memory):
     context = b"\n" * 7 + stream.data
 
     def read(first, stop):
-        queries = memory.queries(demo.to_tensor([context[t : t + 8] for t in range(first, stop)], "cpu"))
+        queries = memory.queries(to_tensor([context[t : t + 8] for t in range(first, stop)], "cpu"))
         scores, slots = product_key_lookup(queries, keys, options.top_k)
         slots, weights = slots.flatten(1), torch.softmax(scores.flatten(1), dim=-1)
         return slots, weights, sparse_value_gather(values, slots, weights)
@@ -111,27 +128,27 @@ def by_hand(stream, options, memory):
 
 
 def test_a_plain_first_pass_is_that_of_the_three_operations():
-    stream = demo.make_stream(prose(), SMALL)
-    memory = demo.EpisodicMemory(SMALL, "plain")
-    result = demo.read_pass(memory, stream, lambda count: None)
+    stream = make_stream(prose(), SMALL)
+    memory = EpisodicMemory(SMALL, "plain")
+    result = read_pass(memory, stream, lambda count: None)
     predicted, values = by_hand(stream, SMALL, memory)
     torch.testing.assert_close(memory.state.values, values, rtol=1e-5, atol=1e-6)
     text = list(zip(predicted, stream.data[1:], stream.is_text[1:], strict=False))
     assert result.accuracy == sum(a == b for a, b, counts in text if counts) / sum(stream.is_text[1:])
     # Cut anywhere, and predictions are the same bytes.
-    memory = demo.EpisodicMemory(SMALL, "plain")
-    data = demo.to_tensor([stream.data], "cpu")[0]
+    memory = EpisodicMemory(SMALL, "plain")
+    data = to_tensor([stream.data], "cpu")[0]
     assert bytes(torch.cat([memory.read(part) for part in data.split(37)]).tolist()) == predicted
     torch.testing.assert_close(memory.state.values, values, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_probes_change_nothing(name):
-    memory = demo.EpisodicMemory(SMALL, name)
-    memory.read(demo.to_tensor([prose(200)], "cpu")[0])  # 3 chunks and a part of one
+    memory = EpisodicMemory(SMALL, name)
+    memory.read(to_tensor([prose(200)], "cpu")[0])  # 3 chunks and a part of one
     before, recent = memory.state.state_dict(), memory.recent.clone()
-    demo.is_found(memory, demo.make_sentences(4, b"", random.Random(0)))
-    memory.recall(demo.to_tensor([b"whatever", b"anything"], "cpu"))
+    is_found(memory, make_sentences(4, b"", random.Random(0)))
+    memory.recall(to_tensor([b"whatever", b"anything"], "cpu"))
     assert same_state(memory.state.state_dict(), before)
     assert torch.equal(memory.recent, recent)
     assert memory.state.position == 200
@@ -146,54 +163,54 @@ def test_every_byte_is_predicted_before_it_is_written():
     assert second.accuracy > 0.5
 
 
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_memory_starts_knowing_nothing(name):
-    memory = demo.EpisodicMemory(SMALL, name)
+    memory = EpisodicMemory(SMALL, name)
     assert not memory.state.values.any()
     assert memory.state.position == 0
     assert torch.equal(memory.state.keys, memory.features)
-    contexts = demo.to_tensor([b"whatever", b"anything"], "cpu")
+    contexts = to_tensor([b"whatever", b"anything"], "cpu")
     assert memory.recall(contexts).tolist() == [0, 0]
 
 
 def ending_a_chunk(sentence):
     """A chunk of which a sentence is the end."""
-    return demo.to_tensor([b" " * (SMALL.chunk_size - len(sentence)) + sentence], "cpu")[0]
+    return to_tensor([b" " * (SMALL.chunk_size - len(sentence)) + sentence], "cpu")[0]
 
 
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_a_written_needle_is_found_and_one_never_written_is_not(name):
-    memory = demo.EpisodicMemory(SMALL, name)
-    hidden, control = demo.make_sentences(2, b"", random.Random(0))
-    assert demo.is_found(memory, [hidden, control]) == [False, False]
+    memory = EpisodicMemory(SMALL, name)
+    hidden, control = make_sentences(2, b"", random.Random(0))
+    assert is_found(memory, [hidden, control]) == [False, False]
     chunk = ending_a_chunk(hidden)
     memory.read(chunk[:-1])
     assert not memory.state.values.any()  # reading changes nothing before the chunk is full
-    assert demo.is_found(memory, [hidden, control]) == [False, False]
+    assert is_found(memory, [hidden, control]) == [False, False]
     memory.read(chunk[-1:])  # its last digit is written with its own chunk
-    assert demo.is_found(memory, [hidden, control]) == [True, False]
+    assert is_found(memory, [hidden, control]) == [True, False]
 
 
 def test_one_wrong_digit_is_not_found():
-    memory = demo.EpisodicMemory(SMALL, "plain")
-    (hidden,) = demo.make_sentences(1, b"", random.Random(0))
+    memory = EpisodicMemory(SMALL, "plain")
+    (hidden,) = make_sentences(1, b"", random.Random(0))
     wrong = bytearray(hidden)
     wrong[-1] = ord("0") + (wrong[-1] - ord("0") + 1) % 10
     memory.read(ending_a_chunk(bytes(wrong)))
-    assert demo.is_found(memory, [hidden, bytes(wrong)]) == [False, True]
+    assert is_found(memory, [hidden, bytes(wrong)]) == [False, True]
 
 
 def test_contexts_are_the_true_eight_bytes_before_each_digit():
     sentence = b"\nthe access code of banana is 123456"
-    assert demo.code_contexts(sentence)[0] == b"nana is "
-    assert demo.code_contexts(sentence)[-1] == b"is 12345"
+    assert code_contexts(sentence)[0] == b"nana is "
+    assert code_contexts(sentence)[-1] == b"is 12345"
 
 
 def test_needles_are_hidden_once_and_their_contexts_are_unique():
     text = prose()
-    stream = demo.make_stream(text, SMALL)
+    stream = make_stream(text, SMALL)
     assert len(stream.needles) == 6
-    assert len(stream.data) == len(stream.is_text) == demo.chunks_in_pass(SMALL) * SMALL.chunk_size
+    assert len(stream.data) == len(stream.is_text) == chunks_in_pass(SMALL) * SMALL.chunk_size
     shown = bytes(byte for byte, is_text in zip(stream.data, stream.is_text, strict=True) if is_text)
     assert shown == (text + text)[: len(shown)]
     assert len(shown) >= SMALL.text_bytes
@@ -201,7 +218,7 @@ def test_needles_are_hidden_once_and_their_contexts_are_unique():
         end = (needle.chunk + 1) * SMALL.chunk_size
         assert stream.data[:end].endswith(needle.text)
         assert end + needle.depth <= len(stream.data)
-        contexts, control_contexts = map(demo.code_contexts, (needle.text, needle.control))
+        contexts, control_contexts = map(code_contexts, (needle.text, needle.control))
         assert all(stream.data.count(context) == 1 for context in contexts)
         assert not any(context in stream.data for context in control_contexts)
 
@@ -214,9 +231,9 @@ def test_needles_are_probed_when_exactly_their_depth_has_been_read(monkeypatch):
         probes.append((sentences, memory.state.position))
         return [True, False]
 
-    monkeypatch.setattr(demo, "is_found", recording_is_found)
-    stream = demo.make_stream(prose(), SMALL)
-    result = demo.read_pass(demo.EpisodicMemory(SMALL, "plain"), stream, lambda count: None)
+    monkeypatch.setattr(streams, "is_found", recording_is_found)
+    stream = make_stream(prose(), SMALL)
+    result = read_pass(EpisodicMemory(SMALL, "plain"), stream, lambda count: None)
     assert result.found == [3, 3]
     assert result.controls_found == [0, 0]
     depths = {(needle.text, needle.control): needle.depth for needle in stream.needles}
@@ -227,29 +244,24 @@ def test_needles_are_probed_when_exactly_their_depth_has_been_read(monkeypatch):
 
 
 def test_a_short_text_is_repeated():
-    stream = demo.make_stream(b"abc", SMALL)
+    stream = make_stream(b"abc", SMALL)
     assert stream.data.startswith(b"abcabc")
     assert sum(stream.is_text) >= SMALL.text_bytes
 
 
 def test_default_text_is_long_enough_and_defaults_are_the_papers_memory():
-    options = demo.Options()
-    text = demo.default_text()
-    stream = demo.make_stream(text, options)
+    options = Options()
+    text = default_text()
+    stream = make_stream(text, options)
     assert len(text) > sum(stream.is_text) >= 131072
     assert {needle.depth for needle in stream.needles} == {4096, 16384, 65536, 131072}
-    assert (options.sub_keys, options.top_k, options.query_width, options.value_width, options.chunk_size) == (
-        512,
-        8,
-        512,
-        512,
-        512,
-    )
+    sizes = (options.sub_keys, options.top_k, options.query_width, options.value_width, options.chunk_size)
+    assert sizes == (512, 8, 512, 512, 512)
 
 
 def failure(capsys, *argv):
     """The one line that the demo says when it refuses its command line."""
-    assert demo.main([str(argument) for argument in argv]) == 2
+    assert program.main([str(argument) for argument in argv]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("demo: error: ")
@@ -299,10 +311,9 @@ def need_demo_extra() -> None:
         (["--plot=missing/demo.png"], "cannot write missing/demo.png"),
     ],
 )
-def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, arguments, message):
+def test_impossible_options_get_one_clear_line(here, capsys, arguments, message):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    assert demo.main(arguments) == 2
+    assert program.main(arguments) == 2
     line = capsys.readouterr().err
     assert message in line
     assert line.count("\n") == 1
@@ -321,54 +332,51 @@ def test_impossible_options_get_one_clear_line(tmp_path, capsys, monkeypatch, ar
         (["--plot=" + "n" * 256], "File name too long"),
     ],
 )
-def test_outputs_are_tried_before_a_byte_is_read(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr(demo, "read_text")
-    (tmp_path / "text").write_bytes(prose())
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to("missing/demo.png")
+def test_outputs_are_tried_before_a_byte_is_read(here, capsys, monkeypatch, arguments, message):
+    monkeypatch.delattr(program, "read_text")
+    (here / "text").write_bytes(prose())
+    (here / "folder").mkdir()
+    (here / "link").symlink_to("missing/demo.png")
     assert message in failure(capsys, "text", *arguments)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "text"]
+    assert sorted(os.listdir(here)) == ["folder", "link", "text"]
 
 
-def test_a_current_folder_that_is_gone_gets_one_clear_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gone").mkdir()
+def test_a_current_folder_that_is_gone_gets_one_clear_line(here, capsys):
+    (here / "gone").mkdir()
     os.chdir("gone")
-    (tmp_path / "gone").rmdir()
+    (here / "gone").rmdir()
     assert "cannot write demo.png: No such file" in failure(capsys)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+@FULL
+def test_an_output_that_fails_costs_no_other(here, capsys, monkeypatch):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
-    (tmp_path / "plot").write_bytes(b"old")
-    (tmp_path / "demo.png").symlink_to("plot")
+    (here / "text").write_bytes(prose())
+    (here / "plot").write_bytes(b"old")
+    (here / "demo.png").symlink_to("plot")
     arguments = ["text", "--memories=plain", *FEW_ARGUMENTS]
 
     def told(*outputs):
-        assert demo.main([*arguments, *outputs]) == 2
+        assert program.main([*arguments, *outputs]) == 2
         captured = capsys.readouterr()
         assert "Needles found" in captured.out
         return captured.err.splitlines()[-1]
 
     full = "cannot write /dev/full: No space left on device"
     assert told("--plot=/dev/full", "--json=kept.json") == f"demo: error: {full}"
-    assert list(json.loads((tmp_path / "kept.json").read_text())["memories"]) == ["plain"]
+    assert list(json.loads((here / "kept.json").read_text())["memories"]) == ["plain"]
     assert told("--json=/dev/full") == f"demo: error: {full}"
-    assert (tmp_path / "plot").read_bytes().startswith(b"\x89PNG")
+    assert (here / "plot").read_bytes().startswith(b"\x89PNG")
     assert told("--plot=/dev/full", "--json=/dev/full") == f"demo: error: {full}; {full}"
 
     def no_plot(*args):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(demo, "plot", no_plot)
+    monkeypatch.setattr(program, "plot", no_plot)
     with pytest.raises(RuntimeError, match="no fonts"):
-        demo.main([*arguments, "--json=again.json"])
+        program.main([*arguments, "--json=again.json"])
     assert "Needles found" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["again.json", "demo.png", "kept.json", "plot", "text"]
+    assert sorted(os.listdir(here)) == ["again.json", "demo.png", "kept.json", "plot", "text"]
 
 
 def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
@@ -380,16 +388,15 @@ def test_a_folder_that_torch_lacks_gets_one_clear_line(monkeypatch):
     def no_folder(*args):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(demo, "EpisodicMemory", no_folder)
-    with pytest.raises(demo.CommandError, match="a cache or temporary folder that it can use: .*No usable temporary"):
-        demo.set_up(SMALL, "plain")
+    monkeypatch.setattr(memories, "EpisodicMemory", no_folder)
+    with pytest.raises(CommandError, match="a cache or temporary folder that it can use: .*No usable temporary"):
+        set_up(SMALL, "plain")
 
 
-def test_names_are_shown_on_one_line(tmp_path, capsys, monkeypatch):
+def test_names_are_shown_on_one_line(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
     Path("te\nxt").write_bytes(prose())
-    assert demo.main(["te\nxt", "--plot=pl\not", "--memories=plain", *FEW_ARGUMENTS]) == 0
+    assert program.main(["te\nxt", "--plot=pl\not", "--memories=plain", *FEW_ARGUMENTS]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("text: te\\nxt, ")
     assert lines[-1] == "plot: pl\\not"
@@ -398,23 +405,22 @@ def test_names_are_shown_on_one_line(tmp_path, capsys, monkeypatch):
 def test_a_character_cut_by_the_limit_is_no_error(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("ééé".encode())
-    assert demo.read_text(path, 3) == "ééé".encode()[:3]
+    assert read_text(path, 3) == "ééé".encode()[:3]
 
 
-def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, monkeypatch):
+def test_the_command_shows_tables_and_writes_plot_and_json(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
-    assert demo.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
+    (here / "text").write_bytes(prose())
+    assert program.main(["text", "--json", "result.json", *SMALL_ARGUMENTS]) == 0
     shown = capsys.readouterr()
-    for name in demo.MEMORIES:
+    for name in MEMORIES:
         assert shown.out.count(f" {name} ") == 2  # a row in each table
     for words in ("Accuracy by pass", "bytes/s", "Needles found", "after 1K", "never (chance)", "sub_keys=64"):
         assert words in shown.out
     assert "100%" in shown.err  # the progress bar
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((tmp_path / "result.json").read_text())
-    assert list(report["memories"]) == list(demo.MEMORIES)
+    assert (here / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((here / "result.json").read_text())
+    assert list(report["memories"]) == list(MEMORIES)
     for name, memory in report["memories"].items():
         _, results = run(SMALL, name=name)
         assert [(p["accuracy"], p["found"], p["controls_found"]) for p in memory["passes"]] == numbers(results)
@@ -425,16 +431,15 @@ def test_the_command_shows_tables_and_writes_plot_and_json(tmp_path, capsys, mon
         }[name]
 
 
-def test_the_command_reads_with_the_memories_asked_for(tmp_path, capsys, monkeypatch):
+def test_the_command_reads_with_the_memories_asked_for(here, capsys):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
+    (here / "text").write_bytes(prose())
     arguments = ["text", "--json=result.json", "--memories", "normalized", *SMALL_ARGUMENTS]
-    assert demo.main(arguments) == 0
+    assert program.main(arguments) == 0
     shown = capsys.readouterr()
     assert " normalized " in shown.out
     assert " plain " not in shown.out
-    assert list(json.loads((tmp_path / "result.json").read_text())["memories"]) == ["normalized"]
+    assert list(json.loads((here / "result.json").read_text())["memories"]) == ["normalized"]
 
 
 @pytest.fixture(params=["meta", torch.float64, torch.bfloat16], ids=str)
@@ -455,16 +460,15 @@ FEW_ARGUMENTS = [*SMALL_ARGUMENTS, "--passes=1", "--text-bytes=512", "--depths",
 
 def few_numbers():
     """What the command finds in a few bytes."""
-    assert demo.main(["text", *FEW_ARGUMENTS, "--plot=/dev/null", "--json=result.json"]) == 0
+    assert program.main(["text", *FEW_ARGUMENTS, "--plot=/dev/null", "--json=result.json"]) == 0
     memories = json.loads(Path("result.json").read_text())["memories"]
     return [(p["accuracy"], p["found"]) for memory in memories.values() for p in memory["passes"]]
 
 
 @pytest.fixture
-def expected(tmp_path, monkeypatch):
+def expected(here):
     need_demo_extra()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(prose())
+    (here / "text").write_bytes(prose())
     return few_numbers()
 
 
@@ -473,10 +477,10 @@ def test_defaults_of_the_process_change_nothing(expected, ambient):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", demo.MEMORIES)
+@pytest.mark.parametrize("name", MEMORIES)
 def test_the_papers_memory_on_the_default_text(name):
     passes = 4 if name == "plain" else 2
-    _, results = run(demo.Options(device="cpu", passes=passes), demo.default_text(), name)
+    _, results = run(Options(device="cpu", passes=passes), default_text(), name)
     assert results[0].accuracy > 0.55
     assert results[-1].accuracy > 0.80
     assert all(found >= 10 for found in results[0].found)  # of 16, read once

@@ -379,11 +379,11 @@ def chunk_launches(place: Place) -> Function:
 
     def call() -> Any:
         writes = plan_writes(scores, slots, 9, gates.T, mask, length, batch, 0, None, o)
-        grads = (grad_weights, grad_write_weights, scores, writes.weights, writes.counts)
+        grads = (grad_weights, grad_write_weights, scores, writes)
         of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, o)
         layout = o.layout(length, batch)
         options = {"weighting": "softmax", "temperature": 1.0}
-        again = weight_kernels.weigh_again(scores, writes.plan.order, writes.plan.start, layout, **options)
+        again = weight_kernels.weigh_again(scores, writes.plan, layout, **options)
         return writes, of_writes, again, chunks.sum_reads(summed, layout, torch.float32)
 
     return call
@@ -421,7 +421,7 @@ def hot_sums(place: Place) -> Function:
 
     def call() -> Any:
         out = torch.zeros(accesses, width, device=place.device)
-        segments.segment_rows(out, vectors, vectors[:, 0].contiguous(), *plan)
+        segments.segment_rows(out, vectors, vectors[:, 0].contiguous(), plan)
         return out
 
     return call

@@ -12,11 +12,12 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.evaluation import needles, perplexity
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import Cell, answer, read, state_bytes
+from benchmarks.evaluation.needles import Cell, answer
 from benchmarks.evaluation.perplexity import Piece, bits_of_stream, gain, mean_bits
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, draw_needles
+from benchmarks.evaluation.under_test import read, state_bytes
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
-from tests.evaluation_models import TINY, tiny_model
+from tests.helpers.evaluation_models import TINY, tiny_model
 
 DOCUMENTS = {f"document {i}": bytes(random.Random(i).choices(range(97, 123), k=700 + 90 * i)) for i in range(5)}
 CORPUS = Corpus(b"", DOCUMENTS)

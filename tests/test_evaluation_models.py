@@ -21,7 +21,7 @@ from benchmarks.evaluation.models import (
     new_cache,
     split_name,
 )
-from tests.evaluation_models import TINY, tiny_model
+from tests.helpers.evaluation_models import TINY, tiny_model
 
 
 def dense_attention(query, key, value, window, scaling):

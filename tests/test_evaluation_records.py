@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from benchmarks.evaluation import needles, perplexity, plots, records
+from benchmarks.evaluation import needles, perplexity, plots, records, under_test
 from benchmarks.evaluation.models import SIZES, memories_of
 from benchmarks.evaluation.options import Options, build, options_of
 from benchmarks.evaluation.records import append_lines, latest, stamp, summary, wilson
@@ -19,7 +19,7 @@ from benchmarks.evaluation.text import Corpus
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
-from tests.evaluation_lines import ASKED, bits, line
+from tests.helpers.evaluation_lines import ASKED, bits, line
 
 CORPUS = Corpus(b"text " * 100, {"a": b"more text " * 300, "b": b"other text " * 300})
 
@@ -243,9 +243,9 @@ def test_a_model_is_tested_over_memories_of_another_size(monkeypatch):
     trained = build(Options(), size)
     corpus = Corpus(b"a text to train on " * 300, {"held out": b"another"})
     state = {"corpus": corpus.fingerprint, "step": Options().steps}
-    monkeypatch.setattr(needles, "load_model", lambda *_: (trained, Options(), state))
-    monkeypatch.setattr(needles, "corpus_of", lambda files: corpus)
-    model, *_ = needles.load_trained(Path("runs/x"), "cpu", None, 16)
+    monkeypatch.setattr(under_test, "load_model", lambda *_: (trained, Options(), state))
+    monkeypatch.setattr(under_test, "corpus_of", lambda files: corpus)
+    model, *_ = under_test.load_trained(Path("runs/x"), "cpu", None, 16)
     (fresh,) = memories_of(model)
     assert (fresh.num_keys, fresh.table.num_slots, fresh.options.addressing_weight) == (16, 256, 0.0)
     assert fresh.table.weight.abs().sum(1).count_nonzero() > 16  # it has read text
@@ -391,10 +391,10 @@ def test_perplexity_says_what_is_wrong(arguments, message, tmp_path, monkeypatch
 
 def test_a_model_that_is_not_trained_to_its_end_is_refused(monkeypatch):
     state = {"corpus": CORPUS.fingerprint, "step": 3}
-    monkeypatch.setattr(needles, "load_model", lambda *_: (None, Options(), state))
-    monkeypatch.setattr(needles, "corpus_of", lambda files: CORPUS)
+    monkeypatch.setattr(under_test, "load_model", lambda *_: (None, Options(), state))
+    monkeypatch.setattr(under_test, "corpus_of", lambda files: CORPUS)
     with pytest.raises(CommandError, match=f"^runs/x has 3 of {Options().steps} steps"):
-        needles.load_trained(Path("runs/x"), "cpu")
+        under_test.load_trained(Path("runs/x"), "cpu")
     state["corpus"] = "another"
     with pytest.raises(CommandError, match="^runs/x was trained on another text"):
-        needles.load_trained(Path("runs/x"), "cpu")
+        under_test.load_trained(Path("runs/x"), "cpu")

@@ -25,7 +25,7 @@ from benchmarks.evaluation.records import append_lines, stamp
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.integrations.transformers import FwPKMForCausalLM
-from tests.evaluation_lines import ASKED, bits, line
+from tests.helpers.evaluation_lines import ASKED, bits, line
 
 
 def jobs(models=(), seeds=(0,), rows=(), **options) -> list[list[run.Job]]:

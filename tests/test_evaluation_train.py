@@ -20,14 +20,14 @@ import torch
 
 pytest.importorskip("transformers", "5.24")
 
-from benchmarks.evaluation import budget, mqar, needles, records, train
+from benchmarks.evaluation import budget, mqar, needles, records, train, under_test
 from benchmarks.evaluation.models import MODELS, SIZES, count_parameters, make_config, make_model, size_options
 from benchmarks.evaluation.options import Options, Phase, changed, default_options
 from benchmarks.evaluation.text import Corpus, python_text
 from benchmarks.evaluation.train import Trainer, load_checkpoint, load_model
 from fwpkm_kernels._commands import CommandError
 from fwpkm_kernels.layers import advance_memory
-from tests.evaluation_models import TINY
+from tests.helpers.evaluation_models import TINY
 
 _DRAWN = random.Random(0)
 TEXT = " ".join("".join(_DRAWN.choices("abcdef", k=_DRAWN.randrange(1, 8))) for _ in range(2000)).encode()
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_before_sizes_were_kept_goes_on(whole, tmp_path, monkeyp
     model, _, kept = load_model(tmp_path)
     assert all(torch.equal(x, state["model"][name]) for name, x in model.state_dict().items())
     assert set(state) - set(kept) == {"model", "optimizer"}
-    line = needles.about(OPTIONS, kept, CORPUS, "cpu", None)
+    line = under_test.about(OPTIONS, kept, CORPUS, "cpu", None)
     assert (line["size_options"], line["training_id"], line["training_commit"]) == (None, None, None)
 
 
@@ -277,7 +277,7 @@ def test_the_program_trains_and_goes_on_and_refuses(small_sizes, monkeypatch, ca
     monkeypatch.setattr(train.plots, "plot_losses", lambda logs, path: [])  # most of so short a run
     assert train.main(arguments) == 0  # there is nothing left to do
     assert load_checkpoint(Path("folder"))["seconds"] == state["seconds"]
-    about = needles.about(options, state, CORPUS, "cpu", None)
+    about = under_test.about(options, state, CORPUS, "cpu", None)
     assert (about["training_commit"], about["training_versions"]) == ("12ab-dirty", {"torch": "2.13"})
     assert about["training_device"] == "cpu"
     assert about["size_options"] == json.loads(json.dumps(about["size_options"])) == size_options(TINY)
@@ -356,7 +356,7 @@ def test_an_error_within_a_step_is_no_users_mistake(small_sizes, monkeypatch):
 
 def test_measures_say_that_a_device_cannot_be_used(tmp_path, capsys):
     with pytest.raises(CommandError, match="cannot use the device abacus"):
-        needles.load_trained(tmp_path, "abacus")
+        under_test.load_trained(tmp_path, "abacus")
     assert mqar.main(["--device=abacus", f"--out={tmp_path / 'new'}"]) == 2
     assert capsys.readouterr().err.startswith("mqar: error: cannot use the device abacus: ")
 

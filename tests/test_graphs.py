@@ -371,7 +371,7 @@ def test_lanes_are_joined_after_an_error(fails, lanes, monkeypatch, make_graph):
 
 
 class Layer(torch.nn.Module):
-    """The example of the README."""
+    """The example of docs/memory.md."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()

@@ -139,7 +139,8 @@ def test_a_copy_under_another_name_uses_itself(tmp_path):
     )
     code = """
 import contextlib, io, json, runpy
-from vendored.memory import demo, env_report
+from vendored.memory import env_report
+from vendored.memory.demo import memory
 assert "vendored.memory" in env_report.collect()
 with contextlib.redirect_stdout(io.StringIO()) as out:
     assert env_report.main([]) == 0
@@ -150,9 +151,9 @@ for name in ("vendored.memory.demo", "vendored.memory.env_report"):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         runpy.run_module(name, run_name="__main__")
     assert out.getvalue().startswith(f"usage: python -m {name} "), out.getvalue()
-options = demo.Options(device="cpu", sub_keys=16, query_width=32, value_width=16, chunk_size=64)
-demo.set_up(options, "plain")
-assert demo.MemoryState.__module__.startswith("vendored.memory.")
+options = memory.Options(device="cpu", sub_keys=16, query_width=32, value_width=16, chunk_size=64)
+memory.set_up(options, "plain")
+assert memory.MemoryState.__module__.startswith("vendored.memory.")
 assert not [name for name in sys.modules if name.startswith("fwpkm_kernels")]
 """
     run_hidden(code, cwd=tmp_path)
@@ -341,9 +342,10 @@ def test_everything_that_make_installs_is_pinned():
     assert not loose, f"not in constraints.txt: {loose}"
 
 
-def test_the_examples_of_the_readme_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/memory.md"])
+def test_the_examples_of_the_documents_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert blocks
     for block in blocks:
         names: dict[str, object] = {}
         exec(block, names)

@@ -16,7 +16,7 @@ from fwpkm_kernels.options import KeyStep, Lookup
 from fwpkm_kernels.plan import plan_picks
 from fwpkm_kernels.records import Addresses, Picks
 from tests.conftest import HAS_GPU, SLOW_IN_INTERPRETER, Place
-from tests.test_golden_chunk import load
+from tests.helpers.golden import load
 
 # rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column.
 SHAPES = [(3, 2, 9, 3, 14), (1, 1, 1, 1, 2), (2, 1, 5, 5, 10), (4, 1, 20, 1, 6), (2, 1, 6, 3, 2)]

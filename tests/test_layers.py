@@ -12,8 +12,8 @@ from torch.func import functional_call
 import reference
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory, ValueTable
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
+from tests.helpers.layers import GOLDEN_LAYERS, check_golden_layer, draw
 from tests.test_memory import assert_close
-from tests.test_reference_layers import GOLDEN_LAYERS, check_golden_layer, draw
 
 f64 = torch.float64
 BOUND = 1e-12
@@ -37,10 +37,7 @@ class Found(NamedTuple):
 def golden_cases() -> list[Any]:
     return [
         pytest.param(
-            place,
-            name,
-            id=f"{place.backend}-{name}",
-            marks=SLOW_IN_INTERPRETER if place.backend == "triton" else [],
+            place, name, id=f"{place.backend}-{name}", marks=SLOW_IN_INTERPRETER if place.backend == "triton" else []
         )
         for place in PLACES
         for name in GOLDEN_LAYERS

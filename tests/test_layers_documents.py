@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fwpkm_kernels.documents import convolve, make_documents, memory_by_document
+from fwpkm_kernels.documents import make_documents, memory_by_document
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory
+from fwpkm_kernels.layers.convolution import convolve
 from fwpkm_kernels.options import Options
 
 WIDTH, CHUNK = 7, 4

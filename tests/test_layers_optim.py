@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fwpkm_kernels import testing
 from fwpkm_kernels.layers import MemoryStats, ProductKeyMemory, ValueTable, memory_stats, parameter_groups
-from tests.test_product_key_layer import SMALL, WIDTH, make_layer, make_tokens
+from tests.helpers.product_key_layer import SMALL, WIDTH, make_layer, make_tokens
 
 RATES = {"lr": 1e-3, "weight_decay": 0.1}
 

@@ -231,11 +231,7 @@ def test_checkpoint_of_another_configuration():
         ({"query_conv": 0}, ValueError, "`query_conv` must be at least 1"),
         ({"gate": 1}, TypeError, "`gate` must be a bool, got int"),
         ({"output_init": "ones"}, ValueError, "`output_init` must be one of"),
-        (
-            {"memory_dtype": torch.int64},
-            TypeError,
-            "`memory_dtype` must be torch.float32, .* got torch.int64",
-        ),
+        ({"memory_dtype": torch.int64}, TypeError, "`memory_dtype` must be torch.float32, .* got torch.int64"),
         ({"memory_dtype": torch.float64}, ValueError, "`memory_dtype` can be torch.float64 only where `dtype` is"),
         ({"norm_eps": 0.0}, ValueError, "`norm_eps` must be at least"),
         ({"table": ValueTable(36, 5, dtype=torch.float64)}, ValueError, "`table` and the layer must both be float64"),

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ProductKeyLookup, product_key_lookup, testing
+from fwpkm_kernels.records import Layout
 from tests.conftest import SLOW_IN_INTERPRETER, Place
 
 # rows, heads, n, K, Dk: odd sizes, one token, K = 1, K = n, halves of one column, more than one tile of sub-keys with a
@@ -180,7 +181,7 @@ def test_weights_of_the_picks(top_k, weighting, triton_place, monkeypatch):
     how = {"weighting": weighting, "temperature": 0.7}
     expected = lookup.lookup(*inputs, **options)
     scores, slots = (x[:, 0] for x in expected[:2])
-    expected_weights, _ = weigh(scores, slots, 400, torch.int32, (1, 70, 70, 0, 0, 0, 1, 70), **how)
+    expected_weights, _ = weigh(scores, slots, 400, torch.int32, Layout(1, 70, 70, 0, 0, 0, 1, 70), **how)
     weights = torch.full((70, 1, top_k), torch.nan, device=triton_place.device)
     monkeypatch.setattr(lookup, "CANDIDATE_BYTES", 1)  # in slabs
     for actual, one in zip(lookup.lookup(*inputs, **options, weights=weights, **how), expected, strict=True):

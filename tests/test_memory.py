@@ -15,7 +15,7 @@ import reference
 from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, memory, testing
 from fwpkm_kernels.memory import STEPS
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
-from tests.test_golden_chunk import NAMES, assert_near, load, tolerance
+from tests.helpers.golden import NAMES, assert_near, load, tolerance
 
 OPTIONS = (
     "chunk_size",

@@ -60,43 +60,43 @@ def values_grad_samples(place: Place) -> Samples:
         grad = torch.ones(len(slots), values.shape[1], dtype=values.dtype, device=place.device)
         for compact in (False, True):
             plan = plan_segments(slots, len(values))
-            arguments = (grad, weights, *plan, len(values), values.dtype, compact, backend)
+            arguments = (grad, weights, list(plan), len(values), values.dtype, compact, backend)
             yield f"{name}, {'compact' if compact else 'dense'}", arguments
 
 
 def write_samples(place: Place) -> Samples:
     values, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
     errors, plan = predictions - targets, plan_segments(slots, 64)
-    yield "plain", (values, errors, weights, *plan, 1.0, 0.0, None, place.backend)
-    yield "decay and clip", (values, errors, weights, *plan, 0.5, 0.1, 0.2, place.backend)
+    yield "plain", (values, errors, weights, list(plan), 1.0, 0.0, None, place.backend)
+    yield "decay and clip", (values, errors, weights, list(plan), 0.5, 0.1, 0.2, place.backend)
     yield (
         "transposed",
-        (testing.with_layout(values, "transposed"), errors, weights, *plan, 1.0, 0.1, None, place.backend),
+        (testing.with_layout(values, "transposed"), errors, weights, list(plan), 1.0, 0.1, None, place.backend),
     )
-    yield "half precision", (values.bfloat16(), errors, weights, *plan, 1.0, 0.0, 0.2, place.backend)
-    nothing = (errors[:0], weights[:0], *plan_segments(slots[:0], 64))
+    yield "half precision", (values.bfloat16(), errors, weights, list(plan), 1.0, 0.0, 0.2, place.backend)
+    nothing = (errors[:0], weights[:0], list(plan_segments(slots[:0], 64)))
     yield "empty", (values, *nothing, 1.0, 0.1, None, place.backend)
 
 
 def count_samples(place: Place) -> Samples:
     slots, count_slots = (testing.make_slots(size, 64).to(place.device) for size in ((9, 3), (5, 4)))
     plan = plan_segments(slots, 64)
-    yield "all", (*plan, None, None, 64)
-    yield "some", (*plan, plan.order % 2 > 0, None, 64)
-    yield "among others", (*plan, None, count_slots.int().t(), 64)
-    yield "among none", (*plan, None, count_slots[:0], 64)
-    yield "no accesses", (*plan_segments(slots[:0], 64), None, count_slots, 64)
+    yield "all", (list(plan), None, None, 64)
+    yield "some", (list(plan), plan.order % 2 > 0, None, 64)
+    yield "among others", (list(plan), None, count_slots.int().t(), 64)
+    yield "among none", (list(plan), None, count_slots[:0], 64)
+    yield "no accesses", (list(plan_segments(slots[:0], 64)), None, count_slots, 64)
 
 
 def write_grad_samples(place: Place) -> Samples:
     grad, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
     errors, plan = predictions - targets, plan_segments(slots, 64)
     expanded = torch.ones((), device=place.device).expand(grad.shape)
-    yield "plain", (grad, errors, weights, slots, *plan, 1.0, None, place.backend)
-    yield "clip", (grad, errors, weights, slots, *plan, 1.0, 0.2, place.backend)
-    yield "expanded", (expanded, errors, weights, slots, *plan, 0.5, 0.2, place.backend)
-    nothing = (errors[:0], weights[:0], slots[:0], *plan_segments(slots[:0], 64))
-    yield "empty", (grad, *nothing, 1.0, None, place.backend)
+    yield "plain", (grad, errors, weights, slots, list(plan), 1.0, 0.0, None, place.backend)
+    yield "clip", (grad, errors, weights, slots, list(plan), 1.0, 0.0, 0.2, place.backend)
+    yield "expanded", (expanded, errors, weights, slots, list(plan), 0.5, 0.0, 0.2, place.backend)
+    nothing = (errors[:0], weights[:0], slots[:0], list(plan_segments(slots[:0], 64)))
+    yield "empty", (grad, *nothing, 1.0, 0.0, None, place.backend)
 
 
 def key_step_samples(place: Place) -> Samples:

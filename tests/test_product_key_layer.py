@@ -9,32 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import reference
 from fwpkm_kernels import testing
 from fwpkm_kernels.layers import ProductKeyMemory, ValueTable, memory_stats
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
-
-SMALL: dict[str, Any] = {"num_keys": 5, "heads": 2, "top_k": 3, "key_dim": 6, "value_dim": 7}
-WIDTH = 8
-
-
-def make_layer(seed: int = 0, **options: Any) -> ProductKeyMemory:
-    torch.manual_seed(seed)
-    layer = ProductKeyMemory(WIDTH, **{**SMALL, **options})
-    with torch.no_grad():
-        for name, x in layer.named_parameters():
-            if name.startswith("query_norm"):  # ones and zeros would hide a norm that forgets them
-                x.add_(torch.randn_like(x) * 0.3)
-    return layer
-
-
-def make_tokens(*leading: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*leading, WIDTH, generator=generator, dtype=torch.float64).to(device, dtype)
-
+from tests.helpers.product_key_layer import SMALL, WIDTH, make_layer, make_tokens
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -343,8 +325,8 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "norm_eps": (ValueError, {"norm_eps": -1.0}, "at least 0.0, got -1.0"),
     "precision": (ValueError, {"precision": "fp8"}, "got 'fp8'"),
     "backend": (ValueError, {"backend": "cuda"}, "got 'cuda'"),
-    "table of another size": (ValueError, {"table": ValueTable(24, 7)}, r"\[25, 7\], got \[24, 7\]"),
-    "table of another width": (ValueError, {"table": ValueTable(25, 8)}, r"\[25, 7\], got \[25, 8\]"),
+    "table of another size": (ValueError, {"table": ValueTable(24, 7)}, r"value_dim = 7, got \[24, 7\]"),
+    "table of another width": (ValueError, {"table": ValueTable(25, 8)}, r"value_dim = 7, got \[25, 8\]"),
     "table of another kind": (TypeError, {"table": torch.zeros(25, 7)}, "ValueTable, got Tensor"),
 }
 

@@ -32,6 +32,7 @@ from fwpkm_kernels.kernels.gather import gather_kernel
 from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, position_dtype, row_dtype
+from fwpkm_kernels.records import Addresses, Queue, Tokens
 from fwpkm_kernels.weights import plan_writes, plan_writes_grad
 from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER, Place
 from tests.test_memory import make_inputs, named, run
@@ -428,7 +429,7 @@ def test_far_tensors_of_segment_sums(name, dim, length, triton_place):
     def call(vectors, table):
         out = torch.zeros(4, 3, device=triton_place.device)
         options = {"epilogue": "update", "table": table, "centered": True}
-        segments.segment_rows(out, vectors, coefficients, *plan_segments(slots, 4), **options)
+        segments.segment_rows(out, vectors, coefficients, plan_segments(slots, 4), **options)
         return out
 
     assert_far(call, near, name, dim)
@@ -502,22 +503,22 @@ def test_far_tensors_of_a_streaming_step(name, dim, triton_place):
     }
     rows, all_picks = length * batch, heads * picks
     slots = testing.make_slots((rows, heads, picks), 9).to(triton_place.device)
-    found = (slots, torch.rand(rows, all_picks, generator=generator).to(triton_place.device))
+    weights = torch.rand(rows, all_picks, generator=generator).to(triton_place.device)
     sub_keys, half_scores = make_picks(rows, heads, 3, picks, device=triton_place.device)
-    found += (half_scores, sub_keys)
+    found = Addresses(half_scores[:, :, 0], slots, half_scores, sub_keys)
 
     def call(values, queries, targets, gates, mask):
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(5, batch, *shape, dtype=dtype, device=triton_place.device)
 
-        queue = (empty(heads, 6, dtype=HALF), empty(), empty(), empty(width, dtype=HALF), empty(width))
-        queue += (empty(heads, picks, dtype=torch.int64), empty(all_picks), empty(heads, 2, picks))
-        queue += (empty(heads, 2, picks, dtype=torch.int32),)
+        of_tokens = (empty(heads, 6, dtype=HALF), empty(), empty(), empty(width, dtype=HALF), empty(width))
+        of_picks = (empty(heads, picks, dtype=torch.int64), empty(all_picks), empty(heads, 2, picks))
+        queue = Queue(*of_tokens, *of_picks, empty(heads, 2, picks, dtype=torch.int32))
         output = torch.zeros_like(targets)
         if name == "targets" and targets.stride(dim) > 2**29:
             output = far(output, dim)
-        streaming.read_to_queue(values, found, (queries, targets, gates, mask), queue, output, 1, 1)
-        carried = tuple(x.clone() for x in queue[:3])
+        streaming.read_to_queue(values, found, weights, Tokens(queries, targets, gates, mask), queue, output, 1, 1)
+        carried = Queue(*(x.clone() for x in queue))
         streaming.enqueue(queries, gates, mask, carried, 1)
         return queue, output.contiguous(), carried
 
@@ -536,7 +537,7 @@ def test_far_gates_and_mask_of_a_sequence(name, dim, triton_place):
 
     def call(gates, mask):
         writes = plan_writes(scores, slots, 4, gates.T, mask.T, 5, 2, 0, None, o)
-        grads = (writes.weights, writes.write_weights, scores, writes.weights, writes.counts)
+        grads = (writes.weights, writes.write_weights, scores, writes)
         return writes, plan_writes_grad(*grads, gates, mask, 5, 2, o)
 
     assert_far(call, near, name, dim)

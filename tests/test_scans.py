@@ -273,10 +273,10 @@ def test_the_log_keeps_rows_as_they_were(length, table, options, triton_place):
     with_log, without = chunk.values.clone(), chunk.values.clone()
     new = torch.empty_like(chunk.values).copy_(chunk.values)
     with testing.poisoned_memory():
-        segment_rows(with_log, errors, chunk.weights, *plan, epilogue="update", lr=0.3, log=log, **options)
-        segment_rows(without, errors, chunk.weights, *plan, epilogue="update", lr=0.3, **options)
+        segment_rows(with_log, errors, chunk.weights, plan, epilogue="update", lr=0.3, log=log, **options)
+        segment_rows(without, errors, chunk.weights, plan, epilogue="update", lr=0.3, **options)
         segment_rows(
-            new, errors, chunk.weights, *plan, epilogue="update", lr=0.3, table=chunk.values, log=log.clone(), **options
+            new, errors, chunk.weights, plan, epilogue="update", lr=0.3, table=chunk.values, log=log.clone(), **options
         )
     testing.assert_bitwise_equal(with_log, without, "in place")
     testing.assert_bitwise_equal(with_log, new, "table and out")
@@ -298,7 +298,7 @@ def test_sums_of_narrow_rows(width, dtype, triton_place):
     coefficients = torch.randn(len(slots), generator=generator, dtype=torch.float64).to(triton_place.device)
     out = torch.zeros(12, width, dtype=dtype, device=triton_place.device)
     with testing.poisoned_memory():
-        segment_rows(out, vectors.to(dtype), coefficients.to(dtype), *plan_segments(slots, 12))
+        segment_rows(out, vectors.to(dtype), coefficients.to(dtype), plan_segments(slots, 12))
     expected = torch.zeros(12, width, dtype=torch.float64, device=out.device)
     expected.index_add_(0, slots, coefficients.to(dtype).double()[:, None] * vectors.to(dtype).double())
     baseline = torch.zeros_like(out).index_add_(0, slots, coefficients.to(dtype)[:, None] * vectors.to(dtype))

@@ -500,7 +500,8 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     output, place = torch.empty_like(tokens.targets), torch.tensor(1, device=triton_place.device)
     with torch.no_grad(), NoSynchronisation(state._position):
         streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
-        streaming.close_chunk(state.keys, state.values, state._touched, queue, False, streaming.Lanes(), o)
+        memory = streaming.Memory(state.keys, state.values, state._touched, queue)
+        streaming.close_chunk(memory, False, streaming.Lanes(), o)
 
 
 @pytest.mark.gpu

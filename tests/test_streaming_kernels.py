@@ -1,5 +1,7 @@
 """The kernels of a streaming step, in the interpreter or on a GPU, against plain PyTorch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -32,9 +34,11 @@ def test_plan_of_a_chunk_is_that_of_the_sort(pairs, picks, num_slots, step, dtyp
     mask = draw(pairs, dtype=dtype, seed=2).clamp(min=0.0)
     touched = torch.zeros(num_slots, dtype=torch.uint8, device=DEVICE)
 
-    fields, write_weights = streaming.plan_chunk(slots, weights, gates, mask, touched, row_dtype=torch.int32, step=step)
+    planned, write_weights = streaming.plan_chunk(
+        slots, weights, gates, mask, touched, row_dtype=torch.int32, step=step
+    )
     plan = plan_segments(slots, num_slots)
-    for actual, expected in zip(fields, plan, strict=True):
+    for actual, expected in zip(planned, plan, strict=True):
         assert torch.equal(actual, expected.to(actual.dtype))
     counts = count_accesses(plan, (mask > 0).repeat_interleave(picks)).view(slots.shape)
     expected = fold_write_weights(weights, counts, write_scale(weights, None, step), [gates, mask])
@@ -54,10 +58,11 @@ def test_tokens_are_put_where_they_belong(names):
         "mask": draw(batch, length).transpose(0, 1) > 0,
     }
     gates, mask = (given[name] if name in names else None for name in ("gates", "mask"))
-    queue = (draw(9, batch, heads, head, seed=1), draw(9, batch, seed=2), draw(9, batch, seed=3))
-    expected = [x.clone() for x in queue]
+    buffers = (draw(9, batch, heads, head, seed=1), draw(9, batch, seed=2), draw(9, batch, seed=3))
+    queue = SimpleNamespace(**dict(zip(("queries", "gates", "mask"), buffers, strict=True)))
+    expected = [x.clone() for x in buffers]
     for buffer, x in zip(expected, (queries, gates, mask), strict=True):
         buffer[first : first + length] = 1.0 if x is None else x
     streaming.enqueue(queries, gates, mask, queue, first)
-    for actual, wanted in zip(queue, expected, strict=True):
+    for actual, wanted in zip(buffers, expected, strict=True):
         assert torch.equal(actual, wanted)

@@ -1,7 +1,6 @@
-"""Memories in Hugging Face models: caches, generation, training, saving, and the model of our own."""
+"""Memories in Hugging Face models: training, saving, configurations, and the model of our own."""
 
 import copy
-import inspect
 import pickle
 import re
 from pathlib import Path
@@ -24,433 +23,41 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DataCollatorWithFlattening,
-    DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    StaticCache,
     Trainer,
     TrainingArguments,
-    logging,
-    set_seed,
 )
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.models.qwen3_next import modeling_qwen3_next
 
 from fwpkm_kernels.integrations import language_model
-from fwpkm_kernels.integrations.transformers import (
-    FwPKMConfig,
-    FwPKMForCausalLM,
-    MemoryCacheLayer,
-    add_memory,
-    load_memory,
+from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM, add_memory, load_memory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory
+from tests.helpers.transformers import (
+    CACHE,
+    MAKERS,
+    MEMORIES,
+    MEMORY,
+    ONLY_GDN,
+    OWN,
+    PKM,
+    SIZES,
+    close,
+    gradients,
+    own,
+    prompts,
+    put_gated_delta_nets_into_pytorch,
+    qwen,
+    with_memory,
 )
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, ProductKeyMemory, StreamedMemory
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What transformers calls a cache, from 5.24 on and before.
-CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
-PAD, VOCABULARY, PROMPT = 0, 61, 23
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": PAD,
-    "initializer_range": 0.2,  # so that greedy decoding does not stand still
-}
-MEMORY = {"num_keys": 8, "top_k": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 6, "query_conv": 3}
-MEMORIES = ("keys", "table.weight")  #: what has a dtype of its own
-#: Before, transformers makes wrong masks for three kinds.
-THIRD = "full_attention" if Version("5.24") <= language_model._INSTALLED else "sliding_attention"
-PKM = {"num_keys": 8, "top_k": 2, "heads": 2, "key_dim": 8, "value_dim": 16}
-OWN = {
-    **SIZES,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "sliding_attention", THIRD, "linear_attention"],
-    "sliding_window": 7,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "memory_layers": [0, 2],
-    "memory": MEMORY,
-    "pkm_layers": [1, 3],
-    "pkm": PKM,
-}
-ONLY_GDN = {**OWN, "layer_types": ["linear_attention"] * 4, "pkm_layers": []}
 
 
 @pytest.fixture(autouse=True)
 def gated_delta_nets_in_pytorch(monkeypatch):
-    """As where fla is not installed, whose kernels need a GPU."""
-    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        function = getattr(modeling_qwen3_next, name)
-        monkeypatch.setattr(modeling_qwen3_next, name, inspect.unwrap(function))
-
-
-def qwen(seed: int = 0, **changes) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **changes)).eval()
-
-
-def with_memory(**options) -> Qwen3ForCausalLM:
-    return add_memory(qwen(), [0, 2], **(MEMORY | options))
-
-
-def own(**changes) -> FwPKMForCausalLM:
-    torch.manual_seed(0)
-    return FwPKMForCausalLM(FwPKMConfig(**(OWN | changes))).eval()
-
-
-def neox() -> GPTNeoXForCausalLM:
-    """Of a model whose blocks call the cache `layer_past`."""
-    torch.manual_seed(0)
-    sizes = {name: x for name, x in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-    return add_memory(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval(), [0, 2], **MEMORY)
-
-
-MAKERS = {"added": with_memory, "neox": neox, "own": own, "only_gdn": lambda: own(**ONLY_GDN)}
-
-
-@pytest.fixture(params=MAKERS, scope="module")
-def model(request):
-    return MAKERS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def added():
-    return with_memory()
-
-
-def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows, and the mask of the second, which is shorter and padded on the left."""
-    ids = torch.randint(1, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :9] = 0
-    return ids * mask, mask
-
-
-def read(model, cache, ids, mask=None, cuts=(5, 10, 1, 7)) -> torch.Tensor:
-    """Logits of pieces that are read one after the other."""
-    logits, seen = [], 0 if mask is None else mask.shape[1] - ids.shape[1]
-    for piece in ids.split(list(cuts), 1):
-        seen += piece.shape[1]
-        past = None if mask is None else mask[:, :seen]
-        logits.append(model(piece, attention_mask=past, use_cache=True, **{CACHE: cache}).logits)
-    return torch.cat(logits, 1)
-
-
-def close(actual, expected) -> None:
-    """Up to float32's rounding; the Gated DeltaNets differ most, in chunks and step by step."""
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(model.parameters()))
-    model.zero_grad()
-    return found
-
-
-@torch.no_grad()
-def test_any_cut_through_a_cache_is_the_whole(model):
-    ids, mask = prompts()
-    whole = model(ids, attention_mask=mask).logits
-    close(whole[1, 9:], model(ids[1:, 9:]).logits[0])
-    cache = DynamicCache(config=model.config)
-    close(read(model, cache, ids, mask)[mask > 0], whole[mask > 0])
-    assert [x.get_seq_length() for x in cache.layers if isinstance(x, MemoryCacheLayer)] == [PROMPT, PROMPT]
-    cache.reset()
-    close(read(model, cache, ids, mask, (12, 11))[mask > 0], whole[mask > 0])
-
-
-@torch.no_grad()
-def test_a_cache_that_is_reset_begins_with_the_parameters_as_they_are():
-    model, (ids, _) = with_memory().bfloat16(), prompts()
-    cache = DynamicCache(config=model.config)
-    model(ids, **{CACHE: cache})
-    model.model.layers[0].memory.table.weight.normal_(std=2.0)
-    cache.reset()
-    assert torch.equal(model(ids, **{CACHE: cache}).logits, model(ids).logits)
-    cache.reset()
-    model.float()(ids[:, :9], **{CACHE: cache})
-    with pytest.raises(ValueError, match="`cache` must be of the memory's dtype torch.float64, got torch.float32"):
-        model.double()(ids[:, 9:], **{CACHE: cache})
-
-
-@torch.no_grad()
-def test_a_cache_of_another_model_is_refused(model):
-    ids, _ = prompts()
-    cache, other = DynamicCache(config=model.config), copy.deepcopy(model)
-    read(model, cache, ids[:, :12], cuts=(12,))
-    message = "`cache` must have been read by this model.* memory has read 0 tokens, unlike its other layers"
-    with pytest.raises(ValueError, match=message):
-        other(ids[:, 12:], **{CACHE: cache})
-    with pytest.raises(ValueError, match=message):
-        other.generate(ids, **{CACHE: cache}, **GREEDY)
-    plain = own(**ONLY_GDN | {"memory_layers": []}) if all(cache.is_linear[:3]) else qwen()
-    cache = DynamicCache(config=plain.config)
-    plain(ids[:, :12], **{CACHE: cache})
-    add_memory(plain, [0], **MEMORY)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=message):
-            plain(ids[:, 12:], **{CACHE: cache})
-
-
-@torch.no_grad()
-def test_a_model_may_tell_its_decoder_in_masks_of_its_own():
-    """As Gemma3 does around images, whose decoder gets several masks of four dimensions."""
-    sizes = {**SIZES, "vocab_size": 80, "sliding_window": 7}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=sizes,
-        vision_config={**vision, "image_size": 8, "patch_size": 4},
-        mm_tokens_per_image=4,
-        **{"image_token_index": 70, "boi_token_index": 71, "eoi_token_index": 72},
-    )
-    torch.manual_seed(0)
-    model = add_memory(Gemma3ForConditionalGeneration(config).eval(), [0, 2], **MEMORY)
-    ids, mask = prompts()
-    whole = model(ids, attention_mask=mask).logits
-    close(whole[1, 9:], model(ids[1:, 9:]).logits[0])
-    assert torch.equal(model(ids, None, mask).logits, whole)  # pixel values come second
-
-
-@torch.no_grad()
-def test_a_mask_of_ones_own_comes_with_that_of_padding():
-    model, (ids, mask) = own(), prompts()
-    whole = model(ids, attention_mask=mask).logits
-    masks = create_masks_for_generate(model.config, model.model.embed_tokens(ids), mask, None, None)
-    close(model(ids, attention_mask=masks, memory_mask=mask).logits[mask > 0], whole[mask > 0])
-    model = with_memory()
-    whole = model(ids, attention_mask=mask).logits
-    mask4 = create_causal_mask(model.config, model.model.embed_tokens(ids), mask, None)
-    assert mask4.ndim == 4
-    close(model(ids, attention_mask=mask4, memory_mask=mask).logits[mask > 0], whole[mask > 0])
-
-
-@torch.no_grad()
-def test_a_mask_may_have_columns_for_tokens_to_come_but_none_too_few(added):
-    ids, mask = prompts()
-    whole = added(ids, attention_mask=mask).logits
-    cache, wide = StaticCache(config=added.config, max_cache_len=40), torch.nn.functional.pad(mask, (0, 17))
-    logits = [added(x, attention_mask=wide, **{CACHE: cache}).logits for x in ids.split((12, 11), 1)]
-    close(torch.cat(logits, 1)[mask > 0], whole[mask > 0])
-    with pytest.raises(ValueError, match=r"`attention_mask` must have a column for each .* 23 .* and 1 .*\[2, 1\]"):
-        added(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
-
-
-@torch.no_grad()
-def test_a_copied_cache_goes_on_by_itself(model):
-    ids, _ = prompts()
-    whole = model(ids).logits
-    cache = DynamicCache(config=model.config)
-    read(model, cache, ids[:, :14], cuts=(14,))
-    other = copy.deepcopy(cache)
-    read(model, cache, ids.flip(0)[:, 14:], cuts=(9,))
-    close(read(model, other, ids[:, 14:], cuts=(4, 5)), whole[:, 14:])
-    assert len(other.layers) == len(cache.layers)
-
-
-@torch.no_grad()
-def test_a_cache_is_not_pickled_and_an_output_is(added):
-    ids, _ = prompts()
-    output = added(ids, output_gate_means=True)
-    with pytest.raises(TypeError, match="a MemoryCacheLayer cannot be pickled"):
-        pickle.dumps(output[CACHE])
-    output = added(ids, output_gate_means=True, use_cache=False)
-    for other in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
-        assert type(other) is type(output)
-        assert [*other] == [*output]
-        close((other.logits, other.gate_means), (output.logits, output.gate_means))
-
-
-@torch.no_grad()
-def test_a_cache_is_offloaded_and_fetched_where_it_is_not_there_already(monkeypatch):
-    model, (ids, _) = with_memory(), prompts()
-    whole = model(ids).logits
-    cache, moved = DynamicCache(config=model.config), []
-    read(model, cache, ids[:, :9], cuts=(9,))
-    entry, layer, to = cache.layers[-1], model.model.layers[2].memory, StreamedMemory.to
-    monkeypatch.setattr(StreamedMemory, "to", lambda memory, device: (moved.append(device), to(memory, "cpu"))[1])
-    entry.offload()
-    entry.prefetch()
-    assert moved == []
-    keys = layer.keys
-    layer.keys = torch.nn.Parameter(keys.to("meta"))
-    entry.prefetch()
-    assert moved == [torch.device("meta")]
-    layer.keys = keys
-    assert entry.get_mask_sizes(14) == (PROMPT, 0)
-    assert entry.get_max_length() == -1
-    close(read(model, cache, ids[:, 9:], cuts=(14,)), whole[:, 9:])
-
-
-@torch.no_grad()
-def test_rows_of_a_cache_are_chosen_repeated_and_reordered(added):
-    ids, _ = prompts()
-    whole = added(ids).logits
-    for choose, rows in (
-        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
-        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
-        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
-    ):
-        cache = DynamicCache(config=added.config)
-        read(added, cache, ids[:, :14], cuts=(14,))
-        choose(cache)
-        close(read(added, cache, ids[rows, 14:], cuts=(9,)), whole[rows, 14:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("crop", [-3, 13])
-def test_a_cache_is_cropped_inside_a_chunk(added, crop):
-    ids, _ = prompts()
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0  # a column that both rows do not see
-    whole = added(ids, attention_mask=mask).logits
-    cache = DynamicCache(config=added.config)
-    read(added, cache, ids[:, :13], mask[:, :13], (13,))
-    read(added, cache, ids[:, :3], mask.new_ones(2, 16), (3,))
-    for layer in cache.layers:  # transformers' own take no positive counts any more
-        layer.crop(crop if isinstance(layer, MemoryCacheLayer) else -3)
-    assert {layer.get_seq_length() for layer in cache.layers} == {13}
-    close(read(added, cache, ids[:, 13:], mask, (10,)), whole[:, 13:])
-
-
-@torch.no_grad()
-def test_a_crop_beyond_the_chunk_is_refused(added):
-    cache = DynamicCache(config=added.config)
-    read(added, cache, prompts()[0], cuts=(23,))
-    with pytest.raises(ValueError, match="`tokens` must be at most 5"):
-        cache.layers[-1].crop(-6)
-    assert cache.layers[-1].get_seq_length() == PROMPT
-    with pytest.raises(ValueError, match="`tokens` must be at most 5"):
-        cache.crop(-6)  # of attention already
-    with pytest.raises(ValueError, match="cropped as a whole, got one whose memory has read 23 tokens"):
-        read(added, cache, prompts()[0][:, 17:], cuts=(6,))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kept", [0, 1, 5])
-def test_a_crop_reaches_over_a_chunk_where_the_past_is_recorded(added, kept):
-    ids, mask = prompts()
-    whole = added(ids, attention_mask=mask).logits
-    cache = DynamicCache(config=added.config)
-    read(added, cache, ids[:, :12], mask[:, :12], (12,))
-    cache.activate_past_recording()
-    drafts = torch.cat((ids[:, 12 : 12 + kept], ids[:, 12 + kept : 18].flip(1)), 1)
-    read(added, cache, drafts, mask[:, :18], (6,))
-    cache.crop(kept - 6)
-    close(read(added, cache, ids[:, 12 + kept :], mask, (11 - kept,)), whole[:, 12 + kept :])
-
-
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
-
-
-def test_generation_with_padding_is_that_of_each_row_alone(model):
-    ids, mask = prompts()
-    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
-    assert len(expected[:, PROMPT:].unique()) >= 4
-    for row, prompt in ((0, ids[:1]), (1, ids[1:, 9:])):
-        for cache in ("dynamic", "static"):  # which has slots that are not filled yet
-            alone = model.generate(prompt, cache_implementation=cache, **GREEDY)
-            assert torch.equal(alone[0, prompt.shape[1] :], expected[row, PROMPT:]), cache
-    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 7}):
-        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **options), expected), options
-
-
-@torch.no_grad()
-def test_generation_from_embeddings_is_that_from_tokens(model):
-    ids, mask = prompts()
-    embeddings = model.get_input_embeddings()(ids)
-    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
-    assert torch.equal(found, model.generate(ids, attention_mask=mask, **GREEDY)[:, PROMPT:])
-
-
-def test_beams_and_samples_with_a_cache_are_those_without(model):
-    ids, mask = prompts()
-    beams = {**GREEDY, "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
-    samples = {**GREEDY, "max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2}
-    for options in (beams, samples):
-        found = []
-        for use_cache in (True, False):
-            set_seed(0)
-            found.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **options))
-        assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
-@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
-def test_a_cache_without_a_config_is_filled_up(added, name):
-    ids, mask = prompts()
-    cache = DynamicCache()
-    found = added.generate(ids, attention_mask=mask, **{name: cache}, **GREEDY)
-    assert torch.equal(found, added.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
-    assert [isinstance(x, MemoryCacheLayer) for x in cache.layers] == [False] * 3 + [True] * 2
-
-
-@pytest.mark.parametrize("chunk_size", [64, 6])
-def test_prompt_lookup_gives_the_greedy_tokens(monkeypatch, chunk_size):
-    """Some drafts are accepted, others are taken back, over the beginning of chunks too."""
-    model, calls, taken_back = with_memory(chunk_size=chunk_size), [], []
-    options = {**GREEDY, "max_new_tokens": 24}
-    prompt = prompts()[0][:1]
-    expected = model.generate(prompt, **options)
-    rollback = StreamedMemory.rollback
-    monkeypatch.setattr(StreamedMemory, "rollback", lambda memory, n: (taken_back.append(n), rollback(memory, n)))
-    model.model.register_forward_hook(lambda *args: calls.append(1))
-    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
-    assert len(calls) < 24
-    assert len({*taken_back}) > 1
-
-
-class Wrapper(torch.nn.Module):
-    """As PEFT's around modules that an adapter saves: with the module that was there, and its copy in use."""
-
-    def __init__(self, memory: torch.nn.Module) -> None:
-        super().__init__()
-        self.before, self.used = memory, copy.deepcopy(memory)
-
-    def forward(self, *args, **kwargs):
-        return self.used(*args, **kwargs)
-
-
-def test_a_wrapped_memory_takes_drafts_back_too():
-    model, prompt, options = with_memory(), prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
-    model.model.layers[0].memory = Wrapper(model.model.layers[0].memory)
-    expected = model.generate(prompt, use_cache=False, **options)
-    assert torch.equal(model.generate(prompt, **options), expected)
-    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
-
-
-def test_an_assistant_with_a_memory_of_its_own():
-    model, assistant = with_memory(), add_memory(qwen(), [1], **MEMORY)
-    prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
-    assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), model.generate(prompt, **options))
-
-
-def test_one_memory_for_the_batch_has_no_beams():
-    model = with_memory(scope="batch")
-    with pytest.raises(ValueError, match='`scope`="batch" has one memory'):
-        model.generate(prompts()[0], num_beams=2, **GREEDY)
-
-
-def test_gated_delta_nets_cannot_be_assisted():
-    with pytest.raises(ValueError, match="stateful"):
-        own().generate(prompts()[0][:1], prompt_lookup_num_tokens=2, **GREEDY)
+    put_gated_delta_nets_into_pytorch(monkeypatch)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -492,32 +99,6 @@ def test_training_compiles_in_one_graph(make):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(compiled(ids, **inputs).loss, model(ids, **inputs).loss)
     torch._dynamo.reset()
-
-
-def test_a_cache_that_holds_tokens_has_no_gradients(added):
-    ids, _ = prompts()
-    cache = DynamicCache(config=added.config)
-    with torch.no_grad():
-        added(ids, **{CACHE: cache})
-    with pytest.raises(ValueError, match="`cache` is written in place, without gradients"):
-        added(ids, **{CACHE: cache})
-
-
-@torch.no_grad()
-def test_a_memory_that_cannot_stream_is_evaluated_with_a_cache():
-    ids, _ = prompts()
-    published = {"scope": "batch", "boundary": "drop", "initial_memory": "persistent"}
-    model = with_memory(**published)
-    output = model(ids)
-    assert torch.equal(output.logits, model(ids, use_cache=False).logits)
-    with pytest.raises(ValueError, match='`boundary` must be "carry" for a memory that streams, got "drop"'):
-        model(ids, **{CACHE: output[CACHE]})
-    model = with_memory(scope="batch")
-    borders = torch.tensor([0, 10, PROMPT], dtype=torch.int32)
-    output = model(ids[:1], cu_seq_lens_q=borders)
-    assert torch.equal(output.logits, model(ids[:1], cu_seq_lens_q=borders, use_cache=False).logits)
-    with pytest.raises(ValueError, match='`cu_seqlens` must be None where a memory with `scope`="batch" streams'):
-        model(ids[:1], **{CACHE: output[CACHE]})
 
 
 @pytest.mark.parametrize("make", [with_memory, lambda: own(layer_types=None)], ids=["added", "own"])
@@ -800,20 +381,6 @@ def test_checkpoints_of_another_configuration_are_named(tmp_path):
         load_memory(Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"hidden_size": 16}))), tmp_path / "memory")
 
 
-@torch.no_grad()
-def test_a_cache_must_know_the_layers_and_keeps_its_rows(added):
-    layer, x = FastWeightProductKeyMemory(32, **MEMORY), torch.randn(2, 5, 32)
-    with pytest.raises(ValueError, match="`cache` must know how many layers.*DynamicCache built without a config"):
-        layer(x, cache=DynamicCache())
-    cache = DynamicCache(config=added.config)
-    whole = layer(torch.cat((x, x), 1))
-    close(torch.cat((layer(x, cache=cache), layer(x, cache=cache)), 1), whole)
-    with pytest.raises(ValueError, match="a memory for each of the 3 rows, got 2 memories"):
-        layer(torch.randn(3, 1, 32), cache=cache)
-    cache.reset()
-    assert layer(torch.randn(3, 1, 32), cache=cache).shape == (3, 1, 32)
-
-
 def test_a_trainer_runs_ten_steps(tmp_path):
     model = own(pkm_layers=[], gate_price=0.1)
     ids, _ = prompts()
@@ -839,7 +406,7 @@ def test_a_trainer_runs_ten_steps(tmp_path):
 
 
 def test_the_ten_lines(tmp_path):
-    """Those of the README, on a small model."""
+    """Those of docs/layers.md, on a small model."""
     words = {"[PAD]": 0, "[UNK]": 1, **{word: index for index, word in enumerate("abcdef", 2)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -847,7 +414,7 @@ def test_the_ten_lines(tmp_path):
     qwen().save_pretrained(tmp_path)
     prompts = ["a b c d e f a b", "c d"]
 
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "layers.md").read_text("utf-8"), re.DOTALL)
     (lines,) = (block for block in blocks if "add_memory" in block)
     lines = lines.replace('"Qwen/Qwen3-0.6B"', "folder").replace("layers=[2, 14]", "layers=[0, 2]")
     lines = lines.replace("num_keys=512, chunk_size=512", "**MEMORY").replace("max_new_tokens=64", "max_new_tokens=8")

@@ -56,10 +56,10 @@ ABLATIONS = MappingProxyType(
         "K = 4": Ablation({"memory.top_k": "4"}),
         "K = 8": Ablation({"memory.top_k": "8"}),
         "K = 32": Ablation({"memory.top_k": "32"}),
-        # These are the curve over n: the defaults' training, and a small one, under memories of many sizes.
+        # These rows are the curve over n: the defaults' training, and a small one, under memories of many sizes.
         "other memories in the test": Ablation(test_keys=(64, 128, 256, 512, 1024)),
         "trained with n = 128": Ablation({"memory.num_keys": "128"}, (None, 512)),
-        # Keys that are as they were drawn are spread by the key step alone, which then works in the test too.
+        # Here keys stay as they were drawn and only the key step spreads them, so it works in the test too.
         "memory reset in training": Ablation({"memory.initial_memory": "frozen", "test_memory.addressing_weight": "1"}),
         "no gate on writes": Ablation({"memory.write_gate": "False"}),
         "no gates": Ablation({"memory.gate": "False", "memory.write_gate": "False"}),

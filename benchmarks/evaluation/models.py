@@ -47,12 +47,12 @@ class Size:
     memory: dict[str, Any]
     pkm: dict[str, Any]
     context_attention: bool = True  #: whether full attention has the convolution and the head start
-    initializer_range: float | None = None  #: None: hidden_size^-0.5, and `_start` sets apart what is alike
+    initializer_range: float | None = None  #: None: hidden_size^-0.5, which `_start` then changes
     training: dict[str, Any] = dataclasses.field(default_factory=dict)  #: `Options` other than the defaults
 
 
 def size_options(size: Size) -> dict[str, Any]:
-    """A size as JSON has it, without `training`: what a model depends on of that stands in its `Options`."""
+    """A size as JSON has it, without `training`, which is a part of a model's `Options`."""
     given = json.loads(json.dumps(dataclasses.asdict(size)))
     del given["training"]
     return given
@@ -129,8 +129,8 @@ def blocked_attention(
         if past == 0:
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         elif query.device.type == "cpu":
-            # A mask of 128K keys costs more than half as much as attention without one: past and present are read by
-            # themselves, and weighed by the sums of their exponentials, which no public function gives.
+            # A mask of 128K keys would add more than half of the time of attention without one. So past and present are
+            # read apart, and weighed by the sums of their exponentials, which no public function returns.
             read = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             before, sum_before = read(query, key[:, :, :past], value[:, :, :past], scale=scaling)
             now, sum_now = read(query, key[:, :, past:], value[:, :, past:], is_causal=True, scale=scaling)
@@ -139,7 +139,8 @@ def blocked_attention(
             visible = causal_lower_right(length, key.shape[2])
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
         return out.transpose(1, 2), None
-    # Block i of queries sees keys i·w ... (i + 2)·w of those padded by what is missing of a whole window before them.
+    # Keys are padded until a whole window stands before the first query: block i of queries then sees keys i·w to
+    # (i + 2)·w.
     window, (batch, heads, _, width) = sliding_window, query.shape
     blocks = -(-length // window)
     right, before = blocks * window - length, window - past
@@ -179,13 +180,13 @@ for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 class ContextAttention(Qwen3Attention):
     """Full attention whose queries and keys come from a causal convolution, and match contexts from the start.
 
-    Plain attention does not learn to look needles up in a small budget. This one begins knowing how: a query is a
-    projection of the last bytes up to its own, a key the same projection of the bytes before its own, so that each byte
-    finds those that came after a like context. Only a quarter of a head is rotated, as in Qwen3-Next.
+    In a small budget plain attention does not learn to look needles up. This one begins with that ability: a query is a
+    projection of the last bytes up to its own, and a key the same projection of the bytes before its own, so that each
+    byte finds the bytes that followed a similar context. Only a quarter of a head is rotated, as in Qwen3-Next.
     """
 
-    WIDTH = 8  #: of the convolution
-    SHARPNESS = 3.0  #: with which heads begin
+    WIDTH = 8  #: of the convolution, in tokens
+    SHARPNESS = 3.0  #: the weight of the query norm at the beginning
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -234,7 +235,7 @@ class ContextAttention(Qwen3Attention):
 
 
 def split_name(model: str) -> tuple[str, bool, bool]:
-    """The mixer, whether there are fast-weight memories, and static ones."""
+    """A name's mixer, whether it has fast-weight memories, and whether it has static ones."""
     mixer, *memories = model.split("+")
     if mixer not in MIXERS or len(set(memories)) < len(memories) or set(memories) - {"fwpkm", "pkm"}:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {model!r}")
@@ -283,7 +284,7 @@ def make_config(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters outside of tables and sub-keys, and numbers in these."""
+    """How many parameters there are outside of tables and sub-keys, and how many numbers in these."""
     of_memory = [x for name, x in model.state_dict().items() if name.endswith((".keys", ".table.weight"))]
     others = [x for name, x in model.named_parameters() if not name.endswith((".keys", ".table.weight"))]
     return sum(x.numel() for x in others), sum(x.numel() for x in of_memory)
@@ -306,9 +307,9 @@ def make_model(config: FwPKMConfig, size: Size) -> FwPKMForCausalLM:
 
 @torch.no_grad()
 def _start(model: FwPKMForCausalLM) -> None:
-    """What `initializer_range` leaves alike is set apart: tokens outweigh what the first layers add to them.
+    """Enlarge embeddings and shrink what layers add, so that tokens outweigh what the first layers add to them.
 
-    A memory's queries see little of single tokens otherwise, and are slow to learn.
+    Otherwise a memory's queries would depend little on single tokens, and learn slowly.
     """
     nn.init.normal_(model.model.embed_tokens.weight)
     for name, weight in model.named_parameters():

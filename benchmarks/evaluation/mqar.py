@@ -3,12 +3,12 @@
 As in Zoology, arXiv 2312.04927: the first half of a row gives pairs of a key and its value, at drawn places between
 fillers; the second half has keys again, after each of which its value is to be predicted. With `overwrite` half of the
 keys are given twice, and the last value is right; how often the older one comes is measured beside it. Controls are
-keys that were never given: "right" for one of them is the value of some other key of the row, so that they show what
-comes of knowing which values a row has, and not whose they are. Chance is one of all values.
+keys that were never given: "right" for one of them is the value of some other key of the row, so that they show how
+often a model is right that only knows which values a row has. Chance is one of all values.
 
 Models are trained on short rows of all kinds and tested on longer ones too. Each row has memories of its own. Chunks of
-a memory are short here, since in a chunk all tokens are written at once: of two values of a key in one chunk neither is
-the last.
+a memory are short here, since all tokens of a chunk are written at once: if a key comes twice in one chunk, neither of
+its values is the last.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from benchmarks.evaluation.models import (
     size_options,
     split_name,
 )
-from benchmarks.evaluation.needles import clock, read, state_bytes
 from benchmarks.evaluation.options import Options, Phase
 from benchmarks.evaluation.records import append_lines, stamp
 from benchmarks.evaluation.train import Trainer, check_counts, check_device
+from benchmarks.evaluation.under_test import clock, read, state_bytes
 from fwpkm_kernels._commands import check_outputs, command, need
 
 # Of the 256 tokens, keys are the first, values follow, and the others are fillers.
 KEYS, VALUES = 160, 64
 CONTROLS = 16  #: in each row
-NONE = -100  #: where nothing is asked for: what a cross-entropy ignores
+NONE = -100  #: where nothing is asked for; a cross-entropy ignores it
 
 TRAINING_PAIRS = (4, 8, 16, 32)
 LENGTHS = (256, 1024, 4096)
@@ -84,13 +84,13 @@ class Recall(NamedTuple):
 
 
 def fits(length: int, pairs: int, overwrite: bool) -> bool:
-    """Whether rows can be so: pairs in one half, queries in the other, and keys that differ."""
+    """Whether such rows exist: pairs fit into one half, queries into the other, and all keys differ."""
     given = pairs + pairs // 2 * overwrite
     return 1 <= pairs <= min(KEYS, length // 2) - CONTROLS and 2 * given <= length // 2
 
 
 def make_rows(rows: int, length: int, pairs: int, overwrite: bool, rng: random.Random) -> Rows:
-    """Rows with so many different keys in each.
+    """Rows with `pairs` different keys in each.
 
     Raises:
         ValueError: they do not fit.
@@ -131,7 +131,7 @@ class MqarTrainer(Trainer):
     def __init__(self, options: Options, device: str = "cpu") -> None:
         super().__init__(options, None, device, size=SIZE)
         for module in self.model.modules():
-            if isinstance(module, ContextAttention):  # whose head start is for contexts of several tokens
+            if isinstance(module, ContextAttention):  # its head start is for contexts of several tokens
                 module.conv.weight.data[..., :-2] = 0.0
 
     def batch(self, part: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class MqarTrainer(Trainer):
         )
 
     def loss(self, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, a scalar with its graph, and its figures as of `Trainer.loss`, [4].
+        """The loss of a batch, a scalar with its graph, and the figures that `Trainer.loss` has, [4].
 
         Args:
             tokens: int64 [batch, length].
@@ -160,9 +160,9 @@ class MqarTrainer(Trainer):
 
 
 def make_options(model: str, seed: int, steps: int | None = None) -> Options:
-    """How a model is trained: those without a memory, whose steps are cheaper, in more of them.
+    """How a model is trained: without a memory steps are cheaper, and more of them are made.
 
-    Every row begins with keys that are not spread yet, so that the key step works in tests too.
+    Every row begins with keys that are not spread yet, so the key step works in tests too.
     """
     steps = steps or (120 if split_name(model)[1] else 500)
     return Options(model, "mqar", seed, plan=(Phase(256, 8, steps),), gate_price=0.0, test_memory={})
@@ -193,7 +193,7 @@ def count(predictions: Tensor, rows: Rows) -> list[int]:
 
 @torch.no_grad()
 def measure(model: Any, length: int, pairs: int, overwrite: bool, sequences: int, seed: int) -> Recall:
-    """What a model recalls in rows that it has not seen, each read in one call without a cache."""
+    """What a model recalls in rows that it was not trained on, each read in one call without a cache."""
     rng, counts, seconds = random.Random(f"test {seed} {length} {pairs} {overwrite}"), [0] * 7, 0.0
     for _ in range(sequences):
         rows = Rows(*(x.to(model.device) for x in make_rows(1, length, pairs, overwrite, rng)))
@@ -202,7 +202,7 @@ def measure(model: Any, length: int, pairs: int, overwrite: bool, sequences: int
         seconds += clock(model) - started
         counts = [x + y for x, y in zip(counts, count(predictions, rows), strict=True)]
     cache = new_cache(model)
-    for piece in rows.tokens[0].split(length - 1):  # a cache of a window keeps the whole of a piece till the next one
+    for piece in rows.tokens[0].split(length - 1):  # a window's cache keeps all of a piece until the next one comes
         read(model, piece, cache)
     return Recall(*counts, 1 / VALUES, round(seconds, 3), state_bytes(cache))
 

@@ -2,8 +2,8 @@
 
 A context of held-out text with needles that are evenly deep is read one or several times, and then asked for each
 needle. A question is asked of a copy of what was read, so that no question sees another, and its answer counts only if
-every digit is right by greedy decoding. The model is given the right digits as it goes: the largest of its predictions
-are right for all six exactly if greedy decoding finds them. Controls, asked for beside them, are needles that are
+every digit is right by greedy decoding. The model is given the right digits in one call: its likeliest predictions are
+all right exactly if greedy decoding finds all six digits. Controls, asked for beside them, are needles that are
 nowhere in the context: what is found of these is chance.
 """
 
@@ -12,7 +12,6 @@ import copy
 import random
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.options import Options
-from benchmarks.evaluation.records import Line, append_lines, latest, measured, stamp
+from benchmarks.evaluation.records import append_lines, latest, measured
 from benchmarks.evaluation.text import DIGITS, NEEDLE_LENGTH, Corpus, Needle, context, draw_needles
-from benchmarks.evaluation.train import check_device, corpus_of, load_model
+from benchmarks.evaluation.under_test import about, clock, load_trained, read, state_bytes
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
-
-PIECE = 512  #: bytes of a call while a context is read
 
 
 class Cell(NamedTuple):
@@ -41,33 +36,18 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found of the needles of one length, after so many readings."""
+    """What was found in contexts of one length, after this number of readings."""
 
     length: int
     readings: int
     found: int
     needles: int
-    digits: int  #: right, of all digits, where the model is given those before
+    digits: int  #: right predictions of digits, given the digits before
     controls_found: int
     control_digits: int
-    by_depth: list[int]  #: found of each of the equal parts of the contexts, from their beginning
-    seconds: float  #: of reading the contexts so often, once for all questions
-    state_bytes: int  #: what the model keeps of a context that was read so often
-
-
-def clock(model: Any) -> float:
-    """Seconds, once the model's device has done what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
-
-
-@torch.no_grad()
-def read(model: Any, data: torch.Tensor, cache: Any, progress: Callable[[int], object] = lambda count: None) -> None:
-    """Read bytes [T] into a cache."""
-    for piece in data.split(PIECE):
-        model(piece.unsqueeze(0), cache=cache, use_cache=True, logits_to_keep=1)
-        progress(len(piece))
+    by_depth: list[int]  #: found in each of the equal parts of the contexts, from their beginning
+    seconds: float  #: of this many readings of all contexts, without the questions
+    state_bytes: int  #: what the model keeps of a context after these readings
 
 
 @torch.no_grad()
@@ -83,7 +63,7 @@ def measure(
 ) -> Iterator[Found]:
     """What a model finds in contexts of one length, for each number of readings."""
     rng = random.Random(f"{seed} {cell.length}")
-    # Of each number of readings: the digits that are right, of needles and of controls, [2, contexts, needles].
+    # For each number of readings the count of right digits, of needles and of controls, [2, contexts, needles].
     digits = {x: torch.zeros(2, cell.contexts, cell.needles, dtype=torch.int64) for x in cell.readings}
     seconds, kept = dict.fromkeys(cell.readings, 0.0), dict.fromkeys(cell.readings, 0)
     for number in range(cell.contexts):
@@ -116,37 +96,11 @@ def measure(
         )
 
 
-def state_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a cache, those of memories with their tables.
-
-    A view counts for what it shows, as attention's window is one of all that a piece has brought; several of one
-    storage count for no more than it has.
-    """
-    views: dict[tuple[int, int], dict[tuple[Any, ...], int]] = {}
-
-    def visit(x: Any) -> None:
-        if isinstance(x, torch.Tensor):
-            storage = x.untyped_storage()
-            views.setdefault((storage.data_ptr(), storage.nbytes()), {})[x.data_ptr(), x.shape] = x.nbytes
-        elif isinstance(x, dict):
-            for y in x.values():
-                visit(y)
-        elif isinstance(x, (list, tuple)):
-            for y in x:
-                visit(y)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-        for session in getattr(getattr(layer, "memory", None), "sessions", ()):
-            visit([*session.state.named_tensors().values(), session.window])
-    return sum(min(size, sum(shown.values())) for (_, size), shown in views.items())
-
-
 CELLS = "4096:20x5,8192:10x10,32768:5x20,131072:2x20"
 
 
 def parse_cells(text: str, readings: tuple[int, ...]) -> list[Cell]:
-    """Cells from LENGTH:CONTEXTSxNEEDLES[:READINGS] with commas between, where READINGS is like 1/2."""
+    """Cells from LENGTH:CONTEXTSxNEEDLES[:READINGS] with commas between; READINGS are numbers like 1/2."""
     cells = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+):(\d+)x(\d+)(?::(\d+(?:/\d+)*))?", part.strip())
@@ -159,75 +113,6 @@ def parse_cells(text: str, readings: tuple[int, ...]) -> list[Cell]:
             raise CommandError(f"{needles} needles of {NEEDLE_LENGTH} bytes do not fit into {length}, got {part!r}")
         cells.append(Cell(length, contexts, needles, own))
     return cells
-
-
-WARM_UP = 2**17  #: bytes of the training text that a fresh memory reads before a test
-
-
-@torch.no_grad()
-def resize_memories(model: Any, num_keys: int, corpus: Corpus, seed: int) -> None:
-    """Put fresh memories with another number of sub-keys in the place of those of a model.
-
-    They first read some of the training text as in training, but without gradients: sub-keys that no key step has
-    spread yet are found unevenly.
-    """
-    torch.manual_seed(seed)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FastWeightProductKeyMemory):
-            model.set_submodule(name, module.resized(num_keys))
-    rng = random.Random(seed)
-    model.train()
-    for _ in range(WARM_UP // 4096):
-        start = rng.randrange(len(corpus.training) - 4096)
-        data = torch.tensor(list(corpus.training[start : start + 4096]), device=model.device)
-        model(data.unsqueeze(0), logits_to_keep=1)
-        advance_memory(model)
-    model.eval()
-
-
-def about(options: Options, state: dict[str, Any], corpus: Corpus, device: str, row: str | None) -> Line:
-    """What every line about a trained model says of it."""
-    log, origin = state["log"], state.get("origin", {})
-    last = log[-10:]
-    return {
-        "row": row or options.model,
-        "model": options.model,
-        "seed": options.seed,
-        "training_bytes": int(sum(step["tokens"] for step in log)),
-        "training_cpu_seconds": round(state["cpu_seconds"], 1),
-        **{f"training_{name}": origin.get(name) for name in ("id", "commit", "versions", "device")},
-        **{
-            f"training_{name}": round(sum(step[name] for step in last) / len(last), 4)
-            for name in ("digits_right", "gate")
-        },
-        "text": corpus.fingerprint,
-        "held_out": sorted(corpus.held_out),
-        "size_options": state.get("size_options"),
-        **stamp(options, device),
-    }
-
-
-def load_trained(
-    folder: Path, device: str, files: Sequence[Path] | None = None, num_keys: int | None = None
-) -> tuple[Any, Options, dict[str, Any], Corpus]:
-    """A model as it is tested, its options and checkpoint, and the text, which must be that of its training.
-
-    With `num_keys` its memories are fresh ones with so many sub-keys.
-    """
-    check_device(device)
-    model, options, state = load_model(folder, device)
-    corpus = corpus_of(files)
-    if state["corpus"] != corpus.fingerprint:
-        raise CommandError(
-            f"{folder} was trained on another text: --text names a user's own, and each version of Python has its own"
-        )
-    if state["step"] < options.steps:
-        raise CommandError(f"{folder} has {state['step']} of {options.steps} steps: finish its training first")
-    if num_keys is not None:
-        resize_memories(model, num_keys, corpus, options.seed)
-    for memory in memories_of(model):
-        memory.options = memory.options._replace(**options.test_memory)
-    return model, options, state, corpus
 
 
 @command("needles")

@@ -30,26 +30,26 @@ class Options:
     seed: int = 0
     #: phases, one after the other
     plan: tuple[Phase, ...] = (Phase(512, 2, 120), Phase(4096, 1, 90))
-    #: parts of a batch, one after the other in each step
+    #: how many parts a step's batch has, which are computed one after the other
     accumulate: int = 1
     lr: float = 3e-3
-    final_lr: float = 0.1  #: of `lr`, where the cosine ends
+    final_lr: float = 0.1  #: where the cosine ends, over `lr`
     warmup: int = 30  #: steps
-    #: of tables that are trained, over `lr`: few tokens reach a row (`fwpkm_kernels.layers.parameter_groups`)
+    #: the learning rate of trained tables, over `lr`: few tokens reach a row (`fwpkm_kernels.layers.parameter_groups`)
     table_lr: float = 5.0
     weight_decay: float = 0.1
-    clip: float = 1.0  #: the gradient's norm
-    answer_weight: float = 1.0  #: of the loss of digits that are asked for
+    clip: float = 1.0  #: the largest norm of a gradient
+    answer_weight: float = 1.0  #: the weight of the loss of digits that are asked for
     gate_price: float = 0.3
     needles: int = 6  #: for each 1024 bytes of a row, up to `most_needles`
     most_needles: int = 8
     questions: int = 2  #: for each needle
-    distance: int = 256 + NEEDLE_LENGTH  #: bytes at least from a needle to a question
+    distance: int = 256 + NEEDLE_LENGTH  #: the least number of bytes from a needle to a question
     dtype: str = "float32"  #: of autocast
     memory_layers: tuple[int, ...] = ()  #: other than the size's
     #: options of the fast-weight memories, other than the size's
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: those that change when the model is tested: the key step then rests, as what it moves is not found again
+    #: those that change when the model is tested: without the key step, after which tokens would not be found again
     test_memory: dict[str, Any] = dataclasses.field(default_factory=lambda: {"addressing_weight": 0.0})
 
     @property
@@ -58,7 +58,7 @@ class Options:
 
     @property
     def bytes(self) -> int:
-        """That one rank trains on."""
+        """How many bytes one rank trains on."""
         return self.accumulate * sum(phase.length * phase.batch * phase.steps for phase in self.plan)
 
     def phase(self, step: int) -> Phase:
@@ -69,7 +69,7 @@ class Options:
         raise IndexError(step)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, over `lr`: a line up, then a cosine."""
+        """The learning rate of a step, over `lr`: a linear warmup, then a cosine."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return min(1.0, (step + 1) / max(1, self.warmup)) * (self.final_lr + (1 - self.final_lr) * cosine)
 
@@ -85,14 +85,14 @@ def size_of(options: Options) -> Size:
 
 
 def build(options: Options, size: Size | None = None) -> Any:
-    """The model, untrained; of another size than the options say, if one is given."""
+    """The untrained model; of `size` in place of the options' own if it is given."""
     size = size or size_of(options)
     size = dataclasses.replace(size, memory_layers=options.memory_layers or size.memory_layers)
     return make_model(make_config(options.model, size, options.memory, options.gate_price), size)
 
 
 def default_options(model: str, size: str, seed: int = 0) -> Options:
-    """As models of a size are trained."""
+    """The options with which models of a size are trained."""
     return options_of({"model": model, "size": size, "seed": seed, "plan": Options.plan, **SIZES[size].training})
 
 
@@ -159,7 +159,7 @@ def _parse_any(text: str) -> Any:
 
 
 def shrunk(options: Options, steps: int) -> tuple[Options, Size]:
-    """The same model with small tables, for steps of one row, a chunk and a quarter long: a CPU can try that."""
+    """The same model with small tables, and steps of one row of 1¼ chunks, so that a CPU can try them."""
     size = size_of(options)
     memory = options.memory | {"num_keys": 32}
     chunk = (defaults(FastWeightProductKeyMemory) | size.memory | memory)["chunk_size"]

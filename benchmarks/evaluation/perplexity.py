@@ -1,8 +1,8 @@
 """Bits per byte of held-out text by position, with the memory as it is, off, and reset.
 
 The held-out documents follow each other in a drawn order, and a model reads them as one stream. "on": the memory is
-written throughout. "off": it is read and never written, lr = 0. "reset every 4K" and "reset each document": it begins
-anew, as training left it, so that only what is older than that is missing. A document's bits are compared with its own
+written throughout. "off": it is read and never written, lr = 0. "reset every 4K" and "reset each document": there it
+begins anew, as training left it, so that it lacks only what is older. A document's bits are compared with its own bits
 under another treatment of the memory, at the same place in the stream, so that documents need not be alike.
 """
 
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.evaluation.models import memories_of, new_cache
-from benchmarks.evaluation.needles import PIECE, about, clock, load_trained
 from benchmarks.evaluation.records import Line, append_lines, latest, mean_saved, measured
 from benchmarks.evaluation.text import Corpus
+from benchmarks.evaluation.under_test import PIECE, about, clock, load_trained
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need
 from fwpkm_kernels.integrations.cache import MemoryCacheLayer
@@ -52,7 +52,7 @@ def reset_memories(cache: Any) -> None:
         layer.memory.columns = columns  # the model refuses a memory that has read less than attention
         for session, (window, place) in zip(layer.memory.sessions, windows, strict=True):
             if window is not None:
-                session.window = window.roll(-place, dims=1)  # what came before the chunk that begins now stands first
+                session.window = window.roll(-place, dims=1)  # a chunk begins now, so what came before it stands first
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from typing import Any
 from benchmarks.evaluation.records import Line, Recall, names_of, show_bucket, show_length, summary, tested
 from benchmarks.files import new_figure, save_figure
 
-#: The files; none is written without data for it.
+#: The files of plots. A plot without data is not written.
 FILES = ("recall.png", "loss.png", "perplexity.png", "num_keys.png")
 
 
 def _draw_recalls(axes: Any, recalls: dict[int, Recall], label: str, number: int) -> None:
-    """A line of shares over lengths or sizes, with their intervals as bars, in the colour of a number."""
+    """A line of shares over lengths or sizes, with their intervals as bars, in the colour of this number."""
     x = sorted(recalls)
     shares = [recalls[at].share for at in x]
     bars = [

@@ -1,4 +1,4 @@
-"""Lines of results: what each says of where it comes from, how they are read back, added up, and shown as tables."""
+"""Lines of results: what each says of its origin, how lines are read back, added up, and shown as tables."""
 
 import contextlib
 import dataclasses
@@ -14,15 +14,15 @@ import transformers
 from fwpkm_kernels import env_report
 from fwpkm_kernels._commands import Lines
 
-#: The share of needles that a model finds at its shortest length, after some number of readings, if it has learnt the
-#: task. What others find at greater lengths says nothing about length.
+#: A model has learnt the task if it finds this share of the needles at its shortest length, after any number of
+#: readings. What other models find at greater lengths says nothing about length.
 LEARNT = 0.1
 
 Line = dict[str, Any]
 
 
 def stamp(options: Any = None, device: str = "cpu") -> Line:
-    """What every line says: options (a dataclass, or None), commit, versions, device and threads."""
+    """The origin that every line names: options (a dataclass, or None), commit, versions, device and threads."""
     report = env_report.collect()
     named = {"torch": report["torch"]["version"], "transformers": transformers.__version__}
     return {
@@ -35,7 +35,7 @@ def stamp(options: Any = None, device: str = "cpu") -> Line:
 
 
 def append_lines(path: str | Path, lines: Iterable[Line]) -> None:
-    """Append each as it comes, behind the end of a line that a killed program has left unfinished.
+    """Append each as it comes. If a killed program has left an unfinished line, that line is ended first.
 
     Raises:
         ValueError: a number is not finite, for which JSON has no name.
@@ -61,10 +61,10 @@ def wilson(found: int, needles: int) -> tuple[float, float]:
 
 
 def mean_saved(documents: Iterable[tuple[float, int]]) -> tuple[float, float | None]:
-    """Bits per byte that are saved, of each document's bits saved and bytes; and the standard error over documents.
+    """The bits saved per byte, from each document's saved bits and bytes, and the standard error over documents.
 
-    Documents count by their bytes. The error is that of a ratio of sums over documents; None for a single one, which
-    says nothing of others.
+    Documents count by their bytes. The error is that of a ratio of sums over documents; None for a single document,
+    which says nothing about others.
     """
     saved, sizes = zip(*documents, strict=True)
     total, count = sum(sizes), len(sizes)
@@ -74,7 +74,7 @@ def mean_saved(documents: Iterable[tuple[float, int]]) -> tuple[float, float | N
 
 
 class Tested(NamedTuple):
-    """A line of the tables: models trained alike but for their seeds, and tested over a memory of one size."""
+    """A row of the tables: models that differ only in their seeds, and are tested with memories of one size."""
 
     row: str
     num_keys: int | None  #: of the memory tested; None without one
@@ -89,7 +89,7 @@ def tested(line: Line) -> Tested:
 
 
 def names_of(rows: Iterable[Tested]) -> dict[Tested, str]:
-    """What tables and plots call them: rows of one name are told apart by the options that differ."""
+    """The names in tables and plots: rows of one name are told apart by the options that differ."""
     alike: dict[str, dict[Tested, Line]] = {}
     for row in rows:
         alike.setdefault(row.row, {})[row] = {**json.loads(row.options), "text": row.text}
@@ -103,27 +103,27 @@ def names_of(rows: Iterable[Tested]) -> dict[Tested, str]:
     return names
 
 
-#: What tells the cells of one model from each other.
+#: The fields by which the cells of one model differ.
 CELL = ("test_seed", "length", "readings", "treatment", "over", "low", "high", "pairs", "overwrite")
-#: What else a cell was measured of: a line with another is measured again.
+#: What else a result depends on: a cell whose line has another of these is measured again.
 SOURCE = ("training_id", "contexts", "needles", "orders")
 
 
 def cell_key(line: Line) -> tuple[Any, ...]:
-    """The place of a line in the tables, which a later line takes; what older lines do not say is None."""
+    """The place of a line in the tables, which a later line takes over. Fields that older lines lack are None."""
     return (*tested(line), line["seed"], *map(line.get, CELL))
 
 
 def measured(line: Line) -> tuple[Any, ...]:
-    """What exactly a line was measured of: a known line with the same is as good as another measurement."""
+    """All that a result depends on: a cell whose line has the same is not measured again."""
     return (*cell_key(line), *map(line.get, SOURCE))
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """One line of each cell, the last.
+    """The last line of each cell.
 
-    Nor is there any of a training after which the model was trained anew; and of perplexity only those of the last
-    orders of the documents, since what is compared must be of one text.
+    Lines of a training are left out if the model has been trained anew since. Lines of perplexity are left out if their
+    number of orders is not the last one's, since lines that are compared must be of one text.
     """
     lines = list(lines)
 
@@ -138,14 +138,14 @@ def latest(lines: Iterable[Line]) -> list[Line]:
 
 
 class Recall(NamedTuple):
-    """What the models of one `Tested` found at one length after so many readings, all seeds together."""
+    """What the models of one `Tested` found at one length, after this number of readings, over all seeds."""
 
     shares: dict[int, float]  #: found with each seed
     found: int
     needles: int
     digits: int
     controls_found: int
-    seconds: float  #: of reading a context so often, the mean
+    seconds: float  #: of this many readings of a context, the mean
     state_bytes: int
 
     @property
@@ -158,7 +158,7 @@ class Recall(NamedTuple):
 
 
 def summary(lines: Sequence[Line]) -> dict[Tested, dict[tuple[int, int], Recall]]:
-    """Of each row of the tables, by length and readings, the sums over seeds."""
+    """The sums over seeds for each row of the tables, by length and readings."""
     cells: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
         cells.setdefault((tested(line), line["length"], line["readings"]), []).append(line)
@@ -188,7 +188,7 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        """A heading and a table in Markdown, with columns that are as wide as their cells, to be read as they are."""
+        """A heading and a table in Markdown, whose columns are padded so that it can be read as plain text."""
         widths = [max(3, *map(len, column)) for column in zip(self.header, *self.lines, strict=True)]
         rows = [self.header, ["-" * width for width in widths], *self.lines]
         shown = (" | ".join(map(str.ljust, row, widths)) for row in rows)
@@ -219,7 +219,7 @@ def recall_table(lines: Sequence[Line], title: str) -> Table:
 
 
 def _mean(lines: Iterable[Line], name: str) -> float:
-    """Over seeds, of what each line says of its training."""
+    """The mean over seeds of a field that says how a model was trained."""
     by_seed = {line["seed"]: line[name] for line in lines}
     return sum(by_seed.values()) / len(by_seed)
 
@@ -258,7 +258,7 @@ def cost_table(lines: Sequence[Line]) -> Table:
 
 
 def _gain(bits: float, error: float | None) -> str:
-    """Bits per byte with their standard error; what older files had for none was infinite."""
+    """Bits per byte with their standard error. Older files have an infinite error where there is none."""
     return f"{bits:.4f} ± {'?' if error is None or math.isinf(error) else f'{error:.4f}'}"
 
 
@@ -287,7 +287,7 @@ def perplexity_table(lines: Sequence[Line]) -> Table:
     return Table("Bits per byte by position in the text", header, shown)
 
 
-#: Models of which the first has what the second has, and one memory more.
+#: Pairs of models: the first has what the second has, and one memory more.
 PAIRS = (
     ("swa+fwpkm", "swa"),
     ("swa+pkm", "swa"),

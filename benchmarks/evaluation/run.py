@@ -43,13 +43,13 @@ from benchmarks.evaluation.records import (
 from benchmarks.files import read_lines
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, one_line, try_all, write_output
 
-STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest first, so that workers end together
+STORY = ("full", "swa+fwpkm")  #: the models without --full; the slowest begins first, so that workers end together
 HEADLINE = "swa+fwpkm"  #: the model of three seeds and of the ablations
 MEASURES = ("needles", "perplexity", "mqar")
-ORDER = ("needles", "train", "perplexity", "mqar")  #: what begins first of what can: needles last longest, and say most
+ORDER = ("needles", "train", "perplexity", "mqar")  #: in which jobs begin that can: needles last longest, and say most
 RESULTS = ("needles", "ablations", "perplexity", "mqar")  #: files of lines
-#: Full attention reads 128K in minutes, and what it has read twice costs four times as much: of long contexts it gets
-#: one reading, and in perplexity one order of the documents.
+#: Full attention takes minutes to read 128K, and four times as long for two readings. So it reads long contexts once,
+#: and in perplexity the documents in one order.
 FULL_CELLS = "4096:20x5:1/2,8192:10x10:1/2,32768:5x20:1,131072:2x20:1"
 FULL_ORDERS = 1
 
@@ -82,12 +82,12 @@ class Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is common to all runs."""
+    """What all runs have in common."""
 
     out: Path
     device: str = "cpu"
     measures: tuple[str, ...] = MEASURES
-    changes: tuple[str, ...] = ()  #: of the training's options, NAME=VALUE
+    changes: tuple[str, ...] = ()  #: to the training's options, NAME=VALUE
     size: str = "miniature"
     cells: str | None = None
     readings: str | None = None
@@ -141,7 +141,7 @@ class Plan(NamedTuple):
 def chains_of(
     plan: Plan, models: Sequence[str], seeds: dict[str, Sequence[int]], rows: Sequence[str]
 ) -> list[list[Job]]:
-    """The jobs of each run in their order; a run's jobs that several rows have in common stand there once."""
+    """The jobs of each run in their order; a job that several rows have in common is there once."""
     lists = [plan.model(model, seed) for model in models for seed in seeds[model]]
     lists += [plan.ablation(row, ABLATIONS[row]) for row in rows]
     runs: dict[str, dict[Job, None]] = {}
@@ -161,11 +161,11 @@ def has_recall(job: Job) -> bool:
 
 
 def execute(job: Job, children: list[subprocess.Popen[bytes]]) -> str | None:
-    """Run a job in a process of its own, one more of `children`; the last line that it printed if it failed."""
+    """Run a job in a process of its own, which joins `children`; if it fails, return the last line that it printed."""
     folder = job.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     arguments, unfinished = job.arguments, job.output.with_suffix(".running")
-    if job.name == "mqar":  # trains as well, and so has no use for a part of its lines
+    if job.name == "mqar":  # it trains its model anew, and cannot go on from a part of its lines
         if has_recall(job):
             return None
         unfinished.unlink(missing_ok=True)
@@ -185,12 +185,12 @@ def execute(job: Job, children: list[subprocess.Popen[bytes]]) -> str | None:
 
 @contextlib.contextmanager
 def ending_children() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A list of processes that are told to end where this one is; an interruption is told to all by the terminal."""
+    """A list of processes that are ended when this one gets SIGTERM; SIGINT reaches them from the terminal."""
     children: list[subprocess.Popen[bytes]] = []
 
     def end(number: int, frame: Any) -> None:
         for child in children:
-            child.send_signal(number)  # nothing to one that has ended
+            child.send_signal(number)  # does nothing to a child that has ended
         for process in multiprocessing.active_children():
             process.terminate()
         sys.exit(128 + number)
@@ -209,10 +209,10 @@ def run_all(
     tell: Callable[[str], object],
     deadline: float = math.inf,
 ) -> tuple[list[str], list[str]]:
-    """Run the jobs of all chains, some at a time: what failed, and why, and what had not begun at the deadline.
+    """Run the jobs of all chains, `workers` at a time; return the failures, and what had not begun at the deadline.
 
-    What needs a training waits for it, and is not run where that failed. Jobs of one run and name, which write to one
-    file, follow each other. Which one begins of those that can, `ORDER` says.
+    A job that needs a training waits for it, and is left out if the training fails. Jobs of one run and name write to
+    one file, so they run one after the other. Of the jobs that can begin, the first in `ORDER` does.
 
     Args:
         deadline: of `time.monotonic`.
@@ -261,7 +261,7 @@ def choose(device: str, minutes: float, models: Sequence[str]) -> Options:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process that ends then, and leaves a GPU as it was."""
+    """Call it in a process of its own, whose end frees its memory on a GPU."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
@@ -282,10 +282,10 @@ def read_checkpoints(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def options_there(out: Path) -> Options | None:
-    """Options of a model that was trained before, if there is one, whose size and plan the others must have."""
+    """Options of a model that was trained before, if there is one: the others must have its size and plan."""
     for run, state in read_checkpoints(out)[0].items():
         options = options_of(state["options"])
-        if run == f"{options.model}-{options.seed}":  # and not of an ablation
+        if run == f"{options.model}-{options.seed}":  # an ablation's folder has a longer name
             return options
     return None
 
@@ -311,7 +311,7 @@ def tables_of(lines: dict[str, list[Line]]) -> list[Table]:
 
 
 def origins(lines: Sequence[Line]) -> str:
-    """On which machines and with which versions lines were measured, and at which commits."""
+    """The machines, versions and commits with which lines were measured."""
     commits: dict[str, dict[str, None]] = {}
     for line in lines:
         if "commit" in line:
@@ -322,7 +322,7 @@ def origins(lines: Sequence[Line]) -> str:
 
 
 def report(out: Path, notes: Sequence[str] = ()) -> str:
-    """Write lines, tables and plots of all runs that lie below a folder; the tables, and notes below, as text."""
+    """Write lines, tables and plots of all runs below a folder; return the tables with notes below as text."""
     lines = collect(out)
     for name, mine in lines.items():
         if mine:
@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 run = functools.partial(execute, children=children)
                 failures, left_out = run_all(chains, workers, run, tell, deadline)
-        finally:  # an interrupted evaluation has results too
+        finally:  # an interrupted evaluation reports what it has
             for failure in failures:
                 print(f"failed: {one_line(failure)}", file=sys.stderr)
             notes = [f"Left out, as {given.minutes:g} minutes were over: {', '.join(left_out)}."] if left_out else []

@@ -25,8 +25,8 @@ from torch import Tensor
 DIGITS = 6  #: of a code
 SENTENCE = "\nthe access code of {} is {}.\n"
 HELD_OUT_BYTES = 150_000
-RUN = 12  #: words in a row that held-out text shares with no other
-#: Folders of the standard library whose docstrings are no prose, or that not every Python has.
+RUN = 12  #: held-out text shares no run of this many words with other text
+#: Folders of the standard library whose docstrings are no prose, or which some Pythons lack.
 SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data", "encodings"}
 )
@@ -41,7 +41,7 @@ class Corpus(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of all the text: other versions of Python have another."""
+        """A checksum of all the text, which differs between versions of Python."""
         return f"{zlib.crc32(self.training + b''.join(self.held_out.values())):08x}"
 
     def check_length(self, length: int) -> None:
@@ -104,7 +104,7 @@ def _docstrings() -> list[str]:
 
 
 def read_files(paths: Iterable[Path]) -> Corpus:
-    """Text files of the user's own: the last of them and every tenth before it is held out, of one file its last tenth.
+    """Text files of the user's own: the last and every tenth before it are held out; of a single file, its last tenth.
 
     Raises:
         ValueError: there are no files, or empty ones.
@@ -142,7 +142,7 @@ NEEDLE_LENGTH = len(Needle("a" * 6, "0" * DIGITS).sentence)
 
 
 def draw_needle(rng: random.Random, *, is_test: bool) -> Needle:
-    """A needle whose name is of the names for tests, or of the others."""
+    """A needle whose name is one of those for tests, or one of the others."""
     while True:
         name = "".join(rng.choice(letters) for letters in ("bdfgklmnprstvz", "aeiou") * 3)
         if (zlib.crc32(name.encode()) % 4 == 0) == is_test:

@@ -1,11 +1,11 @@
 """Train one model on text with needles: ``python -m benchmarks.evaluation.train runs/swa+fwpkm-0 --model swa+fwpkm``.
 
 Each row of a batch is text with needles that are asked for later. The loss is the cross-entropy of all bytes, plus that
-of the digits that are asked for, plus the gates' mean at a price. What a step trains on follows from seed, step, rank
+of the digits that are asked for, plus the gates' mean at a price. What a step trains on depends on seed, step, rank
 and number of the part alone, so that a run goes on from its checkpoint as if it had never stopped. Under ``torchrun``
 ranks train together.
 
-FOLDER gets ``checkpoint.pt``, every now and then and when the run is told to end, and at the end ``loss.png``.
+FOLDER gets ``checkpoint.pt`` at intervals and when the run is told to end, and ``loss.png`` at the end.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CHECKPOINT, PLOT = "checkpoint.pt", "loss.png"
 
 
 class Trainer:
-    """A model, its optimizer, and how far they are."""
+    """A model, its optimizer, and the step that they have reached."""
 
     def __init__(self, options: Options, corpus: Corpus, device: str = "cpu", *, size: Size | None = None) -> None:
         size = size or size_of(options)
@@ -60,7 +60,7 @@ class Trainer:
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0  #: of training, on the clock and of the processors
         self.log: list[dict[str, float]] = []  #: a line for each step
-        self.origin: dict[str, Any] = {}  #: where the training began, see `origin`
+        self.origin: dict[str, Any] = {}  #: see `origin`
 
     @property
     def is_done(self) -> bool:
@@ -74,7 +74,7 @@ class Trainer:
         return int(x)
 
     def batch(self, part: int) -> tuple[Tensor, Tensor]:
-        """What a part of this step trains on: bytes [batch, length + 1], and which of them are asked for."""
+        """The data of a part of this step: bytes [batch, length + 1], and which of them are asked for."""
         o, phase = self.options, self.options.phase(self.step)
         rng = random.Random(f"{o.seed} {self.step} {self.rank} {part}")
         needles = max(2, min(o.most_needles, o.needles * phase.length // 1024))
@@ -102,7 +102,7 @@ class Trainer:
             advance_memory(self.model)
             sums += figures / o.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
-        if not norm.isfinite():  # nor is it where the loss is not, on any rank
+        if not norm.isfinite():  # a loss that is not finite, on any rank, shows here too
             bits = sums[0].item()
             raise FloatingPointError(
                 f"the gradient of step {self.step + 1} has norm {norm.item()}, at {bits} bits a byte"
@@ -126,9 +126,9 @@ class Trainer:
         return line
 
     def loss(self, x: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, a scalar with its graph, and what the log says of it, [4] without one.
+        """The loss of a batch, a scalar with its graph, and its figures for the log, [4], without a graph.
 
-        That is the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
+        The figures are the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
 
         Args:
             x: bytes, int64 [batch, length + 1].
@@ -164,7 +164,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another run was.
+        """Go on from where another run was.
 
         Raises:
             ValueError: it had other options, another size, another text or another number of ranks.
@@ -182,7 +182,7 @@ class Trainer:
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint, whole, so that a run that is killed has the one before; one rank does it for all."""
+        """Write the checkpoint, or leave the one before if the run is killed meanwhile; one rank does it for all."""
         if self.rank > 0:
             return
         torch.save(self.state_dict(), data := io.BytesIO())
@@ -190,7 +190,7 @@ class Trainer:
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """What a checkpoint says of its training, however often that goes on: a number of its own, and where it began."""
+    """The origin of a training, which it keeps when it goes on from a checkpoint: a random id, and where it began."""
     return {"id": secrets.token_hex(8), **stamp(device=str(device))}
 
 
@@ -220,9 +220,9 @@ def peak_memory(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def told_to_end() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM go into the list that it gives, so that a run can save before it ends.
+    """Put the first SIGINT or SIGTERM into the list that this gives, so that a run can save before it ends.
 
-    Only the first does: from then on they do what they did before, and a second one ends the process at once.
+    After that both have their former handlers again, so that a second signal ends the process at once.
     """
     received: list[int] = []
 
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     check_counts(threads=arguments.threads, dry_run=arguments.dry_run)
     folder = arguments.folder
-    if os.environ.get("RANK", "0") == "0":  # ranks that try a new file together would meet each other's
+    if os.environ.get("RANK", "0") == "0":  # ranks that try the same new file together would fail
         make_folder(folder, CHECKPOINT, PLOT)
     for module in ("tqdm", "matplotlib.figure"):
         need(module, "evaluation")

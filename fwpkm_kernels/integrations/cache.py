@@ -1,4 +1,4 @@
-"""A memory's layer in the caches of transformers, and of fla, whose cache is one of them: behind the model's own."""
+"""The layer that a cache of transformers keeps for a memory; fla's cache is one of transformers' caches."""
 
 import weakref
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class MemoryCacheLayer(CacheLayerMixin):
     """What a `Cache` keeps for a FastWeightProductKeyMemory: a memory of its own for each row.
 
     It stands in ``cache.layers`` behind the layers of the model, so that attention and a memory can be in one decoder
-    layer, and the cache's `reset`, `reorder_cache`, `crop` and so on reach it. A deep copy of a cache, which is how a
-    prompt is read once and continued many times, is of the same layer.
+    layer, and the cache's `reset`, `reorder_cache`, `crop` and so on reach it. A deep copy of a cache goes with the
+    same layer, so that a prompt can be read once and continued many times.
     """
 
     # A static cache with one layer that is not compileable would lose its mask when single tokens are decoded.
@@ -30,7 +30,7 @@ class MemoryCacheLayer(CacheLayerMixin):
         super().__init__()
         self._layer = weakref.ref(layer)
         self.memory: StreamedMemory | None = None
-        self.refusal: str | None = None  #: why the memory cannot go on from what was read
+        self.refusal: str | None = None  #: why later calls cannot go on: tokens were read without the memory
         self.record_past = False
 
     def __reduce__(self) -> Any:
@@ -47,7 +47,7 @@ class MemoryCacheLayer(CacheLayerMixin):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no token was read yet, in a way that can be continued or not."""
+        """Whether no token has been read yet, with the memory or without it."""
         return self.refusal is None and self.get_seq_length() == 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -81,7 +81,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.memory = self.memory.to(device)
 
     def reset(self) -> None:
-        self.refusal = self.memory = None  # the next begins with the Parameters as they are then
+        self.refusal = self.memory = None  # the next call begins with the Parameters as they are then
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.memory is not None:
@@ -97,17 +97,17 @@ class MemoryCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back columns: the last ``-tokens_to_remove``, or, for a positive number, all beyond so many.
 
-        None of them may be padding, which is on the left where there is any.
+        None of them may be padding, so padding must be on the left.
 
         Raises:
-            ValueError: they are not all in the present chunk of every row, as what came before it is written; nor was
-                the past recorded so far.
+            ValueError: some come before the present chunk of a row, whose memory has been written since, and no past
+                was recorded that reaches so far.
         """
         if self.memory is not None:
             kept = tokens_to_remove if tokens_to_remove > 0 else self.memory.columns + tokens_to_remove
             self.memory.rollback(max(self.memory.columns - kept, 0))
 
-    # fla's own Cache reorders and crops what its layers hold through these.
+    # fla's own Cache calls these to reorder and crop what its layers hold.
 
     def _map_state(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.memory is not None:
@@ -118,7 +118,7 @@ class MemoryCacheLayer(CacheLayerMixin):
 
 
 def cache_among(*arguments: Any) -> Cache | None:
-    """The cache that a call was given: models have several names for it, and some give it by position."""
+    """The cache among a call's arguments: models have several names for it, and some pass it by position."""
     return next((x for x in arguments if isinstance(x, Cache)), None)
 
 
@@ -133,7 +133,7 @@ def find_or_append(cache: Cache, layer: FastWeightProductKeyMemory) -> MemoryCac
     entry = find(cache, layer)
     if entry is None:
         if (kind := cache.layer_class_to_replicate) is not None:
-            # Such a cache makes its layers when they are first used, and looks for them by index.
+            # Such a cache makes its layers when they are first used, and finds them by index: the model's come first.
             layers = getattr(layer, "num_hidden_layers", None)
             if layers is None:
                 raise ValueError(
@@ -148,11 +148,11 @@ def find_or_append(cache: Cache, layer: FastWeightProductKeyMemory) -> MemoryCac
 
 
 def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> StreamedMemory:
-    """The memory that a cache keeps for a layer, which is a new one where it keeps none yet.
+    """The memory that a cache keeps for a layer; a new one where it keeps none yet.
 
     Raises:
         ValueError: the cache was built without a config and nothing says how many layers the model has; its memory has
-            another number of rows; or what `refuse_continuation` was told.
+            another dtype or number of rows; or `refuse_continuation` was called.
     """
     entry = find_or_append(cache, layer)
     if entry.refusal is not None:
@@ -176,6 +176,6 @@ def is_fresh(cache: Cache, layer: FastWeightProductKeyMemory) -> bool:
 
 
 def refuse_continuation(cache: Cache, layer: FastWeightProductKeyMemory, refusal: str) -> None:
-    """Note in a cache that a layer read tokens without it, and with what error to refuse to go on from there."""
+    """Note in a cache that a layer has read tokens without it, so that calls which would go on raise `refusal`."""
     entry = find_or_append(cache, layer)
     entry.refusal, entry.memory = refusal, None

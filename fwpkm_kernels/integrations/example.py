@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._commands import check_outputs, command, need, one_line, write_output
-from ..demo import default_text
+from ..demo.stream import default_text
 from ..layers import parameter_groups
 
 LENGTH, BATCH = 256, 4  #: bytes of a row, rows of a step

@@ -29,7 +29,7 @@ class FLAMixer(nn.Module):
         output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Any]:
-        """The layer's output, None for attentions that it has not, and the cache.
+        """The layer's output, None in place of attentions, and the cache.
 
         Args:
             hidden_states: [B, T, d].

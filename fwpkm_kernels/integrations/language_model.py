@@ -1,4 +1,4 @@
-"""A language model with memories of both kinds, of transformers' parts."""
+"""A language model with memories of both kinds, built of transformers' parts."""
 
 from dataclasses import field
 from typing import Any
@@ -41,9 +41,9 @@ class FwPKMConfig(Qwen3Config):
         memory: its options, by name.
         pkm_layers: layers with a ProductKeyMemory in place of the MLP.
         pkm: its options, by name.
-        share_pkm_table: whether these have one table of values together.
-        gate_price: the loss gains so much for each unit of the gates' mean over memories; 0 is the published model. It
-            needs labels in the call, which a Trainer with `label_smoothing_factor` takes out.
+        share_pkm_table: whether the ProductKeyMemories share one table of values.
+        gate_price: what the loss gains for each unit of the mean gate over all memories; 0 in the published model. The
+            call needs labels for it, which a Trainer with `label_smoothing_factor` takes out.
 
     Raises:
         ValueError: naming the field.
@@ -66,7 +66,7 @@ class FwPKMConfig(Qwen3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.use_sliding_window and self.layer_types is None:
             raise ValueError("`layer_types` must say which layers have a window, got None with `use_sliding_window`")
-        # Qwen3Config has no window otherwise.
+        # Without this Qwen3Config drops the window.
         self.use_sliding_window = "sliding_attention" in (self.layer_types or ())
         self.memory, self.pkm = plain(self.memory), plain(self.pkm)
         super().__post_init__(**kwargs)
@@ -133,7 +133,7 @@ class _GatedDeltaNet(Qwen3NextGatedDeltaNet):
 
 
 class FwPKMBlock(MemoryBlock, Qwen3DecoderLayer):
-    """A decoder layer of FwPKMModel; `table` is a table of values that its ProductKeyMemory shares."""
+    """A decoder layer of FwPKMModel, whose ProductKeyMemory uses `table` if one is given."""
 
     forward = with_signature(MemoryBlock.forward, Qwen3DecoderLayer.forward)
 
@@ -154,7 +154,8 @@ class FwPKMPreTrainedModel(Qwen3PreTrainedModel):
     _no_split_modules = ["FwPKMBlock"]  # noqa: RUF012  transformers declares it so
 
     def _init_weights(self, module: nn.Module) -> None:
-        # A layer comes after what is in it. What was loaded is left alone by torch.nn.init under transformers' guard.
+        # A layer is initialised after the modules in it. Under transformers' guard torch.nn.init changes no loaded
+        # weight.
         if isinstance(module, (FastWeightProductKeyMemory, ProductKeyMemory)):
             module.reset_parameters()
         elif not isinstance(module, ValueTable):
@@ -168,7 +169,7 @@ class FwPKMModel(MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
     """Qwen3Model with other decoder layers."""
 
     def __init__(self, config: FwPKMConfig) -> None:
-        super(Qwen3Model, self).__init__(config)  # of any model: Qwen3Model's own would make its decoder layers
+        super(Qwen3Model, self).__init__(config)  # Qwen3Model's own would make its decoder layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         tables: list[Any] = []
@@ -214,8 +215,8 @@ class FwPKMForCausalLM(MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it once this module has been imported.
 
-    It takes ``output_gate_means=True``, and is used, with caches, padding and packed sequences, as is said of
-    `add_memory`. Gated DeltaNets need fla to separate packed sequences.
+    It takes ``output_gate_means=True``, and caches, padding and packed sequences as `add_memory` describes them. Gated
+    DeltaNets need fla to separate packed sequences.
     """
 
     forward = with_signature(MemoryHead.forward, Qwen3ForCausalLM.forward)
@@ -234,10 +235,10 @@ class FwPKMForCausalLM(MemoryHead, FwPKMPreTrainedModel, Qwen3ForCausalLM):
         self.model = FwPKMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = "linear_attention" in (config.layer_types or ())  # whose states cannot be taken back
+        self._is_stateful = "linear_attention" in (config.layer_types or ())  # its states cannot be taken back
         self.post_init()
 
 
-# The last of several copies of this module, or of its reloads, has the name.
+# Where this module is copied or reloaded, the last one takes the name.
 AutoConfig.register("fwpkm", FwPKMConfig, exist_ok=True)
 AutoModelForCausalLM.register(FwPKMConfig, FwPKMForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Blocks, decoders and models with memories: classes to mix in, before the class of a model or into an object of it."""
+"""Classes that give blocks, decoders and models memories, as a base of a class or mixed into an object."""
 
 import functools
 import inspect
@@ -39,7 +39,7 @@ class MemoryBlock:
             )
             if gate_means is not None:
                 output, mean = output
-                if mean is not None:  # of a memory without gates
+                if mean is not None:  # a memory without gates has none
                     gate_means.append(mean)
             hidden_states = hidden_states + output
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -51,7 +51,9 @@ class MemoryDecoder:
     layers: nn.ModuleList
 
     def _cache_layers(self, cache: Cache) -> list[MemoryCacheLayer]:
-        """What a cache keeps for the memories, made where it is missing; before any layer reads the tokens of a call.
+        """The layers that a cache keeps for the memories, made where they are missing.
+
+        It is called before any layer reads the tokens of a call.
 
         Raises:
             ValueError: the cache holds tokens that a memory has not read; or was built without a config.
@@ -61,14 +63,14 @@ class MemoryDecoder:
         for block in self.layers:
             if (memory := getattr(block, "memory", None)) is None:
                 continue
-            # A wrapper, as PEFT's, has several, of which one is active.
+            # A wrapper such as PEFT's holds several memories, of which one is active.
             memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
             known = [x for x in (find(cache, x) for x in memories) if x is not None]
             columns = max([0, *(x.get_seq_length() for x in known)])
             if not known:
                 states = (getattr(x, "has_previous_state", {}) for x in cache.layers)
                 is_split = bool(tokens > 0) or any(any(x.values()) for x in states)
-            else:  # a static cache has a tensor of tokens, for which a GPU would be waited for
+            else:  # a static cache counts in a tensor: to read it would wait for a GPU
                 is_split = isinstance(tokens, int) and tokens != columns and not any(x.refusal for x in known)
             if is_split:
                 raise ValueError(
@@ -92,16 +94,16 @@ class MemoryDecoder:
                     f"`attention_mask` must have a column for each token, {seen} that `cache` holds and "
                     f"{tokens.shape[1]} of this call, got {checks.shape(mask)}"
                 )
-            mask = mask[:, seen : seen + tokens.shape[1]]  # a static cache's has columns for tokens to come
+            mask = mask[:, seen : seen + tokens.shape[1]]  # a static cache's mask has columns for later tokens
         else:
-            mask = None  # of four dimensions, or several: a user's own, which says nothing of padding
+            mask = None  # a user's own, of four dimensions or several, does not say what is padding
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, memory_mask=mask, **kwargs
         )
 
 
 class MemoryHead:
-    """A model around such a decoder: it collects the means of the gates, and tells `generate`'s padding."""
+    """A model around such a decoder: it collects the gates' means, and passes on the mask of padding."""
 
     config: Any
     is_gradient_checkpointing: bool
@@ -109,7 +111,7 @@ class MemoryHead:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:  # of which some models tell their decoder in masks of their own
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # some models make other masks of it for their decoder
             kwargs.setdefault("memory_mask", mask)
         is_asked = kwargs.pop("output_gate_means", False)
         return_dict = kwargs.pop("return_dict", None)
@@ -134,14 +136,15 @@ class MemoryHead:
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        # A static cache's mask has four dimensions already. Tokens that are generated one by one are never padding; a
-        # piece of a prompt comes first, or says of no length.
+        # The mask in `inputs` has four dimensions if the cache is static, so memories get the original one. Tokens that
+        # are generated one by one are never padding. A piece of a prompt is the first iteration, or comes without
+        # `next_sequence_length`.
         is_decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         inputs["memory_mask"] = None if is_decoding else kwargs.get("attention_mask")
         return inputs
 
     def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """As inherited; with the layers of the memories, which must be there when the past begins to be recorded."""
+        """As inherited, and make the memories' layers, which must be there before the past begins to be recorded."""
         result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None:
@@ -152,17 +155,18 @@ class MemoryHead:
 
 
 def _share(labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-    """What a call's labels are of all labels of a step, over which its loss is summed, if that is said."""
+    """The share of a call's labels among those of its step, if their number is given: the loss is a sum over calls."""
     return 1.0 if num_items_in_batch is None else (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
 @functools.cache
 def _with_gate_means(kind: type) -> type:
-    """A class of outputs, with the means of gates."""
+    """A class of outputs like `kind`, with a field for the means of gates."""
     names = {
         "__module__": kind.__module__,
         "__annotations__": {"gate_means": tuple[Tensor, ...] | None},
-        "__reduce__": lambda self: (_output, (kind, dict(self))),  # pickle finds its class nowhere
+        # No module has the class under its name, by which pickle would look for it.
+        "__reduce__": lambda self: (_output, (kind, dict(self))),
         "gate_means": None,
     }
     return dataclass(type(kind.__name__, (kind,), names))
@@ -173,9 +177,9 @@ def _output(kind: type, values: dict[str, Any]) -> Any:
 
 
 def with_signature(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A method with the signature of the inner one, by which a Trainer chooses columns and `generate` arguments.
+    """The method `forward` with the signature of `inner`, by which a Trainer chooses columns and `generate` arguments.
 
-    What comes by position goes on by name, but for the first argument.
+    Arguments by position are passed on by name, but for the first.
     """
     parameters = inspect.signature(inner).parameters.items()
     names = [name for name, x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD][2:]
@@ -190,11 +194,12 @@ def with_signature(forward: Callable[..., Any], inner: Callable[..., Any]) -> Ca
 
 @functools.cache
 def _mixed(mixin: Any, kind: Any) -> type:
-    """The class `kind` with a mixin; it goes by its name, by which transformers' plans and configs find it."""
+    """The class `kind` with a mixin; it keeps its name, by which transformers' plans and configs find it."""
     names = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "__reduce_ex__": lambda self, protocol: (_empty, (mixin, kind), self.__dict__),  # pickle finds it nowhere
+        # No module has the class under its name, by which pickle would look for it.
+        "__reduce_ex__": lambda self, protocol: (_empty, (mixin, kind), self.__dict__),
     }
     for name in ("forward", "prepare_inputs_for_generation"):
         if hasattr(mixin, name) and hasattr(kind, name):
@@ -211,11 +216,11 @@ def mix_into(module: nn.Module, mixin: Any) -> None:
     if not isinstance(module, mixin):
         kind: Any = type(module)
         module.__class__ = _mixed(mixin, kind)
-        if "_old_forward" in vars(module):  # what accelerate's hooks run, for a model on several devices
+        if "_old_forward" in vars(module):  # accelerate's hooks run it, for a model on several devices
             vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")  #: of a layer's arguments, what the model says
+OWN = ("hidden_size", "layer_idx", "table", "device", "dtype")  #: the arguments of a layer that its model determines
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def make_memory(config: Any, index: int, options: dict[str, Any], **kwargs: Any)
     if isinstance(dtype := options.get("memory_dtype"), str):
         options = {**options, "memory_dtype": getattr(torch, dtype)}
     memory = FastWeightProductKeyMemory(config.hidden_size, layer_idx=index, **options, **kwargs)
-    memory.num_hidden_layers = config.num_hidden_layers  # for a cache that does not know
+    memory.num_hidden_layers = config.num_hidden_layers  # for a cache that was built without a config
     return memory
 
 

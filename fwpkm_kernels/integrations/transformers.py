@@ -35,29 +35,29 @@ __all__ = [
 def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) -> PreTrainedModel:
     """Give some decoder layers of a Hugging Face model a FastWeightProductKeyMemory each, in place.
 
-    It stands before all else that the layer does: the residual stream gains what the memory gives. With
-    ``output_init="zeros"`` the model computes at first what it did. Weights are named ``….layers.2.memory.…``, and have
-    the device and dtype of their decoder layer, but for keys and table, which have ``memory_dtype``. What the model is
-    used with goes on: `generate` has a memory for each row of the batch, which it keeps in the cache, gradient
-    checkpointing checkpoints the memory too. Assisted decoding takes drafts back, which costs a copy of the tables for
-    each chunk.
+    The memory comes before everything else in its layer, and its output is added to the residual stream. With
+    ``output_init="zeros"`` the model computes at first what it did before. Weights are named ``….layers.2.memory.…``.
+    They have the device and dtype of their decoder layer, but keys and table have ``memory_dtype``. The model is used
+    as before: `generate` keeps a memory for each row of the batch in the cache, and gradient checkpointing includes the
+    memories. Assisted decoding takes drafts back, which costs a copy of the tables for each chunk.
 
-    Left, right and inner padding, as a mask [batch, columns], is no part of what is remembered. A call whose
-    `attention_mask` is of four dimensions, or a dict of such, says of padding by ``memory_mask=``, [batch, columns].
-    `cu_seq_lens_q` separates packed sequences, positions alone do not; call with ``use_cache=False`` then, as batches
-    of DataCollatorWithFlattening outside of training: with a cache, attention in transformers reads across borders.
-    With initial_memory="persistent" a Trainer needs a TrainerCallback whose `on_step_end` calls `advance_memory`.
+    Padding on the left, on the right or between tokens is not remembered, if a mask [batch, columns] marks it. A call
+    whose `attention_mask` has four dimensions, or is a dict of such masks, gives that mask as ``memory_mask=``.
+    `cu_seq_lens_q` separates packed sequences; positions alone do not. Outside of training call the model on packed
+    sequences, such as batches of DataCollatorWithFlattening, with ``use_cache=False``, since attention in transformers
+    reads across borders with a cache. With initial_memory="persistent" a Trainer needs a TrainerCallback whose
+    `on_step_end` calls `advance_memory`.
 
-    The model takes ``output_gate_means=True``, for an output with `gate_means`: for each memory the mean of its gate
-    over real tokens, which is differentiable.
+    With ``output_gate_means=True`` the model's output has `gate_means`: for each memory the mean gate over all tokens
+    but padding, which is differentiable.
 
     ``model.save_pretrained(folder)`` saves the memories too; `load_memory` restores them.
 
     Args:
         model: with decoder layers in the `layers` of ``model.get_decoder()``, which hands its keyword arguments on to
-            them: Qwen3, Llama, Gemma, Mistral, GPT-NeoX and most others, also inside of models of images and text. One
-            that does not is refused by its first call; one with an encoder here. MiniMax trains with memories but
-            cannot generate, as it takes the cache's number of layers for its own. It is changed.
+            them: Qwen3, Llama, Gemma, Mistral, GPT-NeoX and most others, also inside of models of images and text. A
+            model that does not raises in its first call; one with an encoder is refused here. MiniMax trains with
+            memories but cannot generate, as it takes the cache's number of layers for its own. The model is changed.
         layers: indices of decoder layers.
         options: of FastWeightProductKeyMemory. They stand in ``model.config.fwpkm`` afterwards.
 
@@ -100,19 +100,19 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     return model
 
 
-#: A memory's weight, by its name in the decoder, whatever that is part of.
+#: The name of a memory's weight within the decoder, whatever model the decoder is part of.
 _WEIGHT = re.compile(r"layers\.\d+\.memory\..+")
 
 
 def load_memory(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Give a model, in place, the memories that were saved with a model like it.
 
-    For a model with memories, ``model.save_pretrained(folder)`` saves all, but `from_pretrained` restores the rest
-    alone, and reports these weights as unexpected::
+    ``model.save_pretrained(folder)`` saves a model with its memories, but `from_pretrained` restores only the rest, and
+    reports the memories' weights as unexpected::
 
         model = load_memory(AutoModelForCausalLM.from_pretrained(folder), folder)
 
-    A model that is loaded and saved again without that has no memories, though its config says so.
+    A model that is loaded without `load_memory` and saved again has lost its memories, though its config names them.
 
     Args:
         model: as for `add_memory`, without memories, or with those of the options that were saved.

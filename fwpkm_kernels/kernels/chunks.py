@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
 # Numbers that grow with the sequence, and the layout's: one compilation serves all.
@@ -119,43 +120,42 @@ def count_unmasked_kernel(
 
 def plan_writes(
     keys: Tensor, order: Tensor, num_slots: int, row_dtype: torch.dtype, picks: int, mask: Tensor | None,
-    layout: tuple[int, ...],
+    layout: Layout,
     *, count_all: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Plan, Tensor]:
     """Launch the plan of every chunk, from the stable sort (`keys`, `order`) [R·J] of what `weigh` made.
 
     `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
-    written and unmasked. Returns order (int64), rows, start and end (int32), each [R·J], and counts [R, J] (int32).
+    written and unmasked. Returns the plan, whose start and end are int32, and counts [R, J] (int32).
     """
     accesses, device = keys.numel(), keys.device
-    batch, _, chunk_size, _, rereads, _, _, positions = layout
-    local_order, rows = torch.empty_like(order), torch.empty(accesses, dtype=row_dtype, device=device)
     start, end = (torch.empty(accesses, dtype=torch.int32, device=device) for _ in range(2))
-    counts = torch.empty(positions * batch, picks, dtype=torch.int32, device=device)
-    result = (local_order, rows, start, end, counts)
+    rows = torch.empty(accesses, dtype=row_dtype, device=device)
+    plan = Plan(torch.empty_like(order), rows, start, end)
+    counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=device)
     if accesses == 0:
-        return result
+        return plan, counts
     count = "all" if count_all else "written" if mask is None else "unmasked"
     flags = torch.empty_like(start) if count == "unmasked" else counts
     block_a = 256
+    longest = min(layout.chunk_size + layout.rereads, layout.positions) * layout.batch * picks
     grid = (cdiv(accesses, block_a),)
     launch(
         plan_kernel, grid,
-        keys, order, keys if mask is None else mask, local_order, rows, start, end, counts, flags,
+        keys, order, keys if mask is None else mask, plan.order, rows, start, end, counts, flags,
         *((0, 0) if mask is None else mask.stride()),
-        num_slots, accesses, next_power_of_2(min(chunk_size + rereads, positions) * batch * picks), *layout,
+        num_slots, accesses, next_power_of_2(longest), *layout,
         J=picks, COUNT=count, BLOCK_A=block_a, num_warps=4, on=keys,
     )
     if count == "unmasked":
         running = torch.cumsum(flags, 0, dtype=torch.int32)
         launch(
             count_unmasked_kernel, grid,
-            running, local_order, start, end, counts,
-            accesses,
-            *layout,
+            running, plan.order, start, end, counts,
+            accesses, *layout,
             J=picks, BLOCK_A=block_a, num_warps=4, on=keys,
         )
-    return result
+    return plan, counts
 
 
 @triton.jit(do_not_specialize=["B", "T", "C", "REREADS", "MISSING", "FULL"])
@@ -190,17 +190,16 @@ def sum_reads_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_w)
 
 
-def sum_reads(reads: Tensor, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def sum_reads(reads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
-    batch, length, chunk_size, _, rereads, missing, full, _ = layout
-    out = torch.empty(batch, length, *reads.shape[1:], dtype=dtype, device=reads.device)
+    out = torch.empty(layout.batch, layout.length, *reads.shape[1:], dtype=dtype, device=reads.device)
     if out.numel() > 0:
         width = reads.shape[1:].numel()
         block_w = min(next_power_of_2(width), 1024)
         launch(
-            sum_reads_kernel, (batch * length, cdiv(width, block_w)),
+            sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
             reads, out,
-            batch, length, chunk_size, rereads, missing, full,
+            layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
             WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
         )
     return out

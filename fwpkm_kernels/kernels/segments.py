@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Plan
 from . import compute_dtype
 from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
 
@@ -179,19 +180,19 @@ def hot_segment_kernel(
 
 
 def segment_rows(
-    out: Tensor, vectors: Tensor, coefficients: Tensor, order: Tensor, rows: Tensor, start: Tensor, end: Tensor,
+    out: Tensor, vectors: Tensor, coefficients: Tensor, plan: Plan,
     *, epilogue: str = "sum", table: Tensor | None = None, log: Tensor | None = None, centered: bool = False,
     compact: bool = False, decay: float = 1.0, lr: float = 1.0, clip: float | None = None,
     config: SegmentConfig | None = None,
 ) -> None:
     """Launch the sums of `coefficients` (contiguous, A of them) times `vectors` [V, D] into rows of `out`.
 
-    `order`, `rows`, `start`, `end` are the plan, each [A]. Rows of `out` that no access names are left as they are.
+    Rows of `out` that no access names are left as they are.
     `table` is the table that the epilogue reads and that `centered` subtracts; it may be `out`. "update" also stores
     the table's rows as they were in `log` [A, D] (contiguous, in its dtype), each where its segment starts; other rows
     of `log` are left as they are.
     """
-    accesses, width = order.numel(), vectors.shape[1]
+    accesses, width = plan.order.numel(), vectors.shape[1]
     if accesses == 0 or width == 0:
         return
     table = out if table is None else table
@@ -204,7 +205,8 @@ def segment_rows(
     check_grid(hot_segment_kernel, hot_grid)
     launch(
         segment_kernel, (accesses,),
-        vectors, coefficients, table, out, out if log is None else log, partials, order, rows, start, end,
+        vectors, coefficients, table, out, out if log is None else log, partials,
+        plan.order, plan.rows, plan.start, plan.end,
         *vectors.stride(), *table.stride(), *out.stride(),
         decay, lr, 0.0 if clip is None else clip, table.shape[0], accesses,
         PER_VECTOR=accesses // vectors.shape[0], D=width, EPILOGUE=epilogue, CENTERED=centered, CLIP=clip is not None,
@@ -214,7 +216,7 @@ def segment_rows(
     if accesses >= 2 * PIECE:
         launch(
             hot_segment_kernel, hot_grid,
-            table, out, out if log is None else log, partials, rows, start, end,
+            table, out, out if log is None else log, partials, plan.rows, plan.start, plan.end,
             *table.stride(), *out.stride(),
             decay, lr, 0.0 if clip is None else clip, accesses,
             D=width, EPILOGUE=epilogue, CLIP=clip is not None, COMPACT=compact, LOG=log is not None, PIECE=PIECE,

@@ -4,13 +4,12 @@ Rows are time-major: row i is position i // B of batch item i % B. What the user
 any strides; the buffers of the queue are contiguous.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Addresses, Plan, Queue, Tokens
 from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps
 from .weights import safe_squares
 
@@ -196,20 +195,20 @@ def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple
 
 
 def enqueue(
-    queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Sequence[Tensor], first: int,
+    queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int,
 ) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
 
-    `queue` is its queries [·, B, H, Dk], gates and mask [·, B]; the tokens go to the positions from `first` on.
+    The tokens go to the positions of the queue from `first` on, carried ones included.
     """
     length, batch, heads, head = queries.shape
     if length * batch == 0:
         return
-    tensors, strides, flags = _factors(gates, mask, queue[1])
+    tensors, strides, flags = _factors(gates, mask, queue.gates)
     block_w = next_power_of_2(max(1, heads * head))
     launch(
         enqueue_kernel, (length * batch,),
-        queries, *tensors, *queue,
+        queries, *tensors, queue.queries, queue.gates, queue.mask,
         *queries.stride(), *strides,
         batch, first,
         WIDTH=heads * head, HEAD=max(1, head),
@@ -218,28 +217,26 @@ def enqueue(
 
 
 def read_to_queue(
-    values: Tensor, found: Sequence[Tensor], tokens: Sequence[Tensor | None], queue: Sequence[Tensor], output: Tensor,
+    values: Tensor, found: Addresses, weights: Tensor, tokens: Tokens, queue: Queue, output: Tensor,
     place: int | Tensor, lookahead: int,
 ) -> None:
     """Launch the reads of t positions, output [t, B, D], and put everything about them into a queue.
 
-    `found` is slots [t·B, ...], weights [t·B, J], half scores and sub-keys [t·B, ...], contiguous; `tokens` queries
-    [t, B, H, Dk], targets [t, B, D], gates and mask [t, B] or None; `queue` the buffers of `state.Queue`. `place` is
-    that of the first position among the tokens of the chunk; a tensor of one integer where it is not known yet.
+    `found` and `weights` are those of the t·B rows, contiguous. `place` is that of the first position among the tokens
+    of the chunk; a tensor of one integer where it is not known yet.
     """
     queries, targets, gates, mask = tokens
-    assert queries is not None
-    assert targets is not None
     length, batch, heads, head = queries.shape
-    picks, width = found[1].shape[1], values.shape[1]
+    picks, width = weights.shape[1], values.shape[1]
     if length * batch == 0:
         return
     block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
-    factors, strides, flags = _factors(gates, mask, queue[1])
+    factors, strides, flags = _factors(gates, mask, queue.gates)
     is_known = isinstance(place, int)
     launch(
         read_to_queue_kernel, (length * batch,),
-        values, *found, queries, targets, *factors, output, *queue, queue[5] if is_known else place,
+        values, found.slots, weights, found.half_scores, found.sub_keys, queries, targets, *factors, output,
+        *queue, queue.slots if is_known else place,
         *values.stride(), *queries.stride(), *targets.stride(), *strides, *output.stride(),
         batch, place if is_known else 0, lookahead,
         HAS_PLACE=not is_known, J=picks, D=width, WIDTH=heads * head, HEAD=max(1, head),
@@ -251,8 +248,8 @@ def read_to_queue(
 def plan_chunk(
     slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor,
     *, row_dtype: torch.dtype, step: str,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Launch the plan of a chunk's writes: (order, rows, start, end), each [E·J], and the write weights [E, J].
+) -> tuple[Plan, Tensor]:
+    """Launch the plan of a chunk's writes, of A = E·J accesses, and the write weights [E, J].
 
     `slots` and `weights` [E, J] are those of the pairs, at most MOST_COMPARED; `gates` and `mask` [E], in the dtype of
     the weights; all contiguous. Rows of `touched` [N], uint8, that are written become 1.
@@ -273,4 +270,4 @@ def plan_chunk(
             J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
             BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
         )
-    return (order, rows, start, end), write_weights
+    return Plan(order, rows, start, end), write_weights

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Plan
 from . import compute_dtype
 from ._common import cdiv, launch, next_power_of_2, row_warps
 from .gather import gather
@@ -46,8 +47,7 @@ def decay_rows(values: Tensor, written: Tensor, *, decay: float) -> None:
 
 
 def update(
-    values: Tensor, out: Tensor, errors: Tensor, write_weights: Tensor, order: Tensor, rows: Tensor, start: Tensor,
-    end: Tensor,
+    values: Tensor, out: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan,
     *, lr: float, weight_decay: float, clip: float | None, log: Tensor | None = None,
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
@@ -58,30 +58,29 @@ def update(
     """
     decay = 1.0 - lr * weight_decay
     segment_rows(
-        out, errors, write_weights, order, rows, start, end,
+        out, errors, write_weights, plan,
         epilogue="update", table=values, decay=decay, lr=lr, clip=clip, log=log,
     )
     if out is values and weight_decay != 0.0:
         written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
-        decay_rows(values, written.index_fill_(0, rows.long(), 1), decay=decay)
+        decay_rows(values, written.index_fill_(0, plan.rows.long(), 1), decay=decay)
 
 
 def step_grad(
-    grad_values: Tensor, errors: Tensor, write_weights: Tensor, order: Tensor, rows: Tensor, start: Tensor, end: Tensor,
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan,
     *, lr: float, clip: float,
 ) -> Tensor:
     """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
-    steps = torch.empty(order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
+    steps = torch.empty(plan.order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
     segment_rows(
-        steps, errors, write_weights, order, rows, start, end,
+        steps, errors, write_weights, plan,
         epilogue="step_grad", table=grad_values, compact=True, lr=lr, clip=clip,
     )
     return steps
 
 
 def update_grad(
-    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, order: Tensor, rows: Tensor,
-    start: Tensor, end: Tensor,
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, plan: Plan,
     *, lr: float, clip: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch r = Σ_j c_j·Ĝ'[slot_j], [M, D], and <Ĝ'[slot_j], e>, [M, J].
@@ -91,8 +90,8 @@ def update_grad(
     """
     if clip is None:
         return gather(grad_values, slots, weights=write_weights, vectors=errors, factor=lr)
-    steps = step_grad(grad_values, errors, write_weights, order, rows, start, end, lr=lr, clip=clip)
-    compact_slots = torch.empty_like(start).scatter_(0, order, start).view_as(slots)
+    steps = step_grad(grad_values, errors, write_weights, plan, lr=lr, clip=clip)
+    compact_slots = torch.empty_like(plan.start).scatter_(0, plan.order, plan.start).view_as(slots)
     return gather(steps, compact_slots, weights=write_weights, vectors=errors)
 
 

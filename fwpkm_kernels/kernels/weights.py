@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2
 from .chunks import LAYOUT, load_factor, locate
 
@@ -62,7 +63,7 @@ def weigh_kernel(
 
 
 def weigh(
-    scores: Tensor, slots: Tensor, num_slots: int, key_dtype: torch.dtype, layout: tuple[int, ...],
+    scores: Tensor, slots: Tensor, num_slots: int, key_dtype: torch.dtype, layout: Layout,
     *, weighting: str, temperature: float, outputs: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] of reads with `scores` and `slots` [R, J], and the keys [R·J] whose sort plans writes.
@@ -76,7 +77,8 @@ def weigh(
         block_r, block_j, num_warps = _tile(picks)
         launch(
             weigh_kernel, (cdiv(num_reads, block_r),),
-            scores, slots, weights, keys, *(outputs or (slots, weights)), num_slots, num_reads, *layout, temperature,
+            scores, slots, weights, keys, *(outputs or (slots, weights)),
+            num_slots, num_reads, *layout, temperature,
             J=picks, WEIGHTING=weighting, OUTPUT=outputs is not None,
             BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
@@ -159,7 +161,7 @@ def fold_kernel(
     is_written, scale, gate, token_mask, _ = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
         B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
-    )  # fmt: skip
+    )
     result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
     # Not a product: what is not written has no effect even if it is NaN.
     tl.store(write_weights_ptr + at, tl.where(is_written[:, None], result, 0.0), mask=mask)
@@ -179,7 +181,7 @@ def _fold_options(
 
 
 def fold(
-    weights: Tensor, counts: Tensor, gates: Tensor | None, mask: Tensor | None, layout: tuple[int, ...],
+    weights: Tensor, counts: Tensor, gates: Tensor | None, mask: Tensor | None, layout: Layout,
     *, step: str, ratio: bool,
 ) -> Tensor:
     """Launch the write weights c [R, J] from weights w and counts n_s [R, J].
@@ -197,8 +199,7 @@ def fold(
             weights, counts, *tensors, write_weights,
             *strides,
             num_reads, *layout,
-            J=picks, STEP=step,
-            **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=weights,
+            J=picks, STEP=step, **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=weights,
         )
     return write_weights
 
@@ -227,19 +228,18 @@ def weigh_again_kernel(
 
 
 def weigh_again(
-    scores: Tensor, order: Tensor, start: Tensor, layout: tuple[int, ...],
+    scores: Tensor, plan: Plan, layout: Layout,
     *, weighting: str, temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
-    weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=start.dtype)
+    weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=plan.start.dtype)
     if scores.numel() > 0:
         num_reads, picks = scores.shape
         block_r, block_j, num_warps = _tile(picks)
         launch(
             weigh_again_kernel, (cdiv(num_reads, block_r),),
-            scores, order, start, weights, log_rows,
-            num_reads,
-            *layout, temperature,
+            scores, plan.order, plan.start, weights, log_rows,
+            num_reads, *layout, temperature,
             J=picks, WEIGHTING=weighting, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
     return weights, log_rows
@@ -271,7 +271,7 @@ def fold_grad_kernel(
     is_written, scale, gate, token_mask, squares = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
         B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
-    )  # fmt: skip
+    )
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
     # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
     per_weight = grad * token_mask[:, None] / counts.to(dtype)
@@ -301,7 +301,7 @@ def fold_grad_kernel(
 
 def fold_grad(
     scores: Tensor, weights: Tensor, counts: Tensor, grad_weights: Tensor, grad_write_weights: Tensor,
-    gates: Tensor | None, mask: Tensor | None, grad_gates: Tensor | None, layout: tuple[int, ...],
+    gates: Tensor | None, mask: Tensor | None, grad_gates: Tensor | None, layout: Layout,
     *, weighting: str, temperature: float, step: str, ratio: bool,
 ) -> Tensor:
     """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
@@ -320,7 +320,7 @@ def fold_grad(
             grad_scores if grad_gates is None else grad_gates,
             *strides,
             num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, STEP=step,
-            **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
+            J=picks, WEIGHTING=weighting, STEP=step, **options,
+            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
         )
     return grad_scores

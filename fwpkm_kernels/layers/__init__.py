@@ -1,8 +1,10 @@
 """Fast-weight and static product key memories as modules."""
 
 from . import convert
+from .advance import advance_memory
+from .continuation import LayerMemory
 from .convert import from_published, to_published
-from .fast_weight import FastWeightProductKeyMemory, LayerMemory, advance_memory
+from .fast_weight import FastWeightProductKeyMemory
 from .optim import parameter_groups
 from .product_key import ProductKeyMemory
 from .stats import MemoryStats, memory_stats

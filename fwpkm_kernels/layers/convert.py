@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 
-#: The names in published checkpoints, by ours. Biases may be missing, and all that is of the gate (`g_`).
+#: The names in published checkpoints, by ours. Biases may be missing, and so may all names of the gate (`g_`).
 NAMES = MappingProxyType(
     {
         "q_norm.weight": "fw_q_norm.weight",
@@ -35,10 +35,10 @@ GATE_OUTPUTS = 8
 def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The parameters of a published layer, for `FastWeightProductKeyMemory.load_state_dict`.
 
-    Norm weights are published minus 1. The sum with 1 is formed in float32 at least, and left there: in half precision
-    it would lose what the small number says, which only a module in half precision has to. The gate is published with 8
-    outputs of which the mean counts; ours has the one row that is the mean of theirs. All other tensors keep their
-    dtype and may share memory with `state_dict`. Gradients flow through to what is published.
+    Norm weights are published minus 1. The 1 is added in float32 at least, and the sum stays there: half precision
+    would lose digits of the small number, and only a module in half precision must lose them. The gate is published
+    with 8 outputs of which the mean counts; ours has the one row that is the mean of theirs. All other tensors keep
+    their dtype and may share memory with `state_dict`. Gradients flow through to what is published.
 
     Args:
         state_dict: tensors by name, those of the layer behind `prefix`: fw_q_norm.weight [d], fw_q_proj.weight
@@ -61,14 +61,14 @@ def from_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[s
         if name.endswith("_norm.weight"):
             ours[name] = x.to(torch.promote_types(x.dtype, torch.float32)) + 1
         elif name.startswith("g_proj."):
-            # Not the mean alone: of equal rows this is exactly the row.
+            # The mean is formed from differences: of equal rows it is exactly the row.
             ours[name] = x[:1] + (x - x[:1]).mean(0, keepdim=True)
     ours["keys"] = _unflatten_keys(ours["keys"], ours["q_proj.weight"], ours["table.weight"])
     return ours
 
 
 def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The parameters of a `FastWeightProductKeyMemory` as published checkpoints have them: back from `from_published`.
+    """A layer's parameters as published checkpoints have them: the inverse of `from_published`.
 
     Norm weights are taken minus 1, in float32 at least, which is exact for those of 0.5 and more; the gate becomes 8
     equal rows.
@@ -97,7 +97,7 @@ def to_published(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str
 
 
 def _checked(state_dict: Mapping[str, Tensor], prefix: str, known: list[str], begin: str = "") -> dict[str, Tensor]:
-    """What goes on with `begin` behind the prefix: all names of `known`, in the order of NAMES, and no others."""
+    """The tensors whose names begin with the prefix and `begin`, after a check that they are those of a layer."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}")
     found = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix + begin)}

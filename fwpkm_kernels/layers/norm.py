@@ -24,11 +24,11 @@ class RMSNorm(nn.RMSNorm):
 
 def normalize(x: Tensor, kind: str | None) -> Tensor:
     """x [..., D] as it is, of length 1 ("l2"), or of mean 0 and unbiased standard deviation 1 ("zscore")."""
-    if kind is None or 0 in x.shape:  # of which std_mean warns
+    if kind is None or 0 in x.shape:  # std_mean would warn
         return x
     wide = x.to(compute_dtype(x.dtype))
     if kind == "l2":
         return F.normalize(wide, dim=-1).to(x.dtype)
-    # Not F.layer_norm, whose standard deviation is the biased one, with eps inside of the root.
+    # F.layer_norm would divide by the biased standard deviation, with eps inside of the root.
     std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
     return ((wide - mean) / (std + 1e-6)).to(x.dtype)

@@ -19,9 +19,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of parameters for an optimizer: with decay, without decay, and tables.
 
-    A table's row is reached by few tokens, so its gradient is sparse and its decay is not: practice is no decay, and a
-    learning rate of its own. Engram takes 5 times that of the model, Meta's memory layers 1e-3 whatever the schedule,
-    lucidrains' product key memory 1e-2, and sparse memory finetuning trains tables by SGD.
+    A step's tokens reach few rows of a table, but weight decay would shrink all of them. So tables are usually trained
+    without decay, and at a learning rate of their own: Engram takes 5 times that of the model, Meta's memory layers
+    1e-3 whatever the schedule, lucidrains' product key memory 1e-2, and sparse memory finetuning trains tables by SGD.
 
     Args:
         module: any model; layers of this package may be anywhere in it.
@@ -38,8 +38,8 @@ def parameter_groups(
           has a name that ends in Norm, and those with a true attribute `_no_weight_decay`.
         - "tables": all parameters of every `ValueTable`.
 
-        Each parameter is there once, wherever it is shared or tied, frozen ones too, which optimizers leave alone; one
-        that is in several places goes where the last of these lists that fits it says.
+        Each parameter is listed once, however often it is shared or tied. Frozen parameters are listed too, which
+        optimizers leave alone. A parameter that fits several groups is in the last of them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -65,6 +65,6 @@ def parameter_groups(
 
 
 def _is_kept(owner: nn.Module, name: str, x: nn.Parameter) -> bool:
-    """Whether a parameter decays not. `keys` go by their name: a copy by `copy.deepcopy` has no attributes."""
+    """Whether a parameter has no decay. `keys` are known by their name, as copy.deepcopy loses attributes."""
     is_named = name == "keys" or name.endswith("bias") or type(owner).__name__.endswith("Norm")
     return is_named or x.dim() <= 1 or getattr(x, "_no_weight_decay", False)

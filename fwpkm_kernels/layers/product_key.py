@@ -14,17 +14,17 @@ from ..memory import WEIGHTINGS
 from ..options import Lookup
 from ..weights import weigh
 from .norm import RMSNorm
-from .table import ValueTable, keep
+from .table import ValueTable, check_table, keep
 
 QUERY_NORMS = ("rms", "layer")
 OUTPUTS = ("swilu", "gated", "linear", "none")
 
 
 class ProductKeyMemory(nn.Module):
-    """A large table that each token reads at a few slots, found by product keys: in the place of a feed-forward layer.
+    """A large table that each token reads at a few slots, found by product keys, in place of a feed-forward layer.
 
     Each head makes a query of the token, finds its K best of n² slots, and weighs them by their scores; the rows of all
-    heads add up to the token's read. Tokens do not see each other, and nothing is written but by an optimizer. Source:
+    heads add up to the token's read. Tokens do not see each other, and only an optimizer changes the table. Source:
     product keys, arXiv 1907.05242; `output="swilu"`, arXiv 2412.09764.
 
         q = query_norm(q_proj(x))                                 [..., H, Dk]
@@ -137,13 +137,8 @@ class ProductKeyMemory(nn.Module):
         self.weighting = weighting
         if table is None:
             table = ValueTable(num_keys**2, value_dim, device=device, dtype=memory_dtype)
-        elif not isinstance(table, ValueTable):
-            raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
-        elif (table.num_slots, table.width) != (num_keys**2, value_dim):
-            raise ValueError(
-                f"`table` must have num_keys² rows of width value_dim, shape {[num_keys**2, value_dim]}, "
-                f"got {[table.num_slots, table.width]}"
-            )
+        else:
+            check_table(table, num_keys, value_dim)
         self.table = table
         self.dropout = nn.Dropout(dropout)
         if output in ("swilu", "gated"):
@@ -185,8 +180,8 @@ class ProductKeyMemory(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The layer's output [..., d] for hidden states [..., d], in their dtype; the block adds the residual.
 
-        `attention_mask` and all that models pass to their layers by name are taken and ignored: each token is read by
-        itself, so padding changes no other token.
+        `attention_mask`, and what else models pass to their layers by name, is ignored: each token is read by itself,
+        so padding changes no other token.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.

@@ -16,8 +16,8 @@ class MemoryStats(NamedTuple):
 
     coverage: Tensor  #: the share of all slots that are used
     collisions: Tensor  #: the share of accesses whose slot another token accesses too
-    divergence: Tensor  #: of the slots' shares of the accesses from uniform ones, KL, in nats: 0 to log N
-    entropy: Tensor  #: of a token's weights, the mean over tokens, in nats: 0 to log J
+    divergence: Tensor  #: KL, in nats, of the slots' shares of accesses from uniform shares: 0 to log N
+    entropy: Tensor  #: in nats, of a token's weights, the mean over tokens: 0 to log J
     hits: Tensor  #: accesses of a used slot after its first, the mean over used slots
     gate: Tensor  #: the mean over tokens
     erosion: Tensor  #: what is left of the first write to a used slot, the mean over used slots: 0 to 1
@@ -35,8 +35,8 @@ def memory_stats(slots: Tensor, weights: Tensor, num_slots: int, gates: Tensor |
     Erosion is an estimate: a write moves each of a token's J rows by about g/J of itself, g being the mean gate. It
     counts every access as a write.
 
-    The results depend on no data for their shapes and are computed on the slots' device without waiting for it; `float`
-    of one of them waits. They carry no gradients.
+    No shape depends on data, and nothing waits for the slots' device, on which all is computed; only `float` of a
+    result waits. The results carry no gradients.
 
     Slots are those of one memory: where each sequence has its own, as under scope="sequence", call it for each.
 
@@ -62,7 +62,7 @@ def memory_stats(slots: Tensor, weights: Tensor, num_slots: int, gates: Tensor |
     size = (math.prod(slots.shape[:-1]), picks)
     slots, weights = slots.reshape(size), weights.detach().reshape(size).to(dtype)
 
-    # Sorted by slot, and by token within a slot: what belongs to a slot is counted at the first of its accesses.
+    # Accesses are sorted by slot, and by token within a slot: a slot's figures are counted at its first access.
     plan = plan_segments(slots, num_slots)
     counted = plan.rows >= 0
     position = torch.arange(counted.shape[0], dtype=plan.start.dtype, device=slots.device)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..documents import Documents, put_back, slide, take
+from ..documents import Documents, put_back, take
 from ..options import Options
 from ..state import MemoryState, check_indices
 from ..streaming import fast_weight_memory_step
+from .convolution import slide
 
 
 class Past(NamedTuple):
-    """What a session was before it read tokens that completed a chunk, and these tokens."""
+    """A session as it was before it read tokens that completed a chunk, and these tokens."""
 
     state: MemoryState
     window: Tensor | None
-    hidden_states: Tensor | None  #: of these tokens, and of as many as are `skipped` before them; the window is older
+    hidden_states: Tensor | None  #: of these tokens and the `skipped` ones before them, which are not in the window
     skipped: int
     tokens: tuple[Any, ...]  #: queries, targets, gates, mask
 
@@ -30,10 +31,10 @@ class Session:
 
     def __init__(self, state: MemoryState, options: Options, conv_width: int) -> None:
         self.state, self.options, self.before = state, options, conv_width - 1
-        #: [B, w - 1 + C, d]: of the w - 1 tokens before the present chunk, and of those of the chunk.
+        #: [B, w - 1 + C, d]: hidden states of the w - 1 tokens before the present chunk, then of the chunk's.
         self.window: Tensor | None = None
         self.past: Past | None = None
-        self._coming: Tensor | None = None  #: what convolve was given, which goes into the window once it is read
+        self._coming: Tensor | None = None  #: what `convolve` was given; `step` puts it into the window
 
     @property
     def place(self) -> int:
@@ -41,12 +42,12 @@ class Session:
         return self.state.position % self.options.chunk_size
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution of x [B, t, d], which comes next, over what came before; `step` keeps it."""
+        """Convolve the next tokens' x [B, t, d] with what came before; `step` then puts x into the window."""
         self._coming = x
         return slide(self._history(x, self.state.position), weight.to(x.dtype))
 
     def _history(self, x: Tensor, position: int) -> Tensor:
-        """Tokens that come at a position, behind the w - 1 before them."""
+        """x, whose first token has this position, behind the w - 1 hidden states before it."""
         if self.window is None:
             before = x.new_zeros(x.shape[0], self.before, x.shape[2])
         else:
@@ -55,10 +56,10 @@ class Session:
         return torch.cat((before, x), dim=1)
 
     def _keep(self, x: Tensor, position: int) -> None:
-        """Put tokens that came at a position into the window: those of the present chunk, and w - 1 before it."""
+        """Put x, whose first token has this position, into the window, and drop what it no longer needs."""
         chunk_size, place, length = self.options.chunk_size, position % self.options.chunk_size, x.shape[1]
         if self.window is None:
-            with torch.inference_mode(False):  # a step outside of inference mode writes it
+            with torch.inference_mode(False):  # a later step outside of inference mode writes it
                 size = (x.shape[0], self.before + chunk_size, x.shape[2])
                 self.window = torch.zeros(size, dtype=x.dtype, device=x.device)
         left = self.before + (place + length) % chunk_size
@@ -69,7 +70,7 @@ class Session:
             self.window[:, :left] = history[:, history.shape[1] - left :]
 
     def step(self, *tokens: Any, record: bool) -> Tensor:
-        """Read queries, targets, gates and mask; with `record`, the last C that complete a chunk may be taken back."""
+        """Read queries, targets, gates and mask; with `record`, the last C tokens of a full chunk can be taken back."""
         length, position, coming = tokens[0].shape[1], self.state.position, self._coming
         if not record:
             self.past = None
@@ -77,7 +78,7 @@ class Session:
             output = self._step_recorded(tokens, coming)
         else:
             output = self._step(*tokens)
-        if coming is not None:  # only now: a step that was refused has changed nothing
+        if coming is not None:  # only now, so that a step that raises has changed nothing
             self._keep(coming, position)
         self._coming = None
         return output
@@ -110,7 +111,7 @@ class Session:
             self.state.rollback(tokens)
             return
         assert self.past is not None
-        kept = self.state.position - tokens - self.past.state.position  # of the tokens that are recorded
+        kept = self.state.position - tokens - self.past.state.position  # of the recorded tokens
         self.state, self.window, hidden_states, skipped, given = self.past
         self.past = None
         if hidden_states is not None:
@@ -121,9 +122,9 @@ class Session:
             kept_tokens: Any = (None if x is None else x[:, :kept] for x in given)
             self._step(*kept_tokens)
 
-    @torch.inference_mode(False)  # what is copied in inference mode can be stepped outside of it
+    @torch.inference_mode(False)  # so a copy made in inference mode can be stepped outside of it
     def clone(self, device: torch.device | str | int | None = None) -> "Session":
-        """An independent copy, which shares the initial memory; on another device perhaps. It has no past."""
+        """An independent copy, on `device` if given, which shares the initial memory and has no recorded past."""
         other = copy.copy(self)
         other.state = self.state.clone() if device is None else self.state.to(device)
         other.window = None if self.window is None else _copy(self.window, other.state.values.device)
@@ -131,8 +132,8 @@ class Session:
         return other
 
     def select(self, rows: list[int]) -> None:
-        """Go on with some of the sequences of one memory."""
-        if self.state._binding is not None:  # else it has no rows yet
+        """Keep some of the sequences of one memory."""
+        if self.state._binding is not None:  # a state that is not bound has no rows yet
             self.state.select_(rows)
         if self.window is not None:
             with torch.inference_mode(False):
@@ -162,7 +163,7 @@ class StreamedMemory:
 
     @classmethod
     def of_state(cls, state: MemoryState, batch: int, options: Options) -> "StreamedMemory":
-        """Around a state of the caller's own, which is stepped; for one memory of `batch` sequences."""
+        """Wrap the caller's own state, which steps write, as one memory of `batch` sequences."""
         self = cls.__new__(cls)
         self.batch, self.scope, self.conv_width, self.records_past = batch, "batch", 1, False
         self.sessions = [Session(state, options, 1)]
@@ -170,9 +171,9 @@ class StreamedMemory:
         return self
 
     def take_over(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
-        """Take over the options of the layer, as they are now; refuse one of another kind than what has made this.
+        """Use the layer's present options from now on; refuse a layer unlike the one that has made this memory.
 
-        Options other than those that may change from step to step are the states' to refuse.
+        The states themselves refuse a change of options that must be the same in all steps.
         """
         names = ("scope", "query_conv", "keys", "values", "chunk_size")
         came = (scope, conv_width, keys.shape, values.shape, options.chunk_size)
@@ -189,16 +190,16 @@ class StreamedMemory:
 
     @property
     def positions(self) -> list[int]:
-        """How many tokens each sequence has read; under scope="batch" with padding."""
+        """How many tokens each sequence has read; under scope="batch" padding counts."""
         return [x.state.position for x in (self.sessions if self.scope == "sequence" else self.sessions * self.batch)]
 
     def _pieces(self, documents: Documents) -> list[slice | Tensor] | None:
-        """Where the tokens of each session lie among the B·T; None where one session has them all as they are."""
+        """Where each session's tokens lie among the B·T; None where one session reads all of them in place."""
         return None if self.scope == "batch" or documents.is_one else documents.pieces()
 
     @torch.no_grad()
     def convolve(self, x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
-        """The layer's convolution over x [B, T, d], which comes next in the sequences; before `step`."""
+        """The layer's convolution over the next tokens' x [B, T, d]; to be called before `step`."""
         pieces = self._pieces(documents)
         if pieces is None:
             if documents.mask is not None:
@@ -209,7 +210,7 @@ class StreamedMemory:
         return put_back(parts, pieces, x) if parts else x
 
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
-        """Read the next tokens, [B, T, H, Dk] and [B, T, D]; the output [B, T, D], 0 at padding."""
+        """Read the next tokens, [B, T, H, Dk] and [B, T, D]; return the output [B, T, D], 0 at padding."""
         pieces, record = self._pieces(documents), self.records_past
         if pieces is None:
             read = self.sessions[0].step(queries, targets, gates, documents.mask, record=record)
@@ -225,7 +226,8 @@ class StreamedMemory:
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now.
 
-        That is as it was when the stream was made, where the layer's memory runs in another dtype than its Parameters.
+        A layer whose memory runs in another dtype than its Parameters has copied them when it made this object: there
+        the sequences begin with that copy.
         """
         for one in self.sessions:
             one.state.reset()
@@ -239,8 +241,8 @@ class StreamedMemory:
             indices: [new batch], integers in [0, batch); a sequence that comes twice goes on as two.
 
         Raises:
-            TypeError, ValueError: for what are no such integers; under scope="batch", where sequences have no memory of
-                their own, for anything but a part of them in its order.
+            TypeError, ValueError: for other indices. Under scope="batch" sequences share one memory, so indices must
+                increase: rows can only be left out.
         """
         on_cpu = indices.cpu() if isinstance(indices, Tensor) else indices
         rows = check_indices(on_cpu, self.batch).tolist()
@@ -252,7 +254,7 @@ class StreamedMemory:
             if len(rows) < self.batch:
                 self.sessions[0].select(rows)
         else:
-            # A session moves to where it is taken first; only further takers need a copy of their own.
+            # The first place that takes a session gets the session itself; each further place gets a copy.
             self.sessions = [
                 self.sessions[row] if row not in rows[:place] else self.sessions[row].clone()
                 for place, row in enumerate(rows)
@@ -262,15 +264,15 @@ class StreamedMemory:
     def rollback(self, tokens: int) -> None:
         """Take back the last `tokens` tokens of every sequence, as if they had never been read.
 
-        In the present chunk that costs nothing. While `records_past` is True, what completes a chunk can be taken back
-        too, at least chunk_size tokens: before it reads them, a session copies its memory, table and all, and keeps
-        them; after a rollback over the beginning of a chunk it reads again those that stay. Copies, and a sequence that
-        `reorder` repeats, have no such past.
+        Within the present chunk that costs nothing. While `records_past` is True, a rollback also reaches over the
+        beginning of the chunk, for at least chunk_size tokens. For that, a session that reads tokens which complete a
+        chunk copies its memory before, with the table, and keeps the tokens; a rollback then restores the copy and
+        reads the tokens that stay again. Clones, and a sequence that `reorder` repeats, have no such record.
 
-        Only tokens count: padding behind them, on the right, is none.
+        `tokens` counts tokens alone, without padding behind them, on the right.
 
         Raises:
-            TypeError, ValueError: where a sequence cannot take back so many. Nothing has been changed then.
+            TypeError, ValueError: where a sequence cannot take back so many. Nothing has changed then.
         """
         checks.check_int("tokens", tokens, minimum=0)
         least = min((x.most_undone for x in self.sessions), default=tokens)

@@ -13,17 +13,17 @@ TABLE_INITS = ("normal", "zeros")
 
 
 class ValueTable(nn.Module):
-    """A table of value rows, `weight` [num_slots, width]: the one big thing of a memory layer, in a module of its own.
+    """A table of value rows, `weight` [num_slots, width]: the large part of a memory layer, in a module of its own.
 
-    So it can be a unit of its own of FSDP, has a group of its own in `parameter_groups`, and can be shared by layers.
-    It is used inside its own forward: what wraps a module gathers the weight before that and frees it after.
+    So FSDP can wrap it alone, `parameter_groups` gives it a group of its own, and layers can share it. Layers use the
+    weight inside this module's forward, since a wrapper such as FSDP gathers it before that and frees it afterwards.
 
     Args:
         num_slots: N, rows.
         width: D, columns.
         init: "normal", with standard deviation D^-½, or "zeros".
-        trainable: whether `weight` is a Parameter; else it is a buffer, which casts of the module to fewer bits than
-            those of `dtype`, such as `.to(torch.bfloat16)`, leave in `dtype`: what is never trained would only lose.
+        trainable: whether `weight` is a Parameter. Otherwise it is a buffer, and a cast of the module to fewer bits
+            than `dtype` has, such as `.to(torch.bfloat16)`, leaves it as it is.
         dtype: of the weight, a floating-point one.
 
     Raises:
@@ -72,31 +72,54 @@ class ValueTable(nn.Module):
 def keep(module: nn.Module, name: str, x: Tensor, trainable: bool) -> None:
     """Register a tensor of a memory: a Parameter without weight decay, or a buffer.
 
-    The mark is for others: `parameter_groups` goes by names, since copy.deepcopy loses attributes of Parameters.
+    The attribute is for fla and other libraries, which look for it. `parameter_groups` goes by names, since
+    copy.deepcopy loses attributes of Parameters.
     """
     if trainable:
         parameter = nn.Parameter(x)
-        parameter._no_weight_decay = True  # type: ignore[attr-defined]  # what fla and others look for
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
         module.register_parameter(name, parameter)
     else:
         module.register_buffer(name, x)
 
 
 def apply_but_round_no_buffer(module: Any, apply: Callable[..., Any], fn: Callable[..., Any], recurse: bool) -> Any:
-    """`nn.Module._apply`, after which the module's own buffers can hold all that its `memory_dtype` can."""
+    """`nn.Module._apply`, but a cast leaves the module's own buffers at least the bits of its `memory_dtype`."""
     before = dict(module._buffers)
     apply(fn, recurse)
     for name, x in before.items():
         after, least = module._buffers[name], module.memory_dtype
         if x is not None and torch.promote_types(after.dtype, least) != after.dtype:
             module._buffers[name] = x.to(after.device, least)
-    for name in ("keys", "weight"):  # from meta they come as other Parameters
+    for name in ("keys", "weight"):  # leaving the meta device makes new Parameters, without the attribute
         if module._parameters.get(name) is not None:
             module._parameters[name]._no_weight_decay = True
     return module
 
 
 def check_memory_dtype(name: str, dtype: object) -> None:
-    """`dtype` is one of those that keys and values may have."""
+    """Refuse a `dtype` that keys and values cannot have."""
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"`{name}` must be torch.float32, float64, float16 or bfloat16, got {dtype!r}")
+
+
+def check_table(table: object, num_keys: int, value_dim: int) -> None:
+    """Refuse a `table` that is no ValueTable of the size that a layer needs."""
+    if not isinstance(table, ValueTable):
+        raise TypeError(f"`table` must be a ValueTable, got {type(table).__name__}")
+    if table.weight.shape != (num_keys**2, value_dim):
+        raise ValueError(
+            f"`table` must have num_keys² = {num_keys**2} slots of width value_dim = {value_dim}, "
+            f"got {checks.shape(table.weight)}"
+        )
+
+
+def check_table_kind(table: ValueTable, initial_memory: str, memory_dtype: torch.dtype) -> None:
+    """Refuse a `table` that is trainable, or float64, where the fast-weight layer is not, or the other way round."""
+    if (table.weight.dtype == torch.float64) != (memory_dtype == torch.float64):
+        raise ValueError(f"`table` and the layer must both be float64 or neither, got {table.weight.dtype}")
+    if isinstance(table.weight, nn.Parameter) != (initial_memory == "learned"):
+        raise ValueError(
+            f'`table` must be trainable for `initial_memory`="learned", and only then; got {initial_memory!r} with '
+            f"trainable={isinstance(table.weight, nn.Parameter)}"
+        )

@@ -1,7 +1,7 @@
 """Seeded inputs for tests, fuzzing and benchmarks, in every layout and dtype.
 
-Numbers are drawn on the CPU, so one seed means the same inputs on every device, and in float64 before the cast to the
-dtype.
+Numbers are drawn on the CPU and in float64, and cast afterwards, so that a seed means the same inputs on every device,
+and but for rounding in every dtype.
 """
 
 import math
