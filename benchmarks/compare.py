@@ -1,26 +1,13 @@
 """What got slower than a stored run."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE, is_package
-from benchmarks.results import Figure, plain_table, read_figures, read_results, show_bytes, show_us
+from benchmarks.providers import PACKAGE, is_package
+from benchmarks.results import plain_table, show_bytes, show_us
 
 #: Times whose ratio is less count as equal.
 THRESHOLD = 1.1
-
-
-class Stored(NamedTuple):
-    """The lines of a results file."""
-
-    results: Sequence[Result]
-    figures: Sequence[Figure]
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Stored":
-        return cls(read_results(path), read_figures(path))
 
 
 def _verdict(ratio: float, old_range: tuple[float, float], new_range: tuple[float, float], threshold: float) -> str:
@@ -36,15 +23,15 @@ def _quantiles(result: Result) -> tuple[float, float]:
     return result.p10_us or 0.0, result.p90_us or 0.0
 
 
-def compare(old: Stored, new: Stored, threshold: float = THRESHOLD) -> tuple[str, bool]:
+def compare(old: Sequence[Result], new: Sequence[Result], threshold: float = THRESHOLD) -> tuple[str, bool]:
     """A table of both runs, and whether this package got slower: by more than `threshold`, and more than the noise.
 
     A number that was right and is not any more counts as slower. What only one of the two has is not compared.
     """
-    before = {(r.row, r.provider): r for r in old.results}
+    before = {(r.row, r.provider): r for r in old}
     header = ["row", "provider", "before", "now", "ratio", "memory before", "now", ""]
     lines, worse = [], []
-    for now in new.results:
+    for now in new:
         was = before.get((now.row, now.provider))
         if was is None:
             continue
@@ -58,44 +45,23 @@ def compare(old: Stored, new: Stored, threshold: float = THRESHOLD) -> tuple[str
         lines.append(line)
         if is_package(now.provider) and line[-1] in ("slower", f"now {now.status}"):
             worse.append(now.row if now.provider == PACKAGE else f"{now.row} {now.provider}")
-    figures_before = {f.figure: f for f in old.figures}
-    figures = []
-    for figure in new.figures:
-        stored = figures_before.get(figure.figure)
-        if stored is None or stored.value <= 0 or figure.value <= 0:
-            continue
-        ratio, ranges = figure.value / stored.value, [(f.low, f.high) for f in (stored, figure)]
-        if figure.at_least:  # more is better: turned round
-            ratio, ranges = 1 / ratio, [(-high, -low) for low, high in ranges]
-        verdict = _verdict(ratio, *ranges, threshold)
-        shown = [f"{f.value:.3g} {f.unit}" for f in (stored, figure)]
-        figures.append([figure.figure, *shown, f"{figure.value / stored.value:.2f}", verdict])
-        if verdict == "slower":
-            worse.append(figure.figure)
-    parts = _differences(old, new)
     if lines:
-        parts.append(plain_table(header, lines))
-    if figures:
-        parts.append(plain_table(["figure", "before", "now", "ratio", ""], figures))
-    if not lines and not figures:
-        parts.append("nothing to compare: the two runs have no row in common")
-    elif worse:
-        parts.append(f"{PACKAGE} got slower: " + ", ".join(worse))
+        verdict = f"{PACKAGE} got slower: {', '.join(worse)}" if worse else f"{PACKAGE} got no slower"
+        parts = [plain_table(header, lines), verdict]
     else:
-        parts.append(f"{PACKAGE} got no slower")
-    return "\n\n".join(parts), bool(worse)
+        parts = ["nothing to compare: the two runs have no row in common"]
+    return "\n\n".join([*_differences(old, new), *parts]), bool(worse)
 
 
 def _show(result: Result) -> str:
     return show_us(result.time_us) if result.status == "ok" else result.status
 
 
-def _differences(old: Stored, new: Stored) -> list[str]:
+def _differences(old: Sequence[Result], new: Sequence[Result]) -> list[str]:
     """What is not the same about the two runs' machines, or []."""
-    a, b = ((*stored.results, *stored.figures) for stored in (old, new))
-    if not a or not b:
+    if not old or not new:
         return []
-    before, now = a[-1], b[-1]
+    before, now = old[-1], new[-1]
     pairs = [("device", before.device, now.device), ("commit", before.commit, now.commit)]
     for name in dict.fromkeys((*before.versions, *now.versions)):
         pairs.append((name, before.versions.get(name), now.versions.get(name)))

@@ -10,8 +10,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from benchmarks.eager import torch_lookup
 from benchmarks.inputs import PARAMETERS, Configuration, Inputs, Memory
-from benchmarks.providers import project, torch_lookup
+from benchmarks.providers import project
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,12 +29,12 @@ import torch
 
 from benchmarks import logs
 from benchmarks import smoke as first_look
-from benchmarks.compare import Stored, compare
+from benchmarks.compare import compare
 from benchmarks.goals import goals_table
 from benchmarks.measure import NO_GRAPH
 from benchmarks.plots import FILES, plot
-from benchmarks.registry import is_package
-from benchmarks.results import figures_table, report, to_json
+from benchmarks.providers import is_package
+from benchmarks.results import read_results, report, to_json
 from benchmarks.run import running, select_cases
 from benchmarks.sanitize import TOOL_OPTIONS, TOOLS, errors_found, find_sanitizer
 from fwpkm_kernels import env_report
@@ -52,12 +52,10 @@ echo "the fuzzer ended with status $status"; seed=$((seed + 1)); [ $seed -lt 9 ]
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("scans", "chunks", "lookup", "gather", "update", "key_step")),
     *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
-    *(
-        f"tests/test_{name}.py"
-        for name in ("determinism", "threads", "debug", "golden_chunk", "torch", "layers_documents")
-    ),
+    *(f"tests/test_{name}.py" for name in ("determinism", "launch_tables", "threads", "debug", "golden_chunk")),
+    *(f"tests/test_{name}.py" for name in ("autograd", "compile", "checkpoint", "layers_documents")),
 ]
-ALONE = ["tests/test_scale.py"]
+ALONE = ["tests/test_limits.py", "tests/test_large.py"]
 #: A test or a measurement that takes longer on a GPU hangs: what has to compile every kernel takes half of this.
 HANGS = 60
 #: Seconds between two summaries; and from the interruption of a process to its end, of pytest, which still reports, and
@@ -89,7 +87,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, out: Path, parts: Sequence[str]):
         self.options, self.out, self.parts = options, out, parts
         self.on_gpu = options.device == "cuda"
-        self.old = Stored.read(options.compare) if options.compare else None  # before its file is overwritten
+        self.old = read_results(options.compare) if options.compare else None  # before its file is overwritten
         self.environment = env_report.collect()
         self.verdicts: dict[str, Verdict] = {}
         self.notes: list[str] = []
@@ -135,14 +133,14 @@ class Run:
     def summarise(self) -> tuple[str, str, bool]:
         """Write summary.txt; what it begins with, the rest, and whether all is right and nothing slower than before."""
         self.written = time.monotonic()
-        stored = Stored.read(self.out / "results.jsonl")
-        comparison, slower = compare(self.old, stored) if self.old else ("", False)
+        results = read_results(self.out / "results.jsonl")
+        comparison, slower = compare(self.old, results) if self.old is not None else ("", False)
         e, right = self.environment, all(right for _, right in self.verdicts.values())
         missing = [part for part in self.parts if part not in self.verdicts or STOPPED in self.verdicts[part][0]]
         head = [
             ("all right" if right else "NOT RIGHT") + (f", but incomplete: {', '.join(missing)}" if missing else ""),
             "",
-            goals_table(stored.results),
+            goals_table(results),
             "",
             f"fwpkm_kernels {e['fwpkm_kernels']}, commit {e['commit']}, on "
             + (", ".join(gpu["name"] for gpu in e["gpus"]) or e["cpu"]["model"]),
@@ -158,9 +156,8 @@ class Run:
             *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
             *re.findall(r"^SKIPPED .*needs .* of a GPU's memory.*$", tests, re.M),
             "",
-            str(report(stored.results)),
-            *(["", figures_table(stored.figures)] if stored.figures else []),
-            *(["", "compared with the stored run:", "", comparison] if self.old else []),
+            report(results),
+            *(["", "compared with the stored run:", "", comparison] if self.old is not None else []),
         ]
         begin, rest = "\n".join(head), "\n".join(body)
         write_output(self.out / "summary.txt", f"{begin}\n\n{rest}\n")
@@ -191,13 +188,13 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
         culprits[culprit] = status
         with (run.out / "tests.txt").open("a", encoding="utf-8", errors="replace") as log:
             log.write("\n".join([f"{culprit} ended its process with status {status}:", *tail, "\n"]))
-        found = [r for r in Stored.read(results).results if is_package(r.provider) == (whose == "own")]
+        found = [r for r in read_results(results) if is_package(r.provider) == (whose == "own")]
         if "--no-graphs" not in arguments and sum(r.message.startswith(NO_GRAPH) for r in found) >= CAPTURES:
             arguments.append("--no-graphs")
             run.notes.append(f"{whose} rows: after {culprit} no CUDA graphs, since {CAPTURES} captures have failed")
     marker.unlink(missing_ok=True)
     planned = {(row.name, provider.name) for row, provider in select_cases(run.options.device, whose=whose)}
-    found = [r for r in Stored.read(results).results if is_package(r.provider) == (whose == "own")]
+    found = [r for r in read_results(results) if is_package(r.provider) == (whose == "own")]
     wrong = [f"{r.row} {r.provider} is {r.status}" for r in found if r.status != "ok"] if whose == "own" else []
     count = sum((r.row, r.provider) in planned for r in found)
     ended = [f"{name} ended its process (status {x})" for name, x in culprits.items()]
@@ -309,9 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         (out / name).unlink(missing_ok=True)
     (out / "results.jsonl").touch()
     if options.only in ("rows", "providers"):  # which measure what the file lacks: all of theirs, whatever it was
-        old = Stored.read(out / "results.jsonl")
-        kept = [r for r in old.results if is_package(r.provider) == (options.only == "providers")]
-        write_output(out / "results.jsonl", "".join(f"{to_json(line)}\n" for line in (*kept, *old.figures)))
+        old = read_results(out / "results.jsonl")
+        kept = [r for r in old if is_package(r.provider) == (options.only == "providers")]
+        write_output(out / "results.jsonl", "".join(f"{to_json(result)}\n" for result in kept))
     write_output(out / "environment.json", json.dumps(run.environment, indent=2) + "\n")
     run.summarise()
     whole = 60 * options.minutes
@@ -329,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if part == "smoke" and not right:
             break
     try:
-        plot(Stored.read(out / "results.jsonl").results, out, plots)
+        plot(read_results(out / "results.jsonl"), out, plots)
     except (ImportError, CommandError) as error:
         run.notes.append(f"no plots: {error}")
     head, body, right = run.summarise()

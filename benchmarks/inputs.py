@@ -89,7 +89,7 @@ def normal(device: Any, seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def table(slots: int, width: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
     """A value table [slots, width], drawn on the device; shared, since it may have 34 GB, so never to be written."""
     return normal(device, seed, slots, width).to(dtype)

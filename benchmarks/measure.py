@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -15,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from benchmarks.registry import Cost, Inputs, Provider, Row
-from benchmarks.verify import Expected, verify
+from benchmarks.costs import Cost
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Provider
+from benchmarks.registry import Row
+from benchmarks.verify import Shared, verify
 from fwpkm_kernels import env_report
 
 #: Larger than the L2 cache of any GPU: read before each timed call.
@@ -37,15 +39,19 @@ class Result:
     direction: str
     configuration: str
     provider: str
+    dtype: str
+    #: the configuration: tokens, sub_keys, picks and so on
+    sizes: dict[str, Any]
     kind: str
     device: str
-    dtype: str
-    shapes: dict[str, list[int]]
-    bytes: int
-    flops: int
-    floor_us: float
     bandwidth_gb_s: float
     matmul_tflop_s: float
+    commit: str | None
+    versions: dict[str, str | None]
+    shapes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+    floor_us: float = 0.0
     #: "ok"; "wrong" if the check against the reference failed; "error" if it raised
     status: str = "ok"
     message: str = ""
@@ -62,10 +68,6 @@ class Result:
     graph_ratio: float | None = None
     #: memory of tensors that a call needs on top of its inputs, results included
     peak_bytes: int | None = None
-    #: the configuration: tokens, sub_keys, picks and so on
-    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    commit: str | None = None
-    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def row(self) -> str:
@@ -79,28 +81,26 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where it runs, and the two ceilings that were measured there."""
+    """Where it runs, and the two ceilings that were measured there: the fields of a `Result` by the same names."""
 
-    kind: str  # "cpu" or "cuda"
-    name: str
-    bandwidth: float  #: bytes/s of a large copy, read and written
-    matmul: float  #: flop/s of a large matrix product: tf32 on GPUs, float32 on CPUs
+    kind: str  #: "cpu" or "cuda"
+    device: str  #: its name
+    bandwidth_gb_s: float  #: of a large copy, read and written
+    matmul_tflop_s: float  #: of a large matrix product: tf32 on GPUs, float32 on CPUs
     commit: str | None
     versions: dict[str, str | None]
 
     def floor_us(self, cost: Cost) -> float:
         flops = cost.flops * (cost.passes if self.kind == "cuda" else 1)
-        return 1e6 * max(cost.bytes / self.bandwidth, flops / self.matmul)
+        return max(cost.bytes / self.bandwidth_gb_s / 1e3, flops / self.matmul_tflop_s / 1e6)
 
 
-def measure_machine(kind: str, *, quick: bool = False) -> Machine:
-    """Measure the ceilings of `kind`, "cpu" or "cuda"; `quick` uses small arrays, whose numbers mean nothing."""
-    report = env_report.collect()
-    on_gpu = kind == "cuda"
-    size = 2**20 if quick else 2**30 if on_gpu else 2**28
+def measure_machine(kind: str) -> Machine:
+    """Measure the ceilings of `kind`, "cpu" or "cuda"."""
+    report, on_gpu = env_report.collect(), kind == "cuda"
+    size, n = (2**30, 8192) if on_gpu else (2**28, 2048)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=kind)
     target = torch.empty_like(source)
-    n = 256 if quick else 8192 if on_gpu else 2048
     a, b = torch.randn(2, n, n, device=kind)
     repeats, clock = 10, time_cuda if on_gpu else time_cpu
     precision = torch.get_float32_matmul_precision()
@@ -110,43 +110,15 @@ def measure_machine(kind: str, *, quick: bool = False) -> Machine:
         matmul_us = min(clock([lambda: a @ b], 2.0, least=repeats))
     finally:
         torch.set_float32_matmul_precision(precision)
+    about = report | report["torch"] | {"torch": report["torch"]["version"]}
     return Machine(
-        kind=kind,
-        name=torch.cuda.get_device_name() if on_gpu else report["cpu"]["model"],
-        bandwidth=2 * size / copy_us * 1e6,
-        matmul=2 * n**3 / matmul_us * 1e6,
-        commit=report["commit"],
-        versions={
-            "python": report["python"],
-            "torch": report["torch"]["version"],
-            "triton": report["triton"],
-            "cuda": report["torch"]["cuda"],
-            "hip": report["torch"]["hip"],
-            "driver": report["driver"],
-            "fwpkm_kernels": report["fwpkm_kernels"],
-        },
+        kind,
+        torch.cuda.get_device_name() if on_gpu else report["cpu"]["model"],
+        2 * size / copy_us / 1e3,
+        2 * n**3 / matmul_us / 1e6,
+        report["commit"],
+        {name: about[name] for name in ("python", "torch", "triton", "cuda", "hip", "driver", "fwpkm_kernels")},
     )
-
-
-class Shared:
-    """What the providers of a row share: its inputs of seed 0, what is expected of them, and what they cost. Each is
-    made when it is first asked for: what raises there is the error of that measurement alone."""
-
-    def __init__(self, row: Row, kind: str):
-        self.row = row
-        self.kind = kind
-
-    @functools.cached_property
-    def inputs(self) -> Inputs:
-        return self.row.inputs(self.kind)
-
-    @functools.cached_property
-    def expected(self) -> Expected:
-        return Expected(self.row, self.inputs)
-
-    @functools.cached_property
-    def cost(self) -> Cost:
-        return self.row.cost(self.inputs)
 
 
 def prepare(row: Row, provider: Provider, inputs: Inputs) -> Call:
@@ -304,7 +276,7 @@ def measure(
         if machine.kind == "cuda":
             _measure_cuda(result, row, provider, shared, seconds, graphs)
         else:
-            verify(row, provider, inputs, shared.expected)
+            verify(provider, shared)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 8 if row.direction == "forward" else 2
             calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
@@ -320,25 +292,9 @@ def measure(
 
 def no_result(row: Row, provider: Provider, machine: Machine, **fields: Any) -> Result:
     """All that is known before inputs are drawn."""
-    return Result(
-        operation=row.operation.name,
-        direction=row.direction,
-        configuration=row.configuration.name,
-        provider=provider.name,
-        kind=machine.kind,
-        device=machine.name,
-        dtype=str(row.configuration.dtype).removeprefix("torch."),
-        shapes={},
-        bytes=0,
-        flops=0,
-        floor_us=0.0,
-        bandwidth_gb_s=machine.bandwidth / 1e9,
-        matmul_tflop_s=machine.matmul / 1e12,
-        commit=machine.commit,
-        versions=machine.versions,
-        sizes=sizes(row),
-        **fields,
-    )
+    c = row.configuration
+    names = (row.operation.name, row.direction, c.name, provider.name)
+    return Result(*names, str(c.dtype).removeprefix("torch."), sizes(row), **dataclasses.asdict(machine), **fields)
 
 
 def sizes(row: Row) -> dict[str, Any]:
@@ -369,7 +325,7 @@ def _measure_cuda(result: Result, row: Row, provider: Provider, shared: Shared, 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        verify(row, provider, shared.inputs, shared.expected)
+        verify(provider, shared)
         torch.cuda.empty_cache()  # of two tables of 34 GB none may be lost to what is left over
         sets = _input_sets(row, provider, shared.inputs, "cuda", 8)
         calls, inputs = [prepare(row, provider, x) for x in sets], sets[0]

@@ -14,42 +14,26 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs import Configuration
+from benchmarks.providers import Provider
+from fwpkm_kernels.options import Options
 from reference.memory import MemoryOutput
-
-if TYPE_CHECKING:  # the registry imports this module
-    from benchmarks.registry import Configuration, Provider
 
 #: The environment variable that names the folders.
 FOLDERS = "FWPKM_PEERS"
+#: ε of every row.
+_EPS = Options().eps
 
 
-class Adapter(NamedTuple):
-    """How one package computes one operation; what follows the module is the provider's."""
-
-    operation: str
-    module: str
-    name: str
-    run: Callable[..., Any]
-    applies: Callable[["Configuration"], bool]
-    #: what runs on the GPU without asking it for a number
-    capturable: bool = True
-
-
-def providers(operation_name: str) -> tuple["Provider", ...]:
+def providers(operation_name: str) -> list[Provider]:
     """The peers that can compute an operation and are there."""
-    from benchmarks.registry import Provider
-
-    return tuple(
-        Provider(adapter.name, adapter.run, adapter.applies, capturable=adapter.capturable)
-        for adapter in _ADAPTERS
-        if adapter.operation == operation_name and _is_there(adapter.module)
-    )
+    return [p for operation, module, p in _ADAPTERS if operation == operation_name and _is_there(module)]
 
 
 @contextlib.contextmanager
@@ -75,11 +59,11 @@ def _load(module: str) -> Any:
         return importlib.import_module(module)
 
 
-def _require(**options: tuple[Any, Any]) -> None:
-    """Each option as (what it is, the only thing that it can be)."""
-    for name, (got, only) in options.items():
-        if got != only:
-            raise NotImplementedError(f"`{name}` can only be {only!r} there, got {got!r}")
+def _require(given: Mapping[str, Any], **only: Any) -> None:
+    """Each of these options must be the only thing that it can be."""
+    for name, value in only.items():
+        if given[name] != value:
+            raise NotImplementedError(f"`{name}` can only be {value!r} there, got {given[name]!r}")
 
 
 _PKM = "product_key_memory"
@@ -106,8 +90,8 @@ def _pkm_addressing(heads: int, sub_keys: int, top_k: int, half: int) -> Any:
     return memory
 
 
-def _pkm_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-    _require(score=(score, "dot"))
+def _pkm_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
+    _require({"score": score}, score="dot")
     heads, _, sub_keys, half = keys.shape
     memory = _pkm_addressing(heads, sub_keys, top_k, half)
     memory.keys = keys.transpose(1, 2)
@@ -160,64 +144,31 @@ def _fast_weight_addressing(
 
 
 def _fast_weight_retrieve(
-    queries: Tensor, keys: Tensor, top_k: int, eps: float, lr: float = 1.0, weight: float = 1.0
+    queries: Tensor, keys: Tensor, top_k: int, lr: float = 1.0, weight: float = 1.0
 ) -> tuple[Any, dict[str, Tensor]]:
     heads, _, sub_keys, half = keys.shape
     memory = _fast_weight_addressing(heads, sub_keys, half, top_k, keys.device, keys.dtype, lr, weight)
     memory.keys = keys.transpose(0, 1)
     rows = queries.to(keys.dtype).flatten(1).unsqueeze(0)
     targets = rows.new_zeros(1, rows.shape[1], heads)
-    return memory, memory.retrieve(targets, idw_eps=eps, query_tokens=rows)[1]
+    return memory, memory.retrieve(targets, idw_eps=_EPS, query_tokens=rows)[1]
 
 
-def _fast_weight_lookup(
-    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    _require(score=(score, "idw"))
-    _, found = _fast_weight_retrieve(queries, keys, top_k, eps)
+def _fast_weight_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
+    _require({"score": score}, score="idw")
+    _, found = _fast_weight_retrieve(queries, keys, top_k)
     return found["scores"].gather(-1, found["sub_indices"])[0], found["final_indices"][0]
 
 
-def _fast_weight_key_step(
-    keys: Tensor,
-    queries: Tensor,
-    *,
-    top_k: int,
-    score: str = "idw",
-    eps: float = 1e-3,
-    lr: float = 1.0,
-    weight: float = 1.0,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-) -> Tensor:
-    _require(heads=(keys.shape[0], 1), score=(score, "idw"), weight_decay=(weight_decay, 0), clip=(clip, None))
-    memory, found = _fast_weight_retrieve(queries, keys, top_k, eps, lr, weight)
-    _, steps = memory.store(found, idw_eps=eps)  # [2, 1, H, n, Dk/2]
+def _fast_weight_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float) -> Tensor:
+    _require({"heads": keys.shape[0], "score": score}, heads=1, score="idw")
+    memory, found = _fast_weight_retrieve(queries, keys, top_k, weight=weight)
+    _, steps = memory.store(found, idw_eps=_EPS)  # [2, 1, H, n, Dk/2]
     return keys + steps[:, 0].transpose(0, 1)
 
 
 def _fast_weight_sequence(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    chunk_size: int = 512,
-    top_k: int = 8,
-    lookahead: int = 1,
-    score: str = "idw",
-    eps: float = 1e-3,
-    weighting: str = "softmax",
-    temperature: float = 1.0,
-    gates: Tensor | None = None,
-    mask: Tensor | None = None,
-    lr: float = 1.0,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-    addressing_weight: float = 1.0,
-    key_gradient: str = "addressing",
-    step: str = "paper",
-    boundary: str = "carry",
+    queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, **options: Any
 ) -> MemoryOutput:
     """Its retrieve and store, chunk by chunk.
 
@@ -225,25 +176,26 @@ def _fast_weight_sequence(
     the factor J nor the C/(C - 1) of the tokens that are read but not written, so both go into its learning rate.
     """
     batch, length, heads, _ = queries.shape
+    o = Options(**options)
     # it keeps a memory for each item of a batch, and tables of their own for the heads
-    _require(batch=(batch, 1), heads=(heads, 1), lookahead=(lookahead, 1), score=(score, "idw"), mask=(mask, None))
-    _require(weighting=(weighting, "softmax"), temperature=(temperature, 1), key_gradient=(key_gradient, "addressing"))
-    _require(weight_decay=(weight_decay, 0), clip=(clip, None), step=(step, "paper"), boundary=(boundary, "drop"))
-    memory = _fast_weight(keys, values.unsqueeze(1), top_k)
+    given = {"batch": batch, "heads": heads, **o._asdict()}
+    _require(given, batch=1, heads=1, lookahead=1, score="idw", weighting="softmax", temperature=1, step="paper")
+    _require(given, weight_decay=0, clip=None, key_gradient="addressing", boundary="drop", eps=_EPS)
+    memory = _fast_weight(keys, values.unsqueeze(1), o.top_k)
     past = None
     outputs, slots, weights = [], [], []
-    for start in range(0, length, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=eps, query_tokens=queries[:, chunk].flatten(2))
+    for start in range(0, length, o.chunk_size):
+        chunk = slice(start, start + o.chunk_size)
+        rows = queries[:, chunk].flatten(2)
+        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=_EPS, query_tokens=rows)
         outputs.append(output)
         slots.append(found["final_indices"].flatten(2))
         weights.append(found["final_scores"].flatten(2))
         tokens = output.shape[1]
-        written = torch.ones_like(output[..., 0]) if gates is None else gates[:, chunk].to(output.dtype)
-        written = written * (torch.arange(tokens, device=output.device) < tokens - 1)
-        memory.learning_rate = lr * top_k * tokens / max(1, tokens - 1)
-        memory.addressing_loss_weight = addressing_weight * lr / memory.learning_rate
-        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=eps)
+        written = torch.ones_like(output[..., 0]) * (torch.arange(tokens, device=output.device) < tokens - 1)
+        memory.learning_rate = o.lr * o.top_k * tokens / max(1, tokens - 1)
+        memory.addressing_loss_weight = o.addressing_weight * o.lr / memory.learning_rate
+        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=_EPS)
         past = _load(_FAST_WEIGHT).Memories(*stored)
     if past is not None:
         keys, values = keys + past.keys[:, 0].transpose(0, 1), values + past.memory_values[0, :, 0]
@@ -262,8 +214,7 @@ def _authors_memory(**options: Any) -> Any:
         return _load(_AUTHORS).FastWeightProductKeyMemory(**options)
 
 
-def _authors_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-    _require(eps=(eps, 1e-3))
+def _authors_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
     heads, _, sub_keys, half = keys.shape
     memory = _authors_memory(
         mem_k_dim=2 * half,
@@ -281,34 +232,13 @@ def _authors_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return _load(_AUTHORS_GATHER).xformers_embedding_bag(slots, values, weights)
 
 
-def _authors_sequence(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    chunk_size: int = 512,
-    top_k: int = 8,
-    lookahead: int = 1,
-    score: str = "idw",
-    eps: float = 1e-3,
-    weighting: str = "softmax",
-    temperature: float = 1.0,
-    gates: Tensor | None = None,
-    mask: Tensor | None = None,
-    lr: float = 1.0,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-    addressing_weight: float = 1.0,
-    key_gradient: str = "addressing",
-    step: str = "paper",
-    boundary: str = "carry",
-) -> MemoryOutput:
+def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, **options: Any) -> MemoryOutput:
     """Its module's forward, as it trains. Final keys and values have no gradient: it leaves them in its parameters."""
-    _require(eps=(eps, 1e-3), step=(step, "paper"), boundary=(boundary, "drop"))
-    if clip not in (None, 1.0):
-        raise NotImplementedError(f"`clip` can only be None or 1.0 there, got {clip!r}")
-    if addressing_weight == 0:
+    o = Options(**options)
+    _require(o._asdict(), eps=_EPS, step="paper", boundary="drop")
+    if o.clip not in (None, 1.0):
+        raise NotImplementedError(f"`clip` can only be None or 1.0 there, got {o.clip!r}")
+    if o.addressing_weight == 0:
         raise NotImplementedError("`addressing_weight` cannot be 0 there")
     heads, width = queries.shape[2:]
     differentiable = torch.is_grad_enabled()
@@ -316,17 +246,17 @@ def _authors_sequence(
         mem_k_dim=width,
         mem_v_dim=values.shape[1],
         mem_heads=heads,
-        mem_topk=top_k,
+        mem_topk=o.top_k,
         mem_n_subkeys=keys.shape[2],
-        lookahead=lookahead,
-        qk_score_type=_AUTHORS_SCORES[score],
-        score_nonlinear=weighting,
-        score_temperature=temperature,
-        learning_rate=lr,
-        weight_decay=weight_decay,
-        mem_grad_to_values_only=key_gradient == "addressing",
-        grad_clip=clip is not None,
-        addr_loss_weight=addressing_weight,
+        lookahead=o.lookahead,
+        qk_score_type=_AUTHORS_SCORES[o.score],
+        score_nonlinear=o.weighting,
+        score_temperature=o.temperature,
+        learning_rate=o.lr,
+        weight_decay=o.weight_decay,
+        mem_grad_to_values_only=o.key_gradient == "addressing",
+        grad_clip=o.clip is not None,
+        addr_loss_weight=o.addressing_weight,
         fp32_fw=values.dtype != torch.float64,
     )
     memory.train(differentiable)
@@ -335,13 +265,7 @@ def _authors_sequence(
     for parameter in parameters.values():
         if not parameter.requires_grad:
             parameter.requires_grad_()
-    inputs = {
-        "q": queries.flatten(2),
-        "ref_v": targets,
-        "gates": gates,
-        "chunk_size": chunk_size,
-        "loss_mask": mask,
-    }
+    inputs = {"q": queries.flatten(2), "ref_v": targets, "gates": None, "chunk_size": o.chunk_size, "loss_mask": None}
     result = torch.func.functional_call(memory, parameters, kwargs=inputs)
     return MemoryOutput(
         result["output"] if differentiable else result["output"].detach(),
@@ -352,55 +276,45 @@ def _authors_sequence(
     )
 
 
-def _float32(c: "Configuration") -> bool:
+def _float32(c: Configuration) -> bool:
     return c.dtype == torch.float32
 
 
-def _power_of_two(c: "Configuration") -> bool:
+def _power_of_two(c: Configuration) -> bool:
     """The kernel of its backward, which writes too, takes no other widths."""
     return _float32(c) and c.width & (c.width - 1) == 0
 
 
-def _dot(c: "Configuration") -> bool:
-    return c.score == "dot"
-
-
-def _idw(c: "Configuration") -> bool:
+def _idw(c: Configuration) -> bool:
     """It keeps several arrays of all differences, [tokens, H, n, Dk/2]: of 2 GiB each for 4096 tokens and n = 512."""
     return c.score == "idw" and c.sub_keys <= 512
 
 
-def _idw_step(c: "Configuration") -> bool:
+def _idw_step(c: Configuration) -> bool:
     """It has a distribution of sub-keys for each head, here the heads share one; and float32 is built in."""
     return _idw(c) and _float32(c) and c.heads == 1
 
 
-def _dropping(c: "Configuration") -> bool:
+def _dropping(c: Configuration) -> bool:
     """Neither carries pairs over a boundary, nor works without a key step."""
     return c.boundary == "drop" and c.key_weight != 0
 
 
-def _dropping_power_of_two(c: "Configuration") -> bool:
-    return _dropping(c) and _power_of_two(c)
-
-
-def _dropping_alone(c: "Configuration") -> bool:
+def _dropping_alone(c: Configuration) -> bool:
     """It keeps a memory for each item of a batch."""
     return _dropping(c) and _idw_step(c) and c.batch == 1
 
 
-def _any(c: "Configuration") -> bool:
-    return True
-
-
-_PKM_NAME, _FAST_WEIGHT_NAME, _AUTHORS_NAME = "product-key-memory", "fast-weight-product-key-memory", "authors"
-
-_ADAPTERS = (
-    Adapter("lookup", _PKM, _PKM_NAME, _pkm_lookup, _dot),
-    Adapter("lookup", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_lookup, _idw),
-    Adapter("lookup", _AUTHORS, _AUTHORS_NAME, _authors_lookup, _any),
-    Adapter("gather", _AUTHORS_GATHER, _AUTHORS_NAME, _authors_gather, _power_of_two),
-    Adapter("key-step", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_key_step, _idw_step),
-    Adapter("sequence", _FAST_WEIGHT, _FAST_WEIGHT_NAME, _fast_weight_sequence, _dropping_alone),
-    Adapter("sequence", _AUTHORS, _AUTHORS_NAME, _authors_sequence, _dropping_power_of_two, capturable=False),
+_pkm, _fast, _authors = (
+    functools.partial(Provider, name) for name in ("product-key-memory", "fast-weight-product-key-memory", "authors")
+)
+#: Operation, module that must be there, and provider.
+_ADAPTERS: tuple[tuple[str, str, Provider], ...] = (
+    ("lookup", _PKM, _pkm(_pkm_lookup, lambda c: c.score == "dot")),
+    ("lookup", _FAST_WEIGHT, _fast(_fast_weight_lookup, _idw)),
+    ("lookup", _AUTHORS, _authors(_authors_lookup)),
+    ("gather", _AUTHORS_GATHER, _authors(_authors_gather, _power_of_two)),
+    ("key-step", _FAST_WEIGHT, _fast(_fast_weight_key_step, _idw_step)),
+    ("sequence", _FAST_WEIGHT, _fast(_fast_weight_sequence, _dropping_alone)),
+    ("sequence", _AUTHORS, _authors(_authors_sequence, lambda c: _dropping(c) and _power_of_two(c), capturable=False)),
 )

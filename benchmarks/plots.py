@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.files import new_figure, save_figure
 from benchmarks.measure import Result
-from benchmarks.registry import PACKAGE
+from benchmarks.providers import PACKAGE
 from benchmarks.results import alike, read_results, tokens_of
 from fwpkm_kernels._commands import command, make_folder, need, one_line, try_all
 

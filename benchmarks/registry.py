@@ -2,7 +2,7 @@
 
 A row is one operation, in one direction, at one configuration: `update/backward/training`. A provider is a way to
 compute it. Inputs are drawn in inputs.py, formulas of what must be moved and computed are in costs.py, the providers
-in providers.py, and the check of their numbers in verify.py.
+in eager.py (plain PyTorch), peers.py and providers.py (this package), and the check of their numbers in verify.py.
 """
 
 import dataclasses
@@ -15,27 +15,10 @@ from torch import Tensor
 
 import fwpkm_kernels as fwpkm
 import reference
-from benchmarks import costs, inputs, providers
+from benchmarks import costs, eager, inputs, peers, providers
 from benchmarks.costs import Cost
 from benchmarks.inputs import Configuration, Inputs, table
-from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE, Provider, is_package
-
-__all__ = [
-    "COMPOSED",
-    "CONFIGURATIONS",
-    "GRAPHED",
-    "OPERATIONS",
-    "PACKAGE",
-    "Configuration",
-    "Cost",
-    "Inputs",
-    "Operation",
-    "Provider",
-    "Row",
-    "is_package",
-    "rows",
-    "table",
-]
+from benchmarks.providers import COMPOSED, GRAPHED, PACKAGE, Provider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +51,6 @@ class Row:
 
     def providers(self) -> list[Provider]:
         """Those of the operation that run on the row's device at its configuration, and then the peers."""
-        from benchmarks import peers  # here, since peers may import this module
-
         every = (*self.operation.providers, *peers.providers(self.operation.name))
         return [p for p in every if self.device in p.devices and p.applies(self.configuration)]
 
@@ -77,11 +58,8 @@ class Row:
     def wrt(self) -> tuple[str, ...]:
         """What backward differentiates with respect to: no output of a single chunk depends on the targets."""
         c, wrt = self.configuration, self.operation.wrt
-        return (
-            tuple(x for x in wrt if x != "targets")
-            if self.operation.name == "sequence" and c.length <= c.chunk
-            else wrt
-        )
+        is_one_chunk = self.operation.name == "sequence" and c.length <= c.chunk
+        return tuple(x for x in wrt if not (is_one_chunk and x == "targets"))
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
         return self.operation.make_inputs(self.configuration, device, seed)
@@ -89,17 +67,14 @@ class Row:
     def cotangent(self, given: Inputs) -> Tensor:
         """A random incoming gradient of the first output; one table for all rows whose output is a table."""
         c, name = self.configuration, self.operation.name
-        if name == "lookup":
-            return inputs.normal(given["queries"].device, 3, c.tokens, c.heads, c.picks)
-        if name == "key-step":
-            return inputs.normal(given["keys"].device, 3, *given["keys"].shape)
         if name == "update":
             return table(c.slots, c.width, c.dtype, given["values"].device.type, seed=1)
-        if name.startswith("layer"):
-            return inputs.normal(given["hidden_states"].device, 3, *given["hidden_states"].shape).to(c.dtype)
-        if name == "sequence":
-            return inputs.normal(given["targets"].device, 3, *given["targets"].shape).to(c.dtype)
-        return inputs.normal(given["values"].device, 3, c.tokens, c.width).to(c.dtype)
+        likes = {"sequence": "targets", "layer": "hidden_states", "layer-batch": "hidden_states", "key-step": "keys"}
+        shape = (c.tokens, c.heads, c.picks) if name == "lookup" else (c.tokens, c.width)
+        if name in likes:
+            shape = tuple(given[likes[name]].shape)
+        drawn = inputs.normal(next(iter(given.values())).device, 3, *shape)
+        return drawn if name in ("lookup", "key-step") else drawn.to(c.dtype)
 
     def cost(self, given: Inputs) -> Cost:
         return self.operation.cost(self.configuration, self.direction, given)
@@ -147,201 +122,145 @@ def _graph_applies(c: Configuration) -> bool:
     return c.table_bytes <= 2**34
 
 
+_package, _torch = functools.partial(Provider, PACKAGE), functools.partial(Provider, "pytorch")
+_dense = functools.partial(Provider, "dense", applies=_dense_applies, capturable=False)
+_bag = functools.partial(Provider, "embedding_bag", applies=_is_float32, capturable=False)
+_composed = functools.partial(Provider, COMPOSED)
+_on_gpu = functools.partial(Provider, devices=("cuda",))
+
+
 def _compiled(run: Callable[..., Any]) -> Provider:
     """torch.compile takes many seconds for each shape, so of an operation one stands for all; and not on CPUs, where it
     needs a C++ compiler and longer still."""
-    return Provider("torch.compile", providers.compile_lazily(run), lambda c: c.name == "training", devices=("cuda",))
+    return _on_gpu("torch.compile", eager.compile_lazily(run), lambda c: c.name == "training")
+
+
+# In these tables a line has the arguments of one kind.
+# fmt: off
 
 
 def _stream(name: str) -> Operation:
     """A memory that is kept between calls. Steps branch on the host: only `MemoryGraph` knows how to capture them."""
-    eager = functools.partial(Provider, run=providers.eager_step, capturable=False)
+
+    def kept(chunk: Callable[..., Any]) -> dict[str, Any]:
+        return {"run": eager.step, "capturable": False, "own": functools.partial(eager.own_memory, chunk=chunk)}
+
     return Operation(
-        name,
-        ("forward",),
-        reference.fast_weight_memory,
-        inputs.of_stream,
-        costs.stream,
+        name, ("forward",), reference.fast_weight_memory, inputs.of_stream, costs.stream,
         (
-            Provider(PACKAGE, providers.package_step, capturable=False, own=providers.own_state),
-            Provider(
-                GRAPHED,
-                providers.graph_step,
-                _graph_applies,
-                capturable=False,
-                devices=("cuda",),
-                own=providers.own_graph,
-                replay=providers.graph_replay,
+            _package(providers.package_step, capturable=False, own=providers.own_state),
+            _on_gpu(
+                GRAPHED, providers.graph_step, _graph_applies, capturable=False,
+                own=providers.own_graph, replay=providers.graph_replay,
             ),
-            eager("pytorch", applies=_eager_step_applies, own=providers.own_eager),
-            eager(
-                "torch.compile",
-                applies=lambda c: name == "step" and c.name == "inference",
-                devices=("cuda",),
-                own=functools.partial(providers.own_eager, chunk=providers.compiled_chunk),
+            _torch(applies=_eager_step_applies, **kept(eager.chunk)),
+            _on_gpu(
+                "torch.compile", applies=lambda c: name == "step" and c.name == "inference",
+                **kept(eager.compiled_chunk),
             ),
-            eager(
-                "dense",
-                applies=lambda c: name == "step" and _dense_applies(c),
-                own=functools.partial(providers.own_eager, chunk=providers.dense_chunk),
-            ),
+            _dense(applies=lambda c: name == "step" and _dense_applies(c), **kept(eager.dense_chunk)),
         ),
-        in_place=True,
-        sparse=providers.torch_memory,
+        in_place=True, sparse=eager.torch_memory,
     )
 
 
 def _layer(name: str, scope: str) -> Operation:
     """A layer around the memory, beside the mathematics of its projections and the memory's operator."""
-    sparse = functools.partial(providers.composed_layer, providers.torch_memory)
+    around = functools.partial(functools.partial, providers.composed_layer)
+    make_inputs = functools.partial(inputs.of_layer_training, scope=scope)
     return Operation(
-        name,
-        ("both", "forward"),
-        providers.reference_layer,
-        functools.partial(inputs.of_layer_training, scope=scope),
-        costs.layer,
+        name, ("both", "forward"), providers.reference_layer, make_inputs, costs.layer,
         (
-            Provider(PACKAGE, providers.package_layer),
-            Provider(COMPOSED, functools.partial(providers.composed_layer, fwpkm.fast_weight_memory)),
-            Provider("pytorch", sparse, _autograd_applies),
+            _package(providers.package_layer),
+            _composed(around(fwpkm.fast_weight_memory)),
+            _torch(around(eager.torch_memory), _autograd_applies),
         ),
-        wrt=("hidden_states", *inputs.PARAMETERS, "values"),
-        sparse=sparse,
+        wrt=("hidden_states", *inputs.PARAMETERS, "values"), sparse=around(eager.torch_memory),
     )
 
 
 # What matters most comes first: a run that is stopped keeps that.
 OPERATIONS = (
     Operation(
-        "sequence",
-        ("both", "forward", "backward"),
-        reference.fast_weight_memory,
-        inputs.of_sequence,
-        costs.sequence,
+        "sequence", ("both", "forward", "backward"), reference.fast_weight_memory, inputs.of_sequence, costs.sequence,
         (
-            Provider(PACKAGE, fwpkm.fast_weight_memory),
-            Provider("pytorch", providers.torch_memory, _autograd_applies),
-            Provider("dense", functools.partial(providers.torch_memory, dense=True), _dense_applies, capturable=False),
+            _package(fwpkm.fast_weight_memory),
+            _torch(eager.torch_memory, _autograd_applies),
+            _dense(functools.partial(eager.torch_memory, dense=True)),
         ),
-        wrt=("queries", "targets", "keys", "values"),
-        sparse=providers.torch_memory,
+        wrt=("queries", "targets", "keys", "values"), sparse=eager.torch_memory,
     ),
     _stream("step"),
     _stream("prefill"),
     _stream("decode"),
     Operation(
-        "lookup",
-        ("forward", "backward"),
-        reference.product_key_lookup,
-        inputs.of_lookup,
-        costs.lookup,
-        (
-            Provider(PACKAGE, fwpkm.product_key_lookup),
-            Provider("pytorch", providers.torch_lookup),
-            _compiled(providers.torch_lookup),
-        ),
+        "lookup", ("forward", "backward"), reference.product_key_lookup, inputs.of_lookup, costs.lookup,
+        (_package(fwpkm.product_key_lookup), _torch(eager.torch_lookup), _compiled(eager.torch_lookup)),
         wrt=("queries", "keys"),
     ),
     Operation(
-        "gather",
-        ("forward", "backward"),
-        reference.sparse_value_gather,
-        inputs.of_gather,
-        costs.gather,
+        "gather", ("forward", "backward"), reference.sparse_value_gather, inputs.of_gather, costs.gather,
         (
-            Provider(PACKAGE, fwpkm.sparse_value_gather),
-            Provider("pytorch", providers.torch_gather),
-            _compiled(providers.torch_gather),
-            Provider("embedding_bag", providers.embedding_bag, _is_float32, capturable=False),
+            _package(fwpkm.sparse_value_gather), _torch(eager.torch_gather), _compiled(eager.torch_gather),
+            _bag(eager.embedding_bag),
         ),
         wrt=("values", "weights"),
     ),
     Operation(
-        "gather-sparse-grad",
-        ("backward",),
-        reference.sparse_value_gather,
-        inputs.of_gather,
+        "gather-sparse-grad", ("backward",), reference.sparse_value_gather, inputs.of_gather,
         functools.partial(costs.gather, sparse=True),
         (
-            Provider(PACKAGE, functools.partial(fwpkm.sparse_value_gather, sparse_grad=True)),
-            Provider("embedding_bag", functools.partial(providers.embedding_bag, sparse=True), capturable=False),
+            _package(functools.partial(fwpkm.sparse_value_gather, sparse_grad=True)),
+            _bag(functools.partial(eager.embedding_bag, sparse=True)),
         ),
         wrt=("values", "weights"),
     ),
     Operation(
-        "update_",
-        ("forward",),
-        reference.chunk_value_update,
-        inputs.of_update,
-        costs.update_inplace,
+        "update_", ("forward",), reference.chunk_value_update, inputs.of_update, costs.update_inplace,
         (
-            Provider(PACKAGE, fwpkm.chunk_value_update_),
-            Provider("pytorch", providers.torch_update_),
-            _compiled(providers.torch_update_),
-            Provider("dense", providers.dense_update_, _dense_applies, capturable=False),
+            _package(fwpkm.chunk_value_update_), _torch(eager.torch_update_), _compiled(eager.torch_update_),
+            _dense(eager.dense_update_),
         ),
         in_place=True,
     ),
     Operation(
-        "reset",
-        ("forward",),
-        providers.initial_values,
-        inputs.of_reset,
-        costs.reset,
+        "reset", ("forward",), providers.initial_values, inputs.of_reset, costs.reset,
         (
-            Provider(PACKAGE, providers.package_reset, own=providers.own_written),
+            _package(providers.package_reset, own=providers.own_written),
             Provider(
-                f"{PACKAGE}-touched",
-                functools.partial(providers.package_reset, touched_rows_only=True),
+                f"{PACKAGE}-touched", functools.partial(providers.package_reset, touched_rows_only=True),
                 own=providers.own_written,
             ),
-            Provider("pytorch", providers.torch_reset, own=providers.own_copied),
+            _torch(eager.torch_reset, own=eager.own_copied),
         ),
         in_place=True,
     ),
     Operation(
-        "key-step",
-        ("forward", "backward"),
-        reference.product_key_update,
-        inputs.of_key_step,
-        costs.key_step,
+        "key-step", ("forward", "backward"), reference.product_key_update, inputs.of_key_step, costs.key_step,
         (
-            Provider(PACKAGE, fwpkm.product_key_update),
-            Provider("pytorch", providers.torch_key_step),
-            _compiled(providers.torch_key_step),
-            Provider("dense", providers.dense_key_step),
+            _package(fwpkm.product_key_update), _torch(eager.torch_key_step), _compiled(eager.torch_key_step),
+            Provider("dense", eager.dense_key_step),
         ),
-        wrt=("keys", "queries"),
-        sparse=providers.torch_key_step,
+        wrt=("keys", "queries"), sparse=eager.torch_key_step,
     ),
     Operation(
-        "update",
-        ("forward", "backward"),
-        reference.chunk_value_update,
-        inputs.of_update,
-        costs.update,
-        (
-            Provider(PACKAGE, fwpkm.chunk_value_update),
-            Provider("pytorch", providers.torch_update),
-            Provider("dense", providers.dense_update, _dense_applies, capturable=False),
-        ),
+        "update", ("forward", "backward"), reference.chunk_value_update, inputs.of_update, costs.update,
+        (_package(fwpkm.chunk_value_update), _torch(eager.torch_update), _dense(eager.dense_update)),
         wrt=("values", "weights", "targets", "predictions"),
     ),
     _layer("layer", "sequence"),
     _layer("layer-batch", "batch"),
     Operation(
-        "layer-decode",
-        ("forward",),
-        providers.reference_layer,
-        functools.partial(inputs.of_layer, scope="sequence"),
+        "layer-decode", ("forward",), providers.reference_layer, functools.partial(inputs.of_layer, scope="sequence"),
         costs.layer,
         (
-            Provider(PACKAGE, providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
-            Provider(COMPOSED, providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
+            _package(providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
+            _composed(providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
         ),
         in_place=True,
     ),
 )
+# fmt: on
 
 
 _OPERATIONS = ("lookup", "gather", "gather-sparse-grad", "update_", "key-step", "update")
@@ -362,8 +281,8 @@ CONFIGURATIONS = (
     Configuration("8x4096-n4096-bf16-d256", 32768, ("sequence",), _GPU, batch=8, sub_keys=4096, width=256, **_BF16),
     Configuration("8x4096-drop", 32768, ("sequence",), _GPU, batch=8, boundary="drop"),
     Configuration("1x1024", 1024, _LAYERS, _CPU, directions=("both", "forward")),
-    Configuration("1x512", 512, ("sequence",), _CPU),
-    Configuration("1x4608", 4608, ("sequence",), _CPU),
+    Configuration("1x512", 512, ("sequence",), _CPU, directions=("both", "forward", "backward")),
+    Configuration("1x4608", 4608, ("sequence",), _CPU, directions=("both", "forward", "backward")),
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
     Configuration("1x1024-drop", 1024, ("sequence",), _BOTH, boundary="drop"),
     # Streams: chunks, a prompt, single tokens.

@@ -9,57 +9,23 @@ from typing import Any, NamedTuple
 
 from benchmarks.files import read_lines
 from benchmarks.measure import Result
-from benchmarks.registry import GRAPHED, PACKAGE, is_package
+from benchmarks.providers import GRAPHED, PACKAGE, is_package
 
 #: Operations that read a sequence chunk by chunk: of these, two lengths give the time of one more chunk.
 SEQUENCES = ("sequence", "prefill")
 
 
-@dataclasses.dataclass
-class Figure:
-    """A line of the results that is no row of the registry: one number beside the goal set for it."""
-
-    figure: str
-    value: float
-    unit: str
-    #: where the value lies, taking the quantiles p10 and p90 of the times that went into it
-    low: float
-    high: float
-    goal: float | None
-    #: whether the goal is a least value; most are the most that it may be
-    at_least: bool
-    kind: str
-    device: str
-    commit: str | None
-    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
-
-    @property
-    def reached(self) -> bool | None:
-        if self.goal is None:
-            return None
-        return self.value >= self.goal if self.at_least else self.value <= self.goal
-
-
-def to_json(line: Result | Figure) -> str:
-    return json.dumps(dataclasses.asdict(line))
-
-
-def _read(path: str | Path, kind: Any) -> list[Any]:
-    results = []
-    for line in read_lines(path):
-        with contextlib.suppress(TypeError):
-            results.append(kind(**line))
-    return results
+def to_json(result: Result) -> str:
+    return json.dumps(dataclasses.asdict(result))
 
 
 def read_results(path: str | Path) -> list[Result]:
     """The rows in a file of JSON lines, without a line that was cut off or that another version wrote."""
-    return _read(path, Result)
-
-
-def read_figures(path: str | Path) -> list[Figure]:
-    """The figures in a file of JSON lines."""
-    return _read(path, Figure)
+    results = []
+    for line in read_lines(path):
+        with contextlib.suppress(TypeError):
+            results.append(Result(**line))
+    return results
 
 
 def show_us(us: float | None) -> str:
@@ -133,36 +99,20 @@ def describe(machine_results: Sequence[Result]) -> str:
     )
 
 
-def report(results: Sequence[Result], *, rich_allowed: bool = False) -> str | None:
-    """Print the table with rich and return None, or return it as text."""
+def report(results: Sequence[Result]) -> str:
+    """The table; below it the time of a chunk, the machine, and what was not right."""
     if not results:
         return "no results"
     # Where this package could not be captured in a graph, that is no fault of its numbers, but has to be seen.
     told = [r for r in results if r.status != "ok" or (r.message and is_package(r.provider))]
     problems = "\n".join(f"{r.status}: {r.row} {r.provider}: {r.message}" for r in told)
-    header, lines = table_of(results)
-    lines_below = [
+    chunks = "\n".join(
         f"{x.name}, {x.provider}: {show_us(x.us)} a chunk"
         + (f", {show_us(x.graph_us)} in a graph" if x.graph_us else "")
+        + f"; {show_us(x.once_us)} once a call"
         for x in per_chunk(results)
-    ]
-    text = "\n\n".join(filter(None, ("\n".join(lines_below), describe(results), problems)))
-    if rich_allowed:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            shown = Table()
-            for i, name in enumerate(header):
-                shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-            for line in lines:
-                shown.add_row(*line)
-            Console(width=max(Console().width, sum(len(h) + 14 for h in header))).print(shown)
-            print(text)
-            return None
-    return plain_table(header, lines) + "\n\n" + text
+    )
+    return "\n\n".join(filter(None, (plain_table(*table_of(results)), chunks, describe(results), problems)))
 
 
 def show_bytes(count: int | None) -> str:
@@ -191,33 +141,26 @@ def alike(results: Sequence[Result], but_for: str) -> list[list[Result]]:
 
 
 class ChunkTime(NamedTuple):
-    """What one more chunk of a sequence costs: the two rows, the provider, microseconds, and of device time alone."""
+    """What one more chunk of a sequence costs, and what a call does once, in microseconds."""
 
-    name: str
+    name: str  #: of the two rows
     provider: str
     us: float
-    graph_us: float | None
+    once_us: float
+    graph_us: float | None  #: of a chunk, of device time alone
 
 
 def per_chunk(results: Sequence[Result]) -> list[ChunkTime]:
-    """The difference of the times of two lengths, over the difference in chunks: what a call does once, as copying the
-    table, falls out. On a GPU a chunk may take its launches longer than the device: that is what graphs tell."""
+    """The difference of the times of two lengths, over the difference in chunks. What a call does once, as copying the
+    table, falls out: the shorter one takes it besides its chunks. On a GPU the launches of a chunk may take longer than
+    the device: that is what graphs tell."""
     found = []
     for group in alike([r for r in results if r.operation in SEQUENCES], but_for="tokens"):
         short, long = group[0], group[-1]
-        chunks = ((tokens_of(long) or 0) - (tokens_of(short) or 0)) / long.sizes["chunk"]
+        before, after = ((tokens_of(r) or 0) / long.sizes["chunk"] for r in (short, long))
+        times = short.time_us or 0.0, long.time_us or 0.0
+        us = (times[1] - times[0]) / (after - before)
+        graph_us = (long.graph_us - short.graph_us) / (after - before) if long.graph_us and short.graph_us else None
         name = f"{long.operation}/{long.direction}: {long.configuration} less {short.configuration}"
-        graph_us = (long.graph_us - short.graph_us) / chunks if long.graph_us and short.graph_us else None
-        us = ((long.time_us or 0.0) - (short.time_us or 0.0)) / chunks
-        found.append(ChunkTime(name, long.provider, us, graph_us))
+        found.append(ChunkTime(name, long.provider, us, times[0] - before * us, graph_us))
     return found
-
-
-def figures_table(figures: Sequence[Figure]) -> str:
-    """The figures beside their goals."""
-    lines = []
-    for f in figures:
-        goal = "-" if f.goal is None else f"{'≥' if f.at_least else '≤'} {f.goal:g} {f.unit}"
-        verdict = {None: "", True: "reached", False: "missed"}[f.reached]
-        lines.append([f.figure, f"{f.value:.3g} {f.unit}", f"{f.low:.3g} to {f.high:.3g}", goal, verdict])
-    return plain_table(["figure", "value", "p10 to p90", "goal", ""], lines)

@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, goals
-from benchmarks.compare import THRESHOLD, Stored, compare
+from benchmarks import goals
+from benchmarks.compare import THRESHOLD, compare
 from benchmarks.inputs import make_room
 from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, measure_machine, no_result, release
-from benchmarks.registry import Provider, Row, is_package, rows
-from benchmarks.results import Figure, figures_table, read_figures, read_results, report, time_and_ratio, to_json
-from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, need, reading, write_output
-
-#: What `--op` calls the figures of `benchmarks.cpu`.
-FIGURES = "figures"
+from benchmarks.providers import Provider, is_package
+from benchmarks.registry import Row, rows
+from benchmarks.results import read_results, report, time_and_ratio, to_json
+from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, reading, write_output
 
 
 def case_name(row: Row, provider: Provider) -> str:
@@ -38,20 +36,27 @@ def running(path: str | Path) -> Path:
     return Path(f"{path}.running")
 
 
-def select_cases(device: str, name_contains: str = "", whose: str = "all") -> list[tuple[Row, Provider]]:
+def select_cases(
+    device: str, name_contains: str = "", whose: str = "all", goals_only: bool = False
+) -> list[tuple[Row, Provider]]:
     """What is measured, in this order: row by row on a CPU, where what the reference says of a row takes long. On a
     GPU, where a run may be out of time, this package first in all rows, and there the rows that have a goal; and last
     what has to be compiled for seconds. `whose`: "own" rows are this package's, and "other" those of the others.
     """
     cases = [(row, provider) for row in rows(device, name_contains) for provider in row.providers()]
+    first = goals.cases(device)
+    if goals_only:
+        cases = [(row, p) for row, p in cases if (row.name, p.name) in first]
     if whose != "all":
         cases = [case for case in cases if is_package(case[1].name) == (whose == "own")]
 
     def turn(case: tuple[Row, Provider]) -> tuple[int, int]:
         row, name = case[0].name, case[1].name
         if is_package(name):
-            return 0, goals.ROWS.index(row) if row in goals.ROWS else len(goals.ROWS)
+            return 0, with_goal.index(row) if row in with_goal else len(with_goal)
         return (2 if name == "torch.compile" else 1), 0
+
+    with_goal = [row for row, _ in first]
 
     return sorted(cases, key=turn) if device == "cuda" else cases
 
@@ -67,11 +72,6 @@ def run_rows(
     graphs: bool = True,
 ) -> None:
     """Measure each provider of each row, until `deadline`, a time.monotonic(); one after another they share inputs."""
-    if machine.kind == "cpu":
-        from benchmarks import cpu_rows  # which needs pytest-benchmark; a GPU does not
-
-        cpu_rows.run(cpu_rows.Measurements(cases, machine, seconds, deadline, on_result, on_begin))
-        return
     shared: Shared | None = None
     for row, provider in cases:
         if time.monotonic() >= deadline:
@@ -86,29 +86,6 @@ def run_rows(
         release(machine)
 
 
-class Progress:
-    """A bar with tqdm in a terminal; without, a line for each result."""
-
-    def __init__(self, total: int):
-        self.bar = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, unit="measurement", leave=False)
-
-    def step(self, name: str, outcome: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(name)
-            self.bar.update()
-        else:
-            print(f"{name}: {outcome}", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def outcome_of(result: Result) -> str:
     time_text, ratio = time_and_ratio(result)
     return time_text + (f", {ratio} x floor" if ratio != "-" else "")
@@ -116,32 +93,22 @@ def outcome_of(result: Result) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--op", default="", metavar="SUBSTRING", help=f"only rows whose name contains this; {FIGURES}: none of them"
-    )
-    parser.add_argument(
-        "--whose", choices=("all", "own", "other"), default="all", help="rows of this package, or others"
-    )
-    parser.add_argument("--list", action="store_true", help="print what would be measured, and end")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument(
-        "--seconds-per-row", type=float, default=0.5, metavar="S", help="time for each provider of a row"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write a JSON line for each result, as it comes")
-    parser.add_argument("--resume", action="store_true", help="keep the results in FILE, measure only what it lacks")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
-    parser.add_argument(
-        "--case-seconds", type=float, metavar="S", help="end the process where one measurement takes longer"
-    )
-    parser.add_argument("--no-graphs", action="store_true", help="capture no calls, where that fails for each of them")
-    parser.add_argument("--no-table", action="store_true", help="no table at the end")
-    parser.add_argument(
-        "--compare", metavar="FILE", help="show what got slower than in FILE; exit status 1 if this package did"
-    )
-    parser.add_argument("--results", metavar="FILE", help="with --compare: measure nothing, take these results")
-    parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="with --compare: times up to this ratio are no change"
-    )
+    add = parser.add_argument
+    add("--op", default="", metavar="SUBSTRING", help="only rows whose name contains this")
+    add("--goals", action="store_true", help="only what the goals are made of")
+    add("--whose", choices=("all", "own", "other"), default="all", help="rows of this package, or others")
+    add("--list", action="store_true", help="print what would be measured, and end")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
+    add("--seconds-per-row", type=float, default=0.5, metavar="S", help="time for each provider of a row")
+    add("--json", metavar="FILE", help="write a JSON line for each result, as it comes")
+    add("--resume", action="store_true", help="keep the results in FILE, measure only what it lacks")
+    add("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
+    add("--case-seconds", type=float, metavar="S", help="end the process where one measurement takes longer")
+    add("--no-graphs", action="store_true", help="capture no calls, where that fails for each of them")
+    add("--no-table", action="store_true", help="no table at the end")
+    add("--compare", metavar="FILE", help="show what got slower than in FILE; exit status 1 if this package did")
+    add("--results", metavar="FILE", help="with --compare: measure nothing, take these results")
+    add("--threshold", type=float, default=THRESHOLD, help="with --compare: times up to this ratio are no change")
     options = parser.parse_args(argv)
     if options.resume and not options.json:
         parser.error("--resume needs --json FILE")
@@ -150,21 +117,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def compare_with_stored(options: argparse.Namespace, old: Stored, new: Stored) -> bool:
+def compare_with_stored(options: argparse.Namespace, old: Sequence[Result], new: Sequence[Result]) -> bool:
     """Print the comparison; whether this package got slower."""
     text, slower = compare(old, new, options.threshold)
     print(f"\nCompared with {options.compare}\n\n{text}")
     return slower
 
 
+class Recorder:
+    """What is written while a run measures: each result, and in `marker` the measurement under way. After an error
+    nothing more is written; the error is kept, to be told when all is measured."""
+
+    def __init__(self, file: Lines | None, marker: Path | None):
+        self.file, self.marker = file, marker
+        self.error: CommandError | None = None
+
+    def _write(self, act: Callable[[], None]) -> None:
+        if self.error is None:
+            try:
+                act()
+            except CommandError as error:
+                self.error = error
+
+    def begin(self, name: str) -> None:
+        if (marker := self.marker) is not None:
+            self._write(lambda: write_output(marker, name))
+
+    def keep(self, result: Result) -> None:
+        if (file := self.file) is not None:
+            self._write(lambda: file.write(to_json(result)))
+
+
 @command("run")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the registry; `argv` replaces the command line. Exit status 1: something is wrong, failed or got slower."""
     options = parse(argv)
-    begin = time.monotonic()
-    old = Stored.read(options.compare) if options.compare else None  # before anything is written, perhaps to its file
-    if old and options.results:
-        return int(compare_with_stored(options, old, Stored.read(options.results)))
+    deadline = time.monotonic() + 60 * options.minutes
+    old = read_results(options.compare) if options.compare else None  # before anything is written, perhaps to its file
+    if old is not None and options.results:
+        return int(compare_with_stored(options, old, read_results(options.results)))
     has_gpu = torch.cuda.is_available()
     device = options.device or ("cuda" if has_gpu else "cpu")
     if device == "cuda" and not has_gpu:
@@ -174,82 +165,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("timings of Triton's interpreter mean nothing: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     selected = rows(device, options.op)
-    with_figures = device == "cpu" and options.op in ("", FIGURES)
-    if not selected and not with_figures:
+    if not selected:
         print(f"no row for {device} has {options.op!r} in its name; the rows are:", file=sys.stderr)
         print("\n".join(row.name for row in rows(device)), file=sys.stderr)
         return 2
+    planned = select_cases(device, options.op, options.whose, options.goals)
     if options.list:
-        print("\n".join(case_name(*case) for case in select_cases(device, options.op, options.whose)))
+        print("\n".join(case_name(*case) for case in planned))
         return 0
-    if device == "cpu":
-        need("pytest_benchmark", "bench")
 
     marker = running(options.json) if options.json and not is_stream(options.json) else None
     check_outputs(options.json, marker)
     has_file = options.resume and marker is not None and os.path.exists(options.json)
     results = read_results(options.json) if has_file else []
-    figures = read_figures(options.json) if has_file else []
     done = {(r.row, r.provider) for r in results}
-    names = {row.name for row in selected}
-    planned = select_cases(device, options.op, options.whose)
     cases = [(row, p) for row, p in planned if (row.name, p.name) not in done]
     ended = ""
     if options.resume and marker and marker.exists():
         with reading(marker):
             ended = marker.read_text("utf-8", "replace")
-    known_figures = {f.figure for f in figures}
-    deadline = begin + 60 * options.minutes
     failed = lost = False
-    unwritten: list[CommandError] = []
     with contextlib.ExitStack() as stack:
         file = None
         if options.json:
             file = stack.enter_context(Lines(options.json, append=options.resume))
             if options.resume and os.path.getsize(options.json):
                 file.write("")  # a line that was cut off must not run into the next one
-        new_figures = [name for name in cpu.NAMES if name not in known_figures] if with_figures else []
-        progress = Progress(len(cases) + len(new_figures))
-        stack.callback(progress.close)
-
+        recorder = Recorder(file, marker)
         stack.callback(faulthandler.cancel_dump_traceback_later)
 
-        def store(act: Callable[[], None]) -> None:
-            """Nothing more is written after an error, which is told when all is measured."""
-            if not unwritten:
-                try:
-                    act()
-                except CommandError as error:
-                    unwritten.append(error)
-
         def begin_case(row: Row, provider: Provider) -> None:
-            if marker is not None:
-                store(lambda: write_output(marker, case_name(row, provider)))
+            recorder.begin(case_name(row, provider))
             if options.case_seconds:
                 faulthandler.dump_traceback_later(options.case_seconds, exit=True)
 
-        def write(line: Result | Figure) -> None:
-            if file is not None:
-                store(lambda: file.write(to_json(line)))
-
         def keep(result: Result) -> None:
             results.append(result)
-            write(result)
-            progress.step(f"{result.row} {result.provider}", outcome_of(result))
+            recorder.keep(result)
+            print(f"{result.row} {result.provider}: {outcome_of(result)}", flush=True)
             if marker is not None and result.message.startswith(NO_GRAPH):  # which another process goes on behind
                 raise RuntimeError("after a failed capture torch takes no other: --resume goes on in a new process")
             if device == "cuda" and result.status == "error":
                 torch.cuda.synchronize()  # raises if the error took the device with it
                 torch.cuda.empty_cache()  # and this one, if it was raised while a graph was captured
 
-        def keep_figure(figure: Figure) -> None:
-            if figure.figure in new_figures:
-                figures.append(figure)
-                write(figure)
-                progress.step(figure.figure, f"{figure.value:.3g} {figure.unit}")
-
         try:
-            if cases or new_figures:
+            if cases:
                 machine = measure_machine(device)
             for row, provider in cases:
                 if case_name(row, provider) == ended:
@@ -266,32 +227,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_begin=begin_case,
                     graphs=not options.no_graphs,
                 )
-            if new_figures:
-                cpu.run(machine, deadline=deadline, on_figure=keep_figure)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-        except AssertionError as error:
-            print(f"wrong: {error}", file=sys.stderr)
-            failed = True
         except RuntimeError as error:
             print(f"the device failed: {error}" if device == "cuda" else f"failed: {error}", file=sys.stderr)
             lost, failed = device == "cuda", True
         if marker is not None and not lost:
             marker.unlink(missing_ok=True)
+    names = {row.name for row in selected}
     shown = [r for r in results if r.row in names]
     if not options.no_table:
-        if shown or not with_figures:
-            text = report(shown, rich_allowed=sys.stdout.isatty())
-            if text is not None:
-                print(text)
-        if figures and with_figures:
-            print(f"\n{cpu.HEADING}\n\n{figures_table(figures)}")
+        print(report(shown))
+        if shown and not options.op and options.whose == "all":
+            print(f"\n{goals.goals_table(shown)}")
         missing = len({(row.name, p.name) for row, p in planned} - {(r.row, r.provider) for r in shown})
         if missing:
             print(f"{missing} measurements were not made: out of time, or stopped")
-    slower = old is not None and compare_with_stored(options, old, Stored(shown, figures if with_figures else []))
-    if unwritten:
-        raise unwritten[0]
+    slower = old is not None and compare_with_stored(options, old, shown)
+    if recorder.error:
+        raise recorder.error
     return int(failed or slower or any(r.status != "ok" for r in shown))
 
 

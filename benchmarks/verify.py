@@ -5,7 +5,7 @@ same:
 
 - Where slots are given, the table is cut down to the rows that they name; that the others stay is checked on all.
 - A lookup is compared in a sample of its tokens.
-- Key steps, sequences and streams are compared twice. On a few of the tokens, in two shorter chunks (of a prompt, two
+- Key steps, sequences, streams and layers are compared twice. On few tokens, in two shorter chunks (of a prompt, two
   calls of two), with the reference, within the error budget. And on the inputs that are timed, in their first two
   chunks, with the sparse form in float64, which the tests compare with the reference: there rounding decides a few
   lookups, and what follows from them, so one row in a hundred may be off.
@@ -22,160 +22,297 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Inputs
-from benchmarks.registry import PACKAGE, Provider, Row
+from benchmarks.costs import Cost
+from benchmarks.inputs import Configuration, Inputs
+from benchmarks.providers import PACKAGE, Provider
+from benchmarks.registry import Row
 from fwpkm_kernels import testing
 
 #: Lookups are compared with the reference in as many rows as keep its differences [rows, H, n, Dk] at this size.
 _SAMPLE_ELEMENTS = 2**24
 #: Key steps and sequences, which it differentiates twice, in as many as keep them at this one.
-_SHORT_ELEMENTS = 2**23
+_FEW_ELEMENTS = 2**23
 #: As many columns as keep a table of them at this size.
 _COLUMN_ELEMENTS = 2**22
+#: The reference of a layer needs all columns, and gets a table of so many sub-keys.
+_LAYER_SUB_KEYS = 64
 _CHUNKS = 2
 #: On the inputs that are timed, rows [D] may have this error relative to their RMS, all but the share given.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _SHARE = 0.01
 
+#: Results and gradients by name: "output", "keys", "values", "gradient of keys".
+Numbers = dict[str, Tensor]
+#: Compares some numbers: what is to be said of them, which, of which rows, what was found and what is exact.
+Check = Callable[[str, str, Any, Tensor, Tensor], None]
 
-def verify(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
-    """Raise AssertionError unless the provider agrees with the reference on `inputs`."""
+
+def verify(provider: Provider, shared: "Shared") -> None:
+    """Raise AssertionError unless a provider of a row agrees with the reference."""
+    row = shared.row
     if row.operation.name == "lookup":
-        _verify_lookup(row, provider, inputs)
-    elif row.operation.name.startswith("layer"):
-        _verify_layer(row, provider, inputs, expected)
-    elif row.operation.sparse is None:
-        _verify_table(row, provider, inputs, expected)
-    elif "memory" in inputs:
-        _verify_stream(row, provider, inputs, expected)
+        _verify_lookup(provider, shared)
+    elif "slots" in shared.inputs:
+        _verify_table(provider, shared)
     else:
-        _verify_sequence(row, provider, inputs, expected)
+        _verify_few(provider, shared)
+        if row.operation.sparse is not None and row.configuration.length >= row.configuration.chunk:
+            _verify_timed(provider, shared)  # fewer tokens take the same way as the few
 
 
-class Numbers(NamedTuple):
-    """Results of a key step, sequence or stream: outputs, and gradients, by name."""
+class Case(NamedTuple):
+    """Inputs of a key step, sequence, stream or layer, and what is expected of them."""
 
-    outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    inputs: Inputs
+    step: int  #: tokens of each call of a stream
+    cotangent: Tensor | None  #: of the first output, or the columns and tokens of it that are compared
+    exact: Numbers
+    baseline: Numbers
 
 
-class Expected:
-    """What the reference says of a row and its inputs: computed once, for all providers."""
+class Shared:
+    """What the providers of a row share: inputs of seed 0, what they cost, and what the reference says of them. Each is
+    made when it is first asked for: what raises there is the error of that measurement alone."""
 
-    def __init__(self, row: Row, inputs: Inputs):
+    def __init__(self, row: Row, kind: str):
         self.row = row
-        self.inputs = inputs
-        self._short: dict[int, tuple[Inputs, Numbers, Numbers]] = {}
-        self._short_layer: dict[int, tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]] = {}
+        self.kind = kind
+        self._few: dict[int, Case] = {}
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        return self.row.inputs(self.kind)
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return self.row.cost(self.inputs)
 
     @functools.cached_property
     def addressed(self) -> Tensor:
         return torch.unique(self.inputs["slots"])
 
     @functools.cached_property
-    def results(self) -> tuple[Any, Any]:
-        """Outputs and gradients of the reference in float64, and in the precision of the inputs; where slots are given,
-        of the rows that are addressed."""
+    def cotangent(self) -> Tensor | None:
+        return None if self.row.direction == "forward" else self.row.cotangent(self.inputs)
+
+    @functools.cached_property
+    def of_slots(self) -> tuple[Numbers, Numbers]:
+        """Where slots are given, what the reference makes of the rows that they name: in float64, and as it is."""
         compact = dict(self.inputs)
         compact["values"] = self.inputs["values"][self.addressed]
         compact["slots"] = torch.searchsorted(self.addressed, self.inputs["slots"])
-        cotangent, wrt = None, ()
-        if self.row.direction == "backward":
-            wrt = self.row.wrt
-            cotangent = self.row.cotangent(self.inputs)
-            if self.row.operation.name == "update":
-                cotangent = cotangent[self.addressed]
-        compare = functools.partial(testing.forward_and_gradients, self.row.operation.reference, wrt=wrt)
-        exact = compare(testing.as_float64(compact), cotangent=testing.as_float64(cotangent))
-        return exact, compare(compact, cotangent=cotangent)
+        cotangent = self.cotangent
+        if cotangent is not None and self.row.operation.name == "update":
+            cotangent = cotangent[self.addressed]
+        exact = _numbers(self.row, self.row.operation.reference, testing.as_float64(compact), cotangent)
+        return exact, _numbers(self.row, self.row.operation.reference, compact, cotangent)
 
-    def short(self, attempt: int) -> tuple[Inputs, Numbers, Numbers]:
-        """Few tokens, other ones at each attempt, and what the reference makes of them: exact, and as a baseline."""
-        if attempt not in self._short:
-            inputs = _short_inputs(self.row, self.inputs, attempt)
-            reduced = _reduced(inputs)
-            exact = _numbers(self.row, self.row.operation.reference, testing.as_float64(reduced))
-            self._short[attempt] = inputs, exact, _numbers(self.row, self.row.operation.reference, reduced)
-        return self._short[attempt]
-
-    def short_layer(self, attempt: int) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
-        """The same for a layer: its output and gradients, on the CPU."""
-        if attempt not in self._short_layer:
-            row, short = self.row, _short_layer_inputs(self.row, self.inputs, attempt)
-            wrt = row.wrt if row.direction == "both" else ()
-            on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in short.items()}
-            cotangent = row.cotangent(short).cpu() if wrt else None
-
-            def numbers(given: Inputs) -> dict[str, Tensor]:
-                (output,), gradients = testing.forward_and_gradients(
-                    row.operation.reference, given, wrt=wrt, cotangent=cotangent
-                )
-                return {"output": output, **gradients}
-
-            self._short_layer[attempt] = short, numbers(testing.as_float64(on_cpu)), numbers(on_cpu)
-        return self._short_layer[attempt]
+    def few(self, attempt: int) -> Case:
+        """A few tokens, other ones at each attempt, as the reference has them."""
+        if attempt not in self._few:
+            c, step = _of_few(self.row)
+            inputs = self.row.operation.make_inputs(c, self.kind, 1000 + attempt)
+            reduced, function = _reduced(inputs), self.row.operation.reference
+            cotangent = None if self.row.direction == "forward" else _cotangent(self.row, reduced)
+            exact = _numbers(self.row, function, testing.as_float64(reduced), cotangent)
+            self._few[attempt] = Case(inputs, step, cotangent, exact, _numbers(self.row, function, reduced, cotangent))
+        return self._few[attempt]
 
     @functools.cached_property
-    def timed_layer(self) -> Tensor:
-        """The output of a layer's first chunks on the inputs that are timed, as the sparse form has it."""
-        inputs, c = self.inputs, self.row.configuration
-        assert self.row.operation.sparse is not None
-        given = {**inputs, "hidden_states": inputs["hidden_states"][:, : _CHUNKS * c.chunk]}
-        with torch.no_grad():
-            output: Tensor = self.row.operation.sparse(**testing.as_float64(given))
-        return output
-
-    @functools.cached_property
-    def timed(self) -> tuple[Inputs, Numbers]:
-        """The inputs that are timed, and what the sparse form makes of their first chunks."""
-        inputs, c = self.inputs, self.row.configuration
+    def timed(self) -> Case:
+        """The inputs that are timed, as the sparse form has the first chunks of them, in float64."""
+        inputs, c, row = self.inputs, self.row.configuration, self.row
         if "memory" in inputs and c.length == c.chunk:  # a second step goes on with the state of the first
-            inputs = _joined([inputs, self.row.inputs(inputs["queries"].device.type, 1)])
+            more = row.inputs(self.kind, 1)
+            inputs = {**inputs, **{name: torch.cat([inputs[name], more[name]], dim=1) for name in _tokens(inputs)}}
         reduced = _reduced(inputs)
-        if "targets" in reduced:
-            reduced |= {name: reduced[name][:, : _CHUNKS * c.chunk] for name in ("queries", "targets")}
-        assert self.row.operation.sparse is not None
-        return inputs, _numbers(self.row, self.row.operation.sparse, testing.as_float64(reduced))
+        reduced |= {name: reduced[name][:, : _CHUNKS * c.chunk] for name in _tokens(inputs)}
+        # Gradients of a layer are those of few tokens.
+        cotangent = None if row.direction == "forward" or "hidden_states" in inputs else _cotangent(row, reduced)
+        assert row.operation.sparse is not None
+        exact = _numbers(row, row.operation.sparse, testing.as_float64(reduced), cotangent)
+        if any(reduced[name].shape[1] < inputs[name].shape[1] for name in _tokens(inputs)):
+            exact = {key: x for key, x in exact.items() if key not in ("keys", "values")}  # not those of the end
+        return Case(inputs, c.length, cotangent, exact, {})
 
 
-def _verify_table(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
-    name = f"{row.name}: {provider.name}"
-    values, addressed = inputs["values"], expected.addressed
-    (exact, exact_gradients), (baseline, baseline_gradients) = expected.results
-    length = max(inputs["slots"].numel(), values.shape[1])
-    within_budget = functools.partial(testing.assert_within_budget, reduction_length=length)
-    gradients: dict[str, Tensor] = {}
+def _of_few(row: Row) -> tuple[Configuration, int]:
+    """The configuration with few tokens: of a sequence at most two items and two chunks, of a stream two calls, since
+    the first one of a graph is run without it. And the tokens of a call."""
+    c = row.configuration
+    if row.operation.name.startswith("layer"):
+        c = dataclasses.replace(c, sub_keys=min(c.sub_keys, _LAYER_SUB_KEYS))
+    rows = max(8, _FEW_ELEMENTS // (c.heads * c.sub_keys * c.key_width))
+    if row.operation.name == "key-step":
+        return dataclasses.replace(c, tokens=min(rows, c.tokens)), 0
+    at_once, batch = min(_CHUNKS, max(1, c.length // c.chunk)), min(c.batch, 2)
+    chunks = at_once * (2 if row.operation.in_place else 1)
+    chunk = min(c.chunk, rows // (max(_CHUNKS, chunks) * batch))
+    step = at_once * chunk if c.length >= c.chunk else c.length
+    return dataclasses.replace(c, tokens=batch * chunks * chunk, batch=batch, chunk=chunk), step
+
+
+def _tokens(inputs: Inputs) -> tuple[str, ...]:
+    """The names of the inputs [B, T, ...]; a key step has none."""
+    return ("hidden_states",) if "hidden_states" in inputs else ("queries", "targets") if "targets" in inputs else ()
+
+
+def _columns(inputs: Inputs) -> Any:
+    """Some columns of a table, from all over it; of a layer all."""
+    if "hidden_states" in inputs:
+        return slice(None)
+    slots, width = inputs["values"].shape
+    count = min(width, max(2, _COLUMN_ELEMENTS // slots))
+    return torch.linspace(0, width - 1, count, device=inputs["values"].device).long()
+
+
+def _flat(inputs: Inputs) -> Inputs:
+    """A stream's inputs as those of a sequence from then on; without gradients."""
+    inputs = {**inputs, **inputs["memory"]._asdict()} if "memory" in inputs else inputs
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items() if name != "memory"}
+
+
+def _reduced(inputs: Inputs) -> Inputs:
+    """Inputs of a sequence with some columns of targets and table."""
+    inputs = _flat(inputs)
+    cut = [name for name in ("targets", "values") if "targets" in inputs]
+    return {**inputs, **{name: inputs[name][..., _columns(inputs)] for name in cut}}
+
+
+def _cotangent(row: Row, inputs: Inputs) -> Tensor:
+    """An incoming gradient of the first output, drawn for its shape, in numbers that its dtype has."""
+    of = inputs[("keys", *_tokens(inputs))[-1]]
+    generator = torch.Generator(of.device).manual_seed(3)
+    drawn = torch.randn(of.shape, generator=generator, device=of.device, dtype=torch.float64)
+    return drawn.to(row.configuration.dtype).to(of.dtype)
+
+
+def _in_full(cotangent: Tensor, inputs: Inputs) -> Tensor:
+    """The same gradient for inputs with all columns and tokens: 0 in the others."""
+    if "targets" not in inputs:
+        return cotangent
+    full = torch.zeros_like(inputs["targets"])
+    full[:, : cotangent.shape[1], _columns(inputs)] = cotangent.to(full.dtype)
+    return full
+
+
+def _numbers(row: Row, function: Callable[..., Any], inputs: Inputs, cotangent: Tensor | None) -> Numbers:
+    """Outputs, and with a cotangent gradients. A key step returns keys; a sequence output, keys, values and more."""
+    wrt = () if cotangent is None else row.wrt
+    outputs, gradients = testing.forward_and_gradients(function, inputs, wrt=wrt, cotangent=cotangent)
+    names = ("keys",) if row.operation.name == "key-step" else ("output", "keys", "values")
+    return dict(zip(names, outputs, strict=False)) | {f"gradient of {name}": x for name, x in gradients.items()}
+
+
+def _run(row: Row, provider: Provider, case: Case) -> Numbers:
+    """What a provider makes of it: of a stream, steps from a fresh state, and the state that they leave."""
+    inputs, tokens = case.inputs, _tokens(case.inputs)
+    if not row.operation.in_place:
+        cotangent = None if case.cotangent is None else _in_full(case.cotangent, inputs)
+        return _numbers(row, provider.run, inputs, cotangent)
+    parts = [
+        {**inputs, **{name: inputs[name][:, begin : begin + case.step] for name in tokens}}
+        for begin in range(0, inputs[tokens[0]].shape[1], case.step)
+    ]
+    own = provider.own(parts[0])
+    found = {"output": torch.cat([provider.run(**{**part, **own}) for part in parts], dim=1)}
+    if "memory" in inputs:
+        found |= {"keys": own["memory"].keys, "values": own["memory"].values}
+    return found
+
+
+def _compare(provider: Provider, shared: Shared, case: Case, check: Check, *, rows_are_exact: bool) -> None:
+    """Compare what there is of `case.exact`: the first tokens, some columns, and, of a table, the rows that changed,
+    which are the same ones if `rows_are_exact`."""
+    name, inputs = f"{shared.row.name}: {provider.name}", _flat(case.inputs)
+    found = _run(shared.row, provider, case)
+    for key, exact in case.exact.items():
+        x, rows, of = found[key].detach(), ..., key.removeprefix("gradient of ")
+        if of in ("output", *_tokens(inputs)):
+            x = x[:, : exact.shape[1]]
+        if of in ("output", "targets"):
+            x = x[..., _columns(inputs)]
+        if of == "values":
+            before = inputs["values"] if key == "values" else x.new_zeros(()).expand(x.shape)
+            rows, moved = (exact != before[:, _columns(inputs)].double()).any(1), _rows_that_differ(before, x)
+            if rows_are_exact and (moved & ~rows).any():
+                raise AssertionError(f"{name}: {key}: rows of the table that are not addressed have changed")
+            rows |= moved
+            x = x[rows][:, _columns(inputs)]
+        check(f"{name}: {key}", key, rows, x, exact[rows])
+
+
+def _rows_that_differ(before: Tensor, after: Tensor) -> Tensor:
+    """Which rows, [N]; block by block, since a table may fill the device."""
+    blocks = max(1, 2**26 // before.shape[1])
+    return torch.cat([(a != b).any(1) for a, b in zip(before.split(blocks), after.split(blocks), strict=True)])
+
+
+def _verify_few(provider: Provider, shared: Shared) -> None:
+    """Within the error budget of the reference."""
+
+    def verify_once(case: Case) -> None:
+        inputs = _flat(case.inputs)
+        first = inputs[(*_tokens(inputs), "queries")[0]]
+        length = max(first[..., 0].numel() * inputs["top_k"], first.shape[-1], *inputs["keys"].shape[2:])
+
+        def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
+            testing.assert_within_budget(found, exact, case.baseline[key][rows], name=name, reduction_length=length)
+
+        _compare(provider, shared, case, check, rows_are_exact=True)
+
+    # Where rounding decides a lookup, right numbers fail; other tokens do not meet that again, and wrong ones do.
+    with contextlib.suppress(AssertionError):
+        return verify_once(shared.few(0))
+    return verify_once(shared.few(1))  # after the exception is gone, and the tables that it holds
+
+
+def _verify_timed(provider: Provider, shared: Shared) -> None:
+    """Mostly near: rounding decides a few lookups, and what follows from them."""
+    tolerance, case = _TOLERANCE[shared.row.configuration.dtype], shared.timed
+
+    def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
+        error = (found.double() - exact).square().sum(-1)
+        far = error > tolerance**2 * exact.square().sum(-1).mean()
+        share = float((far | ~error.isfinite()).double().mean())
+        if share > _SHARE:
+            raise AssertionError(
+                f"{name}: {share:.2%} of the rows of the timed inputs are off by more than {tolerance}"
+            )
+
+    _compare(provider, shared, case, check, rows_are_exact=False)
+
+
+def _verify_table(provider: Provider, shared: Shared) -> None:
+    """The rows that slots name within the error budget; of the others nothing changes, and no gradient is taken."""
+    row, inputs, (exact, baseline) = shared.row, shared.inputs, shared.of_slots
+    values = inputs["values"]
     if row.operation.in_place:
         own = provider.own(inputs)
         provider.run(**{**inputs, **own})
-        out = own["values"]
-    elif row.direction == "backward":
-        (out,), gradients = testing.forward_and_gradients(
-            provider.run, inputs, wrt=row.wrt, cotangent=row.cotangent(inputs)
-        )
+        found = {"output": own["values"]}
     else:
-        out = provider.run(**inputs)
+        found = _numbers(row, provider.run, inputs, shared.cotangent)
     others = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    others[addressed] = False
-    if out.shape == values.shape and not row.operation.name.startswith("gather"):
-        if (_rows_that_differ(values, out) & others).any():
-            raise AssertionError(f"{name}: rows that were not addressed have changed")
-        out = out[addressed]
-    within_budget(out, exact[0], baseline[0], name=f"{name}: output")
-    for key, gradient in gradients.items():
-        if key == "values" and row.operation.name != "update":
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            if ((gradient != 0).any(1) & others).any():
-                raise AssertionError(f"{name}: the gradient of rows that were not addressed is not 0")
-        if key == "values":
-            gradient = gradient[addressed]
-        within_budget(gradient, exact_gradients[key], baseline_gradients[key], name=f"{name}: gradient of {key}")
+    others[shared.addressed] = False
+    is_read = row.operation.name.startswith("gather")
+    for key, x in found.items():
+        name = f"{row.name}: {provider.name}: {key}"
+        if key == "gradient of values" or (key == "output" and not is_read):
+            x, before = x.to_dense() if x.is_sparse else x, values
+            if key != "output":
+                before = values.new_zeros(()).expand(values.shape) if is_read else shared.cotangent
+            if (_rows_that_differ(before, x) & others).any():
+                raise AssertionError(f"{name}: rows that are not addressed have changed")
+            x = x[shared.addressed]
+        length = max(inputs["slots"].numel(), values.shape[1])
+        testing.assert_within_budget(x, exact[key], baseline[key], name=name, reduction_length=length)
 
 
-def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
+def _verify_lookup(provider: Provider, shared: Shared) -> None:
     """All tokens are looked up, and every so many compared; in backward only those have an incoming gradient."""
-    name = f"{row.name}: {provider.name}"
-    queries, keys = inputs["queries"], inputs["keys"]
+    row, inputs = shared.row, shared.inputs
+    name, queries, keys = f"{row.name}: {provider.name}", inputs["queries"], inputs["keys"]
     rows = max(8, _SAMPLE_ELEMENTS // max(1, keys.numel()))
     sample = torch.arange(0, len(queries), max(1, len(queries) // rows), device=queries.device)
     part = {**inputs, "queries": queries[sample]}
@@ -194,274 +331,10 @@ def _verify_lookup(row: Row, provider: Provider, inputs: Inputs) -> None:
         raise AssertionError(f"{name}: {int((~agrees).sum())} of {len(sample)} tokens have other slots")
     cotangent = torch.zeros_like(scores)
     cotangent[sample[agrees]] = row.cotangent(inputs)[sample[agrees]].to(cotangent.dtype)
-    compare = functools.partial(testing.forward_and_gradients, wrt=row.wrt)
-    _, gradients = compare(provider.run, inputs, cotangent=cotangent)
-    reference = row.operation.reference
-    _, exact = compare(reference, testing.as_float64(part), cotangent=cotangent[sample].double())
-    _, baseline = compare(reference, part, cotangent=cotangent[sample])
-    gradients["queries"] = gradients["queries"][sample]
-    for key, gradient in gradients.items():
-        testing.assert_within_budget(
-            gradient, exact[key], baseline[key], name=f"{name}: gradient of {key}", reduction_length=max(queries.shape)
-        )
-
-
-def _chunks_at_once(row: Row) -> int:
-    """Of a few tokens, what one call gets; a call of less than a chunk gets its own tokens."""
-    c = row.configuration
-    return min(_CHUNKS, max(1, c.length // c.chunk))
-
-
-def _short_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
-    """Few tokens of those that are timed: of a sequence, at most two items and two chunks; of a stream, two calls."""
-    c = row.configuration
-    keys = inputs["memory"].keys if "memory" in inputs else inputs["keys"]
-    rows = max(8, _SHORT_ELEMENTS // keys.numel())
-
-    def cut(x: Tensor, count: int) -> Tensor:
-        begin = min(attempt * count, x.shape[-3 if x is queries else -2] - count)
-        return x.narrow(x.dim() - (3 if x is queries else 2), begin, count)
-
-    queries = inputs["queries"]
-    if "targets" not in inputs:
-        return {**inputs, "queries": cut(queries, min(rows, c.tokens))}
-    batch = min(c.batch, 2)
-    # A stream goes on in a second call: the first one of a graph is run without it.
-    chunks = _chunks_at_once(row) * (2 if "memory" in inputs else 1)
-    chunk = min(c.chunk, rows // (max(_CHUNKS, chunks) * batch))
-    length = chunk * chunks
-    if "memory" in inputs:
-        seeds = range(-(-length // c.length))
-        inputs = _joined([row.inputs(queries.device.type, 1000 * attempt + seed) for seed in seeds])
-        queries = inputs["queries"]
-    short = {"queries": cut(queries, length)[:batch], "targets": cut(inputs["targets"], length)[:batch]}
-    return {**inputs, **short, "chunk_size": chunk}
-
-
-def _joined(parts: list[Inputs]) -> Inputs:
-    """The tokens of several calls one after the other."""
-    return {**parts[0], **{name: torch.cat([part[name] for part in parts], dim=1) for name in ("queries", "targets")}}
-
-
-def _columns(values: Tensor) -> Tensor:
-    """Some columns of a table, from all over it."""
-    count = min(values.shape[1], max(2, _COLUMN_ELEMENTS // values.shape[0]))
-    return torch.linspace(0, values.shape[1] - 1, count, device=values.device).long()
-
-
-def _reduced(inputs: Inputs) -> Inputs:
-    """Inputs of a sequence with some columns of targets and table; a stream's are those of a sequence from then on."""
-    inputs = dict(inputs)
-    if "memory" in inputs:
-        inputs |= inputs.pop("memory")._asdict()
-    if "values" not in inputs:
-        return inputs
-    columns = _columns(inputs["values"])
-    cut = {name: inputs[name].detach()[..., columns] for name in ("targets", "values")}
-    return {**{name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}, **cut}
-
-
-def _numbers(row: Row, function: Callable[..., Any], reduced: Inputs) -> Numbers:
-    """What the reference, or what stands for it, makes of reduced inputs."""
-    # The cotangent is that of all columns and tokens, of which these inputs may have some.
-    if row.direction == "forward":
-        with torch.no_grad():
-            found = function(**reduced)
-        return Numbers(_named(found), {})
-    cotangent = _cotangent(row, reduced)
-    outputs, gradients = testing.forward_and_gradients(function, reduced, wrt=row.wrt, cotangent=cotangent)
-    return Numbers(_named(outputs), gradients)
-
-
-def _named(outputs: Any) -> dict[str, Tensor]:
-    """A key step returns keys; a sequence output, keys, values, and more."""
-    if isinstance(outputs, Tensor):
-        return {"keys": outputs}
-    return {"keys": outputs[0]} if len(outputs) == 1 else dict(zip(("output", "keys", "values"), outputs, strict=False))
-
-
-def _cotangent(row: Row, inputs: Inputs) -> Tensor:
-    """An incoming gradient of the first output, drawn for its shape."""
-    of = inputs["targets"] if "targets" in inputs else inputs["keys"]
-    generator = torch.Generator(of.device).manual_seed(3)
-    drawn = torch.randn(of.shape, generator=generator, device=of.device, dtype=torch.float64)
-    return drawn.to(row.configuration.dtype).to(of.dtype)  # in float64 too, the numbers that the provider gets
-
-
-def _in_full(cotangent: Tensor, inputs: Inputs) -> Tensor:
-    """The same gradient for inputs with all columns and tokens: 0 in the others."""
-    if "targets" not in inputs:
-        return cotangent
-    full = torch.zeros_like(inputs["targets"])
-    full[:, : cotangent.shape[1], _columns(inputs["values"])] = cotangent.to(full.dtype)
-    return full
-
-
-def _verify_sequence(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
-    """Key steps and sequences, in both directions."""
-    name = f"{row.name}: {provider.name}"
-
-    def run(given: Inputs, length: int | None) -> Numbers:
-        if row.direction == "forward":
-            return Numbers(_named(provider.run(**given)), {})
-        reduced = _reduced(given)
-        if length is not None:
-            reduced["targets"] = reduced["targets"][:, :length]
-        incoming = _in_full(_cotangent(row, reduced), given)
-        outputs, gradients = testing.forward_and_gradients(provider.run, given, wrt=row.wrt, cotangent=incoming)
-        return Numbers(_named(outputs), gradients)
-
-    def check_short(attempt: int) -> None:
-        short, exact, baseline = expected.short(attempt)
-        _compare(name, short, run(short, None), exact, _within_budget(short, baseline), rows_are_exact=True)
-
-    _twice(check_short)
-    timed, exact = expected.timed
-    length = exact.outputs["output"].shape[1] if "output" in exact.outputs else None
-    _compare(name, timed, run(timed, length), exact, _mostly_near(row), rows_are_exact=False)
-
-
-def _verify_stream(row: Row, provider: Provider, inputs: Inputs, expected: Expected) -> None:
-    """Steps from a fresh state: what they return, and the state that they leave."""
-    name = f"{row.name}: {provider.name}"
-    c = row.configuration
-
-    def run(given: Inputs, step: int) -> Numbers:
-        parts = [
-            {**given, **{key: given[key][:, begin : begin + step] for key in ("queries", "targets")}}
-            for begin in range(0, given["queries"].shape[1], step)
-        ]
-        own = provider.own(parts[0])
-        output = torch.cat([provider.run(**{**part, **own}) for part in parts], dim=1)
-        return Numbers({"output": output, "keys": own["memory"].keys, "values": own["memory"].values}, {})
-
-    def check_short(attempt: int) -> None:
-        short, exact, baseline = expected.short(attempt)
-        step = c.length if c.length < c.chunk else short["chunk_size"] * _chunks_at_once(row)
-        _compare(name, short, run(short, step), exact, _within_budget(short, baseline), rows_are_exact=True)
-
-    _twice(check_short)
-    if c.length >= c.chunk:  # fewer tokens take the same way as in the short stream
-        timed, exact = expected.timed
-        _compare(name, timed, run(timed, c.length), exact, _mostly_near(row), rows_are_exact=False)
-
-
-def _short_layer_inputs(row: Row, inputs: Inputs, attempt: int) -> Inputs:
-    """Few tokens of at most two documents, in two chunks, and few sub-keys with the rows of their pairs: the norms of a
-    layer need all columns, of which the reference can have a small table."""
-    c = row.configuration
-    few = min(c.sub_keys, 64)
-    keys = inputs["keys"].detach()[:, :, :few]
-    pairs = (torch.arange(few).unsqueeze(1) * c.sub_keys + torch.arange(few)).flatten().to(keys.device)
-    batch = min(c.batch, 2)
-    chunk = min(c.chunk, max(8, _SHORT_ELEMENTS // keys.numel()) // (_CHUNKS * batch))
-    x = inputs["hidden_states"]
-    if c.length < c.chunk:  # so few tokens take as many calls
-        several = dataclasses.replace(c, tokens=_CHUNKS * chunk)
-        x = row.operation.make_inputs(several, x.device.type, attempt)["hidden_states"]
-    begin = min(attempt * chunk, x.shape[1] - _CHUNKS * chunk)
-    x = x.detach()[:batch, begin : begin + _CHUNKS * chunk]
-    return {**inputs, "hidden_states": x, "keys": keys, "values": inputs["values"].detach()[pairs], "chunk_size": chunk}
-
-
-def _verify_layer(row: Row, provider: Provider, inputs: Inputs, expected: "Expected") -> None:
-    """Few tokens and sub-keys with the reference, gradients too; the outputs that are timed with the sparse form."""
-    name, c = f"{row.name}: {provider.name}", row.configuration
-
-    def run(given: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        if row.operation.in_place:
-            own = {**given, **provider.own(given)}
-            parts = given["hidden_states"].split(c.length, dim=1)
-            return torch.cat([provider.run(**{**own, "hidden_states": x}) for x in parts], dim=1), {}
-        if row.direction == "forward":
-            return provider.run(**given).detach(), {}
-        (output,), gradients = testing.forward_and_gradients(
-            provider.run, given, wrt=row.wrt, cotangent=row.cotangent(given)
-        )
-        return output, gradients
-
-    def check_short(attempt: int) -> None:
-        short, exact, baseline = expected.short_layer(attempt)
-        length = max(short["hidden_states"][..., 0].numel() * short["top_k"], *short["keys"].shape[2:], c.width)
-        output, gradients = run(short)
-        for key, found in {"output": output, **gradients}.items():
-            title = f"{name}: {key if key == 'output' else f'gradient of {key}'}"
-            testing.assert_within_budget(found.cpu(), exact[key], baseline[key], name=title, reduction_length=length)
-
-    _twice(check_short)
-    if row.operation.sparse is None:
-        return
-    exact = expected.timed_layer
-    _mostly_near(row)(f"{name}: output", ("outputs", "output"), None, run(inputs)[0][:, : exact.shape[1]], exact)
-
-
-def _twice(check: Callable[[int], None]) -> None:
-    """Where rounding decides a lookup, right numbers fail; other tokens do not meet that again, and wrong ones do."""
-    with contextlib.suppress(AssertionError):
-        return check(0)
-    return check(1)  # after the exception is gone, and the tables that it holds
-
-
-#: Compares some numbers: name, what is compared as (kind, name), which rows of a table (or None), found, exact.
-Check = Callable[[str, tuple[str, str], Tensor | None, Tensor, Tensor], None]
-
-
-def _compare(name: str, inputs: Inputs, actual: Numbers, exact: Numbers, check: Check, *, rows_are_exact: bool) -> None:
-    """Compare what there is of `exact`: the first tokens, some columns, and, of a table, the rows that changed, which
-    are the same ones if `rows_are_exact`."""
-    if "memory" in inputs:
-        inputs = {**inputs, **inputs["memory"]._asdict()}
-    is_whole = "output" not in exact.outputs or exact.outputs["output"].shape[1] == inputs["queries"].shape[1]
-    for kind in ("outputs", "gradients"):
-        for key, numbers in getattr(exact, kind).items():
-            if kind == "outputs" and key != "output" and not is_whole:
-                continue  # the state after the first chunks
-            found, mask = getattr(actual, kind)[key].detach(), None
-            if key in ("output", "targets", "queries") and "targets" in inputs:
-                found = found[:, : numbers.shape[1]]
-            if key in ("output", "targets"):
-                found = found[..., _columns(inputs["values"])]
-            if key == "values":
-                columns, before = _columns(inputs["values"]), inputs["values"].detach()
-                if kind == "gradients":
-                    before = before.new_zeros(()).expand(before.shape)
-                mask = (numbers != before[:, columns].double()).any(1)
-                moved = _rows_that_differ(before, found)
-                if rows_are_exact and (moved & ~mask).any():
-                    raise AssertionError(f"{name}: {kind} of rows of the table that are not addressed have changed")
-                mask |= moved
-                found = found[mask][:, columns]
-            check(f"{name}: {kind} {key}", (kind, key), mask, found, numbers if mask is None else numbers[mask])
-
-
-def _rows_that_differ(before: Tensor, after: Tensor) -> Tensor:
-    """Which rows, [N]; block by block, since a table may fill the device."""
-    blocks = max(1, 2**26 // before.shape[1])
-    return torch.cat([(a != b).any(1) for a, b in zip(before.split(blocks), after.split(blocks), strict=True)])
-
-
-def _within_budget(short: Inputs, baseline: Numbers) -> Check:
-    keys = short["memory"].keys if "memory" in short else short["keys"]
-    length = max(short["queries"][..., 0].numel() * short["top_k"], *keys.shape[2:])
-
-    def check(name: str, key: tuple[str, str], mask: Tensor | None, found: Tensor, exact: Tensor) -> None:
-        near = getattr(baseline, key[0])[key[1]]
-        near = near if mask is None else near[mask]
-        testing.assert_within_budget(found, exact, near, name=name, reduction_length=length)
-
-    return check
-
-
-def _mostly_near(row: Row) -> Check:
-    tolerance = _TOLERANCE[row.configuration.dtype]
-
-    def check(name: str, key: tuple[str, str], mask: Tensor | None, found: Tensor, exact: Tensor) -> None:
-        error = (found.double() - exact).square().sum(-1)
-        far = error > tolerance**2 * exact.square().sum(-1).mean()
-        share = float((far | ~error.isfinite()).double().mean())
-        if share > _SHARE:
-            raise AssertionError(
-                f"{name}: {share:.2%} of the rows of the timed inputs are off by more than {tolerance}"
-            )
-
-    return check
+    exact = _numbers(row, row.operation.reference, testing.as_float64(part), cotangent[sample])
+    baseline = _numbers(row, row.operation.reference, part, cotangent[sample])
+    found = _numbers(row, provider.run, inputs, cotangent)
+    found["gradient of queries"] = found["gradient of queries"][sample]
+    for key in ("gradient of queries", "gradient of keys"):
+        about = {"name": f"{name}: {key}", "reduction_length": max(queries.shape)}
+        testing.assert_within_budget(found[key], exact[key], baseline[key], **about)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,6 +108,42 @@ def as_another(here: Path) -> Iterator[None]:
 @pytest.fixture
 def triton_place() -> Place:
     return PLACES[1]
+
+
+#: Seconds that a test waits for the memory that it needs, once it is alone: half of what `make gpu` takes for a hang.
+PATIENCE = 30
+
+
+def wait_for_room(gigabytes: float, patience: float = PATIENCE) -> None:
+    """Skip the test if other processes do not leave so much of the GPU's memory for so many seconds."""
+    end = time.monotonic() + patience
+    while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
+        if time.monotonic() >= end:
+            pytest.skip(f"needs {gigabytes} GB of a GPU's memory, {free:.0f} GB were free for {patience} s")
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def gigabytes() -> int:
+    """What of a GPU's memory a test needs for itself; 0, unless its parameters say so, for up to a tenth of it."""
+    return 0
+
+
+@pytest.fixture
+def room(gigabytes: int) -> Iterator[None]:
+    """A GPU's memory is shared by all processes of the suite: of the tests that ask for room, one that needs most of it
+    runs alone."""
+    if not HAS_GPU:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with open(Path(tempfile.gettempdir()) / f"fwpkm-kernels-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if gigabytes else fcntl.LOCK_SH)
+        torch.cuda.empty_cache()
+        wait_for_room(gigabytes)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

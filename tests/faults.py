@@ -406,7 +406,7 @@ FAULTS = [
         "num_slots <= NARROW_ROWS",
         "num_slots <= 2 * NARROW_ROWS",
         "chunk·N + slot overflows int32",
-        "chunks plan scale",
+        "chunks plan limits",
     ),
     Fault(
         "first-row-without-probability",
@@ -810,7 +810,7 @@ FAULTS = [
         "table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)",
         "table_grad = table_grad.zero_() if grad_values is None else grad_values.contiguous()",
         "backward writes into the gradient of the final table",
-        "memory",
+        "memory autograd",
         "backward or gradient",
     ),
     Fault(
@@ -819,7 +819,7 @@ FAULTS = [
         "ctx.mark_non_differentiable(slots, weights)",
         "ctx.mark_non_differentiable(slots)",
         "a loss of the weights that are given back has a gradient of 0 and no error",
-        "memory",
+        "autograd",
         "differentiable",
     ),
     Fault(

@@ -146,16 +146,10 @@ def _update(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
 
 def _memory(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     s = case.sizes
-    batch, length = s["B"], s["T"]
-    queries, keys = testing.make_lookup_inputs(
-        (batch, length), s["H"], s["n"], s["Dk"], key_pattern=case.pattern, dtype=torch.float64, seed=generator
-    )
-    update = testing.make_update_inputs(
-        batch * length, 1, s["n"] ** 2, s["D"], gates=True, mask="real", dtype=torch.float64, seed=generator
-    )
-    by_token = {name: getattr(update, name) for name in ("targets", "gates", "mask")}
-    by_token = {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items()}
-    return by_token | {"queries": queries, "keys": keys, "values": update.values}
+    return testing.make_memory_inputs(
+        s["B"], s["T"], s["H"], s["n"], s["Dk"], s["D"], key_pattern=case.pattern, gates=True, mask="real",
+        dtype=torch.float64, seed=generator,
+    )._asdict()  # fmt: skip
 
 
 def _layer(case: Case, generator: torch.Generator) -> dict[str, Tensor]:

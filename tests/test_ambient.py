@@ -21,10 +21,9 @@ from torch import Tensor
 import fwpkm_kernels as fk
 from fwpkm_kernels import MemoryState, testing
 from tests.conftest import HAS_GPU
-from tests.test_graphs import graph_maker, replayed
-from tests.test_memory import make_inputs
-from tests.test_state import copies, saved_and_loaded
-from tests.test_streaming import DEVICE, OPTIONS, contents, make_state, stream
+from tests.helpers.graphs import graph_maker, replayed
+from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import DEVICE, OPTIONS, contents, copies, make_state, saved_and_loaded, stream
 
 
 @contextlib.contextmanager

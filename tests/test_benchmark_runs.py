@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -12,22 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_rows, goals, inputs, registry, run, sanitize
-from benchmarks.compare import Stored, compare
-from benchmarks.measure import NO_GRAPH, Machine, Result, Shared, measure, no_result, peak_cpu, time_cuda
-from benchmarks.results import Figure, figures_table, per_chunk
+from benchmarks import goals, inputs, registry, run, sanitize
+from benchmarks.compare import compare
+from benchmarks.measure import NO_GRAPH, Shared, measure, no_result, peak_cpu, time_cuda
+from benchmarks.providers import GRAPHED, PACKAGE, Provider, is_package
+from benchmarks.results import per_chunk
 from fwpkm_kernels._commands import write_output
 from tests.conftest import HAS_GPU
+from tests.helpers.results import MACHINE, ROWS, gpu_rows, slower_by, some_result
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
-
-
-def shrunk(row: registry.Row) -> registry.Row:
-    return dataclasses.replace(row, configuration=row.configuration.shrunk())
-
-
-ROWS = {row.name: shrunk(row) for row in registry.rows()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,57 +55,38 @@ def test_results_are_timed_and_round_trip_through_json(name, tmp_path):
 
 
 @pytest.fixture
-def pytest_benchmark(monkeypatch) -> None:
-    """A session inside a test takes itself for a worker of pytest-xdist where the test does; then it times nothing."""
-    pytest.importorskip("pytest_benchmark")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-
-
-@pytest.fixture
-def shrunk_run(monkeypatch, pytest_benchmark) -> list[str]:
+def shrunk_run(monkeypatch) -> list[str]:
     """A run of two shrunk rows on a CPU that is not measured; the first words of its command line."""
     rows = [ROWS["gather/forward/inference"], ROWS["update_/forward/inference"]]
     monkeypatch.setattr(run, "rows", lambda device, name="": [row for row in rows if name in row.name])
     monkeypatch.setattr(run, "measure_machine", lambda device: MACHINE)
-    monkeypatch.setattr(cpu, "run", lambda machine, *, deadline, on_figure: [*map(on_figure, some_figures())])
     return ["--device", "cpu", "--seconds-per-row", "0.001"]
 
 
-def some_figures(**fields) -> list[Figure]:
-    shared = {"kind": "cpu", "device": "test", "commit": None}
-    fields = {"value": 10.0, "low": 9.0, "high": 11.0, **fields}
-    return [
-        Figure(figure=cpu.STEP, unit="ms", goal=25.0, at_least=False, **shared, **fields),
-        Figure(figure=cpu.DENSE_RATIO, unit="x", goal=20.0, at_least=True, **shared, **fields),
-    ]
-
-
-def test_command_line(shrunk_run, monkeypatch, tmp_path, capsys):
-    """A table, a file, the figures last, and nothing measured twice with --resume."""
-    monkeypatch.setattr(cpu, "NAMES", [figure.figure for figure in some_figures()])
+def test_command_line(shrunk_run, tmp_path, capsys):
+    """A table, a file, the goals last, and nothing measured twice with --resume."""
     file = tmp_path / "out.jsonl"
     arguments = [*shrunk_run, "--json", str(file)]
     assert run.main([*arguments, "--op", "gather"]) == 0
     first, tokens = run.read_results(file), ROWS["gather/forward/inference"].configuration.tokens
     assert {r.provider for r in first} >= {"fwpkm_kernels", "pytorch", "embedding_bag"}
     assert all(r.repeats >= 3 and r.peak_bytes > 0 and r.sizes["tokens"] == tokens for r in first)
-    assert run.read_figures(file) == []
+    assert "missing" not in capsys.readouterr().out
     assert run.main([*arguments, "--resume"]) == 0
     second = run.read_results(file)
     assert second[: len(first)] == first
     assert {r.row for r in second[len(first) :]} == {"update_/forward/inference"}
-    assert run.read_figures(file) == some_figures()
     assert run.main([*arguments, "--resume"]) == 0
     assert run.read_results(file) == second
-    assert run.read_figures(file) == some_figures()
     out = capsys.readouterr().out
     assert "update_/forward/inference" in out
-    assert out.rstrip().splitlines()[-2].split("  ")[0] == "step of 512 tokens"
-    assert out.rstrip().splitlines()[-1].endswith("≥ 20 x   missed")
+    assert out.rstrip().splitlines()[-1].startswith("missing: step/forward/inference (not measured), ")
     assert run.main([*arguments, "--op", "no such row"]) == 2
     assert "no such row" in capsys.readouterr().err
     assert run.main([*shrunk_run, "--list", "--op", "gather"]) == 0
     assert "gather/forward/inference fwpkm_kernels" in capsys.readouterr().out.splitlines()
+    assert run.main([*shrunk_run, "--goals", "--list"]) == 0
+    assert capsys.readouterr().out == "\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -123,59 +99,89 @@ def test_a_full_disk_costs_the_file_alone(file, shrunk_run, monkeypatch, tmp_pat
     assert run.main([*shrunk_run, "--json", str(path)]) == 2
     captured = capsys.readouterr()
     assert "measurements were not made" not in captured.out
-    for shown in ("gather/forward/inference", "update_/forward/inference", cpu.STEP):
+    for shown in ("gather/forward/inference", "update_/forward/inference"):
         assert shown in captured.out
     assert captured.err == "run: error: cannot write /dev/full: No space left on device\n"
 
 
 def test_standard_output_has_no_file_beside_it(shrunk_run, monkeypatch, tmp_path):
     monkeypatch.delattr(run, "running")
-    monkeypatch.setattr(run, "run_rows", lambda *args, **options: None)
+    monkeypatch.setattr(run, "run_rows", lambda *args, on_result, **options: on_result(some_result()))
     before = os.dup(1)
     try:
         with open(tmp_path / "out", "wb") as out:
             os.dup2(out.fileno(), 1)
-        assert run.main([*shrunk_run, "--json", "/dev/stdout"]) == 0
+        assert run.main([*shrunk_run, "--json", "/dev/stdout", "--no-table"]) == 0
     finally:
         os.dup2(before, 1)
         os.close(before)
-    assert run.read_figures(tmp_path / "out") == some_figures()
+    assert run.read_results(tmp_path / "out") == [some_result()]
 
 
-def test_wrong_numbers_errors_and_the_deadline_under_pytest_benchmark(pytest_benchmark):
-    """What a provider does is recorded; what the benchmark itself does wrong is not lost."""
+def late(**inputs):
+    raise RuntimeError("out of order")
 
-    def late(**inputs):
-        raise RuntimeError("out of order")
 
-    def wrong(values, slots, weights):
-        return values[slots].sum(1)
+def wrong(values, slots, weights):
+    return values[slots].sum(1)
 
-    row, results = ROWS["gather/forward/inference"], []
-    cases = [
-        (row, registry.Provider("late", late)),
-        (row, registry.Provider("wrong", wrong)),
-        (row, row.providers()[0]),
-    ]
-    cpu_rows.run(cpu_rows.Measurements(cases, MACHINE, seconds=0.001, on_result=results.append))
+
+def with_faults(row: registry.Row) -> registry.Row:
+    """A row with two providers that cannot be timed before this package."""
+    faulty = (Provider("late", late), Provider("wrong", wrong), row.operation.providers[0])
+    return dataclasses.replace(row, operation=dataclasses.replace(row.operation, providers=faulty))
+
+
+def test_wrong_numbers_errors_and_the_deadline():
+    """What a provider does is recorded; what ends the run is not lost."""
+    row, results = with_faults(ROWS["gather/forward/inference"]), []
+    cases = [(row, provider) for provider in row.providers()]
+
+    def measure_until(deadline, on_result):
+        run.run_rows(cases, MACHINE, seconds=0.001, deadline=deadline, on_result=on_result)
+
+    measure_until(time.monotonic() + 60, results.append)
     assert [r.status for r in results] == ["error", "wrong", "ok"]
     assert results[0].message == "RuntimeError: out of order"
     assert results[1].median_us is None
 
-    cpu_rows.run(cpu_rows.Measurements(cases, MACHINE, deadline=time.monotonic(), on_result=results.append))
+    measure_until(time.monotonic(), results.append)
     assert len(results) == 3
-
-    def full(result):
-        raise OSError("the disk is full")
-
-    with pytest.raises(RuntimeError, match="the disk is full"):
-        cpu_rows.run(cpu_rows.Measurements(cases[:1], MACHINE, seconds=0.001, on_result=full))
 
     def stop(result):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cpu_rows.run(cpu_rows.Measurements(cases[:1], MACHINE, seconds=0.001, on_result=stop))
+        measure_until(time.monotonic() + 60, stop)
+
+
+def test_rows_under_pytest_benchmark(monkeypatch, tmp_path):
+    """The same rows as tests, with its files; what is wrong fails, and is not timed."""
+    pytest.importorskip("pytest_benchmark")
+    # A session inside a test takes itself for a worker of pytest-xdist where the test does; then it times nothing.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(registry, "rows", lambda device: [with_faults(ROWS["gather/forward/inference"])])
+    monkeypatch.setattr(sys.modules["benchmarks.measure"], "measure_machine", lambda device: MACHINE)
+    monkeypatch.delitem(sys.modules, "benchmarks.test_rows", raising=False)
+    file, reports = tmp_path / "benchmark.json", []
+
+    class Seen:
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call":
+                reports.append((report.nodeid.rpartition("/")[2], report.outcome, report.longreprtext))
+
+    quiet = [x for name in ("terminal", "cacheprovider", "faulthandler", "xdist") for x in ("-p", f"no:{name}")]
+    arguments = ["-o", "addopts=", "-o", "filterwarnings=", "--capture=no", f"--benchmark-json={file}"]
+    assert pytest.main([*arguments, *quiet, str(ROOT / "benchmarks" / "test_rows.py")], plugins=[Seen()]) == 1
+    assert [(name, outcome) for name, outcome, _ in reports] == [
+        ("late]", "failed"),
+        ("wrong]", "failed"),
+        ("fwpkm_kernels]", "passed"),
+    ]
+    assert "RuntimeError: out of order" in reports[0][2]
+    (timed,) = json.loads(file.read_text())["benchmarks"]
+    assert timed["stats"]["rounds"] >= 3
+    assert timed["extra_info"]["ratio"] > 0
 
 
 def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
@@ -190,8 +196,7 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
 
     def fake_measure(row, provider, machine, *, seconds, shared, graphs):
         assert shared.inputs is shared.inputs
-        assert shared.expected is shared.expected
-        return row, provider, shared.inputs["seed"], (shared.expected.row, shared.expected.inputs["seed"])
+        return row, provider, shared.inputs["seed"], shared.row
 
     monkeypatch.setattr(run, "measure", fake_measure)
     monkeypatch.setattr(run, "release", lambda machine: None)
@@ -200,7 +205,7 @@ def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
     for deadline in (time.monotonic() + 60, time.monotonic()):
         run.run_rows(cases, machine, seconds=1.0, deadline=deadline, on_result=measured.append)
     assert drawn == [a, b]
-    assert measured == [(a, "x", 1, (a, 1)), (a, "y", 1, (a, 1)), (b, "x", 2, (b, 2))]
+    assert measured == [(a, "x", 1, a), (a, "y", 1, a), (b, "x", 2, b)]
 
 
 def test_peak_memory_of_a_cpu_call():
@@ -214,45 +219,6 @@ def test_peak_memory_of_a_cpu_call():
         return torch.cat([c, c])  # four at once: b, c and this one
 
     assert 4 * 4000 <= peak_cpu(call) < 4 * 4000 + 1000
-
-
-def test_figures_of_a_cpu():
-    """Each of them, at sizes that take no time; that the step's table is right is checked on the way."""
-    figures = []
-    sizes = cpu.Sizes(sub_keys=12, width=10, chunk=6, picks=3)
-    cpu.run(MACHINE, on_figure=figures.append, seconds=0.001, c=sizes, small=8)
-    assert [f.figure for f in figures] == list(cpu.NAMES)
-    assert all(f.value > 0 for f in figures if f.figure != cpu.TRAINING)  # a difference
-    by_name = {f.figure: f for f in figures}
-    ratio = by_name[cpu.DENSE].value / by_name[cpu.STEP_NO_KEYS].value
-    assert by_name[cpu.DENSE_RATIO].value == pytest.approx(ratio)
-
-    state, calls = cpu.steps(sizes, addressing_weight=0.0)
-    write = cpu.DenseWrite.of_second_chunk(state, sizes)
-    calls[0]()
-    write.check(state.values)
-    with pytest.raises(AssertionError, match="step"):
-        write.check(state.values + 1e-3)
-
-
-def test_spreads():
-    assert cpu.Spread.of([3e3, 1e3, 2e3]) == (1.0, 1.0, 3.0)
-    assert cpu.Spread(8, 7, 9).over(cpu.Spread(4, 3, 5)) == (2.0, 7 / 5, 3.0)
-    assert cpu.Spread(90, 85, 95).less(cpu.Spread(10, 9, 15), 8) == (10.0, 70 / 8, 86 / 8)
-
-
-def some_result(**fields) -> Result:
-    """A result of this package with times that say what they are."""
-    times = {"min_us": 90.0, "p10_us": 95.0, "median_us": 100.0, "p90_us": 110.0, "repeats": 9, "peak_bytes": 2**20}
-    shared = {"kind": "cuda", "device": "test", "dtype": "float32", "shapes": {}, "bytes": 10**6, "flops": 10**7}
-    ceilings = {"floor_us": 50.0, "bandwidth_gb_s": 3000.0, "matmul_tflop_s": 400.0, "ratio": 2.0}
-    names = {"operation": "gather", "direction": "forward", "configuration": "inference", "provider": registry.PACKAGE}
-    return Result(**{**names, **shared, **ceilings, **times, **fields})
-
-
-def slower_by(factor: float, **fields) -> Result:
-    times = {name: factor * getattr(some_result(), name) for name in ("min_us", "p10_us", "median_us", "p90_us")}
-    return some_result(**times, **fields)
 
 
 @pytest.mark.parametrize(
@@ -275,20 +241,10 @@ def slower_by(factor: float, **fields) -> Result:
     ],
 )
 def test_comparison(new, worse, words):
-    old = Stored([some_result(provider=name) for name in ("fwpkm_kernels", "fwpkm_kernels-graph", "pytorch")], [])
-    text, slower = compare(old, Stored([new], []))
+    old = [some_result(provider=name) for name in ("fwpkm_kernels", "fwpkm_kernels-graph", "pytorch")]
+    text, slower = compare(old, [new])
     assert slower is worse
     assert words in text
-
-
-def test_comparison_of_figures():
-    old = Stored([], some_figures())
-    assert not compare(old, Stored([], some_figures()))[1]
-    text, slower = compare(old, Stored([], some_figures(value=20.0, low=19.0, high=21.0)))
-    assert slower
-    assert f"got slower: {cpu.STEP}" in text  # the ratio that should be large got better
-    text, slower = compare(old, Stored([], some_figures(value=5.0, low=4.0, high=6.0)))
-    assert f"got slower: {cpu.DENSE_RATIO}" in text
 
 
 def test_comparison_on_the_command_line(shrunk_run, tmp_path, capsys):
@@ -314,36 +270,24 @@ def test_time_of_one_chunk_more():
 
     results = [sequence(512 * 8, 8, 1000.0), sequence(4096 * 8, 8, 2400.0), sequence(512, 1, 7.0)]
     results += [sequence(512, 1, 10.0, provider="dense"), sequence(1024, 1, 30.0, provider="dense")]
-    assert {x.provider: (x.us, x.graph_us) for x in per_chunk(results)} == {
-        "fwpkm_kernels": (200.0, None),
-        "dense": (20.0, None),
+    assert {x.provider: (x.us, x.once_us, x.graph_us) for x in per_chunk(results)} == {
+        "fwpkm_kernels": (200.0, 800.0, None),
+        "dense": (20.0, -10.0, None),
     }
-    assert "200 µs a chunk" in run.report(results)
+    assert "200 µs a chunk; 800 µs once a call" in run.report(results)
     graphs = [
         sequence(512 * 8, 8, 1000.0, graph_us=500.0, graph_ratio=1.0),
         sequence(4096 * 8, 8, 2400.0, graph_us=1200.0, graph_ratio=1.0),
     ]
     assert [x.graph_us for x in per_chunk(graphs)] == [100.0]
-    assert "200 µs a chunk, 100 µs in a graph" in run.report(graphs)
+    assert "200 µs a chunk, 100 µs in a graph; 800 µs once a call" in run.report(graphs)
     assert per_chunk([some_result(sizes={"tokens": 512}), some_result(sizes={"tokens": 4096})]) == []
-
-
-def gpu_rows(**us: float) -> list[Result]:
-    """Results of the rows that goals need, all of the same time eagerly and in a graph but for some."""
-    results = []
-    for row in goals.ROWS:
-        operation, direction, configuration = row.split("/")
-        time = us.get(configuration, 100.0)
-        names = {"operation": operation, "direction": direction, "configuration": configuration}
-        graph = {"graph_us": time / 2, "graph_ratio": 1.0}
-        results.append(some_result(**names, **graph, median_us=time, peak_bytes=2 * 2**30))
-    return results
 
 
 def test_goals_of_a_gpu():
     """Each beside the numbers, of which the better one counts; a step's graph is its replay alone."""
     results = gpu_rows(**{"8x4096": 2340.0, "8x512": 100.0, "training-n4096": 800.0})
-    graphed = some_result(operation="step", provider=registry.GRAPHED, median_us=60.0, graph_us=30.0, graph_ratio=1.0)
+    graphed = some_result(operation="step", provider=GRAPHED, median_us=60.0, graph_us=30.0, graph_ratio=1.0)
     lines = dict(line.split("  ", 1) for line in goals.goals_table([*results, graphed]).splitlines()[1:])
     lines = {name: line.split() for name, line in lines.items()}
     assert lines["training forward, one chunk of 8x512"] == ["≤", "160", "µs", "320", "160", "1.00", "reached"]
@@ -359,15 +303,44 @@ def test_goals_of_a_gpu():
 def test_goals_without_their_rows():
     results = gpu_rows()
     lost = [dataclasses.replace(results[0], status="wrong", median_us=None), *results[2:]]
-    text = goals.goals_table(lost)
+    text, rows = goals.goals_table(lost), [row for row, _ in goals.cases("cuda")]
     assert text.splitlines()[1].split()[-1] == "missing"
-    assert text.endswith(f"\nmissing: {goals.ROWS[0]} (wrong), {goals.ROWS[1]} (not measured)")
-    assert all(row in {row.name for row in registry.rows("cuda")} for row in goals.ROWS)
+    assert text.endswith(f"\nmissing: {rows[0]} (wrong), {rows[1]} (not measured)")
+    assert goals.goals_table([]).splitlines()[1].split()[-1] == "missing"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_goals_are_made_of_rows_that_are_measured(kind):
+    cases = {(row.name, provider.name) for row, provider in run.select_cases(kind, goals_only=True)}
+    assert cases == {*goals.cases(kind)}
+
+
+def test_goals_of_a_cpu():
+    """The minima of its rows and of those of other providers; there is no graph to miss."""
+    times = {"step/forward/inference": 10e3, "step/forward/inference-still-keys": 8e3, "sequence/both/1x4608": 970e3}
+    times |= {"step/forward/inference-n128": 4e3, "sequence/both/1x512": 10e3, "layer/both/1x1024": 1e3}
+    results = [
+        some_result(
+            kind="cpu", provider=provider, min_us=640e3 if provider == "dense" else times.get(row, 100.0),
+            **dict(zip(("operation", "direction", "configuration"), row.split("/"), strict=True)),
+        )
+        for row, provider in goals.cases("cpu")
+    ]  # fmt: skip
+    lines = [line.rsplit(maxsplit=6) for line in goals.goals_table(results).splitlines()[1:]]
+    assert [line[-4:] for line in lines] == [
+        ["10", "-", "0.40", "reached"],
+        ["8", "-", "0.53", "reached"],
+        ["80", "-", "0.25", "reached"],
+        ["2.5", "-", "1.25", "missed"],
+        ["120", "-", "1.50", "missed"],
+        ["1", "-", "0.91", "reached"],
+        ["1", "-", "0.91", "reached"],
+    ]
 
 
 def test_a_replay_alone_is_the_time_in_a_graph():
     row = some_result(operation="step", graph_us=None)
-    graphed = dataclasses.replace(row, provider=registry.GRAPHED, graph_us=42.0, graph_ratio=0.84)
+    graphed = dataclasses.replace(row, provider=GRAPHED, graph_us=42.0, graph_ratio=0.84)
     assert "42 µs" in run.report([row, graphed])
 
 
@@ -394,12 +367,6 @@ def test_a_graph_that_could_not_be_captured_is_told():
     message = "no CUDA graph: operation not permitted"
     assert message in run.report([some_result(message=message)])
     assert message not in run.report([some_result(), some_result(provider="pytorch", message=message)])
-
-
-def test_goals_beside_the_figures():
-    table = figures_table(some_figures(value=30.0, low=29.0, high=31.0)).splitlines()
-    assert table[1].endswith("≤ 25 ms   missed")
-    assert table[2].endswith("≥ 20 x  reached")
 
 
 def test_plots(tmp_path):
@@ -463,7 +430,7 @@ def test_what_ended_a_process_is_an_error_of_the_next(shrunk_run, tmp_path):
     program = """
 import sys, time
 from benchmarks import registry, run
-from tests.test_benchmark_runs import MACHINE
+from tests.helpers.results import MACHINE
 row = registry.rows("cpu", "gather/forward/inference")[0]
 def hang(*args, on_begin, **options):
     on_begin(row, row.providers()[0])
@@ -556,13 +523,14 @@ def test_a_row_without_inputs_is_an_error_of_its_own(monkeypatch):
 
 def test_on_a_gpu_this_package_comes_first_and_what_has_a_goal():
     providers = [provider.name for _, provider in run.select_cases("cuda")]
-    turns = [0 if registry.is_package(name) else 2 if name == "torch.compile" else 1 for name in providers]
+    turns = [0 if is_package(name) else 2 if name == "torch.compile" else 1 for name in providers]
     assert turns == sorted(turns)
     assert set(turns) == {0, 1, 2}
     own, other = (run.select_cases("cuda", whose=whose) for whose in ("own", "other"))
     assert [*own, *other] == run.select_cases("cuda")
-    names = [row.name for row, p in own if p.name == registry.PACKAGE]
-    assert names[: len(goals.ROWS)] == [*goals.ROWS]
+    names = [row.name for row, p in own if p.name == PACKAGE]
+    with_goal = [row for row, _ in goals.cases("cuda")]
+    assert names[: len(with_goal)] == with_goal
     assert sorted(names) == sorted(row.name for row in registry.rows("cuda"))
 
 

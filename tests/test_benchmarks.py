@@ -9,8 +9,8 @@ import torch
 
 import reference
 from benchmarks import registry, run
-from benchmarks.measure import Expected, Machine, measure, prepare, verify
-from benchmarks.providers import package_layer, package_layer_step
+from benchmarks.measure import Shared, measure, prepare, verify
+from benchmarks.providers import PACKAGE, Provider, package_layer, package_layer_step
 from fwpkm_kernels import (
     MemoryGraph,
     chunk_value_update,
@@ -22,17 +22,8 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from tests.test_graphs import OnGpu, Rerun
-
-MACHINE = Machine("cpu", "test", bandwidth=1e10, matmul=1e11, commit=None, versions={"torch": torch.__version__})
-
-
-def shrunk(row: registry.Row) -> registry.Row:
-    return dataclasses.replace(row, configuration=row.configuration.shrunk())
-
-
-# The same row can be there for CPUs and for GPUs.
-ROWS = {row.name: shrunk(row) for row in registry.rows()}
+from tests.helpers.graphs import OnGpu, Rerun
+from tests.helpers.results import MACHINE, ROWS, shrunk
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,8 +38,6 @@ def test_names_of_rows_are_unique_and_every_operation_is_there(device):
     assert len(names) == len(set(names))
     for operation in registry.OPERATIONS:
         for direction in operation.directions:
-            if (device, direction) == ("cpu", "both"):
-                continue  # of which the figures of a CPU tell
             assert any(name.startswith(f"{operation.name}/{direction}/") for name in names)
     assert len(registry.rows(device, "lookup/forward")) == sum("lookup/forward" in name for name in names)
 
@@ -56,16 +45,14 @@ def test_names_of_rows_are_unique_and_every_operation_is_there(device):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_provider_agrees_with_the_reference(name):
     row = ROWS[name]
-    inputs = row.inputs("cpu")
-    cost = row.cost(inputs)
-    assert cost.bytes > 0
-    assert cost.flops > 0 or row.operation.name == "reset"  # which copies
-    expected = Expected(row, inputs)
+    shared = Shared(row, "cpu")
+    assert shared.cost.bytes > 0
+    assert shared.cost.flops > 0 or row.operation.name == "reset"  # which copies
     providers = row.providers()
-    assert providers[0].name == registry.PACKAGE
+    assert providers[0].name == PACKAGE
     assert len(providers) > 1
     for provider in providers:
-        verify(row, provider, inputs, expected)
+        verify(provider, shared)
 
 
 def test_bytes_and_flops_by_hand():
@@ -180,24 +167,20 @@ def test_rows_that_several_tokens_of_a_chunk_address_count_once():
     assert operation.cost(c, "forward", inputs).bytes == 2 * rows * 3 * 4 + tokens + 2 * 2 * keys
 
 
-def wrong_lookup(**inputs):
-    scores, slots = product_key_lookup(**inputs)
-    return scores + 1e-3, slots
+def scaled(x, factor):
+    """As it is, with gradients that are so many times too large."""
+    return x.detach() + factor * (x - x.detach())
 
 
-def wrong_lookup_gradient(**inputs):
-    scores, slots = product_key_lookup(**inputs)
-    return scores.detach() + 1.001 * (scores - scores.detach()), slots
+def leak(x):
+    """0, with a gradient for every element of `x`."""
+    return 1e-3 * (x - x.detach()).sum()
 
 
 def wrong_gather(**inputs):
     out = sparse_value_gather(**inputs)
     out[3] *= 1.001
     return out
-
-
-def wrong_gather_gradient(values, slots, weights):
-    return sparse_value_gather(values, slots, weights) + 1e-3 * (values - values.detach()).sum()
 
 
 def wrong_untouched_row(**inputs):
@@ -208,49 +191,9 @@ def wrong_untouched_row(**inputs):
     return out
 
 
-def wrong_reset(values, slots, **own):
-    values.copy_(own["state"]._initial_values)
+def wrong_reset(values, slots, state):
+    values.copy_(state._initial_values)
     values[slots[0, 0]] += 1e-3
-
-
-def wrong_write_(values, **inputs):
-    values.copy_(chunk_value_update(values, **inputs, lr=1.001))
-
-
-@pytest.mark.parametrize(
-    "name, planted",
-    [
-        ("lookup/forward/inference", wrong_lookup),
-        ("lookup/backward/inference", wrong_lookup_gradient),
-        ("gather/forward/inference", wrong_gather),
-        ("gather/backward/inference", wrong_gather_gradient),
-        ("update/forward/inference", wrong_untouched_row),
-        ("update_/forward/inference", wrong_write_),
-        ("reset/forward/inference", wrong_reset),
-    ],
-)
-def test_wrong_numbers_are_refused_and_not_timed(name, planted):
-    own = ROWS[name].operation.providers[0].own
-    result = measure(ROWS[name], registry.Provider("planted", planted, own=own), MACHINE, seconds=0.001)
-    assert result.status == "wrong"
-    assert result.message
-    assert result.median_us is None
-    assert result.repeats == 0
-    assert "wrong" in run.report([result])
-
-
-def wrong_key_step(weight, **inputs):
-    return product_key_update(**inputs, weight=1.01 * weight)
-
-
-def wrong_key_step_gradient(keys, queries, **options):
-    return product_key_update(keys, queries, **options) + 1e-3 * (queries - queries.detach()).sum()
-
-
-def wrong_key_step_of_late_rows(keys, queries, **options):
-    """Right in the first rows, which are those that the reference gets."""
-    kept = len(queries) * 3 // 4
-    return product_key_update(keys, queries[:kept], **options)
 
 
 def wrong_sequence_output(**inputs):
@@ -264,27 +207,9 @@ def wrong_sequence_values(**inputs):
     return out._replace(values=out.values.detach().index_fill(0, untouched, 0.0))
 
 
-def wrong_sequence_keys(addressing_weight, **inputs):
-    return fast_weight_memory(**inputs, addressing_weight=1.02 * addressing_weight)
-
-
-def wrong_sequence_gradient(targets, **inputs):
-    return fast_weight_memory(targets=targets.detach() + 1.001 * (targets - targets.detach()), **inputs)
-
-
 def wrong_gradient_of_values(values, **inputs):
     out = fast_weight_memory(values=values, **inputs)
-    leak = 1e-3 * (values - values.detach()).sum()
-    return out._replace(output=out.output + leak)
-
-
-def wrong_step_output(memory, **inputs):
-    out = fast_weight_memory_step(memory, **inputs)
-    return 1.001 * out
-
-
-def wrong_step_without_keys(memory, addressing_weight, **inputs):
-    return fast_weight_memory_step(memory, addressing_weight=0.0, **inputs)
+    return out._replace(output=out.output + leak(values))
 
 
 def wrong_step_that_forgets(memory, **inputs):
@@ -295,81 +220,85 @@ def wrong_step_that_forgets(memory, **inputs):
     return out
 
 
-@pytest.mark.parametrize(
-    "name, planted",
-    [
-        ("key-step/forward/inference", wrong_key_step),
-        ("key-step/backward/inference", wrong_key_step_gradient),
-        ("key-step/forward/training", wrong_key_step_of_late_rows),
-        ("sequence/forward/8x512", wrong_sequence_output),
-        ("sequence/forward/8x512", wrong_sequence_values),
-        ("sequence/forward/8x512", wrong_sequence_keys),
-        ("sequence/backward/8x4096", wrong_sequence_gradient),
-        ("sequence/both/8x4096", wrong_sequence_gradient),
-        ("sequence/backward/8x4096-bf16", wrong_gradient_of_values),
-        ("step/forward/inference", wrong_step_output),
-        ("step/forward/inference", wrong_step_without_keys),
-        ("step/forward/inference", wrong_step_that_forgets),
-        ("prefill/forward/4k", wrong_step_without_keys),
-        ("decode/forward/token", wrong_step_output),
-        ("decode/forward/token", wrong_step_that_forgets),
-    ],
-)
-def test_wrong_memories_are_refused(name, planted):
-    row = ROWS[name]
-    own = row.providers()[0].own
-    inputs = row.inputs("cpu")
-    with pytest.raises(AssertionError, match=f"{name}: planted"):
-        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
-
-
-def wrong_layer_output(**inputs):
-    return 1.001 * package_layer(**inputs)
-
-
-def wrong_layer_gradient_of_keys(keys, **inputs):
-    return package_layer(keys=keys, **inputs) + 1e-3 * (keys - keys.detach()).sum()
-
-
-def layer_of_one_memory(scope, **inputs):
-    return package_layer(**inputs, scope="batch")
-
-
-def layer_without_gates(**inputs):
-    return package_layer(**{**inputs, "g_proj.bias": inputs["g_proj.bias"] + 0.1})
-
-
-def wrong_late_tokens(hidden_states, **inputs):
-    """Right on the few tokens that the reference gets."""
-    output = package_layer(hidden_states=hidden_states, **inputs)
-    return output if output.shape[1] < 600 else torch.cat([output[:, :300], 1.01 * output[:, 300:]], dim=1)
-
-
 def layer_step_that_forgets(layer, memory, **inputs):
     if memory.positions[0] == 8:
         memory.reset()
     return package_layer_step(layer=layer, memory=memory, **inputs)
 
 
-@pytest.mark.parametrize(
-    "name, planted, message",
-    [
-        ("layer/forward/1x1024", wrong_layer_output, "output"),
-        ("layer/both/1x1024", wrong_layer_gradient_of_keys, "gradient of keys"),
-        ("layer/forward/8x4096", layer_of_one_memory, "output"),
-        ("layer-batch/forward/8x4096", layer_without_gates, "output"),
-        ("layer-batch/forward/8x4096", wrong_late_tokens, "of the timed inputs"),
-        ("layer-decode/forward/token", layer_step_that_forgets, "output"),
-    ],
-)
-def test_wrong_layers_are_refused(name, planted, message):
-    row = ROWS[name]
-    if planted is wrong_late_tokens:
-        row = dataclasses.replace(row, configuration=dataclasses.replace(row.configuration, tokens=1200, chunk=200))
-    inputs = row.inputs("cpu")
-    own = row.providers()[0].own
-    with pytest.raises(AssertionError, match=f"{name}: planted.*{message}"):
-        verify(row, registry.Provider("planted", planted, own=own), inputs, Expected(row, inputs))
+#: Rows, faults of their provider, and what is said of them; a key step of the first rows is right where it is compared
+#: with the reference.
+FAULTS = [
+    ("lookup/forward/inference", lambda **x: [y + 1e-3 * (not i) for i, y in enumerate(product_key_lookup(**x))], ""),
+    (
+        "lookup/backward/inference",
+        lambda **x: (scaled((found := product_key_lookup(**x))[0], 1.001), found[1]),
+        "gradient of",
+    ),
+    ("gather/forward/inference", wrong_gather, "output"),
+    ("gather/backward/inference", lambda values, **x: sparse_value_gather(values, **x) + leak(values), "not addressed"),
+    ("update/forward/inference", wrong_untouched_row, "not addressed"),
+    ("update/backward/inference", lambda values, **x: chunk_value_update(scaled(values, 1.001), **x), "not addressed"),
+    (
+        "update_/forward/inference",
+        lambda values, **x: values.copy_(chunk_value_update(values, **x, lr=1.001)),
+        "output",
+    ),
+    ("reset/forward/inference", wrong_reset, "output"),
+    ("key-step/forward/inference", lambda weight, **x: product_key_update(**x, weight=1.01 * weight), "keys"),
+    (
+        "key-step/backward/inference",
+        lambda keys, queries, **x: product_key_update(keys, queries, **x) + leak(queries),
+        "gradient of queries",
+    ),
+    (
+        "key-step/forward/training",
+        lambda keys, queries, **x: product_key_update(keys, queries[: len(queries) * 3 // 4], **x),
+        "keys",
+    ),
+    ("sequence/forward/8x512", wrong_sequence_output, "output"),
+    ("sequence/forward/8x512", wrong_sequence_values, "not addressed"),
+    (
+        "sequence/forward/8x512",
+        lambda addressing_weight, **x: fast_weight_memory(**x, addressing_weight=1.02 * addressing_weight),
+        "keys",
+    ),
+    *(
+        (name, lambda targets, **x: fast_weight_memory(targets=scaled(targets, 1.001), **x), "gradient of targets")
+        for name in ("sequence/backward/8x4096", "sequence/both/8x4096")
+    ),
+    ("sequence/backward/8x4096-bf16", wrong_gradient_of_values, "not addressed"),
+    *(
+        (name, lambda memory, **x: 1.001 * fast_weight_memory_step(memory, **x), "output")
+        for name in ("step/forward/inference", "decode/forward/token")
+    ),
+    *(
+        (name, lambda memory, addressing_weight, **x: fast_weight_memory_step(memory, **x, addressing_weight=0.0), "")
+        for name in ("step/forward/inference", "prefill/forward/4k")
+    ),
+    ("step/forward/inference", wrong_step_that_forgets, ""),
+    ("decode/forward/token", wrong_step_that_forgets, ""),
+    ("layer/forward/1x1024", lambda **x: 1.001 * package_layer(**x), "output"),
+    ("layer/both/1x1024", lambda keys, **x: package_layer(keys=keys, **x) + leak(keys), "gradient of keys"),
+    ("layer/forward/8x4096", lambda scope, **x: package_layer(**x, scope="batch"), "output"),
+    (
+        "layer-batch/forward/8x4096",
+        lambda **x: package_layer(**{**x, "g_proj.bias": x["g_proj.bias"] + 0.1}),
+        "output",
+    ),
+    ("layer-decode/forward/token", layer_step_that_forgets, "output"),
+]
+
+
+@pytest.mark.parametrize("name, planted, message", FAULTS)
+def test_wrong_numbers_are_refused_and_not_timed(name, planted, message):
+    provider = dataclasses.replace(ROWS[name].operation.providers[0], name="planted", run=planted)
+    result = measure(ROWS[name], provider, MACHINE, seconds=0.001)
+    assert result.status == "wrong", result.message
+    assert message in result.message
+    assert result.median_us is None
+    assert result.repeats == 0
+    assert "wrong" in run.report([result])
 
 
 def test_a_layer_gets_the_gradients_of_the_tensors_that_it_is_given():
@@ -381,22 +310,30 @@ def test_a_layer_gets_the_gradients_of_the_tensors_that_it_is_given():
         assert (x != 0).any(), name
 
 
-def test_what_is_wrong_past_the_first_tokens_is_refused():
+def late_in_sequences(**inputs):
+    out = fast_weight_memory(**inputs)
+    return out._replace(output=late(out.output))
+
+
+def late(output):
+    """Right on the few tokens that the reference gets."""
+    return output if output.shape[1] < 600 else torch.cat([output[:, :300], 1.01 * output[:, 300:]], dim=1)
+
+
+@pytest.mark.parametrize(
+    "name, planted",
+    [
+        ("sequence/forward/8x4096", late_in_sequences),
+        ("layer-batch/forward/8x4096", lambda **inputs: late(package_layer(**inputs))),
+    ],
+)
+def test_what_is_wrong_past_the_first_tokens_is_refused(name, planted):
     """The reference gets few tokens; all of the first two chunks are compared with the sparse form."""
-    row = ROWS["sequence/forward/8x4096"]
-    c = dataclasses.replace(row.configuration, tokens=1200, chunk=200)
-    row = dataclasses.replace(row, configuration=c)
-    inputs = row.inputs("cpu")
-    length = inputs["queries"].shape[1]
-
-    def wrong(**inputs):
-        out = fast_weight_memory(**inputs)
-        if out.output.shape[1] == length:  # not the few tokens
-            out = out._replace(output=torch.cat([out.output[:, :300], 1.01 * out.output[:, 300:]], dim=1))
-        return out
-
-    with pytest.raises(AssertionError, match="of the timed inputs"):
-        verify(row, registry.Provider("planted", wrong), inputs, Expected(row, inputs))
+    row = dataclasses.replace(
+        ROWS[name], configuration=dataclasses.replace(ROWS[name].configuration, tokens=1200, chunk=200)
+    )
+    with pytest.raises(AssertionError, match=f"{name}: planted.*of the timed inputs"):
+        verify(Provider("planted", planted), Shared(row, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -416,9 +353,8 @@ def test_what_stands_for_the_reference_is_the_reference(name):
 def test_rounding_may_decide_a_lookup_once():
     """A stream whose first sample fails is compared once more, with other tokens."""
     row = ROWS["step/forward/inference"]
-    inputs = row.inputs("cpu")
-    expected = Expected(row, inputs)
-    tokens = [expected.short(attempt)[0]["queries"] for attempt in range(2)]
+    shared = Shared(row, "cpu")
+    tokens = [shared.few(attempt).inputs["queries"] for attempt in range(2)]
     assert not torch.equal(*tokens)
     seen = []
 
@@ -428,7 +364,7 @@ def test_rounding_may_decide_a_lookup_once():
         return out + 1.0 if len(seen) <= 2 else out  # both chunks of the first sample
 
     package = row.providers()[0]
-    verify(row, dataclasses.replace(package, run=unlucky), inputs, expected)
+    verify(dataclasses.replace(package, run=unlucky), shared)
     assert torch.equal(torch.cat(seen[2:4], dim=1), tokens[1])
 
 
@@ -466,11 +402,11 @@ def test_replayed_graphs_are_compared_with_the_reference(name, capture, monkeypa
     assert provider not in row.providers()
     assert provider in dataclasses.replace(row, device="cuda").providers()
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(registry.providers.fwpkm, "MemoryGraph", make_graph)
+    monkeypatch.setattr("benchmarks.providers.fwpkm.MemoryGraph", make_graph)
     inputs = row.inputs("cpu")
     refused = pytest.raises(AssertionError, match=f"{name}: {provider.name}")
     with refused if capture is NoReplay else contextlib.nullcontext():
-        verify(row, provider, inputs, Expected(row, inputs))
+        verify(provider, Shared(row, "cpu"))
 
     own = provider.own(inputs)
     graph = own["memory"].graph
@@ -492,11 +428,10 @@ def test_compiled_providers_agree_with_the_reference(monkeypatch):
         for provider in row.providers():
             if provider.name == "torch.compile":
                 small = shrunk(row)
-                inputs = small.inputs("cpu")
-                fresh = registry.providers.compile_lazily(getattr(provider.run, "__wrapped__", provider.run))
+                fresh = registry.eager.compile_lazily(getattr(provider.run, "__wrapped__", provider.run))
                 if row.operation.name != "step":
                     provider = dataclasses.replace(provider, run=fresh)
-                verify(small, provider, inputs, Expected(small, inputs))
+                verify(provider, Shared(small, "cpu"))
                 names.append(f"{row.operation.name}/{row.direction}")
     torch.compiler.reset()
     assert set(names) >= {"lookup/forward", "gather/forward", "update_/forward", "key-step/forward", "step/forward"}
@@ -521,7 +456,7 @@ def test_a_provider_that_raises_is_recorded():
     def broken(**inputs):
         raise RuntimeError("out of order")
 
-    result = measure(ROWS["gather/forward/inference"], registry.Provider("broken", broken), MACHINE, seconds=0.001)
+    result = measure(ROWS["gather/forward/inference"], Provider("broken", broken), MACHINE, seconds=0.001)
     assert result.status == "error"
     assert result.message == "RuntimeError: out of order"
     assert result.median_us is None

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from fwpkm_kernels._commands import CommandError, need, one_line, try_all
-from tests.helpers.files import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +89,6 @@ def test_every_program_takes_any_text(name, monkeypatch):
 #: Of each program: how it is told where to write, where {} is that place, and what would be its work.
 WRITERS = [
     ("benchmarks.run", ["--device=cpu", "--op=gather", "--json={}"], "measure_machine"),
-    ("benchmarks.cpu", ["--json={}"], "measure_machine"),
     ("benchmarks.compiled", ["--json={}"], "report_cases"),
     ("benchmarks.launches", ["--json={}"], "rows"),
     ("benchmarks.host", ["--json={}"], "stand_in"),
@@ -142,7 +140,6 @@ def test_every_program_tries_its_outputs_before_it_works(name, arguments, work, 
 
 def test_a_run_tries_the_file_beside_its_results_too(here, monkeypatch, capsys):
     run = importlib.import_module("benchmarks.run")
-    monkeypatch.setattr(run, "need", lambda *names: None)
     name = "n" * 250
     Path(name).write_text("old")
     assert run.main(["--device=cpu", "--op=gather", f"--json={name}"]) == 2
@@ -168,36 +165,18 @@ def test_a_plot_that_fails_costs_no_numbers(here, monkeypatch, capsys):
     assert "Σ" in capsys.readouterr().out
 
 
-@FULL
-def test_measurements_are_shown_where_the_disk_is_full(monkeypatch, capsys):
-    from benchmarks import cpu
-    from tests.test_benchmark_runs import MACHINE, some_figures
-
-    def measure(machine, *, on_figure):
-        for figure in some_figures():
-            on_figure(figure)
-
-    monkeypatch.setattr(cpu, "measure_machine", lambda device: MACHINE)
-    monkeypatch.setattr(cpu, "run", measure)
-    assert cpu.main(["--json=/dev/full"]) == 1
-    captured = capsys.readouterr()
-    assert cpu.STEP in captured.out
-    assert captured.err == "failed: cannot write /dev/full: No space left on device\n"
-
-
 def test_a_program_tries_its_disk_before_it_measures(here, monkeypatch, capsys):
-    from benchmarks import cpu
-
-    monkeypatch.delattr(cpu, "run")
-    Path("figures").write_text("old")
+    run = importlib.import_module("benchmarks.run")
+    monkeypatch.delattr(run, "measure_machine")
+    Path("results").write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        assert cpu.main(["--json=figures"]) == 2
+        assert run.main(["--device=cpu", "--json=results"]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert capsys.readouterr().err == "cpu: error: cannot write figures: File too large\n"
-    assert Path("figures").read_text() == "old"
+    assert capsys.readouterr().err == "run: error: cannot write results: File too large\n"
+    assert Path("results").read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +197,7 @@ def test_what_cannot_be_read_ends_in_one_line(name, arguments, reason, here, as_
     Path("closed").touch(0o222)
     os.chmod("closed", 0o222)
     module = importlib.import_module(name)
-    monkeypatch.setattr(module, "need", lambda *names: None)
+    monkeypatch.setattr(module, "need", lambda *names: None, raising=False)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert module.main() == 2
     err = capsys.readouterr().err

@@ -21,8 +21,8 @@ from fwpkm_kernels import (
 from fwpkm_kernels.lookup import lookup_halves
 from fwpkm_kernels.options import Lookup
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER
-from tests.test_memory import make_inputs, named, run
-from tests.test_streaming import make_state, stream
+from tests.helpers.memory import make_inputs, named, run
+from tests.helpers.streaming import make_state, stream
 
 INF, NAN = torch.inf, torch.nan
 

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, logs, registry, run, smoke
+from benchmarks import gpu, logs, run, smoke
 from benchmarks.goals import goals_table
 from benchmarks.measure import NO_GRAPH
+from benchmarks.providers import GRAPHED
 from benchmarks.results import read_results
 from tests import conftest
 from tests.conftest import HAS_GPU, PLACES
-from tests.test_benchmark_runs import gpu_rows, slower_by, some_result
+from tests.helpers.results import gpu_rows, slower_by, some_result
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ FAULTY = """
 import os, signal, sys, time, torch
 from benchmarks import run
 from benchmarks.measure import NO_GRAPH, Machine, no_result
-machine, lost = Machine("cuda", "made up", bandwidth=1e12, matmul=1e14, commit=None, versions={}), []
+machine, lost = Machine("cuda", "made up", bandwidth_gb_s=1e3, matmul_tflop_s=100.0, commit=None, versions={}), []
 
 def measure(row, provider, *args, **options):
     fields = {"status": "ok", "median_us": 1.0, "ratio": 1.0}
@@ -320,7 +321,7 @@ def test_goals_say_where_there_is_no_graph():
     assert f"{name} in a graph ({NO_GRAPH}: out of memory)" in text
     assert f"{step} fwpkm_kernels-graph (not measured)" in text
     graphed = [r for r in results if r.row == step]
-    graphed = [dataclasses.replace(r, provider=registry.GRAPHED, status="error", message="") for r in graphed]
+    graphed = [dataclasses.replace(r, provider=GRAPHED, status="error", message="") for r in graphed]
     assert f"{step} fwpkm_kernels-graph (error)" in goals_table([*results, *graphed])
 
 

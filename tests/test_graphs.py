@@ -16,59 +16,29 @@ from fwpkm_kernels import (
     MemoryState,
     fast_weight_memory,
     fast_weight_memory_step,
-    graphs,
     key_step,
     plan,
     streaming,
     testing,
 )
 from tests.conftest import HAS_GPU
-from tests.test_memory import KEY_GRADIENTS, assert_same_bits, make_inputs
-from tests.test_streaming import BY_TOKEN, DEVICE, OPTIONS, assert_same_state, contents, make_state, stream, tokens_of
-
-Inputs = dict[str, Any]
-Cuts = list[int]
-
-
-class OnGpu(torch.Tensor):
-    """A table that says it is on a GPU."""
-
-    is_cuda = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-
-class Rerun:
-    """In place of a captured graph: runs the function again, with the Python values that it had."""
-
-    def __init__(self, function: Callable[[], None], warm_up: Callable[[], None]) -> None:
-        warm_up()
-        self.replay = function
-
-
-def graph_maker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryGraph]:
-    """`MemoryGraph` of some tokens of the inputs; without a GPU all of it but the capture."""
-
-    def make(state: MemoryState, inputs: Inputs, count: int, **options: Any) -> MemoryGraph:
-        table = state.values
-        if not HAS_GPU:
-            monkeypatch.setattr(graphs, "capture", Rerun)
-            state._values = table.as_subclass(OnGpu)
-        try:
-            return MemoryGraph(state, **tokens_of(inputs, 0, count), **options)
-        finally:
-            state._values = table
-
-    return make
+from tests.helpers.graphs import OnGpu, graph_maker, replayed
+from tests.helpers.memory import KEY_GRADIENTS, assert_same_bits, make_inputs
+from tests.helpers.streaming import (
+    BY_TOKEN,
+    DEVICE,
+    OPTIONS,
+    assert_same_state,
+    contents,
+    make_state,
+    stream,
+    tokens_of,
+)
 
 
 @pytest.fixture
 def make_graph(monkeypatch) -> Callable[..., MemoryGraph]:
     return graph_maker(monkeypatch)
-
-
-def replayed(graph: MemoryGraph, state: MemoryState, inputs: Inputs, count: int) -> Tensor:
-    """One call of a graph, from the state's position on."""
-    return stream(state, inputs, [count], run=lambda state, **tokens: graph(**tokens))
 
 
 @KEY_GRADIENTS

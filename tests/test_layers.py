@@ -13,7 +13,7 @@ import reference
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory, ValueTable
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.layers import GOLDEN_LAYERS, check_golden_layer, draw
-from tests.test_memory import assert_close
+from tests.helpers.memory import assert_close
 
 f64 = torch.float64
 BOUND = 1e-12

@@ -6,16 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck
-from torch.utils.checkpoint import checkpoint
 
 import reference
-from fwpkm_kernels import FastWeightMemory, MemoryOutput, fast_weight_memory, memory, testing
+from fwpkm_kernels import chunk_value_update, fast_weight_memory, product_key_lookup, sparse_value_gather, testing
 from fwpkm_kernels.memory import STEPS
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.golden import NAMES, assert_near, load, tolerance
+from tests.helpers.memory import (
+    BOUNDARIES,
+    DIFFERENTIABLE,
+    KEY_GRADIENTS,
+    PLACES_SLOW,
+    assert_close,
+    assert_same_bits,
+    check_memory,
+    cotangents,
+    leaves_of,
+    make_inputs,
+    named,
+    run,
+)
+from tests.helpers.models import loss
 
 OPTIONS = (
     "chunk_size",
@@ -30,103 +41,10 @@ OPTIONS = (
     "addressing_weight",
     "key_gradient",
 )
-DIFFERENTIABLE = ("queries", "targets", "keys", "values", "gates")
 #: Golden cases that the interpreter runs in `make test`, in float64: those with the fewest reads.
 QUICK = ("paper_j_short", "paper_n_topk2", "paper_i_single_chunk")
 #: What it runs in float32 too, in `make test-all`; float32 is no other than elsewhere there.
 FLOAT32_IN_INTERPRETER = ("paper_l_near_keys", "idw_silu", "clip")
-#: Instead of the fixture `place`, where the interpreter takes many seconds.
-PLACES_SLOW = pytest.mark.parametrize(
-    "place", [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)], ids=lambda place: place.backend
-)
-BOUNDARIES = pytest.mark.parametrize("boundary", ["carry", "drop"])
-KEY_GRADIENTS = pytest.mark.parametrize("key_gradient", ["addressing", "all"])
-
-
-def make_inputs(
-    batch: int = 2,
-    length: int = 8,
-    heads: int = 1,
-    num_keys: int = 4,
-    key_width: int = 4,
-    width: int = 3,
-    *,
-    gates: bool = True,
-    mask: str | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    activations_dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    layout: str = "contiguous",
-) -> dict[str, Any]:
-    """The tensor arguments by name; ``mask`` is None, one of MASK_KINDS, or "none left", which masks every token."""
-    activations = activations_dtype or dtype
-    lookup = {"seed": seed, "dtype": activations, "keys_dtype": torch.promote_types(dtype, torch.float32)}
-    queries, keys = testing.make_lookup_inputs((batch, length), heads, num_keys, key_width, **lookup)
-    kind = "bool" if mask == "none left" else mask
-    kinds = {"gates": gates, "mask": kind, "dtype": dtype, "activations_dtype": activations}
-    update = testing.make_update_inputs(batch * length, 1, num_keys**2, width, seed=seed + 1, **kinds)
-    by_token = {"targets": update.targets, "gates": update.gates, "mask": update.mask}
-    inputs = {"queries": queries, "targets": update.targets, "keys": keys, "values": update.values}
-    inputs |= {name: x.view(batch, length, *x.shape[1:]) for name, x in by_token.items() if x is not None}
-    if mask == "none left":
-        inputs["mask"] = torch.zeros_like(inputs["mask"])
-    return {name: testing.with_layout(x.to(device), layout) for name, x in inputs.items()}
-
-
-def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs that gradients are asked of, as leaves."""
-    return {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
-
-
-def cotangents(outputs: MemoryOutput, seed: int = 5) -> list[Tensor]:
-    return [testing.random_cotangent(x, seed=seed + i) for i, x in enumerate(outputs[:3])]
-
-
-def gradients_of(outputs: MemoryOutput, leaves: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Gradients of one loss on output, final keys and final values together."""
-    found = torch.autograd.grad(
-        outputs[:3], list(leaves.values()), cotangents(outputs), allow_unused=True, materialize_grads=True, **options
-    )
-    return dict(zip(leaves, found, strict=True))
-
-
-def run(function: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> tuple[MemoryOutput, dict[str, Tensor]]:
-    """Outputs and gradients."""
-    leaves = leaves_of(inputs)
-    outputs = function(**{**inputs, **leaves}, **options)
-    return outputs, gradients_of(outputs, leaves)
-
-
-def named(outputs: MemoryOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    return outputs._asdict() | {f"gradient of {name}": x for name, x in gradients.items()}
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in actual.items():
-        testing.assert_bitwise_equal(x, expected[name], name)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-9) -> None:
-    """Relative in norm, beside a gradient that vanishes analytically up to rounding; slots are equal."""
-    assert actual.keys() == expected.keys()
-    for name, x in actual.items():
-        wanted = expected[name].detach()
-        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), name
-        if x.is_floating_point():
-            error, norm = float((x.detach() - wanted).norm()), float(wanted.norm())
-            assert error <= bound * max(norm, 1e-3), f"{name}: error {error:.3g} over {bound:.3g} of {norm:.3g}"
-        else:
-            testing.assert_bitwise_equal(x, wanted, name)
-
-
-def check(inputs: dict[str, Any], place: Place, **options: Any) -> None:
-    """Outputs, slots, weights and all gradients are those of the reference, in float64."""
-    inputs = {name: x.to(place.device) for name, x in inputs.items()}
-    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
-        actual = named(*run(fast_weight_memory, inputs, **options, backend=place.backend))
-    assert_close(actual, named(*run(reference.fast_weight_memory, inputs, **options)))
 
 
 def check_golden(function: Callable[..., Any], name: str, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -213,14 +131,14 @@ EDGES = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge, boundary, key_gradient):
     shape, options = EDGES[edge]
-    check(make_inputs(*shape), PLACES[0], **options, boundary=boundary, key_gradient=key_gradient)
+    check_memory(make_inputs(*shape), PLACES[0], **options, boundary=boundary, key_gradient=key_gradient)
 
 
 @pytest.mark.parametrize("edge", [pytest.param(edge, marks=SLOW_IN_INTERPRETER) for edge in EDGES])
 @BOUNDARIES
 def test_edges_in_triton(edge, boundary, triton_place):
     shape, options = EDGES[edge]
-    check(make_inputs(*shape), triton_place, **options, boundary=boundary)
+    check_memory(make_inputs(*shape), triton_place, **options, boundary=boundary)
 
 
 #: keys and values, activations, options
@@ -260,21 +178,6 @@ def test_precision(place, budget):
             cotangent=testing.random_cotangent(like),
             reduction_length=64,
         )
-
-
-@BOUNDARIES
-@pytest.mark.parametrize("step", STEPS)
-@KEY_GRADIENTS
-def test_gradcheck(key_gradient, step, boundary):
-    leaves = leaves_of(make_inputs(2, 7, num_keys=3, width=2))
-    mask = make_inputs(2, 7, mask="real")["mask"]
-    options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
-
-    def outputs(queries, targets, keys, values, gates):
-        tensors = (queries, targets, keys, values)
-        return fast_weight_memory(*tensors, gates=gates, mask=mask, key_gradient=key_gradient, **options)[:3]
-
-    assert gradcheck(outputs, list(leaves.values()))
 
 
 @KEY_GRADIENTS
@@ -427,192 +330,6 @@ def test_expanded_inputs_and_incoming_gradients(key_gradient, place):
     assert_same_bits(*results)
 
 
-@KEY_GRADIENTS
-def test_without_gradients_nothing_is_kept_and_the_bits_are_the_same(key_gradient, place):
-    inputs = make_inputs(2, 3, mask="real", dtype=torch.float32, device=place.device)
-    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "weight_decay": 0.1, "backend": place.backend}
-    leaves = leaves_of(inputs)
-    expected = fast_weight_memory(**{**inputs, **leaves}, **options)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        without_leaves = fast_weight_memory(**inputs, **options)
-        with torch.no_grad():
-            outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
-    assert not saved
-    assert not any(x.requires_grad for x in (*outputs, *without_leaves))
-    assert_same_bits(outputs._asdict(), expected._asdict())
-    assert_same_bits(without_leaves._asdict(), expected._asdict())
-
-
-def small_call(key_gradient: str = "addressing", **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Leaves and options of a call of three chunks with a mask."""
-    options = {"chunk_size": 3, "top_k": 2, "key_gradient": key_gradient, **options}
-    inputs = make_inputs(2, 8, mask="real", dtype=torch.float32)
-    return leaves_of(inputs), {**options, "mask": inputs["mask"]}
-
-
-@KEY_GRADIENTS
-def test_backward_twice_with_retain_graph(key_gradient, place):
-    """Nothing that backward reads, and no incoming gradient, is spoilt by an earlier backward."""
-    inputs = make_inputs(1, 3, mask="real", dtype=torch.float32, device=place.device)
-    leaves = leaves_of(inputs)
-    options = {"chunk_size": 2, "top_k": 2, "clip": 0.3, "key_gradient": key_gradient, "backend": place.backend}
-    outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
-    incoming = cotangents(outputs)
-    with testing.assert_unchanged(incoming):
-        first = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming, retain_graph=True)
-        second = torch.autograd.grad(outputs[:3], list(leaves.values()), incoming)
-    assert_same_bits(dict(zip(leaves, first, strict=True)), dict(zip(leaves, second, strict=True)))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@KEY_GRADIENTS
-def test_checkpointing(key_gradient, use_reentrant):
-    leaves, options = small_call(key_gradient)
-
-    def outputs(queries, targets, keys, values, gates):
-        return tuple(fast_weight_memory(queries, targets, keys, values, gates=gates, **options))
-
-    # A reentrant checkpoint gives leaves their gradients in backward() only.
-    def gradients(result):
-        torch.autograd.backward(result[:3], cotangents(MemoryOutput(*result)))
-        found = {name: x.grad for name, x in leaves.items()}
-        for x in leaves.values():
-            x.grad = None
-        return found
-
-    expected = gradients(outputs(**leaves))
-    assert_same_bits(gradients(checkpoint(outputs, *leaves.values(), use_reentrant=use_reentrant)), expected)
-
-
-def two_calls(function: Callable[..., Any], inputs: dict[str, Any], *, detach: bool = False, **options: Any) -> Any:
-    """The gradients of a loss on both outputs and the final state, the second half of the tokens in a second call."""
-    leaves = leaves_of(inputs)
-    by_token = ("queries", "targets", "gates", "mask")
-    tensors = inputs | leaves
-    first = function(**{k: x[:, :4] if k in by_token else x for k, x in tensors.items()}, **options)
-    state = {"keys": first.keys, "values": first.values}
-    if detach:
-        state = {name: x.detach() for name, x in state.items()}
-    second = function(**{k: x[:, 4:] if k in by_token else x for k, x in tensors.items()} | state, **options)
-    output = torch.cat((first.output, second.output), dim=1)
-    joined = MemoryOutput(output, second.keys, second.values, second.slots, second.weights)
-    return named(joined, gradients_of(joined, leaves))
-
-
-@BOUNDARIES
-@KEY_GRADIENTS
-@pytest.mark.parametrize("detach", [False, True], ids=["through", "detached"])
-def test_two_calls_in_a_row(detach, key_gradient, boundary):
-    inputs = make_inputs(2, 9, mask="bool")
-    options = {"chunk_size": 2, "top_k": 2, "boundary": boundary, "key_gradient": key_gradient, "detach": detach}
-    actual = two_calls(fast_weight_memory, inputs, **options)
-    assert_close(actual, two_calls(reference.fast_weight_memory, inputs, **options))
-    if detach:
-        # No later than the first call's own outputs, the first tokens' targets have no effect.
-        assert actual["gradient of targets"][:, 4:].any()
-        assert not actual["gradient of targets"][:, 3].any()
-        assert not actual["gradient of values"].isnan().any()
-
-
-@KEY_GRADIENTS
-@pytest.mark.parametrize("result", ["output", "keys", "values"])
-def test_gradient_of_one_result_alone(result, key_gradient):
-    inputs = make_inputs(2, 8, mask="real")
-
-    def gradients(function):
-        leaves = leaves_of(inputs)
-        outputs = function(**inputs | leaves, chunk_size=3, top_k=2, key_gradient=key_gradient)
-        x = getattr(outputs, result)
-        cotangent = testing.random_cotangent(x)
-        found = torch.autograd.grad(x, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
-
-    assert_close(gradients(fast_weight_memory), gradients(reference.fast_weight_memory))
-
-
-@KEY_GRADIENTS
-@pytest.mark.parametrize(
-    "wanted", [("values",), ("gates",), ("keys",), ("queries", "targets"), ("targets", "gates")], ids=str
-)
-def test_gradients_of_some_inputs(wanted, key_gradient):
-    leaves, options = small_call(key_gradient)
-    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
-    some = {name: x.detach().requires_grad_(name in wanted) for name, x in leaves.items()}
-    outputs = fast_weight_memory(**some, **options)
-    actual = gradients_of(outputs, {name: some[name] for name in wanted})
-    assert_same_bits(actual, {name: expected[name] for name in wanted})
-
-
-@pytest.mark.parametrize("key_gradient", ["addressing", "all"])
-@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "mask"])
-def test_inputs_changed_after_forward(name, key_gradient):
-    """The gradients stay what they were, or autograd notices."""
-    leaves, options = small_call(key_gradient, addressing_weight=0.5)
-    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
-    outputs = fast_weight_memory(**leaves, **options)
-    with torch.no_grad():
-        (leaves | options)[name].mul_(2.0)
-    if name == "values" and key_gradient == "addressing":
-        assert_same_bits(gradients_of(outputs, leaves), expected)
-    else:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            gradients_of(outputs, leaves)
-
-
-@KEY_GRADIENTS
-@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
-def test_results_changed_after_forward(addressing_weight, key_gradient):
-    leaves, options = small_call(key_gradient, addressing_weight=addressing_weight)
-    expected = gradients_of(fast_weight_memory(**leaves, **options), leaves)
-    outputs = fast_weight_memory(**leaves, **options)
-    with torch.no_grad():
-        for x in outputs:
-            x.zero_()
-    assert_same_bits(gradients_of(outputs, leaves), expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"clip": 0.1, "weight_decay": 0.1}, {"addressing_weight": 0.0}], ids=str)
-def test_what_is_kept_for_backward(options):
-    """The undo log and small tensors for each read, keys for each chunk, and no table."""
-    length, chunk_size, top_k, width, num_keys = 2048, 512, 8, 64, 256
-    inputs = make_inputs(1, length, 1, num_keys, 16, width, dtype=torch.float32)
-    leaves = leaves_of(inputs)
-    held = {x.untyped_storage().data_ptr() for x in leaves.values()}
-    saved = {}
-
-    def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        assert num_keys**2 not in x.shape
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = fast_weight_memory(**leaves, chunk_size=chunk_size, top_k=top_k, **options)
-    assert leaves["values"].untyped_storage().data_ptr() not in saved
-    assert max(saved.values()) < leaves["values"].nbytes // 2
-    kept = sum(size for storage, size in saved.items() if storage not in held)
-    assert 0 < kept <= 2 * length * (top_k + 1) * width * 4 + length // chunk_size * leaves["keys"].nbytes
-    context = outputs.output.grad_fn
-    assert not any(isinstance(x, Tensor) for x in vars(context).values())
-
-
-def test_of_many_keys_only_the_picked_are_kept():
-    """Where a chunk picks fewer sub-keys than there are, no set of keys is kept either."""
-    inputs = make_inputs(1, 64, num_keys=64, key_width=16, mask="real")
-    leaves, options = leaves_of(inputs), {"chunk_size": 4, "top_k": 2}
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        fast_weight_memory(**{**inputs, **leaves}, **options)
-    mine = [size for address, size in saved.items() if address != leaves["keys"].data_ptr()]
-    assert max(mine) < 4 * leaves["keys"].nbytes  # of 16 chunks
-    check(inputs, PLACES[0], **options)
-
-
 @BOUNDARIES
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["gates", "mask"])
@@ -660,132 +377,6 @@ def test_normalized_steps_of_vanishing_weights_stay_finite():
         assert all(x.isfinite().all() for x in outputs)
 
 
-@KEY_GRADIENTS
-def test_slots_and_weights_that_come_back_are_not_differentiable(key_gradient):
-    leaves, options = small_call(key_gradient)
-    outputs = fast_weight_memory(**leaves, **options)
-    assert [x.requires_grad for x in outputs] == [True, True, True, False, False]
-
-
-def test_a_mask_that_requires_gradients_gets_none():
-    inputs = make_inputs(2, 6, mask="real")
-    inputs["mask"] = inputs["mask"].requires_grad_()
-    assert not fast_weight_memory(**inputs, chunk_size=3, top_k=2).output.requires_grad
-
-
-def test_addresses_are_not_differentiated_for_nothing(monkeypatch):
-    def fail(*args: Any) -> Any:
-        raise AssertionError("the gradients of queries and keys are not asked for")
-
-    monkeypatch.setattr(memory, "address_scan_grad", fail)
-    inputs = make_inputs(2, 6)
-    inputs["values"] = inputs["values"].requires_grad_()
-    inputs["gates"] = inputs["gates"].requires_grad_()
-    output = fast_weight_memory(**inputs, chunk_size=3, top_k=2).output
-    assert all(grad.any() for grad in torch.autograd.grad(output.sum(), (inputs["values"], inputs["gates"])))
-
-
-def assert_compiled_equals_eager(compiled: Callable[..., Any], length: int, **options: Any) -> None:
-    """Outputs, and gradients of all inputs, with the number of tokens marked dynamic."""
-    inputs = make_inputs(2, length, heads=2, mask="bool", dtype=torch.float32)
-    leaves = leaves_of(inputs)
-    expected = named(*run(fast_weight_memory, inputs, **options))
-    for name in ("queries", "targets", "gates"):
-        torch._dynamo.mark_dynamic(leaves[name], 1)
-    torch._dynamo.mark_dynamic(inputs["mask"], 1)
-    outputs = compiled(**leaves, mask=inputs["mask"])
-    assert_close(named(outputs, gradients_of(outputs, leaves)), expected, 1e-5)
-
-
-@BOUNDARIES
-def test_compiled_equals_eager(boundary):
-    options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "boundary": boundary}
-
-    def step(**inputs):
-        return fast_weight_memory(**inputs, **options)
-
-    torch._dynamo.reset()
-    assert_compiled_equals_eager(torch.compile(step, fullgraph=True), 8, **options)
-
-
-@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
-@BOUNDARIES
-def test_one_compilation_serves_every_number_of_tokens(boundary, addressing_weight):
-    options = {"chunk_size": 3, "top_k": 2, "boundary": boundary, "addressing_weight": addressing_weight}
-
-    def step(**inputs):
-        return fast_weight_memory(**inputs, **options)
-
-    torch._dynamo.reset()  # the same code with other options counts as a recompilation
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for length in (8, 20, 5, 12):
-        assert_compiled_equals_eager(compiled, length, **options)
-    assert counter.frame_count == 1
-
-
-@KEY_GRADIENTS
-def test_compiled_without_gradients(key_gradient):
-    inputs = make_inputs(dtype=torch.float32)
-
-    def read(**inputs):
-        return fast_weight_memory(**inputs, chunk_size=3, top_k=2, key_gradient=key_gradient)
-
-    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
-    assert_same_bits(compiled(**inputs)._asdict(), read(**inputs)._asdict())
-
-
-@PLACES_SLOW
-@KEY_GRADIENTS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(dtype, key_gradient, place):
-    inputs = make_inputs(1, 3, dtype=torch.float32, device=place.device)
-    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "backend": place.backend}
-    expected = named(*run(fast_weight_memory, inputs, **options))
-    with torch.autocast(place.device, dtype=dtype):
-        assert_same_bits(named(*run(fast_weight_memory, inputs, **options)), expected)
-
-
-def test_apply_takes_the_arguments_of_the_function_in_its_order():
-    leaves, _ = small_call()
-    mask = torch.ones(2, 8, dtype=torch.bool)
-    mask[1, 3:] = False
-    tensors = [leaves[name] for name in DIFFERENTIABLE[:4]]
-    positional = (3, 2, 2, "dot", 0.01, "silu", 0.7, leaves["gates"], mask, 0.5, 0.01, 0.2, 0.6, "all", "normalized")
-    outputs = MemoryOutput(*FastWeightMemory.apply(*tensors, *positional, "drop", "ieee", "torch"))
-    expected = fast_weight_memory(
-        **leaves,
-        chunk_size=3,
-        top_k=2,
-        lookahead=2,
-        score="dot",
-        eps=0.01,
-        weighting="silu",
-        temperature=0.7,
-        mask=mask,
-        lr=0.5,
-        weight_decay=0.01,
-        clip=0.2,
-        addressing_weight=0.6,
-        key_gradient="all",
-        step="normalized",
-        boundary="drop",
-        precision="ieee",
-        backend="torch",
-    )
-    actual = named(outputs, gradients_of(outputs, leaves))
-    assert_same_bits(actual, named(expected, gradients_of(expected, leaves)))
-
-
-def test_apply_has_the_defaults_of_the_function():
-    leaves = leaves_of(make_inputs(1, 600, num_keys=9, gates=False, dtype=torch.float32))
-    outputs = MemoryOutput(*FastWeightMemory.apply(*leaves.values()))
-    actual = named(outputs, gradients_of(outputs, leaves))
-    expected = fast_weight_memory(**leaves)
-    assert_same_bits(actual, named(expected, gradients_of(expected, leaves)))
-    assert_close(expected._asdict(), reference.fast_weight_memory(**leaves)._asdict(), 1e-4)
-
-
 @pytest.mark.gpu
 @KEY_GRADIENTS
 @BOUNDARIES
@@ -819,3 +410,42 @@ def test_precisions_at_real_sizes_on_a_gpu(precision, table):
         error = (x.double() - y).flatten(2).norm(dim=-1) / y.flatten(2).norm(dim=-1).clamp(min=1e-12)
         bound = 3e-2 if table == torch.bfloat16 or precision == "tf32" else 1e-3
         assert float(error.median()) <= bound, (name, float(error.median()))
+
+
+@pytest.mark.gpu
+def test_operations_of_the_torch_backend_on_a_gpu():
+    """They give what they give on the CPU, up to rounding; tests/test_memory.py has the whole memory."""
+
+    def run(device):
+        queries, keys = (x.requires_grad_() for x in testing.make_lookup_inputs(20, 2, 9, 14, device=device))
+        inputs = testing.make_update_inputs(20, 8, 81, 13, gates=True, device=device)
+        leaves = [queries, keys, inputs.values.requires_grad_(), inputs.targets.requires_grad_()]
+        scores, slots = product_key_lookup(queries, keys, 4, backend="torch")
+        slots, weights = slots.flatten(1), scores.flatten(1).softmax(-1)
+        out = sparse_value_gather(inputs.values, slots, weights, backend="torch")
+        new_values = chunk_value_update(
+            inputs.values, slots, weights, inputs.targets, out, gates=inputs.gates, clip=0.1, backend="torch"
+        )
+        gradients = torch.autograd.grad(loss((out, new_values)), leaves)
+        return [x.detach().cpu() for x in (scores, slots, out, new_values, *gradients)]
+
+    with testing.poisoned_memory():
+        for on_gpu, on_cpu in zip(run("cuda"), run("cpu"), strict=True):
+            torch.testing.assert_close(on_gpu, on_cpu)
+
+
+@KEY_GRADIENTS
+def test_without_gradients_nothing_is_kept_and_the_bits_are_the_same(key_gradient, place):
+    inputs = make_inputs(2, 3, mask="real", dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 2, "top_k": 2, "key_gradient": key_gradient, "weight_decay": 0.1, "backend": place.backend}
+    leaves = leaves_of(inputs)
+    expected = fast_weight_memory(**{**inputs, **leaves}, **options)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        without_leaves = fast_weight_memory(**inputs, **options)
+        with torch.no_grad():
+            outputs = fast_weight_memory(**{**inputs, **leaves}, **options)
+    assert not saved
+    assert not any(x.requires_grad for x in (*outputs, *without_leaves))
+    assert_same_bits(outputs._asdict(), expected._asdict())
+    assert_same_bits(without_leaves._asdict(), expected._asdict())

@@ -13,8 +13,8 @@ from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import plan_segments
 from fwpkm_kernels.records import Queue, Tokens
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
-from tests.test_memory import make_inputs
-from tests.test_streaming import make_state, stream
+from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import make_state, stream
 
 OPS = torch.ops.fwpkm_kernels
 

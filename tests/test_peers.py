@@ -57,7 +57,7 @@ def lookup_inputs():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_peers_without_their_packages(operation, folder):
-    assert peers.providers(operation) == ()
+    assert peers.providers(operation) == []
 
 
 def test_a_package_in_a_folder_is_a_provider(folder):
@@ -69,7 +69,7 @@ def test_a_package_in_a_folder_is_a_provider(folder):
     assert sys.path == path
     assert scores.shape == slots.shape == (5, 2, 3)
     assert (scores == 1).all()  # from the keys that it was given
-    assert peers.providers("sequence") == ()
+    assert peers.providers("sequence") == []
 
 
 def test_what_a_peer_cannot_do_is_an_error(folder):
@@ -90,7 +90,7 @@ def test_a_broken_package_tells_why(folder):
 def test_a_checkout_is_known_by_its_files(folder):
     package = folder / "src" / "models" / "fwpkm"
     package.mkdir(parents=True)
-    assert peers.providers("sequence") == ()
+    assert peers.providers("sequence") == []
     (package / "fwpkm.py").write_text("raise RuntimeError('as broken as can be')")
     (provider,) = peers.providers("sequence")
     assert provider.name == "authors"

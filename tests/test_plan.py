@@ -12,6 +12,7 @@ from fwpkm_kernels._checks import check_rows
 from fwpkm_kernels.kernels import picks as kernels
 from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, segment_totals
 from tests.conftest import SLOW_IN_INTERPRETER
+from tests.helpers.picks import make_picks
 
 slot_lists = st.lists(st.integers(0, 11), max_size=200).map(lambda slots: torch.tensor(slots, dtype=torch.int64))
 
@@ -63,14 +64,6 @@ def test_a_plan_of_any_shape_and_layout():
             plan_segments(slots, 9), plan_segments(testing.with_layout(slots, layout), 9), strict=True
         ):
             testing.assert_bitwise_equal(strided, plain, layout)
-
-
-def make_picks(rows, heads, n, top_k, *, same=False, device="cpu"):
-    """Sub-keys [M, H, 2, K], the K of a half of a row being different, and half scores."""
-    generator = torch.Generator().manual_seed(rows + n)
-    columns = torch.rand(1 if same else rows, heads, 2, n, generator=generator).argsort(-1)[..., :top_k]
-    sub_keys = columns.expand(rows, -1, -1, -1) + torch.arange(0, 2 * heads * n, n).view(heads, 2, 1)
-    return sub_keys.int().contiguous().to(device), torch.randn(sub_keys.shape, generator=generator).to(device)
 
 
 def slopes(half_scores, sub_keys, n, first_row=0):

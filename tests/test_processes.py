@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fwpkm_kernels import MemoryState, graphs, testing
-from tests.test_memory import make_inputs
-from tests.test_reset import Layer
-from tests.test_streaming import DEVICE, OPTIONS, contents, make_state, stream, tokens_of
+from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import DEVICE, OPTIONS, Layer, contents, make_state, stream, tokens_of
 
 METHODS = ("fork", "forkserver", "spawn")
 
@@ -154,7 +153,7 @@ def test_a_graph_is_not_sent(monkeypatch):
     """Nor used in a process that is forked from the one that captured it."""
     inputs = make_inputs(2, 8, device=DEVICE)
     state = make_state(inputs)
-    from tests.test_graphs import graph_maker
+    from tests.helpers.graphs import graph_maker
 
     graph = graph_maker(monkeypatch)(state, inputs, 4, **OPTIONS)
     with pytest.raises(TypeError, match="MemoryGraph cannot be .*sent to another process.*send its state"):

@@ -1,7 +1,6 @@
 """`MemoryState.reset`: back to the initial memory as it is now, whoever wrote; and what a state is tied to."""
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fwpkm_kernels import MemoryState, fast_weight_memory_step, testing
+from fwpkm_kernels import MemoryState, testing
 from tests.conftest import Place
-from tests.test_memory import make_inputs
-from tests.test_streaming import DEVICES, OPTIONS, make_state, stream
+from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import DEVICES, OPTIONS, Layer, learned, make_state, saved_and_loaded, stream
 
 Change = Callable[[nn.Parameter], Any]
 
@@ -63,11 +62,6 @@ WRITES: dict[str, Callable[[MemoryState, str], Any]] = {
     "assigned": lambda state, name: setattr(state, name, torch.ones_like(getattr(state, name))),
     "resized": lambda state, name: getattr(state, name).resize_(1, 1, 1, 1),
 }
-
-
-def learned(place: Place, **options: Any) -> tuple[dict[str, Any], nn.Parameter, nn.Parameter]:
-    inputs = make_inputs(2, 9, device=place.device, **options)
-    return inputs, nn.Parameter(inputs["keys"].clone()), nn.Parameter(inputs["values"].clone())
 
 
 def assert_reset_to(state: MemoryState, keys: Tensor, values: Tensor) -> None:
@@ -295,29 +289,6 @@ def test_touched_rows_only_restores_all_rows_where_it_cannot_know(what):
 def test_touched_rows_only_is_a_bool():
     with pytest.raises(TypeError, match="`touched_rows_only` must be a bool, got int"):
         make_state(make_inputs()).reset(touched_rows_only=1)
-
-
-class Layer(nn.Module):
-    """A module with a memory and a state of it."""
-
-    def __init__(self, buffers: bool = False) -> None:
-        super().__init__()
-        inputs, self.keys, self.values = learned(Place("torch", "cpu"), dtype=torch.float32)
-        if buffers:
-            del self.keys, self.values
-            self.register_buffer("keys", inputs["keys"])
-            self.register_buffer("values", inputs["values"])
-        self.state = MemoryState(self.keys, self.values)
-
-    def forward(self, queries: Tensor, targets: Tensor) -> Tensor:
-        return fast_weight_memory_step(self.state, queries, targets, **OPTIONS)
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def loaded(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import fwpkm_kernels
 import reference
 from fwpkm_kernels import chunk_value_update, testing
 from tests.conftest import SLOW_IN_INTERPRETER, Place
-from tests.test_memory import make_inputs
+from tests.helpers.memory import make_inputs
 
 LOOKUP = testing.make_lookup_inputs(3, 2, 5, 4, dtype=torch.float64)._asdict()
 GATHER = testing.make_gather_inputs(4, 2, 9, 3, dtype=torch.float64)._asdict()

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,52 +21,23 @@ from fwpkm_kernels import (
 )
 from fwpkm_kernels.binding import FREE_OPTIONS
 from fwpkm_kernels.options import Options
-from tests.conftest import HAS_GPU, PLACES, SLOW_IN_INTERPRETER
-from tests.test_memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
-
-Inputs = dict[str, Any]
-Cuts = list[int]
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
-#: What is cut; the others are the initial memory.
-BY_TOKEN = ("queries", "targets", "gates", "mask")
-#: Small options of a bound state.
-OPTIONS = {"chunk_size": 4, "top_k": 2, "lookahead": 1}
-#: What does not depend on the kernels: on the CPU, and on a GPU if there is one.
-DEVICES = pytest.mark.parametrize("place", PLACES[: 1 + HAS_GPU], ids=lambda place: place.backend)
-#: Both places; the second of them in `make test-all` where that is the interpreter.
-BOTH = pytest.mark.parametrize(
-    "place",
-    [PLACES[0], pytest.param(PLACES[1], marks=SLOW_IN_INTERPRETER)],
-    ids=[place.backend for place in PLACES],
+from tests.conftest import PLACES, SLOW_IN_INTERPRETER
+from tests.helpers.memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
+from tests.helpers.streaming import (
+    BOTH,
+    BOUND,
+    BY_TOKEN,
+    OPTIONS,
+    Cuts,
+    assert_same_state,
+    contents,
+    make_state,
+    stream,
+    tokens_of,
 )
+
 #: Options that later steps may change: (the small options' value, another).
 FREE = {"lr": (1.0, 0.3), "weight_decay": (0.0, 0.1), "clip": (None, 0.05), "addressing_weight": (1.0, 0.2)}
-
-
-def tokens_of(inputs: Inputs, begin: int, end: int) -> Inputs:
-    return {name: inputs[name][:, begin:end] for name in BY_TOKEN if name in inputs}
-
-
-def make_state(inputs: Inputs) -> MemoryState:
-    return MemoryState(inputs["keys"], inputs["values"])
-
-
-def stream(
-    state: MemoryState,
-    inputs: Inputs,
-    cuts: Cuts,
-    run: Callable[..., Tensor] = fast_weight_memory_step,
-    **options: Any,
-) -> Tensor:
-    """Step through tokens of `inputs` from the state's position on, `cuts` at a time; the joined outputs."""
-    outputs = []
-    for count in cuts:
-        begin = state.position
-        outputs.append(run(state, **tokens_of(inputs, begin, begin + count), **options))
-        assert type(state.position) is int
-        assert state.position == begin + count
-    return torch.cat(outputs, dim=1)
 
 
 def streamed(cuts: Cuts, queries, targets, keys, values, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,15 +46,6 @@ def streamed(cuts: Cuts, queries, targets, keys, values, **options: Any) -> tupl
     by_token |= {name: options.pop(name) for name in ("gates", "mask") if name in options}
     state = MemoryState(keys, values)
     return stream(state, by_token, cuts, **options), state.keys, state.values
-
-
-def contents(state: MemoryState) -> dict[str, Tensor]:
-    """Copies of all that a state is."""
-    return state.state_dict() | {"touched": state._touched.clone()}
-
-
-def assert_same_state(state: MemoryState, expected: MemoryState) -> None:
-    assert_same_bits(contents(state), contents(expected))
 
 
 #: keys and values, activations, options; with those of OPTIONS, and 9 tokens cut into CUTS.
@@ -307,26 +268,6 @@ def test_a_step_over_several_chunks_writes_all_with_its_options(name):
     stream(state, inputs, [6], **OPTIONS, **{name: other})
     stream(expected, inputs, [2, 6], **OPTIONS, **{name: other})
     assert_same_state(state, expected)
-
-
-#: What a step may not change, by the name that the error says: options or a change of the inputs.
-BOUND: dict[str, Any] = {
-    "chunk_size": {"chunk_size": 5},
-    "top_k": {"top_k": 3},
-    "lookahead": {"lookahead": 2},
-    "score": {"score": "dot"},
-    "eps": {"eps": 2e-3},
-    "weighting": {"weighting": "relu"},
-    "temperature": {"temperature": 2.0},
-    "key_gradient": {"key_gradient": "all"},
-    "step": {"step": "normalized"},
-    "boundary": {"boundary": "drop"},
-    "precision": {"precision": "ieee"},
-    "backend": {"backend": "torch"},
-    "batch": lambda tokens: {name: x[:1] for name, x in tokens.items()},
-    "queries": lambda tokens: tokens | {"queries": tokens["queries"].bfloat16()},
-    "targets": lambda tokens: tokens | {"targets": tokens["targets"].half()},
-}
 
 
 def test_every_option_is_free_or_bound():

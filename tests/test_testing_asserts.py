@@ -8,7 +8,7 @@ from torch import Tensor
 
 import reference
 from fwpkm_kernels import testing
-from tests.test_testing_inputs import expanded_lookup
+from tests.helpers.lookup import expanded_lookup
 
 f64 = torch.float64
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -2,38 +2,22 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 import reference
 from fwpkm_kernels import testing
+from tests.helpers.lookup import expanded_lookup
 
 f64 = torch.float64
 
 
-def expanded_lookup(
-    inputs: testing.LookupInputs, top_k: int, score: str = "idw", factors: testing.LookupInputs | None = None
-) -> tuple[Tensor, Tensor]:
-    """A lookup in float32 with distances as ‖q‖² − 2 q·k + ‖k‖²; ``factors`` replace q and k in the product."""
-    rows, heads, width = inputs.queries.shape
-    n = inputs.keys.shape[2]
-
-    def halves(inputs: testing.LookupInputs) -> tuple[Tensor, Tensor]:
-        return inputs.queries.float().reshape(rows, heads, 2, width // 2).permute(1, 2, 0, 3), inputs.keys.float()
-
-    q, k = halves(factors or inputs)
-    half = q @ k.mT  # [H, 2, rows, n]
-    if score == "idw":
-        q, k = halves(inputs)
-        distance = q.square().sum(-1)[..., None] - 2 * half + k.square().sum(-1)[..., None, :]
-        half = -torch.log(1e-3 + distance.clamp(min=0))
-    # Each row and head as a head of its own, whose keys of width 1 are the half scores.
-    keys = half.permute(2, 0, 1, 3).reshape(rows * heads, 2, n, 1)
-    scores, slots = reference.product_key_lookup(torch.ones(rows * heads, 2), keys, top_k, score="dot")
-    return scores.reshape(rows, heads, top_k), slots.reshape(rows, heads, top_k)
-
-
 def test_same_seed_same_inputs():
-    for make in (testing.make_lookup_inputs, testing.make_gather_inputs, testing.make_update_inputs):
+    makers = (
+        testing.make_lookup_inputs,
+        testing.make_gather_inputs,
+        testing.make_update_inputs,
+        testing.make_memory_inputs,
+    )
+    for make in makers:
         one, same, other = make(seed=1), make(seed=1), make(seed=2)
         for a, b in zip(one, same, strict=True):
             if a is not None:
@@ -67,6 +51,33 @@ def test_update_inputs_shapes_and_dtypes():
     plain = testing.make_update_inputs()
     assert plain.gates is None
     assert plain.mask is None
+
+
+def test_memory_inputs_shapes_and_dtypes():
+    inputs = testing.make_memory_inputs(
+        2, 7, 3, 5, 6, 4, gates=True, mask="bool", dtype=torch.bfloat16, activations_dtype=torch.float16
+    )
+    shapes = [(2, 7, 3, 6), (2, 7, 4), (3, 2, 5, 3), (25, 4), (2, 7), (2, 7)]
+    dtypes = [torch.float16, torch.float16, torch.float32, torch.bfloat16, torch.float16, torch.bool]
+    for tensor, shape, dtype in zip(inputs, shapes, dtypes, strict=True):
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+    plain = testing.make_memory_inputs(dtype=f64)
+    assert plain.gates is plain.mask is None
+    assert {x.dtype for x in plain[:4]} == {f64}
+
+
+def test_memory_inputs_have_a_pattern_and_layouts():
+    options = {"sub_keys": 24, "mask": "real", "gates": True, "key_pattern": "equal", "seed": 3}
+    plain = testing.make_memory_inputs(**options)
+    assert len(plain.keys[0, 0].unique(dim=0)) < 24
+    layouts = dict.fromkeys(plain._fields, "strided")
+    for name, x in testing.make_memory_inputs(**options, layout=layouts)._asdict().items():
+        testing.assert_bitwise_equal(x, getattr(plain, name), name)
+        assert x.stride(-1) == 2, name
+    queries, keys = testing.make_lookup_inputs((2, 8), 1, 24, key_pattern="equal", seed=3)
+    testing.assert_bitwise_equal(queries, plain.queries)
+    testing.assert_bitwise_equal(keys, plain.keys)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bool", torch.bool), ("int", torch.int64), ("real", torch.float32)])

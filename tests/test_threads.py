@@ -32,8 +32,8 @@ from fwpkm_kernels import (
     testing,
 )
 from tests.conftest import Place
-from tests.test_memory import make_inputs
-from tests.test_streaming import make_state, stream
+from tests.helpers.memory import make_inputs
+from tests.helpers.streaming import make_state, stream
 
 #: On a GPU both backends run in threads, elsewhere PyTorch alone.
 THREADED = pytest.mark.parametrize(

@@ -30,6 +30,15 @@ class GatherInputs(NamedTuple):
     weights: Tensor  # [..., J]
 
 
+class MemoryInputs(NamedTuple):
+    queries: Tensor  # [B, T, H, Dk]
+    targets: Tensor  # [B, T, D]
+    keys: Tensor  # [H, 2, n, Dk/2]
+    values: Tensor  # [n², D]
+    gates: Tensor | None  # [B, T]
+    mask: Tensor | None  # [B, T]
+
+
 class UpdateInputs(NamedTuple):
     values: Tensor  # [N, D]
     slots: Tensor  # [M, J]
@@ -202,6 +211,55 @@ def make_update_inputs(
         predictions=_finish(predictions, weights_dtype, device, layout, "predictions"),
         gates=_finish(gate_values, activations_dtype, device, layout, "gates") if gates else None,
         mask=_finish(mask_values, mask_dtype, device, layout, "mask") if mask else None,
+    )
+
+
+def make_memory_inputs(
+    batch: int = 2,
+    length: int = 8,
+    heads: int = 1,
+    sub_keys: int = 16,
+    key_width: int = 16,
+    width: int = 16,
+    *,
+    seed: Seed = 0,
+    key_pattern: str = "random",
+    gates: bool = False,
+    mask: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    activations_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layout: str | Mapping[str, str] = "contiguous",
+) -> MemoryInputs:
+    """The tensors of :func:`fast_weight_memory`, and of a stream: queries [batch, length, heads, key_width], targets
+    [batch, length, width], keys [heads, 2, sub_keys, key_width/2], a table [sub_keys², width] in ``dtype`` and, on
+    request, gates in (0, 1) and a mask, both [batch, length].
+
+    ``activations_dtype`` is the dtype of queries, targets and gates and defaults to ``dtype``. Keys are float32, or
+    float64 beside a float64 table. ``key_pattern`` and ``layout`` as in :func:`make_lookup_inputs`, ``mask`` as in
+    :func:`make_update_inputs`.
+    """
+    generator = _generator(seed)
+    shape, exact = (batch, length), torch.float64
+    queries, keys = make_lookup_inputs(
+        shape, heads, sub_keys, key_width, seed=generator, key_pattern=key_pattern, dtype=exact
+    )
+    update = make_update_inputs(
+        batch * length, 1, sub_keys**2, width, seed=generator, gates=gates, mask=mask, dtype=exact
+    )
+    activations_dtype = activations_dtype or dtype
+    keys_dtype = torch.promote_types(dtype, torch.float32)
+
+    def by_token(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        return _finish(x.view(*shape, *x.shape[1:]), dtype, device, layout, name)
+
+    return MemoryInputs(
+        queries=_finish(queries, activations_dtype, device, layout, "queries"),
+        targets=by_token(update.targets, activations_dtype, "targets"),
+        keys=_finish(keys, keys_dtype, device, layout, "keys"),
+        values=_finish(update.values, dtype, device, layout, "values"),
+        gates=None if update.gates is None else by_token(update.gates, activations_dtype, "gates"),
+        mask=None if update.mask is None else by_token(update.mask, update.mask.dtype, "mask"),
     )
 
 
