@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 
 from fwpkm_kernels._commands import Lines, check_outputs, command, need, write_output
-from fwpkm_kernels.records import Layout, Plan
+from fwpkm_kernels.records import Layout, Picks, Plan
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -253,7 +253,7 @@ def cases() -> list[Case]:
         exact = torch.promote_types(k_dtype, torch.float32)
         queries, keys = _meta(m, heads, width, dtype=q_dtype), _meta(heads * 2 * n, width // 2, dtype=k_dtype)
         half_scores, sub_keys = _meta(m, heads, 2, k, dtype=exact), _meta(m, heads, 2, k, dtype=torch.int32)
-        picks = (queries, half_scores, sub_keys)
+        picks = Picks(half_scores, sub_keys)
         scores, slots = _meta(m, heads, k, dtype=exact), _slots(m, heads, k)
         options: dict[str, Any] = {"idw": idw, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip}
 
@@ -263,7 +263,7 @@ def cases() -> list[Case]:
         result.append(
             Case(
                 f"key_step/{name}",
-                lambda: key_step.step_keys(keys, torch.empty_like(keys), *picks, plan(0), **options),
+                lambda: key_step.step_keys(keys, torch.empty_like(keys), queries, picks, plan(0), **options),
             )
         )
         result.append(
@@ -275,8 +275,7 @@ def cases() -> list[Case]:
                     queries,
                     scores,
                     slots,
-                    half_scores,
-                    sub_keys,
+                    picks,
                     plan(8),
                     _meta(m, heads, width, dtype=exact),
                     first_row=8,
@@ -425,7 +424,7 @@ def cases() -> list[Case]:
         key_step.pick_sums(half_scores, by_sort)
         keys = _meta(1024, 256)
         step: dict[str, Any] = {"idw": True, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
-        key_step.step_keys(keys, keys, _meta(4096, 1, 512), half_scores, sub_keys, by_sort, **step)
+        key_step.step_keys(keys, keys, _meta(4096, 1, 512), Picks(half_scores, sub_keys), by_sort, **step)
 
     # Rows and positions that need 64 bits.
     result.append(Case("wide/paper", wide))

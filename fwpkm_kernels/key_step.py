@@ -77,14 +77,13 @@ def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: T
     if has_rows:
         from .kernels.key_step import step_keys as launch
 
-        half_scores, sub_keys = (x.contiguous() for x in picks)
+        picks = Picks(*(x.contiguous() for x in picks))
         launch(
             keys.flatten(0, 2),
             out.view(-1, keys.shape[3]),
             queries,
-            half_scores,
-            sub_keys,
-            plan_picks(sub_keys, half_scores, keys.shape[2]),
+            picks,
+            plan_picks(picks.sub_keys, picks.half_scores, keys.shape[2]),
             idw=o.score == "idw",
             lr=o.lr,
             weight=o.weight,
@@ -125,7 +124,8 @@ def _address_grad_torch(
     heads, _, num_keys, half = keys.shape
     dtype, num_rows = compute_dtype(keys.dtype), (queries.shape[0] - first_row) * heads
     plan = plan_segments(sub_keys, heads * 2 * num_keys)
-    # Rows that are no part of the key step have P = 0, which does not hide NaN.
+    # Rows that are no part of the key step have P = 0. Their NaN would still spread, since 0·NaN is NaN: so what is
+    # computed of them is set to 0 at every stage.
     outside, probabilities = slice(0, first_row), half_scores.softmax(-1)
     probabilities[outside] = 0.0
     if grad_scores is None or slots is None:
@@ -159,7 +159,7 @@ def _address_grad_torch(
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
-        # Up to a constant, which P·(dP - Σ P·dP) does not see.
+        # Without a constant that cancels in P·(dP - Σ P·dP).
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
         through_step = o.weight / num_rows * probabilities * _centre(grad_p, probabilities)
         if o.score == "idw":
@@ -207,16 +207,15 @@ def address_grad(
         return grads if out is None else out.copy_(grads), grad_keys
     from .kernels.key_step import address_grad as launch
 
-    half_scores, sub_keys = (x.contiguous() for x in picks)
+    picks = Picks(*(x.contiguous() for x in picks))
     grad_keys = launch(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,
         grad_scores,
         slots,
-        half_scores,
-        sub_keys,
-        plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row),
+        picks,
+        plan_picks(picks.sub_keys, picks.half_scores, keys.shape[2], first_row=first_row),
         grad_queries,
         first_row=first_row,
         idw=o.score == "idw",

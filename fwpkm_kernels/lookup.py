@@ -55,7 +55,7 @@ def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tenso
     query_norms, key_norms = rows.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(-2)
     distance = dots.mul_(-2.0).add_(query_norms).add_(key_norms)
     if not (query_norms.isfinite().all() and key_norms.isfinite().all()):
-        # What is infinite is infinitely far, though q·k may be of either sign or NaN; NaN stays NaN.
+        # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
         sums = query_norms + key_norms
         distance = torch.where(sums.isfinite(), distance, sums)
     return distance.clamp_(min=0.0).add_(eps).log_().neg_()
@@ -254,20 +254,13 @@ def _lookup_grad_op(
     from .kernels.lookup import half_grad
     from .kernels.segments import segment_rows
 
-    half = keys.shape[3]
     table = keys.flatten(0, 2)
     grad_queries, factors = half_grad(grad_halves, queries, table, sub_keys, idw=o.score == "idw", eps=o.eps)
     if not with_keys:
         return grad_queries, keys.new_empty(0)
     grad_keys = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
-    segment_rows(
-        grad_keys.view(table.shape),
-        queries.unflatten(-1, (2, half)).flatten(0, 2),
-        factors,
-        plan_segments(sub_keys, table.shape[0]),
-        table=table,
-        centered=o.score == "idw",
-    )
+    halves, plan = queries.unflatten(-1, (2, keys.shape[3])).flatten(0, 2), plan_segments(sub_keys, table.shape[0])
+    segment_rows(grad_keys.view(table.shape), halves, factors, plan, table=table, centered=o.score == "idw")
     return grad_queries, grad_keys
 
 
@@ -357,7 +350,7 @@ def check_lookup(queries: Tensor, keys: Tensor, o: Lookup) -> Lookup:
         raise ValueError(f"`top_k` must be from 1 to the {num_keys} sub-keys of a half, got {top_k}")
     checks.check_choice("score", o.score, checks.SCORES)
     dtype = compute_dtype(keys.dtype)
-    eps = checks.check_number("eps", o.eps, dtype, minimum=torch.finfo(dtype).tiny)  # less would be 0 to the kernels
+    eps = checks.check_number("eps", o.eps, dtype, minimum=torch.finfo(dtype).tiny)  # less may be 0 in that dtype
     checks.check_choice("precision", o.precision, checks.PRECISIONS)
     checks.check_choice("backend", o.backend, checks.BACKENDS)
     return Lookup(top_k, o.score, eps, o.precision, o.backend)
