@@ -257,7 +257,7 @@ def check_memory(
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
-    top_k, eps = check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    lookup = check_lookup(queries, keys, o.lookup)
     if queries.shape[:2] != targets.shape[:2]:
         raise ValueError(
             f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
@@ -290,8 +290,8 @@ def check_memory(
         checks.check_mask("mask", mask)
         if mask.device != values.device:
             raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
-    o = check_options(o._replace(top_k=top_k, eps=eps), compute_dtype(values.dtype))
-    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, top_k))
+    o = check_options(o._replace(top_k=lookup.top_k, eps=lookup.eps), compute_dtype(values.dtype))
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     return o
 
 

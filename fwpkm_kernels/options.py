@@ -1,11 +1,12 @@
 """Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
 
-A new option of the memory is a field of `Options` here, an argument of `FastWeightMemory.forward`, of
-`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_options`, and the code that it changes.
+A new option of the memory is a field of `Options` here with a check in `check_options`, an argument of the two public
+functions, `fast_weight_memory` and `fast_weight_memory_step`, each of which names it once more for `Options`, and the
+code that it changes. Operators, the autograd Function, documents, states and graphs pass the record on.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -18,7 +19,15 @@ KEY_GRADIENTS = ("addressing", "all")
 STEPS = ("paper", "gradient", "normalized")
 BOUNDARIES = ("carry", "drop")
 
-_SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
+#: A number that may be a symbol where something traces, as sizes are.
+Symbolic = Annotated[int, "SymInt"]
+_SCHEMA_TYPES: dict[Any, str] = {
+    int: "int",
+    Symbolic: "SymInt",
+    str: "str",
+    float: "float",
+    float | None: "float?",
+}
 
 
 def schema_of(record: type) -> str:
@@ -29,7 +38,7 @@ def schema_of(record: type) -> str:
 class Lookup(NamedTuple):
     """The options of `product_key_lookup`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     precision: str = "tf32x3"
@@ -39,7 +48,7 @@ class Lookup(NamedTuple):
 class KeyStep(NamedTuple):
     """The options of `product_key_update`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     lr: float = 1.0
@@ -107,16 +116,15 @@ class Options(NamedTuple):
         )
 
     @property
-    def lookup(self) -> dict[str, Any]:
-        """Those of `lookup_halves`."""
-        names = ("top_k", "score", "eps", "precision", "backend")
-        return {name: getattr(self, name) for name in names}
+    def lookup(self) -> Lookup:
+        """Those of the lookups."""
+        return Lookup(self.top_k, self.score, self.eps, self.precision, self.backend)
 
     @property
-    def key_step(self) -> dict[str, Any]:
-        """Those of `step_keys`."""
-        names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
-        return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+    def key_step(self) -> KeyStep:
+        """Those of the key steps."""
+        numbers = (self.lr, self.addressing_weight, self.weight_decay, self.clip)
+        return KeyStep(self.top_k, self.score, self.eps, *numbers, self.precision, self.backend)
 
     @property
     def write(self) -> Write:

@@ -23,7 +23,7 @@ from .lookup import lookup_halves
 from .memory import count_most_accesses
 from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
-from .records import Addresses, Plan, Queue, Tokens, each
+from .records import Addresses, Picks, Plan, Queue, Tokens, each
 from .scans import read
 from .sequence import run_scans
 from .state import MemoryState, check_step
@@ -39,8 +39,8 @@ def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Address
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
         how: dict[str, Any] = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
         how |= {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
-        return weights.flatten(1), Addresses(*lookup(queries, keys, **how))
-    found = Addresses(*lookup_halves(queries, keys, **o.lookup))
+        return weights.flatten(1), lookup(queries, keys, **how)
+    found = lookup_halves(queries, keys, o.lookup)
     return weigh(found.scores.flatten(1), o.weighting, o.temperature), found
 
 
@@ -112,8 +112,8 @@ def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> Non
     writes = plan_chunk_writes(memory, carried, slots, weights, lanes, o)
     with lanes.on(lanes.values):
         errors = predictions[: len(pair_targets)] - pair_targets
-    half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
-    apply_chunk_writes(memory, writes, errors, half_scores, sub_keys, lanes, o)
+    picks = Picks(queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1))
+    apply_chunk_writes(memory, writes, errors, picks, lanes, o)
 
 
 def read_and_close_chunk(
@@ -127,10 +127,9 @@ def read_and_close_chunk(
     writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
     with lanes.on(lanes.values):
         errors = read(memory.values, found.slots.flatten(1), weights, pair_targets, output, o.backend)
-    of_pairs, of_chunk = slice(0, pair_targets.shape[:2].numel()), slice(carried * batch, None)
-    picks = (found.half_scores[of_chunk], found.sub_keys[of_chunk])
+    of_pairs = slice(0, pair_targets.shape[:2].numel())
     lanes.hold(found, errors)
-    apply_chunk_writes(memory, writes, errors[of_pairs], *picks, lanes, o)
+    apply_chunk_writes(memory, writes, errors[of_pairs], found.picks.since(carried * batch), lanes, o)
 
 
 def read_and_close_chunks(memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, o: Options) -> None:
@@ -205,30 +204,24 @@ def plan_chunk_writes(
 
 
 def apply_chunk_writes(
-    memory: Memory,
-    writes: ChunkWrites,
-    errors: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
-    lanes: Lanes,
-    o: Options,
+    memory: Memory, writes: ChunkWrites, errors: Tensor, picks: Picks, lanes: Lanes, o: Options
 ) -> None:
     """Write values and keys, both from the state that was read, and carry the last tokens over.
 
     Args:
         errors: [E, D], of the pairs, launched on the lane of values.
-        half_scores, sub_keys: of the tokens of the chunk, [C·B, H, 2, K].
+        picks: of the tokens of the chunk, M = C·B.
     """
     keys, values, _, queue = memory
     window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # what is carried, then the chunk
     chunk = window[writes.carried * queue.gates.shape[1] :]
-    lanes.hold(errors, half_scores, sub_keys)
+    lanes.hold(errors, picks)
     if o.key_gradient == "all":
         with lanes.on(lanes.values):
             lanes.wait(lanes.plans)
             pair_rows = values[writes.slots.flatten(1)].to(errors.dtype)
             pairs = (window[: len(errors)], writes.slots, pair_rows, errors, [writes.gates, writes.mask])
-            keys.copy_(coupled_step(keys, chunk, sub_keys, *pairs, o))
+            keys.copy_(coupled_step(keys, chunk, picks.sub_keys, *pairs, o))
             write(values, errors, writes.write_weights, writes.plan, o.write)
             _carry(queue, o)
         lanes.wait(lanes.values)
@@ -239,7 +232,7 @@ def apply_chunk_writes(
         lanes.wait(lanes.plans)
         write(values, errors, writes.write_weights, writes.plan, o.write)
     if o.keys_move:
-        step_keys(keys, chunk, half_scores, sub_keys, out=keys, **o.key_step)
+        step_keys(keys, chunk, picks, o.key_step, out=keys)
     # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
     lanes.wait(lanes.plans)
 
