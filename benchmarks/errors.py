@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, try_all, write_output
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 
 from .files import markdown_table, save_figure
 

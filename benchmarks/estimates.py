@@ -140,7 +140,7 @@ def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
 def on_lanes(rows: list[Estimate]) -> tuple[float, float]:
     """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap.
 
-    There a chunk's plan and values run beside its addresses (`fwpkm_kernels.streaming.Lanes`).
+    There a chunk's plan and values run beside its addresses (`fwpkm_kernels.lanes.Lanes`).
     """
     spent = collections.defaultdict[str, float](float)
     for x in rows:

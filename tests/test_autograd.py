@@ -14,12 +14,12 @@ from fwpkm_kernels import (
     MemoryOutput,
     chunk_value_update,
     fast_weight_memory,
-    memory,
     product_key_lookup,
+    sequence,
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 from tests.conftest import PLACES
 from tests.helpers.memory import (
     BOUNDARIES,
@@ -44,6 +44,7 @@ from tests.helpers.models import Model, loss, make_leaves, make_x, squares
 @pytest.mark.parametrize("step", STEPS)
 @KEY_GRADIENTS
 def test_gradcheck(key_gradient, step, boundary):
+    """In random directions; tests/test_memory.py compares each gradient with autograd's of the definition."""
     leaves = leaves_of(make_inputs(2, 7, num_keys=3, width=2))
     mask = make_inputs(2, 7, mask="real")["mask"]
     options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
@@ -52,7 +53,7 @@ def test_gradcheck(key_gradient, step, boundary):
         tensors = (queries, targets, keys, values)
         return fast_weight_memory(*tensors, gates=gates, mask=mask, key_gradient=key_gradient, **options)[:3]
 
-    assert gradcheck(outputs, list(leaves.values()))
+    assert gradcheck(outputs, list(leaves.values()), fast_mode=True)
 
 
 @KEY_GRADIENTS
@@ -214,7 +215,7 @@ def test_addresses_are_not_differentiated_for_nothing(monkeypatch):
     def fail(*args: Any) -> Any:
         raise AssertionError("the gradients of queries and keys are not asked for")
 
-    monkeypatch.setattr(memory, "address_scan_grad", fail)
+    monkeypatch.setattr(sequence, "address_scan_grad", fail)
     inputs = make_inputs(2, 6)
     inputs["values"] = inputs["values"].requires_grad_()
     inputs["gates"] = inputs["gates"].requires_grad_()
@@ -276,7 +277,7 @@ def test_apply_has_the_defaults_of_the_function():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_no_operation(dtype, place):
     """An operation's precision is what its arguments say; autocast belongs to the layers around it."""
-    leaves, plain_leaves = make_leaves(20, place.device), make_leaves(20, place.device)
+    leaves, plain_leaves = make_leaves(3, place.device), make_leaves(3, place.device)
 
     def run(queries, keys, values, targets, gates):
         scores, slots = product_key_lookup(queries, keys, 4, backend=place.backend)

@@ -70,9 +70,11 @@ def test_int32_slots(place):
     testing.assert_bitwise_equal(narrow, out)
 
 
-# Just below, at and above the lengths at which a segment is cut: 2 pieces from 64 accesses on, 3 from 96 on.
-@pytest.mark.parametrize("length", [63, 64, 65, 95, 96, 127, 200])
-@pytest.mark.parametrize("before", [0, 1, 31])
+# Just below, at and above the lengths at which a segment is cut, 2 pieces from 64 accesses on and 3 from 96 on, behind
+# accesses that fill a piece's place but for one, or hardly begin one.
+@pytest.mark.parametrize(
+    "length, before", [(63, 31), (64, 0), (64, 31), (65, 1), (95, 1), (96, 0), (96, 31), (127, 31), (200, 1)]
+)
 def test_hot_slots(length, before, place):
     """A hot slot between cold ones, and a second hot one right behind it."""
     slots = torch.cat((torch.arange(before), torch.full((length,), 40), torch.full((70,), 41), torch.tensor([50])))

@@ -73,6 +73,7 @@ sys.exit(run.main([*sys.argv[1:], "--op", "gather/"]))
 """
 
 
+@pytest.mark.slow
 def test_rows_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_path):
     """A failed capture, after which no other is tried, a lost GPU, a hang and a killed process."""
     monkeypatch.setattr(gpu, "CAPTURES", 1)
@@ -129,6 +130,7 @@ def test_alone(): pass
 """
 
 
+@pytest.mark.slow
 def test_tests_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "conftest.py").write_text("from tests.conftest import *")
@@ -229,14 +231,14 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("shell", ["dash", "bash"])
 @pytest.mark.parametrize(
-    "pytest_does, sanitize_does, words",
+    "pytest_does, sanitize_does, words, shell",
     [
-        ("print('[gw0] PASSED test_a.py::test_b ')", "pass", ""),
-        ("raise SystemExit(4)", "pass", "pytest: exit status 4; pytest alone: exit status 4"),
-        ("pass", "pass", "no test ran"),
-        ("print('[gw0] PASSED test_a.py::test_b ')", "raise SystemExit(3)", "sanitize: exit status 3"),
+        ("print('[gw0] PASSED test_a.py::test_b ')", "pass", "", "dash"),
+        ("print('[gw0] PASSED test_a.py::test_b ')", "pass", "", "bash"),
+        ("raise SystemExit(4)", "pass", "pytest: exit status 4; pytest alone: exit status 4", "dash"),
+        ("pass", "pass", "no test ran", "bash"),
+        ("print('[gw0] PASSED test_a.py::test_b ')", "raise SystemExit(3)", "sanitize: exit status 3", "dash"),
     ],
 )
 def test_a_fuzzer_at_its_limit_hides_nothing(pytest_does, sanitize_does, words, shell, gpu_run, monkeypatch, tmp_path):

@@ -41,11 +41,13 @@ def make_graph(monkeypatch) -> Callable[..., MemoryGraph]:
     return graph_maker(monkeypatch)
 
 
+#: Tokens a replay, lookahead, batch, and what is given besides queries and targets.
+REPLAYS = [(count, lookahead, 3, ("gates", "mask")) for count in (1, 2, 3, 6, 12) for lookahead in (0, 1, 6)]
+REPLAYS += [(2, 1, batch, names) for batch in (1, 3) for names in ((), ("gates",), ("mask",))]
+
+
 @KEY_GRADIENTS
-@pytest.mark.parametrize("names", [(), ("gates",), ("mask",), ("gates", "mask")], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("lookahead", [0, 1, 6])
-@pytest.mark.parametrize("count", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("count, lookahead, batch, names", REPLAYS, ids=str)
 def test_replays_are_eager_steps(count, lookahead, batch, names, key_gradient, make_graph):
     """Bit by bit, from the first chunk on; one replay a call or several; and again after a reset.
 

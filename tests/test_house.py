@@ -1,5 +1,6 @@
 """The house itself: what is installed, what a bare machine can import, what a bug report says."""
 
+import ast
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
@@ -157,6 +159,31 @@ assert memory.MemoryState.__module__.startswith("vendored.memory.")
 assert not [name for name in sys.modules if name.startswith("fwpkm_kernels")]
 """
     run_hidden(code, cwd=tmp_path)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The full names of all that is imported in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def test_nothing_is_imported_from_a_test_module():
+    """What two of them share stands in tests/helpers, where it has a name and a reader finds it."""
+    assert list(imported(ast.parse("from tests import test_a\ndef f():\n    from .test_b import c"))) == [
+        "tests.test_a",
+        ".test_b.c",
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in ("fwpkm_kernels", "benchmarks", "reference", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported(ast.parse(path.read_text("utf-8")))
+        if re.match(r"(tests\.|\.+)test_", name)
+    ]
+    assert not found
 
 
 DRIVER_LINES = [

@@ -33,11 +33,12 @@ def lookup_samples(place: Place) -> Samples:
 
 
 def lookup_grad_samples(place: Place) -> Samples:
-    for name, (queries, keys, top_k, score, eps, precision, backend) in lookup_samples(place):
-        scores, slots = OPS.product_key_lookup(queries, keys, top_k, score, eps, precision, backend)
+    for name, (queries, keys, *options) in lookup_samples(place):
+        scores, slots = OPS.product_key_lookup(queries, keys, *options)
         grad = torch.ones((), dtype=scores.dtype, device=place.device).expand(scores.shape)
-        yield name, (grad, queries, keys, slots, score, eps, True, backend)
-        yield f"{name}, queries alone", (grad, queries, keys, slots, score, eps, False, backend)
+        yield name, (grad, queries, keys, slots, True, *options)
+        if name == "plain":
+            yield "queries alone", (grad, queries, keys, slots, False, *options)
 
 
 def gather_samples(place: Place) -> Samples:
@@ -112,11 +113,9 @@ def key_step_samples(place: Place) -> Samples:
 
 def key_step_grad_samples(place: Place) -> Samples:
     for name, arguments in key_step_samples(place):
-        keys, queries, _, *options = arguments
+        keys, queries, *options = arguments
         new_keys, half_scores, sub_keys = OPS.product_key_update(*arguments)
-        score, eps, lr, weight, weight_decay, clip, _, backend = options
-        numbers = (score, eps, lr, weight, weight_decay, clip, backend)
-        yield name, (torch.ones_like(new_keys), keys, queries, half_scores, sub_keys, *numbers)
+        yield name, (torch.ones_like(new_keys), keys, queries, half_scores, sub_keys, *options)
 
 
 def memory_arguments(
@@ -130,15 +129,17 @@ def memory_arguments(
 
 
 def memory_samples(place: Place) -> Samples:
+    """What forward keeps for backward depends on the options; where it keeps nothing, only the strides may differ."""
+    for boundary in ("carry", "drop"):
+        for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
+            name = f"{boundary}, {options}, keeping"
+            yield name, memory_arguments(place, 7, True, boundary=boundary, clip=0.1, **options)
+    arguments = memory_arguments(place, 4, True)
+    yield "no gates, keeping", (*arguments[:4], None, None, *arguments[6:])
     for keep in (False, True):
-        for boundary in ("carry", "drop"):
-            for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
-                name = f"{boundary}, {options}, {'keeping' if keep else 'not keeping'}"
-                yield name, memory_arguments(place, 7, keep, boundary=boundary, clip=0.1, **options)
         yield f"transposed, keeping {keep}", memory_arguments(place, 7, keep, "transposed", weight_decay=0.1)
         yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
-        arguments = memory_arguments(place, 4, keep)
-        yield f"no gates, keeping {keep}", (*arguments[:4], None, None, *arguments[6:])
+    yield "coupled keys, not keeping", memory_arguments(place, 7, False, key_gradient="all")
 
 
 def memory_grad_samples(place: Place) -> Samples:
@@ -150,7 +151,7 @@ def memory_grad_samples(place: Place) -> Samples:
         incoming = [testing.random_cotangent(x) for x in (output, new_keys, new_values)]
         tensors = (queries, targets, gates, mask, keys.shape[2])
         yield name, (*incoming, *tensors, True, kept, *options)
-        if "{}" not in name:
+        if not name.startswith("carry, {}"):
             continue
         yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, kept, *options)
         yield f"{name}, without addresses", (*incoming, *tensors, False, kept, *options)

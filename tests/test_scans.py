@@ -161,9 +161,20 @@ def test_tiles_of_the_backward():
 HOT = {"cold": 40, "one under hot": 63, "hot": 64, "a long last piece": 127, "hotter": 170}
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": 0.5, "decay": 0.9}], ids=["plain", "clip-decay"])
-@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("length", HOT)
+CLIP_AND_DECAY = {"clip": 0.5, "decay": 0.9}
+
+
+@pytest.mark.parametrize(
+    "length, table, options",
+    [
+        *((length, torch.float32, {}) for length in HOT),
+        ("cold", torch.bfloat16, CLIP_AND_DECAY),
+        ("hot", torch.float64, CLIP_AND_DECAY),
+        ("a long last piece", torch.float32, CLIP_AND_DECAY),
+        ("hotter", torch.bfloat16, CLIP_AND_DECAY),
+    ],
+    ids=str,
+)
 def test_the_log_keeps_rows_as_they_were(length, table, options, triton_place):
     """The write in place with a log and without give the same bits, and the log has each row at its segment's start."""
     slots = torch.cat((torch.arange(5), torch.full((HOT[length],), 7), torch.tensor([8, 8, 9])))
