@@ -245,6 +245,7 @@ def test_a_model_is_tested_over_memories_of_another_size(monkeypatch):
     state = {"corpus": corpus.fingerprint, "step": Options().steps}
     monkeypatch.setattr(under_test, "load_model", lambda *_: (trained, Options(), state))
     monkeypatch.setattr(under_test, "corpus_of", lambda files: corpus)
+    monkeypatch.setattr(under_test, "WARM_UP", 2 * 4096)
     model, *_ = under_test.load_trained(Path("runs/x"), "cpu", None, 16)
     (fresh,) = memories_of(model)
     assert (fresh.num_keys, fresh.table.num_slots, fresh.options.addressing_weight) == (16, 256, 0.0)
