@@ -22,6 +22,9 @@ class Cost:
     #: tensor-core products for each product of the mathematics on a GPU: three in tf32x3, which is as exact as float32
     passes: int = 1
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
 
 def _size(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -134,8 +137,7 @@ def sequence(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     Both: the sum.
     """
     if direction == "both":
-        there, back = (sequence(c, way, inputs) for way in ("forward", "backward"))
-        return Cost(there.bytes + back.bytes, there.flops + back.flops)
+        return sequence(c, "forward", inputs) + sequence(c, "backward", inputs)
     queries, targets, keys = (_size(inputs[name]) for name in ("queries", "targets", "keys"))
     moves = c.key_weight != 0
     chunks = c.length // c.chunk if moves else 1
@@ -160,25 +162,22 @@ def layer(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     `sequence`, or `stream` for less than a chunk. Hidden states in and output out, and the parameters of the four
     projections; two flops for each of these and token. Backward: the same in, and both gradients out; four flops."""
     if direction == "both":
-        there, back = (layer(c, way, inputs) for way in ("forward", "backward"))
-        return Cost(there.bytes + back.bytes, there.flops + back.flops)
+        return layer(c, "forward", inputs) + layer(c, "backward", inputs)
     with torch.no_grad():
         projected = project(inputs["hidden_states"], inputs)
     own = dataclasses.replace(c, tokens=c.length, batch=1) if inputs["scope"] == "sequence" else c
-    costs = []
+    weights, times = [inputs[name] for name in PARAMETERS if name != "keys"], 1 if direction == "forward" else 2
+    moved = (times + 1) * _size(inputs["hidden_states"]) + times * _size(*weights)
+    total = Cost(moved, 2 * times * c.tokens * sum(x.numel() for x in weights))
+    memory = Memory(inputs["keys"], inputs["values"])
     for first in range(0, c.batch, own.batch):
         rows = slice(first, first + own.batch)
         given = {"queries": projected.queries[rows], "targets": projected.targets[rows]}
-        memory = Memory(inputs["keys"], inputs["values"])
         if c.length < c.chunk:
-            costs.append(stream(own, direction, {**given, "memory": memory}))
+            total += stream(own, direction, {**given, "memory": memory})
         else:
-            costs.append(sequence(own, direction, {**given, **memory._asdict()}))
-    weights = [inputs[name] for name in PARAMETERS if name != "keys"]
-    elements, times = sum(x.numel() for x in weights), 1 if direction == "forward" else 2
-    moved = 2 * _size(inputs["hidden_states"]) + _size(*weights)
-    moved = moved if direction == "forward" else 2 * _size(*weights) + 3 * _size(inputs["hidden_states"])
-    return Cost(sum(x.bytes for x in costs) + moved, sum(x.flops for x in costs) + 2 * times * c.tokens * elements)
+            total += sequence(own, direction, {**given, **memory._asdict()})
+    return total
 
 
 def stream(c: Configuration, direction: str, inputs: Inputs) -> Cost:

@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import Inputs, Memory
+from fwpkm_kernels.options import Options
+
+#: ε of every row.
+EPS = Options().eps
 
 
-def _half_winners(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float) -> tuple[Tensor, Tensor]:
+def _half_winners(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
     """Scores and sub-keys of the K best of each half, [H, 2, M, K]: one matrix product and torch.topk."""
     rows = _halves(queries, keys)
     scores = rows @ keys.mT  # [H, 2, M, n]
@@ -23,7 +27,7 @@ def _half_winners(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: fl
         return best, columns
     distance = rows.square().sum(-1, keepdim=True) - 2 * scores + keys.square().sum(-1).unsqueeze(-2)
     nearest, columns = distance.topk(top_k, largest=False)
-    return -torch.log(eps + nearest.clamp(min=0)), columns  # the logarithm of the winners only
+    return -torch.log(EPS + nearest.clamp(min=0)), columns  # the logarithm of the winners only
 
 
 def _halves(queries: Tensor, keys: Tensor) -> Tensor:
@@ -40,8 +44,8 @@ def _pair_winners(best: Tensor, columns: Tensor, num_keys: int) -> tuple[Tensor,
     return scores.transpose(0, 1), slots.transpose(0, 1)
 
 
-def torch_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-    return _pair_winners(*_half_winners(queries, keys, top_k, score, eps), keys.shape[2])
+def torch_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
+    return _pair_winners(*_half_winners(queries, keys, top_k, score), keys.shape[2])
 
 
 def _step_keys(keys: Tensor, queries: Tensor, best: Tensor, columns: Tensor, score: str, weight: float) -> Tensor:
@@ -67,11 +71,11 @@ def _step_keys(keys: Tensor, queries: Tensor, best: Tensor, columns: Tensor, sco
     return keys - gradient
 
 
-def torch_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float, eps: float = 1e-3) -> Tensor:
-    return _step_keys(keys, queries, *_half_winners(queries, keys, top_k, score, eps), score, weight)
+def torch_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float) -> Tensor:
+    return _step_keys(keys, queries, *_half_winners(queries, keys, top_k, score), score, weight)
 
 
-def dense_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float, eps: float = 1e-3) -> Tensor:
+def dense_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float) -> Tensor:
     """The entropy over all [M, n] scores, of which the K best of a row are not -inf, and torch.autograd.grad of it."""
     differentiable = torch.is_grad_enabled() and (keys.requires_grad or queries.requires_grad)
     with torch.enable_grad():
@@ -80,7 +84,7 @@ def dense_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight
         scores = rows @ moved.mT
         if score == "idw":
             distance = rows.square().sum(-1, keepdim=True) - 2 * scores + moved.square().sum(-1).unsqueeze(-2)
-            scores = -torch.log(eps + distance.clamp(min=0))
+            scores = -torch.log(EPS + distance.clamp(min=0))
         columns = scores.topk(top_k).indices
         others = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, columns, False)
         usage = scores.masked_fill(others, -torch.inf).log_softmax(-1).exp().mean((0, 2))  # [2, n]
@@ -160,19 +164,9 @@ def dense_update_(values: Tensor, **write: Any) -> None:
 
 
 def chunk(
-    keys: Tensor,
-    values: Tensor,
-    queries: Tensor,
-    targets: Tensor,
-    carried: int,
-    *,
-    top_k: int,
-    score: str,
-    addressing_weight: float,
-    boundary: str = "carry",
-    dense: bool = False,
-    gates: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keys: Tensor, values: Tensor, queries: Tensor, targets: Tensor, carried: int, o: Options, *,
+    dense: bool = False, gates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Read a chunk and write it: predictions of its tokens, new keys, and new values, which are the old ones in place
     unless `dense`.
 
@@ -181,20 +175,19 @@ def chunk(
         targets: [E, D], of the first E rows: those that are written.
         gates: [E], by which they are; None is all ones.
     """
-    best, columns = _half_winners(queries, keys, top_k, score, 1e-3)
+    best, columns = _half_winners(queries, keys, o.top_k, o.score)
     scores, slots = _pair_winners(best, columns, keys.shape[2])
     slots, weights = slots.flatten(1), scores.flatten(1).softmax(-1)
     predictions = _predictions(values, slots, weights)
     if gates is not None:
         targets = torch.lerp(predictions[: len(targets)], targets, gates.unsqueeze(-1))
-    if addressing_weight != 0:
-        keys = _step_keys(
-            keys, queries[carried:], best[:, :, carried:], columns[:, :, carried:], score, addressing_weight
-        )
+    if o.addressing_weight != 0:
+        own = best[:, :, carried:], columns[:, :, carried:]
+        keys = _step_keys(keys, queries[carried:], *own, o.score, o.addressing_weight)
     written = slice(0, len(targets))
     write: dict[str, Any] = {"targets": targets, "predictions": predictions[written]}
     write |= {"slots": slots[written], "weights": weights[written]}
-    if boundary == "drop":  # every access of the chunk counts, and α has the ratio of what is read to what is written
+    if o.boundary == "drop":  # every access of the chunk counts, and α has the ratio of what is read to what is written
         write |= {"count_slots": slots, "scale": slots.shape[1] * len(slots) / max(1, len(targets))}
     if dense:
         values = dense_update(values, **write)
@@ -204,28 +197,19 @@ def chunk(
 
 
 def torch_memory(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    chunk_size: int,
-    boundary: str = "carry",
-    dense: bool = False,
-    gates: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor,
+    *, dense: bool = False, gates: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A sequence of whole chunks, with a lookahead of 1: output, keys and values; differentiable."""
-    values = values if dense else values.clone()
-    options |= {"boundary": boundary, "dense": dense}
+    values, o = values if dense else values.clone(), Options(**options)
     queries, targets = queries.transpose(0, 1), targets.transpose(0, 1)  # time first
     outputs = []
-    for start in range(0, len(queries), chunk_size):
-        carried, stop = min(1, start) if boundary == "carry" else 0, start + chunk_size
+    for start in range(0, len(queries), o.chunk_size):
+        carried, stop = min(1, start) if o.boundary == "carry" else 0, start + o.chunk_size
         window, pairs = queries[start - carried : stop], targets[start - carried + 1 : stop]
-        tensors = (window.flatten(0, 1), pairs.flatten(0, 1))
         of_pairs = None if gates is None else gates.T[start - carried :][: len(pairs)].flatten()
-        out, keys, values = chunk(keys, values, *tensors, carried * queries.shape[1], gates=of_pairs, **options)
+        rows, count = (window.flatten(0, 1), pairs.flatten(0, 1)), carried * queries.shape[1]
+        out, keys, values = chunk(keys, values, *rows, count, o, dense=dense, gates=of_pairs)
         outputs.append(out)
     return torch.cat(outputs).view(targets.shape).transpose(0, 1).to(targets.dtype), keys, values
 
@@ -240,30 +224,28 @@ class EagerMemory:
         self._waiting: list[tuple[Tensor, Tensor]] = []  # read, and not yet written
 
     @torch.no_grad()
-    def step(
-        self, queries: Tensor, targets: Tensor, *, chunk_size: int, top_k: int, score: str, addressing_weight: float
-    ) -> Tensor:
-        options = {"top_k": top_k, "score": score, "addressing_weight": addressing_weight}
+    def step(self, queries: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        o = Options(**options)
         queries, by_time = queries.transpose(0, 1), targets.transpose(0, 1)
-        if len(queries) % chunk_size == 0:
-            parts = zip(queries.split(chunk_size), by_time.split(chunk_size), strict=True)
-            output = torch.cat([self._close(*part, options) for part in parts])
+        if len(queries) % o.chunk_size == 0:
+            parts = zip(queries.split(o.chunk_size), by_time.split(o.chunk_size), strict=True)
+            output = torch.cat([self._close(*part, o) for part in parts])
         else:
-            scores, slots = torch_lookup(queries.flatten(0, 1), self.keys, top_k, score)
+            scores, slots = torch_lookup(queries.flatten(0, 1), self.keys, o.top_k, o.score)
             output = _predictions(self.values, slots.flatten(1), scores.flatten(1).softmax(-1))
             self._waiting.append((queries, by_time))
-            if sum(len(part) for part, _ in self._waiting) == chunk_size:
+            if sum(len(part) for part, _ in self._waiting) == o.chunk_size:
                 waiting = [torch.cat(column) for column in zip(*self._waiting, strict=True)]
-                self._close(*waiting, options)
+                self._close(*waiting, o)
                 self._waiting = []
         return output.view(by_time.shape).transpose(0, 1).to(targets.dtype)
 
-    def _close(self, queries: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+    def _close(self, queries: Tensor, targets: Tensor, o: Options) -> Tensor:
         carried = queries[:0] if self._carried is None else self._carried
         pairs = targets[1 - len(carried) :].flatten(0, 1)
         rows = torch.cat((carried, queries)).flatten(0, 1)
         count = len(carried) * queries.shape[1]
-        output, keys, self.values = self._chunk(self.keys, self.values, rows, pairs, count, **options)
+        output, keys, self.values = self._chunk(self.keys, self.values, rows, pairs, count, o)
         self.keys.copy_(keys)
         self._carried = queries[-1:]
         return output

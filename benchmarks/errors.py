@@ -12,13 +12,12 @@ Everything runs on a CPU in about a minute; the tables go to the terminal, numbe
 """
 
 import argparse
-import io
+import itertools
 import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,9 @@ from tqdm import tqdm
 
 from fwpkm_kernels import chunk_value_update_, fast_weight_memory, product_key_lookup, sparse_value_gather
 from fwpkm_kernels._commands import CommandError, command, make_folder, need, try_all, write_output
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
+
+from .files import markdown_table, save_figure
 
 TABLES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
@@ -173,21 +174,12 @@ def overshoot(sizes: Sizes, seed: int, device: str) -> Iterator[dict[str, Any]]:
         for tokens in (1, sizes.chunk):
             queries = torch.randn(1, tokens, 1, sizes.key_width, generator=generator).to(device)
             targets = torch.randn(1, tokens, sizes.width, generator=generator).to(device)
+            options: dict[str, Any] = {"chunk_size": tokens, "top_k": sizes.top_k, "temperature": temperature}
+            options |= {"lookahead": 0, "addressing_weight": 0.0}
             for step in STEPS:
                 keys, values, losses = *start, []
                 for _ in range(11):
-                    found = fast_weight_memory(
-                        queries,
-                        targets,
-                        keys,
-                        values,
-                        chunk_size=tokens,
-                        top_k=sizes.top_k,
-                        lookahead=0,
-                        temperature=temperature,
-                        addressing_weight=0.0,
-                        step=step,
-                    )
+                    found = fast_weight_memory(queries, targets, keys, values, **options, step=step)
                     values = found.values
                     losses.append(float((found.output - targets).square().mean()))
                 yield {
@@ -204,51 +196,46 @@ def overshoot(sizes: Sizes, seed: int, device: str) -> Iterator[dict[str, Any]]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The three tables, in Markdown; of growth medians over ranges of chunks, and the worst output in each."""
-    by = {name: [row for row in rows if row["experiment"] == name] for name in ("growth", "learning", "overshoot")}
-    columns = ("output", "keys", "values", "output, same slots", "values, same slots")
-    lines = [f"| step | table | chunks | {' | '.join(columns)} | worst output | other slots |"]
-    lines += ["|---|---|---|" + "---:|" * (len(columns) + 2)]
-    last = max(row["chunk"] for row in by["growth"])
-    edges = [0, *(edge for edge in EDGES if edge < last), last]
-    for step, name, first, end in ((s, n, *e) for s in STEPS for n in TABLES for e in pairwise(edges)):
-        found = [
-            row for row in by["growth"] if (row["step"], row["table"]) == (step, name) and first < row["chunk"] <= end
-        ]
-        numbers = [statistics.median(row[column] for row in found) for column in columns]
-        numbers += [max(row["output"] for row in found), statistics.mean(row["other slots"] for row in found)]
-        lines.append(f"| {step} | {name} | {first + 1}-{end} | {_numbers(numbers)} |")
-    lines += ["", f"| lr | table | {' | '.join(f'{n} passes' for n in PASSES)} | still moving |"]
-    lines += ["|---:|---|" + "---:|" * (len(PASSES) + 1)]
-    for lr in LEARNING_RATES:
-        for name in ("float64", *TABLES):
-            found = [row for row in by["learning"] if (row["lr"], row["table"]) == (lr, name)]
-            lines.append(f"| {lr} | {name} | {_numbers(row['error'] for row in found)} | {found[-1]['moved']:.1%} |")
-    columns = ("J·Σw²", "before", "after 1", "after 10")
-    lines += [
-        "",
-        f"| tokens | temperature | step | {' | '.join(columns)} |",
-        "|---:|---:|---|" + "---:|" * len(columns),
+
+    def of(experiment: str, **labels: Any) -> list[dict[str, Any]]:
+        return [row for row in rows if row["experiment"] == experiment and labels.items() <= row.items()]
+
+    columns = ["output", "keys", "values", "output, same slots", "values, same slots"]
+    last = max(row["chunk"] for row in of("growth"))
+    growths = []
+    for step, name in itertools.product(STEPS, TABLES):
+        for first, end in itertools.pairwise([0, *(edge for edge in EDGES if edge < last), last]):
+            found = [row for row in of("growth", step=step, table=name) if first < row["chunk"] <= end]
+            numbers = [statistics.median(row[column] for row in found) for column in columns]
+            numbers += [max(row["output"] for row in found), statistics.mean(row["other slots"] for row in found)]
+            growths.append([step, name, f"{first + 1}-{end}", *map(_number, numbers)])
+    learned = []
+    for lr, name in itertools.product(LEARNING_RATES, ("float64", *TABLES)):
+        found = of("learning", lr=lr, table=name)
+        learned.append([lr, name, *(_number(row["error"]) for row in found), f"{found[-1]['moved']:.1%}"])
+    shot, losses = [], ["J·Σw²", "before", "after 1", "after 10"]
+    for row in sorted(of("overshoot"), key=lambda row: (row["tokens"], -row["temperature"])):
+        shot.append([row["tokens"], row["temperature"], row["step"], *(_number(row[column]) for column in losses)])
+    tables = [
+        markdown_table(["step", "table", "chunks", *columns, "worst output", "other slots"], growths, texts=3),
+        markdown_table(["lr", "table", *(f"{n} passes" for n in PASSES), "still moving"], learned, texts=2),
+        markdown_table(["tokens", "temperature", "step", *losses], shot, texts=3),
     ]
-    for row in sorted(by["overshoot"], key=lambda row: (row["tokens"], -row["temperature"])):
-        labels = (str(row["tokens"]), str(row["temperature"]), row["step"])
-        lines.append(f"| {' | '.join(labels)} | {_numbers(row[column] for column in columns)} |")
-    return "\n".join(lines)
+    return "\n\n".join(tables)
 
 
-def _numbers(values: Any) -> str:
-    return " | ".join(f"{value:.2g}" for value in values)
+def _number(value: float) -> str:
+    return f"{value:.2g}"
 
 
-def plot(rows: list[dict[str, Any]]) -> bytes:
-    """Errors over the chunks, a row of panels for each step; dashed with the addresses of the float64 memory. A PNG."""
-    import matplotlib
+def plot(rows: list[dict[str, Any]]) -> Any:
+    """A figure of errors over the chunks, a row of panels for each step; dashed with the float64 memory's addresses."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (15, 3.25 * len(STEPS))
-    figure, panels = pyplot.subplots(len(STEPS), 4, figsize=size, layout="constrained", sharex=True, sharey="col")
+    figure = Figure((15, 3.25 * len(STEPS)), layout="constrained")
+    panels = figure.subplots(len(STEPS), 4, sharex=True, sharey="col")
     for step, line in zip(STEPS, panels, strict=True):
+        line[0].set_ylabel("relative error against float64")
         for axes, name in zip(line, ("output", "keys", "values", "other slots"), strict=True):
             for number, table in enumerate(TABLES):
                 found = [r for r in rows if (r["experiment"], r.get("step"), r.get("table")) == ("growth", step, table)]
@@ -263,12 +250,7 @@ def plot(rows: list[dict[str, Any]]) -> bytes:
     panels[0][0].legend(fontsize=7)
     for axes in panels[-1]:
         axes.set_xlabel("chunks written")
-    for line in panels:
-        line[0].set_ylabel("relative error against float64")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=75)
-    pyplot.close(figure)
-    return png.getvalue()
+    return figure
 
 
 @command("errors")
@@ -294,12 +276,8 @@ def main() -> int:
     print(report(rows))
     if out is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        try_all(
-            [
-                lambda: write_output(out / f"{name}.jsonl", lines),
-                lambda: write_output(out / f"{name}.png", plot(rows)),
-            ]
-        )
+        picture = out / f"{name}.png"
+        try_all([lambda: write_output(out / f"{name}.jsonl", lines), lambda: save_figure(plot(rows), picture)])
     return 0
 
 

@@ -10,32 +10,23 @@ instructions: so a kernel may take longer, hardly less.
 """
 
 import argparse
+import collections
 import math
-import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from fwpkm_kernels._commands import command, need
+from fwpkm_kernels import product_key_lookup
+from fwpkm_kernels._commands import command
 
-from .compiled import Launch, compile_launch, disassemble, executed_instructions, recorded_launches, specialize
-from .launches import (
-    CHUNK,
-    FIXED_FLOORS,
-    INFERENCE,
-    TRAINING,
-    Count,
-    _of_kernel,
-    _Operators,
-    on_meta,
-    stage,
-    step,
-    training,
-)
+from .files import markdown_table
+from .launches import FIXED_FLOORS, INFERENCE, TRAINING, Count, count
+from .machine_code import compile_launch, disassemble, executed_instructions, specialize
+from .record import CHUNK, PICKS, QUERY, Launch, meta, need_compiler, on_meta, step, training
+from .traffic import Traffic, unknown_trips
 
 TARGET = "sm_90"
 #: Warp instructions a second: 132 multiprocessors, four a clock, 1.7 GHz under load.
@@ -58,18 +49,6 @@ Launches that start before the last one has ended (programmatic dependent launch
 they do is for a GPU to say. `plan_chunk_kernel` compares all accesses with all.""",
 }
 
-#: How often the loops run that do not say so: those over the picks of a sub-key, the positions of a search and so on.
-TRIPS: dict[str, Callable[[Any], float]] = {
-    "usage_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / (2 * x.NUM_KEYS * x.H) / x.BLOCK_A),
-    "key_sum_kernel": lambda x: max(1.0, x.tokens_ptr.numel() / x.keys_ptr.shape[0] / x.BLOCK_A),
-    "plan_chunk_kernel": lambda x: math.ceil(x.A / x.BLOCK_B),
-    "plan_kernel": lambda x: x.SPAN.bit_length(),
-}
-
-
-#: In a graph of streaming steps a chunk's plan and values run beside addresses (`fwpkm_kernels.streaming.Lanes`).
-LANES = {"plan": "plan", "read": "values", "write": "values"}
-
 
 class Estimate(NamedTuple):
     """A kernel, or an operator of PyTorch, in one kind of work: its launches in a chunk, and all of them together."""
@@ -78,7 +57,7 @@ class Estimate(NamedTuple):
     stage: str
     name: str
     launches: float
-    instructions: float | None  #: millions of a warp; None for operators
+    instructions: float  #: millions of a warp; 0 for operators, whose code nobody sees
     megabytes: float
     again: float
     micros: float
@@ -89,18 +68,18 @@ def warp_instructions(launch: Launch) -> float:
     """Of all programs of a launch."""
     compiled = compile_launch(launch, TARGET)
     (kernel,) = disassemble([compiled.asm["cubin"]], TARGET)
-    trips = TRIPS.get(launch.name, lambda x: 1.0)(SimpleNamespace(**launch.arguments))
-    executed = executed_instructions(kernel, unknown=trips)
+    executed = executed_instructions(kernel, unknown=unknown_trips(launch))
     assert executed is not None
     return executed * compiled.metadata.num_warps * math.prod(launch.grid)
 
 
-def _micros(instructions: float | None, moved: float, again: float) -> tuple[float, str]:
+def _micros(instructions: float, traffic: Traffic) -> tuple[float, str]:
     """µs of one launch, and what they are bound by."""
+    moved = traffic.read + traffic.written
     times = {
-        "instructions": 1e6 * (instructions or 0.0) / ISSUE,
+        "instructions": 1e6 * instructions / ISSUE,
         "memory": 1e6 * moved / MEMORY,
-        "cache": 1e6 * (moved + again) / CACHE,
+        "cache": 1e6 * (moved + traffic.again) / CACHE,
         "latency": LEAST,
     }
     bound = max(times, key=lambda name: times[name])
@@ -110,64 +89,34 @@ def _micros(instructions: float | None, moved: float, again: float) -> tuple[flo
 def _of_work(work: str) -> list[Estimate]:
     """A chunk of a sequence that has more before and after it, or a step."""
 
-    def launched(function: Callable[[], Any]) -> list[tuple[Count, Launch | None]]:
-        counts: list[Count] = []
-        kernels: dict[int, Launch] = {}
-
-        def note(launch: Launch) -> None:
-            kernels[len(counts)] = launch
-            counts.append(Count(launch.name, stage(), _of_kernel(launch), True))
-
-        with recorded_launches(note), _Operators(counts):
-            function()
-        return [(count, kernels.get(i)) for i, count in enumerate(counts)]
-
-    def several(chunks: int) -> list[tuple[Count, Launch | None]]:
-        results = [launched(part) for part in training(8, chunks * CHUNK)]
-        return results[TRAINING.index(work)]
+    def several(chunks: int) -> list[Count]:
+        return [count(part) for part in training(8, chunks * CHUNK)][TRAINING.index(work)]
 
     with on_meta():
         # Of the third chunk: what three have more than two.
-        parts = [(1, launched(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
-    sums: dict[tuple[str, str], list[float]] = {}
+        parts = [(1, count(step(CHUNK, CHUNK)))] if work == INFERENCE else [(1, several(3)), (-1, several(2))]
+    sums: dict[tuple[str, str], Tensor] = {}
     bounds: dict[tuple[str, str], str] = {}
     known: dict[str, float] = {}
-    for sign, launches in parts:
-        for count, launch in launches:
-            instructions = None
-            if launch is not None:
-                key = str((launch.name, launch.grid, specialize(launch), launch.options))
-                if key not in known:
-                    known[key] = warp_instructions(launch)
-                instructions = known[key]
-            moved, again = count.traffic.read + count.traffic.written, count.traffic.again
-            micros, bound = _micros(instructions, moved, again)
-            row = sums.setdefault((count.stage, count.name), [0.0] * 5)
-            values = (1.0, instructions or 0.0, moved, again, micros)
-            row[:] = [a + sign * b for a, b in zip(row, values, strict=True)]
-            bounds[count.stage, count.name] = bound if instructions is not None else f"{bound}, operator"
-    return [
-        Estimate(
-            work, *key, row[0], None if "operator" in bounds[key] else row[1] / 1e6, row[2] / 1e6, row[3] / 1e6, row[4],
-            bounds[key],
-        )
-        for key, row in sums.items()
-        if row[0] > 0.01
-    ]  # fmt: skip
+    for sign, x in ((sign, x) for sign, counts in parts for x in counts):
+        instructions = 0.0
+        if x.launch is not None:
+            alike = str((x.name, x.launch.grid, specialize(x.launch), x.launch.options))
+            instructions = known[alike] = known.get(alike) or warp_instructions(x.launch)
+        key = (x.stage, x.name)
+        micros, bounds[key] = _micros(instructions, x.traffic)
+        moved = x.traffic.read + x.traffic.written
+        numbers = (1.0, instructions / 1e6, moved / 1e6, x.traffic.again / 1e6, micros)
+        sums[key] = sums.get(key, 0.0) + sign * torch.tensor(numbers, dtype=torch.float64)
+    return [Estimate(work, *key, *row.tolist(), bounds[key]) for key, row in sums.items() if row[0] > 0.01]
 
 
 def lookup_micros(num_keys: int) -> float:
     """µs of the lookup of a training chunk in so many sub-keys of each half."""
-    from fwpkm_kernels.kernels.lookup import lookup
-
-    queries, keys = (torch.empty(size, device="meta") for size in ((8 * CHUNK, 1, 512), (1, 2, num_keys, 256)))
-    with recorded_launches() as launches:
-        lookup(queries, keys, top_k=8, idw=True, eps=1e-3, precision="tf32x3")
-    total = 0.0
-    for launch in launches:
-        traffic = _of_kernel(launch)
-        total += _micros(warp_instructions(launch), traffic.read + traffic.written, traffic.again)[0]
-    return total
+    queries, keys = meta(8 * CHUNK, 1, QUERY), meta(1, 2, num_keys, QUERY // 2)
+    with on_meta():
+        counts = count(lambda: product_key_lookup(queries, keys, PICKS))
+    return sum(_micros(warp_instructions(x.launch), x.traffic)[0] for x in counts if x.launch is not None)
 
 
 def of_the_whole(every: list[Estimate]) -> list[tuple[str, float, float]]:
@@ -189,15 +138,16 @@ def estimates(pool: ProcessPoolExecutor | None = None) -> list[Estimate]:
 
 
 def on_lanes(rows: list[Estimate]) -> tuple[float, float]:
-    """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap."""
+    """µs of a chunk of a streaming step in a CUDA graph: alone, and each of many, whose lanes overlap.
 
-    def spent(*stages: str) -> float:
-        return sum(x.micros for x in rows if x.stage in stages)
-
-    lanes = {lane: spent(*(name for name in LANES if LANES[name] == lane)) for lane in LANES.values()}
-    found = spent("queue", "lookup")
-    alone = found + max(spent("key step"), max(spent("plan"), spent("read")) + spent("write"))
-    return alone, max(found + spent("key step"), *lanes.values())
+    There a chunk's plan and values run beside its addresses (`fwpkm_kernels.lanes.Lanes`).
+    """
+    spent = collections.defaultdict[str, float](float)
+    for x in rows:
+        spent[x.stage] += x.micros
+    found, values = spent["queue"] + spent["lookup"], spent["read"] + spent["write"]
+    alone = found + max(spent["key step"], max(spent["plan"], spent["read"]) + spent["write"])
+    return alone, max(found + spent["key step"], spent["plan"], values)
 
 
 def markdown(every: list[Estimate]) -> str:
@@ -212,24 +162,22 @@ and what it reads again at {CACHE / 1e12:.1f} TB/s, and {LEAST:.0f} µs; and a g
 this knows nothing of, such as latencies that few warps leave open, makes a kernel slower. What a sequence takes once,
 whatever its length, is not in it: its sort, its copies."""
     ]
+    columns = ["kernel", "launches", "warp instructions, M", "MB", "MB again", "µs", "bound by"]
     for work in dict.fromkeys(x.work for x in every):
         rows = [x for x in every if x.work == work]
-        total = sum(x.micros for x in rows)
-        lines = ["| stage | kernel | launches | warp instructions, M | MB | MB again | µs | bound by |"]
-        lines.append("|---|---|--:|--:|--:|--:|--:|---|")
+        cells = []
         for x in rows:
-            millions = "–" if x.instructions is None else f"{x.instructions:.1f}"
-            cells = (f"{x.launches:.0f}", millions, f"{x.megabytes:.1f}", f"{x.again:.1f}", f"{x.micros:.1f}", x.bound)
-            lines.append(f"| {x.stage} | {x.name} | " + " | ".join(cells) + " |")
-        head = f"{work[0].upper()}{work[1:]}: {total:.0f} µs estimated, the goal is {GOALS[work]} µs"
+            numbers = (f"{number:.1f}" for number in (x.megabytes, x.again, x.micros))
+            millions = f"{x.instructions:.1f}" if x.instructions else "–"
+            cells.append((x.stage, x.name, round(x.launches), millions, *numbers, x.bound))
+        text = f"{sum(x.micros for x in rows):.0f} µs estimated, the goal is {GOALS[work]} µs."
         if work == INFERENCE:
             alone, among_others = on_lanes(rows)
-            head += f".\nIn a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks"
-        title, text = f"### {work[0].upper()}{work[1:]}", f"{head.partition(': ')[2]}."
-        parts.append(f"{title}\n\n{text} {OBSTACLES[work]}\n\n" + "\n".join(lines))
-    lines = ["| | µs estimated | goal |", "|---|--:|--:|"]
-    lines += [f"| {name} | {micros:.0f} | {goal} |" for name, micros, goal in of_the_whole(every)]
-    parts.append("### Of the whole\n\n" + "\n".join(lines))
+            text += f" In a graph lanes overlap: {alone:.0f} µs alone, {among_others:.0f} µs among other chunks."
+        table = markdown_table(["stage", *columns], cells, texts=2)
+        parts.append(f"### {work[0].upper()}{work[1:]}\n\n{text} {OBSTACLES[work]}\n\n{table}")
+    whole = [(name, f"{micros:.0f}", goal) for name, micros, goal in of_the_whole(every)]
+    parts.append("### Of the whole\n\n" + markdown_table(["", "µs estimated", "goal"], whole))
     return "\n\n".join(parts) + "\n"
 
 
@@ -237,9 +185,7 @@ whatever its length, is not in it: its sort, its copies."""
 def main() -> int:
     """Print the tables. Returns the exit status."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    need("triton", "triton")
+    need_compiler()
     print(markdown(estimates()))
     return 0
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,9 @@ def save_figure(figure: Any, path: Path) -> Path:
     figure.savefig(png := io.BytesIO(), format="png", dpi=110)
     write_output(path, png.getvalue())
     return path
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
+    """A table in Markdown, of which the first `texts` columns begin at the left and the others end at the right."""
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * texts + "--:|" * (len(columns) - texts)]
+    return "\n".join([*head, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

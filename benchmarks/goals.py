@@ -12,15 +12,14 @@ from benchmarks.results import plain_table
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """The most that a number may be, or the least, and how it is made of the times of some rows, in microseconds, and
-    of their results."""
+    """The most that a number may be, or the least, and how it is made of some rows."""
 
     name: str
     most: float
     unit: str
     #: names of rows, each with a space and the provider behind it where that is not this package
     rows: tuple[str, ...]
-    number: Callable[[Sequence[float], Sequence[Result]], float]
+    number: str  #: of `NUMBERS`
     at_least: bool = False
     #: whether the goal is one of the calls in a CUDA graph only
     graph_only: bool = False
@@ -38,40 +37,17 @@ class Goal:
         return self.kind == "cuda" and self.unit != "GiB"
 
 
-def _microseconds(us: Sequence[float], results: Sequence[Result]) -> float:
-    return us[0]
-
-
-def _milliseconds(us: Sequence[float], results: Sequence[Result]) -> float:
-    return us[0] / 1e3
-
-
-def _gigabytes(us: Sequence[float], results: Sequence[Result]) -> float:
-    return (results[0].peak_bytes or 0) / 2**30
-
-
-def _chunk(us: Sequence[float], results: Sequence[Result]) -> float:
-    """One chunk more, of the seven by which the two sequences differ."""
-    return (us[0] - us[1]) / 7
-
-
-def _cpu_chunk(us: Sequence[float], results: Sequence[Result]) -> float:
-    """The same of eight, in milliseconds."""
-    return (us[0] - us[1]) / 8 / 1e3
-
-
-def _ratio(us: Sequence[float], results: Sequence[Result]) -> float:
-    """The first half of the rows over the second."""
-    half = len(us) // 2
-    return sum(us[:half]) / sum(us[half:])
-
-
-def _share_of_floor(us: Sequence[float], results: Sequence[Result]) -> float:
-    return 100 * results[0].floor_us / us[0]
-
-
-def _over_eight_floors(us: Sequence[float], results: Sequence[Result]) -> float:
-    return us[0] / (8 * results[1].floor_us)
+#: How the numbers are made: of the times of the rows, in microseconds, and of their results.
+NUMBERS: dict[str, Callable[[Sequence[float], Sequence[Result]], float]] = {
+    "µs": lambda us, results: us[0],
+    "ms": lambda us, results: us[0] / 1e3,
+    "memory": lambda us, results: (results[0].peak_bytes or 0) / 2**30,
+    "chunk of 7": lambda us, results: (us[0] - us[1]) / 7,  # one more, of those by which the two sequences differ
+    "chunk of 8": lambda us, results: (us[0] - us[1]) / 8e3,  # in milliseconds
+    "ratio": lambda us, results: sum(us[: len(us) // 2]) / sum(us[len(us) // 2 :]),  # the first half over the second
+    "floor share": lambda us, results: 100 * results[0].floor_us / us[0],
+    "over 8 floors": lambda us, results: us[0] / (8 * results[1].floor_us),
+}
 
 
 def _lengths(direction: str) -> tuple[str, str]:
@@ -80,14 +56,14 @@ def _lengths(direction: str) -> tuple[str, str]:
 
 def _many_slots(name: str, *operations: str) -> Goal:
     names = tuple(f"{each}/forward/training{size}" for size in ("-n4096", "") for each in operations)
-    return Goal(f"{name}, 16.7 M slots over 262 144", 1.3, "x", names, _ratio)
+    return Goal(f"{name}, 16.7 M slots over 262 144", 1.3, "x", names, "ratio")
 
 
 _on_cpu = functools.partial(Goal, kind="cpu")
 
 
 def _layer(name: str, row: str) -> Goal:
-    return _on_cpu(f"layer over {COMPOSED}, {name}", 1.1, "x", (row, f"{row} {COMPOSED}"), _ratio)
+    return _on_cpu(f"layer over {COMPOSED}, {name}", 1.1, "x", (row, f"{row} {COMPOSED}"), "ratio")
 
 
 _TRAINING, _STEP, _STILL = "sequence/both/8x4096", "step/forward/inference", "step/forward/inference-still-keys"
@@ -95,23 +71,23 @@ _CPU_LENGTHS = ("sequence/both/1x4608", "sequence/both/1x512")
 _LOOKUPS = ("lookup/forward/training-n4096", "lookup/forward/training")
 
 GOALS = (
-    Goal("training forward, one chunk of 8x512", 160, "µs", _lengths("forward"), _chunk),
-    Goal("training backward, one chunk", 220, "µs", _lengths("backward"), _chunk),
-    Goal("8x4096, forward + backward", 3.6, "ms", (_TRAINING,), _milliseconds),
-    Goal("inference, one chunk of 512", 25, "µs", (_STEP,), _microseconds, graph_only=True),
-    Goal("128K tokens, batch 1", 7, "ms", ("prefill/forward/128k",), _milliseconds),
-    Goal("8x4096, forward + backward: memory", 2.1, "GiB", (_TRAINING,), _gigabytes),
-    Goal("gather: share of a copy's bandwidth", 90, "%", ("gather/forward/training",), _share_of_floor, at_least=True),
+    Goal("training forward, one chunk of 8x512", 160, "µs", _lengths("forward"), "chunk of 7"),
+    Goal("training backward, one chunk", 220, "µs", _lengths("backward"), "chunk of 7"),
+    Goal("8x4096, forward + backward", 3.6, "ms", (_TRAINING,), "ms"),
+    Goal("inference, one chunk of 512", 25, "µs", (_STEP,), "µs", graph_only=True),
+    Goal("128K tokens, batch 1", 7, "ms", ("prefill/forward/128k",), "ms"),
+    Goal("8x4096, forward + backward: memory", 2.1, "GiB", (_TRAINING,), "memory"),
+    Goal("gather: share of a copy's bandwidth", 90, "%", ("gather/forward/training",), "floor share", at_least=True),
     _many_slots("gather", "gather"),
     _many_slots("write", "update_"),
     # A whole step also looks up among eight times the sub-keys, which has a goal of its own.
     _many_slots("streaming value step (gather, then write)", "gather", "update_"),
-    Goal("lookup among 4096 sub-keys over 8 floors of 512", 1.5, "x", _LOOKUPS, _over_eight_floors),
-    _on_cpu("step of 512 tokens", 25, "ms", (_STEP,), _milliseconds),
-    _on_cpu("step of 512 tokens, no key step", 15, "ms", (_STILL,), _milliseconds),
-    _on_cpu("dense write over that step", 20, "x", ("update/forward/inference dense", _STILL), _ratio, at_least=True),
-    _on_cpu("step at 512 sub-keys over 128", 2, "x", (_STEP, "step/forward/inference-n128"), _ratio),
-    _on_cpu("forward + backward, one chunk more", 80, "ms", _CPU_LENGTHS, _cpu_chunk),
+    Goal("lookup among 4096 sub-keys over 8 floors of 512", 1.5, "x", _LOOKUPS, "over 8 floors"),
+    _on_cpu("step of 512 tokens", 25, "ms", (_STEP,), "ms"),
+    _on_cpu("step of 512 tokens, no key step", 15, "ms", (_STILL,), "ms"),
+    _on_cpu("dense write over that step", 20, "x", ("update/forward/inference dense", _STILL), "ratio", at_least=True),
+    _on_cpu("step at 512 sub-keys over 128", 2, "x", (_STEP, "step/forward/inference-n128"), "ratio"),
+    _on_cpu("forward + backward, one chunk more", 80, "ms", _CPU_LENGTHS, "chunk of 8"),
     _layer("forward + backward of 1024 tokens", "layer/both/1x1024"),
     _layer("one token", "layer-decode/forward/token"),
 )
@@ -175,4 +151,4 @@ def _lacks_graph(row: str, found: dict[tuple[str, str], Result], result: Result)
 
 def _number(goal: Goal, results: Sequence[Result | None], us: Sequence[float | None]) -> float | None:
     there, times = [r for r in results if r is not None], [x for x in us if x]
-    return goal.number(times, there) if len(there) == len(times) == len(goal.rows) else None
+    return NUMBERS[goal.number](times, there) if len(there) == len(times) == len(goal.rows) else None

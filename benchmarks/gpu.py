@@ -31,7 +31,7 @@ from benchmarks import logs
 from benchmarks import smoke as first_look
 from benchmarks.compare import compare
 from benchmarks.goals import goals_table
-from benchmarks.measure import NO_GRAPH
+from benchmarks.measure import NO_GRAPH, Result
 from benchmarks.plots import FILES, plot
 from benchmarks.providers import is_package
 from benchmarks.results import read_results, report, to_json
@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What is run; tests put other commands here.
 SMOKE, MEASURE, SANITIZE = (["-m", f"benchmarks.{name}"] for name in ("smoke", "run", "sanitize"))
 PYTEST, FUZZ = ["-m", "pytest"], ["-m", "tests.fuzz"]
+PYTEST_OPTIONS = """-v --triton-only -p no:cacheprovider -W default --tb=short --maxfail=30 --maxschedchunk=1
+--continue-on-collection-errors -o faulthandler_exit_on_timeout=true"""
 #: The fuzzer with other seeds where it has found something, or a case has ended its process; 130: it was interrupted.
 SEEDS = """seed=0
 until "$@" --seed $seed; do status=$?; [ $status != 130 ] || exit $status
@@ -137,15 +139,12 @@ class Run:
         comparison, slower = compare(self.old, results) if self.old is not None else ("", False)
         e, right = self.environment, all(right for _, right in self.verdicts.values())
         missing = [part for part in self.parts if part not in self.verdicts or STOPPED in self.verdicts[part][0]]
+        machine = ", ".join(gpu["name"] for gpu in e["gpus"]) or e["cpu"]["model"]
         head = [
             ("all right" if right else "NOT RIGHT") + (f", but incomplete: {', '.join(missing)}" if missing else ""),
-            "",
-            goals_table(results),
-            "",
-            f"fwpkm_kernels {e['fwpkm_kernels']}, commit {e['commit']}, on "
-            + (", ".join(gpu["name"] for gpu in e["gpus"]) or e["cpu"]["model"]),
-            f"{e['python']}, torch {e['torch']['version']}, triton {e['triton']}, driver {e['driver']}",
-            "",
+            f"\n{goals_table(results)}\n",
+            f"fwpkm_kernels {e['fwpkm_kernels']}, commit {e['commit']}, on {machine}",
+            f"{e['python']}, torch {e['torch']['version']}, triton {e['triton']}, driver {e['driver']}\n",
             *(f"{part}: {self.verdicts.get(part, ('not run yet', True))[0]}" for part in self.parts),
             *self.notes,
         ]
@@ -155,9 +154,8 @@ class Run:
             *failures[:30],
             *([f"... and {len(failures) - 30} more in tests.txt"] if len(failures) > 30 else []),
             *re.findall(r"^SKIPPED .*needs .* of a GPU's memory.*$", tests, re.M),
-            "",
-            report(results),
-            *(["", "compared with the stored run:", "", comparison] if self.old is not None else []),
+            f"\n{report(results)}",
+            *([f"\ncompared with the stored run:\n\n{comparison}"] if comparison else []),
         ]
         begin, rest = "\n".join(head), "\n".join(body)
         write_output(self.out / "summary.txt", f"{begin}\n\n{rest}\n")
@@ -179,39 +177,39 @@ def rows(run: Run, end: float, whose: str = "own") -> Verdict:
     arguments = [*MEASURE, "--device", run.options.device, "--whose", whose, "--json", str(results), "--resume"]
     arguments += ["--no-table", "--seconds-per-row", "0.3"]
     arguments += ["--case-seconds", str(HANGS)] if run.on_gpu else []
+
+    def found() -> list[Result]:
+        return [r for r in read_results(results) if is_package(r.provider) == (whose == "own")]
+
     while True:
         minutes = max(0.0, end - GRACE - 5 - time.monotonic()) / 60
         status, tail = run.tail([*arguments, "--minutes", str(minutes)], end, 40)
-        culprit = marker.read_text("utf-8", "replace") if marker.exists() else ""
+        culprit = run.text(marker.name)
         if not culprit or culprit in culprits or is_over(end):
             break
         culprits[culprit] = status
         with (run.out / "tests.txt").open("a", encoding="utf-8", errors="replace") as log:
             log.write("\n".join([f"{culprit} ended its process with status {status}:", *tail, "\n"]))
-        found = [r for r in read_results(results) if is_package(r.provider) == (whose == "own")]
-        if "--no-graphs" not in arguments and sum(r.message.startswith(NO_GRAPH) for r in found) >= CAPTURES:
+        if "--no-graphs" not in arguments and sum(r.message.startswith(NO_GRAPH) for r in found()) >= CAPTURES:
             arguments.append("--no-graphs")
             run.notes.append(f"{whose} rows: after {culprit} no CUDA graphs, since {CAPTURES} captures have failed")
     marker.unlink(missing_ok=True)
     planned = {(row.name, provider.name) for row, provider in select_cases(run.options.device, whose=whose)}
-    found = [r for r in read_results(results) if is_package(r.provider) == (whose == "own")]
-    wrong = [f"{r.row} {r.provider} is {r.status}" for r in found if r.status != "ok"] if whose == "own" else []
-    count = sum((r.row, r.provider) in planned for r in found)
+    wrong = [f"{r.row} {r.provider} is {r.status}" for r in found() if r.status != "ok" and whose == "own"]
+    count = sum((r.row, r.provider) in planned for r in found())
     ended = [f"{name} ended its process (status {x})" for name, x in culprits.items()]
     words = [f"{count} of {len(planned)} measured", *ended, *wrong]
-    is_stopped = is_over(end - 5)
-    if count < len(planned):
+    is_whole, is_stopped = count == len(planned), is_over(end - 5)
+    if not is_whole:
         words.append(STOPPED if is_stopped else "\n    ".join([f"exit status {status}", *tail[-15:]]))
-    return "; ".join(words), not wrong and (count == len(planned) or is_stopped)
+    return "; ".join(words), not wrong and (is_whole or is_stopped)
 
 
 def tests(run: Run, end: float) -> Verdict:
     """The kernels' tests, in several processes, since a GPU waits for the compiler, and the fuzzer beside them."""
     cores = len(os.sched_getaffinity(0))
     parts = max(1, min(8, cores // 2))
-    pytest = [*PYTEST, "-v", "--triton-only", "-m", "not slow", "-p", "no:cacheprovider", "-W", "default"]
-    pytest += ["--tb=short", "--maxfail=30", "--continue-on-collection-errors", "--maxschedchunk=1", "-o"]
-    pytest += [f"faulthandler_timeout={HANGS}", "-o", "faulthandler_exit_on_timeout=true", "-n"]
+    pytest = [*PYTEST, *PYTEST_OPTIONS.split(), "-m", "not slow", "-o", f"faulthandler_timeout={HANGS}", "-n"]
     fuzz = [*FUZZ, "--device", run.options.device, "--backend", "triton", "--quick", "--seconds"]
     left = end - time.monotonic()
     first = end - max(0.2 * left, min(ALONE_SECONDS + TESTS_GRACE, 0.5 * left))  # the end of all but ALONE

@@ -32,6 +32,9 @@ import torch
 
 from fwpkm_kernels._commands import CommandError, check_outputs, command, need, write_output
 
+from .files import markdown_table
+from .record import need_compiler
+
 SOURCE = Path(__file__).with_name("libcuda.c")
 #: Tokens of a chunk for each item, items, picks, sub-keys, widths: small, with the launches of the paper's sizes.
 CHUNK, BATCH, PICKS, NUM_KEYS, WIDTH = 4, 2, 8, 16, 64
@@ -242,23 +245,21 @@ def main() -> int:
     parser.add_argument("--json", help="write JSON to this file")
     parser.add_argument("--repeats", type=int, default=100, help="how often each is measured")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("the interpreter launches nothing: unset TRITON_INTERPRET")
+    triton = need_compiler()
     check_outputs(arguments.json)
     with stand_in() as driver:
         with compared(driver) as names:
             forward, backward = training()
             backward(forward())
         spreads, launches = measure(arguments.repeats)
-    version = need("triton", "triton").__version__
-    print(f"{len(names)} launches give the driver the same directly as through Triton {version}.")
+    print(f"{len(names)} launches give the driver the same directly as through Triton {triton.__version__}.")
     print(f"\nMilliseconds of the processor for {CHUNKS} chunks, least and median of {arguments.repeats}:\n")
-    print(f"{'':16s}" + "".join(f"{part:>16s}" for part in spreads[DIRECT]) + f"{'µs a launch':>14s}")
-    rest = spreads[NOTHING]["both"]
+    rows = []
     for how, parts in spreads.items():
-        cells = "".join(f"{x.least:9.2f} {x.median:6.2f}" for x in parts.values())
-        each = f"{1e3 * (parts['both'].least - rest.least) / launches:14.1f}" if how != NOTHING else ""
-        print(f"{how:16s}{cells}{each}")
+        of_launches = parts["both"].least - spreads[NOTHING]["both"].least
+        each = f"{1e3 * of_launches / launches:.1f}" if how != NOTHING else "–"
+        rows.append([how, *(f"{x.least:.2f} {x.median:.2f}" for x in parts.values()), each])
+    print(markdown_table(["", *spreads[DIRECT], "µs a launch"], rows))
     if arguments.json:
         result = {how: {part: x._asdict() for part, x in parts.items()} for how, parts in spreads.items()}
         write_output(arguments.json, json.dumps({"launches": launches, "compared": len(names), "ms": result}) + "\n")

@@ -157,11 +157,14 @@ def _of_memory(c: Configuration, device: str, seed: int) -> tuple[Inputs, Memory
     return {**tokens, **_options(c)}, Memory(_keys(c, device), table(c.slots, c.width, c.dtype, device))
 
 
-def of_sequence(c: Configuration, device: str, seed: int) -> Inputs:
+def _for_training(inputs: Inputs) -> Inputs:
     """All tensors require gradients: forward is that of training, which keeps what backward reads."""
-    inputs, memory = _of_memory(c, device, seed)
-    inputs |= {**memory._asdict(), "boundary": c.boundary}
     return {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+def of_sequence(c: Configuration, device: str, seed: int) -> Inputs:
+    inputs, memory = _of_memory(c, device, seed)
+    return _for_training({**inputs, **memory._asdict(), "boundary": c.boundary})
 
 
 #: The layer's own parameters among the inputs of a layer; its table is `values`, as of all operations.
@@ -190,9 +193,7 @@ def of_layer(c: Configuration, device: str, seed: int, *, scope: str) -> Inputs:
 
 
 def of_layer_training(c: Configuration, device: str, seed: int, *, scope: str) -> Inputs:
-    """All tensors require gradients, as in `of_sequence`."""
-    inputs = of_layer(c, device, seed, scope=scope)
-    return {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    return _for_training(of_layer(c, device, seed, scope=scope))
 
 
 def of_stream(c: Configuration, device: str, seed: int) -> Inputs:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.eager import EPS
 from benchmarks.inputs import Configuration
 from benchmarks.providers import Provider
 from fwpkm_kernels.options import Options
@@ -27,8 +28,6 @@ from reference.memory import MemoryOutput
 
 #: The environment variable that names the folders.
 FOLDERS = "FWPKM_PEERS"
-#: ε of every row.
-_EPS = Options().eps
 
 
 def providers(operation_name: str) -> list[Provider]:
@@ -112,17 +111,10 @@ def _fast_weight(keys: Tensor, values: Tensor, top_k: int, lr: float = 1.0, weig
     width = values.shape[2]
     with torch.device("meta"):
         memory = _load(_FAST_WEIGHT).fwPKM(
-            heads * width,
-            heads=heads,
-            num_memories=sub_keys**2,
-            dim_queries_keys=heads * half,
-            dim_values=heads * width,
-            learning_rate=lr,
-            topk=top_k,
-            addressing_loss_weight=weight,
-            mse_loss_weight_to_keys=0.0,
-            use_boundary_embed=False,
-        )
+            heads * width, heads=heads, num_memories=sub_keys**2, topk=top_k,
+            dim_queries_keys=heads * half, dim_values=heads * width, use_boundary_embed=False,
+            learning_rate=lr, addressing_loss_weight=weight, mse_loss_weight_to_keys=0.0,
+        )  # fmt: skip
     for name in ("keys", "memories", "to_queries", "to_gates", "to_values", "to_out"):
         delattr(memory, name)
     memory.zero = torch.zeros((), device=keys.device)  # it takes its device from this buffer
@@ -151,7 +143,7 @@ def _fast_weight_retrieve(
     memory.keys = keys.transpose(0, 1)
     rows = queries.to(keys.dtype).flatten(1).unsqueeze(0)
     targets = rows.new_zeros(1, rows.shape[1], heads)
-    return memory, memory.retrieve(targets, idw_eps=_EPS, query_tokens=rows)[1]
+    return memory, memory.retrieve(targets, idw_eps=EPS, query_tokens=rows)[1]
 
 
 def _fast_weight_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
@@ -163,7 +155,7 @@ def _fast_weight_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -
 def _fast_weight_key_step(keys: Tensor, queries: Tensor, top_k: int, score: str, weight: float) -> Tensor:
     _require({"heads": keys.shape[0], "score": score}, heads=1, score="idw")
     memory, found = _fast_weight_retrieve(queries, keys, top_k, weight=weight)
-    _, steps = memory.store(found, idw_eps=_EPS)  # [2, 1, H, n, Dk/2]
+    _, steps = memory.store(found, idw_eps=EPS)  # [2, 1, H, n, Dk/2]
     return keys + steps[:, 0].transpose(0, 1)
 
 
@@ -180,14 +172,14 @@ def _fast_weight_sequence(
     # it keeps a memory for each item of a batch, and tables of their own for the heads
     given = {"batch": batch, "heads": heads, **o._asdict()}
     _require(given, batch=1, heads=1, lookahead=1, score="idw", weighting="softmax", temperature=1, step="paper")
-    _require(given, weight_decay=0, clip=None, key_gradient="addressing", boundary="drop", eps=_EPS)
+    _require(given, weight_decay=0, clip=None, key_gradient="addressing", boundary="drop", eps=EPS)
     memory = _fast_weight(keys, values.unsqueeze(1), o.top_k)
     past = None
     outputs, slots, weights = [], [], []
     for start in range(0, length, o.chunk_size):
         chunk = slice(start, start + o.chunk_size)
         rows = queries[:, chunk].flatten(2)
-        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=_EPS, query_tokens=rows)
+        output, found = memory.retrieve(targets[:, chunk], past, idw_eps=EPS, query_tokens=rows)
         outputs.append(output)
         slots.append(found["final_indices"].flatten(2))
         weights.append(found["final_scores"].flatten(2))
@@ -195,7 +187,7 @@ def _fast_weight_sequence(
         written = torch.ones_like(output[..., 0]) * (torch.arange(tokens, device=output.device) < tokens - 1)
         memory.learning_rate = o.lr * o.top_k * tokens / max(1, tokens - 1)
         memory.addressing_loss_weight = o.addressing_weight * o.lr / memory.learning_rate
-        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=_EPS)
+        stored = memory.store({**found, "gates": written[..., None, None]}, past, idw_eps=EPS)
         past = _load(_FAST_WEIGHT).Memories(*stored)
     if past is not None:
         keys, values = keys + past.keys[:, 0].transpose(0, 1), values + past.memory_values[0, :, 0]
@@ -216,14 +208,8 @@ def _authors_memory(**options: Any) -> Any:
 
 def _authors_lookup(queries: Tensor, keys: Tensor, top_k: int, score: str) -> tuple[Tensor, Tensor]:
     heads, _, sub_keys, half = keys.shape
-    memory = _authors_memory(
-        mem_k_dim=2 * half,
-        mem_v_dim=1,
-        mem_heads=heads,
-        mem_topk=top_k,
-        mem_n_subkeys=sub_keys,
-        qk_score_type=_AUTHORS_SCORES[score],
-    )
+    sizes = {"mem_k_dim": 2 * half, "mem_v_dim": 1, "mem_heads": heads, "mem_topk": top_k, "mem_n_subkeys": sub_keys}
+    memory = _authors_memory(**sizes, qk_score_type=_AUTHORS_SCORES[score])
     scores, slots, *_ = memory.get_indices(queries.to(keys.dtype).contiguous(), keys.flatten(0, 2))
     return scores, slots
 
@@ -235,7 +221,7 @@ def _authors_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, **options: Any) -> MemoryOutput:
     """Its module's forward, as it trains. Final keys and values have no gradient: it leaves them in its parameters."""
     o = Options(**options)
-    _require(o._asdict(), eps=_EPS, step="paper", boundary="drop")
+    _require(o._asdict(), eps=EPS, step="paper", boundary="drop")
     if o.clip not in (None, 1.0):
         raise NotImplementedError(f"`clip` can only be None or 1.0 there, got {o.clip!r}")
     if o.addressing_weight == 0:
@@ -243,22 +229,12 @@ def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Te
     heads, width = queries.shape[2:]
     differentiable = torch.is_grad_enabled()
     memory = _authors_memory(
-        mem_k_dim=width,
-        mem_v_dim=values.shape[1],
-        mem_heads=heads,
-        mem_topk=o.top_k,
-        mem_n_subkeys=keys.shape[2],
-        lookahead=o.lookahead,
-        qk_score_type=_AUTHORS_SCORES[o.score],
-        score_nonlinear=o.weighting,
-        score_temperature=o.temperature,
-        learning_rate=o.lr,
-        weight_decay=o.weight_decay,
-        mem_grad_to_values_only=o.key_gradient == "addressing",
-        grad_clip=o.clip is not None,
-        addr_loss_weight=o.addressing_weight,
+        mem_k_dim=width, mem_v_dim=values.shape[1], mem_heads=heads, mem_topk=o.top_k, mem_n_subkeys=keys.shape[2],
+        qk_score_type=_AUTHORS_SCORES[o.score], score_nonlinear=o.weighting, score_temperature=o.temperature,
+        learning_rate=o.lr, weight_decay=o.weight_decay, grad_clip=o.clip is not None, lookahead=o.lookahead,
+        addr_loss_weight=o.addressing_weight, mem_grad_to_values_only=o.key_gradient == "addressing",
         fp32_fw=values.dtype != torch.float64,
-    )
+    )  # fmt: skip
     memory.train(differentiable)
     # Copies, since it overwrites its parameters with what the last chunk leaves; and it takes gradients of its own.
     parameters = {"keys": keys.flatten(0, 2).clone(), "values": values.clone()}

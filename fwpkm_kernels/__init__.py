@@ -4,7 +4,8 @@ from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
-from .memory import FastWeightMemory, MemoryOutput, fast_weight_memory
+from .memory import FastWeightMemory, fast_weight_memory
+from .records import MemoryOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_

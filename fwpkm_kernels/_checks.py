@@ -7,7 +7,7 @@ import functools
 import numbers
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -279,3 +279,23 @@ def check_rows(plan: Plan, num_slots: int, name: str = "slots") -> None:
         low, high = int(plan.rows[0]), int(plan.rows[-1])
         if low < 0 or high >= num_slots:
             raise ValueError(f"`{name}` must lie in [0, {num_slots}), got values from {low} to {high}")
+
+
+def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
+    """Validate the argument of `select`, and make it an int64 tensor [new B]."""
+    if not isinstance(indices, Tensor):
+        try:
+            items = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in indices]
+        except TypeError:
+            raise TypeError(f"`indices` must be a tensor or a sequence of ints, got {type(indices).__name__}") from None
+        numbers = [check_int("indices", x, minimum=0) for x in items]
+        if max(numbers, default=-1) >= batch:
+            raise ValueError(f"`indices` must lie in [0, {batch}), got {max(numbers)}")
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    check_tensor("indices", indices, 1, "[new B]")
+    check_slots("indices", indices)
+    if indices.is_meta:
+        raise ValueError("`indices` must have data, got a tensor on meta")
+    if not torch.compiler.is_compiling():  # which has no numbers to look at
+        check_slot_range("indices", indices, batch)
+    return indices.long()

@@ -129,7 +129,7 @@ def coupled_memory(
     for chunk in o.cut(length):
         window = rows[chunk.first * batch : chunk.stop * batch].to(dtype)
         with torch.no_grad():
-            slots, sub_keys = halves_op(window, new_keys, **o.lookup)
+            slots, sub_keys = halves_op(window, new_keys, *o.lookup)
         scores = _scores_at(window, new_keys.to(dtype), sub_key_rows(slots, keys.shape[2]), o).sum(2).flatten(1)
         weights = weigh(scores, o.weighting, o.temperature)
         value_rows = F.embedding(slots.flatten(1), new_values).to(dtype)

@@ -17,8 +17,9 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._operators import operator
 from .kernels import compute_dtype
-from .memory import fast_weight_memory, run_backward, run_forward
+from .memory import fast_weight_memory
 from .options import Options, schema_of
+from .sequence import run_backward, run_forward
 
 
 class Documents(NamedTuple):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
+from .lanes import Lanes
 from .options import Options
 from .records import Tokens, each
 from .state import MemoryState, check_step
-from .streaming import Lanes, Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
+from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
 
 class Graph(Protocol):

@@ -12,8 +12,9 @@ from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
+from .options import KeyStep, schema_of
 from .plan import plan_picks, plan_segments, segment_totals
-from .records import Plan
+from .records import Addresses, Picks, Plan
 
 
 def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
@@ -35,98 +36,62 @@ def _centre(x: Tensor, probabilities: Tensor) -> Tensor:
     return x - (probabilities * x).sum(-1, keepdim=True)
 
 
-def _slope(usage: Tensor, probabilities: Tensor) -> Tensor:
-    """The slope u of P̄·log(P̄ + 1e-8) at P̄ = `usage`, less its mean over the picks of a half."""
-    return _centre(torch.log(usage + 1e-8) + usage / (usage + 1e-8), probabilities)
-
-
 def _step_coefficients(
-    probabilities: Tensor, sub_keys: Tensor, plan: Plan, *, num_keys: int, weight: float, num_rows: int
+    probabilities: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int, weight: float, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pick P̄, the centred slope and c, the gradient of its half score, in plain PyTorch: [M, H, 2, K]."""
+    """For each pick P̄, the slope u of P̄·log(P̄ + 1e-8), centred, and the gradient c of its half score: [M, H, 2, K]."""
     usage = _pool_picks(probabilities, sub_keys, plan, num_keys) / num_rows
-    slope = _slope(usage, probabilities)
+    slope = _centre(torch.log(usage + 1e-8) + usage / (usage + 1e-8), probabilities)
     return usage, slope, weight / num_rows * probabilities * slope
 
 
 @checks.without_autocast
-def _step_keys_torch(
-    keys: Tensor,
-    queries: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
-    *,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    out: Tensor | None,
-) -> Tensor:
-    num_keys = keys.shape[2]
-    plan = plan_segments(sub_keys, keys.shape[0] * 2 * num_keys)
-    _, _, coefficients = _step_coefficients(
-        half_scores.softmax(-1),
-        sub_keys,
-        plan,
-        num_keys=num_keys,
-        weight=weight,
-        num_rows=queries.shape[0] * queries.shape[1],
-    )
+def _step_keys_torch(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, out: Tensor | None) -> Tensor:
+    """`step_keys` in plain PyTorch, where there are rows that step."""
+    half_scores, sub_keys = picks
+    heads, _, num_keys, _ = keys.shape
+    plan = plan_segments(sub_keys, heads * 2 * num_keys)
+    probabilities, num_rows = half_scores.softmax(-1), queries.shape[0] * heads
+    _, _, coefficients = _step_coefficients(probabilities, sub_keys, plan, num_keys, o.weight, num_rows)
     _, totals = half_grad_torch(
-        coefficients, queries, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
+        coefficients, queries, keys, sub_keys, score=o.score, eps=o.eps, with_queries=False, plan=plan
     )
-    if clip is not None:
-        totals.clamp_(-clip, clip)
-    totals.mul_(-lr).add_(keys, alpha=1.0 - lr * weight_decay)
+    if o.clip is not None:
+        totals.clamp_(-o.clip, o.clip)
+    totals.mul_(-o.lr).add_(keys, alpha=1.0 - o.lr * o.weight_decay)
     return totals.to(keys.dtype) if out is None else out.copy_(totals)
 
 
-def step_keys(
-    keys: Tensor,
-    queries: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
-    *,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """New keys after a key step over queries [M, H, Dk], whose lookup gave `half_scores` and `sub_keys` [M, H, 2, K].
+def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: Tensor | None = None) -> Tensor:
+    """New keys after a key step over queries [M, H, Dk], whose lookup gave `picks`; trusts its input.
 
-    Trusts its input. The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out`
-    where that is given: a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
+    The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out` where that is given:
+    a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
-    options: dict[str, Any] = {"eps": eps, "lr": lr, "weight": weight, "weight_decay": weight_decay, "clip": clip}
-    stepped = weight != 0.0 and queries.numel() > 0  # sub-keys of no width do not move
-    if stepped and not checks.use_triton(backend, queries):
-        return _step_keys_torch(keys, queries, half_scores, sub_keys, score=score, out=out, **options)
+    has_rows = o.weight != 0.0 and queries.numel() > 0  # sub-keys of no width do not move
+    if has_rows and not checks.use_triton(o.backend, queries):
+        return _step_keys_torch(keys, queries, picks, o, out)
     in_place = out is keys
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    if stepped:
+    if has_rows:
         from .kernels.key_step import step_keys as launch
 
-        del options["eps"]  # which the half scores have in them
-        sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
+        picks = Picks(*(x.contiguous() for x in picks))
         launch(
             keys.flatten(0, 2),
             out.view(-1, keys.shape[3]),
             queries,
-            half_scores,
-            sub_keys,
-            plan_picks(sub_keys, half_scores, keys.shape[2]),
-            idw=score == "idw",
-            **options,
+            picks,
+            plan_picks(picks.sub_keys, picks.half_scores, keys.shape[2]),
+            idw=o.score == "idw",
+            lr=o.lr,
+            weight=o.weight,
+            weight_decay=o.weight_decay,
+            clip=o.clip,
         )
-    elif weight_decay != 0.0:
-        torch.mul(keys, 1.0 - lr * weight_decay, out=out)
+    elif o.weight_decay != 0.0:
+        torch.mul(keys, 1.0 - o.lr * o.weight_decay, out=out)
     elif not in_place:
         out.copy_(keys)
     return out
@@ -148,50 +113,44 @@ def _address_grad_torch(
     grad_new_keys: Tensor,
     keys: Tensor,
     queries: Tensor,
-    probabilities: Tensor,
-    sub_keys: Tensor,
     grad_scores: Tensor | None,
     slots: Tensor | None,
-    plan: Plan,
-    *,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    num_rows: int,
+    picks: Picks,
+    o: KeyStep,
+    first_row: int,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.key_step.address_grad` in plain PyTorch."""
-    dtype = compute_dtype(keys.dtype)
-    num_keys, half = keys.shape[2:]
+    """`address_grad` in plain PyTorch."""
+    half_scores, sub_keys = picks
+    heads, _, num_keys, half = keys.shape
+    dtype, num_rows = compute_dtype(keys.dtype), (queries.shape[0] - first_row) * heads
+    plan = plan_segments(sub_keys, heads * 2 * num_keys)
+    # Rows that are no part of the key step have P = 0. Their NaN would still spread, since 0·NaN is NaN: so what is
+    # computed of them is set to 0 at every stage.
+    outside, probabilities = slice(0, first_row), half_scores.softmax(-1)
+    probabilities[outside] = 0.0
     if grad_scores is None or slots is None:
         grad_halves = torch.zeros_like(probabilities)
     else:
         grad_halves = _pick_grads(grad_scores.to(dtype), slots, sub_keys, num_keys)
-    factors = grad_totals = None
-    if weight != 0.0 and num_rows > 0:
-        usage, slope, coefficients = _step_coefficients(
-            probabilities, sub_keys, plan, num_keys=num_keys, weight=weight, num_rows=num_rows
-        )
-        # Rows that are no part of the key step have P = 0, which does not hide NaN.
-        outside = slice(0, queries.shape[0] - num_rows // queries.shape[1])
+    step = None
+    if o.weight != 0.0 and num_rows > 0:
+        usage, slope, coefficients = _step_coefficients(probabilities, sub_keys, plan, num_keys, o.weight, num_rows)
         coefficients[outside] = 0.0
-        grad_totals = grad_new_keys * -lr
-        if clip is not None:  # the totals again, and no gradient where the clamp was active
+        grad_totals = grad_new_keys * -o.lr
+        if o.clip is not None:  # the totals again, and no gradient where the clamp was active
             stepped = queries.clone()
             stepped[outside] = 0.0
             _, totals = half_grad_torch(
-                coefficients, stepped, keys, sub_keys, score=score, eps=eps, with_queries=False, plan=plan
+                coefficients, stepped, keys, sub_keys, score=o.score, eps=o.eps, with_queries=False, plan=plan
             )
-            grad_totals = torch.where(totals.abs() <= clip, grad_totals, 0.0)
+            grad_totals = torch.where(totals.abs() <= o.clip, grad_totals, 0.0)
         table, directions = keys.flatten(0, 2).to(dtype), grad_totals.flatten(0, 2)
         factors, dots = coefficients, torch.empty_like(probabilities)  # dots: <V, ds/dk>
-        if score == "idw":
+        if o.score == "idw":
             factors = torch.empty_like(coefficients)
         for block in pick_blocks(sub_keys, half):
             picked = sub_keys[block]
-            vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            vectors, distances = half_differences(queries[block].to(dtype), table, picked, o.score, o.eps)
             dots[block] = pick_rows(directions, picked).mul_(vectors).sum(-1)
             if distances is not None:
                 dots[block] *= 2.0 / distances
@@ -200,26 +159,20 @@ def _address_grad_torch(
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
-        # Up to a constant, which P·(dP - Σ P·dP) does not see.
+        # Without a constant that cancels in P·(dP - Σ P·dP).
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
-        through_step = weight / num_rows * probabilities * _centre(grad_p, probabilities)
-        if score == "idw":
+        through_step = o.weight / num_rows * probabilities * _centre(grad_p, probabilities)
+        if o.score == "idw":
             through_step += coefficients * dots  # <V, ds/dk> has the distance in its denominator too
         through_step[outside] = 0.0
         grad_halves += through_step
+        step = (factors, grad_totals)
     grad_queries, grad_keys = half_grad_torch(
-        grad_halves,
-        queries,
-        keys,
-        sub_keys,
-        score=score,
-        eps=eps,
-        step_factors=factors,
-        grad_totals=grad_totals,
-        plan=plan,
+        grad_halves, queries, keys, sub_keys, score=o.score, eps=o.eps, step=step, plan=plan
     )
-    grad_keys.add_(grad_new_keys, alpha=1.0 - lr * weight_decay)
-    if score == "idw" and factors is not None and grad_totals is not None:
+    grad_keys.add_(grad_new_keys, alpha=1.0 - o.lr * o.weight_decay)
+    if o.score == "idw" and step is not None:
+        factors, grad_totals = step
         grad_keys.addcmul_(grad_totals, _sum_picks(factors, plan, num_keys).view(*keys.shape[:3], 1), value=-1.0)
     return grad_queries, grad_keys
 
@@ -228,25 +181,18 @@ def address_grad(
     grad_new_keys: Tensor,
     keys: Tensor,
     queries: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
     grad_scores: Tensor | None,
     slots: Tensor | None,
+    picks: Picks,
+    o: KeyStep,
     *,
-    first_row: int,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
+    first_row: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The joint backward of a lookup of queries [M, H, Dk] and of a key step over queries[first_row:], same keys.
 
-    Trusts its input. Without a lookup's gradient `grad_scores` and `slots` [M, H, K] are None; without a key step
-    weight and weight_decay are 0. `grad_new_keys` is [H, 2, n, Dk/2], in the compute dtype.
+    Trusts its input. `grad_scores` and `slots` [M, H, K] are None without a gradient of the lookup's scores, weight and
+    weight_decay are 0 without a key step. `grad_new_keys` is [H, 2, n, Dk/2], in the compute dtype.
 
     Returns:
         The gradients of queries [M, H, Dk], which is `out` where that is given, contiguous; and of keys
@@ -255,124 +201,65 @@ def address_grad(
     grad_new_keys = grad_new_keys.contiguous()
     grad_queries = torch.empty(queries.shape, dtype=grad_new_keys.dtype, device=queries.device) if out is None else out
     if queries.numel() == 0:
-        return grad_queries.zero_(), grad_new_keys * (1.0 - lr * weight_decay)
-    options: dict[str, Any] = {
-        "eps": eps,
-        "lr": lr,
-        "weight": weight,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "num_rows": (queries.shape[0] - first_row) * queries.shape[1],
-    }
-    if not checks.use_triton(backend, queries):
-        probabilities = half_scores.softmax(-1)
-        probabilities[:first_row] = 0.0
-        plan = plan_segments(sub_keys, keys.shape[:3].numel())
-        inputs = (queries, probabilities, sub_keys, grad_scores, slots, plan)
-        grads, grad_keys = _address_grad_torch(grad_new_keys, keys, *inputs, score=score, **options)
+        return grad_queries.zero_(), grad_new_keys * (1.0 - o.lr * o.weight_decay)
+    if not checks.use_triton(o.backend, queries):
+        grads, grad_keys = _address_grad_torch(grad_new_keys, keys, queries, grad_scores, slots, picks, o, first_row)
         return grads if out is None else out.copy_(grads), grad_keys
     from .kernels.key_step import address_grad as launch
 
-    sub_keys, half_scores = sub_keys.contiguous(), half_scores.contiguous()
-    del options["num_rows"]
+    picks = Picks(*(x.contiguous() for x in picks))
     grad_keys = launch(
         grad_new_keys.flatten(0, 2),
         keys.flatten(0, 2),
         queries,
-        half_scores,
-        sub_keys,
         grad_scores,
         slots,
-        plan_picks(sub_keys, half_scores, keys.shape[2], first_row=first_row),
+        picks,
+        plan_picks(picks.sub_keys, picks.half_scores, keys.shape[2], first_row=first_row),
         grad_queries,
         first_row=first_row,
-        idw=score == "idw",
-        **options,
+        idw=o.score == "idw",
+        eps=o.eps,
+        lr=o.lr,
+        weight=o.weight,
+        weight_decay=o.weight_decay,
+        clip=o.clip,
     )
     return grad_queries, grad_keys.view(keys.shape)
 
 
-@operator("product_key_update")
-def _key_step_op(
-    keys: Tensor,
-    queries: Tensor,
-    top_k: int,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator(
+    "product_key_update", schema=f"(Tensor keys, Tensor queries, {schema_of(KeyStep)}) -> (Tensor, Tensor, Tensor)"
+)
+def _key_step_op(keys: Tensor, queries: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The new keys, and what backward reads: the half scores and sub-keys that won."""
     checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
-    _, _, half_scores, sub_keys = lookup_halves(
-        queries, keys, top_k=top_k, score=score, eps=eps, precision=precision, backend=backend
-    )
-    new_keys = step_keys(
-        keys,
-        queries,
-        half_scores,
-        sub_keys,
-        score=score,
-        eps=eps,
-        lr=lr,
-        weight=weight,
-        weight_decay=weight_decay,
-        clip=clip,
-        backend=backend,
-    )
-    return new_keys, half_scores, sub_keys
+    o = KeyStep(*options)
+    picks = lookup_halves(queries, keys, o.lookup).picks
+    return step_keys(keys, queries, picks, o), *picks
 
 
 @_key_step_op.register_fake
-def _(keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend):  # type: ignore[no-untyped-def]
-    size = (*queries.shape[:2], 2, top_k)
-    half_scores = keys.new_empty(size, dtype=compute_dtype(keys.dtype))
-    return keys.new_empty(keys.shape), half_scores, keys.new_empty(size, dtype=torch.int32)
+def _(keys, queries, top_k, *options):  # type: ignore[no-untyped-def]
+    return keys.new_empty(keys.shape), *Addresses.empty(queries, top_k, compute_dtype(keys.dtype)).picks
 
 
-@operator("product_key_update_backward")
+@operator(
+    "product_key_update_backward",
+    schema="(Tensor grad_new_keys, Tensor keys, Tensor queries, Tensor half_scores, Tensor sub_keys, "
+    f"{schema_of(KeyStep)}) -> (Tensor, Tensor)",
+)
 def _key_step_grad_op(
-    grad_new_keys: Tensor,
-    keys: Tensor,
-    queries: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    backend: str,
+    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_queries, grad_keys = address_grad(
-        grad_new_keys.to(half_scores.dtype),
-        keys,
-        queries,
-        half_scores,
-        sub_keys,
-        None,
-        None,
-        first_row=0,
-        score=score,
-        eps=eps,
-        lr=lr,
-        weight=weight,
-        weight_decay=weight_decay,
-        clip=clip,
-        backend=backend,
-    )
+    """The gradients of queries and keys, in their dtypes."""
+    grad_new_keys, picks = grad_new_keys.to(half_scores.dtype), Picks(half_scores, sub_keys)
+    grad_queries, grad_keys = address_grad(grad_new_keys, keys, queries, None, None, picks, KeyStep(*options))
     return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
 
 
 @_key_step_grad_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_new_keys, keys, queries, half_scores, sub_keys, score, eps, lr, weight, weight_decay, clip, backend
-):
+def _(grad_new_keys, keys, queries, *rest):  # type: ignore[no-untyped-def]
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
@@ -380,8 +267,8 @@ class _ProductKeyUpdateBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(ctx: Any, grad_new_keys: Tensor, keys: Tensor, queries: Tensor, *rest: Any) -> Any:
-        return _key_step_grad_op(grad_new_keys, keys, queries, *rest)
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _key_step_grad_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -409,14 +296,11 @@ class ProductKeyUpdate(Function):
     ) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
         refuse_transforms("product_key_update", (keys, queries))
-        top_k, eps, lr, weight, weight_decay, clip = _check_key_step(
-            keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
-        )
-        new_keys, half_scores, sub_keys = _key_step_op(
-            keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
-        )
+        o = KeyStep(top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
+        o = _check_key_step(keys, queries, o)
+        new_keys, half_scores, sub_keys = _key_step_op(keys, queries, *o)
         ctx.save_for_backward(keys, queries, half_scores, sub_keys)
-        ctx.options = (score, eps, lr, weight, weight_decay, clip, backend)
+        ctx.options = o
         return new_keys
 
     @staticmethod
@@ -426,34 +310,18 @@ class ProductKeyUpdate(Function):
         refuse_transforms("product_key_update", (grad_new_keys, *ctx.saved_tensors))
         grad_queries, grad_keys = _ProductKeyUpdateBackward.apply(grad_new_keys, *ctx.saved_tensors, *ctx.options)
         grads = (grad_keys if needs_keys else None, grad_queries if needs_queries else None)
-        return (*grads, None, None, None, None, None, None, None, None, None)
+        return (*grads, *(None,) * len(KeyStep._fields))
 
 
-def _check_key_step(
-    keys: Tensor,
-    queries: Tensor,
-    top_k: int,
-    score: str,
-    eps: float,
-    lr: float,
-    weight: float,
-    weight_decay: float,
-    clip: float | None,
-    precision: str,
-    backend: str,
-) -> tuple[int, float, float, float, float, float | None]:
-    """Validate the arguments of a key step; returns its numbers, from `top_k` to `clip`, as ints and floats."""
+def _check_key_step(keys: Tensor, queries: Tensor, o: KeyStep) -> KeyStep:
+    """Validate the arguments of a key step; returns the options with their numbers as int and float."""
     checks.check_tensor("queries", queries, 3, "[M, H, Dk]")
-    top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
+    lookup = check_lookup(queries, keys, o.lookup)
     dtype = compute_dtype(keys.dtype)
-    return (
-        top_k,
-        eps,
-        checks.check_number("lr", lr, dtype),
-        checks.check_number("weight", weight, dtype),
-        checks.check_number("weight_decay", weight_decay, dtype, minimum=0),
-        None if clip is None else checks.check_number("clip", clip, dtype, minimum=0),
-    )
+    lr, weight = checks.check_number("lr", o.lr, dtype), checks.check_number("weight", o.weight, dtype)
+    weight_decay = checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0)
+    clip = None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0)
+    return KeyStep(lookup.top_k, o.score, lookup.eps, lr, weight, weight_decay, clip, o.precision, o.backend)
 
 
 def product_key_update(

@@ -12,8 +12,9 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
+from .options import Lookup, schema_of
 from .plan import plan_segments, segment_totals
-from .records import Plan
+from .records import Addresses, Plan
 
 # Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -54,36 +55,32 @@ def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tenso
     query_norms, key_norms = rows.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(-2)
     distance = dots.mul_(-2.0).add_(query_norms).add_(key_norms)
     if not (query_norms.isfinite().all() and key_norms.isfinite().all()):
-        # What is infinite is infinitely far, though q·k may be of either sign or NaN; NaN stays NaN.
+        # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
         sums = query_norms + key_norms
         distance = torch.where(sums.isfinite(), distance, sums)
     return distance.clamp_(min=0.0).add_(eps).log_().neg_()
 
 
 @checks.without_autocast
-def _lookup_torch(
-    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `lookup_halves` returns, in plain PyTorch."""
+def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
+    """`lookup_halves` in plain PyTorch."""
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
-    dtype = compute_dtype(keys.dtype)
+    top_k, dtype = o.top_k, compute_dtype(keys.dtype)
     keys = keys.to(dtype)
     table = keys.flatten(0, 2)
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
     first, second = torch.tensor(pairs, device=queries.device).unbind(1)
-    scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
-    slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
-    sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    result = Addresses.empty(queries, top_k, dtype)
+    scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
     for block in row_blocks(num_rows, 2 * heads * num_keys, _BLOCK_ELEMENTS):
         rows = queries[block].to(dtype)
-        approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, score, eps)
+        approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, o.score, o.eps)
         columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
         found = columns.permute(2, 0, 1, 3)
-        if score == "idw":
-            best = _scores_at(rows, table, found + first_rows, eps)
+        if o.score == "idw":
+            best = _scores_at(rows, table, found + first_rows, o.eps)
         else:
             best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
         best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # of equals the lower sub-key
@@ -93,65 +90,46 @@ def _lookup_torch(
         best_sums, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
         scores[block] = best_sums
         slots[block] = found[:, :, 0].gather(-1, first[pair]) * num_keys + found[:, :, 1].gather(-1, second[pair])
-    return scores, slots, half_scores, sub_keys
+    return result
 
 
-def lookup_halves(
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    top_k: int,
-    score: str,
-    eps: float,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Look up queries [M, H, Dk], and tell what won in each half too; trusts its input.
-
-    Returns:
-        scores and slots, [M, H, K]; half scores, [M, H, 2, K], descending, in the compute dtype; and the sub-keys that
-        these belong to, [M, H, 2, K], int32, as rows of keys.view(H·2·n, Dk/2).
-    """
-    if checks.use_triton(backend, queries):
+def lookup_halves(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
+    """Look up queries [M, H, Dk] in keys [H, 2, n, Dk/2], and tell what won in each half too; trusts its input."""
+    if checks.use_triton(o.backend, queries):
         from .kernels.lookup import lookup
 
-        return lookup(queries, keys, top_k=top_k, idw=score == "idw", eps=eps, precision=precision)
-    return _lookup_torch(queries, keys, top_k, score, eps)
+        return lookup(queries, keys, top_k=o.top_k, idw=o.score == "idw", eps=o.eps, precision=o.precision)
+    return _lookup_torch(queries, keys, o)
 
 
-@operator("product_key_lookup")
-def _lookup_op(
-    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
-) -> tuple[Tensor, Tensor]:
+_SCHEMA = f"(Tensor queries, Tensor keys, {schema_of(Lookup)}) -> (Tensor, Tensor)"
+
+
+@operator("product_key_lookup", schema=_SCHEMA)
+def _lookup_op(queries: Tensor, keys: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Scores and slots [M, H, K]."""
     checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
-    options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
-    scores, slots, _, _ = lookup_halves(queries, keys, top_k=top_k, **options)
-    return scores, slots
+    found = lookup_halves(queries, keys, Lookup(*options))
+    return found.scores, found.slots
 
 
 @_lookup_op.register_fake
-def _(queries, keys, top_k, score, eps, precision, backend):  # type: ignore[no-untyped-def]
-    size = (queries.shape[0], queries.shape[1], top_k)
-    return queries.new_empty(size, dtype=compute_dtype(keys.dtype)), queries.new_empty(size, dtype=torch.int64)
+def _(queries, keys, top_k, *options):  # type: ignore[no-untyped-def]
+    found = Addresses.empty(queries, top_k, compute_dtype(keys.dtype))
+    return found.scores, found.slots
 
 
-@operator("product_key_lookup_halves")
-def halves_op(
-    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
-) -> tuple[Tensor, Tensor]:
+@operator("product_key_lookup_halves", schema=_SCHEMA)
+def halves_op(queries: Tensor, keys: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Slots [M, H, K] and sub-keys [M, H, 2, K] of `lookup_halves`, as an operator: for what may be traced."""
-    options: dict[str, Any] = {"score": score, "eps": eps, "precision": precision, "backend": backend}
-    _, slots, _, sub_keys = lookup_halves(queries, keys, top_k=top_k, **options)
-    return slots, sub_keys
+    found = lookup_halves(queries, keys, Lookup(*options))
+    return found.slots, found.sub_keys
 
 
 @halves_op.register_fake
-def _(queries, keys, top_k, score, eps, precision, backend):  # type: ignore[no-untyped-def]
-    size = queries.shape[:2]
-    return (
-        queries.new_empty((*size, top_k), dtype=torch.int64),
-        queries.new_empty((*size, 2, top_k), dtype=torch.int32),
-    )
+def _(queries, keys, top_k, *options):  # type: ignore[no-untyped-def]
+    found = Addresses.empty(queries, top_k, compute_dtype(keys.dtype))
+    return found.slots, found.sub_keys
 
 
 def _first_rows(heads: int, num_keys: int, like: Tensor) -> Tensor:
@@ -163,11 +141,6 @@ def sub_key_rows(slots: Tensor, num_keys: int) -> Tensor:
     """Rows of keys.view(H·2·n, Dk/2) that slots [M, H, K] are made of: [M, H, 2, K]."""
     columns = torch.stack((slots // num_keys, slots % num_keys), dim=2)
     return columns + _first_rows(slots.shape[1], num_keys, slots)
-
-
-def _of_halves(grad_scores: Tensor) -> Tensor:
-    """Gradients [M, H, K] of the sums of two half scores, as those of the half scores: [M, H, 2, K], expanded."""
-    return grad_scores.unsqueeze(2).expand(-1, -1, 2, -1)
 
 
 def half_differences(
@@ -219,13 +192,13 @@ def half_grad_torch(
     eps: float,
     with_queries: bool = True,
     with_keys: bool = True,
-    step_factors: Tensor | None = None,
-    grad_totals: Tensor | None = None,
+    step: tuple[Tensor, Tensor] | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.lookup.half_grad` in plain PyTorch, and the sums over the picks of each sub-key.
 
-    `plan` is the plan of `sub_keys` where there is one already.
+    `step` is what a key step adds to the gradient of queries: its factors [M, H, 2, K], and the gradient of the totals
+    that it steps by, [H, 2, n, Dk/2]. `plan` is the plan of `sub_keys` where there is one already.
 
     Returns:
         The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2], in the compute dtype; [0] if not asked for.
@@ -246,7 +219,8 @@ def half_grad_torch(
                 grad_rows = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_()
             else:
                 grad_rows = torch.einsum("mhak,mhakd->mhad", factors, pick_rows(table, picked))
-            if step_factors is not None and grad_totals is not None:
+            if step is not None:
+                step_factors, grad_totals = step
                 directions = pick_rows(grad_totals.flatten(0, 2), picked)
                 grad_rows += torch.einsum("mhak,mhakd->mhad", step_factors[block], directions)
             grad_queries[block] = grad_rows.flatten(-2)
@@ -260,46 +234,38 @@ def half_grad_torch(
     return grad_queries, grad_keys
 
 
-@operator("product_key_lookup_backward")
+@operator(
+    "product_key_lookup_backward",
+    schema="(Tensor grad_scores, Tensor queries, Tensor keys, Tensor slots, bool with_keys, "
+    f"{schema_of(Lookup)}) -> (Tensor, Tensor)",
+)
 def _lookup_grad_op(
-    grad_scores: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    slots: Tensor,
-    score: str,
-    eps: float,
-    with_keys: bool,
-    backend: str,
+    grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, with_keys: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_halves = _of_halves(grad_scores)
+    """The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2]; that of keys is [0] if not `with_keys`."""
+    o = Lookup(*options)
+    grad_halves = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1)  # a score is the sum of two half scores
     sub_keys = sub_key_rows(slots, keys.shape[2])
-    if not checks.use_triton(backend, queries):
+    if not checks.use_triton(o.backend, queries):
         grad_queries, grad_keys = half_grad_torch(
-            grad_halves, queries, keys, sub_keys, score=score, eps=eps, with_keys=with_keys
+            grad_halves, queries, keys, sub_keys, score=o.score, eps=o.eps, with_keys=with_keys
         )
         return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
     from .kernels.lookup import half_grad
     from .kernels.segments import segment_rows
 
-    half = keys.shape[3]
     table = keys.flatten(0, 2)
-    grad_queries, factors = half_grad(grad_halves, queries, table, sub_keys, idw=score == "idw", eps=eps)
+    grad_queries, factors = half_grad(grad_halves, queries, table, sub_keys, idw=o.score == "idw", eps=o.eps)
     if not with_keys:
         return grad_queries, keys.new_empty(0)
     grad_keys = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
-    segment_rows(
-        grad_keys.view(table.shape),
-        queries.unflatten(-1, (2, half)).flatten(0, 2),
-        factors,
-        plan_segments(sub_keys, table.shape[0]),
-        table=table,
-        centered=score == "idw",
-    )
+    halves, plan = queries.unflatten(-1, (2, keys.shape[3])).flatten(0, 2), plan_segments(sub_keys, table.shape[0])
+    segment_rows(grad_keys.view(table.shape), halves, factors, plan, table=table, centered=o.score == "idw")
     return grad_queries, grad_keys
 
 
 @_lookup_grad_op.register_fake
-def _(grad_scores, queries, keys, slots, score, eps, with_keys, backend):  # type: ignore[no-untyped-def]
+def _(grad_scores, queries, keys, slots, with_keys, *options):  # type: ignore[no-untyped-def]
     grad_keys = keys.new_empty(keys.shape) if with_keys else keys.new_empty(0)
     return queries.new_empty(queries.shape), grad_keys
 
@@ -313,8 +279,8 @@ class _ProductKeyLookupBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(ctx: Any, grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, *options: Any) -> Any:
-        return _lookup_grad_op(grad_scores, queries, keys, slots, *options)
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _lookup_grad_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -337,13 +303,13 @@ class ProductKeyLookup(Function):
     ) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
         refuse_transforms("product_key_lookup", (queries, keys))
-        top_k, eps = check_lookup(queries, keys, top_k, score, eps, precision, backend)
-        scores, slots = _lookup_op(_flat(queries), keys, top_k, score, eps, precision, backend)
-        size = (*queries.shape[:-1], top_k)
+        o = check_lookup(queries, keys, Lookup(top_k, score, eps, precision, backend))
+        scores, slots = _lookup_op(_flat(queries), keys, *o)
+        size = (*queries.shape[:-1], o.top_k)
         scores, slots = scores.view(size), slots.view(size)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
-        ctx.options = (score, eps, backend)
+        ctx.options = o
         return scores, slots
 
     @staticmethod
@@ -352,25 +318,14 @@ class ProductKeyLookup(Function):
         needs_queries, needs_keys = ctx.needs_input_grad[:2]
         queries, keys, slots = ctx.saved_tensors
         refuse_transforms("product_key_lookup", (grad_scores, queries, keys))
-        score, eps, backend = ctx.options
-        grad_queries, grad_keys = _ProductKeyLookupBackward.apply(
-            _flat(grad_scores),
-            _flat(queries),
-            keys,
-            _flat(slots),
-            score,
-            eps,
-            needs_keys,
-            backend,
-        )
+        rows = (_flat(grad_scores), _flat(queries), keys, _flat(slots))
+        grad_queries, grad_keys = _ProductKeyLookupBackward.apply(*rows, needs_keys, *ctx.options)
         grad_queries = grad_queries.view(queries.shape) if needs_queries else None
-        return grad_queries, grad_keys if needs_keys else None, None, None, None, None, None
+        return grad_queries, grad_keys if needs_keys else None, *(None,) * len(Lookup._fields)
 
 
-def check_lookup(
-    queries: Tensor, keys: Tensor, top_k: int, score: str, eps: float, precision: str, backend: str
-) -> tuple[int, float]:
-    """Validate the arguments of a lookup; returns `top_k` as an int and `eps` as a float."""
+def check_lookup(queries: Tensor, keys: Tensor, o: Lookup) -> Lookup:
+    """Validate the arguments of a lookup; returns the options with their numbers as int and float."""
     checks.check_tensor("queries", queries)
     checks.check_tensor("keys", keys, 4, "[H, 2, n, Dk/2]")
     checks.check_float("queries", queries)
@@ -390,15 +345,15 @@ def check_lookup(
     checks.check_num_keys(keys)
     checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     checks.check_together(queries=queries, keys=keys)
-    top_k = checks.check_int("top_k", top_k, minimum=1)
+    top_k = checks.check_int("top_k", o.top_k, minimum=1)
     if top_k > num_keys:
         raise ValueError(f"`top_k` must be from 1 to the {num_keys} sub-keys of a half, got {top_k}")
-    checks.check_choice("score", score, checks.SCORES)
+    checks.check_choice("score", o.score, checks.SCORES)
     dtype = compute_dtype(keys.dtype)
-    eps = checks.check_number("eps", eps, dtype, minimum=torch.finfo(dtype).tiny)  # less would be 0 to the kernels
-    checks.check_choice("precision", precision, checks.PRECISIONS)
-    checks.check_choice("backend", backend, checks.BACKENDS)
-    return top_k, eps
+    eps = checks.check_number("eps", o.eps, dtype, minimum=torch.finfo(dtype).tiny)  # less may be 0 in that dtype
+    checks.check_choice("precision", o.precision, checks.PRECISIONS)
+    checks.check_choice("backend", o.backend, checks.BACKENDS)
+    return Lookup(top_k, o.score, eps, o.precision, o.backend)
 
 
 def product_key_lookup(

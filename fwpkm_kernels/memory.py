@@ -1,7 +1,6 @@
-"""The whole memory over a sequence: address scan, plan, value scan, and their backward."""
+"""The whole memory over a sequence: operators, the autograd Function, checks, and the public function."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,116 +10,14 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._autograd import in_backward, is_exporting, refuse_transforms
 from ._operators import operator
-from .chunks import count_read_positions, count_writes, rows_of
+from .chunks import count_read_positions, count_writes
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .options import Options, from_public_order, in_public_order, schema_of
+from .options import Options, check_options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, Plan, Writes, each
-from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
-from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
-
-WEIGHTINGS = ("softmax", "silu", "relu")
-KEY_GRADIENTS = ("addressing", "all")
-STEPS = ("paper", "gradient", "normalized")
-BOUNDARIES = ("carry", "drop")
-
-
-class MemoryOutput(NamedTuple):
-    """What a sequence leaves behind."""
-
-    output: Tensor  #: [B, T, D], in the targets' dtype
-    keys: Tensor  #: [H, 2, n, Dk/2], after the last write
-    values: Tensor  #: [N, D], after the last write
-    slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
-    weights: Tensor  #: [B, T, J], of the output reads; not differentiable
-
-
-class Kept(NamedTuple):
-    """What the backward of a sequence reads besides its inputs; R reads, A = R·J accesses. No table is among them."""
-
-    found: Addresses  #: of the reads, M = R
-    chunk_keys: Tensor  #: of the keys, what `address_scan` keeps
-    write_weights: Tensor  #: [R, J]
-    counts: Tensor  #: int32 [R, J]
-    plan: Plan  #: of each chunk
-    log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start
-
-    def flat(self) -> list[Tensor]:
-        """All tensors, as operators take and return them."""
-        return [x for field in self for x in ([field] if isinstance(field, Tensor) else field)]
-
-    @classmethod
-    def of(cls, flat: Sequence[Tensor]) -> "Kept":
-        """The record of what `flat` gave."""
-        (
-            scores, slots, half_scores, sub_keys, chunk_keys, write_weights, counts, order, rows, start, end, log,
-        ) = flat  # fmt: skip
-        found, plan = Addresses(scores, slots, half_scores, sub_keys), Plan(order, rows, start, end)
-        return cls(found, chunk_keys, write_weights, counts, plan, log)
-
-
-def run_scans(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    output: Tensor,
-    o: Options,
-    *,
-    carried: int = 0,
-    keep: bool = False,
-    found_for_output: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Kept]:
-    """Both scans, for a sequence before which `carried` positions (0 or L) wait to be written.
-
-    Args:
-        queries: [(carried + T)·B, H, Dk], time first.
-        targets: [B, T, D].
-        values: [N, D], written in place.
-        gates, mask: [carried + T, B], flat or not, or None; in the compute dtype.
-        output: [B, T, D], to be filled.
-        found_for_output: slots and weights of the reads for output, contiguous [B, T, J], to be filled.
-
-    Returns:
-        The keys after the last write; and what backward needs, in which keys and log are empty without `keep`.
-    """
-    batch, length, width = targets.shape
-    chunks = o.cut(length, carried)
-    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
-    scores, slots = found.scores.flatten(1), found.slots.flatten(1)
-    gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
-    writes = plan_writes(scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o)
-    log = values.new_empty(slots.numel() if keep else 0, width)
-    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
-    return new_keys, Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log)
-
-
-@checks.without_autocast
-def run_forward(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    keep: bool,
-    o: Options,
-) -> tuple[MemoryOutput, Kept]:
-    """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`."""
-    size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
-    gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
-    keys = keys.contiguous()  # so are, then, its copies and the final keys
-    new_values = values.clone(memory_format=torch.contiguous_format)
-    output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
-    slots = torch.empty(size, dtype=torch.int64, device=values.device)
-    weights = torch.empty(size, dtype=dtype, device=values.device)
-    tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
-    new_keys, kept = run_scans(*tensors, o, keep=keep, found_for_output=(slots, weights))
-    return MemoryOutput(output, new_keys, new_values, slots, weights), kept
+from .records import Addresses, MemoryOutput, Plan, each
+from .sequence import Kept, run_backward, run_forward
 
 
 @operator(
@@ -218,55 +115,6 @@ def _backward_op(
     return run_backward(
         queries, targets, gates, mask, grads, num_keys, with_addresses, Kept.of(kept), Options(*options)
     )
-
-
-@checks.without_autocast
-def run_backward(
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    num_keys: int,
-    with_addresses: bool,
-    kept: Kept,
-    o: Options,
-) -> list[Tensor]:
-    """Gradients of queries, targets, keys, values, and of the gates if there are any.
-
-    Those of queries and keys are empty unless `with_addresses`.
-    """
-    batch, length = queries.shape[:2]
-    dtype, device = kept.write_weights.dtype, queries.device
-    grad_output, grad_keys, grad_values = grads
-    if grad_output is None:
-        grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
-    # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
-    table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
-    table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
-    chunks = o.cut(length)
-    scores, slots = kept.found.scores.flatten(1), kept.found.slots.flatten(1)
-    weights, log_rows = weigh_again(scores, kept.plan, length, batch, o)
-    writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
-    grad_targets, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
-    )
-    grad_scores, grad_gates = plan_writes_grad(
-        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, o
-    )
-    grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
-    if with_addresses:
-        heads, width = queries.shape[2:]
-        if grad_keys is None:
-            grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
-        grad_found = grad_scores.view(kept.found.scores.shape)
-        by_read, new_grad_keys = address_scan_grad(
-            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, o
-        )
-        grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
-        new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
-    results = [grad_queries, grad_targets, new_grad_keys, table_grad.to(kept.log.dtype)]
-    return results if grad_gates is None else [*results, grad_gates]
 
 
 @_backward_op.register_fake
@@ -409,7 +257,7 @@ def check_memory(
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
-    top_k, eps = check_lookup(queries, keys, o.top_k, o.score, o.eps, o.precision, o.backend)
+    lookup = check_lookup(queries, keys, o.lookup)
     if queries.shape[:2] != targets.shape[:2]:
         raise ValueError(
             f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
@@ -442,27 +290,9 @@ def check_memory(
         checks.check_mask("mask", mask)
         if mask.device != values.device:
             raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
-    chunk_size = checks.check_int("chunk_size", o.chunk_size, minimum=1)
-    lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
-    if lookahead > chunk_size:
-        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
-    checks.check_num_accesses(queries, count_most_accesses(queries, chunk_size, lookahead, top_k))
-    checks.check_choice("weighting", o.weighting, WEIGHTINGS)
-    checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
-    checks.check_choice("step", o.step, STEPS)
-    checks.check_choice("boundary", o.boundary, BOUNDARIES)
-    dtype = compute_dtype(values.dtype)
-    return o._replace(
-        chunk_size=chunk_size,
-        top_k=top_k,
-        lookahead=lookahead,
-        eps=eps,
-        temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
-        lr=checks.check_number("lr", o.lr, dtype),
-        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
-        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
-        addressing_weight=checks.check_number("addressing_weight", o.addressing_weight, dtype),
-    )
+    o = check_options(o._replace(top_k=lookup.top_k, eps=lookup.eps), compute_dtype(values.dtype))
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
+    return o
 
 
 def fast_weight_memory(

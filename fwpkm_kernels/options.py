@@ -1,18 +1,33 @@
 """Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
 
-A new option of the memory is a field of `Options` here, an argument of `FastWeightMemory.forward`, of
-`fast_weight_memory` and of `fast_weight_memory_step`, its check in `check_memory`, and the code that it changes.
+A new option of the memory is a field of `Options` here with a check in `check_options`, an argument of the two public
+functions, `fast_weight_memory` and `fast_weight_memory_step`, each of which names it once more for `Options`, and the
+code that it changes. Operators, the autograd Function, documents, states and graphs pass the record on.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
+from . import _checks as checks
 from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
 from .records import Layout
 
-_SCHEMA_TYPES: dict[Any, str] = {int: "int", str: "str", float: "float", float | None: "float?"}
+WEIGHTINGS = ("softmax", "silu", "relu")
+KEY_GRADIENTS = ("addressing", "all")
+STEPS = ("paper", "gradient", "normalized")
+BOUNDARIES = ("carry", "drop")
+
+#: A number that may be a symbol where something traces, as sizes are.
+Symbolic = Annotated[int, "SymInt"]
+_SCHEMA_TYPES: dict[Any, str] = {
+    int: "int",
+    Symbolic: "SymInt",
+    str: "str",
+    float: "float",
+    float | None: "float?",
+}
 
 
 def schema_of(record: type) -> str:
@@ -23,7 +38,7 @@ def schema_of(record: type) -> str:
 class Lookup(NamedTuple):
     """The options of `product_key_lookup`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     precision: str = "tf32x3"
@@ -33,7 +48,7 @@ class Lookup(NamedTuple):
 class KeyStep(NamedTuple):
     """The options of `product_key_update`, in its order."""
 
-    top_k: int
+    top_k: Symbolic
     score: str = "idw"
     eps: float = 1e-3
     lr: float = 1.0
@@ -101,16 +116,15 @@ class Options(NamedTuple):
         )
 
     @property
-    def lookup(self) -> dict[str, Any]:
-        """Those of `lookup_halves`."""
-        names = ("top_k", "score", "eps", "precision", "backend")
-        return {name: getattr(self, name) for name in names}
+    def lookup(self) -> Lookup:
+        """Those of the lookups."""
+        return Lookup(self.top_k, self.score, self.eps, self.precision, self.backend)
 
     @property
-    def key_step(self) -> dict[str, Any]:
-        """Those of `step_keys`."""
-        names = ("score", "eps", "lr", "weight_decay", "clip", "backend")
-        return {"weight": self.addressing_weight} | {name: getattr(self, name) for name in names}
+    def key_step(self) -> KeyStep:
+        """Those of the key steps."""
+        numbers = (self.lr, self.addressing_weight, self.weight_decay, self.clip)
+        return KeyStep(self.top_k, self.score, self.eps, *numbers, self.precision, self.backend)
 
     @property
     def write(self) -> Write:
@@ -130,6 +144,30 @@ class Options(NamedTuple):
     def keys_move(self) -> bool:
         """Whether a key step can change the keys at all."""
         return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
+
+
+def check_options(o: Options, dtype: torch.dtype) -> Options:
+    """Validate what a memory adds to the options of its lookup; returns them with their numbers as ints and floats.
+
+    `dtype` is that of the sums, in which numbers must be finite.
+    """
+    chunk_size = checks.check_int("chunk_size", o.chunk_size, minimum=1)
+    lookahead = checks.check_int("lookahead", o.lookahead, minimum=0)
+    if lookahead > chunk_size:
+        raise ValueError(f"`lookahead` must be from 0 to `chunk_size`, got {lookahead} against {chunk_size}")
+    checks.check_choice("weighting", o.weighting, WEIGHTINGS)
+    checks.check_choice("key_gradient", o.key_gradient, KEY_GRADIENTS)
+    checks.check_choice("step", o.step, STEPS)
+    checks.check_choice("boundary", o.boundary, BOUNDARIES)
+    return o._replace(
+        chunk_size=chunk_size,
+        lookahead=lookahead,
+        temperature=checks.check_number("temperature", o.temperature, dtype, minimum=torch.finfo(dtype).tiny),
+        lr=checks.check_number("lr", o.lr, dtype),
+        weight_decay=checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0),
+        clip=None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0),
+        addressing_weight=checks.check_number("addressing_weight", o.addressing_weight, dtype),
+    )
 
 
 #: Where users give `gates` and `mask`: before this one of the options.

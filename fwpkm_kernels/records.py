@@ -7,6 +7,7 @@ of the package.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,13 +29,40 @@ class Plan(NamedTuple):
         return map(Plan._make, zip(*(x.split_with_sizes(sizes) for x in self), strict=True))
 
 
+class Picks(NamedTuple):
+    """The K best sub-keys of each half of M rows of queries: what the key step moves."""
+
+    half_scores: Tensor  #: [M, H, 2, K], descending, in the compute dtype
+    sub_keys: Tensor  #: int32 [M, H, 2, K]: what these are of, as rows of keys.view(H·2·n, Dk/2)
+
+    def since(self, first_row: int) -> "Picks":
+        """Those of the rows from `first_row` on."""
+        return Picks(self.half_scores[first_row:], self.sub_keys[first_row:])
+
+
 class Addresses(NamedTuple):
     """What a lookup of M rows of queries finds."""
 
     scores: Tensor  #: [M, H, K], in the compute dtype
     slots: Tensor  #: int64 [M, H, K]
-    half_scores: Tensor  #: [M, H, 2, K], descending, in the compute dtype
-    sub_keys: Tensor  #: int32 [M, H, 2, K]: what these are of, as rows of keys.view(H·2·n, Dk/2)
+    half_scores: Tensor  #: [M, H, 2, K], as in `Picks`
+    sub_keys: Tensor  #: int32 [M, H, 2, K], likewise
+
+    @classmethod
+    def empty(cls, queries: Tensor, top_k: int, dtype: torch.dtype) -> "Addresses":
+        """Those of queries [M, H, Dk], for a lookup to fill in."""
+        size, device = queries.shape[:2], queries.device
+        return cls(
+            torch.empty((*size, top_k), dtype=dtype, device=device),
+            torch.empty((*size, top_k), dtype=torch.int64, device=device),
+            torch.empty((*size, 2, top_k), dtype=dtype, device=device),
+            torch.empty((*size, 2, top_k), dtype=torch.int32, device=device),
+        )
+
+    @property
+    def picks(self) -> Picks:
+        """The half scores and their sub-keys."""
+        return Picks(self.half_scores, self.sub_keys)
 
     def split(self, sizes: list[int]) -> Iterator["Addresses"]:
         """Those of so many rows each, one after the other: views that are made all at once."""
@@ -101,3 +129,13 @@ class Writes(NamedTuple):
     write_weights: Tensor  #: c, [R, J]
     counts: Tensor  #: n_s, int32 [R, J]
     plan: Plan  #: of each chunk, as `within_chunks` makes it
+
+
+class MemoryOutput(NamedTuple):
+    """What a sequence leaves behind."""
+
+    output: Tensor  #: [B, T, D], in the targets' dtype
+    keys: Tensor  #: [H, 2, n, Dk/2], after the last write
+    values: Tensor  #: [N, D], after the last write
+    slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
+    weights: Tensor  #: [B, T, J], of the output reads; not differentiable

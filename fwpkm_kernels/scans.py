@@ -133,9 +133,8 @@ def address_scan(
         less (`Options.keeps_picks`), [R, H, 2, K, Dk/2].
     """
     chunk_keys = keys.new_empty(0)
-    lookup, key_step = o.lookup, o.key_step
     if not o.keys_move:
-        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, **lookup)))
+        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, o.lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
     if keep and keeps_picks:
@@ -145,22 +144,21 @@ def address_scan(
         writes = sum(chunk.is_written for chunk in chunks)
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
-    parts = [] if chunks else [lookup_halves(queries[:0], keys, **lookup)]
+    parts = [] if chunks else [lookup_halves(queries[:0], keys, o.lookup)]
     carried = _count_carried(chunks)
     in_place = not (keep and not keeps_picks)
     moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
         start, stop = (chunk.start + carried) * batch, (chunk.stop + carried) * batch
         rereads = (chunk.start - chunk.first) * batch
-        parts.append(lookup_halves(queries[start - rereads : stop], moved, **lookup))
-        _, _, half_scores, sub_keys = parts[-1]
+        parts.append(lookup_halves(queries[start - rereads : stop], moved, o.lookup))
+        picks = parts[-1].picks
         if keep and keeps_picks:
             picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
-            torch.index_select(moved.flatten(0, 2), 0, sub_keys.flatten(), out=picked)
+            torch.index_select(moved.flatten(0, 2), 0, picks.sub_keys.flatten(), out=picked)
         if chunk.is_written:
-            picks = (half_scores[rereads:], sub_keys[rereads:])
             out = moved if in_place else chunk_keys[index + 1]
-            moved = step_keys(moved, queries[start:stop], *picks, out=out, **key_step)
+            moved = step_keys(moved, queries[start:stop], picks.since(rereads), o.key_step, out=out)
     found = Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     return found, moved if in_place else moved.clone(), chunk_keys
 
@@ -179,11 +177,10 @@ def address_scan_grad(
 
     Returns the gradients of the query of each read, [R, H, Dk], and of the initial keys.
     """
-    key_step = o.key_step
-    still = key_step | {"weight": 0.0, "weight_decay": 0.0}  # no key step
+    no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
     if not o.keys_move:
-        picks = (found.half_scores, found.sub_keys, grad_scores, found.slots)
-        return address_grad(grad_keys, chunk_keys[0], _by_read(queries, chunks, batch), *picks, first_row=0, **still)
+        queries = _by_read(queries, chunks, batch)
+        return address_grad(grad_keys, chunk_keys[0], queries, grad_scores, found.slots, found.picks, no_step)
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
     keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
@@ -200,13 +197,12 @@ def address_scan_grad(
             grad_keys,
             keys,
             queries[chunk.first * batch : chunk.stop * batch],
-            chunk_found.half_scores,
-            chunk_found.sub_keys,
             chunk_grad_scores,
             chunk_found.slots,
+            chunk_found.picks,
+            o.key_step if chunk.is_written else no_step,
             first_row=(chunk.start - chunk.first) * batch,
             out=chunk_grad_queries,
-            **(key_step if chunk.is_written else still),
         )
     return grad_queries, grad_keys
 

@@ -304,7 +304,7 @@ class MemoryState:
             raise ValueError("`indices` must select among the items of a batch, and this state has not read one yet")
         batch = self._binding.batch
         with torch.no_grad():
-            rows = check_indices(indices, batch).to(self._values.device)
+            rows = checks.check_indices(indices, batch).to(self._values.device)
             selected = Queue(*(_private_copy(x.index_select(1, rows), x.device) for x in self._queue))
             if len(rows) == batch:  # the tensors stay, and so do graphs that were captured with them
                 for x, new in zip(self._queue, selected, strict=True):
@@ -405,26 +405,6 @@ def _shares_storage(x: Tensor, y: Tensor) -> bool:
 def _leaf(x: Tensor) -> Tensor:
     """The tensor itself, or without the graph that autograd computed it by."""
     return x if x.is_leaf else x.detach()
-
-
-def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
-    """Validate the argument of `select`, and make it an int64 tensor [new B]."""
-    if not isinstance(indices, Tensor):
-        try:
-            items = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in indices]
-        except TypeError:
-            raise TypeError(f"`indices` must be a tensor or a sequence of ints, got {type(indices).__name__}") from None
-        numbers = [checks.check_int("indices", x, minimum=0) for x in items]
-        if max(numbers, default=-1) >= batch:
-            raise ValueError(f"`indices` must lie in [0, {batch}), got {max(numbers)}")
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    checks.check_tensor("indices", indices, 1, "[new B]")
-    checks.check_slots("indices", indices)
-    if indices.is_meta:
-        raise ValueError("`indices` must have data, got a tensor on meta")
-    if not torch.compiler.is_compiling():  # which has no numbers to look at
-        checks.check_slot_range("indices", indices, batch)
-    return indices.long()
 
 
 def _is_state(x: object) -> bool:

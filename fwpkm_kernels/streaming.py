@@ -5,7 +5,6 @@ A step reads its tokens from the present state. When the last token of a chunk h
 were read are not looked up again, but for the `lookahead` ones that are carried into the next chunk.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,14 @@ from .coupled import coupled_step
 from .gather import gather_rows, gather_torch
 from .kernels import compute_dtype
 from .key_step import step_keys
+from .lanes import Lanes
 from .lookup import lookup_halves
-from .memory import count_most_accesses, run_scans
+from .memory import count_most_accesses
 from .options import Options, schema_of
 from .plan import count_accesses, plan_segments, row_dtype
-from .records import Addresses, Plan, Queue, Tokens, each
+from .records import Addresses, Picks, Plan, Queue, Tokens, each
 from .scans import read
+from .sequence import run_scans
 from .state import MemoryState, check_step
 from .update import write
 from .weights import fold_write_weights, weigh, write_scale
@@ -38,8 +39,8 @@ def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Address
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
         how: dict[str, Any] = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
         how |= {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
-        return weights.flatten(1), Addresses(*lookup(queries, keys, **how))
-    found = Addresses(*lookup_halves(queries, keys, **o.lookup))
+        return weights.flatten(1), lookup(queries, keys, **how)
+    found = lookup_halves(queries, keys, o.lookup)
     return weigh(found.scores.flatten(1), o.weighting, o.temperature), found
 
 
@@ -91,7 +92,7 @@ def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
         buffer[where] = 1.0 if x is None else x
 
 
-def close_chunk(memory: Memory, is_first: bool, lanes: "Lanes", o: Options) -> None:
+def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
 
     Once in a capture: the reads do not wait for writes on another lane.
@@ -111,12 +112,12 @@ def close_chunk(memory: Memory, is_first: bool, lanes: "Lanes", o: Options) -> N
     writes = plan_chunk_writes(memory, carried, slots, weights, lanes, o)
     with lanes.on(lanes.values):
         errors = predictions[: len(pair_targets)] - pair_targets
-    half_scores, sub_keys = queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1)
-    apply_chunk_writes(memory, writes, errors, half_scores, sub_keys, lanes, o)
+    picks = Picks(queue.half_scores.flatten(0, 1), queue.sub_keys.flatten(0, 1))
+    apply_chunk_writes(memory, writes, errors, picks, lanes, o)
 
 
 def read_and_close_chunk(
-    memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: "Lanes", o: Options
+    memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: Lanes, o: Options
 ) -> None:
     """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
@@ -126,10 +127,9 @@ def read_and_close_chunk(
     writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
     with lanes.on(lanes.values):
         errors = read(memory.values, found.slots.flatten(1), weights, pair_targets, output, o.backend)
-    of_pairs, of_chunk = slice(0, pair_targets.shape[:2].numel()), slice(carried * batch, None)
-    picks = (found.half_scores[of_chunk], found.sub_keys[of_chunk])
+    of_pairs = slice(0, pair_targets.shape[:2].numel())
     lanes.hold(found, errors)
-    apply_chunk_writes(memory, writes, errors[of_pairs], *picks, lanes, o)
+    apply_chunk_writes(memory, writes, errors[of_pairs], found.picks.since(carried * batch), lanes, o)
 
 
 def read_and_close_chunks(memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, o: Options) -> None:
@@ -178,49 +178,6 @@ def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
         touched.index_fill_(0, slots.flatten(), 1)
 
 
-class Lanes:
-    """What the parts of a chunk run on beside each other in a CUDA graph: streams; where nothing is captured, nothing.
-
-    Addresses stay on the stream that is captured: so those of the next chunk need not wait for the values of this one.
-    """
-
-    def __init__(self, is_capturing: bool = False) -> None:
-        self.plans: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
-        self.values: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
-        self._open: list[torch.cuda.Stream] = []  #: on which something has been launched
-        #: Memory that is freed on one stream may be handed out on it while another still reads: so nothing is freed.
-        self._held: list[Any] = []
-
-    def on(self, lane: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager[Any]:
-        """Launch on a lane, after all that has been launched on the present stream."""
-        if lane is None:
-            return contextlib.nullcontext()
-        lane.wait_stream(torch.cuda.current_stream())
-        if lane not in self._open:
-            self._open.append(lane)
-        return torch.cuda.stream(lane)
-
-    def hold(self, *tensors: Any) -> None:
-        """Keep what several lanes read until all of them have ended."""
-        if self.plans is not None:
-            self._held.append(tensors)
-
-    def wait(self, lane: "torch.cuda.Stream | None") -> None:
-        """Let the present stream wait for a lane."""
-        if lane is not None:
-            torch.cuda.current_stream().wait_stream(lane)
-
-    def join(self) -> None:
-        """Let the present stream wait for all lanes that were launched on; then nothing is held any more.
-
-        The others are no part of what is captured: to wait for them would be an error.
-        """
-        for lane in self._open:
-            self.wait(lane)
-        self._open.clear()
-        self._held.clear()
-
-
 class ChunkWrites(NamedTuple):
     """What a chunk writes, planned: of E pairs of a token that was read and its target, time first."""
 
@@ -247,30 +204,24 @@ def plan_chunk_writes(
 
 
 def apply_chunk_writes(
-    memory: Memory,
-    writes: ChunkWrites,
-    errors: Tensor,
-    half_scores: Tensor,
-    sub_keys: Tensor,
-    lanes: Lanes,
-    o: Options,
+    memory: Memory, writes: ChunkWrites, errors: Tensor, picks: Picks, lanes: Lanes, o: Options
 ) -> None:
     """Write values and keys, both from the state that was read, and carry the last tokens over.
 
     Args:
         errors: [E, D], of the pairs, launched on the lane of values.
-        half_scores, sub_keys: of the tokens of the chunk, [C·B, H, 2, K].
+        picks: of the tokens of the chunk, M = C·B.
     """
     keys, values, _, queue = memory
     window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # what is carried, then the chunk
     chunk = window[writes.carried * queue.gates.shape[1] :]
-    lanes.hold(errors, half_scores, sub_keys)
+    lanes.hold(errors, picks)
     if o.key_gradient == "all":
         with lanes.on(lanes.values):
             lanes.wait(lanes.plans)
             pair_rows = values[writes.slots.flatten(1)].to(errors.dtype)
             pairs = (window[: len(errors)], writes.slots, pair_rows, errors, [writes.gates, writes.mask])
-            keys.copy_(coupled_step(keys, chunk, sub_keys, *pairs, o))
+            keys.copy_(coupled_step(keys, chunk, picks.sub_keys, *pairs, o))
             write(values, errors, writes.write_weights, writes.plan, o.write)
             _carry(queue, o)
         lanes.wait(lanes.values)
@@ -281,7 +232,7 @@ def apply_chunk_writes(
         lanes.wait(lanes.plans)
         write(values, errors, writes.write_weights, writes.plan, o.write)
     if o.keys_move:
-        step_keys(keys, chunk, half_scores, sub_keys, out=keys, **o.key_step)
+        step_keys(keys, chunk, picks, o.key_step, out=keys)
     # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
     lanes.wait(lanes.plans)
 
@@ -468,19 +419,18 @@ def fast_weight_memory_step(
     o = check_step(state, queries, targets, gates, mask, o)
     if not state._made_in_export:
         refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)
-    # The operator asks as well, but after what is not bound yet has been. Not so in a compiled function, which binds
-    # after its operators have run; and what is bound asks there alone, since a checkpoint's policy may leave it out.
+    # Refuse before `_bind` changes the state. Compiled code binds after its operators have run, and a bound state has
+    # nothing to lose: there the operator's check is enough, and the only one, as a checkpoint's policy may skip it.
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
-    gates, mask = each(Tensor.detach, gates, mask)
-    tokens = (queries.detach(), targets.detach(), gates, mask)
+    tokens = each(Tensor.detach, queries, targets, gates, mask)
     if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
 
 
-def _run_step(state: MemoryState, tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None], o: Options) -> Tensor:
+def _run_step(state: MemoryState, tokens: tuple[Any, ...], o: Options) -> Tensor:
     """Bind the state at its first step, and run the operator."""
     queries, targets, _, _ = tokens
     output: Tensor

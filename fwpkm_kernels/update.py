@@ -1,6 +1,6 @@
 """The chunk write: one gradient step on the rows that a chunk addressed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,21 +135,25 @@ def _(grad_values, errors, write_weights, slots, plan, *options):  # type: ignor
     return errors.new_empty(errors.shape), errors.new_empty(slots.shape)
 
 
-def _fold_write(
-    slots: Tensor,
-    weights: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    counts: Tensor,
-    factors: tuple[float | Tensor | None, ...],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+class _Chunk(NamedTuple):
+    """What a chunk writes: as in `chunk_value_update`, with a number or a tensor for α."""
+
+    slots: Tensor
+    weights: Tensor
+    targets: Tensor
+    predictions: Tensor
+    gates: Tensor | None
+    mask: Tensor | None
+    scale: float | Tensor
+
+
+def _fold_write(chunk: _Chunk, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The errors e = p - y, [M, D], and the write weights c = α·g·m·w / n_s, [M, J]: everything that multiplies e."""
-    write_weights = weights.to(dtype) / counts.view(slots.shape)
-    for factor in factors:
+    write_weights = chunk.weights.to(dtype) / counts.view(chunk.slots.shape)
+    for factor in (chunk.scale, chunk.gates, chunk.mask):
         if factor is not None:
             write_weights = write_weights * _per_row(factor, dtype, write_weights)
-    errors = predictions.to(dtype) - targets.to(dtype)
+    errors = chunk.predictions.to(dtype) - chunk.targets.to(dtype)
     return errors.contiguous(), write_weights.contiguous()
 
 
@@ -189,46 +193,30 @@ class _ChunkValueUpdateBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_values: Tensor,
-        slots: Tensor,
-        weights: Tensor,
-        targets: Tensor,
-        predictions: Tensor,
-        gates: Tensor | None,
-        mask: Tensor | None,
-        scale: float | Tensor,
-        counts: Tensor,
-        plan: Plan,
-        o: Write,
-    ) -> Any:
-        dtype = compute_dtype(grad_values.dtype)
-        factors = {"scale": scale, "gates": gates, "mask": mask}
-        errors, write_weights = _fold_write(
-            slots, weights, targets, predictions, counts, tuple(factors.values()), dtype
-        )
-        sums, dots = _update_grad_op(grad_values, errors, write_weights, slots, list(plan), *o)
+    def forward(ctx: Any, grad_values: Tensor, counts: Tensor, plan: Plan, o: Write, *fields: Any) -> Any:
+        chunk, dtype = _Chunk(*fields), compute_dtype(grad_values.dtype)
+        errors, write_weights = _fold_write(chunk, counts, dtype)
+        sums, dots = _update_grad_op(grad_values, errors, write_weights, chunk.slots, list(plan), *o)
+        factors = {"scale": chunk.scale, "gates": chunk.gates}
 
         def times_other(grad: Tensor, left_out: str) -> Tensor:
-            for name in ("scale", "gates"):
-                factor = factors[name]
+            for name, factor in factors.items():
                 if name != left_out and factor is not None:
                     grad = grad * _per_row(factor, dtype, grad)
             return grad
 
         # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first:
         # what is masked stays 0 then, even if a product of the others overflows.
-        per_weight = -dots / counts.view(slots.shape)
-        if mask is not None:
-            per_weight = per_weight * _per_row(mask, dtype, per_weight)
-        per_row = (per_weight * weights.to(dtype)).sum(1)
+        per_weight = -dots / counts.view(chunk.slots.shape)
+        if chunk.mask is not None:
+            per_weight = per_weight * _per_row(chunk.mask, dtype, per_weight)
+        per_row = (per_weight * chunk.weights.to(dtype)).sum(1)
         return (
-            times_other(per_weight, "").to(weights.dtype),
-            sums.to(targets.dtype),
-            (-sums).to(predictions.dtype),
-            None if gates is None else times_other(per_row, "gates").to(gates.dtype),
-            times_other(per_row, "scale").to(scale.dtype) if isinstance(scale, Tensor) else None,
+            times_other(per_weight, "").to(chunk.weights.dtype),
+            sums.to(chunk.targets.dtype),
+            (-sums).to(chunk.predictions.dtype),
+            None if chunk.gates is None else times_other(per_row, "gates").to(chunk.gates.dtype),
+            times_other(per_row, "scale").to(chunk.scale.dtype) if isinstance(chunk.scale, Tensor) else None,
         )
 
     @staticmethod
@@ -263,9 +251,8 @@ class ChunkValueUpdate(Function):
         o, scale = _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, scale, o)
         plan = plan_segments(slots, values.shape[0])
         counts = _count(plan, slots, values.shape[0], mask, count_slots)
-        errors, write_weights = _fold_write(
-            slots, weights, targets, predictions, counts, (scale, gates, mask), compute_dtype(values.dtype)
-        )
+        chunk = _Chunk(slots, weights, targets, predictions, gates, mask, scale)
+        errors, write_weights = _fold_write(chunk, counts, compute_dtype(values.dtype))
         out = _update_op(values, errors, write_weights, list(plan), *o)
         tensor_scale = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan)
@@ -282,19 +269,10 @@ class ChunkValueUpdate(Function):
         if ctx.needs_input_grad[0]:
             grad_values = grad_out if o.weight_decay == 0.0 else grad_out * (1.0 - o.lr * o.weight_decay)
         if any(ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 9)):
-            grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = _ChunkValueUpdateBackward.apply(
-                grad_out,
-                slots,
-                weights,
-                targets,
-                predictions,
-                gates,
-                mask,
-                scale if tensor_scale is None else tensor_scale,
-                counts,
-                Plan._make(plan),
-                o,
-            )
+            scale = scale if tensor_scale is None else tensor_scale
+            chunk = (slots, weights, targets, predictions, gates, mask, scale)
+            results = _ChunkValueUpdateBackward.apply(grad_out, counts, Plan._make(plan), o, *chunk)
+            grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = results
         written = (grad_weights, grad_targets, grad_predictions, grad_gates)
         return (grad_values, None, *written, None, None, None, grad_scale, None, None, None)
 
@@ -322,14 +300,10 @@ def _check_update(
     checks.check_like("weights", weights, "slots", slots)
     checks.check_tokens("slots", slots, slots.shape[0])
     checks.check_like("predictions", predictions, "targets", targets)
-    for name, x, other_name, other, dim in (
-        ("targets", targets, "slots", slots, 0),
-        ("targets", targets, "values", values, 1),
-    ):
-        if x.shape[dim] != other.shape[dim]:
-            what = ("as many rows", "the width")[dim]
+    for what, name, other, dim in (("as many rows", "slots", slots, 0), ("the width", "values", values, 1)):
+        if targets.shape[dim] != other.shape[dim]:
             raise ValueError(
-                f"`{name}` must have {what} of `{other_name}`, got {checks.shape(x)} against {checks.shape(other)}"
+                f"`targets` must have {what} of `{name}`, got {checks.shape(targets)} against {checks.shape(other)}"
             )
     rows = {"gates": gates, "mask": mask, "scale": scale if isinstance(scale, Tensor) else None}
     for name, row in rows.items():
@@ -466,12 +440,10 @@ def chunk_value_update_(
     refuse_transforms("chunk_value_update_", (*tensors, scale))
     o, scale = _check_update(*tensors, scale, Write(lr, weight_decay, clip, backend))
     checks.check_writable("values", values, "chunk_value_update")
-    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
-    weights, targets, predictions = (x.detach() for x in (weights, targets, predictions))
-    factors = tuple(x.detach() if isinstance(x, Tensor) else x for x in (scale, gates, mask))
     plan = plan_segments(slots, values.shape[0])
     counts = _count(plan, slots, values.shape[0], mask, count_slots)
-    errors, write_weights = _fold_write(
-        slots, weights, targets, predictions, counts, factors, compute_dtype(values.dtype)
-    )
+    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
+    fields = (slots, weights, targets, predictions, gates, mask, scale)
+    chunk = _Chunk._make(x.detach() if isinstance(x, Tensor) else x for x in fields)
+    errors, write_weights = _fold_write(chunk, counts, compute_dtype(values.dtype))
     _update_inplace_op(values, errors, write_weights, list(plan), *o)

@@ -134,7 +134,7 @@ FAULTS = [
     ),
     Fault(
         "last-column-for-all",
-        "kernels/lookup.py",
+        "kernels/_common.py",
         "tl.where(offs_k == i_k, column, best_columns)",
         "tl.where(offs_k <= i_k, column, best_columns)",
         "all picks of a tile are of the sub-key that came last",
@@ -171,8 +171,8 @@ FAULTS = [
     Fault(
         "every-slab-first",
         "kernels/lookup.py",
-        "            sub_keys[begin : begin + rows],",
-        "            sub_keys,",
+        "sub_keys[of_slab], scores",
+        "sub_keys, scores",
         "all slabs of rows write the first rows' sub-keys, the others stay unwritten",
         "lookup key_step",
         "slabs",
@@ -797,7 +797,7 @@ FAULTS = [
     ),
     Fault(
         "input-table-written",
-        "memory.py",
+        "sequence.py",
         "new_values = values.clone(memory_format=torch.contiguous_format)",
         "new_values = values.contiguous()",
         "the memory writes into the table that it was given",
@@ -806,7 +806,7 @@ FAULTS = [
     ),
     Fault(
         "incoming-gradient-overwritten",
-        "memory.py",
+        "sequence.py",
         "table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)",
         "table_grad = table_grad.zero_() if grad_values is None else grad_values.contiguous()",
         "backward writes into the gradient of the final table",
@@ -947,7 +947,7 @@ FAULTS = [
         "key-step-over-the-carried",
         "streaming.py",
         "chunk = window[writes.carried * queue.gates.shape[1] :]",
-        "chunk = window[: len(half_scores)]",
+        "chunk = window[: len(picks.sub_keys)]",
         "the queries of the key step are those of L tokens before",
         "streaming properties",
         "((in_torch or what_was_written) and fast_weight_memory_step) or strides",

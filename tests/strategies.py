@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fwpkm_kernels import testing
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 
 #: What hypothesis draws, by the name of the function or method that is called.
 OPERATIONS = (

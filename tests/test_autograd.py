@@ -14,12 +14,12 @@ from fwpkm_kernels import (
     MemoryOutput,
     chunk_value_update,
     fast_weight_memory,
-    memory,
     product_key_lookup,
+    sequence,
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 from tests.conftest import PLACES
 from tests.helpers.memory import (
     BOUNDARIES,
@@ -215,7 +215,7 @@ def test_addresses_are_not_differentiated_for_nothing(monkeypatch):
     def fail(*args: Any) -> Any:
         raise AssertionError("the gradients of queries and keys are not asked for")
 
-    monkeypatch.setattr(memory, "address_scan_grad", fail)
+    monkeypatch.setattr(sequence, "address_scan_grad", fail)
     inputs = make_inputs(2, 6)
     inputs["values"] = inputs["values"].requires_grad_()
     inputs["gates"] = inputs["gates"].requires_grad_()

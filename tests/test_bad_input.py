@@ -338,9 +338,16 @@ def good_step(read: int = 0) -> Arguments:
     return {"state": state, **tokens_of(inputs, read, read + 8), **OPTIONS}
 
 
+def parameters_of_apply(function: type[torch.autograd.Function]) -> list[inspect.Parameter]:
+    """In order; FastWeightMemory takes what `fast_weight_memory` takes, in its order."""
+    if function is FastWeightMemory:
+        return list(inspect.signature(fast_weight_memory).parameters.values())
+    return list(inspect.signature(function.forward).parameters.values())[1:]
+
+
 def apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` of arguments by name."""
-    parameters = list(inspect.signature(function.forward).parameters.values())[1:]
+    parameters = parameters_of_apply(function)
     return lambda **arguments: function.apply(*(arguments.get(x.name, x.default) for x in parameters))
 
 
@@ -422,10 +429,9 @@ def test_numbers_of_numpy_are_numbers():
 
 def parameters_of(function: Any) -> set[str]:
     """By name; for options that are passed on, all of them."""
-    target = (
-        function.forward if isinstance(function, type) and issubclass(function, torch.autograd.Function) else function
-    )
-    names = set(inspect.signature(target).parameters) - {"ctx"}
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return {x.name for x in parameters_of_apply(function)}
+    names = set(inspect.signature(function).parameters)
     return names - {"options"} | set(Options._fields) if "options" in names else names
 
 

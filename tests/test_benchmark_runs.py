@@ -126,27 +126,43 @@ def wrong(values, slots, weights):
     return values[slots].sum(1)
 
 
+def changed(row: registry.Row, **fields: object) -> registry.Row:
+    return dataclasses.replace(row, operation=dataclasses.replace(row.operation, **fields))
+
+
 def with_faults(row: registry.Row) -> registry.Row:
     """A row with two providers that cannot be timed before this package."""
-    faulty = (Provider("late", late), Provider("wrong", wrong), row.operation.providers[0])
-    return dataclasses.replace(row, operation=dataclasses.replace(row.operation, providers=faulty))
+    return changed(row, providers=(Provider("late", late), Provider("wrong", wrong), row.operation.providers[0]))
 
 
-def test_wrong_numbers_errors_and_the_deadline():
-    """What a provider does is recorded; what ends the run is not lost."""
-    row, results = with_faults(ROWS["gather/forward/inference"]), []
-    cases = [(row, provider) for provider in row.providers()]
+def test_faults_of_a_row_are_their_own():
+    """What a provider does is recorded, and so is a row without inputs, which are drawn once for all providers; what
+    ends the run is not lost."""
+    row, results, seeds = with_faults(ROWS["gather/forward/inference"]), [], []
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("34 GB")
+
+    def draw(c, device, seed):
+        seeds.append(seed)
+        return inputs.of_gather(c, device, seed)
+
+    cases = [(changed(row, make_inputs=no_room), row.providers()[2])]
+    drawn = changed(row, make_inputs=draw)
+    cases += [(drawn, provider) for provider in row.providers()]
 
     def measure_until(deadline, on_result):
         run.run_rows(cases, MACHINE, seconds=0.001, deadline=deadline, on_result=on_result)
 
     measure_until(time.monotonic() + 60, results.append)
-    assert [r.status for r in results] == ["error", "wrong", "ok"]
-    assert results[0].message == "RuntimeError: out of order"
-    assert results[1].median_us is None
+    assert [r.status for r in results] == ["error", "error", "wrong", "ok"]
+    assert [r.message for r in results[:2]] == ["OutOfMemoryError: 34 GB", "RuntimeError: out of order"]
+    assert [r.median_us for r in results[:3]] == [None] * 3
+    assert run.report(results[:1])
+    assert seeds.count(0) == 1
 
     measure_until(time.monotonic(), results.append)
-    assert len(results) == 3
+    assert len(results) == 4
 
     def stop(result):
         raise KeyboardInterrupt
@@ -182,30 +198,6 @@ def test_rows_under_pytest_benchmark(monkeypatch, tmp_path):
     (timed,) = json.loads(file.read_text())["benchmarks"]
     assert timed["stats"]["rounds"] >= 3
     assert timed["extra_info"]["ratio"] > 0
-
-
-def test_rows_of_a_gpu_draw_their_inputs_once(monkeypatch):
-    drawn, measured = [], []
-
-    class FakeRow:
-        configuration = registry.CONFIGURATIONS[0]
-
-        def inputs(self, kind):
-            drawn.append(self)
-            return {"seed": len(drawn)}
-
-    def fake_measure(row, provider, machine, *, seconds, shared, graphs):
-        assert shared.inputs is shared.inputs
-        return row, provider, shared.inputs["seed"], shared.row
-
-    monkeypatch.setattr(run, "measure", fake_measure)
-    monkeypatch.setattr(run, "release", lambda machine: None)
-    a, b = FakeRow(), FakeRow()
-    cases, machine = [(a, "x"), (a, "y"), (b, "x")], dataclasses.replace(MACHINE, kind="cuda")
-    for deadline in (time.monotonic() + 60, time.monotonic()):
-        run.run_rows(cases, machine, seconds=1.0, deadline=deadline, on_result=measured.append)
-    assert drawn == [a, b]
-    assert measured == [(a, "x", 1, a), (a, "y", 1, a), (b, "x", 2, b)]
 
 
 def test_peak_memory_of_a_cpu_call():
@@ -502,23 +494,6 @@ def test_a_row_on_a_gpu_that_is_made_up(way, monkeypatch):
     assert result.graph_us == {"captured": 7.0, "not captured": None, "replayed": 3.0}[way]
     assert result.message.startswith(NO_GRAPH) == (way == "not captured")
     assert [list(inputs) for inputs in ended] == ([["values", "slots", "weights"]] if way == "replayed" else [])
-
-
-def test_a_row_without_inputs_is_an_error_of_its_own(monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("34 GB")
-
-    row = ROWS["gather/forward/inference"]
-    broken = dataclasses.replace(row, operation=dataclasses.replace(row.operation, make_inputs=no_room))
-    results = []
-    cases = [(each, each.providers()[0]) for each in (broken, row)]
-    run_on = {"seconds": 0.001, "deadline": time.monotonic() + 60, "on_result": results.append}
-    monkeypatch.setattr(run, "measure", lambda row, provider, _, **options: measure(row, provider, MACHINE, **options))
-    monkeypatch.setattr(run, "Shared", lambda row, kind: Shared(row, "cpu"))
-    monkeypatch.setattr(run, "release", lambda machine: None)
-    run.run_rows(cases, dataclasses.replace(MACHINE, kind="cuda"), **run_on)
-    assert [(r.status, r.message) for r in results] == [("error", "OutOfMemoryError: 34 GB"), ("ok", "")]
-    assert run.report(results[:1])
 
 
 def test_on_a_gpu_this_package_comes_first_and_what_has_a_goal():

@@ -450,13 +450,3 @@ def test_forward_and_backward_in_one_call():
     cost = {way: ROWS[f"sequence/{way}/8x4096"].cost(inputs) for way in ("forward", "backward", "both")}
     assert cost["both"].bytes == cost["forward"].bytes + cost["backward"].bytes
     assert cost["both"].flops == cost["forward"].flops + cost["backward"].flops
-
-
-def test_a_provider_that_raises_is_recorded():
-    def broken(**inputs):
-        raise RuntimeError("out of order")
-
-    result = measure(ROWS["gather/forward/inference"], Provider("broken", broken), MACHINE, seconds=0.001)
-    assert result.status == "error"
-    assert result.message == "RuntimeError: out of order"
-    assert result.median_us is None

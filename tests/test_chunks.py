@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fwpkm_kernels import testing
-from fwpkm_kernels.memory import STEPS
-from fwpkm_kernels.options import Options
+from fwpkm_kernels.options import STEPS, Options
 from fwpkm_kernels.records import Plan
 from fwpkm_kernels.weights import Writes, plan_writes, plan_writes_grad, sum_reads, weigh_again
 from tests.conftest import PLACES

@@ -19,6 +19,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.lookup import lookup_halves
+from fwpkm_kernels.options import Lookup
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER
 from tests.helpers.memory import make_inputs, named, run
 from tests.helpers.streaming import make_state, stream
@@ -213,9 +214,8 @@ def test_finite_queries_whose_squares_overflow(place, value, top_k):
     for x, expected in zip((scores, slots), clean, strict=True):
         testing.assert_bitwise_equal(x[others].detach(), expected[others])
     assert (scores[2, 1] == -INF).all()
-    options = {"top_k": top_k, "score": "idw", "eps": 1e-3, "precision": "tf32x3", "backend": place.backend}
     with torch.no_grad():
-        *_, sub_keys = lookup_halves(queries, keys, **options)
+        sub_keys = lookup_halves(queries, keys, Lookup(top_k, backend=place.backend)).sub_keys
     half_keys = keys.detach()[1, 1]
     nearest = torch.cdist(queries.detach()[2, 1:, 2:], half_keys).topk(top_k, largest=False).indices[0]
     assert sub_keys[2, 1, 1].tolist() == (nearest + 12).tolist(), "picks of the other half"

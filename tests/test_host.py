@@ -26,7 +26,7 @@ def run(*command: str) -> None:
 
 
 def run_case(case: str) -> None:
-    run("-c", f"from tests import launched; launched.{case}()")
+    run("-c", f"from tests.helpers import launched; launched.{case}()")
 
 
 @needs_stand_in

@@ -12,7 +12,9 @@ from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
 from fwpkm_kernels.kernels.key_step import KeySumConfig, pick_sums, sum_picks
 from fwpkm_kernels.key_step import address_grad, step_keys
 from fwpkm_kernels.lookup import lookup_halves
+from fwpkm_kernels.options import KeyStep, Lookup
 from fwpkm_kernels.plan import plan_picks
+from fwpkm_kernels.records import Addresses, Picks
 from tests.conftest import HAS_GPU, SLOW_IN_INTERPRETER, Place
 from tests.helpers.golden import load
 
@@ -103,16 +105,14 @@ def test_strides_of_inputs_and_of_incoming_gradients(layout, score, place):
 def test_near_keys(place):
     """The distance to a sub-key beside the query is that of their difference; the score's own has cancelled."""
     inputs = testing.make_lookup_inputs(4, 1, 12, 32, key_pattern="near", device=place.device)
-    options = {"score": "idw", "eps": 1e-3, "lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None}
 
     def step(queries, keys, backend):
         """Of what the lookup finds only the sub-keys: its scores would be the larger error."""
-        _, _, _, sub_keys = lookup_halves(
-            queries, keys, top_k=4, score="idw", eps=1e-3, precision="ieee", backend=backend
-        )
+        o = KeyStep(4, precision="ieee", backend=backend)
+        sub_keys = lookup_halves(queries, keys, o.lookup).sub_keys
         halves = torch.stack(reference.lookup.half_scores(queries, keys), dim=2)
         half_scores = halves.gather(-1, sub_keys.long() - torch.tensor([[0], [12]], device=keys.device))
-        return step_keys(keys, queries, half_scores, sub_keys, **options, backend=backend)
+        return step_keys(keys, queries, Picks(half_scores, sub_keys), o)
 
     with testing.poisoned_memory():
         new_keys = step(*inputs, place.backend)
@@ -170,9 +170,9 @@ def test_keys_that_nobody_picks_stay(place):
 @pytest.mark.parametrize("score", ["idw", "dot"])
 def test_halves_are_those_of_the_lookup(score, place):
     queries, keys = testing.make_lookup_inputs(5, 2, 9, 14, device=place.device)
-    options = {"top_k": 4, "score": score, "eps": 1e-3, "precision": "ieee", "backend": place.backend}
+    o = Lookup(4, score, precision="ieee", backend=place.backend)
     with testing.poisoned_memory():
-        scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, **options)
+        scores, slots, half_scores, sub_keys = lookup_halves(queries, keys, o)
     halves = torch.stack(reference.lookup.half_scores(queries, keys, score=score), dim=2)
     best, columns = torch.sort(halves, dim=-1, descending=True, stable=True)
     first_rows = torch.arange(0, 36, 9, device=place.device).view(2, 2, 1)
@@ -203,34 +203,19 @@ JOINT = {
 @pytest.mark.parametrize("case", JOINT)
 def test_joint_backward(case, score, first_row, heads, place):
     queries, keys = testing.make_lookup_inputs(3, heads, 5, 6, dtype=torch.float64, device=place.device)
-    options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None, **JOINT[case]}
-    shared = {"top_k": 2, "score": score}
+    o = KeyStep(2, score, **JOINT[case], precision="ieee", backend=place.backend)
     leaves = [queries.requires_grad_(), keys.requires_grad_()]
-    results = lookup_and_step(*leaves, first_row=first_row, **shared, **options)
+    results = lookup_and_step(*leaves, first_row=first_row, top_k=2, score=score, **JOINT[case])
     grad_scores = testing.random_cotangent(results[0], layout="strided")
     grad_new_keys = testing.random_cotangent(results[1], seed=2)
     if case == "step only":
         grad_scores = torch.zeros_like(grad_scores)
     expected = torch.autograd.grad(results, leaves, [grad_scores, grad_new_keys])
     queries, keys = queries.detach(), keys.detach()
-    _, slots, half_scores, sub_keys = lookup_halves(
-        queries, keys, **shared, eps=1e-3, precision="ieee", backend=place.backend
-    )
-    picked = (None, None) if case == "step only" else (grad_scores, slots)
-    with testing.poisoned_memory(), testing.assert_unchanged((queries, keys, half_scores, grad_new_keys)):
-        gradients = address_grad(
-            grad_new_keys,
-            keys,
-            queries,
-            half_scores,
-            sub_keys,
-            *picked,
-            first_row=first_row,
-            score=score,
-            eps=1e-3,
-            **options,
-            backend=place.backend,
-        )
+    found = lookup_halves(queries, keys, o.lookup)
+    of_scores = (None, None) if case == "step only" else (grad_scores, found.slots)
+    with testing.poisoned_memory(), testing.assert_unchanged((queries, keys, *found, grad_new_keys)):
+        gradients = address_grad(grad_new_keys, keys, queries, *of_scores, found.picks, o, first_row=first_row)
     for actual, exact, name in zip(gradients, expected, ("queries", "keys"), strict=True):
         torch.testing.assert_close(actual, exact, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -243,14 +228,10 @@ def test_nan_before_the_first_row_is_no_part_of_a_key_step(clip, score, place):
     grad_new_keys = testing.random_cotangent(keys)
 
     def gradients(queries):
-        _, _, half_scores, sub_keys = lookup_halves(
-            queries, keys, top_k=2, score=score, eps=1e-3, precision="ieee", backend=place.backend
-        )
-        sub_keys[0] = sub_keys[1]  # which a row that counts picks too
-        picks = (half_scores, sub_keys, None, None)
-        options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": clip, "backend": place.backend}
-        options |= {"first_row": 1, "score": score, "eps": 1e-3}
-        return address_grad(grad_new_keys, keys, queries, *picks, **options)[0][1:]
+        o = KeyStep(2, score, clip=clip, precision="ieee", backend=place.backend)
+        picks = lookup_halves(queries, keys, o.lookup).picks
+        picks.sub_keys[0] = picks.sub_keys[1]  # which a row that counts picks too
+        return address_grad(grad_new_keys, keys, queries, None, None, picks, o, first_row=1)[0][1:]
 
     expected = gradients(queries)
     queries = queries.clone()
@@ -334,12 +315,10 @@ def test_autocast_changes_nothing(place):
 def test_half_precision_keys_are_rounded_once(place):
     queries, keys = testing.make_lookup_inputs(3, 1, 6, 8, dtype=torch.float16, device=place.device)
     keys = keys.half()
-    options = {"score": "idw", "eps": 1e-3, "lr": 0.5, "weight": 1.0, "weight_decay": 0.1, "clip": None}
-    _, _, *halves = lookup_halves(
-        queries, keys, top_k=3, score="idw", eps=1e-3, precision="ieee", backend=place.backend
-    )
-    new_keys = step_keys(keys, queries, *halves, **options, backend=place.backend)
-    exact = step_keys(keys.float(), queries, *halves, **options, backend=place.backend)
+    o = KeyStep(3, lr=0.5, weight_decay=0.1, precision="ieee", backend=place.backend)
+    picks = lookup_halves(queries, keys, o.lookup).picks
+    new_keys = step_keys(keys, queries, picks, o)
+    exact = step_keys(keys.float(), queries, picks, o)
     testing.assert_bitwise_equal(new_keys, exact.half())
 
 
@@ -357,30 +336,28 @@ def test_out(case, place):
     """New keys in a slice of a stack, and keys that move in place, have the bits of a new tensor."""
     dtype = torch.float32 if case == "plain" else torch.bfloat16
     queries, keys = testing.make_lookup_inputs(2, 2, 4, 6, dtype=dtype, keys_dtype=dtype, device=place.device)
-    found = {"top_k": 2, "score": "idw", "eps": 1e-3, "backend": place.backend}
-    _, _, *halves = lookup_halves(queries, keys, **found, precision="ieee")
-    options = {"lr": 1.0, "weight": 1.0, "weight_decay": 0.0, "clip": None, **OUT[case]}
-    options |= {"score": "idw", "eps": 1e-3, "backend": place.backend}
-    with testing.poisoned_memory(), testing.assert_unchanged(queries, keys, *halves):
-        expected = step_keys(keys, queries, *halves, **options)
+    o = KeyStep(2, **OUT[case], precision="ieee", backend=place.backend)
+    picks = lookup_halves(queries, keys, o.lookup).picks
+    with testing.poisoned_memory(), testing.assert_unchanged(queries, keys, *picks):
+        expected = step_keys(keys, queries, picks, o)
         stack = torch.full((3, *keys.shape), 7.0, dtype=dtype, device=place.device)
-        out = step_keys(keys, queries, *halves, **options, out=stack[1])
+        out = step_keys(keys, queries, picks, o, out=stack[1])
     assert out.data_ptr() == stack[1].data_ptr()
     testing.assert_bitwise_equal(stack[1], expected, "out")
     assert (stack[[0, 2]] == 7).all()
     moved = keys.clone()
-    assert step_keys(moved, queries, *halves, **options, out=moved) is moved
+    assert step_keys(moved, queries, picks, o, out=moved) is moved
     testing.assert_bitwise_equal(moved, expected, "in place")
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.25])
 def test_out_without_rows(weight_decay, place):
     queries, keys = testing.make_lookup_inputs(0, 1, 5, 6, device=place.device)
-    halves = (keys.new_empty(0, 1, 2, 2), torch.empty(0, 1, 2, 2, dtype=torch.int32, device=place.device))
-    options = {"score": "idw", "eps": 1e-3, "lr": 1.0, "weight": 1.0, "weight_decay": weight_decay, "clip": None}
+    picks = Addresses.empty(queries, 2, keys.dtype).picks
+    o = KeyStep(2, weight_decay=weight_decay, backend=place.backend)
     moved, out = keys.clone(), torch.empty_like(keys)
-    step_keys(moved, queries, *halves, **options, backend=place.backend, out=moved)
-    step_keys(keys, queries, *halves, **options, backend=place.backend, out=out)
+    step_keys(moved, queries, picks, o, out=moved)
+    step_keys(keys, queries, picks, o, out=out)
     testing.assert_bitwise_equal(moved, keys * (1 - weight_decay))
     testing.assert_bitwise_equal(out, moved)
 

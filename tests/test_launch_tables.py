@@ -220,28 +220,26 @@ def sub_key_launches(place: Place) -> Function:
     rows, heads, n, width, top_k = (4096, 2, 64, 64, 8) if place.device == "cuda" else (2, 1, 5, 8, 3)
     queries, keys = testing.make_lookup_inputs(rows, heads, n, width, device=place.device)
     table, options = keys.flatten(0, 2), {"idw": True, "eps": 1e-3}
-    _, slots, half_scores, sub_keys = lookup.lookup(queries, keys, top_k=top_k, precision="ieee", **options)
-    plan = plan_picks(sub_keys, half_scores, n)
+    where = lookup.lookup(queries, keys, top_k=top_k, precision="ieee", **options)
+    picks, plan = where.picks, plan_picks(where.sub_keys, where.half_scores, n)
     numbers = {"idw": True, "weight": 0.5, "first_row": 1}
 
     def call() -> Any:
         grad_totals = torch.ones_like(table)
-        found = key_step.find_factors(half_scores, sub_keys, plan, **numbers)
+        found = key_step.find_factors(picks, plan, **numbers)
         out = torch.empty_like(queries)
         factors, dots, shares = key_step.step_grad(
-            queries, table, half_scores, sub_keys, plan.slope, grad_totals, out, direction=1.0, **numbers
+            queries, table, picks, plan, grad_totals, out, direction=1.0, **numbers
         )
         sums = key_step.pick_sums(shares, plan)
-        step = (plan.slope, plan.bend, sums, dots)
-        grad_halves = key_step.score_grad(
-            half_scores[:, :, 0], slots, sub_keys, half_scores, step, num_keys=n, **numbers
-        )
+        grad_scores = picks.half_scores[:, :, 0]
+        grad_halves = key_step.score_grad(grad_scores, where.slots, picks, plan, (sums, dots), **numbers)
         return (
             found,
             factors,
             sums,
             grad_halves,
-            lookup.half_grad(grad_halves, queries, table, sub_keys, out=out, add=True, **options),
+            lookup.half_grad(grad_halves, queries, table, where.sub_keys, out=out, add=True, **options),
         )
 
     return call

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import launches
-from benchmarks.launches import DECODE, FIXED_FLOORS, INFERENCE, TABLE_BYTES, TRAINING, Traffic
+from benchmarks.launches import DECODE, FIXED_FLOORS, INFERENCE, TABLE_BYTES, TRAINING
+from benchmarks.traffic import Traffic, distinct, hot
 
 #: For a chunk or step: launches, and bytes over those of the floor; for a sequence: launches.
 BOUNDS = {
@@ -47,7 +48,7 @@ def test_of_a_chunk(tmp_path):
     assert all(row["read"] + row["written"] < TABLE_BYTES / 1e6 for row in rows if row["work"] != "total")
     # The read of a chunk by hand: 4104 rows of 8 picks, their targets, outputs and errors, slots and weights.
     (read,) = (row for row in rows if row["work"] == TRAINING[0] and row["stage"] == "read")
-    met = launches.distinct(4104 * 8, 2**18) * 2048
+    met = distinct(4104 * 8, 2**18) * 2048
     assert read["read"] == pytest.approx((met + 4096 * 2048 + 4104 * 8 * 12) / 1e6, rel=1e-3)
     assert read["written"] == pytest.approx((4096 + 4104) * 2048 / 1e6, rel=1e-3)
     assert read["again"] == pytest.approx((4104 * 8 * 2048 - met) / 1e6, rel=1e-3)
@@ -68,17 +69,17 @@ def test_of_operators():
 
 
 def test_distinct_rows():
-    assert launches.distinct(1, 100) == pytest.approx(1.0)
-    assert launches.distinct(5, 1) == 1
+    assert distinct(1, 100) == pytest.approx(1.0)
+    assert distinct(5, 1) == 1
     slots = torch.randint(1000, (200, 700), generator=torch.Generator().manual_seed(0))
     mean = sum(len(x.unique()) for x in slots) / 200
-    assert launches.distinct(700, 1000) == pytest.approx(mean, rel=0.01)
+    assert distinct(700, 1000) == pytest.approx(mean, rel=0.01)
 
 
 def test_hot_segments():
     slots = torch.randint(32, (200, 320), generator=torch.Generator().manual_seed(0))
     lengths = torch.stack([torch.bincount(x, minlength=32) for x in slots])
-    hot = lengths >= 12
-    segments, pieces = launches._hot(320, 32, 6)
-    assert segments == pytest.approx(hot.sum().item() / 200, rel=0.05)
-    assert pieces == pytest.approx((lengths // 6)[hot].sum().item() / 200, rel=0.05)
+    is_hot = lengths >= 12
+    segments, pieces = hot(320, 32, 6)
+    assert segments == pytest.approx(is_hot.sum().item() / 200, rel=0.05)
+    assert pieces == pytest.approx((lengths // 6)[is_hot].sum().item() / 200, rel=0.05)

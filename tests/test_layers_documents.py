@@ -102,7 +102,7 @@ def test_padding_within_packed_documents():
 
 def test_a_document_does_not_depend_on_the_others(place):
     """Bit for bit, gradients too: whatever stands in another document, and in whatever order they come."""
-    lengths, others = (6, 5, 0, 3), (9, 6, 5)
+    lengths, others = (CHUNK + 1, CHUNK, 0, CHUNK - 2), (CHUNK + 1, CHUNK - 1)
     generator = torch.Generator().manual_seed(4)
 
     def draw(*size):

@@ -9,7 +9,7 @@ import torch
 
 import reference
 from fwpkm_kernels import chunk_value_update, fast_weight_memory, product_key_lookup, sparse_value_gather, testing
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.golden import NAMES, assert_near, load, tolerance
 from tests.helpers.memory import (

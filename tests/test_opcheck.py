@@ -33,12 +33,12 @@ def lookup_samples(place: Place) -> Samples:
 
 
 def lookup_grad_samples(place: Place) -> Samples:
-    for name, (queries, keys, top_k, score, eps, precision, backend) in lookup_samples(place):
-        scores, slots = OPS.product_key_lookup(queries, keys, top_k, score, eps, precision, backend)
+    for name, (queries, keys, *options) in lookup_samples(place):
+        scores, slots = OPS.product_key_lookup(queries, keys, *options)
         grad = torch.ones((), dtype=scores.dtype, device=place.device).expand(scores.shape)
-        yield name, (grad, queries, keys, slots, score, eps, True, backend)
+        yield name, (grad, queries, keys, slots, True, *options)
         if name == "plain":
-            yield "queries alone", (grad, queries, keys, slots, score, eps, False, backend)
+            yield "queries alone", (grad, queries, keys, slots, False, *options)
 
 
 def gather_samples(place: Place) -> Samples:
@@ -113,11 +113,9 @@ def key_step_samples(place: Place) -> Samples:
 
 def key_step_grad_samples(place: Place) -> Samples:
     for name, arguments in key_step_samples(place):
-        keys, queries, _, *options = arguments
+        keys, queries, *options = arguments
         new_keys, half_scores, sub_keys = OPS.product_key_update(*arguments)
-        score, eps, lr, weight, weight_decay, clip, _, backend = options
-        numbers = (score, eps, lr, weight, weight_decay, clip, backend)
-        yield name, (torch.ones_like(new_keys), keys, queries, half_scores, sub_keys, *numbers)
+        yield name, (torch.ones_like(new_keys), keys, queries, half_scores, sub_keys, *options)
 
 
 def memory_arguments(

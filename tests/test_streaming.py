@@ -20,6 +20,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.binding import FREE_OPTIONS
+from fwpkm_kernels.lanes import Lanes
 from fwpkm_kernels.options import Options
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER
 from tests.helpers.memory import KEY_GRADIENTS, assert_close, assert_same_bits, make_inputs
@@ -442,7 +443,7 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     with torch.no_grad(), NoSynchronisation(state._position):
         streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
         memory = streaming.Memory(state.keys, state.values, state._touched, queue)
-        streaming.close_chunk(memory, False, streaming.Lanes(), o)
+        streaming.close_chunk(memory, False, Lanes(), o)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fwpkm_kernels.kernels import streaming
-from fwpkm_kernels.memory import STEPS
+from fwpkm_kernels.options import STEPS
 from fwpkm_kernels.plan import count_accesses, plan_segments
 from fwpkm_kernels.weights import fold_write_weights, write_scale
 from tests.conftest import HAS_GPU

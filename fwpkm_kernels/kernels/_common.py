@@ -71,6 +71,26 @@ def take_best(bits, offs):
     return best, column, tl.where(offs == column, lowest(bits), bits)
 
 
+@triton.jit
+def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
+    """The COUNT largest entries of each row, their columns, and what is left, as in `take_best`.
+
+    The first two are [ROWS, BLOCK_K] or [BLOCK_K], COUNT <= BLOCK_K.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    if len(bits.shape) == 1:
+        best = tl.zeros([BLOCK_K], bits.dtype)
+    else:
+        best = tl.zeros([bits.shape[0], BLOCK_K], bits.dtype)
+        offs_k = offs_k[None, :]
+    best_columns = best.to(tl.int32)
+    for i_k in range(COUNT):
+        bit, column, bits = take_best(bits, columns)
+        best = tl.where(offs_k == i_k, bit, best)
+        best_columns = tl.where(offs_k == i_k, column, best_columns)
+    return best, best_columns, bits
+
+
 def row_warps(block_d: int, dtype: torch.dtype) -> int:
     """Warps for a kernel whose tiles are whole rows of `dtype`: as many as keep 128 bits of a row for every lane."""
     lanes = 64 if torch.version.hip is not None else 32

@@ -8,18 +8,17 @@ Forward is then `step_kernel`, from the picks to the factors of q - k, and `key_
 but stepped by. Backward is `step_grad_kernel`, the same with the gradient V of the totals; `pick_sums_kernel`, the sums
 that the gradient of P̄ takes; `score_grad_kernel`, which leaves one gradient for each half score picked, the lookup's
 own included, to `half_grad` in `kernels/lookup.py`; and `key_sum_kernel` again. There are few sub-keys, so one program
-sums all picks of one, and there is nothing to be added up after it: many picks at a time, as every token may have
-picked it.
+sums all picks of one, many at a time, since every token may have picked it; nothing is left to be added up after it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import PickPlan
+from ..records import PickPlan, Picks
 from ._common import cdiv, launch, next_power_of_2
 from .lookup import half_grad
 from .picks import probabilities
@@ -37,7 +36,7 @@ class KeySumConfig(NamedTuple):
 def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig:
     """Launch table, keyed by the width of a sub-key, the picks that one has on average, and the dtype of the sums."""
     block_a = min(max(next_power_of_2(max(1, int(picks))), 8), 64)
-    # With many picks narrow column blocks: what every token picks comes through several programs then.
+    # With many picks the column blocks are narrow, so that several programs share a sub-key that every token picks.
     block_d = min(next_power_of_2(max(1, width)), 256, 4096 // block_a)
     return KeySumConfig(block_a * 4 // dtype.itemsize, block_d, max(1, block_a * block_d // 1024))
 
@@ -51,8 +50,7 @@ def step_kernel(
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
     2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
-    that it steps by. `share` is 1 / (the number of rows). A program owns BLOCK_R of the R halves of (token, head) rows.
-    Grid: (tiles of halves,).
+    that it steps by. `share` is 1 / rows. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
     """
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
@@ -63,12 +61,12 @@ def step_kernel(
     row = tl.load(sub_keys_ptr + picks, mask=mask, other=0)
     i_head = offs_r // 2 % H
     u = tl.load(slope_ptr + row - (i_head * (2 * NUM_KEYS))[:, None], mask=mask, other=0.0)
-    factor = step_factors(scores, u, is_stepped, share, weight, IDW)
+    factor = factors_of_step(scores, u, is_stepped, share, weight, IDW)
     tl.store(factor_ptr + picks, factor, mask=(offs_r < R)[:, None] & (offs_k < TOP_K)[None, :])
 
 
 @triton.jit
-def step_factors(scores, u, mask, share, weight, IDW: tl.constexpr):
+def factors_of_step(scores, u, mask, share, weight, IDW: tl.constexpr):
     """Factors of the key step from the half scores and slopes of the picks of each row, 0 where `mask` is not set."""
     probability = probabilities(scores, mask)
     factor = probability * (u - tl.sum(probability * u, axis=1)[:, None])
@@ -118,7 +116,7 @@ def key_sum_kernel(
         pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
         position = begin
         while position < end:
-            # Factors before the first row are 0, which does not hide NaN.
+            # Factors before the first row are 0, but 0 times a NaN query is NaN: so those queries are not read.
             mask_a = (position + tl.arange(0, BLOCK_A) < end) & (token >= first_row)
             # The next picks are read before what these name: so each step takes one trip to memory, not two.
             position += BLOCK_A
@@ -133,7 +131,7 @@ def key_sum_kernel(
                 mask=mask_a[:, None] & mask_d[None, :], other=0.0,
             ).to(dtype)  # [BLOCK_A, BLOCK_D]
             if IDW:
-                q -= k[None, :]  # also where there is no pick: the factor is 0 there
+                q -= k[None, :]  # where there is no pick, the factor is 0
             totals += factor[:, None] * q
             token = next_token
             pick = next_pick
@@ -141,7 +139,7 @@ def key_sum_kernel(
         scale = tl.full([], decay, dtype)
         if EPILOGUE == "grad":
             result = scale * tl.load(base_ptr + base_row, mask=mask_d, other=0.0)
-            if STEP:  # steps of rows that nobody picked are not defined
+            if STEP:  # `steps` holds no numbers in rows that nobody picked
                 step = tl.load(steps_ptr + base_row, mask=offs_d < tl.where(begin < end, HALF, 0), other=0.0)
                 result -= tl.sum(step_totals, axis=0) * step
             result += total
@@ -210,7 +208,7 @@ def step_grad_kernel(
     row = tl.load(sub_keys_ptr + picks, mask=mask_s, other=0).to(tl.int64)
     u = tl.load(slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_s, other=0.0)
     dot = tl.zeros([BLOCK_K], dtype)
-    v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # outlives its loop if that is one tile long
+    v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # read again below if one tile holds it whole
     q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
     for start in range(0, HALF, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -222,9 +220,9 @@ def step_grad_kernel(
             vector = vector - k.to(dtype)  # [BLOCK_K, BLOCK_D]
         v = tl.load(grad_totals_ptr + row[:, None] * HALF + offs_d[None, :], mask=mask, other=0.0)
         dot += tl.sum(v * vector, axis=1)
-    dot = tl.where(mask_s, dot, 0.0)  # also where a query that is no part of the key step is NaN
+    dot = tl.where(mask_s, dot, 0.0)  # the query of a row that does not step may be NaN
     probability = tl.reshape(probabilities(scores[None, :], is_stepped), [BLOCK_K])
-    factor = tl.reshape(step_factors(scores[None, :], u[None, :], is_stepped, share, weight, IDW), [BLOCK_K])
+    factor = tl.reshape(factors_of_step(scores[None, :], u[None, :], is_stepped, share, weight, IDW), [BLOCK_K])
     factor *= tl.full([], direction, dtype)
     dot *= tl.full([], direction, dtype)
     if IDW:
@@ -304,8 +302,8 @@ def sum_picks(
     *, epilogue: str, idw: bool, step_factors: Tensor | None = None, steps: Tensor | None = None,
     base: Tensor | None = None, all_rows: bool = True, first_row: int = 0, decay: float = 1.0, lr: float = 1.0,
     clip: float | None = None, config: KeySumConfig | None = None,
-) -> None:
-    """Launch the sums over the picks of each sub-key from `first_row` on, and with them the `epilogue` into `out`.
+) -> Tensor:
+    """Launch the sums over the picks of each sub-key from `first_row` on, and the `epilogue` of them into `out`: that.
 
     `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same; `base` and `steps`, like them, are
     contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], of queries [M, H, Dk].
@@ -322,39 +320,37 @@ def sum_picks(
         STEP=step_factors is not None, ALL_ROWS=all_rows,
         BLOCK_A=config.block_a, BLOCK_D=config.block_d, num_warps=config.num_warps, on=queries,
     )
+    return out
 
 
-def find_factors(
-    half_scores: Tensor, sub_keys: Tensor, plan: PickPlan,
-    *, idw: bool, weight: float, first_row: int = 0,
-) -> Tensor:
-    """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K] as `half_scores` is."""
-    num_rows, heads, _, top_k = sub_keys.shape
-    factors = torch.empty_like(half_scores)
+def find_factors(picks: Picks, plan: PickPlan, *, idw: bool, weight: float, first_row: int = 0) -> Tensor:
+    """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K]."""
+    num_rows, heads, _, top_k = picks.sub_keys.shape
+    factors = torch.empty_like(picks.half_scores)
     block_k = next_power_of_2(top_k)
     block_r = max(1, 512 // block_k)
     launch(
         step_kernel, (cdiv(num_rows * heads * 2, block_r),),
-        half_scores, sub_keys, plan.slope, factors,
+        *picks, plan.slope, factors,
         num_rows * heads * 2, heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight,
         NUM_KEYS=plan.slope.numel() // 2, TOP_K=top_k, IDW=idw,
-        BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, on=sub_keys,
+        BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, on=factors,
     )
     return factors
 
 
 def step_keys(
-    keys: Tensor, out: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor, plan: PickPlan,
+    keys: Tensor, out: Tensor, queries: Tensor, picks: Picks, plan: PickPlan,
     *, idw: bool, lr: float, weight: float, weight_decay: float, clip: float | None,
 ) -> None:
     """Launch out[j] = decay·keys[j] - lr·clamp(Σ f·(q - keys[j])), where the sum is over the picks of j.
 
-    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same. `half_scores` and `sub_keys`
-    [M, H, 2, K] are those of queries [M, H, Dk], and `plan` is `plan_picks` of them.
+    `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same. `picks`, contiguous, are those of
+    queries [M, H, Dk], and `plan` is `plan_picks` of them.
     """
     decay = 1.0 - lr * weight_decay
     sum_picks(
-        out, keys, queries, find_factors(half_scores, sub_keys, plan, idw=idw, weight=weight), plan,
+        out, keys, queries, find_factors(picks, plan, idw=idw, weight=weight), plan,
         epilogue="update", idw=idw, all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(), decay=decay, lr=lr,
         clip=clip,
     )
@@ -373,8 +369,7 @@ def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
 
 
 def step_grad(
-    queries: Tensor, keys: Tensor, half_scores: Tensor, sub_keys: Tensor, slope: Tensor, grad_totals: Tensor,
-    grad_queries: Tensor,
+    queries: Tensor, keys: Tensor, picks: Picks, plan: PickPlan, grad_totals: Tensor, grad_queries: Tensor,
     *, direction: float, idw: bool, weight: float, first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the factors of the key step times `direction`, a, and the parts of B, each [M, H, 2, K].
@@ -382,84 +377,74 @@ def step_grad(
     V is direction·grad_totals, a table like `keys` [H·2·n, Dk/2], contiguous, in the compute dtype. `grad_queries`
     [M, H, Dk], contiguous, in that dtype too, receives Σ f·V over the picks of each half.
     """
-    heads, half, top_k = queries.shape[1], keys.shape[1], sub_keys.shape[3]
-    factors, dots, shares = (torch.empty_like(half_scores) for _ in range(3))
+    (num_rows, heads, _), half, top_k = queries.shape, keys.shape[1], picks.sub_keys.shape[3]
+    factors, dots, shares = (torch.empty_like(picks.half_scores) for _ in range(3))
     block_k = next_power_of_2(top_k)
     launch(
-        step_grad_kernel, (queries.shape[0] * heads, 2),
-        half_scores, sub_keys, slope, queries, keys, grad_totals, grad_queries, factors, dots, shares,
+        step_grad_kernel, (num_rows * heads, 2),
+        *picks, plan.slope, queries, keys, grad_totals, grad_queries, factors, dots, shares,
         *queries.stride(), *keys.stride(),
-        heads, first_row, 1.0 / ((queries.shape[0] - first_row) * heads), weight, direction,
-        NUM_KEYS=slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw, BLOCK_K=block_k,
+        heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight, direction,
+        NUM_KEYS=plan.slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw,
         # All picks at a time, so that sums over them need no second pass; of each as many columns as registers hold.
-        BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
+        BLOCK_K=block_k, BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
     )
     return factors, dots, shares
 
 
 def score_grad(
-    grad_scores: Tensor | None, slots: Tensor | None, sub_keys: Tensor, half_scores: Tensor,
-    step: tuple[Tensor, ...] | None,
-    *, num_keys: int, idw: bool, weight: float, first_row: int,
+    grad_scores: Tensor | None, slots: Tensor | None, picks: Picks, plan: PickPlan, step: tuple[Tensor, Tensor] | None,
+    *, idw: bool, weight: float, first_row: int,
 ) -> Tensor:
     """Launch the gradients of the half scores picked, [M, H, 2, K].
 
-    `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's; `step` is (u, u', sums B, a). Either
-    may be None.
+    `grad_scores` [M, H, K], any strides, and `slots`, like it, are the lookup's or None; `step` is (sums B, a) or None.
     """
-    grad_halves = torch.empty_like(half_scores)
-    heads, _, top_k = sub_keys.shape[1:]
+    grad_halves = torch.empty_like(picks.half_scores)
+    num_rows, heads, _, top_k = grad_halves.shape
     block_k = next_power_of_2(top_k)
     launch(
-        score_grad_kernel, (sub_keys.shape[0] * heads, 2),
-        half_scores if grad_scores is None else grad_scores, sub_keys if slots is None else slots, sub_keys,
-        half_scores, *(step or (half_scores,) * 4), grad_halves,
+        score_grad_kernel, (num_rows * heads, 2),
+        picks.half_scores if grad_scores is None else grad_scores, picks.sub_keys if slots is None else slots,
+        picks.sub_keys, picks.half_scores, plan.slope, plan.bend, *(step or (picks.half_scores,) * 2), grad_halves,
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
-        heads, first_row, 1.0 / max(1, (sub_keys.shape[0] - first_row) * heads), weight,
-        NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
-        BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=sub_keys,
+        heads, first_row, 1.0 / max(1, (num_rows - first_row) * heads), weight,
+        NUM_KEYS=plan.slope.numel() // 2, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
+        BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=grad_halves,
     )
     return grad_halves
 
 
 def address_grad(
-    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor,
-    grad_scores: Tensor | None, slots: Tensor | None, plan: PickPlan, out: Tensor,
+    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, grad_scores: Tensor | None, slots: Tensor | None,
+    picks: Picks, plan: PickPlan, out: Tensor,
     *, first_row: int, idw: bool, eps: float, lr: float, weight: float, weight_decay: float, clip: float | None,
 ) -> Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
     That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous
     and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on; without rows or
-    weight there was none. `plan` is `plan_picks` of `sub_keys` and `half_scores` [M, H, 2, K], with that `first_row`.
+    weight there was none. `plan` is `plan_picks` of `picks`, which are contiguous, with that `first_row`.
     """
-    picks = (half_scores, sub_keys)
-    options: dict[str, Any] = {"idw": idw, "weight": weight, "first_row": first_row}
     factors = directions = step = None
     if weight != 0.0 and first_row < queries.shape[0]:
         directions, direction = grad_new_keys, -lr
         if clip is not None:  # the totals again, and no gradient where the clamp was active
             directions, direction = torch.empty_like(grad_new_keys), 1.0
-            factors = find_factors(*picks, plan, **options)
             sum_picks(
-                directions, keys, queries, factors, plan,
+                directions, keys, queries, find_factors(picks, plan, idw=idw, weight=weight, first_row=first_row), plan,
                 epilogue="step_grad", idw=idw, base=grad_new_keys, all_rows=False, first_row=first_row, lr=-lr,
                 clip=clip,
             )
         factors, dots, shares = step_grad(
-            queries, keys, *picks, plan.slope, directions, out, direction=direction, **options
+            queries, keys, picks, plan, directions, out,
+            direction=direction, idw=idw, weight=weight, first_row=first_row,
         )
-        step = (plan.slope, plan.bend, pick_sums(shares, plan), dots)
-    grad_halves = score_grad(
-        grad_scores, slots, sub_keys, half_scores, step, num_keys=plan.slope.numel() // 2, **options
-    )
-    _, grad_factors = half_grad(
-        grad_halves, queries, keys, sub_keys, idw=idw, eps=eps, out=out, add=step is not None,
-    )
-    grad_keys = torch.empty_like(grad_new_keys)
-    sum_picks(
-        grad_keys, keys, queries, grad_factors, plan,
+        step = (pick_sums(shares, plan), dots)
+    grad_halves = score_grad(grad_scores, slots, picks, plan, step, idw=idw, weight=weight, first_row=first_row)
+    _, grad_factors = half_grad(grad_halves, queries, keys, picks.sub_keys, idw=idw, eps=eps, out=out, add=bool(step))
+    return sum_picks(
+        torch.empty_like(grad_new_keys), keys, queries, grad_factors, plan,
         epilogue="grad", idw=idw, step_factors=factors if idw else None, steps=directions, base=grad_new_keys,
         decay=1.0 - lr * weight_decay,
     )
-    return grad_keys

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Addresses
 from . import compute_dtype
 from ._common import (
     cdiv,
@@ -25,7 +26,7 @@ from ._common import (
     lowest,
     next_power_of_2,
     row_warps,
-    take_best,
+    take_top,
     to_ordered,
     to_ordered_number,
 )
@@ -44,16 +45,16 @@ class LookupConfig(NamedTuple):
     num_warps: int
 
 
-#: Up to so many rows, tiles for many leave half of an H100's multiprocessors without a program.
+#: With up to so many rows, the tiles for many rows would leave half of an H100's multiprocessors without a program.
 FEW_ROWS = 1024
 
 
 def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
     """Launch table. A token's result never depends on how many come with it.
 
-    BLOCK_M, BLOCK_N and the warps may go by the number of rows all the same. A dot product is a sum of those of BLOCK_D
-    columns each, whatever tile it lies in. If the columns of a sub-key are consecutive, all tiles of float32 and half
-    precision spread them over as many lanes, so that |k|² is summed in one order. And where FEW_ROWS count,
+    BLOCK_M, BLOCK_N and the warps depend on the number of rows and change no bits: a dot product is a sum of those of
+    BLOCK_D columns each in every tile. If the columns of a sub-key are consecutive, all tiles of float32 and half
+    precision spread them over equally many lanes, so that |k|² is summed in one order. And where FEW_ROWS matters,
     `merge_kernel` has one warp for the candidates of either tile.
 
     Tiles are as high as 16 rows for each warp: so the matrix units leave a row in one warp, and the K reductions over
@@ -81,26 +82,6 @@ def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
 
 
 @triton.jit
-def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
-    """The COUNT largest entries of each row, their columns, and what is left, as in `take_best`.
-
-    The first two are [ROWS, BLOCK_K] or [BLOCK_K], COUNT <= BLOCK_K.
-    """
-    offs_k = tl.arange(0, BLOCK_K)
-    if len(bits.shape) == 1:
-        best = tl.zeros([BLOCK_K], bits.dtype)
-    else:
-        best = tl.zeros([bits.shape[0], BLOCK_K], bits.dtype)
-        offs_k = offs_k[None, :]
-    best_columns = best.to(tl.int32)
-    for i_k in range(COUNT):
-        bit, column, bits = take_best(bits, columns)
-        best = tl.where(offs_k == i_k, bit, best)
-        best_columns = tl.where(offs_k == i_k, column, best_columns)
-    return best, best_columns, bits
-
-
-@triton.jit
 def split(x, IDW: tl.constexpr):
     """x as the nearest number that tf32 holds, and the rest: not finite where x is not.
 
@@ -108,8 +89,8 @@ def split(x, IDW: tl.constexpr):
     4096th below the largest float32 is rounded to infinity.
     """
     big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    if not IDW:  # to which what is not finite is all one
-        big = tl.where(x == x, big, x)  # the largest of NaN would be rounded to 0
+    if not IDW:  # idw treats infinities and NaN alike
+        big = tl.where(x == x, big, x)  # a NaN with the largest payload would be rounded to 0
     return big, x - big
 
 
@@ -127,8 +108,8 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
             part = tl.dot(q_small, k_big, part, input_precision="tf32")
         if K_SMALL:
             part = tl.dot(q_big, k_small, part, input_precision="tf32")
-        if not IDW:  # to which what is not finite is all one
-            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # q_big·k_big says what infinities make
+        if not IDW:  # idw treats infinities and NaN alike
+            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # q_big·k_big alone decides what infinities give
         return tl.dot(q_big, k_big, part, input_precision="tf32")
     return tl.dot(q, k, input_precision=PRECISION)
 
@@ -191,7 +172,8 @@ def half_topk_kernel(
                 k_norm += tl.sum(k * k, axis=0)
             dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
     if IDW:
-        # Where this is not finite q or k is not, and the distance is infinite; or NaN, if k is or all of the row are.
+        # A score that is not finite comes of a q or k that is not: the distance is then infinite, or NaN if k has NaN.
+        # (If q has NaN, all scores of the row are NaN, and equal infinities rank the sub-keys as these would.)
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
         bits = tl.where(tl.abs(scores) < float("inf"), to_ordered_number(scores), far[None, :])
@@ -332,22 +314,19 @@ def lookup(
     queries: Tensor, keys: Tensor,
     *, top_k: int, idw: bool, eps: float, precision: str, weights: Tensor | None = None, weighting: str = "softmax",
     temperature: float = 1.0, config: LookupConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Addresses:
     """Launch the lookup of queries [M, H, Dk] in keys [H, 2, n, Dk/2].
 
-    Returns scores and slots [M, H, K], the scores of the K best of each half, [M, H, 2, K], and their rows of
-    keys.view(H·2·n, Dk/2), int32. `weights`, [M, H, K], contiguous and in the compute dtype, is filled with the
-    softmax, silu or relu of a row's scores / temperature.
+    `weights`, [M, H, K], contiguous and in the compute dtype, is filled with the softmax, silu or relu of a row's
+    scores / temperature.
     """
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
     dtype = compute_dtype(keys.dtype)
-    scores = torch.empty(num_rows, heads, top_k, dtype=dtype, device=queries.device)
-    slots = torch.empty(num_rows, heads, top_k, dtype=torch.int64, device=queries.device)
-    half_scores = torch.empty(num_rows, heads, 2, top_k, dtype=dtype, device=queries.device)
-    sub_keys = torch.empty(num_rows, heads, 2, top_k, dtype=torch.int32, device=queries.device)
+    found = Addresses.empty(queries, top_k, dtype)
+    scores, slots, half_scores, sub_keys = found
     if scores.numel() == 0:
-        return scores, slots, half_scores, sub_keys
+        return found
     config = config or lookup_config(num_rows, keys, top_k)
     splits = cdiv(num_keys, config.block_n)
     if precision == "tf32x3" and torch.version.hip is not None:
@@ -366,9 +345,10 @@ def lookup(
     num_warps = merge_warps(block_c, block_p, width * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
         rows = min(slab, num_rows - begin)
+        of_slab = slice(begin, begin + rows)
         launch(
             half_topk_kernel, (cdiv(rows, config.block_m), splits, 2 * heads),
-            queries[begin : begin + rows], keys, candidates, columns,
+            queries[of_slab], keys, candidates, columns,
             *queries.stride(), *keys.stride(),
             rows,
             NUM_KEYS=num_keys, HALF=half, TOP_K=top_k, SPLITS=splits, IDW=idw, PRECISION=precision,
@@ -377,9 +357,8 @@ def lookup(
         )
         launch(
             merge_kernel, (rows * heads,),
-            queries[begin : begin + rows], keys, candidates, columns, half_scores[begin : begin + rows],
-            sub_keys[begin : begin + rows], scores[begin : begin + rows], slots[begin : begin + rows],
-            (scores if weights is None else weights)[begin : begin + rows],
+            queries[of_slab], keys, candidates, columns, half_scores[of_slab], sub_keys[of_slab], scores[of_slab],
+            slots[of_slab], (scores if weights is None else weights)[of_slab],
             *queries.stride(), *keys.stride(),
             heads, eps, temperature,
             NUM_KEYS=num_keys, HALF=half, TOP_K=top_k, NUM_PAIRS=num_pairs, SPLITS=splits, IDW=idw,
@@ -388,7 +367,7 @@ def lookup(
             BLOCK_K=max(1, min(next_power_of_2(top_k), 4, 1024 * num_warps // block_d)), BLOCK_D=block_d,
             BLOCK_P=block_p, num_warps=num_warps, on=queries,
         )
-    return scores, slots, half_scores, sub_keys
+    return found
 
 
 @triton.jit

@@ -52,7 +52,10 @@ def parameter_groups(
         checks.check_number(name, rate, torch.float64, minimum=0.0)
     tables = {x for owner in module.modules() if isinstance(owner, ValueTable) for x in owner.parameters()}
     no_decay = {
-        x for owner in module.modules() for name, x in owner.named_parameters(recurse=False) if _is_kept(owner, name, x)
+        x
+        for owner in module.modules()
+        for name, x in owner.named_parameters(recurse=False)
+        if _has_no_decay(owner, name, x)
     }
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "tables": []}
     for x in module.parameters():
@@ -64,7 +67,7 @@ def parameter_groups(
     ]
 
 
-def _is_kept(owner: nn.Module, name: str, x: nn.Parameter) -> bool:
+def _has_no_decay(owner: nn.Module, name: str, x: nn.Parameter) -> bool:
     """Whether a parameter has no decay. `keys` are known by their name, as copy.deepcopy loses attributes."""
     is_named = name == "keys" or name.endswith("bias") or type(owner).__name__.endswith("Norm")
     return is_named or x.dim() <= 1 or getattr(x, "_no_weight_decay", False)

@@ -10,7 +10,7 @@ from .. import _checks as checks
 from ..gather import sparse_value_gather
 from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
-from ..memory import WEIGHTINGS
+from ..options import WEIGHTINGS, Lookup
 from ..weights import weigh
 from .norm import RMSNorm
 from .table import ValueTable, check_table, keep
@@ -127,10 +127,9 @@ class ProductKeyMemory(nn.Module):
         self.keys: Tensor
         keys = torch.empty(heads, 2, num_keys, key_dim // 2, device=device, dtype=memory_dtype)
         keep(self, "keys", keys, trainable=True)
-        self.top_k, self.eps = check_lookup(
-            keys.new_empty(0, heads, key_dim), keys, top_k, score, eps, precision, backend
-        )
-        self.score, self.precision, self.backend = score, precision, backend
+        options = Lookup(top_k, score, eps, precision, backend)
+        options = check_lookup(keys.new_empty(0, heads, key_dim), keys, options)
+        self.top_k, self.score, self.eps, self.precision, self.backend = options
         checks.check_choice("weighting", weighting, WEIGHTINGS)
         lowest = torch.finfo(compute_dtype(memory_dtype)).tiny
         self.temperature = checks.check_number("temperature", temperature, memory_dtype, minimum=lowest)

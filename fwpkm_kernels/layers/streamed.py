@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as checks
 from ..documents import Documents, put_back, take
 from ..options import Options
-from ..state import MemoryState, check_indices
+from ..state import MemoryState
 from ..streaming import fast_weight_memory_step
 from .convolution import slide
 
@@ -245,7 +245,7 @@ class StreamedMemory:
                 increase: rows can only be left out.
         """
         on_cpu = indices.cpu() if isinstance(indices, Tensor) else indices
-        rows = check_indices(on_cpu, self.batch).tolist()
+        rows = checks.check_indices(on_cpu, self.batch).tolist()
         if self.scope == "batch":
             if any(after <= before for before, after in pairwise(rows)):
                 raise ValueError(

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from benchmarks import host
-from benchmarks.compiled import recorded_launches
-from benchmarks.launches import on_meta
+from benchmarks.record import on_meta, recorded_launches
 from fwpkm_kernels import fast_weight_memory
 from fwpkm_kernels.kernels import _common, _direct
 

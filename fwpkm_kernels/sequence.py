@@ -1,0 +1,150 @@
+"""A sequence without autograd: addresses, weights, plan and values, and their backward, for operators and streams."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .chunks import rows_of
+from .kernels import compute_dtype
+from .options import Options
+from .records import Addresses, MemoryOutput, Plan, Writes, each
+from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
+from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
+
+
+class Kept(NamedTuple):
+    """What the backward of a sequence reads besides its inputs; R reads, A = R·J accesses. No table is among them."""
+
+    found: Addresses  #: of the reads, M = R
+    chunk_keys: Tensor  #: of the keys, what `address_scan` keeps
+    write_weights: Tensor  #: [R, J]
+    counts: Tensor  #: int32 [R, J]
+    plan: Plan  #: of each chunk
+    log: Tensor  #: [A, D]: the undo log; each chunk's distinct rows as it read them, where their segments start
+
+    def flat(self) -> list[Tensor]:
+        """All tensors, as operators take and return them."""
+        return [x for field in self for x in ([field] if isinstance(field, Tensor) else field)]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor]) -> "Kept":
+        """The record of what `flat` gave."""
+        (
+            scores, slots, half_scores, sub_keys, chunk_keys, write_weights, counts, order, rows, start, end, log,
+        ) = flat  # fmt: skip
+        found, plan = Addresses(scores, slots, half_scores, sub_keys), Plan(order, rows, start, end)
+        return cls(found, chunk_keys, write_weights, counts, plan, log)
+
+
+def run_scans(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor,
+    o: Options,
+    *,
+    carried: int = 0,
+    keep: bool = False,
+    found_for_output: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Kept]:
+    """Both scans, for a sequence before which `carried` positions (0 or L) wait to be written.
+
+    Args:
+        queries: [(carried + T)·B, H, Dk], time first.
+        targets: [B, T, D].
+        values: [N, D], written in place.
+        gates, mask: [carried + T, B], flat or not, or None; in the compute dtype.
+        output: [B, T, D], to be filled.
+        found_for_output: slots and weights of the reads for output, contiguous [B, T, J], to be filled.
+
+    Returns:
+        The keys after the last write; and what backward needs, in which keys and log are empty without `keep`.
+    """
+    batch, length, width = targets.shape
+    chunks = o.cut(length, carried)
+    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
+    scores, slots = found.scores.flatten(1), found.slots.flatten(1)
+    gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
+    writes = plan_writes(scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o)
+    log = values.new_empty(slots.numel() if keep else 0, width)
+    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
+    return new_keys, Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log)
+
+
+@checks.without_autocast
+def run_forward(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    keep: bool,
+    o: Options,
+) -> tuple[MemoryOutput, Kept]:
+    """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`."""
+    size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
+    gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
+    keys = keys.contiguous()  # so are, then, its copies and the final keys
+    new_values = values.clone(memory_format=torch.contiguous_format)
+    output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
+    slots = torch.empty(size, dtype=torch.int64, device=values.device)
+    weights = torch.empty(size, dtype=dtype, device=values.device)
+    tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
+    new_keys, kept = run_scans(*tensors, o, keep=keep, found_for_output=(slots, weights))
+    return MemoryOutput(output, new_keys, new_values, slots, weights), kept
+
+
+@checks.without_autocast
+def run_backward(
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    num_keys: int,
+    with_addresses: bool,
+    kept: Kept,
+    o: Options,
+) -> list[Tensor]:
+    """Gradients of queries, targets, keys, values, and of the gates if there are any.
+
+    Those of queries and keys are empty unless `with_addresses`.
+    """
+    batch, length = queries.shape[:2]
+    dtype, device = kept.write_weights.dtype, queries.device
+    grad_output, grad_keys, grad_values = grads
+    if grad_output is None:
+        grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
+    # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
+    table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
+    table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
+    chunks = o.cut(length)
+    scores, slots = kept.found.scores.flatten(1), kept.found.slots.flatten(1)
+    weights, log_rows = weigh_again(scores, kept.plan, length, batch, o)
+    writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
+    grad_targets, grad_weights, grad_write_weights = value_scan_grad(
+        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
+    )
+    grad_scores, grad_gates = plan_writes_grad(
+        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, o
+    )
+    grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
+    if with_addresses:
+        heads, width = queries.shape[2:]
+        if grad_keys is None:
+            grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
+        grad_found = grad_scores.view(kept.found.scores.shape)
+        by_read, new_grad_keys = address_scan_grad(
+            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, o
+        )
+        grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
+        new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
+    results = [grad_queries, grad_targets, new_grad_keys, table_grad.to(kept.log.dtype)]
+    return results if grad_gates is None else [*results, grad_gates]
