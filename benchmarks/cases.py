@@ -47,9 +47,11 @@ def _backward(output: Tensor, *inputs: Tensor) -> None:
 
 def _queries_and_keys(
     m: int = 8 * CHUNK, heads: int = 1, n: int = NUM_KEYS, queries: torch.dtype = F32, keys: torch.dtype = F32
-) -> list[Tensor]:
-    shapes = {(m, heads, QUERY): queries, (heads, 2, n, QUERY // 2): keys}
-    return [meta(*shape, dtype=dtype, requires_grad=True) for shape, dtype in shapes.items()]
+) -> tuple[Tensor, Tensor]:
+    return (
+        meta(m, heads, QUERY, dtype=queries, requires_grad=True),
+        meta(heads, 2, n, QUERY // 2, dtype=keys, requires_grad=True),
+    )
 
 
 @_cases(

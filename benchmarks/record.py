@@ -62,8 +62,12 @@ def recorded_launches(on_launch: Callable[[Launch], None] = lambda launch: None)
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Within the context the memory takes meta tensors for those of a GPU, and its operators run as plain functions."""
+
+    def run(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
+        return operator._init_fn(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(CustomOpDef, "__call__", lambda operator, *x: operator._init_fn(*x)))
+        stack.enter_context(mock.patch.object(CustomOpDef, "__call__", run))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", True))
         for name in ("cuda.device", "autocast"):
             stack.enter_context(mock.patch(f"torch.{name}", return_value=contextlib.nullcontext()))

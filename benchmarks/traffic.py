@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .record import NUM_SLOTS, WIDTH, Launch
@@ -34,11 +35,11 @@ class Traffic:
 
 def size(*tensors: Tensor | None) -> int:
     """Bytes of the different elements of tensors: an expanded one has few. None has none."""
-    bytes_ = 0
-    for x in tensors:
-        if x is not None:
-            bytes_ += x.itemsize * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride != 0)
-    return bytes_
+
+    def of_one(x: Tensor) -> int:
+        return x.itemsize * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride != 0)
+
+    return sum(of_one(x) for x in tensors if x is not None)
 
 
 def reads(*tensors: Tensor | None) -> Traffic:
@@ -64,14 +65,11 @@ def reads_rows(accesses: float, num_rows: int, row_bytes: float) -> Traffic:
 
 def hot(accesses: int, num_rows: int, piece: int) -> tuple[float, float]:
     """How many segments are hot, and how many pieces these have: lengths are binomial."""
-    segments = pieces = 0.0
     mean = accesses / num_rows
-    for length in range(2 * piece, min(accesses, int(mean + 20 * math.sqrt(mean)) + 2 * piece) + 1):
-        log = math.lgamma(accesses + 1) - math.lgamma(length + 1) - math.lgamma(accesses - length + 1)
-        log += -length * math.log(num_rows) + (accesses - length) * math.log1p(-1.0 / num_rows)
-        segments += num_rows * math.exp(log)
-        pieces += num_rows * math.exp(log) * (length // piece)
-    return segments, pieces
+    lengths = torch.arange(2 * piece, min(accesses, int(mean + 20 * math.sqrt(mean)) + 2 * piece) + 1)
+    share = torch.tensor(1.0 / num_rows, dtype=torch.float64)
+    segments = num_rows * torch.distributions.Binomial(accesses, share).log_prob(lengths).exp()
+    return float(segments.sum()), float((segments * (lengths // piece)).sum())
 
 
 def _values(x: Any) -> Traffic:
@@ -121,10 +119,10 @@ def _key_sum(x: Any) -> Traffic:
     again = max(0.0, accesses * x.HALF * x.queries_ptr.itemsize - queries)
     row = x.keys_ptr.itemsize + x.STEP * x.steps_ptr.itemsize
     row += (x.EPILOGUE != "update") * (0 if x.base_ptr is None else x.base_ptr.itemsize)
-    read = reads(x.tokens_ptr, x.order_ptr, x.first_ptr, x.factor_ptr, x.queries_ptr) + x.STEP * reads(
-        x.step_factor_ptr
+    read = reads(x.tokens_ptr, x.order_ptr, x.first_ptr, x.factor_ptr, x.queries_ptr)
+    return (
+        read + x.STEP * reads(x.step_factor_ptr) + Traffic(met * x.HALF * row, met * x.HALF * x.out_ptr.itemsize, again)
     )
-    return read + Traffic(met * x.HALF * row, met * x.HALF * x.out_ptr.itemsize, again)
 
 
 def _step_grad(x: Any) -> Traffic:

@@ -19,7 +19,7 @@ from .update import chunk_value_update, chunk_value_update_
 from .weights import weigh, weigh_grad, write_scale
 
 
-def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
+def _scored_pairs(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
     """The query halves [M, H, 2, 1, Dk/2] and the sub-keys [M, H, 2, K, Dk/2] that they are scored against."""
     half = keys.shape[-1]
     return queries.unflatten(-1, (2, 1, half)), F.embedding(sub_keys, keys.flatten(0, 2))
@@ -27,13 +27,13 @@ def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> tuple[Tenso
 
 def _scores_at(queries: Tensor, keys: Tensor, sub_keys: Tensor, o: Options) -> Tensor:
     """Scores of the given sub-keys [M, H, 2, K], differentiable."""
-    q, k = _differences(queries, keys, sub_keys)
+    q, k = _scored_pairs(queries, keys, sub_keys)
     return (q * k).sum(-1) if o.score == "dot" else -torch.log(o.eps + (q - k).square().sum(-1))
 
 
 def _keys_gradient(grad_scores: Tensor, queries: Tensor, keys: Tensor, sub_keys: Tensor, o: Options) -> Tensor:
     """Gradient of the keys [H, 2, n, Dk/2] from that of half scores [M, H, 2, K], differentiable in all."""
-    q, k = _differences(queries, keys, sub_keys)
+    q, k = _scored_pairs(queries, keys, sub_keys)
     if o.score == "dot":
         parts = grad_scores.unsqueeze(-1) * q
     else:

@@ -80,7 +80,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
         columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
         found = columns.permute(2, 0, 1, 3)
         if o.score == "idw":
-            best = _scores_at(rows, table, found + first_rows, o.eps)
+            best = _exact_scores(rows, table, found + first_rows, o.eps)
         else:
             best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
         best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # of equals the lower sub-key
@@ -163,7 +163,7 @@ def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
     return torch.sub(queries.unflatten(-1, (2, 1, keys.shape[1])), vectors, out=vectors)
 
 
-def _scores_at(queries: Tensor, keys: Tensor, sub_keys: Tensor, eps: float) -> Tensor:
+def _exact_scores(queries: Tensor, keys: Tensor, sub_keys: Tensor, eps: float) -> Tensor:
     """-log(eps + |q - k|²) from the differences: [M, H, 2, K]."""
     distances = torch.empty(sub_keys.shape, dtype=queries.dtype, device=queries.device)
     for block in pick_blocks(sub_keys, keys.shape[1]):

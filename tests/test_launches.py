@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fwpkm_kernels
 from benchmarks import launches
 from benchmarks.launches import DECODE, FIXED_FLOORS, INFERENCE, TABLE_BYTES, TRAINING
 from benchmarks.traffic import Traffic, distinct, hot
@@ -52,6 +54,13 @@ def test_of_a_chunk(tmp_path):
     assert read["read"] == pytest.approx((met + 4096 * 2048 + 4104 * 8 * 12) / 1e6, rel=1e-3)
     assert read["written"] == pytest.approx((4096 + 4104) * 2048 / 1e6, rel=1e-3)
     assert read["again"] == pytest.approx((4104 * 8 * 2048 - met) / 1e6, rel=1e-3)
+
+
+def test_stages_name_functions_of_the_package():
+    """What a function that has another name launches would count as around all stages."""
+    sources = "".join(path.read_text("utf-8") for path in Path(fwpkm_kernels.__file__).parent.rglob("*.py"))
+    for function in (function for functions in launches.STAGES.values() for function in functions):
+        assert f"\ndef {function}(" in sources, function
 
 
 def test_of_operators():
