@@ -87,23 +87,12 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
     f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
 )
-def _backward_op(
-    grad_output: Tensor | None,
-    grad_keys: Tensor | None,
-    grad_values: Tensor | None,
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    num_keys: int,
-    with_addresses: bool,
-    kept: list[Tensor],
-    *options: Any,
+def _backward_op(  # type: ignore[no-untyped-def]
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
-    return run_backward(
-        queries, targets, gates, mask, grads, num_keys, with_addresses, Kept.of(kept), Options(*options)
-    )
+    kept, o = Kept.of(kept), Options(*options)
+    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, kept, o)
 
 
 @_backward_op.register_fake
