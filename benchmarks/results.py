@@ -20,12 +20,14 @@ def to_json(result: Result) -> str:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote."""
-    results = []
+    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote; where a row was
+    measured several times, its last line, which is the best one."""
+    results = {}
     for line in read_lines(path):
         with contextlib.suppress(TypeError):
-            results.append(Result(**line))
-    return results
+            result = Result(**line)
+            results[result.row, result.provider] = result
+    return list(results.values())
 
 
 def show_us(us: float | None) -> str:
