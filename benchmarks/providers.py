@@ -110,8 +110,7 @@ def reference_layer(*, hidden_states: Tensor, scope: str, **inputs: Any) -> Tens
     parameters, options = _split(tensors)
     heads, _, num_keys, _ = parameters["keys"].shape
     options |= {"heads": heads, "num_keys": num_keys, "scope": scope}
-    output: Tensor = reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
-    return output
+    return reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
 
 
 def _bare_layer(hidden_size: int, **options: Any) -> FastWeightProductKeyMemory:
@@ -129,13 +128,12 @@ def _layer(inputs: Inputs, make: Callable[..., FastWeightProductKeyMemory]) -> F
     layer = make(inputs["hidden_states"].shape[2], value_dim=inputs["values"].shape[1], **options)
     for name, x in parameters.items():
         module, _, leaf = name.rpartition(".")
-        layer.get_submodule(module)._parameters[leaf] = x  # type: ignore[assignment]
+        layer.get_submodule(module)._parameters[leaf] = x
     return layer
 
 
 def package_layer(**inputs: Any) -> Tensor:
-    output: Tensor = _layer(inputs, _kept_layer)(inputs["hidden_states"])
-    return output
+    return _layer(inputs, _kept_layer)(inputs["hidden_states"])
 
 
 def own_layer_memory(inputs: Inputs) -> Inputs:
@@ -145,8 +143,7 @@ def own_layer_memory(inputs: Inputs) -> Inputs:
 
 @torch.no_grad()
 def package_layer_step(*, hidden_states: Tensor, layer: Any, memory: Any, **inputs: Any) -> Tensor:
-    output: Tensor = layer(hidden_states, memory=memory)
-    return output
+    return layer(hidden_states, memory=memory)
 
 
 class Projected(NamedTuple):
@@ -185,8 +182,7 @@ def composed_layer(memory: Callable[..., Any], *, hidden_states: Tensor, scope: 
     projected, of_all = project(hidden_states, inputs), (inputs["keys"], inputs["values"])
 
     def read(queries: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
-        output: Tensor = memory(queries, targets, *of_all, gates=gates, **options)[0]
-        return output
+        return memory(queries, targets, *of_all, gates=gates, **options)[0]
 
     if scope == "batch":
         return mix(read(*projected), projected, inputs)
