@@ -73,16 +73,9 @@ class Configuration:
         batch, chunk = min(self.batch, 2), 8
         length = chunk * min(3, self.length // self.chunk) if self.length >= self.chunk else min(self.length, chunk)
         return dataclasses.replace(
-            self,
-            tokens=batch * length,
-            batch=batch,
-            chunk=chunk,
-            sub_keys=16 if self.sub_keys <= 512 else 32,
-            picks=min(self.picks, 10),
-            key_width=14,
-            width=24,
-            key_weight=min(self.key_weight, 1.0),
-        )
+            self, tokens=batch * length, batch=batch, chunk=chunk, sub_keys=16 if self.sub_keys <= 512 else 32,
+            picks=min(self.picks, 10), key_width=14, width=24, key_weight=min(self.key_weight, 1.0),
+        )  # fmt: skip
 
 
 def normal(device: Any, seed: int, *shape: int) -> Tensor:
