@@ -7,7 +7,7 @@ in eager.py (plain PyTorch), peers.py and providers.py (this package), and the c
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,15 +83,15 @@ class Row:
 def rows(device: str | None = None, name_contains: str = "") -> list[Row]:
     """The registry, in the order in which it runs; for one device, or all rows as a CPU runs them if None."""
 
-    def every() -> Iterator[Row]:
-        for operation in OPERATIONS:
-            for configuration in CONFIGURATIONS:
-                if operation.name in configuration.operations and (device in (None, *configuration.devices)):
-                    for direction in operation.directions:
-                        if direction in configuration.directions:
-                            yield Row(operation, direction, configuration, device or "cpu")
-
-    return [row for row in every() if name_contains in row.name]
+    every = (
+        Row(operation, direction, c, device or "cpu")
+        for operation in OPERATIONS
+        for c in CONFIGURATIONS
+        if operation.name in c.operations and device in (None, *c.devices)
+        for direction in operation.directions
+        if direction in c.directions
+    )
+    return [row for row in every if name_contains in row.name]
 
 
 def _is_float32(c: Configuration) -> bool:
