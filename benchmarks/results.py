@@ -126,10 +126,9 @@ def show_bytes(count: int | None) -> str:
     return f"{count} B"
 
 
-def tokens_of(result: Result) -> int | None:
+def tokens_of(result: Result) -> int:
     """Tokens of each item of the batch."""
-    tokens = result.sizes.get("tokens")
-    return None if tokens is None else tokens // result.sizes.get("batch", 1)
+    return result.sizes["tokens"] // result.sizes.get("batch", 1)
 
 
 def alike(results: Sequence[Result], but_for: str) -> list[list[Result]]:
@@ -159,10 +158,9 @@ def per_chunk(results: Sequence[Result]) -> list[ChunkTime]:
     found = []
     for group in alike([r for r in results if r.operation in SEQUENCES], but_for="tokens"):
         short, long = group[0], group[-1]
-        before, after = ((tokens_of(r) or 0) / long.sizes["chunk"] for r in (short, long))
-        times = short.time_us or 0.0, long.time_us or 0.0
-        us = (times[1] - times[0]) / (after - before)
+        before, after = (tokens_of(r) / long.sizes["chunk"] for r in (short, long))
+        us = (long.time_us - short.time_us) / (after - before)
         graph_us = (long.graph_us - short.graph_us) / (after - before) if long.graph_us and short.graph_us else None
         name = f"{long.operation}/{long.direction}: {long.configuration} less {short.configuration}"
-        found.append(ChunkTime(name, long.provider, us, times[0] - before * us, graph_us))
+        found.append(ChunkTime(name, long.provider, us, short.time_us - before * us, graph_us))
     return found
