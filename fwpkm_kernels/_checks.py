@@ -201,12 +201,16 @@ def use_triton(backend: str, x: Tensor) -> bool:
 
 
 def without_autocast(function: _Callable) -> _Callable:
-    """Run `function` with autocast off: an operation's precision is what its own arguments say."""
+    """Run `function` with autocast off: an operation's precision is what its own arguments say.
+
+    Its first argument is a tensor, or a record whose first field is one.
+    """
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **options: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **options)
+    def wrapper(first: Any, *args: Any, **options: Any) -> Any:
+        tensor = first[0] if isinstance(first, tuple) else first
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(first, *args, **options)
 
     return wrapper  # type: ignore[return-value]
 

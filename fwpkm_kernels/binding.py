@@ -10,7 +10,7 @@ from . import _checks as checks
 from .kernels import compute_dtype
 from .memory import check_memory
 from .options import Options
-from .records import Queue
+from .records import Inputs, Queue
 
 #: Options that may change from step to step.
 FREE_OPTIONS = ("lr", "weight_decay", "clip", "addressing_weight")
@@ -135,17 +135,9 @@ def check_initial_memory(keys: Tensor, values: Tensor) -> None:
         )
 
 
-def check_step_inputs(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    o: Options,
-) -> Options:
+def check_step_inputs(inputs: Inputs, o: Options) -> Options:
     """Validate what a step of a memory is given; returns the options with their numbers as floats."""
-    o = check_memory(queries, targets, keys, values, gates, mask, o)
+    o = check_memory(inputs, o)
     checks.check_choice("boundary", o.boundary, ("carry",))
-    checks.use_triton(o.backend, values)  # raises where it cannot run, before anything is bound
+    checks.use_triton(o.backend, inputs.values)  # raises where it cannot run, before anything is bound
     return o

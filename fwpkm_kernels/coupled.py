@@ -15,6 +15,7 @@ from .kernels import compute_dtype
 from .lookup import halves_op, sub_key_rows
 from .options import Options
 from .plan import sum_at
+from .records import Inputs, MemoryOutput, each
 from .update import chunk_value_update, chunk_value_update_
 from .weights import weigh, weigh_grad, write_scale
 
@@ -106,24 +107,17 @@ def coupled_step(
 
 
 @checks.without_autocast
-def coupled_memory(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    o: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`fast_weight_memory` under key_gradient="all": output, keys, values, slots, weights.
+def coupled_memory(inputs: Inputs, o: Options) -> MemoryOutput:
+    """`fast_weight_memory` under key_gradient="all".
 
     Differentiable where gradients are enabled; elsewhere it writes one private copy of the table in place.
     """
     differentiable = torch.is_grad_enabled()
+    queries, targets, keys, values, gates, mask = inputs
     batch, length = queries.shape[:2]
     dtype = compute_dtype(values.dtype)
     rows, target_rows = rows_of(queries), rows_of(targets).to(dtype)
-    gate_rows, mask_rows = (None if x is None else rows_of(x).to(dtype) for x in (gates, mask))
+    gate_rows, mask_rows = each(lambda x: rows_of(x).to(dtype), gates, mask)
     new_keys, new_values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in o.cut(length):
@@ -182,4 +176,4 @@ def coupled_memory(
         empty = rows.new_empty(0, keys.shape[0] * o.top_k, dtype=dtype)
         found.append((target_rows, empty.long(), empty))
     output, slots, weights = (items_of(torch.cat(parts), length, batch) for parts in zip(*found, strict=True))
-    return output.to(targets.dtype), new_keys, new_values, slots, weights
+    return MemoryOutput(output.to(targets.dtype), new_keys, new_values, slots, weights)

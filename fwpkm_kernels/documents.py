@@ -19,6 +19,7 @@ from ._operators import operator
 from .kernels import compute_dtype
 from .memory import fast_weight_memory
 from .options import Options, schema_of
+from .records import Inputs
 from .sequence import run_backward, run_forward
 
 
@@ -354,7 +355,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
             for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
         )
         grads = (grad_y, grad_k, grad_v)
-        _, kept = run_forward(q, y, k, v, g, None, True, o)
+        _, kept = run_forward(Inputs(q, y, k, v, g, None), True, o)
         found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
         for (name, total), x in zip(totals.items(), found, strict=True):
             if name in ("keys", "values"):  # documents that share a memory add their gradients

@@ -16,7 +16,7 @@ from .kernels import compute_dtype
 from .lookup import check_lookup
 from .options import Options, check_options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, MemoryOutput, Plan, each
+from .records import Addresses, Inputs, MemoryOutput, Plan
 from .sequence import Kept, run_backward, run_forward
 
 
@@ -25,26 +25,15 @@ from .sequence import Kept, run_backward, run_forward
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
     f"{schema_of(Options)}) -> Tensor[]",
 )
-def _forward_op(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    keep: bool,
-    *options: Any,
-) -> list[Tensor]:
-    o = Options(*options)
+def _forward_op(queries, targets, keys, values, gates, mask, keep, *options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    o, inputs = Options(*options), Inputs(queries, targets, keys, values, gates, mask)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
-        q, y, k, v = (x.detach() for x in (queries, targets, keys, values))
-        g, m = each(Tensor.detach, gates, mask)
         # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
         # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
         with torch.set_grad_enabled(in_backward()):
-            return list(coupled_memory(q, y, k, v, g, m, o))
-    results, kept = run_forward(queries, targets, keys, values, gates, mask, keep, o)
+            return list(coupled_memory(inputs.detach(), o))
+    results, kept = run_forward(inputs, keep, o)
     return [*results, *(kept.flat() if keep else ())]
 
 
@@ -98,23 +87,12 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
     f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
 )
-def _backward_op(
-    grad_output: Tensor | None,
-    grad_keys: Tensor | None,
-    grad_values: Tensor | None,
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    num_keys: int,
-    with_addresses: bool,
-    kept: list[Tensor],
-    *options: Any,
+def _backward_op(  # type: ignore[no-untyped-def]
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
-    return run_backward(
-        queries, targets, gates, mask, grads, num_keys, with_addresses, Kept.of(kept), Options(*options)
-    )
+    kept, o = Kept.of(kept), Options(*options)
+    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, kept, o)
 
 
 @_backward_op.register_fake
@@ -181,7 +159,7 @@ def _coupled_backward(
     leaves = [x.detach().requires_grad_() for x in (queries, targets, *saved, gates) if x is not None]
     q, y, k, v = leaves[:4]
     with torch.enable_grad():
-        outputs = coupled_memory(q, y, k, v, None if gates is None else leaves[4], mask, o)[:3]
+        outputs = coupled_memory(Inputs(q, y, k, v, None if gates is None else leaves[4], mask), o)[:3]
     used = [(x, grad.contiguous()) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
     tensors, incoming = zip(*used, strict=True)
     return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
@@ -198,11 +176,12 @@ class FastWeightMemory(Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
         o, gates, mask = from_public_order(options)
-        refuse_transforms("fast_weight_memory", (queries, targets, keys, values, gates, mask))
-        o = check_memory(queries, targets, keys, values, gates, mask, o)
+        inputs = Inputs(queries, targets, keys, values, gates, mask)
+        refuse_transforms("fast_weight_memory", inputs)
+        o = check_memory(inputs, o)
         # Else an unused gradient of the final table would come as a table of zeros.
         ctx.set_materialize_grads(False)
-        results = _forward_op(queries, targets, keys, values, gates, mask, True, *o)
+        results = _forward_op(*inputs, True, *o)
         output, new_keys, new_values, slots, weights, *kept = results
         if o.key_gradient == "all":
             kept = [values]
@@ -244,16 +223,9 @@ def count_most_accesses(queries: Tensor, chunk_size: int, lookahead: int, top_k:
     return batch * (length + length // chunk_size * lookahead) * heads * top_k
 
 
-def check_memory(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    o: Options,
-) -> Options:
+def check_memory(inputs: Inputs, o: Options) -> Options:
     """Validate the arguments of the whole memory; returns the options with their numbers as ints and floats."""
+    queries, targets, keys, values, gates, mask = inputs
     checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
@@ -401,14 +373,13 @@ def fast_weight_memory(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
-    tensors = (queries, targets, keys, values)
-    refuse_transforms("fast_weight_memory", (*tensors, gates, mask))
+    inputs = Inputs(queries, targets, keys, values, gates, mask)
+    refuse_transforms("fast_weight_memory", inputs)
     # What torch.export makes has no gradients: it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
-    if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in (*tensors, gates)):
+    if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in inputs[:-1]):  # the mask is a constant
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
-        return MemoryOutput(*train(*tensors, *in_public_order(o, gates, mask)))
-    o = check_memory(queries, targets, keys, values, gates, mask, o)
+        return MemoryOutput(*train(queries, targets, keys, values, *in_public_order(o, gates, mask)))
+    o = check_memory(inputs, o)
     # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
-    detached = each(Tensor.detach, *tensors, gates, mask)
-    return MemoryOutput(*_forward_op(*detached, False, *o))
+    return MemoryOutput(*_forward_op(*inputs.detach(), False, *o))

@@ -16,6 +16,21 @@ def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple
     return tuple(None if x is None else function(x) for x in tensors)
 
 
+class Inputs(NamedTuple):
+    """What a memory is given of a sequence, and the keys and values that it begins with."""
+
+    queries: Tensor  #: [B, T, H, Dk]
+    targets: Tensor  #: [B, T, D]
+    keys: Tensor  #: [H, 2, n, Dk/2]
+    values: Tensor  #: [N, D]
+    gates: Tensor | None  #: [B, T]
+    mask: Tensor | None  #: [B, T]
+
+    def detach(self) -> "Inputs":
+        """The same without autograd."""
+        return Inputs(*each(Tensor.detach, *self))  # type: ignore[arg-type]
+
+
 class Plan(NamedTuple):
     """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
 

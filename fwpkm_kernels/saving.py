@@ -23,6 +23,7 @@ from .binding import (
     to_plain,
     waiting,
 )
+from .records import Inputs
 
 if TYPE_CHECKING:
     from .state import MemoryState
@@ -105,7 +106,7 @@ def _load_binding(state: "MemoryState", x: Tensor) -> Binding:
         heads, _, _, half = keys.shape
         queries = keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
         targets = values.new_empty((binding.batch, 0, values.shape[1]), dtype=binding.targets_dtype)
-        check_step_inputs(queries, targets, keys, values, None, None, binding.options)
+        check_step_inputs(Inputs(queries, targets, keys, values, None, None), binding.options)
         make_queue(keys, values, binding, torch.device("meta"))
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"`state_dict` must hold bound options that fit under 'binding', got {error!r}") from None

@@ -10,7 +10,7 @@ from . import _checks as checks
 from .chunks import rows_of
 from .kernels import compute_dtype
 from .options import Options
-from .records import Addresses, MemoryOutput, Plan, Writes, each
+from .records import Addresses, Inputs, MemoryOutput, Plan, Writes, each
 from .scans import address_scan, address_scan_grad, value_scan, value_scan_grad
 from .weights import plan_writes, plan_writes_grad, sum_reads, weigh_again
 
@@ -78,17 +78,9 @@ def run_scans(
 
 
 @checks.without_autocast
-def run_forward(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    keep: bool,
-    o: Options,
-) -> tuple[MemoryOutput, Kept]:
+def run_forward(inputs: Inputs, keep: bool, o: Options) -> tuple[MemoryOutput, Kept]:
     """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`."""
+    queries, targets, keys, values, gates, mask = inputs
     size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
     gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
     keys = keys.contiguous()  # so are, then, its copies and the final keys

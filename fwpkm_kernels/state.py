@@ -13,7 +13,7 @@ from ._autograd import is_exporting, refuse_recomputation
 from ._operators import operator
 from .binding import Binding, check_binding, check_initial_memory, check_step_inputs, make_queue
 from .options import Options
-from .records import Queue
+from .records import Inputs, Queue
 from .saving import load, pickled, reduce_for_processes, saved, unpickle
 
 #: What a copy of a state has anew, and what it keeps; other attributes are those of subclasses.
@@ -420,7 +420,7 @@ def check_step(
     if not _is_state(state):
         kind = type(state)
         raise TypeError(f"`state` must be a MemoryState of {__package__}, got {kind.__module__}.{kind.__qualname__}")
-    return check_step_inputs(queries, targets, state.keys, state.values, gates, mask, o)
+    return check_step_inputs(Inputs(queries, targets, state.keys, state.values, gates, mask), o)
 
 
 def _trust_newest() -> None:

@@ -11,6 +11,7 @@ from .._autograd import in_backward
 from ..documents import Documents, make_documents, mean_gate, memory_by_document
 from ..memory import check_memory, fast_weight_memory
 from ..options import Options
+from ..records import Inputs
 from ..state import MemoryState
 from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
@@ -440,7 +441,7 @@ def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_d
     meta: dict[str, Any] = {"device": "meta", "dtype": memory_dtype}
     queries, targets = torch.empty(1, 0, heads, key_dim, **meta), torch.empty(1, 0, 1, **meta)
     keys, values = torch.empty(heads, 2, num_keys, key_dim // 2, **meta), torch.empty(num_keys**2, 1, **meta)
-    return check_memory(queries, targets, keys, values, None, None, o)
+    return check_memory(Inputs(queries, targets, keys, values, None, None), o)
 
 
 def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
