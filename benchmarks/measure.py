@@ -280,16 +280,11 @@ def measure(
 
 def no_result(row: Row, provider: Provider, machine: Machine, **fields: Any) -> Result:
     """All that is known before inputs are drawn."""
-    names = (row.operation.name, row.direction, row.configuration.name, provider.name)
-    known = sizes(row)
-    return Result(*names, known["dtype"], known, **dataclasses.asdict(machine), **fields)
-
-
-def sizes(row: Row) -> dict[str, Any]:
-    """The configuration's fields, as JSON has them, without its name and what it is for."""
-    fields = dataclasses.asdict(row.configuration)
-    fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
-    return {name: x for name, x in fields.items() if name not in ("name", "operations", "devices", "directions")}
+    sizes = dataclasses.asdict(row.configuration)
+    name, *_ = [sizes.pop(other) for other in ("name", "operations", "devices", "directions")]
+    sizes["dtype"] = str(sizes["dtype"]).removeprefix("torch.")
+    names = (row.operation.name, row.direction, name, provider.name)
+    return Result(*names, sizes["dtype"], sizes, **dataclasses.asdict(machine), **fields)
 
 
 def _input_sets(row: Row, provider: Provider, inputs: Inputs, kind: str, count: int) -> list[Inputs]:
