@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import Inputs, Memory
+from benchmarks.inputs import Memory
 from fwpkm_kernels.options import Options
 
 #: ε of every row.
@@ -235,22 +235,6 @@ class EagerMemory:
         self.keys.copy_(keys)
         self._carried = queries[-1:]
         return output
-
-
-def own_memory(inputs: Inputs, *, chunk: Callable[..., Any]) -> Inputs:
-    return {"memory": EagerMemory(inputs["memory"], chunk)}
-
-
-def step(memory: EagerMemory, **inputs: Any) -> Tensor:
-    return memory.step(**inputs)
-
-
-def own_copied(inputs: Inputs) -> Inputs:
-    return {"values": inputs["values"] + 1.0, "initial": inputs["values"]}
-
-
-def torch_reset(values: Tensor, slots: Tensor, initial: Tensor) -> None:
-    values.copy_(initial)
 
 
 def compile_lazily(function: Callable[..., Any]) -> Callable[..., Any]:

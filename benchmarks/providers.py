@@ -32,10 +32,6 @@ def is_package(provider: str) -> bool:
     return provider.startswith(PACKAGE)
 
 
-def own_values(inputs: Inputs) -> Inputs:
-    return {"values": inputs["values"].clone()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """One way to compute an operation; `run` takes the reference's arguments by name."""
@@ -47,7 +43,7 @@ class Provider:
     capturable: bool = True
     devices: tuple[str, ...] = ("cuda", "cpu")
     #: of an operation in place: arguments that replace those of the same name, and that `run` may write
-    own: Callable[[Inputs], Inputs] = own_values
+    own: Callable[[Inputs], Inputs] = lambda inputs: {"values": inputs["values"].clone()}
     #: of one that replays CUDA graphs of its own: from the same arguments, a call that does nothing else
     replay: Callable[..., Callable[[], None]] | None = None
 
@@ -67,22 +63,6 @@ class GraphedMemory:
     @property
     def values(self) -> Tensor:
         return self.state.values
-
-
-def own_state(inputs: Inputs) -> Inputs:
-    return {"memory": fwpkm.MemoryState(*inputs["memory"])}
-
-
-def own_graph(inputs: Inputs) -> Inputs:
-    return {"memory": GraphedMemory(**inputs)}
-
-
-def package_step(memory: fwpkm.MemoryState, **inputs: Any) -> Tensor:
-    return fwpkm.fast_weight_memory_step(memory, **inputs)
-
-
-def graph_step(memory: GraphedMemory, queries: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    return memory.graph(queries, targets)
 
 
 def graph_replay(memory: GraphedMemory, queries: Tensor, **options: Any) -> Callable[[], None]:
@@ -113,10 +93,7 @@ def reference_layer(*, hidden_states: Tensor, scope: str, **inputs: Any) -> Tens
     return reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
 
 
-def _bare_layer(hidden_size: int, **options: Any) -> FastWeightProductKeyMemory:
-    return FastWeightProductKeyMemory(hidden_size, **options, device="meta")
-
-
+_bare_layer = functools.partial(FastWeightProductKeyMemory, device="meta")
 _kept_layer = functools.lru_cache(maxsize=1)(_bare_layer)
 
 
@@ -190,10 +167,6 @@ def composed_layer(memory: Callable[..., Any], *, hidden_states: Tensor, scope: 
     return mix(torch.cat([read(*document) for document in documents]), projected, inputs)
 
 
-def own_layer_state(inputs: Inputs) -> Inputs:
-    return {"memory": fwpkm.MemoryState(inputs["keys"], inputs["values"])}
-
-
 @torch.no_grad()
 def composed_layer_step(*, hidden_states: Tensor, memory: Any, scope: str, **inputs: Any) -> Tensor:
     """The same, one step of a state; for one sequence."""
@@ -214,8 +187,3 @@ def own_written(inputs: Inputs) -> Inputs:
 def package_reset(values: Tensor, slots: Tensor, state: fwpkm.MemoryState, *, touched_rows_only: bool = False) -> None:
     state._touched.index_fill_(0, slots.flatten(), 1)  # as the steps that wrote these rows have noted
     state.reset(touched_rows_only=touched_rows_only)
-
-
-def initial_values(values: Tensor, slots: Tensor) -> Tensor:
-    """What a reset leaves."""
-    return values

@@ -143,15 +143,20 @@ def _stream(name: str) -> Operation:
     """A memory that is kept between calls. Steps branch on the host: only `MemoryGraph` knows how to capture them."""
 
     def kept(chunk: Callable[..., Any]) -> dict[str, Any]:
-        return {"run": eager.step, "capturable": False, "own": functools.partial(eager.own_memory, chunk=chunk)}
+        own = {"own": lambda given: {"memory": eager.EagerMemory(given["memory"], chunk)}}
+        return {"run": lambda memory, **given: memory.step(**given), "capturable": False, **own}
 
     return Operation(
         name, ("forward",), reference.fast_weight_memory, inputs.of_stream, costs.stream,
         (
-            _package(providers.package_step, capturable=False, own=providers.own_state),
+            _package(
+                lambda memory, **given: fwpkm.fast_weight_memory_step(memory, **given), capturable=False,
+                own=lambda given: {"memory": fwpkm.MemoryState(*given["memory"])},
+            ),
             _on_gpu(
-                GRAPHED, providers.graph_step, _graph_applies, capturable=False,
-                own=providers.own_graph, replay=providers.graph_replay,
+                GRAPHED, lambda memory, queries, targets, **options: memory.graph(queries, targets),
+                _graph_applies, capturable=False,
+                own=lambda given: {"memory": providers.GraphedMemory(**given)}, replay=providers.graph_replay,
             ),
             _torch(applies=_eager_step_applies, **kept(eager.chunk)),
             _on_gpu(
@@ -224,14 +229,17 @@ OPERATIONS = (
         in_place=True,
     ),
     Operation(
-        "reset", ("forward",), providers.initial_values, inputs.of_reset, costs.reset,
+        "reset", ("forward",), lambda values, slots: values, inputs.of_reset, costs.reset,
         (
             _package(providers.package_reset, own=providers.own_written),
             Provider(
                 f"{PACKAGE}-touched", functools.partial(providers.package_reset, touched_rows_only=True),
                 own=providers.own_written,
             ),
-            _torch(eager.torch_reset, own=eager.own_copied),
+            _torch(
+                lambda values, slots, initial: values.copy_(initial),
+                own=lambda given: {"values": given["values"] + 1.0, "initial": given["values"]},
+            ),
         ),
         in_place=True,
     ),
@@ -255,7 +263,10 @@ OPERATIONS = (
         costs.layer,
         (
             _package(providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
-            _composed(providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
+            _composed(
+                providers.composed_layer_step, capturable=False,
+                own=lambda given: {"memory": fwpkm.MemoryState(given["keys"], given["values"])},
+            ),
         ),
         in_place=True,
     ),
