@@ -65,6 +65,10 @@ class Configuration:
         return self.tokens * self.heads * self.picks
 
     @property
+    def is_float32(self) -> bool:
+        return self.dtype == torch.float32
+
+    @property
     def table_bytes(self) -> int:
         return self.slots * self.width * self.dtype.itemsize
 

@@ -94,16 +94,11 @@ def rows(device: str | None = None, name_contains: str = "") -> list[Row]:
     return [row for row in every if name_contains in row.name]
 
 
-def _is_float32(c: Configuration) -> bool:
-    """embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that."""
-    return c.dtype == torch.float32
-
-
 def _dense_applies(c: Configuration) -> bool:
     """Dense passes cost the same whatever the slots and the key step, so one of each is enough; there must be room for
     several tables; and on a CPU one chunk takes seconds."""
     is_short = c.length <= c.chunk or "cpu" not in c.devices
-    is_plain = c.pattern == "uniform" and c.key_weight != 0 and c.boundary == "carry" and _is_float32(c)
+    is_plain = c.pattern == "uniform" and c.key_weight != 0 and c.boundary == "carry" and c.is_float32
     return is_plain and is_short and c.table_bytes <= 2**30
 
 
@@ -112,19 +107,10 @@ def _autograd_applies(c: Configuration) -> bool:
     return c.table_bytes <= 2**32
 
 
-def _eager_step_applies(c: Configuration) -> bool:
-    """256 chunks, step by step, would take as long as all the other rows together."""
-    return c.length <= 8 * c.chunk
-
-
-def _graph_applies(c: Configuration) -> bool:
-    """While steps are captured there are three copies of the table."""
-    return c.table_bytes <= 2**34
-
-
 _package, _torch = functools.partial(Provider, PACKAGE), functools.partial(Provider, "pytorch")
 _dense = functools.partial(Provider, "dense", applies=_dense_applies, capturable=False)
-_bag = functools.partial(Provider, "embedding_bag", applies=_is_float32, capturable=False)
+# embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that.
+_bag = functools.partial(Provider, "embedding_bag", applies=lambda c: c.is_float32, capturable=False)
 _composed = functools.partial(Provider, COMPOSED)
 _on_gpu = functools.partial(Provider, devices=("cuda",))
 
@@ -155,10 +141,11 @@ def _stream(name: str) -> Operation:
             ),
             _on_gpu(
                 GRAPHED, lambda memory, queries, targets, **options: memory.graph(queries, targets),
-                _graph_applies, capturable=False,
+                lambda c: c.table_bytes <= 2**34, capturable=False,  # while it captures, there are three tables
                 own=lambda given: {"memory": providers.GraphedMemory(**given)}, replay=providers.graph_replay,
             ),
-            _torch(applies=_eager_step_applies, **kept(eager.chunk)),
+            # 256 chunks, step by step, would take as long as all the other rows together.
+            _torch(applies=lambda c: c.length <= 8 * c.chunk, **kept(eager.chunk)),
             _on_gpu(
                 "torch.compile", applies=lambda c: name == "step" and c.name == "inference",
                 **kept(eager.compiled_chunk),
