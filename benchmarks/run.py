@@ -26,8 +26,8 @@ from benchmarks.registry import Row, rows
 from benchmarks.results import read_results, report, time_and_ratio, to_json
 from fwpkm_kernels._commands import CommandError, Lines, check_outputs, command, is_stream, reading, write_output
 
-#: How often the rows that goals of a CPU are made of are measured, all of them once a round: a goal is a ratio or a
-#: difference of minima, and what loads the machine for a while must not slow down one of them alone.
+#: Rounds in which all rows of a CPU's goals are measured, one after the other: a goal is a ratio or a difference of the
+#: minima of its rows, and work that loads the machine for a while must not slow down one of these rows alone.
 ROUNDS = 3
 
 
