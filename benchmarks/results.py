@@ -20,8 +20,8 @@ def to_json(result: Result) -> str:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote. Of a row that was
-    measured in several rounds the last line counts: a run writes a later one only where it is quicker, or not right."""
+    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote. Of a row that
+    was measured in several rounds the last line counts: a run writes a later one only if it is quicker or not right."""
     results = {}
     for line in read_lines(path):
         with contextlib.suppress(TypeError):

@@ -219,7 +219,8 @@ def _found(
     provider: Provider, shared: Shared, case: Case, *, rows_are_exact: bool
 ) -> Iterator[tuple[str, str, Any, Tensor, Tensor]]:
     """What there is of `case.exact`: the first tokens, some columns, and, of a table, the rows that changed, which are
-    the same ones if `rows_are_exact`. Yields a name for messages, the key, the rows, the numbers found and the exact."""
+    the same ones if `rows_are_exact`. Yields a name for messages, the key, the rows, what was found and what is exact.
+    """
     name, inputs = f"{shared.row.name}: {provider.name}", _flat(case.inputs)
     found = _run(shared.row, provider, case)
     for key, exact in case.exact.items():
