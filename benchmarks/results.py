@@ -55,10 +55,8 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         any_result = max(found.values(), key=lambda r: r.floor_us)  # 0 where there were no inputs
         line = [name, show_us(any_result.floor_us or None), *time_and_ratio(ours)]
         if has_graph:
-            line += ["-", "-"]
-            graphed = ours if ours and ours.graph_us is not None else found.get(GRAPHED)
-            if graphed and graphed.graph_us is not None:
-                line[-2:] = [show_us(graphed.graph_us), f"{graphed.graph_ratio:.2f}"]
+            graphed = next((r for r in (ours, found.get(GRAPHED)) if r and r.graph_us is not None), None)
+            line += [show_us(graphed.graph_us), f"{graphed.graph_ratio:.2f}"] if graphed else ["-", "-"]
         for other in others:
             theirs = found.get(other)
             ratio = "-"
