@@ -171,10 +171,10 @@ class FastWeightMemory(Function):
     boundary, precision, backend) gives output, keys, values, slots and weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *options: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
+        # Dynamo leaves out `ctx` where the arguments are as many as the parameters: so there is no other parameter.
+        queries, targets, keys, values, *options = given
         o, gates, mask = from_public_order(options)
         inputs = Inputs(queries, targets, keys, values, gates, mask)
         refuse_transforms("fast_weight_memory", inputs)

@@ -84,6 +84,11 @@ class Addresses(NamedTuple):
         return map(Addresses._make, zip(*(x.split_with_sizes(sizes) for x in self), strict=True))
 
 
+#: A plan in the schema of a backward operator: torch.autograd.functional.jacobian(vectorize=True) can loop over an
+#: operator of tensors, but over none of a list of them, which is what other operators take.
+PLAN_SCHEMA = ", ".join(f"Tensor {name}" for name in Plan._fields)
+
+
 class PickPlan(NamedTuple):
     """The plan of sub-keys [M, H, 2, K], and how much each is used."""
 

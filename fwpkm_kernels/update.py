@@ -13,7 +13,7 @@ from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .options import Write, schema_of
 from .plan import count_accesses, count_among, plan_segments, segment_totals
-from .records import Plan
+from .records import PLAN_SCHEMA, Plan
 
 
 def write(
@@ -121,17 +121,18 @@ def write_grad(
 
 @operator(
     "chunk_value_update_backward",
-    schema="(Tensor grad_values, Tensor errors, Tensor write_weights, Tensor slots, Tensor[] plan, "
-    f"{schema_of(Write)}) -> (Tensor, Tensor)",
+    schema="(Tensor grad_values, Tensor errors, Tensor write_weights, Tensor slots, "
+    f"{PLAN_SCHEMA}, {schema_of(Write)}) -> (Tensor, Tensor)",
 )
-def _update_grad_op(
-    grad_values: Tensor, errors: Tensor, write_weights: Tensor, slots: Tensor, plan: list[Tensor], *options: Any
+def _update_grad_op(  # type: ignore[no-untyped-def]
+    grad_values, errors, write_weights, slots, order, rows, start, end, *options
 ) -> tuple[Tensor, Tensor]:
-    return write_grad(grad_values, errors, write_weights, slots, Plan._make(plan), Write(*options))
+    plan = Plan(order, rows, start, end)
+    return write_grad(grad_values, errors, write_weights, slots, plan, Write(*options))
 
 
 @_update_grad_op.register_fake
-def _(grad_values, errors, write_weights, slots, plan, *options):  # type: ignore[no-untyped-def]
+def _(grad_values, errors, write_weights, slots, *rest):  # type: ignore[no-untyped-def]
     return errors.new_empty(errors.shape), errors.new_empty(slots.shape)
 
 
@@ -196,7 +197,7 @@ class _ChunkValueUpdateBackward(Function):
     def forward(ctx: Any, grad_values: Tensor, counts: Tensor, plan: Plan, o: Write, *fields: Any) -> Any:
         chunk, dtype = _Chunk(*fields), compute_dtype(grad_values.dtype)
         errors, write_weights = _fold_write(chunk, counts, dtype)
-        sums, dots = _update_grad_op(grad_values, errors, write_weights, chunk.slots, list(plan), *o)
+        sums, dots = _update_grad_op(grad_values, errors, write_weights, chunk.slots, *plan, *o)
         factors = {"scale": chunk.scale, "gates": chunk.gates}
 
         def times_other(grad: Tensor, left_out: str) -> Tensor:
@@ -262,7 +263,7 @@ class ChunkValueUpdate(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         """The closed form: gathers of the incoming gradient at the rows that were written."""
-        slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan = ctx.saved_tensors
+        slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *fields = ctx.saved_tensors
         refuse_transforms("chunk_value_update", (grad_out, weights, targets, predictions, gates, mask, tensor_scale))
         o, scale = ctx.options, ctx.scale
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
@@ -271,7 +272,7 @@ class ChunkValueUpdate(Function):
         if any(ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 9)):
             scale = scale if tensor_scale is None else tensor_scale
             chunk = (slots, weights, targets, predictions, gates, mask, scale)
-            results = _ChunkValueUpdateBackward.apply(grad_out, counts, Plan._make(plan), o, *chunk)
+            results = _ChunkValueUpdateBackward.apply(grad_out, counts, Plan._make(fields), o, *chunk)
             grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = results
         written = (grad_weights, grad_targets, grad_predictions, grad_gates)
         return (grad_values, None, *written, None, None, None, grad_scale, None, None, None)
