@@ -17,6 +17,17 @@ _TILE = 512
 
 
 @triton.jit
+def tile_of_reads(R, J: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A program's reads and their mask [BLOCK_R], the mask of picks [1, BLOCK_J], and mask and offsets of the tile."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask_j = (offs_j < J)[None, :]
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    return offs_r, mask_r, mask_j, mask_r[:, None] & mask_j, at
+
+
+@triton.jit
 def weighed(scores, mask_j, temperature, WEIGHTING: tl.constexpr):
     """Weights of the picks of each row, and the scaled scores: [BLOCK_R, BLOCK_J]."""
     scaled = scores / tl.full([], temperature, scores.dtype)
@@ -42,12 +53,7 @@ def weigh_kernel(
     With OUTPUT slots and weights of the reads for output go to their batch item and position too. A program owns
     BLOCK_R reads. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, _, mask_j, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
     slots = tl.load(slots_ptr + at, mask=mask, other=0)
     weights, _ = weighed(scores, mask_j, temperature, WEIGHTING)
@@ -57,7 +63,7 @@ def weigh_kernel(
     tl.store(keys_ptr + at, chunk.to(key_dtype)[:, None] * N + slots.to(key_dtype), mask=mask)
     if OUTPUT:
         is_output = offs_r // B - first >= rereads
-        out = (item.to(tl.int64) * T + position)[:, None] * J + offs_j[None, :]
+        out = (item.to(tl.int64) * T + position)[:, None] * J + tl.arange(0, BLOCK_J)[None, :]
         tl.store(output_slots_ptr + out, slots, mask=mask & is_output[:, None])
         tl.store(output_weights_ptr + out, weights, mask=mask & is_output[:, None])
 
@@ -151,11 +157,7 @@ def fold_kernel(
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """c = α·g·m·w / n_s, and 0 for a read that is not written. A program owns BLOCK_R reads. Grid: (read tiles,)."""
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask = mask_r[:, None] & (offs_j < J)[None, :]
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, mask_r, _, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     is_written, scale, gate, token_mask, _ = write_factors(
@@ -214,12 +216,7 @@ def weigh_again_kernel(
 
     A program owns BLOCK_R reads, and as many sorted positions as these have picks. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, _, mask_j, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights, _ = weighed(tl.load(scores_ptr + at, mask=mask, other=0.0), mask_j, temperature, WEIGHTING)
     tl.store(weights_ptr + at, weights, mask=mask)
     _, _, _, first, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
@@ -259,12 +256,7 @@ def fold_grad_kernel(
 
     A token is written by one read at most, which stores its dg. A program owns BLOCK_R reads. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, mask_r, _, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     dtype: tl.constexpr = weights.dtype
