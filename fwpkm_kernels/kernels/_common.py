@@ -109,7 +109,9 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
-    """Run `kernel` on the device of tensor `on`, which need not be the current one."""
+    """Run `kernel` on the device of tensor `on`, which need not be the current one; nothing without programs."""
+    if 0 in grid:
+        return
     check_grid(kernel, grid)
     device = on.get_device()  # -1 of a CPU tensor
     if on.is_cuda and device != torch.cuda.current_device():  # entering that costs several microseconds

@@ -133,8 +133,6 @@ def plan_writes(
     rows = torch.empty(accesses, dtype=row_dtype, device=device)
     plan = Plan(torch.empty_like(order), rows, start, end)
     counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=device)
-    if accesses == 0:
-        return plan, counts
     count = "all" if count_all else "written" if mask is None else "unmasked"
     flags = torch.empty_like(start) if count == "unmasked" else counts
     block_a = 256
@@ -193,13 +191,12 @@ def sum_reads_kernel(
 def sum_reads(reads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
     out = torch.empty(layout.batch, layout.length, *reads.shape[1:], dtype=dtype, device=reads.device)
-    if out.numel() > 0:
-        width = reads.shape[1:].numel()
-        block_w = min(next_power_of_2(width), 1024)
-        launch(
-            sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
-            reads, out,
-            layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
-            WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
-        )
+    width = reads.shape[1:].numel()
+    block_w = min(next_power_of_2(width), 1024)
+    launch(
+        sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
+        reads, out,
+        layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
+        WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
+    )
     return out

@@ -67,8 +67,6 @@ def gather(
     dots_size = (0,) if vectors is None else (num_rows, picks)
     out = torch.empty(sum_size, dtype=sum_dtype or dtype, device=values.device)
     dots = torch.empty(dots_size, dtype=dots_dtype or dtype, device=values.device)
-    if num_rows == 0:
-        return out, dots
     block_d = next_power_of_2(max(width, 1))
     launch(
         gather_kernel, (num_rows,),

@@ -430,8 +430,6 @@ def half_grad(
     top_k = sub_keys.shape[3]
     grad_queries = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
-    if factors.numel() == 0:
-        return grad_queries, factors
     block_d = next_power_of_2(max(1, half))
     launch(
         half_grad_kernel, (queries.shape[0] * queries.shape[1], 2),

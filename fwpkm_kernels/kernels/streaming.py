@@ -202,8 +202,6 @@ def enqueue(
     The tokens go to the positions of the queue from `first` on, carried ones included.
     """
     length, batch, heads, head = queries.shape
-    if length * batch == 0:
-        return
     tensors, strides, flags = _factors(gates, mask, queue.gates)
     block_w = next_power_of_2(max(1, heads * head))
     launch(
@@ -228,8 +226,6 @@ def read_to_queue(
     queries, targets, gates, mask = tokens
     length, batch, heads, head = queries.shape
     picks, width = weights.shape[1], values.shape[1]
-    if length * batch == 0:
-        return
     block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
     factors, strides, flags = _factors(gates, mask, queue.gates)
     is_known = isinstance(place, int)
@@ -260,14 +256,13 @@ def plan_chunk(
     rows = torch.empty(accesses, dtype=row_dtype, device=device)
     start, end = torch.empty(2, accesses, dtype=torch.int32, device=device)
     write_weights = torch.empty_like(weights)
-    if accesses > 0:
-        block_j = next_power_of_2(picks)
-        block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
-        launch(
-            plan_chunk_kernel, (cdiv(num_pairs, block_m),),
-            slots, weights, gates, mask, order, rows, start, end, write_weights, touched,
-            accesses,
-            J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
-            BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
-        )
+    block_j = next_power_of_2(picks)
+    block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
+    launch(
+        plan_chunk_kernel, (cdiv(num_pairs, block_m) if picks > 0 else 0,),
+        slots, weights, gates, mask, order, rows, start, end, write_weights, touched,
+        accesses,
+        J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
+        BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
+    )
     return Plan(order, rows, start, end), write_weights

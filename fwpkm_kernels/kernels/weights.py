@@ -76,25 +76,25 @@ def weigh(
 
     `outputs` are slots (int64) and weights of the output reads, contiguous [B, T, J], to be filled.
     """
-    num_reads, picks = scores.shape
     weights = torch.empty_like(scores)
     keys = torch.empty(scores.numel(), dtype=key_dtype, device=scores.device)
-    if scores.numel() > 0:
-        block_r, block_j, num_warps = _tile(picks)
-        launch(
-            weigh_kernel, (cdiv(num_reads, block_r),),
-            scores, slots, weights, keys, *(outputs or (slots, weights)),
-            num_slots, num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, OUTPUT=outputs is not None,
-            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    launch(
+        weigh_kernel, grid,
+        scores, slots, weights, keys, *(outputs or (slots, weights)),
+        num_slots, scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, OUTPUT=outputs is not None, **tiles, on=scores,
+    )
     return weights, keys
 
 
-def _tile(picks: int) -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_J and the number of warps: whole rows of picks."""
+def _tiles(num_reads: int, picks: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a kernel over the picks of reads, and its sizes, tile and warps: a program owns whole rows."""
     block_j = next_power_of_2(picks)
-    return max(1, _TILE // block_j), block_j, min(max(block_j // 256, 4), 16)
+    block_r = max(1, _TILE // block_j)
+    programs = cdiv(num_reads, block_r) if picks > 0 else 0
+    num_warps = min(max(block_j // 256, 4), 16)
+    return (programs,), {"J": picks, "BLOCK_R": block_r, "BLOCK_J": block_j, "num_warps": num_warps}
 
 
 @triton.jit
@@ -192,17 +192,15 @@ def fold(
     boundary "drop": there every position is one read of each batch item.
     """
     write_weights = torch.empty_like(weights)
-    if weights.numel() > 0:
-        num_reads, picks = weights.shape
-        block_r, block_j, num_warps = _tile(picks)
-        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
-        launch(
-            fold_kernel, (cdiv(num_reads, block_r),),
-            weights, counts, *tensors, write_weights,
-            *strides,
-            num_reads, *layout,
-            J=picks, STEP=step, **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=weights,
-        )
+    grid, tiles = _tiles(*weights.shape)
+    tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+    launch(
+        fold_kernel, grid,
+        weights, counts, *tensors, write_weights,
+        *strides,
+        weights.shape[0], *layout,
+        STEP=step, **options, **tiles, on=weights,
+    )
     return write_weights
 
 
@@ -230,15 +228,13 @@ def weigh_again(
 ) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
     weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=plan.start.dtype)
-    if scores.numel() > 0:
-        num_reads, picks = scores.shape
-        block_r, block_j, num_warps = _tile(picks)
-        launch(
-            weigh_again_kernel, (cdiv(num_reads, block_r),),
-            scores, plan.order, plan.start, weights, log_rows,
-            num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    launch(
+        weigh_again_kernel, grid,
+        scores, plan.order, plan.start, weights, log_rows,
+        scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, **tiles, on=scores,
+    )
     return weights, log_rows
 
 
@@ -302,17 +298,14 @@ def fold_grad(
     `gates`, `mask` and `ratio` are those of `fold`.
     """
     grad_scores = torch.empty_like(scores)
-    if scores.numel() > 0:
-        num_reads, picks = scores.shape
-        block_r, block_j, num_warps = _tile(picks)
-        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
-        launch(
-            fold_grad_kernel, (cdiv(num_reads, block_r),),
-            scores, weights, counts, grad_weights, grad_write_weights, *tensors, grad_scores,
-            grad_scores if grad_gates is None else grad_gates,
-            *strides,
-            num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, STEP=step, **options,
-            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+    launch(
+        fold_grad_kernel, grid,
+        scores, weights, counts, grad_weights, grad_write_weights, *tensors, grad_scores,
+        grad_scores if grad_gates is None else grad_gates,
+        *strides,
+        scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, STEP=step, **options, **tiles, on=scores,
+    )
     return grad_scores
