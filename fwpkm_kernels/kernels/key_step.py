@@ -82,8 +82,7 @@ def key_sum_kernel(
     stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
     first_row, decay: tl.float64, lr: tl.float64, clip: tl.float64,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr,
-    STEP: tl.constexpr, ALL_ROWS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 

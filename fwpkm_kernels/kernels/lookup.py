@@ -120,8 +120,7 @@ def half_topk_kernel(
     stride_qm, stride_qh, stride_qd, stride_kh, stride_ka, stride_kn, stride_kd,
     M,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr, IDW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
@@ -426,8 +425,7 @@ def half_grad(
     `sub_keys` [M, H, 2, K], contiguous, names its rows. The gradient is written to `out`, contiguous and of any dtype,
     by default a new tensor in that of the queries; with `add` it is added to what `out` holds.
     """
-    half = keys.shape[1]
-    top_k = sub_keys.shape[3]
+    half, top_k = keys.shape[1], sub_keys.shape[3]
     grad_queries = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
     block_d = next_power_of_2(max(1, half))

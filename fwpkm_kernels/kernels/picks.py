@@ -215,19 +215,12 @@ def plan_picks(
         tiles = cdiv(num_rows, TILE)
         words = torch.empty(groups * tiles, num_keys, dtype=torch.int32, device=device)
         launch(
-            count_kernel,
-            (tiles, groups),
-            sub_keys,
-            words,
+            count_kernel, (tiles, groups),
+            sub_keys, words,
             num_rows,
-            NUM_KEYS=num_keys,
-            TOP_K=top_k,
-            TILE=TILE,
-            BLOCK_HIGH=config.block_high,
-            BLOCK_LOW=config.block_low,
-            BLOCK_K=config.block_k,
-            num_warps=config.count_warps,
-            num_stages=1,  # few steps: pipelined they spill
+            NUM_KEYS=num_keys, TOP_K=top_k, TILE=TILE,
+            BLOCK_HIGH=config.block_high, BLOCK_LOW=config.block_low, BLOCK_K=config.block_k,
+            num_warps=config.count_warps, num_stages=1,  # the loop has few steps, and would spill if it were pipelined
             on=sub_keys,
         )
     else:

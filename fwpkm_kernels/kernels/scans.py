@@ -56,9 +56,7 @@ def read_kernel(
     tl.store(output, total.to(output_ptr.dtype.element_ty), mask=output_d)
 
 
-def read(
-    values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor,
-) -> Tensor:
+def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor) -> Tensor:
     """Launch the read of a chunk's rows: errors [M, D] in the compute dtype; the last rows' reads go to `output`.
 
     `slots` and `weights` are [M, J], contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `output`

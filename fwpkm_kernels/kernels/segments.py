@@ -68,8 +68,7 @@ def segment_kernel(
     stride_vm, stride_vd, stride_tn, stride_td, stride_on, stride_od,
     decay: tl.float64, lr: tl.float64, clip: tl.float64, N, A,
     PER_VECTOR: tl.constexpr, D: tl.constexpr, EPILOGUE: tl.constexpr, CENTERED: tl.constexpr, CLIP: tl.constexpr,
-    COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
@@ -131,8 +130,7 @@ def hot_segment_kernel(
     stride_tn, stride_td, stride_on, stride_od,
     decay: tl.float64, lr: tl.float64, clip: tl.float64, A,
     D: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr, COMPACT: tl.constexpr, LOG: tl.constexpr,
-    PIECE: tl.constexpr, WINDOWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Add the partial sums of each hot segment in order, then the epilogue.
 

@@ -194,9 +194,7 @@ def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple
     return tensors, strides, {"HAS_GATES": gates is not None, "HAS_MASK": mask is not None}
 
 
-def enqueue(
-    queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int,
-) -> None:
+def enqueue(queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
 
     The tokens go to the positions of the queue from `first` on, carried ones included.
@@ -242,8 +240,7 @@ def read_to_queue(
 
 
 def plan_chunk(
-    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor,
-    *, row_dtype: torch.dtype, step: str,
+    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor, *, row_dtype: torch.dtype, step: str,
 ) -> tuple[Plan, Tensor]:
     """Launch the plan of a chunk's writes, of A = E·J accesses, and the write weights [E, J].
 

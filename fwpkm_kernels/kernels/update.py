@@ -67,8 +67,7 @@ def update(
 
 
 def step_grad(
-    grad_values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan,
-    *, lr: float, clip: float,
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, *, lr: float, clip: float,
 ) -> Tensor:
     """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
     steps = torch.empty(plan.order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)

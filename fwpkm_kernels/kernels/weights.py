@@ -223,8 +223,7 @@ def weigh_again_kernel(
 
 
 def weigh_again(
-    scores: Tensor, plan: Plan, layout: Layout,
-    *, weighting: str, temperature: float,
+    scores: Tensor, plan: Plan, layout: Layout, *, weighting: str, temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
     weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=plan.start.dtype)
@@ -245,8 +244,7 @@ def fold_grad_kernel(
     stride_gp, stride_gb, stride_mp, stride_mb,
     R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
     J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """From dw (as read) and dc: ds, through c = α·g·m·w / n_s and w = weights(s / temperature), and dg.
 
