@@ -21,41 +21,28 @@ def to_ordered(x):
 
 @triton.jit
 def to_ordered_number(x):
-    """`to_ordered` of what is not NaN."""
-    x = tl.where(x == 0, 0.0, x)
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def highest(x):
-    """What `to_ordered` makes of NaN, for floats like `x`."""
-    if x.dtype == tl.float64:
-        return 0x7FFFFFFFFFFFFFFF
-    else:
-        return 0x7FFFFFFF
+    """`to_ordered` of numbers that are not NaN."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ highest(bits), bits)
 
 
 @triton.jit
 def from_ordered(bits):
     """Inverse of `to_ordered`, up to the sign of zero and the payload of NaN."""
-    if bits.dtype == tl.int64:
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits).to(tl.float64, bitcast=True)
-    else:
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ highest(bits), bits)
+    return bits.to(tl.float64 if bits.dtype == tl.int64 else tl.float32, bitcast=True)
+
+
+@triton.jit
+def highest(x):
+    """The integer that `to_ordered` makes of NaN, for floats like `x`, or their ordered integers."""
+    return 0x7FFFFFFFFFFFFFFF if x.dtype.primitive_bitwidth == 64 else 0x7FFFFFFF
 
 
 @triton.jit
 def lowest(bits):
     """The value, one per tensor of ordered integers, that `to_ordered` never returns."""
-    if bits.dtype == tl.int64:
-        return -0x8000000000000000
-    else:
-        return -0x80000000
+    return -0x8000000000000000 if bits.dtype == tl.int64 else -0x80000000
 
 
 @triton.jit
