@@ -128,19 +128,17 @@ def plan_writes(
     `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
     written and unmasked. Returns the plan, whose start and end are int32, and counts [R, J] (int32).
     """
-    accesses, device = keys.numel(), keys.device
-    start, end = (torch.empty(accesses, dtype=torch.int32, device=device) for _ in range(2))
-    rows = torch.empty(accesses, dtype=row_dtype, device=device)
-    plan = Plan(torch.empty_like(order), rows, start, end)
-    counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=device)
+    accesses = keys.numel()
+    plan = Plan.empty(accesses, row_dtype, keys.device)
+    counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=keys.device)
     count = "all" if count_all else "written" if mask is None else "unmasked"
-    flags = torch.empty_like(start) if count == "unmasked" else counts
+    flags = torch.empty_like(plan.start) if count == "unmasked" else counts
     block_a = 256
     longest = min(layout.chunk_size + layout.rereads, layout.positions) * layout.batch * picks
     grid = (cdiv(accesses, block_a),)
     launch(
         plan_kernel, grid,
-        keys, order, keys if mask is None else mask, plan.order, rows, start, end, counts, flags,
+        keys, order, keys if mask is None else mask, *plan, counts, flags,
         *((0, 0) if mask is None else mask.stride()),
         num_slots, accesses, next_power_of_2(longest), *layout,
         J=picks, COUNT=count, BLOCK_A=block_a, num_warps=4, on=keys,
@@ -149,7 +147,7 @@ def plan_writes(
         running = torch.cumsum(flags, 0, dtype=torch.int32)
         launch(
             count_unmasked_kernel, grid,
-            running, plan.order, start, end, counts,
+            running, plan.order, plan.start, plan.end, counts,
             accesses, *layout,
             J=picks, BLOCK_A=block_a, num_warps=4, on=keys,
         )

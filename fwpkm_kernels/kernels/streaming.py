@@ -54,8 +54,7 @@ def enqueue_kernel(
         queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
         (i_m // B).to(tl.int64), (i_m % B).to(tl.int64), first.to(tl.int64) * B + i_m,
         stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
-        HAS_GATES, HAS_MASK, WIDTH, HEAD,
-        BLOCK_W,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
     )
 
 
@@ -88,8 +87,7 @@ def read_to_queue_kernel(
         queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
         position, item, row + lookahead.to(tl.int64) * B,
         stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
-        HAS_GATES, HAS_MASK, WIDTH, HEAD,
-        BLOCK_W,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
     )
     picks = i_m.to(tl.int64) * J
     offs_p = tl.arange(0, BLOCK_P)
@@ -248,18 +246,15 @@ def plan_chunk(
     the weights; all contiguous. Rows of `touched` [N], uint8, that are written become 1.
     """
     num_pairs, picks = weights.shape
-    device, accesses = weights.device, weights.numel()
-    order = torch.empty(accesses, dtype=torch.int64, device=device)
-    rows = torch.empty(accesses, dtype=row_dtype, device=device)
-    start, end = torch.empty(2, accesses, dtype=torch.int32, device=device)
+    plan = Plan.empty(weights.numel(), row_dtype, weights.device)
     write_weights = torch.empty_like(weights)
     block_j = next_power_of_2(picks)
     block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
     launch(
         plan_chunk_kernel, (cdiv(num_pairs, block_m) if picks > 0 else 0,),
-        slots, weights, gates, mask, order, rows, start, end, write_weights, touched,
-        accesses,
+        slots, weights, gates, mask, *plan, write_weights, touched,
+        weights.numel(),
         J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
         BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
     )
-    return Plan(order, rows, start, end), write_weights
+    return plan, write_weights
