@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..records import Addresses, Plan, Queue, Tokens
 from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps
-from .weights import safe_squares
+from .weights import gates_and_mask, safe_squares
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
 MOST_COMPARED = 8192
@@ -185,20 +185,13 @@ def plan_chunk_kernel(
     tl.store(write_weights_ptr + access, weight / count * scale * gate * factor, mask=mask_a)
 
 
-def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple[list, list, dict]:
-    """The tensors, strides and flags of gates and mask [positions, B], either of which may be None."""
-    tensors = [unused if x is None else x for x in (gates, mask)]
-    strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
-    return tensors, strides, {"HAS_GATES": gates is not None, "HAS_MASK": mask is not None}
-
-
 def enqueue(queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
 
     The tokens go to the positions of the queue from `first` on, carried ones included.
     """
     length, batch, heads, head = queries.shape
-    tensors, strides, flags = _factors(gates, mask, queue.gates)
+    tensors, strides, flags = gates_and_mask(gates, mask, queue.gates)
     block_w = next_power_of_2(max(1, heads * head))
     launch(
         enqueue_kernel, (length * batch,),
@@ -223,7 +216,7 @@ def read_to_queue(
     length, batch, heads, head = queries.shape
     picks, width = weights.shape[1], values.shape[1]
     block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
-    factors, strides, flags = _factors(gates, mask, queue.gates)
+    factors, strides, flags = gates_and_mask(gates, mask, queue.gates)
     is_known = isinstance(place, int)
     launch(
         read_to_queue_kernel, (length * batch,),

@@ -113,7 +113,7 @@ def write_factors(
     offs_r, mask_r, weights,
     stride_gp, stride_gb, stride_mp, stride_mb,
     B, T, C, L, REREADS, MISSING, FULL, P,
-    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):
     """Of reads: (whether they are written, α, g, m, Σ w² or 1 where that is 0), each [BLOCK_R].
 
@@ -126,7 +126,7 @@ def write_factors(
     ratio = ones
     if RATIO:
         size = (end - first) * B
-        if MASK:
+        if HAS_MASK:
             last = (first + written) * B - 1
             size = tl.load(running_ptr + last, mask=is_written, other=0)
             size -= tl.load(running_ptr + first * B - 1, mask=is_written & (first > 0), other=0)
@@ -140,10 +140,10 @@ def write_factors(
     else:
         scale = ratio
     gate = ones
-    if GATES:
+    if HAS_GATES:
         gate = load_factor(gates_ptr, position + REREADS - MISSING, item, stride_gp, stride_gb, is_written)
     token_mask = ones
-    if MASK:
+    if HAS_MASK:
         token_mask = load_factor(mask_ptr, position + REREADS - MISSING, item, stride_mp, stride_mb, is_written)
     return is_written, scale, gate, token_mask, squares
 
@@ -153,7 +153,7 @@ def fold_kernel(
     weights_ptr, counts_ptr, running_ptr, gates_ptr, mask_ptr, write_weights_ptr,
     stride_gp, stride_gb, stride_mp, stride_mb,
     R, B, T, C, L, REREADS, MISSING, FULL, P,
-    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """c = α·g·m·w / n_s, and 0 for a read that is not written. A program owns BLOCK_R reads. Grid: (read tiles,)."""
@@ -162,24 +162,25 @@ def fold_kernel(
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     is_written, scale, gate, token_mask, _ = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
     # Not a product: what is not written has no effect even if it is NaN.
     tl.store(write_weights_ptr + at, tl.where(is_written[:, None], result, 0.0), mask=mask)
 
 
-def _fold_options(
-    like: Tensor, gates: Tensor | None, mask: Tensor | None, ratio: bool,
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
-    """Tensors, strides and options of `write_factors`; `like` stands for what is not there."""
-    running = like
-    if ratio and mask is not None:
-        running = torch.cumsum((mask > 0).flatten(), 0, dtype=torch.int32)
-    tensors = (running, like if gates is None else gates, like if mask is None else mask)
-    strides = [(0, 0) if x is None else x.stride() for x in (gates, mask)]
-    options = {"RATIO": ratio, "GATES": gates is not None, "MASK": mask is not None}
-    return tensors, (*strides[0], *strides[1]), options
+def gates_and_mask(
+    gates: Tensor | None, mask: Tensor | None, unused: Tensor,
+) -> tuple[list[Tensor], list[int], dict[str, bool]]:
+    """Tensors, strides and flags of gates and mask; for None a kernel takes `unused`, and does not read it."""
+    tensors = [unused if x is None else x for x in (gates, mask)]
+    strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
+    return tensors, strides, {"HAS_GATES": gates is not None, "HAS_MASK": mask is not None}
+
+
+def _running_sum(mask: Tensor | None, ratio: bool, unused: Tensor) -> Tensor:
+    """How many reads are unmasked up to each, as far as α with S/E takes it."""
+    return unused if mask is None or not ratio else torch.cumsum((mask > 0).flatten(), 0, dtype=torch.int32)
 
 
 def fold(
@@ -193,13 +194,13 @@ def fold(
     """
     write_weights = torch.empty_like(weights)
     grid, tiles = _tiles(*weights.shape)
-    tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+    tensors, strides, flags = gates_and_mask(gates, mask, weights)
     launch(
         fold_kernel, grid,
-        weights, counts, *tensors, write_weights,
+        weights, counts, _running_sum(mask, ratio, weights), *tensors, write_weights,
         *strides,
         weights.shape[0], *layout,
-        STEP=step, **options, **tiles, on=weights,
+        STEP=step, RATIO=ratio, **flags, **tiles, on=weights,
     )
     return write_weights
 
@@ -243,8 +244,8 @@ def fold_grad_kernel(
     grad_scores_ptr, grad_gates_ptr,
     stride_gp, stride_gb, stride_mp, stride_mb,
     R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
-    J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr,
-    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """From dw (as read) and dc: ds, through c = α·g·m·w / n_s and w = weights(s / temperature), and dg.
 
@@ -256,13 +257,13 @@ def fold_grad_kernel(
     dtype: tl.constexpr = weights.dtype
     is_written, scale, gate, token_mask, squares = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
     # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
     per_weight = grad * token_mask[:, None] / counts.to(dtype)
     per_read = tl.sum(per_weight * weights, axis=1)  # [BLOCK_R]
-    if GATES:
+    if HAS_GATES:
         item, position, _, _, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
         grad_gate = per_read * scale
         out = grad_gates_ptr + item.to(tl.int64) * T + position
@@ -297,13 +298,13 @@ def fold_grad(
     """
     grad_scores = torch.empty_like(scores)
     grid, tiles = _tiles(*scores.shape)
-    tensors, strides, options = _fold_options(weights, gates, mask, ratio)
+    tensors, strides, flags = gates_and_mask(gates, mask, weights)
     launch(
         fold_grad_kernel, grid,
-        scores, weights, counts, grad_weights, grad_write_weights, *tensors, grad_scores,
-        grad_scores if grad_gates is None else grad_gates,
+        scores, weights, counts, grad_weights, grad_write_weights, _running_sum(mask, ratio, weights), *tensors,
+        grad_scores, grad_scores if grad_gates is None else grad_gates,
         *strides,
         scores.shape[0], *layout, temperature,
-        WEIGHTING=weighting, STEP=step, **options, **tiles, on=scores,
+        WEIGHTING=weighting, STEP=step, RATIO=ratio, **flags, **tiles, on=scores,
     )
     return grad_scores
