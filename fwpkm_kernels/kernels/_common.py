@@ -1,4 +1,4 @@
-"""What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
+"""Shared by all kernel files: order-preserving integers for top-k, and launches on the device of a tensor."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def highest(x):
 
 @triton.jit
 def lowest(bits):
-    """The value, one per tensor of ordered integers, that `to_ordered` never returns."""
+    """The integer that `to_ordered` makes of no float, for ordered integers like `bits`."""
     return -0x8000000000000000 if bits.dtype == tl.int64 else -0x80000000
 
 
@@ -89,7 +89,7 @@ MOST_PROGRAMS = 2**31 - 1
 
 
 def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
-    """No more programs than one launch takes; to be asked early where an earlier launch would have written by then."""
+    """Refuse more programs than one launch takes. A launcher of two kernels asks before the first one writes."""
     x, y, z = (*grid, 1, 1)[:3]
     if x * y * z > MOST_PROGRAMS or y > 65535 or z > 65535:
         raise ValueError(f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass less at a time")
@@ -101,7 +101,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options
         return
     check_grid(kernel, grid)
     device = on.get_device()  # -1 of a CPU tensor
-    if on.is_cuda and device != torch.cuda.current_device():  # entering that costs several microseconds
+    if on.is_cuda and device != torch.cuda.current_device():  # entering its context takes several microseconds
         with torch.cuda.device(device):
             _direct.launch_compiled(kernel, grid, device, args, options)
     else:

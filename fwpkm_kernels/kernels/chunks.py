@@ -12,7 +12,7 @@ from torch import Tensor
 from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
-# Numbers that grow with the sequence, and the layout's: one compilation serves all.
+# The numbers of a `Layout`. They are not specialised, so that one compilation serves sequences of any length.
 LAYOUT = ("B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P")
 
 
@@ -22,7 +22,7 @@ def locate(read, B, T, C, L, REREADS, MISSING, FULL, P):
     them it reads again, how many it writes)."""
     index = read // B
     window = C + REREADS
-    # As if the first chunk always had re-reads; the last chunk of P - MISSING may be short, and has none.
+    # Chunks are counted as if the first one had all its re-reads. The last one may be short, and then has none.
     chunk = (index + MISSING) // window
     first = chunk * window - MISSING
     rereads = tl.where((chunk < FULL) & (first >= 0), REREADS, 0)
@@ -49,10 +49,11 @@ def plan_kernel(
 ):
     """Of each sorted position: which access of its chunk stands there, its row, and where that row's segment lies.
 
-    `keys` are sorted, `sorted` says which access came to stand where. COUNT: "all" accesses of a segment count, or
-    those that are "written" (of a segment the first, as its chunk writes its first reads): counts[access] is their
-    number; or only the "unmasked" among these: then flags[position] says whether it counts. The accesses of a chunk
-    number at most 2·SPAN - 1, SPAN a power of two. A program owns BLOCK_A positions. Grid: (position tiles,).
+    `keys` are sorted, and `sorted` says which access stands at each position. COUNT says which accesses of a segment
+    count: with "all" and with "written", counts[access] is their number, and the written ones are the first of a
+    segment, since a chunk writes its first reads; with "unmasked", flags[position] says whether an access is written
+    and unmasked. A chunk has at most 2·SPAN - 1 accesses, SPAN being a power of two. A program owns BLOCK_A positions.
+    Grid: (position tiles,).
     """
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
@@ -105,7 +106,7 @@ def count_unmasked_kernel(
     A, B, T, C, L, REREADS, MISSING, FULL, P,
     J: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
-    """counts[access] = what the running sum gains over its segment, at least 1. Grid: (position tiles,)."""
+    """counts[access] = how much the running sum grows over its segment, at least 1. Grid: (position tiles,)."""
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
     _, _, _, first, _, _, _ = locate(offs_a // J, B, T, C, L, REREADS, MISSING, FULL, P)

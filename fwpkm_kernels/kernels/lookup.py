@@ -89,16 +89,16 @@ def split(x, IDW: tl.constexpr):
     4096th below the largest float32 is rounded to infinity.
     """
     big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    if not IDW:  # idw treats infinities and NaN alike
+    if not IDW:  # idw replaces all scores that are not finite
         big = tl.where(x == x, big, x)  # a NaN with the largest payload would be rounded to 0
     return big, x - big
 
 
 @triton.jit
 def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constexpr, PRECISION: tl.constexpr):
-    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so no sum of theirs is longer.
+    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so longer sums are formed outside.
 
-    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Not Q_SMALL, not K_SMALL: that rest is 0.
+    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Without Q_SMALL or K_SMALL that rest is 0, and left out.
     """
     if PRECISION == "tf32x3":
         q_big, q_small = split(q, IDW)
@@ -108,8 +108,8 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
             part = tl.dot(q_small, k_big, part, input_precision="tf32")
         if K_SMALL:
             part = tl.dot(q_big, k_small, part, input_precision="tf32")
-        if not IDW:  # idw treats infinities and NaN alike
-            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # q_big·k_big alone decides what infinities give
+        if not IDW:  # idw replaces all scores that are not finite
+            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # rests of infinities are NaN, q_big·k_big is right
         return tl.dot(q_big, k_big, part, input_precision="tf32")
     return tl.dot(q, k, input_precision=PRECISION)
 
@@ -125,8 +125,8 @@ def half_topk_kernel(
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
     Only the rank matters under IDW: |q|² is the same for all sub-keys, -log(eps + d²) falls with d², and `merge_kernel`
-    scores the winners from their differences. Without them no sub-keys tie but those that rounding 2 q·k - |k|² makes
-    equal. A program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
+    scores the winners from their differences. Sub-keys tie here only where rounding makes their 2 q·k - |k|² equal. A
+    program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
     best first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
     """
     i_m = tl.program_id(0).to(tl.int64)
@@ -229,7 +229,7 @@ def merge_kernel(
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
 
-    # Both halves are loaded before either is looked through.
+    # Both halves are loaded before either is searched, so that the program waits for memory once.
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < SPLITS * TOP_K
     candidates1 = i_row * (2 * SPLITS * TOP_K) + offs_c
@@ -339,7 +339,7 @@ def lookup(
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
     width = next_power_of_2(max(1, half))
-    # So few columns that a warp holds several sub-keys side by side: few steps between lanes sum them then.
+    # A tile has so few columns that a warp holds several sub-keys side by side: a sum takes few steps between lanes.
     block_d = min(width, max(256 // keys.dtype.itemsize, width // 8))
     num_warps = merge_warps(block_c, block_p, width * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
@@ -379,8 +379,8 @@ def half_grad_kernel(
 ):
     """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
 
-    ADD adds that to what is there. A program owns one half of one (token, head) row; it also writes the factors f (or
-    ds), with which the sub-keys' gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
+    With ADD dq is added to `grad_queries`. A program owns one half of one (token, head) row; it also writes the factors
+    f (or ds), with which the sub-keys' gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)

@@ -19,7 +19,7 @@ from ..records import PickPlan, Picks
 from ._common import cdiv, launch, next_power_of_2
 
 TILE = 16
-#: The words of sub-keys that a program of `count_kernel` holds.
+#: The most sub-keys of a half: a program of `count_kernel` holds a word for each.
 MAX_KEYS = 4096
 #: There is a word for each sub-key and tile: at most 128 MiB of them.
 MAX_WORDS = 2**25
@@ -118,10 +118,10 @@ def usage_kernel(
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
 
-    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. WORDS:
-    first the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; then
-    which of all picks [M, H, 2, K] these are. Else all of this is there. A program owns one sub-key of one half, of all
-    heads. Grid: (2·n,).
+    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. With WORDS
+    a program first lists the tokens that picked it, in order, from the words of `count_kernel`, and where they begin;
+    then which of all picks [M, H, 2, K] these are. Without WORDS these lists are given. A program owns one sub-key of
+    one half, of all heads. Grid: (2·n,).
     """
     i_key = tl.program_id(0)
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
@@ -188,7 +188,7 @@ def usage_kernel(
 
 
 def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
-    """Whether `plan_picks` lists the picks of so many rows and heads, of so many sub-keys."""
+    """Whether `plan_picks` lists the picks of so many rows, heads and sub-keys itself; else `listed` must be given."""
     return num_keys <= MAX_KEYS and 2 * heads * cdiv(num_rows, TILE) * num_keys <= MAX_WORDS
 
 

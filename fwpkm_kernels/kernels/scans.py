@@ -1,8 +1,8 @@
 """The chunk steps of the value scan: the read with its errors, its backward together with the write's, and a reset.
 
 The rows of a chunk are time-major: of its positions·B rows, row i is position i // B of batch item i % B. The first
-WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output; a re-read is not among these, and the last
-positions may not be among those. What the user gave or gets is [positions, B, D], any strides: a transposed slice of
+WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output: re-reads do not, and the last positions
+may not be written. Tensors that the user gave or gets are [positions, B, D], any strides: transposed slices of
 [B, T, D].
 """
 
@@ -38,7 +38,7 @@ def read_kernel(
     # Not `mask_d & is_written`: Triton 3.9's interpreter makes integers of that.
     written_d = offs_d < tl.where(is_written, D, 0)
     output_d = offs_d < tl.where(i_m >= FIRST_OUTPUT, D, 0)
-    # Read before the rows, on which it does not depend: two trips to memory at once.
+    # The target is loaded before the rows, so that the program waits for both at once.
     y_row = (i_m // B).to(tl.int64) * stride_yp + (i_m % B).to(tl.int64) * stride_yb
     target = tl.load(targets_ptr + y_row + offs_d * stride_yd, mask=written_d, other=0.0).to(dtype)
     total = tl.zeros([BLOCK_D], dtype)
@@ -92,7 +92,7 @@ def read_grad_config(picks: int, width: int, dtype: torch.dtype) -> ReadGradConf
     block_d = next_power_of_2(width)
     num_warps = row_warps(block_d, dtype)
     threads = num_warps * (64 if torch.version.hip is not None else 32)
-    # Both tiles stay in registers, as what is summed: at most 64 registers of a thread each.
+    # Both tiles stay in registers, in the compute dtype, and take at most 64 registers of a thread each.
     fits = 64 * threads * 4 // (compute_dtype(dtype).itemsize * block_d)
     block_j = next_power_of_2(max(picks, 1))
     # Rows that do not fit are read twice anyway: then smaller tiles, for more programs at a time.
@@ -133,7 +133,7 @@ def read_grad_kernel(
 
     prediction = tl.zeros([BLOCK_D], dtype)
     r = tl.zeros([BLOCK_D], dtype)
-    old = tl.zeros([BLOCK_J, BLOCK_D], dtype)  # outlives its loop if that is one tile long, as `step` does
+    old = tl.zeros([BLOCK_J, BLOCK_D], dtype)  # if one tile has all picks, the second loop uses it and `step` too
     step = tl.zeros([BLOCK_J, BLOCK_D], dtype)
     for start in range(0, J, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)

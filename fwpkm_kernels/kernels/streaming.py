@@ -70,9 +70,9 @@ def read_to_queue_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i; and all that waits of it, to the queue.
+    """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i, which goes to the queue with its token and its picks.
 
-    Its place among the tokens of the chunk is `place`, or, HAS_PLACE, what `place_ptr` holds. Grid: (rows,).
+    The first row's position in the chunk is `place`, or with HAS_PLACE the number at `place_ptr`. Grid: (rows,).
     """
     i_m = tl.program_id(0)
     position = (i_m // B).to(tl.int64)
@@ -143,7 +143,7 @@ def plan_chunk_kernel(
     mask_a = (offs_j < J) & (access < A)
     slot = tl.load(slots_ptr + access, mask=mask_a, other=0).to(key_type)
 
-    # Three counts in one integer, ten bits each: an element of the tile sees one access in BLOCK_B.
+    # An integer holds three counts of ten bits: an element of the tile is compared with one access in BLOCK_B.
     less = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     same = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     first = tl.program_id(0) * (BLOCK_M * J)
@@ -159,7 +159,7 @@ def plan_chunk_kernel(
         begin += BLOCK_B
     before = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     begin = first
-    while begin < first + BLOCK_M * J:  # those of this program's own accesses that come before
+    while begin < first + BLOCK_M * J:  # counts those of the program's own accesses that come before
         offs_b = begin + tl.arange(0, BLOCK_B)
         other = tl.load(slots_ptr + offs_b, mask=offs_b < A, other=NO_SLOT).to(key_type)[None, :]
         before += ((other == slot[:, None]) & (offs_b[None, :] < access[:, None])).to(tl.int32)

@@ -12,7 +12,7 @@ from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2
 from .chunks import LAYOUT, load_factor, locate
 
-#: Elements of a tile, but where one row has more.
+#: Elements of a tile; a single row may have more.
 _TILE = 512
 
 
@@ -117,7 +117,8 @@ def write_factors(
 ):
     """Of reads: (whether they are written, α, g, m, Σ w² or 1 where that is 0), each [BLOCK_R].
 
-    `weights` are 0 where there is no pick. RATIO: α has S/E, with a mask from the running sum of unmasked reads.
+    `weights` are 0 where there is no pick. With RATIO α has the factor S/E; where there is a mask, S is a
+    difference of the running sum of unmasked reads.
     """
     dtype: tl.constexpr = weights.dtype
     item, position, _, first, end, _, written = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
@@ -165,7 +166,7 @@ def fold_kernel(
         B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
-    # Not a product: what is not written has no effect even if it is NaN.
+    # Chosen, not multiplied by 0: a read that is not written has no effect even if it is NaN.
     tl.store(write_weights_ptr + at, tl.where(is_written[:, None], result, 0.0), mask=mask)
 
 
@@ -269,10 +270,10 @@ def fold_grad_kernel(
         out = grad_gates_ptr + item.to(tl.int64) * T + position
         tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
     if STEP == "normalized":
-        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. To divide w by S first avoids overflow.
         per_weight -= 2.0 * per_read[:, None] * (weights / squares[:, None])
     through_write = per_weight * (gate * scale)[:, None]
-    # Not a product: what is not written has no effect even if it is NaN.
+    # Chosen, not multiplied by 0: a read that is not written has no effect even if it is NaN.
     grad = tl.load(grad_weights_ptr + at, mask=mask, other=0.0) + tl.where(is_written[:, None], through_write, 0.0)
     if WEIGHTING == "softmax":
         grad = weights * (grad - tl.sum(weights * grad, axis=1)[:, None])
