@@ -11,19 +11,16 @@ from . import _direct
 
 
 @triton.jit
-def to_ordered(x):
+def to_ordered(x, HAS_NAN: tl.constexpr = True):
     """Map floats to integers of the same width that sort the same way: NaN highest, -0.0 equal to 0.0.
 
-    No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k.
+    No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k. Without HAS_NAN
+    the integers of NaN are any.
     """
-    return tl.where(x != x, highest(x), to_ordered_number(x))
-
-
-@triton.jit
-def to_ordered_number(x):
-    """`to_ordered` of numbers that are not NaN."""
+    is_nan = x != x
     bits = tl.where(x == 0, 0.0, x).to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ highest(bits), bits)
+    bits = tl.where(bits < 0, bits ^ highest(bits), bits)
+    return tl.where(is_nan, highest(bits), bits) if HAS_NAN else bits
 
 
 @triton.jit
@@ -34,9 +31,9 @@ def from_ordered(bits):
 
 
 @triton.jit
-def highest(x):
-    """The integer that `to_ordered` makes of NaN, for floats like `x`, or their ordered integers."""
-    return 0x7FFFFFFFFFFFFFFF if x.dtype.primitive_bitwidth == 64 else 0x7FFFFFFF
+def highest(bits):
+    """The integer that `to_ordered` makes of NaN, for ordered integers like `bits`."""
+    return 0x7FFFFFFFFFFFFFFF if bits.dtype == tl.int64 else 0x7FFFFFFF
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
-    """Run `kernel` on the device of tensor `on`, which need not be the current one; nothing without programs."""
+    """Run `kernel` on the device of tensor `on`, which need not be the current one; without programs nothing runs."""
     if 0 in grid:
         return
     check_grid(kernel, grid)

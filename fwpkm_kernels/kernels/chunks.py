@@ -49,11 +49,10 @@ def plan_kernel(
 ):
     """Of each sorted position: which access of its chunk stands there, its row, and where that row's segment lies.
 
-    `keys` are sorted, and `sorted` says which access stands at each position. COUNT says which accesses of a segment
-    count: with "all" and with "written", counts[access] is their number, and the written ones are the first of a
-    segment, since a chunk writes its first reads; with "unmasked", flags[position] says whether an access is written
-    and unmasked. A chunk has at most 2·SPAN - 1 accesses, SPAN being a power of two. A program owns BLOCK_A positions.
-    Grid: (position tiles,).
+    `keys` are sorted, and `sorted` says which access stands at each position. With COUNT "all" or "written"
+    counts[access] is the number of such accesses in its segment; written ones come first in a segment, since a chunk
+    writes its first reads. With "unmasked" flags[position] says whether an access is written and unmasked. A chunk has
+    at most 2·SPAN - 1 accesses, SPAN a power of two. A program owns BLOCK_A positions. Grid: (position tiles,).
     """
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A

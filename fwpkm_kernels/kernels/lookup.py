@@ -19,17 +19,7 @@ from torch import Tensor
 
 from ..records import Addresses
 from . import compute_dtype
-from ._common import (
-    cdiv,
-    from_ordered,
-    launch,
-    lowest,
-    next_power_of_2,
-    row_warps,
-    take_top,
-    to_ordered,
-    to_ordered_number,
-)
+from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_top, to_ordered
 from .weights import weighed
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
@@ -175,7 +165,7 @@ def half_topk_kernel(
         # (If q has NaN, all scores of the row are NaN, and equal infinities rank the sub-keys as these would.)
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
-        bits = tl.where(tl.abs(scores) < float("inf"), to_ordered_number(scores), far[None, :])
+        bits = tl.where(tl.abs(scores) < float("inf"), to_ordered(scores, HAS_NAN=False), far[None, :])
     else:
         bits = to_ordered(dots)
     bits = tl.where(mask_n[None, :], bits, lowest(bits))

@@ -2,8 +2,7 @@
 
 The rows of a chunk are time-major: of its positions·B rows, row i is position i // B of batch item i % B. The first
 WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output: re-reads do not, and the last positions
-may not be written. Tensors that the user gave or gets are [positions, B, D], any strides: transposed slices of
-[B, T, D].
+may not be written. Tensors of the user are [positions, B, D], any strides: transposed slices of [B, T, D].
 """
 
 from typing import NamedTuple
