@@ -81,7 +81,7 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
     return max(1, min(8, block_d * dtype.itemsize // (16 * lanes)))
 
 
-#: Programs of a launch: Triton multiplies the axes in 32 bits, and launches nothing, silently, if that overflows.
+#: The most programs of a launch: Triton multiplies the axes in 32 bits, and silently launches none on overflow.
 MOST_PROGRAMS = 2**31 - 1
 
 

@@ -385,7 +385,7 @@ def step_grad(
         *queries.stride(), *keys.stride(),
         heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight, direction,
         NUM_KEYS=plan.slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw,
-        # All picks at a time, so that sums over them need no second pass; of each as many columns as registers hold.
+        # All picks are in one tile, so that their sums need no second pass, with as many columns as registers hold.
         BLOCK_K=block_k, BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
     )
     return factors, dots, shares

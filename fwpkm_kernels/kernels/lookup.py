@@ -161,8 +161,8 @@ def half_topk_kernel(
                 k_norm += tl.sum(k * k, axis=0)
             dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
     if IDW:
-        # A score that is not finite comes of a q or k that is not: the distance is then infinite, or NaN if k has NaN.
-        # (If q has NaN, all scores of the row are NaN, and equal infinities rank the sub-keys as these would.)
+        # A score is not finite because q or k is not: the distance is then infinite, or NaN if k has NaN. (If q has NaN,
+        # all scores of the row should be NaN; infinities, which are equal too, rank the sub-keys in the same order.)
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
         bits = tl.where(tl.abs(scores) < float("inf"), to_ordered(scores, HAS_NAN=False), far[None, :])
@@ -185,7 +185,7 @@ def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R
     offs_r = tl.arange(0, BLOCK_R)
     bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
     columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
-    if BLOCK_R > 64:  # to compare all with all would fill the registers
+    if BLOCK_R > 64:  # a comparison of all with all would fill the registers
         best, best_columns, _ = take_top(bits, columns, TOP_K, BLOCK_R)
         return best, best_columns
     is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]

@@ -151,7 +151,7 @@ def usage_kernel(
                 left = word & 0xFFFF  # [BLOCK_T]
                 counts = count_bits(left)
                 place = end + tl.cumsum(counts, axis=0) - counts
-                while tl.max(left, axis=0) > 0:  # the lowest bit of each word at a time: most have one at most
+                while tl.max(left, axis=0) > 0:  # takes the lowest bit of each word; most have one or none
                     bit = left & -left
                     tl.store(tokens_ptr + place, offs_t * TILE + count_bits(bit - 1), mask=left > 0)
                     left -= bit

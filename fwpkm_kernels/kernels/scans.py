@@ -34,7 +34,7 @@ def read_kernel(
     picks = i_m.to(tl.int64) * J
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < D
-    # Not `mask_d & is_written`: Triton 3.9's interpreter makes integers of that.
+    # Triton 3.9's interpreter would make integers of `mask_d & is_written`.
     written_d = offs_d < tl.where(is_written, D, 0)
     output_d = offs_d < tl.where(i_m >= FIRST_OUTPUT, D, 0)
     # The target is loaded before the rows, so that the program waits for both at once.
@@ -94,7 +94,7 @@ def read_grad_config(picks: int, width: int, dtype: torch.dtype) -> ReadGradConf
     # Both tiles stay in registers, in the compute dtype, and take at most 64 registers of a thread each.
     fits = 64 * threads * 4 // (compute_dtype(dtype).itemsize * block_d)
     block_j = next_power_of_2(max(picks, 1))
-    # Rows that do not fit are read twice anyway: then smaller tiles, for more programs at a time.
+    # Rows that do not fit are read twice anyway; smaller tiles then let more programs run at a time.
     return ReadGradConfig(block_j if block_j <= fits else max(1, min(2, fits // 2)), num_warps)
 
 
@@ -137,7 +137,7 @@ def read_grad_kernel(
     for start in range(0, J, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < J
-        # Nothing of the write is read in rows that are not written: there r is 0 whatever the tables hold.
+        # Rows that are not written load nothing of the write: their r is 0 whatever the tables hold.
         mask_c = offs_j < tl.where(is_written, J, 0)
         old = load_rows(log_ptr, log_rows_ptr + picks, offs_j, mask_j, offs_d, mask_d, stride_ln, stride_ld, dtype)
         step = load_rows(steps_ptr, step_rows_ptr + picks, offs_j, mask_c, offs_d, mask_d, stride_sn, stride_sd, dtype)

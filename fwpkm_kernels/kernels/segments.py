@@ -197,7 +197,7 @@ def segment_rows(
     config = config or segment_config(width, min(vectors.dtype, table.dtype, key=lambda dtype: dtype.itemsize))
     partials = torch.empty(accesses // PIECE + 1, width, dtype=compute_dtype(coefficients.dtype), device=vectors.device)
     block_d = next_power_of_2(width)
-    # Column blocks are narrow: hot segments are few, so that several programs should load the partial sums of one.
+    # Column blocks are narrow, since hot segments are few: so several programs share the partial sums of one.
     hot_block_d = min(block_d, 128)
     hot_grid = (cdiv(accesses, WINDOWS * PIECE), cdiv(width, hot_block_d))
     check_grid(hot_segment_kernel, hot_grid)

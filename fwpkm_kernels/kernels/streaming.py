@@ -242,7 +242,7 @@ def plan_chunk(
     plan = Plan.empty(weights.numel(), row_dtype, weights.device)
     write_weights = torch.empty_like(weights)
     block_j = next_power_of_2(picks)
-    block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
+    block_m = max(1, 16 // block_j)  # with 512 tokens of 8 picks a multiprocessor has two programs
     launch(
         plan_chunk_kernel, (cdiv(num_pairs, block_m) if picks > 0 else 0,),
         slots, weights, gates, mask, *plan, write_weights, touched,

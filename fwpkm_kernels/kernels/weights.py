@@ -261,7 +261,7 @@ def fold_grad_kernel(
         B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
-    # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
+    # The mask comes first: a masked token stays 0 then, even if a product of the other factors overflows.
     per_weight = grad * token_mask[:, None] / counts.to(dtype)
     per_read = tl.sum(per_weight * weights, axis=1)  # [BLOCK_R]
     if HAS_GATES:
@@ -283,7 +283,7 @@ def fold_grad_kernel(
             sigmoid = 1.0 / (1.0 + tl.exp(-scaled))
             grad = grad * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         else:
-            grad = tl.where(scaled <= 0, 0.0, grad)  # of NaN it is NaN
+            grad = tl.where(scaled <= 0, 0.0, grad)  # not `scaled > 0`: the gradient of a NaN score stays NaN
     tl.store(grad_scores_ptr + at, grad / tl.full([], temperature, dtype), mask=mask)
 
 
