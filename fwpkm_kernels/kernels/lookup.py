@@ -161,8 +161,8 @@ def half_topk_kernel(
                 k_norm += tl.sum(k * k, axis=0)
             dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
     if IDW:
-        # A score is not finite because q or k is not: the distance is then infinite, or NaN if k has NaN. (If q has NaN,
-        # all scores of the row should be NaN; infinities, which are equal too, rank the sub-keys in the same order.)
+        # A score is not finite because q or k is not: the distance is then infinite, or NaN if k has NaN. (If q has
+        # NaN, all scores of the row are NaN; infinities, which are equal too, rank the sub-keys in the same order.)
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
         bits = tl.where(tl.abs(scores) < float("inf"), to_ordered(scores, HAS_NAN=False), far[None, :])
