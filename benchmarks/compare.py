@@ -10,17 +10,12 @@ from benchmarks.results import plain_table, show_bytes, show_us
 THRESHOLD = 1.1
 
 
-def _verdict(ratio: float, old_range: tuple[float, float], new_range: tuple[float, float], threshold: float) -> str:
-    """In words; a `ratio` above 1 is worse. Ranges are p10 to p90: where they overlap, it is noise."""
-    apart = new_range[0] > old_range[1] if ratio > 1 else new_range[1] < old_range[0]
+def _verdict(was: Result, now: Result, ratio: float, threshold: float) -> str:
+    """In words. Where the ranges from p10 to p90 overlap, it is noise."""
     if max(ratio, 1 / ratio) <= threshold:
         return ""
-    word = "slower" if ratio > 1 else "faster"
-    return word if apart else f"{word}, but within the noise"
-
-
-def _quantiles(result: Result) -> tuple[float, float]:
-    return result.p10_us or 0.0, result.p90_us or 0.0
+    word, fast, slow = ("slower", was, now) if ratio > 1 else ("faster", now, was)
+    return word if slow.p10_us > fast.p90_us else f"{word}, but within the noise"
 
 
 def compare(old: Sequence[Result], new: Sequence[Result], threshold: float = THRESHOLD) -> tuple[str, bool]:
@@ -35,13 +30,13 @@ def compare(old: Sequence[Result], new: Sequence[Result], threshold: float = THR
         was = before.get((now.row, now.provider))
         if was is None:
             continue
-        line = [now.row, now.provider, _show(was), _show(now), "-", show_bytes(was.peak_bytes)]
-        line += [show_bytes(now.peak_bytes), ""]
+        times, peaks = ([show(r) for r in (was, now)] for show in (_time, lambda r: show_bytes(r.peak_bytes)))
+        line = [now.row, now.provider, *times, "-", *peaks, ""]
         if was.status == "ok" and now.status != "ok":
             line[-1] = f"now {now.status}"
         elif was.time_us and now.time_us:
             ratio = now.time_us / was.time_us
-            line[4], line[-1] = f"{ratio:.2f}", _verdict(ratio, _quantiles(was), _quantiles(now), threshold)
+            line[4], line[-1] = f"{ratio:.2f}", _verdict(was, now, ratio, threshold)
         lines.append(line)
         if is_package(now.provider) and line[-1] in ("slower", f"now {now.status}"):
             worse.append(now.row if now.provider == PACKAGE else f"{now.row} {now.provider}")
@@ -50,20 +45,16 @@ def compare(old: Sequence[Result], new: Sequence[Result], threshold: float = THR
         parts = [plain_table(header, lines), verdict]
     else:
         parts = ["nothing to compare: the two runs have no row in common"]
-    return "\n\n".join([*_differences(old, new), *parts]), bool(worse)
+    differences = _differences(old[-1], new[-1]) if old and new else ""
+    return "\n\n".join(filter(None, [differences, *parts])), bool(worse)
 
 
-def _show(result: Result) -> str:
+def _time(result: Result) -> str:
     return show_us(result.time_us) if result.status == "ok" else result.status
 
 
-def _differences(old: Sequence[Result], new: Sequence[Result]) -> list[str]:
-    """What is not the same about the two runs' machines, or []."""
-    if not old or not new:
-        return []
-    before, now = old[-1], new[-1]
-    pairs = [("device", before.device, now.device), ("commit", before.commit, now.commit)]
-    for name in dict.fromkeys((*before.versions, *now.versions)):
-        pairs.append((name, before.versions.get(name), now.versions.get(name)))
-    changed = [f"{name}: {x} before, {y} now" for name, x, y in pairs if x != y]
-    return ["\n".join(changed)] if changed else []
+def _differences(old: Result, new: Result) -> str:
+    """What is not the same about the two runs' machines."""
+    before, now = ({"device": r.device, "commit": r.commit, **r.versions} for r in (old, new))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "\n".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in changed)

@@ -5,13 +5,13 @@ Each takes the arguments of the reference of the same operation, by name.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import Inputs, Memory
+from benchmarks.inputs import Memory
 from fwpkm_kernels.options import Options
 
 #: ε of every row.
@@ -106,37 +106,21 @@ def embedding_bag(values: Tensor, slots: Tensor, weights: Tensor, *, sparse: boo
     return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(values.dtype), sparse=sparse)
 
 
-class Write(NamedTuple):
-    """The arguments of a write besides the table."""
-
-    slots: Tensor  #: [M, J]
-    weights: Tensor  #: [M, J]
-    targets: Tensor  #: [M, D]
-    predictions: Tensor  #: [M, D]
-    count_slots: Tensor | None = None  #: whose accesses n_s counts
-    scale: float | None = None  #: α
-
-    @property
-    def counted(self) -> Tensor:
-        return (self.slots if self.count_slots is None else self.count_slots).flatten()
-
-    @property
-    def alpha(self) -> float:
-        return self.slots.shape[1] if self.scale is None else self.scale
-
-
-def torch_update_(values: Tensor, **write: Any) -> None:
+def torch_update_(
+    values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor, *,
+    counted: Tensor | None = None, alpha: float | None = None,
+) -> None:  # fmt: skip
     """M·J rows added into the table, by whichever of the two ways is faster: atomics on GPUs, index_put_ on CPUs. The
-    only array of the table's length is one of counts."""
-    w = Write(**write)
-    slots, counted = w.slots.flatten(), w.counted
-    counts = w.weights.new_zeros(len(values)).index_add_(0, counted, w.weights.new_ones(counted.shape))
-    write_weights = (w.alpha * w.weights / counts[w.slots]).unsqueeze(-1)
-    steps = (write_weights * (w.targets - w.predictions).unsqueeze(1)).flatten(0, 1).to(values.dtype)
+    only array of the table's length is one of counts. n_s counts accesses of `counted`, or `slots`; α is J by default.
+    """
+    counted = (slots if counted is None else counted).flatten()
+    counts = weights.new_zeros(len(values)).index_add_(0, counted, weights.new_ones(counted.shape))
+    write_weights = ((alpha or slots.shape[1]) * weights / counts[slots]).unsqueeze(-1)
+    steps = (write_weights * (targets - predictions).unsqueeze(1)).flatten(0, 1).to(values.dtype)
     if values.is_cuda:
-        values.index_add_(0, slots, steps)
+        values.index_add_(0, slots.flatten(), steps)
     else:
-        values.index_put_((slots,), steps, accumulate=True)
+        values.index_put_((slots.flatten(),), steps, accumulate=True)
 
 
 def torch_update(values: Tensor, **write: Any) -> Tensor:
@@ -146,21 +130,23 @@ def torch_update(values: Tensor, **write: Any) -> Tensor:
     return out
 
 
-def _dense_step(values: Tensor, w: Write) -> Tensor:
-    """α·G/n_s over the whole table."""
-    terms = (w.weights.unsqueeze(-1) * (w.predictions - w.targets).unsqueeze(1)).flatten(0, 1).to(values.dtype)
-    gradient = torch.zeros_like(values).index_add_(0, w.slots.flatten(), terms)
-    counts = torch.bincount(w.counted, minlength=len(values)).clamp(min=1)
-    return w.alpha * gradient / counts.unsqueeze(1)
+def _dense_step(
+    values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, predictions: Tensor, *,
+    counted: Tensor | None = None, alpha: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The step α·G/n_s over the whole table, as the equation has it: a gradient and a step for all rows."""
+    terms = (weights.unsqueeze(-1) * (targets - predictions).unsqueeze(1)).flatten(0, 1).to(values.dtype)
+    gradient = torch.zeros_like(values).index_add_(0, slots.flatten(), terms)
+    counts = torch.bincount((slots if counted is None else counted).flatten(), minlength=len(values)).clamp(min=1)
+    return (alpha or slots.shape[1]) * gradient / counts.unsqueeze(1)
 
 
 def dense_update(values: Tensor, **write: Any) -> Tensor:
-    """The write as the equation has it: a gradient and a step for all rows."""
-    return values - _dense_step(values, Write(**write))
+    return values + _dense_step(values, **write)
 
 
 def dense_update_(values: Tensor, **write: Any) -> None:
-    values.sub_(_dense_step(values, Write(**write)))
+    values.add_(_dense_step(values, **write))
 
 
 def chunk(
@@ -188,7 +174,7 @@ def chunk(
     write: dict[str, Any] = {"targets": targets, "predictions": predictions[written]}
     write |= {"slots": slots[written], "weights": weights[written]}
     if o.boundary == "drop":  # every access of the chunk counts, and α has the ratio of what is read to what is written
-        write |= {"count_slots": slots, "scale": slots.shape[1] * len(slots) / max(1, len(targets))}
+        write |= {"counted": slots, "alpha": slots.shape[1] * len(slots) / max(1, len(targets))}
     if dense:
         values = dense_update(values, **write)
     else:
@@ -249,22 +235,6 @@ class EagerMemory:
         self.keys.copy_(keys)
         self._carried = queries[-1:]
         return output
-
-
-def own_memory(inputs: Inputs, *, chunk: Callable[..., Any]) -> Inputs:
-    return {"memory": EagerMemory(inputs["memory"], chunk)}
-
-
-def step(memory: EagerMemory, **inputs: Any) -> Tensor:
-    return memory.step(**inputs)
-
-
-def own_copied(inputs: Inputs) -> Inputs:
-    return {"values": inputs["values"] + 1.0, "initial": inputs["values"]}
-
-
-def torch_reset(values: Tensor, slots: Tensor, initial: Tensor) -> None:
-    values.copy_(initial)
 
 
 def compile_lazily(function: Callable[..., Any]) -> Callable[..., Any]:

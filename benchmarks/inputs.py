@@ -65,6 +65,10 @@ class Configuration:
         return self.tokens * self.heads * self.picks
 
     @property
+    def is_float32(self) -> bool:
+        return self.dtype == torch.float32
+
+    @property
     def table_bytes(self) -> int:
         return self.slots * self.width * self.dtype.itemsize
 
@@ -73,16 +77,9 @@ class Configuration:
         batch, chunk = min(self.batch, 2), 8
         length = chunk * min(3, self.length // self.chunk) if self.length >= self.chunk else min(self.length, chunk)
         return dataclasses.replace(
-            self,
-            tokens=batch * length,
-            batch=batch,
-            chunk=chunk,
-            sub_keys=16 if self.sub_keys <= 512 else 32,
-            picks=min(self.picks, 10),
-            key_width=14,
-            width=24,
-            key_weight=min(self.key_weight, 1.0),
-        )
+            self, tokens=batch * length, batch=batch, chunk=chunk, sub_keys=16 if self.sub_keys <= 512 else 32,
+            picks=min(self.picks, 10), key_width=14, width=24, key_weight=min(self.key_weight, 1.0),
+        )  # fmt: skip
 
 
 def normal(device: Any, seed: int, *shape: int) -> Tensor:
@@ -181,13 +178,9 @@ def of_layer(c: Configuration, device: str, seed: int, *, scope: str) -> Inputs:
     inputs: Inputs = {"hidden_states": normal(device, 100 + seed, c.batch, c.length, c.width).to(c.dtype)}
     for number, name in enumerate(PARAMETERS[:-1]):
         part, kind = name.split("_")
-        if kind == "norm.weight":
-            x = 1 + 0.1 * normal(device, 10 + number, c.width)
-        elif kind == "proj.weight":
-            x = normal(device, 10 + number, out[part], c.width) * c.width**-0.5
-        else:
-            x = 0.1 * normal(device, 10 + number, out[part])
-        inputs[name] = x.to(c.dtype)
+        shapes = {"norm.weight": (c.width,), "proj.weight": (out[part], c.width), "proj.bias": (out[part],)}
+        x = normal(device, 10 + number, *shapes[kind]) * (c.width**-0.5 if kind == "proj.weight" else 0.1)
+        inputs[name] = (x + 1 if kind == "norm.weight" else x).to(c.dtype)
     inputs |= {"keys": _keys(c, device), "values": table(c.slots, c.width, c.dtype, device), "scope": scope}
     return inputs | _options(c)
 

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -149,30 +147,26 @@ def number_of_repeats(seconds: float, once_us: float, least: int) -> int:
     return int(max(least, min(1000, seconds * 1e6 / max(once_us, 1.0))))
 
 
+def _time_once(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
 def warm_up(calls: Sequence[Call], seconds: float) -> float:
     """Run the calls once, less if that takes long; microseconds that the quickest took."""
     samples: list[float] = []
-    begin = time.perf_counter()
     for call in calls:  # the first touch of a page of a new table costs more than the row on it
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e6)
-        if time.perf_counter() - begin > 2 * seconds:
+        samples.append(_time_once(call))
+        if sum(samples) > 2e6 * seconds:
             break
     return min(samples)
 
 
 def time_cpu(calls: Sequence[Call], seconds: float, *, least: int = 3) -> list[float]:
     """Wall-clock microseconds of one call after another, going round `calls`, for about `seconds` seconds."""
-    samples: list[float] = []
-    warm_up(calls, seconds)
-    begin = time.perf_counter()
-    while len(samples) < least or (time.perf_counter() - begin < seconds and len(samples) < 1000):
-        call = calls[len(samples) % len(calls)]
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return samples
+    count = number_of_repeats(seconds, warm_up(calls, seconds), least)
+    return [_time_once(call) for call in itertools.islice(itertools.cycle(calls), count)]
 
 
 def time_cuda(calls: Sequence[Call], seconds: float, *, least: int = 10) -> list[float]:
@@ -213,24 +207,17 @@ def allocations_cpu(call: Call) -> list[int]:
 
     Tensors only, as on a GPU: scratch memory inside a library's routine is not seen.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trace.json")
-        with (
-            _silent_errors(),
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-        ):
-            kept = call()  # until the profile is over, so that giving it back is no part of the call
-        del kept
-        profile.export_chrome_trace(path)
-        with open(path, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
+    with _silent_errors(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = call()  # until the profile is over, so that giving it back is no part of the call
+    del kept
+    assert profile.kineto_results is not None
+    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event for event in changes if event.device_type() == torch.autograd.DeviceType.CPU]
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 def peak_cpu(call: Call) -> int:
-    """Bytes that one call needs at its peak: what it was given less what it gave back, so far; not what was there
-    before."""
+    """Bytes that one call needs at its peak, besides those that were there before."""
     return max(itertools.accumulate(allocations_cpu(call), initial=0))
 
 
@@ -248,8 +235,7 @@ def _silent_errors() -> Iterator[None]:
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+    return sorted(samples)[round(q * (len(samples) - 1))]
 
 
 def measure(
@@ -261,11 +247,12 @@ def measure(
     shared: Shared | None = None,
     clock: Clock = time_cpu,
     graphs: bool = True,
+    is_right: bool = False,
 ) -> Result:
     """Check, then time. Never raises for what a row or provider does: the result says "wrong" or "error" and why.
 
     `shared` may be the same for all providers of a row. `clock` is the one of CPUs, and only with `graphs` are calls
-    captured on GPUs too.
+    captured on GPUs too. `is_right` on a CPU: the numbers have been checked before.
     """
     shared = Shared(row, machine.kind) if shared is None else shared
     result = no_result(row, provider, machine)
@@ -276,7 +263,8 @@ def measure(
         if machine.kind == "cuda":
             _measure_cuda(result, row, provider, shared, seconds, graphs)
         else:
-            verify(provider, shared)
+            if not is_right:
+                verify(provider, shared)
             # Each set that is prepared for backward costs a forward, of seconds where it is dense.
             count = 8 if row.direction == "forward" else 2
             calls = [prepare(row, provider, x) for x in _input_sets(row, provider, inputs, machine.kind, count)]
@@ -292,17 +280,11 @@ def measure(
 
 def no_result(row: Row, provider: Provider, machine: Machine, **fields: Any) -> Result:
     """All that is known before inputs are drawn."""
-    c = row.configuration
-    names = (row.operation.name, row.direction, c.name, provider.name)
-    return Result(*names, str(c.dtype).removeprefix("torch."), sizes(row), **dataclasses.asdict(machine), **fields)
-
-
-def sizes(row: Row) -> dict[str, Any]:
-    """The configuration's fields, as JSON has them, without its name and what it is for."""
-    fields = dataclasses.fields(row.configuration)
-    kept = [field.name for field in fields if field.name not in ("name", "operations", "devices", "directions")]
-    values = {name: getattr(row.configuration, name) for name in kept}
-    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in values.items()}
+    sizes = dataclasses.asdict(row.configuration)
+    name, *_ = [sizes.pop(other) for other in ("name", "operations", "devices", "directions")]
+    sizes["dtype"] = str(sizes["dtype"]).removeprefix("torch.")
+    names = (row.operation.name, row.direction, name, provider.name)
+    return Result(*names, sizes["dtype"], sizes, **dataclasses.asdict(machine), **fields)
 
 
 def _input_sets(row: Row, provider: Provider, inputs: Inputs, kind: str, count: int) -> list[Inputs]:

@@ -252,13 +252,9 @@ def _authors_sequence(queries: Tensor, targets: Tensor, keys: Tensor, values: Te
     )
 
 
-def _float32(c: Configuration) -> bool:
-    return c.dtype == torch.float32
-
-
 def _power_of_two(c: Configuration) -> bool:
     """The kernel of its backward, which writes too, takes no other widths."""
-    return _float32(c) and c.width & (c.width - 1) == 0
+    return c.is_float32 and c.width & (c.width - 1) == 0
 
 
 def _idw(c: Configuration) -> bool:
@@ -268,7 +264,7 @@ def _idw(c: Configuration) -> bool:
 
 def _idw_step(c: Configuration) -> bool:
     """It has a distribution of sub-keys for each head, here the heads share one; and float32 is built in."""
-    return _idw(c) and _float32(c) and c.heads == 1
+    return _idw(c) and c.is_float32 and c.heads == 1
 
 
 def _dropping(c: Configuration) -> bool:

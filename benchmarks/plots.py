@@ -3,7 +3,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from benchmarks.providers import PACKAGE
 from benchmarks.results import alike, read_results, tokens_of
 from fwpkm_kernels._commands import command, make_folder, need, one_line, try_all
 
-#: The files; none is written without data for it.
-FILES = ("time.png", "roofline.png", "scaling.png")
 _LINES = ("-", ":", "--", "-.")
 
 
@@ -30,12 +28,12 @@ def _save(figure: Any, results: Sequence[Result], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
+def _plot_times(timed: Sequence[Result]) -> Any:
     """Each row's time beside its floor; and the other providers' times over this package's."""
     ours = {r.row: r for r in timed if r.provider == PACKAGE}
     others = [r for r in timed if r.provider != PACKAGE and r.row in ours]
     if not ours:
-        return []
+        return None
     place = {name: i for i, name in enumerate(ours)}
     figure, panels = new_figure(16 if others else 9, 2 + 0.28 * len(ours), 1 + bool(others))
     left, right = panels[0], panels[-1]
@@ -61,26 +59,21 @@ def _plot_times(timed: Sequence[Result], path: Path) -> list[Path]:
         axes.set_ylim(len(ours) - 0.5, -0.5)
         axes.grid(axis="x", which="both", alpha=0.3)
         axes.legend(loc="best")
-    return [_save(figure, timed, path)]
+    return figure
 
 
-def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
+def _plot_roofline(timed: Sequence[Result]) -> Any:
     """What each row of this package reaches, under the two ceilings that were measured."""
     ours = [r for r in timed if r.provider == PACKAGE and r.flops and r.bytes]
     if not ours:
-        return []
+        return None
     figure, (axes,) = new_figure(10, 7)
     marks = {"forward": "o", "backward": "s"}
     operations = list(dict.fromkeys(r.operation for r in ours))
     for (operation, direction), mine in _grouped(ours, lambda r: (r.operation, r.direction)).items():
-        axes.plot(
-            [r.flops / r.bytes for r in mine],
-            [r.flops / r.time_us / 1e6 for r in mine],  # TFLOP/s
-            marks.get(direction, "^"),
-            color=_color(operations.index(operation)),
-            alpha=0.8,
-            label=f"{operation} {direction}",
-        )
+        intensity, reached = [r.flops / r.bytes for r in mine], [r.flops / r.time_us / 1e6 for r in mine]  # TFLOP/s
+        style = {"color": _color(operations.index(operation)), "alpha": 0.8, "label": f"{operation} {direction}"}
+        axes.plot(intensity, reached, marks.get(direction, "^"), **style)
     # Runs that were resumed have measured their ceilings again: the lines are the last ones.
     bandwidth, rate = ours[-1].bandwidth_gb_s / 1e3, ours[-1].matmul_tflop_s
     intensities = [r.flops / r.bytes for r in ours]
@@ -90,7 +83,7 @@ def _plot_roofline(timed: Sequence[Result], path: Path) -> list[Path]:
     axes.set(xscale="log", yscale="log", xlabel="flops / bytes, the least of both", ylabel="TFLOP/s reached")
     axes.grid(which="both", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
-    return [_save(figure, ours, path)]
+    return figure
 
 
 def _grouped(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
@@ -100,23 +93,19 @@ def _grouped(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[An
     return groups
 
 
-def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
+def _plot_scaling(timed: Sequence[Result]) -> Any:
     """Time against the number of slots, time and memory against the tokens: of rows that differ in nothing else."""
     by_slots, by_tokens = alike(timed, "sub_keys"), alike(timed, "tokens")
-    panels: list[tuple[list[list[Result]], Callable[[Result], Any], Callable[[Result], Any], str, str]] = [
-        (by_slots, lambda r: r.sizes["sub_keys"] ** 2, lambda r: r.time_us, "slots N", "time, µs"),
-        (by_tokens, tokens_of, lambda r: r.time_us, "tokens T of each item", "time, µs"),
-        (
-            [group for group in by_tokens if all(r.peak_bytes for r in group)],
-            tokens_of,
-            lambda r: r.peak_bytes / 2**20,
-            "tokens T of each item",
-            "memory on top of the inputs, MiB",
-        ),
+    with_memory = [group for group in by_tokens if all(r.peak_bytes for r in group)]
+    slots, time, memory = lambda r: r.sizes["sub_keys"] ** 2, lambda r: r.time_us, lambda r: r.peak_bytes / 2**20
+    panels = [
+        (by_slots, slots, time, "slots N", "time, µs"),
+        (by_tokens, tokens_of, time, "tokens T of each item", "time, µs"),
+        (with_memory, tokens_of, memory, "tokens T of each item", "memory on top of the inputs, MiB"),
     ]
     panels = [panel for panel in panels if panel[0]]
     if not panels:
-        return []
+        return None
     shown = [group[0] for groups, *_ in panels for group in groups]
     works = list(dict.fromkeys(f"{r.operation} {r.direction}" for r in shown))
     providers = sorted(dict.fromkeys(r.provider for r in shown), key=lambda name: name != PACKAGE)
@@ -134,19 +123,18 @@ def _plot_scaling(timed: Sequence[Result], path: Path) -> list[Path]:
     for number, name in enumerate(providers):
         axes_of[0].plot([], [], color="black", linestyle=_LINES[number % len(_LINES)], label=name)
     figure.legend(loc="outside lower center", ncols=2 * len(panels), fontsize=8)
-    return [_save(figure, timed, path)]
+    return figure
 
 
-def plot(results: Sequence[Result], out: Path, names: Sequence[str] = FILES) -> list[Path]:
+#: The files; none is written without data for it.
+FILES = {"time.png": _plot_times, "roofline.png": _plot_roofline, "scaling.png": _plot_scaling}
+
+
+def plot(results: Sequence[Result], out: Path, names: Collection[str] = FILES) -> list[Path]:
     """Draw those of `names` that have data, the others too where one cannot be written; the files written."""
     timed = [r for r in results if r.status == "ok" and r.time_us]
-    draw = (_plot_times, _plot_roofline, _plot_scaling)
-    actions = [
-        functools.partial(function, timed, out / name)
-        for name, function in zip(FILES, draw, strict=True)
-        if name in names
-    ]
-    return [path for paths in try_all(actions) for path in paths]
+    figures = [(draw(timed), name) for name, draw in FILES.items() if name in names]
+    return try_all(functools.partial(_save, figure, timed, out / name) for figure, name in figures if figure)
 
 
 @command("plots")

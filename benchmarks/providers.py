@@ -32,10 +32,6 @@ def is_package(provider: str) -> bool:
     return provider.startswith(PACKAGE)
 
 
-def own_values(inputs: Inputs) -> Inputs:
-    return {"values": inputs["values"].clone()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """One way to compute an operation; `run` takes the reference's arguments by name."""
@@ -47,7 +43,7 @@ class Provider:
     capturable: bool = True
     devices: tuple[str, ...] = ("cuda", "cpu")
     #: of an operation in place: arguments that replace those of the same name, and that `run` may write
-    own: Callable[[Inputs], Inputs] = own_values
+    own: Callable[[Inputs], Inputs] = lambda inputs: {"values": inputs["values"].clone()}
     #: of one that replays CUDA graphs of its own: from the same arguments, a call that does nothing else
     replay: Callable[..., Callable[[], None]] | None = None
 
@@ -67,22 +63,6 @@ class GraphedMemory:
     @property
     def values(self) -> Tensor:
         return self.state.values
-
-
-def own_state(inputs: Inputs) -> Inputs:
-    return {"memory": fwpkm.MemoryState(*inputs["memory"])}
-
-
-def own_graph(inputs: Inputs) -> Inputs:
-    return {"memory": GraphedMemory(**inputs)}
-
-
-def package_step(memory: fwpkm.MemoryState, **inputs: Any) -> Tensor:
-    return fwpkm.fast_weight_memory_step(memory, **inputs)
-
-
-def graph_step(memory: GraphedMemory, queries: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    return memory.graph(queries, targets)
 
 
 def graph_replay(memory: GraphedMemory, queries: Tensor, **options: Any) -> Callable[[], None]:
@@ -110,14 +90,10 @@ def reference_layer(*, hidden_states: Tensor, scope: str, **inputs: Any) -> Tens
     parameters, options = _split(tensors)
     heads, _, num_keys, _ = parameters["keys"].shape
     options |= {"heads": heads, "num_keys": num_keys, "scope": scope}
-    output: Tensor = reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
-    return output
+    return reference.fast_weight_layer(hidden_states.cpu(), parameters, **options).output
 
 
-def _bare_layer(hidden_size: int, **options: Any) -> FastWeightProductKeyMemory:
-    return FastWeightProductKeyMemory(hidden_size, **options, device="meta")
-
-
+_bare_layer = functools.partial(FastWeightProductKeyMemory, device="meta")
 _kept_layer = functools.lru_cache(maxsize=1)(_bare_layer)
 
 
@@ -129,13 +105,12 @@ def _layer(inputs: Inputs, make: Callable[..., FastWeightProductKeyMemory]) -> F
     layer = make(inputs["hidden_states"].shape[2], value_dim=inputs["values"].shape[1], **options)
     for name, x in parameters.items():
         module, _, leaf = name.rpartition(".")
-        layer.get_submodule(module)._parameters[leaf] = x  # type: ignore[assignment]
+        layer.get_submodule(module)._parameters[leaf] = x
     return layer
 
 
 def package_layer(**inputs: Any) -> Tensor:
-    output: Tensor = _layer(inputs, _kept_layer)(inputs["hidden_states"])
-    return output
+    return _layer(inputs, _kept_layer)(inputs["hidden_states"])
 
 
 def own_layer_memory(inputs: Inputs) -> Inputs:
@@ -145,8 +120,7 @@ def own_layer_memory(inputs: Inputs) -> Inputs:
 
 @torch.no_grad()
 def package_layer_step(*, hidden_states: Tensor, layer: Any, memory: Any, **inputs: Any) -> Tensor:
-    output: Tensor = layer(hidden_states, memory=memory)
-    return output
+    return layer(hidden_states, memory=memory)
 
 
 class Projected(NamedTuple):
@@ -185,17 +159,12 @@ def composed_layer(memory: Callable[..., Any], *, hidden_states: Tensor, scope: 
     projected, of_all = project(hidden_states, inputs), (inputs["keys"], inputs["values"])
 
     def read(queries: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
-        output: Tensor = memory(queries, targets, *of_all, gates=gates, **options)[0]
-        return output
+        return memory(queries, targets, *of_all, gates=gates, **options)[0]
 
     if scope == "batch":
         return mix(read(*projected), projected, inputs)
     documents = zip(*(x.split(1) for x in projected), strict=True)
     return mix(torch.cat([read(*document) for document in documents]), projected, inputs)
-
-
-def own_layer_state(inputs: Inputs) -> Inputs:
-    return {"memory": fwpkm.MemoryState(inputs["keys"], inputs["values"])}
 
 
 @torch.no_grad()
@@ -218,8 +187,3 @@ def own_written(inputs: Inputs) -> Inputs:
 def package_reset(values: Tensor, slots: Tensor, state: fwpkm.MemoryState, *, touched_rows_only: bool = False) -> None:
     state._touched.index_fill_(0, slots.flatten(), 1)  # as the steps that wrote these rows have noted
     state.reset(touched_rows_only=touched_rows_only)
-
-
-def initial_values(values: Tensor, slots: Tensor) -> Tensor:
-    """What a reset leaves."""
-    return values

@@ -7,7 +7,7 @@ in eager.py (plain PyTorch), peers.py and providers.py (this package), and the c
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,27 +83,22 @@ class Row:
 def rows(device: str | None = None, name_contains: str = "") -> list[Row]:
     """The registry, in the order in which it runs; for one device, or all rows as a CPU runs them if None."""
 
-    def every() -> Iterator[Row]:
-        for operation in OPERATIONS:
-            for configuration in CONFIGURATIONS:
-                if operation.name in configuration.operations and (device in (None, *configuration.devices)):
-                    for direction in operation.directions:
-                        if direction in configuration.directions:
-                            yield Row(operation, direction, configuration, device or "cpu")
-
-    return [row for row in every() if name_contains in row.name]
-
-
-def _is_float32(c: Configuration) -> bool:
-    """embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that."""
-    return c.dtype == torch.float32
+    every = (
+        Row(operation, direction, c, device or "cpu")
+        for operation in OPERATIONS
+        for c in CONFIGURATIONS
+        if operation.name in c.operations and device in (None, *c.devices)
+        for direction in operation.directions
+        if direction in c.directions
+    )
+    return [row for row in every if name_contains in row.name]
 
 
 def _dense_applies(c: Configuration) -> bool:
     """Dense passes cost the same whatever the slots and the key step, so one of each is enough; there must be room for
     several tables; and on a CPU one chunk takes seconds."""
     is_short = c.length <= c.chunk or "cpu" not in c.devices
-    is_plain = c.pattern == "uniform" and c.key_weight != 0 and c.boundary == "carry" and _is_float32(c)
+    is_plain = c.pattern == "uniform" and c.key_weight != 0 and c.boundary == "carry" and c.is_float32
     return is_plain and is_short and c.table_bytes <= 2**30
 
 
@@ -112,19 +107,10 @@ def _autograd_applies(c: Configuration) -> bool:
     return c.table_bytes <= 2**32
 
 
-def _eager_step_applies(c: Configuration) -> bool:
-    """256 chunks, step by step, would take as long as all the other rows together."""
-    return c.length <= 8 * c.chunk
-
-
-def _graph_applies(c: Configuration) -> bool:
-    """While steps are captured there are three copies of the table."""
-    return c.table_bytes <= 2**34
-
-
 _package, _torch = functools.partial(Provider, PACKAGE), functools.partial(Provider, "pytorch")
 _dense = functools.partial(Provider, "dense", applies=_dense_applies, capturable=False)
-_bag = functools.partial(Provider, "embedding_bag", applies=_is_float32, capturable=False)
+# embedding_bag wants weights in the table's dtype, and gives them a gradient as coarse as that.
+_bag = functools.partial(Provider, "embedding_bag", applies=lambda c: c.is_float32, capturable=False)
 _composed = functools.partial(Provider, COMPOSED)
 _on_gpu = functools.partial(Provider, devices=("cuda",))
 
@@ -143,17 +129,23 @@ def _stream(name: str) -> Operation:
     """A memory that is kept between calls. Steps branch on the host: only `MemoryGraph` knows how to capture them."""
 
     def kept(chunk: Callable[..., Any]) -> dict[str, Any]:
-        return {"run": eager.step, "capturable": False, "own": functools.partial(eager.own_memory, chunk=chunk)}
+        own = {"own": lambda given: {"memory": eager.EagerMemory(given["memory"], chunk)}}
+        return {"run": lambda memory, **given: memory.step(**given), "capturable": False, **own}
 
     return Operation(
         name, ("forward",), reference.fast_weight_memory, inputs.of_stream, costs.stream,
         (
-            _package(providers.package_step, capturable=False, own=providers.own_state),
-            _on_gpu(
-                GRAPHED, providers.graph_step, _graph_applies, capturable=False,
-                own=providers.own_graph, replay=providers.graph_replay,
+            _package(
+                lambda memory, **given: fwpkm.fast_weight_memory_step(memory, **given), capturable=False,
+                own=lambda given: {"memory": fwpkm.MemoryState(*given["memory"])},
             ),
-            _torch(applies=_eager_step_applies, **kept(eager.chunk)),
+            _on_gpu(
+                GRAPHED, lambda memory, queries, targets, **options: memory.graph(queries, targets),
+                lambda c: c.table_bytes <= 2**34, capturable=False,  # while it captures, there are three tables
+                own=lambda given: {"memory": providers.GraphedMemory(**given)}, replay=providers.graph_replay,
+            ),
+            # 256 chunks, step by step, would take as long as all the other rows together.
+            _torch(applies=lambda c: c.length <= 8 * c.chunk, **kept(eager.chunk)),
             _on_gpu(
                 "torch.compile", applies=lambda c: name == "step" and c.name == "inference",
                 **kept(eager.compiled_chunk),
@@ -224,14 +216,17 @@ OPERATIONS = (
         in_place=True,
     ),
     Operation(
-        "reset", ("forward",), providers.initial_values, inputs.of_reset, costs.reset,
+        "reset", ("forward",), lambda values, slots: values, inputs.of_reset, costs.reset,
         (
             _package(providers.package_reset, own=providers.own_written),
             Provider(
                 f"{PACKAGE}-touched", functools.partial(providers.package_reset, touched_rows_only=True),
                 own=providers.own_written,
             ),
-            _torch(eager.torch_reset, own=eager.own_copied),
+            _torch(
+                lambda values, slots, initial: values.copy_(initial),
+                own=lambda given: {"values": given["values"] + 1.0, "initial": given["values"]},
+            ),
         ),
         in_place=True,
     ),
@@ -255,7 +250,10 @@ OPERATIONS = (
         costs.layer,
         (
             _package(providers.package_layer_step, capturable=False, own=providers.own_layer_memory),
-            _composed(providers.composed_layer_step, capturable=False, own=providers.own_layer_state),
+            _composed(
+                providers.composed_layer_step, capturable=False,
+                own=lambda given: {"memory": fwpkm.MemoryState(given["keys"], given["values"])},
+            ),
         ),
         in_place=True,
     ),

@@ -20,12 +20,14 @@ def to_json(result: Result) -> str:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote."""
-    results = []
+    """The rows in a file of JSON lines, without a line that was cut off or that another version wrote. Of a row that
+    was measured in several rounds the last line counts: a run writes a later one only if it is quicker or not right."""
+    results = {}
     for line in read_lines(path):
         with contextlib.suppress(TypeError):
-            results.append(Result(**line))
-    return results
+            result = Result(**line)
+            results[result.row, result.provider] = result
+    return list(results.values())
 
 
 def show_us(us: float | None) -> str:
@@ -53,10 +55,8 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         any_result = max(found.values(), key=lambda r: r.floor_us)  # 0 where there were no inputs
         line = [name, show_us(any_result.floor_us or None), *time_and_ratio(ours)]
         if has_graph:
-            line += ["-", "-"]
-            graphed = ours if ours and ours.graph_us is not None else found.get(GRAPHED)
-            if graphed and graphed.graph_us is not None:
-                line[-2:] = [show_us(graphed.graph_us), f"{graphed.graph_ratio:.2f}"]
+            graphed = next((r for r in (ours, found.get(GRAPHED)) if r and r.graph_us is not None), None)
+            line += [show_us(graphed.graph_us), f"{graphed.graph_ratio:.2f}"] if graphed else ["-", "-"]
         for other in others:
             theirs = found.get(other)
             ratio = "-"
@@ -124,10 +124,9 @@ def show_bytes(count: int | None) -> str:
     return f"{count} B"
 
 
-def tokens_of(result: Result) -> int | None:
+def tokens_of(result: Result) -> int:
     """Tokens of each item of the batch."""
-    tokens = result.sizes.get("tokens")
-    return None if tokens is None else tokens // result.sizes.get("batch", 1)
+    return result.sizes["tokens"] // result.sizes.get("batch", 1)
 
 
 def alike(results: Sequence[Result], but_for: str) -> list[list[Result]]:
@@ -157,10 +156,9 @@ def per_chunk(results: Sequence[Result]) -> list[ChunkTime]:
     found = []
     for group in alike([r for r in results if r.operation in SEQUENCES], but_for="tokens"):
         short, long = group[0], group[-1]
-        before, after = ((tokens_of(r) or 0) / long.sizes["chunk"] for r in (short, long))
-        times = short.time_us or 0.0, long.time_us or 0.0
-        us = (times[1] - times[0]) / (after - before)
+        before, after = (tokens_of(r) / long.sizes["chunk"] for r in (short, long))
+        us = (long.time_us - short.time_us) / (after - before)
         graph_us = (long.graph_us - short.graph_us) / (after - before) if long.graph_us and short.graph_us else None
         name = f"{long.operation}/{long.direction}: {long.configuration} less {short.configuration}"
-        found.append(ChunkTime(name, long.provider, us, times[0] - before * us, graph_us))
+        found.append(ChunkTime(name, long.provider, us, short.time_us - before * us, graph_us))
     return found

@@ -16,7 +16,7 @@ same:
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +43,6 @@ _SHARE = 0.01
 
 #: Results and gradients by name: "output", "keys", "values", "gradient of keys".
 Numbers = dict[str, Tensor]
-#: Compares some numbers: what is to be said of them, which, of which rows, what was found and what is exact.
-Check = Callable[[str, str, Any, Tensor, Tensor], None]
 
 
 def verify(provider: Provider, shared: "Shared") -> None:
@@ -104,18 +102,16 @@ class Shared:
         cotangent = self.cotangent
         if cotangent is not None and self.row.operation.name == "update":
             cotangent = cotangent[self.addressed]
-        exact = _numbers(self.row, self.row.operation.reference, testing.as_float64(compact), cotangent)
-        return exact, _numbers(self.row, self.row.operation.reference, compact, cotangent)
+        return _of_reference(self.row, compact, cotangent)
 
     def few(self, attempt: int) -> Case:
         """A few tokens, other ones at each attempt, as the reference has them."""
         if attempt not in self._few:
             c, step = _of_few(self.row)
             inputs = self.row.operation.make_inputs(c, self.kind, 1000 + attempt)
-            reduced, function = _reduced(inputs), self.row.operation.reference
-            cotangent = None if self.row.direction == "forward" else _cotangent(self.row, reduced)
-            exact = _numbers(self.row, function, testing.as_float64(reduced), cotangent)
-            self._few[attempt] = Case(inputs, step, cotangent, exact, _numbers(self.row, function, reduced, cotangent))
+            reduced = _reduced(inputs)
+            cotangent = None if self.row.direction == "forward" else self.row.cotangent(reduced)
+            self._few[attempt] = Case(inputs, step, cotangent, *_of_reference(self.row, reduced, cotangent))
         return self._few[attempt]
 
     @functools.cached_property
@@ -128,7 +124,7 @@ class Shared:
         reduced = _reduced(inputs)
         reduced |= {name: reduced[name][:, : _CHUNKS * c.chunk] for name in _tokens(inputs)}
         # Gradients of a layer are those of few tokens.
-        cotangent = None if row.direction == "forward" or "hidden_states" in inputs else _cotangent(row, reduced)
+        cotangent = None if row.direction == "forward" or "hidden_states" in inputs else row.cotangent(reduced)
         assert row.operation.sparse is not None
         exact = _numbers(row, row.operation.sparse, testing.as_float64(reduced), cotangent)
         if any(reduced[name].shape[1] < inputs[name].shape[1] for name in _tokens(inputs)):
@@ -179,14 +175,6 @@ def _reduced(inputs: Inputs) -> Inputs:
     return {**inputs, **{name: inputs[name][..., _columns(inputs)] for name in cut}}
 
 
-def _cotangent(row: Row, inputs: Inputs) -> Tensor:
-    """An incoming gradient of the first output, drawn for its shape, in numbers that its dtype has."""
-    of = inputs[("keys", *_tokens(inputs))[-1]]
-    generator = torch.Generator(of.device).manual_seed(3)
-    drawn = torch.randn(of.shape, generator=generator, device=of.device, dtype=torch.float64)
-    return drawn.to(row.configuration.dtype).to(of.dtype)
-
-
 def _in_full(cotangent: Tensor, inputs: Inputs) -> Tensor:
     """The same gradient for inputs with all columns and tokens: 0 in the others."""
     if "targets" not in inputs:
@@ -202,6 +190,12 @@ def _numbers(row: Row, function: Callable[..., Any], inputs: Inputs, cotangent: 
     outputs, gradients = testing.forward_and_gradients(function, inputs, wrt=wrt, cotangent=cotangent)
     names = ("keys",) if row.operation.name == "key-step" else ("output", "keys", "values")
     return dict(zip(names, outputs, strict=False)) | {f"gradient of {name}": x for name, x in gradients.items()}
+
+
+def _of_reference(row: Row, inputs: Inputs, cotangent: Tensor | None) -> tuple[Numbers, Numbers]:
+    """In float64, and as it is."""
+    exact = _numbers(row, row.operation.reference, testing.as_float64(inputs), cotangent)
+    return exact, _numbers(row, row.operation.reference, inputs, cotangent)
 
 
 def _run(row: Row, provider: Provider, case: Case) -> Numbers:
@@ -221,9 +215,12 @@ def _run(row: Row, provider: Provider, case: Case) -> Numbers:
     return found
 
 
-def _compare(provider: Provider, shared: Shared, case: Case, check: Check, *, rows_are_exact: bool) -> None:
-    """Compare what there is of `case.exact`: the first tokens, some columns, and, of a table, the rows that changed,
-    which are the same ones if `rows_are_exact`."""
+def _found(
+    provider: Provider, shared: Shared, case: Case, *, rows_are_exact: bool
+) -> Iterator[tuple[str, str, Any, Tensor, Tensor]]:
+    """What there is of `case.exact`: the first tokens, some columns, and, of a table, the rows that changed, which are
+    the same ones if `rows_are_exact`. Yields a name for messages, the key, the rows, what was found and what is exact.
+    """
     name, inputs = f"{shared.row.name}: {provider.name}", _flat(case.inputs)
     found = _run(shared.row, provider, case)
     for key, exact in case.exact.items():
@@ -239,7 +236,7 @@ def _compare(provider: Provider, shared: Shared, case: Case, check: Check, *, ro
                 raise AssertionError(f"{name}: {key}: rows of the table that are not addressed have changed")
             rows |= moved
             x = x[rows][:, _columns(inputs)]
-        check(f"{name}: {key}", key, rows, x, exact[rows])
+        yield f"{name}: {key}", key, rows, x, exact[rows]
 
 
 def _rows_that_differ(before: Tensor, after: Tensor) -> Tensor:
@@ -255,11 +252,8 @@ def _verify_few(provider: Provider, shared: Shared) -> None:
         inputs = _flat(case.inputs)
         first = inputs[(*_tokens(inputs), "queries")[0]]
         length = max(first[..., 0].numel() * inputs["top_k"], first.shape[-1], *inputs["keys"].shape[2:])
-
-        def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
+        for name, key, rows, found, exact in _found(provider, shared, case, rows_are_exact=True):
             testing.assert_within_budget(found, exact, case.baseline[key][rows], name=name, reduction_length=length)
-
-        _compare(provider, shared, case, check, rows_are_exact=True)
 
     # Where rounding decides a lookup, right numbers fail; other tokens do not meet that again, and wrong ones do.
     with contextlib.suppress(AssertionError):
@@ -270,8 +264,7 @@ def _verify_few(provider: Provider, shared: Shared) -> None:
 def _verify_timed(provider: Provider, shared: Shared) -> None:
     """Mostly near: rounding decides a few lookups, and what follows from them."""
     tolerance, case = _TOLERANCE[shared.row.configuration.dtype], shared.timed
-
-    def check(name: str, key: str, rows: Any, found: Tensor, exact: Tensor) -> None:
+    for name, _, _, found, exact in _found(provider, shared, case, rows_are_exact=False):
         error = (found.double() - exact).square().sum(-1)
         far = error > tolerance**2 * exact.square().sum(-1).mean()
         share = float((far | ~error.isfinite()).double().mean())
@@ -279,8 +272,6 @@ def _verify_timed(provider: Provider, shared: Shared) -> None:
             raise AssertionError(
                 f"{name}: {share:.2%} of the rows of the timed inputs are off by more than {tolerance}"
             )
-
-    _compare(provider, shared, case, check, rows_are_exact=False)
 
 
 def _verify_table(provider: Provider, shared: Shared) -> None:
@@ -295,14 +286,14 @@ def _verify_table(provider: Provider, shared: Shared) -> None:
         found = _numbers(row, provider.run, inputs, shared.cotangent)
     others = torch.ones(len(values), dtype=torch.bool, device=values.device)
     others[shared.addressed] = False
-    is_read = row.operation.name.startswith("gather")
+    before = {"gradient of values": shared.cotangent, "output": values}
+    if row.operation.name.startswith("gather"):
+        before = {"gradient of values": values.new_zeros(()).expand(values.shape)}
     for key, x in found.items():
         name = f"{row.name}: {provider.name}: {key}"
-        if key == "gradient of values" or (key == "output" and not is_read):
-            x, before = x.to_dense() if x.is_sparse else x, values
-            if key != "output":
-                before = values.new_zeros(()).expand(values.shape) if is_read else shared.cotangent
-            if (_rows_that_differ(before, x) & others).any():
+        if key in before:
+            x = x.to_dense() if x.is_sparse else x
+            if (_rows_that_differ(before[key], x) & others).any():
                 raise AssertionError(f"{name}: rows that are not addressed have changed")
             x = x[shared.addressed]
         length = max(inputs["slots"].numel(), values.shape[1])
@@ -331,8 +322,7 @@ def _verify_lookup(provider: Provider, shared: Shared) -> None:
         raise AssertionError(f"{name}: {int((~agrees).sum())} of {len(sample)} tokens have other slots")
     cotangent = torch.zeros_like(scores)
     cotangent[sample[agrees]] = row.cotangent(inputs)[sample[agrees]].to(cotangent.dtype)
-    exact = _numbers(row, row.operation.reference, testing.as_float64(part), cotangent[sample])
-    baseline = _numbers(row, row.operation.reference, part, cotangent[sample])
+    exact, baseline = _of_reference(row, part, cotangent[sample])
     found = _numbers(row, provider.run, inputs, cotangent)
     found["gradient of queries"] = found["gradient of queries"][sample]
     for key in ("gradient of queries", "gradient of keys"):

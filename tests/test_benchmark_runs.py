@@ -89,6 +89,32 @@ def test_command_line(shrunk_run, tmp_path, capsys):
     assert capsys.readouterr().out == "\n"
 
 
+def test_goals_of_a_cpu_are_made_of_minima_of_rounds(shrunk_run, monkeypatch, tmp_path):
+    """A machine that is loaded while a row is measured for the first time changes no ratio: all rows of goals have
+    their turn again, and the best of each is kept. Others are measured once, and so is what is wrong."""
+    rows, order = [row.name for row in run.rows("cpu")], []
+    times = {(rows[0], PACKAGE): [90.0, 10.0, 11.0], (rows[1], PACKAGE): [20.0, 30.0, 19.0]}
+    times |= {(rows[1], "pytorch"): [None]}
+
+    def measured(row, provider, *_, is_right, **__):
+        order.append(name := (row.name, provider.name))
+        assert is_right == (order.count(name) > 1)
+        us = times.get(name, [50.0])[order.count(name) - 1]
+        fields = {"min_us": us, "ratio": 1.0} if us else {"status": "wrong"}
+        return no_result(row, provider, MACHINE, **fields)
+
+    monkeypatch.setattr(run, "measure", measured)
+    monkeypatch.setattr(goals, "cases", lambda kind: [*times])
+    file = tmp_path / "out.jsonl"
+    assert run.main([*shrunk_run, "--no-table", "--json", str(file)]) == 1
+    first = len(set(order))
+    assert order[:first] == [(row.name, provider.name) for row, provider in run.select_cases("cpu")]
+    assert order[first:] == [*times][:2] * 2
+    found = {(r.row, r.provider): r.min_us for r in run.read_results(file)}
+    assert [found[name] for name in times] == [10.0, 19.0, None]
+    assert len(found) == first
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("file", ["results", "marker"])
 def test_a_full_disk_costs_the_file_alone(file, shrunk_run, monkeypatch, tmp_path, capsys):
