@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import NARROW_ACCESSES, NARROW_ROWS, check_sort, exceeds
-from .records import PickPlan, Plan
+from .records import PickPlan, Picks, Plan
 
 #: Whether Triton compiles the kernels' asserts, which then see slots as they came: 2³² in 32 bits would be slot 0.
 ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes", "y")
@@ -35,23 +35,22 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     return Plan(order, rows, start, end)
 
 
-def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, *, first_row: int = 0) -> PickPlan:
+def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0) -> PickPlan:
     """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
-    `sub_keys` and `half_scores` [M, H, 2, K], contiguous, are those that a lookup gives. The usage is that of the rows
-    from `first_row` on.
+    `picks`, contiguous, are those that a lookup gives. The usage is that of the rows from `first_row` on.
     """
     from .kernels.picks import can_plan
     from .kernels.picks import plan_picks as launch
 
-    rows, heads, _, top_k = sub_keys.shape
+    rows, heads, _, top_k = picks.sub_keys.shape
     listed = None
     if not can_plan(rows, heads, num_keys):
-        plan = plan_segments(sub_keys, heads * 2 * num_keys)
-        bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=sub_keys.device)
+        plan = plan_segments(picks.sub_keys, heads * 2 * num_keys)
+        bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=plan.rows.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    return launch(sub_keys, half_scores, num_keys=num_keys, first_row=first_row, listed=listed)
+    return launch(picks, num_keys=num_keys, first_row=first_row, listed=listed)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -39,6 +39,12 @@ class Plan(NamedTuple):
     start: Tensor  #: where the segment of that row begins, in `position_dtype`
     end: Tensor  #: one past where it ends, likewise
 
+    @classmethod
+    def empty(cls, accesses: int, rows: torch.dtype, device: torch.device) -> "Plan":
+        """A plan of so many accesses, with rows of this dtype and positions in int32, for a kernel to fill in."""
+        dtypes = (torch.int64, rows, torch.int32, torch.int32)
+        return cls(*(torch.empty(accesses, dtype=dtype, device=device) for dtype in dtypes))
+
     def split(self, sizes: list[int]) -> Iterator["Plan"]:
         """Plans of so many accesses each, one after the other: views that are made all at once."""
         return map(Plan._make, zip(*(x.split_with_sizes(sizes) for x in self), strict=True))

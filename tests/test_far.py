@@ -81,7 +81,7 @@ def test_a_key_step_of_far_queries_and_keys(name, dim, triton_place):
 
 @pytest.mark.parametrize("name, dim", [("grad_halves", 0), ("grad_halves", 3), ("queries", 2), ("keys", 0)], ids=str)
 def test_far_gradients_of_a_lookup(name, dim, triton_place):
-    sub_keys, grad_halves = make_picks(3, 2, 4, 2, device=triton_place.device)
+    grad_halves, sub_keys = make_picks(3, 2, 4, 2, device=triton_place.device)
     queries, keys = testing.make_lookup_inputs(3, 2, 4, 6, dtype=HALF, keys_dtype=HALF, device=triton_place.device)
     near = {"grad_halves": grad_halves.to(HALF), "queries": queries, "keys": keys.flatten(0, 2)}
     assert_far(functools.partial(half_grad, sub_keys=sub_keys, idw=True, eps=1e-3), near, name, dim)
@@ -221,7 +221,7 @@ def test_far_tensors_of_a_streaming_step(name, dim, triton_place):
     rows, all_picks = length * batch, heads * picks
     slots = testing.make_slots((rows, heads, picks), 9).to(triton_place.device)
     weights = torch.rand(rows, all_picks, generator=generator).to(triton_place.device)
-    sub_keys, half_scores = make_picks(rows, heads, 3, picks, device=triton_place.device)
+    half_scores, sub_keys = make_picks(rows, heads, 3, picks, device=triton_place.device)
     found = Addresses(half_scores[:, :, 0], slots, half_scores, sub_keys)
 
     def call(values, queries, targets, gates, mask):

@@ -21,6 +21,7 @@ from fwpkm_kernels import (
     streaming,
     testing,
 )
+from fwpkm_kernels.records import Picks
 from tests.conftest import HAS_GPU
 from tests.helpers.graphs import OnGpu, graph_maker, replayed
 from tests.helpers.memory import KEY_GRADIENTS, assert_same_bits, make_inputs
@@ -281,12 +282,12 @@ def test_a_capture_warms_up_on_picks_that_can_be_planned(make_graph, monkeypatch
     """A queue that no token has filled names one sub-key many times; a plan of that would send writes anywhere."""
     planned = []
 
-    def plan_picks(sub_keys: Tensor, half_scores: Tensor, num_keys: int, **options: Any) -> Any:
-        picks, halves = sub_keys.sort(-1).values, torch.arange(4, device=sub_keys.device).view(2, 2, 1)
-        assert (picks.diff(dim=-1) > 0).all()
-        assert (picks // num_keys == halves).all()
-        planned.append(len(picks))
-        return plan.plan_picks(sub_keys, half_scores, num_keys, **options)
+    def plan_picks(picks: Picks, num_keys: int, **options: Any) -> Any:
+        sub_keys = picks.sub_keys.sort(-1).values
+        assert (sub_keys.diff(dim=-1) > 0).all()
+        assert (sub_keys // num_keys == torch.arange(4, device=sub_keys.device).view(2, 2, 1)).all()
+        planned.append(len(sub_keys))
+        return plan.plan_picks(picks, num_keys, **options)
 
     monkeypatch.setattr(key_step, "plan_picks", plan_picks)
     inputs = make_inputs(2, 4, heads=2, dtype=torch.float32, device=DEVICE)

@@ -368,7 +368,7 @@ def make_uneven_picks(rows, dtype, device):
     sub_keys = torch.tensor([[[0], [4]], [[6], [11]]], dtype=torch.int32).repeat(rows, 1, 1, 1)
     sub_keys[torch.rand(rows, generator=generator) < 0.05, 0, 1] = 3
     sub_keys = sub_keys.to(device)
-    plan = plan_picks(sub_keys, torch.zeros(sub_keys.shape, dtype=dtype, device=device), 3)
+    plan = plan_picks(Picks(torch.zeros(sub_keys.shape, dtype=dtype, device=device), sub_keys), 3)
     sizes = plan.first.diff()
     assert (sizes == 0).any()
     assert (sizes == rows).any()

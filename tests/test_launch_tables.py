@@ -76,12 +76,12 @@ def test_every_tile_of_a_lookup(config, triton_place, monkeypatch):
 @pytest.mark.parametrize("block_t", [512, 2])
 def test_every_tile_of_a_plan_of_picks(block_t, config, triton_place, monkeypatch):
     """And they are all the same plan."""
-    sub_keys, half_scores = make_picks(20000 if HAS_GPU else 50, 1, 4, 3, device=triton_place.device)
-    expected, table = plan_picks(sub_keys, half_scores, 4), pick_plan.plan_config
+    picks = make_picks(20000 if HAS_GPU else 50, 1, 4, 3, device=triton_place.device)
+    expected, table = plan_picks(picks, 4), pick_plan.plan_config
     config = {**config, "block_t": block_t}
     monkeypatch.setattr(pick_plan, "plan_config", lambda *sizes: table(*sizes)._replace(**config))
-    assert_same_bits_always(lambda: plan_picks(sub_keys, half_scores, 4), triton_place.device, min(RUNS, 5))
-    for name, x, wanted in zip(expected._fields, plan_picks(sub_keys, half_scores, 4), expected, strict=True):
+    assert_same_bits_always(lambda: plan_picks(picks, 4), triton_place.device, min(RUNS, 5))
+    for name, x, wanted in zip(expected._fields, plan_picks(picks, 4), expected, strict=True):
         if name in ("slope", "bend"):  # sums of floats, in another order
             torch.testing.assert_close(x, wanted)
         else:
@@ -221,7 +221,7 @@ def sub_key_launches(place: Place) -> Function:
     queries, keys = testing.make_lookup_inputs(rows, heads, n, width, device=place.device)
     table, options = keys.flatten(0, 2), {"idw": True, "eps": 1e-3}
     where = lookup.lookup(queries, keys, top_k=top_k, precision="ieee", **options)
-    picks, plan = where.picks, plan_picks(where.sub_keys, where.half_scores, n)
+    picks, plan = where.picks, plan_picks(where.picks, n)
     numbers = {"idw": True, "weight": 0.5, "first_row": 1}
 
     def call() -> Any:

@@ -11,6 +11,7 @@ from fwpkm_kernels import testing
 from fwpkm_kernels._checks import check_rows
 from fwpkm_kernels.kernels import picks as kernels
 from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, segment_totals
+from fwpkm_kernels.records import Picks
 from tests.conftest import SLOW_IN_INTERPRETER
 from tests.helpers.picks import make_picks
 
@@ -77,11 +78,12 @@ def slopes(half_scores, sub_keys, n, first_row=0):
     return (usage + 1e-8).log() + usage / (usage + 1e-8), 1 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
 
 
-def check_picks(sub_keys, half_scores, n, first_row=0):
+def check_picks(picks, n, first_row=0):
     """`plan_picks` is the sort, bit by bit, and the slopes at the usage of each sub-key."""
+    half_scores, sub_keys = picks
     _, heads, _, top_k = sub_keys.shape
-    with testing.poisoned_memory(), testing.assert_unchanged(sub_keys, half_scores):
-        plan = plan_picks(sub_keys, half_scores, n, first_row=first_row)
+    with testing.poisoned_memory(), testing.assert_unchanged(*picks):
+        plan = plan_picks(picks, n, first_row=first_row)
     sort = plan_segments(sub_keys, heads * 2 * n)
     assert plan.order.tolist() == sort.order.tolist()
     assert plan.tokens.tolist() == (sort.order // (heads * 2 * top_k)).tolist()
@@ -103,30 +105,30 @@ PICKED += [pytest.param((18, 1, kernels.MAX_KEYS, 64), False, marks=SLOW_IN_INTE
 
 @pytest.mark.parametrize("shape, same", PICKED)
 def test_counting_picks_is_sorting_them(shape, same, triton_place):
-    check_picks(*make_picks(*shape, same=same, device=triton_place.device), shape[2], first_row=2)
+    check_picks(make_picks(*shape, same=same, device=triton_place.device), shape[2], first_row=2)
 
 
 @pytest.mark.parametrize("rows, blocks", [(70, {}), (48, {"block_t": 1}), (70, {"block_t": 2, "block_a": 4})], ids=str)
 def test_more_tiles_and_tokens_than_a_program_takes_at_a_time(rows, blocks, monkeypatch, triton_place):
     table = kernels.plan_config
     monkeypatch.setattr(kernels, "plan_config", lambda *sizes: table(*sizes)._replace(**blocks))
-    sub_keys, half_scores = make_picks(rows, 2, 7, 3, device=triton_place.device)
-    check_picks(sub_keys, half_scores.double(), 7)
+    half_scores, sub_keys = make_picks(rows, 2, 7, 3, device=triton_place.device)
+    check_picks(Picks(half_scores.double(), sub_keys), 7)
 
 
 @pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_WORDS"])
 def test_more_picks_than_can_be_counted(limit, monkeypatch, triton_place):
     monkeypatch.setattr(kernels, limit, 8)
     monkeypatch.setattr(kernels, "count_kernel", None)
-    check_picks(*make_picks(20, 2, 9, 3, device=triton_place.device), 9, first_row=2)
+    check_picks(make_picks(20, 2, 9, 3, device=triton_place.device), 9, first_row=2)
 
 
 def test_usage_at_extreme_scores(triton_place):
     """Of a row with NaN the sub-keys have no usage, and others keep theirs."""
-    sub_keys, half_scores = make_picks(4, 1, 9, 3, device=triton_place.device)
-    half_scores[0, 0, 0] = torch.tensor([torch.nan, 1.0, 0.0])
-    half_scores[1, 0, 1] = torch.tensor([1e30, 0.0, -torch.inf])
-    check_picks(sub_keys, half_scores, 9)
+    picks = make_picks(4, 1, 9, 3, device=triton_place.device)
+    picks.half_scores[0, 0, 0] = torch.tensor([torch.nan, 1.0, 0.0])
+    picks.half_scores[1, 0, 1] = torch.tensor([1e30, 0.0, -torch.inf])
+    check_picks(picks, 9)
 
 
 @pytest.mark.gpu
@@ -135,7 +137,7 @@ def test_usage_at_extreme_scores(triton_place):
 )
 def test_counting_at_real_sizes(shape):
     for same in (False, True):
-        check_picks(*make_picks(*shape, same=same, device="cuda"), shape[2])
+        check_picks(make_picks(*shape, same=same, device="cuda"), shape[2])
 
 
 @pytest.mark.parametrize("slots", [[-1, 3], [3, 9]])

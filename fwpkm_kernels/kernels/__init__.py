@@ -4,5 +4,5 @@ import torch
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are accumulated in: float64 for float64, float32 for everything else."""
+    """The dtype in which sums are accumulated: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

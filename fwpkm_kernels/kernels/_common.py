@@ -1,4 +1,4 @@
-"""What every kernel file shares: order-preserving integers for top-k, and launches on the device of a tensor."""
+"""Shared by all kernel files: order-preserving integers for top-k, and launches on the device of a tensor."""
 
 from typing import Any
 
@@ -11,51 +11,35 @@ from . import _direct
 
 
 @triton.jit
-def to_ordered(x):
+def to_ordered(x, HAS_NAN: tl.constexpr = True):
     """Map floats to integers of the same width that sort the same way: NaN highest, -0.0 equal to 0.0.
 
-    No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k.
+    No float maps to the lowest integer, which therefore marks "taken" and "out of range" in a top-k. Without HAS_NAN
+    the integers of NaN are any.
     """
-    return tl.where(x != x, highest(x), to_ordered_number(x))
-
-
-@triton.jit
-def to_ordered_number(x):
-    """`to_ordered` of what is not NaN."""
-    x = tl.where(x == 0, 0.0, x)
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def highest(x):
-    """What `to_ordered` makes of NaN, for floats like `x`."""
-    if x.dtype == tl.float64:
-        return 0x7FFFFFFFFFFFFFFF
-    else:
-        return 0x7FFFFFFF
+    is_nan = x != x
+    bits = tl.where(x == 0, 0.0, x).to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ highest(bits), bits)
+    return tl.where(is_nan, highest(bits), bits) if HAS_NAN else bits
 
 
 @triton.jit
 def from_ordered(bits):
     """Inverse of `to_ordered`, up to the sign of zero and the payload of NaN."""
-    if bits.dtype == tl.int64:
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits).to(tl.float64, bitcast=True)
-    else:
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ highest(bits), bits)
+    return bits.to(tl.float64 if bits.dtype == tl.int64 else tl.float32, bitcast=True)
+
+
+@triton.jit
+def highest(bits):
+    """The integer that `to_ordered` makes of NaN, for ordered integers like `bits`."""
+    return 0x7FFFFFFFFFFFFFFF if bits.dtype == tl.int64 else 0x7FFFFFFF
 
 
 @triton.jit
 def lowest(bits):
-    """The value, one per tensor of ordered integers, that `to_ordered` never returns."""
-    if bits.dtype == tl.int64:
-        return -0x8000000000000000
-    else:
-        return -0x80000000
+    """The integer that `to_ordered` makes of no float, for ordered integers like `bits`."""
+    return -0x8000000000000000 if bits.dtype == tl.int64 else -0x80000000
 
 
 @triton.jit
@@ -97,22 +81,24 @@ def row_warps(block_d: int, dtype: torch.dtype) -> int:
     return max(1, min(8, block_d * dtype.itemsize // (16 * lanes)))
 
 
-#: Programs of a launch: Triton multiplies the axes in 32 bits, and launches nothing, silently, if that overflows.
+#: The most programs of a launch: Triton multiplies the axes in 32 bits, and silently launches none on overflow.
 MOST_PROGRAMS = 2**31 - 1
 
 
 def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
-    """No more programs than one launch takes; to be asked early where an earlier launch would have written by then."""
+    """Refuse more programs than one launch takes. A launcher of two kernels asks before the first one writes."""
     x, y, z = (*grid, 1, 1)[:3]
     if x * y * z > MOST_PROGRAMS or y > 65535 or z > 65535:
         raise ValueError(f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass less at a time")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
-    """Run `kernel` on the device of tensor `on`, which need not be the current one."""
+    """Run `kernel` on the device of tensor `on`, which need not be the current one; without programs nothing runs."""
+    if 0 in grid:
+        return
     check_grid(kernel, grid)
     device = on.get_device()  # -1 of a CPU tensor
-    if on.is_cuda and device != torch.cuda.current_device():  # entering that costs several microseconds
+    if on.is_cuda and device != torch.cuda.current_device():  # entering its context takes several microseconds
         with torch.cuda.device(device):
             _direct.launch_compiled(kernel, grid, device, args, options)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2, row_warps
 
-# Numbers that grow with the sequence, and the layout's: one compilation serves all.
+# The numbers of a `Layout`. They are not specialised, so that one compilation serves sequences of any length.
 LAYOUT = ("B", "T", "C", "L", "REREADS", "MISSING", "FULL", "P")
 
 
@@ -22,7 +22,7 @@ def locate(read, B, T, C, L, REREADS, MISSING, FULL, P):
     them it reads again, how many it writes)."""
     index = read // B
     window = C + REREADS
-    # As if the first chunk always had re-reads; the last chunk of P - MISSING may be short, and has none.
+    # Chunks are counted as if the first one had all its re-reads. The last one may be short, and then has none.
     chunk = (index + MISSING) // window
     first = chunk * window - MISSING
     rereads = tl.where((chunk < FULL) & (first >= 0), REREADS, 0)
@@ -49,10 +49,10 @@ def plan_kernel(
 ):
     """Of each sorted position: which access of its chunk stands there, its row, and where that row's segment lies.
 
-    `keys` are sorted, `sorted` says which access came to stand where. COUNT: "all" accesses of a segment count, or
-    those that are "written" (of a segment the first, as its chunk writes its first reads): counts[access] is their
-    number; or only the "unmasked" among these: then flags[position] says whether it counts. The accesses of a chunk
-    number at most 2·SPAN - 1, SPAN a power of two. A program owns BLOCK_A positions. Grid: (position tiles,).
+    `keys` are sorted, and `sorted` says which access stands at each position. With COUNT "all" or "written"
+    counts[access] is the number of such accesses in its segment; written ones come first in a segment, since a chunk
+    writes its first reads. With "unmasked" flags[position] says whether an access is written and unmasked. A chunk has
+    at most 2·SPAN - 1 accesses, SPAN a power of two. A program owns BLOCK_A positions. Grid: (position tiles,).
     """
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
@@ -105,7 +105,7 @@ def count_unmasked_kernel(
     A, B, T, C, L, REREADS, MISSING, FULL, P,
     J: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
-    """counts[access] = what the running sum gains over its segment, at least 1. Grid: (position tiles,)."""
+    """counts[access] = how much the running sum grows over its segment, at least 1. Grid: (position tiles,)."""
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
     _, _, _, first, _, _, _ = locate(offs_a // J, B, T, C, L, REREADS, MISSING, FULL, P)
@@ -128,21 +128,17 @@ def plan_writes(
     `mask` [positions, B] counts where it is > 0. With `count_all` all accesses of a chunk count, else those that are
     written and unmasked. Returns the plan, whose start and end are int32, and counts [R, J] (int32).
     """
-    accesses, device = keys.numel(), keys.device
-    start, end = (torch.empty(accesses, dtype=torch.int32, device=device) for _ in range(2))
-    rows = torch.empty(accesses, dtype=row_dtype, device=device)
-    plan = Plan(torch.empty_like(order), rows, start, end)
-    counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=device)
-    if accesses == 0:
-        return plan, counts
+    accesses = keys.numel()
+    plan = Plan.empty(accesses, row_dtype, keys.device)
+    counts = torch.empty(layout.positions * layout.batch, picks, dtype=torch.int32, device=keys.device)
     count = "all" if count_all else "written" if mask is None else "unmasked"
-    flags = torch.empty_like(start) if count == "unmasked" else counts
+    flags = torch.empty_like(plan.start) if count == "unmasked" else counts
     block_a = 256
     longest = min(layout.chunk_size + layout.rereads, layout.positions) * layout.batch * picks
     grid = (cdiv(accesses, block_a),)
     launch(
         plan_kernel, grid,
-        keys, order, keys if mask is None else mask, plan.order, rows, start, end, counts, flags,
+        keys, order, keys if mask is None else mask, *plan, counts, flags,
         *((0, 0) if mask is None else mask.stride()),
         num_slots, accesses, next_power_of_2(longest), *layout,
         J=picks, COUNT=count, BLOCK_A=block_a, num_warps=4, on=keys,
@@ -151,7 +147,7 @@ def plan_writes(
         running = torch.cumsum(flags, 0, dtype=torch.int32)
         launch(
             count_unmasked_kernel, grid,
-            running, plan.order, start, end, counts,
+            running, plan.order, plan.start, plan.end, counts,
             accesses, *layout,
             J=picks, BLOCK_A=block_a, num_warps=4, on=keys,
         )
@@ -193,13 +189,12 @@ def sum_reads_kernel(
 def sum_reads(reads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
     out = torch.empty(layout.batch, layout.length, *reads.shape[1:], dtype=dtype, device=reads.device)
-    if out.numel() > 0:
-        width = reads.shape[1:].numel()
-        block_w = min(next_power_of_2(width), 1024)
-        launch(
-            sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
-            reads, out,
-            layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
-            WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
-        )
+    width = reads.shape[1:].numel()
+    block_w = min(next_power_of_2(width), 1024)
+    launch(
+        sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
+        reads, out,
+        layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
+        WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,
+    )
     return out

@@ -63,12 +63,8 @@ def gather(
     """
     (num_rows, picks), width = slots.shape, values.shape[1]
     dtype = compute_dtype(values.dtype)
-    sum_size = (0,) if weights is None else (num_rows, width)
-    dots_size = (0,) if vectors is None else (num_rows, picks)
-    out = torch.empty(sum_size, dtype=sum_dtype or dtype, device=values.device)
-    dots = torch.empty(dots_size, dtype=dots_dtype or dtype, device=values.device)
-    if num_rows == 0:
-        return out, dots
+    out = torch.empty((0,) if weights is None else (num_rows, width), dtype=sum_dtype or dtype, device=values.device)
+    dots = torch.empty((0,) if vectors is None else (num_rows, picks), dtype=dots_dtype or dtype, device=values.device)
     block_d = next_power_of_2(max(width, 1))
     launch(
         gather_kernel, (num_rows,),

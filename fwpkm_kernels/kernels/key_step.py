@@ -82,8 +82,7 @@ def key_sum_kernel(
     stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
     first_row, decay: tl.float64, lr: tl.float64, clip: tl.float64,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr,
-    STEP: tl.constexpr, ALL_ROWS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 
@@ -91,8 +90,8 @@ def key_sum_kernel(
         "step_grad"  out = lr·base where |total| <= clip, else 0                V, where the clamp was not active
         "grad"       out = decay·base - (Σ step_factor)·step + total            the gradient of the sub-keys
 
-    The middle term is there only with STEP. A program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]; of a
-    row that nobody picked only with ALL_ROWS, and nothing is added to it. Grid: (H·2·n, column blocks).
+    The middle term is there only with STEP. A program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]. Rows
+    that nobody picked are written only with ALL_ROWS, as if total were 0. Grid: (H·2·n, column blocks).
     """
     i_row = tl.program_id(0)
     begin = tl.load(first_ptr + i_row)
@@ -118,7 +117,7 @@ def key_sum_kernel(
         while position < end:
             # Factors before the first row are 0, but 0 times a NaN query is NaN: so those queries are not read.
             mask_a = (position + tl.arange(0, BLOCK_A) < end) & (token >= first_row)
-            # The next picks are read before what these name: so each step takes one trip to memory, not two.
+            # The next picks are loaded before the queries of these, so that a step waits for memory once, not twice.
             position += BLOCK_A
             offs_a = position + tl.arange(0, BLOCK_A)
             next_token = tl.load(tokens_ptr + offs_a, mask=offs_a < end, other=0)
@@ -139,7 +138,7 @@ def key_sum_kernel(
         scale = tl.full([], decay, dtype)
         if EPILOGUE == "grad":
             result = scale * tl.load(base_ptr + base_row, mask=mask_d, other=0.0)
-            if STEP:  # `steps` holds no numbers in rows that nobody picked
+            if STEP:  # rows of `steps` that nobody picked were not written
                 step = tl.load(steps_ptr + base_row, mask=offs_d < tl.where(begin < end, HALF, 0), other=0.0)
                 result -= tl.sum(step_totals, axis=0) * step
             result += total
@@ -208,7 +207,7 @@ def step_grad_kernel(
     row = tl.load(sub_keys_ptr + picks, mask=mask_s, other=0).to(tl.int64)
     u = tl.load(slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_s, other=0.0)
     dot = tl.zeros([BLOCK_K], dtype)
-    v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # read again below if one tile holds it whole
+    v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # if one tile has all columns, the second loop uses it too
     q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
     for start in range(0, HALF, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -303,7 +302,7 @@ def sum_picks(
     base: Tensor | None = None, all_rows: bool = True, first_row: int = 0, decay: float = 1.0, lr: float = 1.0,
     clip: float | None = None, config: KeySumConfig | None = None,
 ) -> Tensor:
-    """Launch the sums over the picks of each sub-key from `first_row` on, and the `epilogue` of them into `out`: that.
+    """Launch the sums over the picks of each sub-key from `first_row` on, and their `epilogue` into `out`, the result.
 
     `keys` and `out` are tables [H·2·n, Dk/2], `out` contiguous, and may be the same; `base` and `steps`, like them, are
     contiguous and in the compute dtype. `factors` and `step_factors` are [M, H, 2, K], of queries [M, H, Dk].
@@ -386,7 +385,7 @@ def step_grad(
         *queries.stride(), *keys.stride(),
         heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight, direction,
         NUM_KEYS=plan.slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw,
-        # All picks at a time, so that sums over them need no second pass; of each as many columns as registers hold.
+        # All picks are in one tile, so that their sums need no second pass, with as many columns as registers hold.
         BLOCK_K=block_k, BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
     )
     return factors, dots, shares
@@ -422,14 +421,14 @@ def address_grad(
 ) -> Tensor:
     """Launch the backward of a lookup and a key step from the same keys: the gradient of keys.
 
-    That of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second contiguous
-    and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on; without rows or
-    weight there was none. `plan` is `plan_picks` of `picks`, which are contiguous, with that `first_row`.
+    The gradient of queries goes to `out` [M, H, Dk]. `keys` and `grad_new_keys` are tables [H·2·n, Dk/2], the second
+    contiguous and in the compute dtype, as both gradients are. The key step was over the rows from `first_row` on;
+    without rows or weight there was none. `plan` is `plan_picks` of `picks`, contiguous, with that `first_row`.
     """
     factors = directions = step = None
     if weight != 0.0 and first_row < queries.shape[0]:
         directions, direction = grad_new_keys, -lr
-        if clip is not None:  # the totals again, and no gradient where the clamp was active
+        if clip is not None:  # the totals are formed again: where they were clamped there is no gradient
             directions, direction = torch.empty_like(grad_new_keys), 1.0
             sum_picks(
                 directions, keys, queries, find_factors(picks, plan, idw=idw, weight=weight, first_row=first_row), plan,

@@ -19,17 +19,7 @@ from torch import Tensor
 
 from ..records import Addresses
 from . import compute_dtype
-from ._common import (
-    cdiv,
-    from_ordered,
-    launch,
-    lowest,
-    next_power_of_2,
-    row_warps,
-    take_top,
-    to_ordered,
-    to_ordered_number,
-)
+from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_top, to_ordered
 from .weights import weighed
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
@@ -89,16 +79,16 @@ def split(x, IDW: tl.constexpr):
     4096th below the largest float32 is rounded to infinity.
     """
     big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    if not IDW:  # idw treats infinities and NaN alike
+    if not IDW:  # idw replaces all scores that are not finite
         big = tl.where(x == x, big, x)  # a NaN with the largest payload would be rounded to 0
     return big, x - big
 
 
 @triton.jit
 def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constexpr, PRECISION: tl.constexpr):
-    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so no sum of theirs is longer.
+    """q·k of a few columns: [BLOCK_M, BLOCK_N]. Tensor cores truncate as they add, so longer sums are formed outside.
 
-    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Not Q_SMALL, not K_SMALL: that rest is 0.
+    "tf32x3" is q_small·k_big + q_big·k_small + q_big·k_big. Without Q_SMALL or K_SMALL that rest is 0, and left out.
     """
     if PRECISION == "tf32x3":
         q_big, q_small = split(q, IDW)
@@ -108,8 +98,8 @@ def dot_part(q, k, Q_SMALL: tl.constexpr, K_SMALL: tl.constexpr, IDW: tl.constex
             part = tl.dot(q_small, k_big, part, input_precision="tf32")
         if K_SMALL:
             part = tl.dot(q_big, k_small, part, input_precision="tf32")
-        if not IDW:  # idw treats infinities and NaN alike
-            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # q_big·k_big alone decides what infinities give
+        if not IDW:  # idw replaces all scores that are not finite
+            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # rests of infinities are NaN, q_big·k_big is right
         return tl.dot(q_big, k_big, part, input_precision="tf32")
     return tl.dot(q, k, input_precision=PRECISION)
 
@@ -120,14 +110,13 @@ def half_topk_kernel(
     stride_qm, stride_qh, stride_qd, stride_kh, stride_ka, stride_kn, stride_kd,
     M,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr, IDW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
     Only the rank matters under IDW: |q|² is the same for all sub-keys, -log(eps + d²) falls with d², and `merge_kernel`
-    scores the winners from their differences. Without them no sub-keys tie but those that rounding 2 q·k - |k|² makes
-    equal. A program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
+    scores the winners from their differences. Sub-keys tie here only where rounding makes their 2 q·k - |k|² equal. A
+    program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
     best first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
     """
     i_m = tl.program_id(0).to(tl.int64)
@@ -172,11 +161,11 @@ def half_topk_kernel(
                 k_norm += tl.sum(k * k, axis=0)
             dots += dot_part(q, k, Q_SMALL, K_SMALL, IDW, PRECISION)
     if IDW:
-        # A score that is not finite comes of a q or k that is not: the distance is then infinite, or NaN if k has NaN.
-        # (If q has NaN, all scores of the row are NaN, and equal infinities rank the sub-keys as these would.)
+        # A score is not finite because q or k is not: the distance is then infinite, or NaN if k has NaN. (If q has
+        # NaN, all scores of the row are NaN; infinities, which are equal too, rank the sub-keys in the same order.)
         far = to_ordered(tl.where(k_norm == k_norm, float("-inf"), k_norm))  # [BLOCK_N]
         scores = 2.0 * dots - k_norm[None, :]
-        bits = tl.where(tl.abs(scores) < float("inf"), to_ordered_number(scores), far[None, :])
+        bits = tl.where(tl.abs(scores) < float("inf"), to_ordered(scores, HAS_NAN=False), far[None, :])
     else:
         bits = to_ordered(dots)
     bits = tl.where(mask_n[None, :], bits, lowest(bits))
@@ -196,7 +185,7 @@ def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R
     offs_r = tl.arange(0, BLOCK_R)
     bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
     columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
-    if BLOCK_R > 64:  # to compare all with all would fill the registers
+    if BLOCK_R > 64:  # a comparison of all with all would fill the registers
         best, best_columns, _ = take_top(bits, columns, TOP_K, BLOCK_R)
         return best, best_columns
     is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]
@@ -230,7 +219,7 @@ def merge_kernel(
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
 
-    # Both halves are loaded before either is looked through.
+    # Both halves are loaded before either is searched, so that the program waits for memory once.
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < SPLITS * TOP_K
     candidates1 = i_row * (2 * SPLITS * TOP_K) + offs_c
@@ -340,7 +329,7 @@ def lookup(
     block_p = next_power_of_2(num_pairs)
     block_c = next_power_of_2(splits * top_k)
     width = next_power_of_2(max(1, half))
-    # So few columns that a warp holds several sub-keys side by side: few steps between lanes sum them then.
+    # A tile has so few columns that a warp holds several sub-keys side by side: a sum takes few steps between lanes.
     block_d = min(width, max(256 // keys.dtype.itemsize, width // 8))
     num_warps = merge_warps(block_c, block_p, width * dtype.itemsize if idw else 0)
     for begin in range(0, num_rows, slab):
@@ -380,8 +369,8 @@ def half_grad_kernel(
 ):
     """dq = Σ_k f_k·(k - q) for idw, with f = 2·ds/(eps + |q - k|²) from the difference itself; dq = Σ_k ds_k·k for dot.
 
-    ADD adds that to what is there. A program owns one half of one (token, head) row; it also writes the factors f (or
-    ds), with which the sub-keys' gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
+    With ADD dq is added to `grad_queries`. A program owns one half of one (token, head) row; it also writes the factors
+    f (or ds), with which the sub-keys' gradient is f·(q - k) (or ds·q). Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -426,12 +415,9 @@ def half_grad(
     `sub_keys` [M, H, 2, K], contiguous, names its rows. The gradient is written to `out`, contiguous and of any dtype,
     by default a new tensor in that of the queries; with `add` it is added to what `out` holds.
     """
-    half = keys.shape[1]
-    top_k = sub_keys.shape[3]
+    half, top_k = keys.shape[1], sub_keys.shape[3]
     grad_queries = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     factors = torch.empty(sub_keys.shape, dtype=compute_dtype(keys.dtype), device=queries.device)
-    if factors.numel() == 0:
-        return grad_queries, factors
     block_d = next_power_of_2(max(1, half))
     launch(
         half_grad_kernel, (queries.shape[0] * queries.shape[1], 2),

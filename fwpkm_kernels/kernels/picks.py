@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import PickPlan
+from ..records import PickPlan, Picks
 from ._common import cdiv, launch, next_power_of_2
 
 TILE = 16
-#: The words of sub-keys that a program of `count_kernel` holds.
+#: The most sub-keys of a half: a program of `count_kernel` holds a word for each.
 MAX_KEYS = 4096
 #: There is a word for each sub-key and tile: at most 128 MiB of them.
 MAX_WORDS = 2**25
@@ -111,17 +111,17 @@ def probabilities(scores, mask):
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def usage_kernel(
-    sub_keys_ptr, half_scores_ptr, words_ptr, tokens_ptr, order_ptr, first_ptr, slope_ptr, bend_ptr,
+    half_scores_ptr, sub_keys_ptr, words_ptr, tokens_ptr, order_ptr, first_ptr, slope_ptr, bend_ptr,
     M, H, first_row, share: tl.float64,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
 
-    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. WORDS:
-    first the tokens that picked it are listed, in order, from the words of `count_kernel`, and where they begin; then
-    which of all picks [M, H, 2, K] these are. Else all of this is there. A program owns one sub-key of one half, of all
-    heads. Grid: (2·n,).
+    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. With WORDS
+    a program first lists the tokens that picked it, in order, from the words of `count_kernel`, and where they begin;
+    then which of all picks [M, H, 2, K] these are. Without WORDS these lists are given. A program owns one sub-key of
+    one half, of all heads. Grid: (2·n,).
     """
     i_key = tl.program_id(0)
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
@@ -151,7 +151,7 @@ def usage_kernel(
                 left = word & 0xFFFF  # [BLOCK_T]
                 counts = count_bits(left)
                 place = end + tl.cumsum(counts, axis=0) - counts
-                while tl.max(left, axis=0) > 0:  # the lowest bit of each word at a time: most have one at most
+                while tl.max(left, axis=0) > 0:  # takes the lowest bit of each word; most have one or none
                     bit = left & -left
                     tl.store(tokens_ptr + place, offs_t * TILE + count_bits(bit - 1), mask=left > 0)
                     left -= bit
@@ -188,56 +188,48 @@ def usage_kernel(
 
 
 def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
-    """Whether `plan_picks` lists the picks of so many rows and heads, of so many sub-keys."""
+    """Whether `plan_picks` lists the picks of so many rows, heads and sub-keys itself; else `listed` must be given."""
     return num_keys <= MAX_KEYS and 2 * heads * cdiv(num_rows, TILE) * num_keys <= MAX_WORDS
 
 
 def plan_picks(
-    sub_keys: Tensor, half_scores: Tensor,
+    picks: Picks,
     *, num_keys: int, first_row: int, listed: tuple[Tensor, Tensor, Tensor] | None = None,
     config: PlanConfig | None = None,
 ) -> PickPlan:
-    """Launch the plan of `sub_keys` [M, H, 2, K], and the slopes from `half_scores`, like it, both contiguous, M > 0.
+    """Launch the plan of the sub-keys, and the slopes from their half scores, of M > 0 rows, both contiguous.
 
     The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
-    of a lookup do. Of others the plan is undefined. The usage is that of rows from `first_row` on.
-
-    `listed` are the tokens, order and first of the plan, where they are known; else int32.
+    of a lookup do: of others the plan is undefined. The usage is that of rows from `first_row` on. `listed` are the
+    tokens, order and first of the plan, where these are known already; else they are int32.
     """
-    num_rows, heads, _, top_k = sub_keys.shape
-    groups, device = 2 * heads, sub_keys.device
+    num_rows, heads, _, top_k = picks.sub_keys.shape
+    groups, device = 2 * heads, picks.sub_keys.device
     config = config or plan_config(num_rows, num_keys, top_k)
-    slope, bend = (torch.empty(2 * num_keys, dtype=half_scores.dtype, device=device) for _ in range(2))
-    words = sub_keys  # stands for what is not there
+    slope, bend = (torch.empty(2 * num_keys, dtype=picks.half_scores.dtype, device=device) for _ in range(2))
+    words = picks.sub_keys  # a stand-in, which the kernel does not read
     if listed is None:
-        tokens, order = torch.empty(2, sub_keys.numel(), dtype=torch.int32, device=device)
+        tokens, order = torch.empty(2, picks.sub_keys.numel(), dtype=torch.int32, device=device)
         first = torch.empty(groups * num_keys + 1, dtype=torch.int32, device=device)
         tiles = cdiv(num_rows, TILE)
         words = torch.empty(groups * tiles, num_keys, dtype=torch.int32, device=device)
         launch(
-            count_kernel,
-            (tiles, groups),
-            sub_keys,
-            words,
+            count_kernel, (tiles, groups),
+            picks.sub_keys, words,
             num_rows,
-            NUM_KEYS=num_keys,
-            TOP_K=top_k,
-            TILE=TILE,
-            BLOCK_HIGH=config.block_high,
-            BLOCK_LOW=config.block_low,
-            BLOCK_K=config.block_k,
-            num_warps=config.count_warps,
-            num_stages=1,  # few steps: pipelined they spill
-            on=sub_keys,
+            NUM_KEYS=num_keys, TOP_K=top_k, TILE=TILE,
+            BLOCK_HIGH=config.block_high, BLOCK_LOW=config.block_low, BLOCK_K=config.block_k,
+            num_warps=config.count_warps, num_stages=1,  # the loop has few steps, and would spill if it were pipelined
+            on=words,
         )
     else:
         tokens, order, first = listed
     launch(
         usage_kernel, (2 * num_keys,),
-        sub_keys, half_scores, words, tokens, order, first, slope, bend,
+        *picks, words, tokens, order, first, slope, bend,
         num_rows, heads, first_row, 1.0 / max(1, (num_rows - first_row) * heads),
         NUM_KEYS=num_keys, TOP_K=top_k, WORDS=listed is None, TILE=TILE,
         BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_K=next_power_of_2(top_k), num_warps=config.usage_warps,
-        on=sub_keys,
+        on=words,
     )
     return PickPlan(tokens, order, first, slope, bend)

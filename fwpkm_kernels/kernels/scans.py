@@ -1,9 +1,8 @@
 """The chunk steps of the value scan: the read with its errors, its backward together with the write's, and a reset.
 
 The rows of a chunk are time-major: of its positions·B rows, row i is position i // B of batch item i % B. The first
-WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output; a re-read is not among these, and the last
-positions may not be among those. What the user gave or gets is [positions, B, D], any strides: a transposed slice of
-[B, T, D].
+WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output: re-reads do not, and the last positions
+may not be written. Tensors of the user are [positions, B, D], any strides: transposed slices of [B, T, D].
 """
 
 from typing import NamedTuple
@@ -35,10 +34,10 @@ def read_kernel(
     picks = i_m.to(tl.int64) * J
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < D
-    # Not `mask_d & is_written`: Triton 3.9's interpreter makes integers of that.
+    # Triton 3.9's interpreter would make integers of `mask_d & is_written`.
     written_d = offs_d < tl.where(is_written, D, 0)
     output_d = offs_d < tl.where(i_m >= FIRST_OUTPUT, D, 0)
-    # Read before the rows, on which it does not depend: two trips to memory at once.
+    # The target is loaded before the rows, so that the program waits for both at once.
     y_row = (i_m // B).to(tl.int64) * stride_yp + (i_m % B).to(tl.int64) * stride_yb
     target = tl.load(targets_ptr + y_row + offs_d * stride_yd, mask=written_d, other=0.0).to(dtype)
     total = tl.zeros([BLOCK_D], dtype)
@@ -56,9 +55,7 @@ def read_kernel(
     tl.store(output, total.to(output_ptr.dtype.element_ty), mask=output_d)
 
 
-def read(
-    values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor,
-) -> Tensor:
+def read(values: Tensor, slots: Tensor, weights: Tensor, targets: Tensor, output: Tensor) -> Tensor:
     """Launch the read of a chunk's rows: errors [M, D] in the compute dtype; the last rows' reads go to `output`.
 
     `slots` and `weights` are [M, J], contiguous. `targets` [P_w, B, D] are those of the first P_w·B rows, and `output`
@@ -94,10 +91,10 @@ def read_grad_config(picks: int, width: int, dtype: torch.dtype) -> ReadGradConf
     block_d = next_power_of_2(width)
     num_warps = row_warps(block_d, dtype)
     threads = num_warps * (64 if torch.version.hip is not None else 32)
-    # Both tiles stay in registers, as what is summed: at most 64 registers of a thread each.
+    # Both tiles stay in registers, in the compute dtype, and take at most 64 registers of a thread each.
     fits = 64 * threads * 4 // (compute_dtype(dtype).itemsize * block_d)
     block_j = next_power_of_2(max(picks, 1))
-    # Rows that do not fit are read twice anyway: then smaller tiles, for more programs at a time.
+    # Rows that do not fit are read twice anyway; smaller tiles then let more programs run at a time.
     return ReadGradConfig(block_j if block_j <= fits else max(1, min(2, fits // 2)), num_warps)
 
 
@@ -135,12 +132,12 @@ def read_grad_kernel(
 
     prediction = tl.zeros([BLOCK_D], dtype)
     r = tl.zeros([BLOCK_D], dtype)
-    old = tl.zeros([BLOCK_J, BLOCK_D], dtype)  # outlives its loop if that is one tile long, as `step` does
+    old = tl.zeros([BLOCK_J, BLOCK_D], dtype)  # if one tile has all picks, the second loop uses it and `step` too
     step = tl.zeros([BLOCK_J, BLOCK_D], dtype)
     for start in range(0, J, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < J
-        # Nothing of the write is read in rows that are not written: there r is 0 whatever the tables hold.
+        # Rows that are not written load nothing of the write: their r is 0 whatever the tables hold.
         mask_c = offs_j < tl.where(is_written, J, 0)
         old = load_rows(log_ptr, log_rows_ptr + picks, offs_j, mask_j, offs_d, mask_d, stride_ln, stride_ld, dtype)
         step = load_rows(steps_ptr, step_rows_ptr + picks, offs_j, mask_c, offs_d, mask_d, stride_sn, stride_sd, dtype)

@@ -27,7 +27,7 @@ from . import compute_dtype
 from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
 
 PIECE = 32
-#: Pieces that a program of `hot_segment_kernel` looks through: most programs look and leave.
+#: Pieces in which a program of `hot_segment_kernel` looks for hot segments; most programs find none.
 WINDOWS = 4
 
 
@@ -40,8 +40,8 @@ class SegmentConfig(NamedTuple):
 
 def segment_config(width: int, dtype: torch.dtype) -> SegmentConfig:
     """Launch table, keyed by the width of a row and the narrowest dtype among those read."""
-    # Two accesses at a time hide half the latency of a long segment; of a very wide row one fills the registers, and
-    # of narrow rows so many come to no more than two of 256: sums of scalars take a piece at a time.
+    # Two accesses at a time hide half the latency of a long segment. One very wide row fills the registers; of rows
+    # narrower than 256 a tile holds as many as have 512 elements, up to a whole piece.
     block_d = next_power_of_2(width)
     block_a = 1 if width > 2048 else min(max(512 // block_d, 2), PIECE)
     return SegmentConfig(block_a=block_a, num_warps=row_warps(block_d, dtype))
@@ -68,8 +68,7 @@ def segment_kernel(
     stride_vm, stride_vd, stride_tn, stride_td, stride_on, stride_od,
     decay: tl.float64, lr: tl.float64, clip: tl.float64, N, A,
     PER_VECTOR: tl.constexpr, D: tl.constexpr, EPILOGUE: tl.constexpr, CENTERED: tl.constexpr, CLIP: tl.constexpr,
-    COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
@@ -77,8 +76,8 @@ def segment_kernel(
     TRITON_DEBUG rows outside [0, N) stop it. Grid: (accesses,).
     """
     i_a = tl.program_id(0).to(start_ptr.dtype.element_ty)
-    # All that stands at a position is read at once, whether a piece opens there or not: nearly always one does, and
-    # then its rows are two trips to memory away, not three.
+    # Everything at a position is loaded at once, before it is known whether a piece opens there. One nearly always
+    # does, and then its vectors arrive after two waits for memory, not three.
     start = tl.load(start_ptr + i_a)
     end = tl.load(end_ptr + i_a)
     row = tl.load(rows_ptr + i_a).to(tl.int64)
@@ -90,7 +89,7 @@ def segment_kernel(
     if ((i_a - start) % PIECE == 0) & (i_a - start < opening):
         dtype: tl.constexpr = partials_ptr.dtype.element_ty
         last = tl.where(end - i_a >= 2 * PIECE, i_a + PIECE, end)
-        if CENTERED or not COMPACT or EPILOGUE != "sum":  # which a row of the table is read or written for
+        if CENTERED or not COMPACT or EPILOGUE != "sum":  # a row of the table is read or written
             tl.device_assert((row >= 0) & (row < N), "`slots` must lie in [0, N)")
         offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
         mask_d = offs_d < D
@@ -131,8 +130,7 @@ def hot_segment_kernel(
     stride_tn, stride_td, stride_on, stride_od,
     decay: tl.float64, lr: tl.float64, clip: tl.float64, A,
     D: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr, COMPACT: tl.constexpr, LOG: tl.constexpr,
-    PIECE: tl.constexpr, WINDOWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Add the partial sums of each hot segment in order, then the epilogue.
 
@@ -199,7 +197,7 @@ def segment_rows(
     config = config or segment_config(width, min(vectors.dtype, table.dtype, key=lambda dtype: dtype.itemsize))
     partials = torch.empty(accesses // PIECE + 1, width, dtype=compute_dtype(coefficients.dtype), device=vectors.device)
     block_d = next_power_of_2(width)
-    # Narrow column blocks: hot segments are few, and their partial sums should come through many programs.
+    # Column blocks are narrow, since hot segments are few: so several programs share the partial sums of one.
     hot_block_d = min(block_d, 128)
     hot_grid = (cdiv(accesses, WINDOWS * PIECE), cdiv(width, hot_block_d))
     check_grid(hot_segment_kernel, hot_grid)

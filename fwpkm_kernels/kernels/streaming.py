@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..records import Addresses, Plan, Queue, Tokens
 from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps
-from .weights import safe_squares
+from .weights import gates_and_mask, safe_squares
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
 MOST_COMPARED = 8192
@@ -54,8 +54,7 @@ def enqueue_kernel(
         queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
         (i_m // B).to(tl.int64), (i_m % B).to(tl.int64), first.to(tl.int64) * B + i_m,
         stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
-        HAS_GATES, HAS_MASK, WIDTH, HEAD,
-        BLOCK_W,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
     )
 
 
@@ -71,9 +70,9 @@ def read_to_queue_kernel(
     WIDTH: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i; and all that waits of it, to the queue.
+    """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i, which goes to the queue with its token and its picks.
 
-    Its place among the tokens of the chunk is `place`, or, HAS_PLACE, what `place_ptr` holds. Grid: (rows,).
+    The first row's position in the chunk is `place`, or with HAS_PLACE the number at `place_ptr`. Grid: (rows,).
     """
     i_m = tl.program_id(0)
     position = (i_m // B).to(tl.int64)
@@ -88,8 +87,7 @@ def read_to_queue_kernel(
         queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
         position, item, row + lookahead.to(tl.int64) * B,
         stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
-        HAS_GATES, HAS_MASK, WIDTH, HEAD,
-        BLOCK_W,
+        HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
     )
     picks = i_m.to(tl.int64) * J
     offs_p = tl.arange(0, BLOCK_P)
@@ -145,7 +143,7 @@ def plan_chunk_kernel(
     mask_a = (offs_j < J) & (access < A)
     slot = tl.load(slots_ptr + access, mask=mask_a, other=0).to(key_type)
 
-    # Three counts in one integer, ten bits each: an element of the tile sees one access in BLOCK_B.
+    # An integer holds three counts of ten bits: an element of the tile is compared with one access in BLOCK_B.
     less = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     same = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     first = tl.program_id(0) * (BLOCK_M * J)
@@ -161,7 +159,7 @@ def plan_chunk_kernel(
         begin += BLOCK_B
     before = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     begin = first
-    while begin < first + BLOCK_M * J:  # those of this program's own accesses that come before
+    while begin < first + BLOCK_M * J:  # counts those of the program's own accesses that come before
         offs_b = begin + tl.arange(0, BLOCK_B)
         other = tl.load(slots_ptr + offs_b, mask=offs_b < A, other=NO_SLOT).to(key_type)[None, :]
         before += ((other == slot[:, None]) & (offs_b[None, :] < access[:, None])).to(tl.int32)
@@ -187,24 +185,13 @@ def plan_chunk_kernel(
     tl.store(write_weights_ptr + access, weight / count * scale * gate * factor, mask=mask_a)
 
 
-def _factors(gates: Tensor | None, mask: Tensor | None, unused: Tensor) -> tuple[list, list, dict]:
-    """The tensors, strides and flags of gates and mask [positions, B], either of which may be None."""
-    tensors = [unused if x is None else x for x in (gates, mask)]
-    strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
-    return tensors, strides, {"HAS_GATES": gates is not None, "HAS_MASK": mask is not None}
-
-
-def enqueue(
-    queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int,
-) -> None:
+def enqueue(queries: Tensor, gates: Tensor | None, mask: Tensor | None, queue: Queue, first: int) -> None:
     """Launch the copy of queries [t, B, H, Dk], gates and mask [t, B] (None: ones) to a queue.
 
     The tokens go to the positions of the queue from `first` on, carried ones included.
     """
     length, batch, heads, head = queries.shape
-    if length * batch == 0:
-        return
-    tensors, strides, flags = _factors(gates, mask, queue.gates)
+    tensors, strides, flags = gates_and_mask(gates, mask, queue.gates)
     block_w = next_power_of_2(max(1, heads * head))
     launch(
         enqueue_kernel, (length * batch,),
@@ -228,10 +215,8 @@ def read_to_queue(
     queries, targets, gates, mask = tokens
     length, batch, heads, head = queries.shape
     picks, width = weights.shape[1], values.shape[1]
-    if length * batch == 0:
-        return
     block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
-    factors, strides, flags = _factors(gates, mask, queue.gates)
+    factors, strides, flags = gates_and_mask(gates, mask, queue.gates)
     is_known = isinstance(place, int)
     launch(
         read_to_queue_kernel, (length * batch,),
@@ -246,8 +231,7 @@ def read_to_queue(
 
 
 def plan_chunk(
-    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor,
-    *, row_dtype: torch.dtype, step: str,
+    slots: Tensor, weights: Tensor, gates: Tensor, mask: Tensor, touched: Tensor, *, row_dtype: torch.dtype, step: str,
 ) -> tuple[Plan, Tensor]:
     """Launch the plan of a chunk's writes, of A = E·J accesses, and the write weights [E, J].
 
@@ -255,19 +239,15 @@ def plan_chunk(
     the weights; all contiguous. Rows of `touched` [N], uint8, that are written become 1.
     """
     num_pairs, picks = weights.shape
-    device, accesses = weights.device, weights.numel()
-    order = torch.empty(accesses, dtype=torch.int64, device=device)
-    rows = torch.empty(accesses, dtype=row_dtype, device=device)
-    start, end = torch.empty(2, accesses, dtype=torch.int32, device=device)
+    plan = Plan.empty(weights.numel(), row_dtype, weights.device)
     write_weights = torch.empty_like(weights)
-    if accesses > 0:
-        block_j = next_power_of_2(picks)
-        block_m = max(1, 16 // block_j)  # two programs on a multiprocessor at 512 tokens of 8 picks
-        launch(
-            plan_chunk_kernel, (cdiv(num_pairs, block_m),),
-            slots, weights, gates, mask, order, rows, start, end, write_weights, touched,
-            accesses,
-            J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
-            BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
-        )
-    return Plan(order, rows, start, end), write_weights
+    block_j = next_power_of_2(picks)
+    block_m = max(1, 16 // block_j)  # with 512 tokens of 8 picks a multiprocessor has two programs
+    launch(
+        plan_chunk_kernel, (cdiv(num_pairs, block_m) if picks > 0 else 0,),
+        slots, weights, gates, mask, *plan, write_weights, touched,
+        weights.numel(),
+        J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
+        BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
+    )
+    return plan, write_weights

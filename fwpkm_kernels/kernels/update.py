@@ -58,8 +58,7 @@ def update(
     """
     decay = 1.0 - lr * weight_decay
     segment_rows(
-        out, errors, write_weights, plan,
-        epilogue="update", table=values, decay=decay, lr=lr, clip=clip, log=log,
+        out, errors, write_weights, plan, epilogue="update", table=values, decay=decay, lr=lr, clip=clip, log=log,
     )
     if out is values and weight_decay != 0.0:
         written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
@@ -67,14 +66,12 @@ def update(
 
 
 def step_grad(
-    grad_values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan,
-    *, lr: float, clip: float,
+    grad_values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, *, lr: float, clip: float,
 ) -> Tensor:
     """Launch Ĝ' = lr·grad_values, 0 where the clamp was active: [accesses, D], each row where its segment starts."""
     steps = torch.empty(plan.order.numel(), errors.shape[1], dtype=compute_dtype(errors.dtype), device=errors.device)
     segment_rows(
-        steps, errors, write_weights, plan,
-        epilogue="step_grad", table=grad_values, compact=True, lr=lr, clip=clip,
+        steps, errors, write_weights, plan, epilogue="step_grad", table=grad_values, compact=True, lr=lr, clip=clip,
     )
     return steps
 

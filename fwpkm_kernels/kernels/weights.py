@@ -12,8 +12,19 @@ from ..records import Layout, Plan
 from ._common import cdiv, launch, next_power_of_2
 from .chunks import LAYOUT, load_factor, locate
 
-#: Elements of a tile, but where one row has more.
+#: Elements of a tile; a single row may have more.
 _TILE = 512
+
+
+@triton.jit
+def tile_of_reads(R, J: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A program's reads and their mask [BLOCK_R], the mask of picks [1, BLOCK_J], and mask and offsets of the tile."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_r = offs_r < R
+    mask_j = (offs_j < J)[None, :]
+    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    return offs_r, mask_r, mask_j, mask_r[:, None] & mask_j, at
 
 
 @triton.jit
@@ -42,12 +53,7 @@ def weigh_kernel(
     With OUTPUT slots and weights of the reads for output go to their batch item and position too. A program owns
     BLOCK_R reads. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, _, mask_j, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
     slots = tl.load(slots_ptr + at, mask=mask, other=0)
     weights, _ = weighed(scores, mask_j, temperature, WEIGHTING)
@@ -57,7 +63,7 @@ def weigh_kernel(
     tl.store(keys_ptr + at, chunk.to(key_dtype)[:, None] * N + slots.to(key_dtype), mask=mask)
     if OUTPUT:
         is_output = offs_r // B - first >= rereads
-        out = (item.to(tl.int64) * T + position)[:, None] * J + offs_j[None, :]
+        out = (item.to(tl.int64) * T + position)[:, None] * J + tl.arange(0, BLOCK_J)[None, :]
         tl.store(output_slots_ptr + out, slots, mask=mask & is_output[:, None])
         tl.store(output_weights_ptr + out, weights, mask=mask & is_output[:, None])
 
@@ -70,25 +76,25 @@ def weigh(
 
     `outputs` are slots (int64) and weights of the output reads, contiguous [B, T, J], to be filled.
     """
-    num_reads, picks = scores.shape
     weights = torch.empty_like(scores)
     keys = torch.empty(scores.numel(), dtype=key_dtype, device=scores.device)
-    if scores.numel() > 0:
-        block_r, block_j, num_warps = _tile(picks)
-        launch(
-            weigh_kernel, (cdiv(num_reads, block_r),),
-            scores, slots, weights, keys, *(outputs or (slots, weights)),
-            num_slots, num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, OUTPUT=outputs is not None,
-            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    launch(
+        weigh_kernel, grid,
+        scores, slots, weights, keys, *(outputs or (slots, weights)),
+        num_slots, scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, OUTPUT=outputs is not None, **tiles, on=scores,
+    )
     return weights, keys
 
 
-def _tile(picks: int) -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_J and the number of warps: whole rows of picks."""
+def _tiles(num_reads: int, picks: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a kernel over the picks of reads, and its sizes, tile and warps: a program owns whole rows."""
     block_j = next_power_of_2(picks)
-    return max(1, _TILE // block_j), block_j, min(max(block_j // 256, 4), 16)
+    block_r = max(1, _TILE // block_j)
+    programs = cdiv(num_reads, block_r) if picks > 0 else 0
+    num_warps = min(max(block_j // 256, 4), 16)
+    return (programs,), {"J": picks, "BLOCK_R": block_r, "BLOCK_J": block_j, "num_warps": num_warps}
 
 
 @triton.jit
@@ -107,11 +113,12 @@ def write_factors(
     offs_r, mask_r, weights,
     stride_gp, stride_gb, stride_mp, stride_mb,
     B, T, C, L, REREADS, MISSING, FULL, P,
-    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):
     """Of reads: (whether they are written, α, g, m, Σ w² or 1 where that is 0), each [BLOCK_R].
 
-    `weights` are 0 where there is no pick. RATIO: α has S/E, with a mask from the running sum of unmasked reads.
+    `weights` are 0 where there is no pick. With RATIO α has the factor S/E; where there is a mask, S is a
+    difference of the running sum of unmasked reads.
     """
     dtype: tl.constexpr = weights.dtype
     item, position, _, first, end, _, written = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
@@ -120,7 +127,7 @@ def write_factors(
     ratio = ones
     if RATIO:
         size = (end - first) * B
-        if MASK:
+        if HAS_MASK:
             last = (first + written) * B - 1
             size = tl.load(running_ptr + last, mask=is_written, other=0)
             size -= tl.load(running_ptr + first * B - 1, mask=is_written & (first > 0), other=0)
@@ -134,10 +141,10 @@ def write_factors(
     else:
         scale = ratio
     gate = ones
-    if GATES:
+    if HAS_GATES:
         gate = load_factor(gates_ptr, position + REREADS - MISSING, item, stride_gp, stride_gb, is_written)
     token_mask = ones
-    if MASK:
+    if HAS_MASK:
         token_mask = load_factor(mask_ptr, position + REREADS - MISSING, item, stride_mp, stride_mb, is_written)
     return is_written, scale, gate, token_mask, squares
 
@@ -147,37 +154,34 @@ def fold_kernel(
     weights_ptr, counts_ptr, running_ptr, gates_ptr, mask_ptr, write_weights_ptr,
     stride_gp, stride_gb, stride_mp, stride_mb,
     R, B, T, C, L, REREADS, MISSING, FULL, P,
-    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    J: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """c = α·g·m·w / n_s, and 0 for a read that is not written. A program owns BLOCK_R reads. Grid: (read tiles,)."""
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask = mask_r[:, None] & (offs_j < J)[None, :]
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, mask_r, _, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     is_written, scale, gate, token_mask, _ = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     result = weights / counts.to(weights.dtype) * scale[:, None] * gate[:, None] * token_mask[:, None]
-    # Not a product: what is not written has no effect even if it is NaN.
+    # Chosen, not multiplied by 0: a read that is not written has no effect even if it is NaN.
     tl.store(write_weights_ptr + at, tl.where(is_written[:, None], result, 0.0), mask=mask)
 
 
-def _fold_options(
-    like: Tensor, gates: Tensor | None, mask: Tensor | None, ratio: bool,
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
-    """Tensors, strides and options of `write_factors`; `like` stands for what is not there."""
-    running = like
-    if ratio and mask is not None:
-        running = torch.cumsum((mask > 0).flatten(), 0, dtype=torch.int32)
-    tensors = (running, like if gates is None else gates, like if mask is None else mask)
-    strides = [(0, 0) if x is None else x.stride() for x in (gates, mask)]
-    options = {"RATIO": ratio, "GATES": gates is not None, "MASK": mask is not None}
-    return tensors, (*strides[0], *strides[1]), options
+def gates_and_mask(
+    gates: Tensor | None, mask: Tensor | None, unused: Tensor,
+) -> tuple[list[Tensor], list[int], dict[str, bool]]:
+    """Tensors, strides and flags of gates and mask; for None a kernel takes `unused`, and does not read it."""
+    tensors = [unused if x is None else x for x in (gates, mask)]
+    strides = [stride for x in (gates, mask) for stride in ((0, 0) if x is None else x.stride())]
+    return tensors, strides, {"HAS_GATES": gates is not None, "HAS_MASK": mask is not None}
+
+
+def _running_sum(mask: Tensor | None, ratio: bool, unused: Tensor) -> Tensor:
+    """How many reads are unmasked up to each, as far as α with S/E takes it."""
+    return unused if mask is None or not ratio else torch.cumsum((mask > 0).flatten(), 0, dtype=torch.int32)
 
 
 def fold(
@@ -190,17 +194,15 @@ def fold(
     boundary "drop": there every position is one read of each batch item.
     """
     write_weights = torch.empty_like(weights)
-    if weights.numel() > 0:
-        num_reads, picks = weights.shape
-        block_r, block_j, num_warps = _tile(picks)
-        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
-        launch(
-            fold_kernel, (cdiv(num_reads, block_r),),
-            weights, counts, *tensors, write_weights,
-            *strides,
-            num_reads, *layout,
-            J=picks, STEP=step, **options, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=weights,
-        )
+    grid, tiles = _tiles(*weights.shape)
+    tensors, strides, flags = gates_and_mask(gates, mask, weights)
+    launch(
+        fold_kernel, grid,
+        weights, counts, _running_sum(mask, ratio, weights), *tensors, write_weights,
+        *strides,
+        weights.shape[0], *layout,
+        STEP=step, RATIO=ratio, **flags, **tiles, on=weights,
+    )
     return write_weights
 
 
@@ -214,12 +216,7 @@ def weigh_again_kernel(
 
     A program owns BLOCK_R reads, and as many sorted positions as these have picks. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, _, mask_j, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights, _ = weighed(tl.load(scores_ptr + at, mask=mask, other=0.0), mask_j, temperature, WEIGHTING)
     tl.store(weights_ptr + at, weights, mask=mask)
     _, _, _, first, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
@@ -228,20 +225,17 @@ def weigh_again_kernel(
 
 
 def weigh_again(
-    scores: Tensor, plan: Plan, layout: Layout,
-    *, weighting: str, temperature: float,
+    scores: Tensor, plan: Plan, layout: Layout, *, weighting: str, temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the weights [R, J] once more, and the row of its chunk's log that each access finds: [R, J], int32."""
     weights, log_rows = torch.empty_like(scores), torch.empty_like(scores, dtype=plan.start.dtype)
-    if scores.numel() > 0:
-        num_reads, picks = scores.shape
-        block_r, block_j, num_warps = _tile(picks)
-        launch(
-            weigh_again_kernel, (cdiv(num_reads, block_r),),
-            scores, plan.order, plan.start, weights, log_rows,
-            num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    launch(
+        weigh_again_kernel, grid,
+        scores, plan.order, plan.start, weights, log_rows,
+        scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, **tiles, on=scores,
+    )
     return weights, log_rows
 
 
@@ -251,41 +245,35 @@ def fold_grad_kernel(
     grad_scores_ptr, grad_gates_ptr,
     stride_gp, stride_gb, stride_mp, stride_mb,
     R, B, T, C, L, REREADS, MISSING, FULL, P, temperature: tl.float64,
-    J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, GATES: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+    J: tl.constexpr, WEIGHTING: tl.constexpr, STEP: tl.constexpr, RATIO: tl.constexpr, HAS_GATES: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):
     """From dw (as read) and dc: ds, through c = α·g·m·w / n_s and w = weights(s / temperature), and dg.
 
     A token is written by one read at most, which stores its dg. A program owns BLOCK_R reads. Grid: (read tiles,).
     """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_r = offs_r < R
-    mask_j = (offs_j < J)[None, :]
-    mask = mask_r[:, None] & mask_j
-    at = offs_r.to(tl.int64)[:, None] * J + offs_j[None, :]  # [BLOCK_R, BLOCK_J]
+    offs_r, mask_r, _, mask, at = tile_of_reads(R, J, BLOCK_R, BLOCK_J)
     weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
     counts = tl.load(counts_ptr + at, mask=mask, other=1)
     dtype: tl.constexpr = weights.dtype
     is_written, scale, gate, token_mask, squares = write_factors(
         running_ptr, gates_ptr, mask_ptr, offs_r, mask_r, weights, stride_gp, stride_gb, stride_mp, stride_mb,
-        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, GATES, MASK,
+        B, T, C, L, REREADS, MISSING, FULL, P, J, STEP, RATIO, HAS_GATES, HAS_MASK,
     )
     grad = tl.load(grad_write_weights_ptr + at, mask=mask & is_written[:, None], other=0.0)
-    # The mask comes first: what is masked stays 0 then, even if a product of the others overflows.
+    # The mask comes first: a masked token stays 0 then, even if a product of the other factors overflows.
     per_weight = grad * token_mask[:, None] / counts.to(dtype)
     per_read = tl.sum(per_weight * weights, axis=1)  # [BLOCK_R]
-    if GATES:
+    if HAS_GATES:
         item, position, _, _, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
         grad_gate = per_read * scale
         out = grad_gates_ptr + item.to(tl.int64) * T + position
         tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
     if STEP == "normalized":
-        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. To divide w by S first avoids overflow.
         per_weight -= 2.0 * per_read[:, None] * (weights / squares[:, None])
     through_write = per_weight * (gate * scale)[:, None]
-    # Not a product: what is not written has no effect even if it is NaN.
+    # Chosen, not multiplied by 0: a read that is not written has no effect even if it is NaN.
     grad = tl.load(grad_weights_ptr + at, mask=mask, other=0.0) + tl.where(is_written[:, None], through_write, 0.0)
     if WEIGHTING == "softmax":
         grad = weights * (grad - tl.sum(weights * grad, axis=1)[:, None])
@@ -295,7 +283,7 @@ def fold_grad_kernel(
             sigmoid = 1.0 / (1.0 + tl.exp(-scaled))
             grad = grad * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         else:
-            grad = tl.where(scaled <= 0, 0.0, grad)  # of NaN it is NaN
+            grad = tl.where(scaled <= 0, 0.0, grad)  # not `scaled > 0`: the gradient of a NaN score stays NaN
     tl.store(grad_scores_ptr + at, grad / tl.full([], temperature, dtype), mask=mask)
 
 
@@ -310,17 +298,14 @@ def fold_grad(
     `gates`, `mask` and `ratio` are those of `fold`.
     """
     grad_scores = torch.empty_like(scores)
-    if scores.numel() > 0:
-        num_reads, picks = scores.shape
-        block_r, block_j, num_warps = _tile(picks)
-        tensors, strides, options = _fold_options(weights, gates, mask, ratio)
-        launch(
-            fold_grad_kernel, (cdiv(num_reads, block_r),),
-            scores, weights, counts, grad_weights, grad_write_weights, *tensors, grad_scores,
-            grad_scores if grad_gates is None else grad_gates,
-            *strides,
-            num_reads, *layout, temperature,
-            J=picks, WEIGHTING=weighting, STEP=step, **options,
-            BLOCK_R=block_r, BLOCK_J=block_j, num_warps=num_warps, on=scores,
-        )
+    grid, tiles = _tiles(*scores.shape)
+    tensors, strides, flags = gates_and_mask(gates, mask, weights)
+    launch(
+        fold_grad_kernel, grid,
+        scores, weights, counts, grad_weights, grad_write_weights, _running_sum(mask, ratio, weights), *tensors,
+        grad_scores, grad_scores if grad_gates is None else grad_gates,
+        *strides,
+        scores.shape[0], *layout, temperature,
+        WEIGHTING=weighting, STEP=step, RATIO=ratio, **flags, **tiles, on=scores,
+    )
     return grad_scores
