@@ -43,8 +43,9 @@ from tests.helpers.models import Model, loss, make_leaves, make_x, squares
 @BOUNDARIES
 @pytest.mark.parametrize("step", STEPS)
 @KEY_GRADIENTS
-def test_gradcheck(key_gradient, step, boundary):
-    """In random directions; tests/test_memory.py compares each gradient with autograd's of the definition."""
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["directions", "whole"])
+def test_gradcheck(fast_mode, key_gradient, step, boundary):
+    """In random directions, and, slowly, element by element."""
     leaves = leaves_of(make_inputs(2, 7, num_keys=3, width=2))
     mask = make_inputs(2, 7, mask="real")["mask"]
     options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "step": step, "boundary": boundary}
@@ -53,7 +54,7 @@ def test_gradcheck(key_gradient, step, boundary):
         tensors = (queries, targets, keys, values)
         return fast_weight_memory(*tensors, gates=gates, mask=mask, key_gradient=key_gradient, **options)[:3]
 
-    assert gradcheck(outputs, list(leaves.values()), fast_mode=True)
+    assert gradcheck(outputs, list(leaves.values()), fast_mode=fast_mode)
 
 
 @KEY_GRADIENTS

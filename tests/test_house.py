@@ -170,6 +170,18 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
+def test_files_can_be_read_at_a_sitting():
+    """At most 450 lines, of a test module 600; the table of planted faults is data."""
+    limits = {"fwpkm_kernels": 450, "reference": 450, "benchmarks": 450, "tests": 600}
+    long = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for folder, limit in limits.items()
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := len(path.read_text("utf-8").splitlines())) > limit and path != ROOT / "tests" / "faults.py"
+    ]
+    assert not long
+
+
 def test_nothing_is_imported_from_a_test_module():
     """What two of them share stands in tests/helpers, where it has a name and a reader finds it."""
     assert list(imported(ast.parse("from tests import test_a\ndef f():\n    from .test_b import c"))) == [

@@ -415,16 +415,8 @@ class FastWeightProductKeyMemory(nn.Module):
             initial = (self.keys, weight) if memory is None else (memory.keys, memory.values)
             keys, values = self._in_memory_dtype(*initial)
             if self.scope == "sequence":
-                return memory_by_document(
-                    queries,
-                    targets,
-                    keys,
-                    values,
-                    documents,
-                    gates=gates,
-                    return_memory=return_memory,
-                    options=self.options,
-                )
+                how: dict[str, Any] = {"gates": gates, "return_memory": return_memory, "options": self.options}
+                return memory_by_document(queries, targets, keys, values, documents, **how)
             mask = documents.pair_mask(self.options.lookahead, queries.device)
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 
