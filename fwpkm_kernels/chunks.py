@@ -101,7 +101,8 @@ def number_reads(
         full = length // chunk_size
         num_reads = count_read_positions(length, chunk_size, lookahead, boundary, carried)
         reads = torch.arange(num_reads, device=device)
-        # As if the first chunk always had re-reads; a last chunk that is not full has none.
+        # Chunks are found as if the first one had all its re-reads, by counting those `missing`; a last chunk that is
+        # not full has none.
         window, missing = chunk_size + lookahead, lookahead - carried
         chunk = (reads + missing) // window
         first = (chunk * window - missing).clamp(min=0)

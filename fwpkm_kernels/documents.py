@@ -169,7 +169,7 @@ def make_documents(
 def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
     """Cut x [B, T, ...] into the tokens of each document, [1, t, ...]; None into a None for each.
 
-    One split does it, since its gradient is as large as x once, and not once for every document.
+    One split has one gradient as large as x, whereas slices would have one for every document.
     """
     if x is None:
         return [None] * len(pieces)
@@ -177,7 +177,7 @@ def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
     sizes, end = [], 0  # of the gap before a document and of the document, by turns
     for piece in pieces:
         start, stop = (piece.start, piece.stop) if isinstance(piece, slice) else (int(piece[0]), int(piece[-1]) + 1)
-        if start == stop:  # an empty document may be said to lie anywhere
+        if start == stop:  # the bounds of an empty document mean nothing
             start = stop = end
         sizes += [start - end, stop - start]
         end = stop
@@ -206,7 +206,7 @@ def mean_gate(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | N
         return None
     gates = gates.to(compute_dtype(gates.dtype))
     if attention_mask is None:
-        return gates.sum() / max(1, math.prod(gates.shape))  # of no tokens it is 0, which costs no price on gates
+        return gates.sum() / max(1, math.prod(gates.shape))  # 0 without tokens, so that a penalty on gates is 0 too
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
 
@@ -294,7 +294,7 @@ def _loop(
 def _of_each(x: Tensor, rank: int, count: int) -> Sequence[Tensor]:
     """The tensor of each document: x itself where all share it, else the views that x [S, ...] is unbound into.
 
-    An x[number] would have a gradient as large as x, for every document.
+    Unbinding has one gradient as large as x, whereas x[number] would have one for every document.
     """
     if x.dim() == rank:
         return [x] * count

@@ -17,7 +17,7 @@ from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_cl
 
 
 class Graph(Protocol):
-    """What `torch.cuda.CUDAGraph` has of it."""
+    """The part of `torch.cuda.CUDAGraph` that is used here."""
 
     def replay(self) -> None:
         """Run what was captured again."""
@@ -31,7 +31,7 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         warm_up()  # kernels are compiled, and libraries set up, outside the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on: by default what they allocate meanwhile would break the capture.
+    # Other threads go on, and by default their allocations would break the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph
@@ -154,7 +154,7 @@ class MemoryGraph:
                         part = self._tokens.part(begin, begin + o.chunk_size)
                         output = self._output[begin : begin + o.chunk_size]
                         read_and_close_chunk(memory, part, output, False, lanes, o)
-            finally:  # with a lane left open the capture could not end, and after that no other begin
+            finally:  # a lane left open would keep this capture from ending, and all later ones from beginning
                 lanes.join()
 
     def __call__(

@@ -68,7 +68,7 @@ def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: T
     The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out` where that is given:
     a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
-    has_rows = o.weight != 0.0 and queries.numel() > 0  # sub-keys of no width do not move
+    has_rows = o.weight != 0.0 and queries.numel() > 0  # keys of width 0 have no elements to move
     if has_rows and not checks.use_triton(o.backend, queries):
         return _step_keys_torch(keys, queries, picks, o, out)
     in_place = out is keys
@@ -159,7 +159,7 @@ def _address_grad_torch(
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
-        # Without a constant that cancels in P·(dP - Σ P·dP).
+        # A constant term of dP is left out, since it cancels in P·(dP - Σ P·dP).
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
         through_step = o.weight / num_rows * probabilities * _centre(grad_p, probabilities)
         if o.score == "idw":

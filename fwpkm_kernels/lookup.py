@@ -18,7 +18,7 @@ from .records import Addresses, Plan
 
 # Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
-# The same of picked sub-keys: 8 MiB, which the allocator keeps from one block to the next.
+# Picked sub-keys that it holds at a time, in elements: 8 MiB, which the allocator keeps from one block to the next.
 _PICK_ELEMENTS = 2**21
 
 
@@ -83,7 +83,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
             best = _exact_scores(rows, table, found + first_rows, o.eps)
         else:
             best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
-        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # of equals the lower sub-key
+        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # stable: the lower of equals
         found = found.gather(-1, rank)
         half_scores[block], sub_keys[block] = best, found + first_rows
         sums = best[:, :, 0, first] + best[:, :, 1, second]  # [rows, H, pairs], in flat order i·K + j
@@ -226,7 +226,7 @@ def half_grad_torch(
             grad_queries[block] = grad_rows.flatten(-2)
         if with_keys:
             if score == "dot":
-                vectors = vectors[..., 0, :]  # one for all picks
+                vectors = vectors[..., 0, :]  # the same for all picks
             if plan is None or len(picked) < len(sub_keys):
                 plan = plan_segments(picked, table.shape[0])
             _, touched, totals = segment_totals(plan, vectors.flatten(0, -2), factors)

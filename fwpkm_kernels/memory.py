@@ -29,8 +29,8 @@ def _forward_op(queries, targets, keys, values, gates, mask, keep, *options) -> 
     o, inputs = Options(*options), Inputs(queries, targets, keys, values, gates, mask)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
-        # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
-        # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
+        # An activation checkpoint runs this again in a backward pass, where no tensor may be written in place, not even
+        # a private table. With gradients enabled `coupled_memory` makes a new table for each chunk.
         with torch.set_grad_enabled(in_backward()):
             return list(coupled_memory(inputs.detach(), o))
     results, kept = run_forward(inputs, keep, o)
@@ -131,8 +131,8 @@ class _FastWeightMemoryBackward(Function):
         mask: Tensor | None,
         *saved: Tensor,
     ) -> Any:
-        # The keys are an argument even where only copies of them are read: a second derivative through them must raise.
-        # The values need not be: where nothing else needs gradients, theirs do not depend on them.
+        # The keys are an argument even where only copies of them are read, so that a second derivative through them
+        # raises. The values are none: where only they need gradients, their gradient does not depend on them.
         grads = (grad_output, grad_keys, grad_values)
         if o.key_gradient == "all":
             results = _coupled_backward(queries, targets, gates, mask, (keys, *saved), grads, o)
@@ -179,7 +179,7 @@ class FastWeightMemory(Function):
         inputs = Inputs(queries, targets, keys, values, gates, mask)
         refuse_transforms("fast_weight_memory", inputs)
         o = check_memory(inputs, o)
-        # Else an unused gradient of the final table would come as a table of zeros.
+        # PyTorch would otherwise fill a table with zeros for a final table whose gradient nobody uses.
         ctx.set_materialize_grads(False)
         results = _forward_op(*inputs, True, *o)
         output, new_keys, new_values, slots, weights, *kept = results
@@ -209,8 +209,8 @@ class FastWeightMemory(Function):
         return (*main, *in_public_order(none, grad_gates, None))
 
 
-# Dynamo cannot trace the backward, and that of torch 2.11 then fails in what it runs instead. This decorator, unlike
-# torch.compiler.disable, does not import Dynamo with the package.
+# Dynamo cannot trace the backward, and Dynamo of torch 2.11 fails in the code that it runs instead, so it must skip the
+# whole function. This decorator, unlike torch.compiler.disable, does not import Dynamo when the package is imported.
 @_disable_dynamo
 def _train_coupled(*args: Any) -> Any:
     """`FastWeightMemory` under key_gradient="all", as it is, in a compiled function too."""
@@ -375,11 +375,12 @@ def fast_weight_memory(
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
     refuse_transforms("fast_weight_memory", inputs)
-    # What torch.export makes has no gradients: it keeps nothing for them.
+    # A program of torch.export has no gradients, so it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in inputs[:-1]):  # the mask is a constant
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
         return MemoryOutput(*train(queries, targets, keys, values, *in_public_order(o, gates, mask)))
     o = check_memory(inputs, o)
-    # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
+    # The inputs are detached, even the mask, which may require gradients. A block of no_grad would not do, since a
+    # program of torch.export that raises in one leaves gradients disabled.
     return MemoryOutput(*_forward_op(*inputs.detach(), False, *o))

@@ -145,7 +145,7 @@ def unpickle(state: "MemoryState", fields: dict[str, Any]) -> None:
         if touched.dtype != torch.uint8 or touched.shape != values.shape[:1]:
             raise ValueError(f"touched must be [N] of uint8, got {checks.shape(touched)} of {touched.dtype}")
         if state._device is not None:
-            state._device = values.device  # torch.load may have moved it
+            state._device = values.device  # torch.load may have moved the state
         state._set_up(keys, values)
         load(state, tensors)
         with torch.no_grad():

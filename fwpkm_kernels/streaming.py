@@ -33,7 +33,7 @@ from .weights import fold_write_weights, weigh, write_scale
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Addresses]:
     """Weights [M, J] and addresses of queries [M, H, Dk]."""
-    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # of one head the lookup has all picks of a token
+    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # a lookup of one head weighs all picks of a token
         from .kernels.lookup import lookup
 
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
@@ -58,7 +58,7 @@ def read_piece(
 ) -> None:
     """Read tokens of the present chunk and put them into the queue, from `place` on among its tokens.
 
-    `place` is a tensor of one integer in a captured graph, where it is not known yet.
+    In a captured graph the place is not known yet, so `place` is a tensor of one integer.
     """
     weights, found = _look_up(tokens.queries.flatten(0, 1), keys, o)
     if checks.use_triton(o.backend, values):
@@ -95,7 +95,7 @@ def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
 def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
 
-    Once in a capture: the reads do not wait for writes on another lane.
+    At most once in a capture, since the reads do not wait for earlier writes on another lane.
     """
     queue, carried = memory.queue, 0 if is_first else o.lookahead
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
@@ -119,7 +119,7 @@ def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> Non
 def read_and_close_chunk(
     memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: Lanes, o: Options
 ) -> None:
-    """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
+    """Read and write a whole chunk at once, by one lookup and one read of the carried tokens and the chunk."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
     _enqueue(queue, tokens, 0, o)
     weights, found = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
@@ -213,7 +213,7 @@ def apply_chunk_writes(
         picks: of the tokens of the chunk, M = C·B.
     """
     keys, values, _, queue = memory
-    window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # what is carried, then the chunk
+    window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # the carried tokens, then those of the chunk
     chunk = window[writes.carried * queue.gates.shape[1] :]
     lanes.hold(errors, picks)
     if o.key_gradient == "all":
@@ -233,7 +233,7 @@ def apply_chunk_writes(
         write(values, errors, writes.write_weights, writes.plan, o.write)
     if o.keys_move:
         step_keys(keys, chunk, picks, o.key_step, out=keys)
-    # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
+    # The next chunk puts its tokens behind the carried ones and looks up both, so it must wait for `_carry`.
     lanes.wait(lanes.plans)
 
 
@@ -348,7 +348,7 @@ def _step(
             begin, now = begin + count, now + count
             position.fill_(now)
     except BaseException:
-        touched.fill_(1)  # who knows which rows were: so reset, the way out, copies all
+        touched.fill_(1)  # the rows written are not known, so the reset that must follow copies all
         raise
     return output
 
@@ -424,7 +424,7 @@ def fast_weight_memory_step(
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
     tokens = each(Tensor.detach, queries, targets, gates, mask)
-    if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
+    if is_exporting():  # a program that raises within no_grad would leave gradients disabled
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
@@ -435,7 +435,7 @@ def _run_step(state: MemoryState, tokens: tuple[Any, ...], o: Options) -> Tensor
     queries, targets, _, _ = tokens
     output: Tensor
     if state._binding is None and torch.compiler.is_compiling():
-        # What a compiled function makes itself in inference mode no step outside of it could write.
+        # The operator makes the queue: no step outside of inference mode could write one that compiled code made in it.
         output, *new = _first_step_op(state._keys, state._values, state._position, state._touched, *tokens, *o)
         state._bind(queries, targets, o, Queue(*new))
     else:

@@ -36,7 +36,7 @@ def _write_torch(
 ) -> None:
     """The write in plain PyTorch."""
     decay = 1.0 - o.lr * o.weight_decay
-    if o.clip is None:  # the step size goes with the small tensor
+    if o.clip is None:  # multiply the smaller tensor by the step size
         positions, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
     else:
         positions, touched, totals = segment_totals(plan, errors, write_weights)
@@ -47,12 +47,12 @@ def _write_torch(
             log[positions] = rows
         if o.weight_decay != 0.0:
             values.mul_(decay)
-        # Half precision: each row is rounded once.
+        # In half precision each row is rounded once.
         values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
         return
     if o.weight_decay != 0.0:
         values.mul_(decay)
-    # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
+    # Each row occurs once, so the order does not matter. With one index per row this is twice as fast as index_add_.
     if values.is_cuda:  # where scatter_add_ has no deterministic form
         values.index_add_(0, touched, steps)
     else:
@@ -166,8 +166,8 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
 def _counts_op(plan: list[Tensor], counted: Tensor | None, count_slots: Tensor | None, num_slots: int) -> Tensor:
     """n_s of every access, [A]: in the dtype of `start`, or int64 for `count_slots`, of which there may be more.
 
-    An operator, since what traces has no numbers to look at, and since Inductor (of torch 2.13) may read what a scatter
-    fills before it is filled.
+    It is an operator, since a trace has no values to check, and since Inductor (of torch 2.13) may read the result of a
+    scatter before it is filled.
     """
     if count_slots is None:
         return count_accesses(Plan._make(plan), counted)
@@ -205,8 +205,8 @@ class _ChunkValueUpdateBackward(Function):
                     grad = grad * _per_row(factor, dtype, grad)
             return grad
 
-        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first:
-        # what is masked stays 0 then, even if a product of the others overflows.
+        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask is
+        # multiplied first, so that a masked row is 0 even if another product overflows.
         per_weight = -dots / counts.view(chunk.slots.shape)
         if chunk.mask is not None:
             per_weight = per_weight * _per_row(chunk.mask, dtype, per_weight)
@@ -442,7 +442,8 @@ def chunk_value_update_(
     checks.check_writable("values", values, "chunk_value_update")
     plan = plan_segments(slots, values.shape[0])
     counts = _count(plan, slots, values.shape[0], mask, count_slots)
-    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
+    # The tensors are detached, since torch.export takes no block of no_grad without a result, and an error in such a
+    # block leaves gradients disabled.
     fields = (slots, weights, targets, predictions, gates, mask, scale)
     chunk = _Chunk._make(x.detach() if isinstance(x, Tensor) else x for x in fields)
     errors, write_weights = _fold_write(chunk, counts, compute_dtype(values.dtype))
