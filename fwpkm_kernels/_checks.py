@@ -77,16 +77,32 @@ def check_slot_range(name: str, x: Tensor, num_slots: int, *, minimum: int = 0) 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """`x` has the shape of `other`."""
-    if x.shape != other.shape:
-        raise ValueError(f"`{name}` must have the shape of `{other_name}`, got {shape(x)} against {shape(other)}")
+    check_shapes(x.shape == other.shape, f"`{name}` must have the shape of `{other_name}`", x, other)
+
+
+def check_shapes(agree: bool, rule: str, x: Tensor, other: Tensor) -> None:
+    """`agree` says whether two shapes agree, and `rule` in words, with the names of both tensors, when they do."""
+    if not agree:
+        raise ValueError(f"{rule}, got {shape(x)} against {shape(other)}")
+
+
+def check_table(values: Tensor, keys: Tensor) -> None:
+    """`values` [N, D] has a row for each pair of the sub-keys of `keys` [H, 2, n, Dk/2]."""
+    rule = "`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2]"
+    check_shapes(values.shape[0] == keys.shape[2] ** 2, rule, values, keys)
+
+
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` is on the device of `other`."""
+    if x.device != other.device:
+        raise ValueError(f"`{name}` must be on the device of `{other_name}`, got {x.device} against {other.device}")
 
 
 def check_together(**tensors: Tensor) -> None:
     """All on one device; float64 mixes with no other float."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x.device != first.device:
-            raise ValueError(f"`{name}` must be on the device of `{first_name}`, got {x.device} against {first.device}")
+        check_device(name, x, first_name, first)
     floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
     first_name, first = next(iter(floats.items()))
     for name, x in floats.items():

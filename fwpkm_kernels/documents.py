@@ -130,16 +130,9 @@ def make_documents(
     if attention_mask is not None:
         checks.check_tensor("attention_mask", attention_mask, 2, "[B, T]")
         checks.check_mask("attention_mask", attention_mask)
-        if attention_mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"`attention_mask` must be [B, T] like `hidden_states` [B, T, d], "
-                f"got {checks.shape(attention_mask)} against {checks.shape(tokens)}"
-            )
-        if attention_mask.device != tokens.device:
-            raise ValueError(
-                f"`attention_mask` must be on the device of `hidden_states`, "
-                f"got {attention_mask.device} against {tokens.device}"
-            )
+        rule = "`attention_mask` must be [B, T] like `hidden_states` [B, T, d]"
+        checks.check_shapes(attention_mask.shape == tokens.shape[:2], rule, attention_mask, tokens)
+        checks.check_device("attention_mask", attention_mask, "hidden_states", tokens)
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         cu_seqlens = cu_seqlens_cpu
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
@@ -154,11 +147,8 @@ def make_documents(
     if cu_seqlens_cpu is not None and cu_seqlens is not None:
         if not cu_seqlens_cpu.is_cpu:
             raise ValueError(f"`cu_seqlens_cpu` must be on the CPU, got {cu_seqlens_cpu.device}")
-        if cu_seqlens_cpu.shape != cu_seqlens.shape:
-            raise ValueError(
-                f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, "
-                f"got {checks.shape(cu_seqlens_cpu)} against {checks.shape(cu_seqlens)}"
-            )
+        rule = "`cu_seqlens_cpu` must be `cu_seqlens` on the CPU"
+        checks.check_shapes(cu_seqlens_cpu.shape == cu_seqlens.shape, rule, cu_seqlens_cpu, cu_seqlens)
     if are_cut and cu_seqlens is not None and cu_seqlens_cpu is None and not torch.compiler.is_compiling():
         cu_seqlens_cpu = cu_seqlens.cpu()
     documents = Documents(batch, length, attention_mask, cu_seqlens, cu_seqlens_cpu)

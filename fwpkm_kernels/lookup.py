@@ -337,11 +337,8 @@ def check_lookup(queries: Tensor, keys: Tensor, o: Lookup) -> Lookup:
         raise ValueError(f"`queries` must have at least 2 dimensions [..., H, Dk], got shape {checks.shape(queries)}")
     if queries.shape[-1] % 2:
         raise ValueError(f"`queries` must have an even width Dk, got shape {checks.shape(queries)}")
-    if queries.shape[-2] != heads or queries.shape[-1] != 2 * half:
-        raise ValueError(
-            f"`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk, "
-            f"got {checks.shape(queries)} against {checks.shape(keys)}"
-        )
+    rule = "`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk"
+    checks.check_shapes(queries.shape[-2] == heads and queries.shape[-1] == 2 * half, rule, queries, keys)
     checks.check_num_keys(keys)
     checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     checks.check_together(queries=queries, keys=keys)

@@ -230,29 +230,17 @@ def check_memory(inputs: Inputs, o: Options) -> Options:
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
     lookup = check_lookup(queries, keys, o.lookup)
-    if queries.shape[:2] != targets.shape[:2]:
-        raise ValueError(
-            f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
-            f"got {checks.shape(queries)} against {checks.shape(targets)}"
-        )
-    if targets.shape[2] != values.shape[1]:
-        raise ValueError(
-            f"`targets` must have the width of `values`, got {checks.shape(targets)} against {checks.shape(values)}"
-        )
-    if values.shape[0] != keys.shape[2] ** 2:
-        raise ValueError(
-            f"`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2], "
-            f"got {checks.shape(values)} against {checks.shape(keys)}"
-        )
+    rule = "`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T"
+    checks.check_shapes(queries.shape[:2] == targets.shape[:2], rule, queries, targets)
+    rule = "`targets` must have the width of `values`"
+    checks.check_shapes(targets.shape[2] == values.shape[1], rule, targets, values)
+    checks.check_table(values, keys)
     floats = {"queries": queries, "targets": targets, "keys": keys, "values": values}
     for name, x in (("gates", gates), ("mask", mask)):
         if x is not None:
             checks.check_tensor(name, x, 2, "[B, T]")
-            if x.shape != queries.shape[:2]:
-                raise ValueError(
-                    f"`{name}` must be [B, T] like `queries` [B, T, H, Dk], "
-                    f"got {checks.shape(x)} against {checks.shape(queries)}"
-                )
+            rule = f"`{name}` must be [B, T] like `queries` [B, T, H, Dk]"
+            checks.check_shapes(x.shape == queries.shape[:2], rule, x, queries)
     if gates is not None:
         floats["gates"] = gates
     for name, x in floats.items():
@@ -260,8 +248,7 @@ def check_memory(inputs: Inputs, o: Options) -> Options:
     checks.check_together(**floats)
     if mask is not None:
         checks.check_mask("mask", mask)
-        if mask.device != values.device:
-            raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
+        checks.check_device("mask", mask, "values", values)
     o = check_options(o._replace(top_k=lookup.top_k, eps=lookup.eps), compute_dtype(values.dtype))
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     return o

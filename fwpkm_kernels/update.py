@@ -301,19 +301,14 @@ def _check_update(
     checks.check_tokens("slots", slots, slots.shape[0])
     checks.check_like("predictions", predictions, "targets", targets)
     for what, name, other, dim in (("as many rows", "slots", slots, 0), ("the width", "values", values, 1)):
-        if targets.shape[dim] != other.shape[dim]:
-            raise ValueError(
-                f"`targets` must have {what} of `{name}`, got {checks.shape(targets)} against {checks.shape(other)}"
-            )
+        rule = f"`targets` must have {what} of `{name}`"
+        checks.check_shapes(targets.shape[dim] == other.shape[dim], rule, targets, other)
     rows = {"gates": gates, "mask": mask, "scale": scale if isinstance(scale, Tensor) else None}
     for name, row in rows.items():
         if row is not None:
             checks.check_tensor(name, row, 1, "[M]")
-            if row.shape[0] != slots.shape[0]:
-                raise ValueError(
-                    f"`{name}` must have one entry for each row of `slots`, "
-                    f"got {checks.shape(row)} against {checks.shape(slots)}"
-                )
+            rule = f"`{name}` must have one entry for each row of `slots`"
+            checks.check_shapes(row.shape[0] == slots.shape[0], rule, row, slots)
             if name != "mask":
                 floats[name] = row
             else:
@@ -322,8 +317,8 @@ def _check_update(
         checks.check_float(name, x)
     checks.check_together(**floats)
     checks.check_together(values=values, slots=slots)
-    if mask is not None and mask.device != values.device:
-        raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
+    if mask is not None:
+        checks.check_device("mask", mask, "values", values)
     if count_slots is not None:
         checks.check_tensor("count_slots", count_slots)
         checks.check_slots("count_slots", count_slots)
