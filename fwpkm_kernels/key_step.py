@@ -249,9 +249,7 @@ def _(keys, queries, top_k, *options):  # type: ignore[no-untyped-def]
     schema="(Tensor grad_new_keys, Tensor keys, Tensor queries, Tensor half_scores, Tensor sub_keys, "
     f"{schema_of(KeyStep)}) -> (Tensor, Tensor)",
 )
-def _key_step_grad_op(
-    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _key_step_grad_op(grad_new_keys, keys, queries, half_scores, sub_keys, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """The gradients of queries and keys, in their dtypes."""
     grad_new_keys, picks = grad_new_keys.to(half_scores.dtype), Picks(half_scores, sub_keys)
     grad_queries, grad_keys = address_grad(grad_new_keys, keys, queries, None, None, picks, KeyStep(*options))
@@ -280,24 +278,10 @@ class ProductKeyUpdate(Function):
     clip, precision, backend)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        keys: Tensor,
-        queries: Tensor,
-        top_k: int,
-        score: str = "idw",
-        eps: float = 1e-3,
-        lr: float = 1.0,
-        weight: float = 1.0,
-        weight_decay: float = 0.0,
-        clip: float | None = None,
-        precision: str = "tf32x3",
-        backend: str = "auto",
-    ) -> Tensor:
+    def forward(ctx: Any, keys: Tensor, queries: Tensor, *options: Any) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
         refuse_transforms("product_key_update", (keys, queries))
-        o = KeyStep(top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
-        o = _check_key_step(keys, queries, o)
+        o = _check_key_step(keys, queries, KeyStep(*options))
         new_keys, half_scores, sub_keys = _key_step_op(keys, queries, *o)
         ctx.save_for_backward(keys, queries, half_scores, sub_keys)
         ctx.options = o

@@ -16,8 +16,8 @@ from .options import Lookup, schema_of
 from .plan import plan_segments, segment_totals
 from .records import Addresses, Plan
 
-# Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
-_BLOCK_ELEMENTS = 2**24
+# Half scores, or gathered rows, that the PyTorch path holds at a time, in elements: 64 MiB of float32.
+BLOCK_ELEMENTS = 2**24
 # Picked sub-keys that it holds at a time, in elements: 8 MiB, which the allocator keeps from one block to the next.
 _PICK_ELEMENTS = 2**21
 
@@ -74,7 +74,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
-    for block in row_blocks(num_rows, 2 * heads * num_keys, _BLOCK_ELEMENTS):
+    for block in row_blocks(num_rows, 2 * heads * num_keys, BLOCK_ELEMENTS):
         rows = queries[block].to(dtype)
         approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, o.score, o.eps)
         columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
@@ -239,9 +239,7 @@ def half_grad_torch(
     schema="(Tensor grad_scores, Tensor queries, Tensor keys, Tensor slots, bool with_keys, "
     f"{schema_of(Lookup)}) -> (Tensor, Tensor)",
 )
-def _lookup_grad_op(
-    grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, with_keys: bool, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _lookup_grad_op(grad_scores, queries, keys, slots, with_keys, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2]; that of keys is [0] if not `with_keys`."""
     o = Lookup(*options)
     grad_halves = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1)  # a score is the sum of two half scores
@@ -291,19 +289,10 @@ class ProductKeyLookup(Function):
     """`product_key_lookup` as an autograd Function: apply(queries, keys, top_k, score, eps, precision, backend)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        top_k: int,
-        score: str = "idw",
-        eps: float = 1e-3,
-        precision: str = "tf32x3",
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
         refuse_transforms("product_key_lookup", (queries, keys))
-        o = check_lookup(queries, keys, Lookup(top_k, score, eps, precision, backend))
+        o = check_lookup(queries, keys, Lookup(*options))
         scores, slots = _lookup_op(_flat(queries), keys, *o)
         size = (*queries.shape[:-1], o.top_k)
         scores, slots = scores.view(size), slots.view(size)
