@@ -80,34 +80,30 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     return out
 
 
-@operator("sparse_value_gather_backward_values")
-def _values_grad_op(
-    grad_out: Tensor,
-    weights: Tensor,
-    plan: list[Tensor],
-    num_slots: int,
-    dtype: torch.dtype,
-    compact: bool,
-    backend: str,
+@operator(
+    "sparse_value_gather_backward_values",  # the plan in four tensors, as in `chunk_value_update_backward`
+    schema="(Tensor grad_out, Tensor weights, Tensor order, Tensor rows, Tensor start, Tensor end, SymInt num_slots, "
+    "ScalarType dtype, bool compact, str backend) -> Tensor",
+)
+def _values_grad_op(  # type: ignore[no-untyped-def]
+    grad_out, weights, order, rows, start, end, num_slots, dtype, compact, backend
 ) -> Tensor:
     """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
-    planned = Plan._make(plan)
-    size = planned.order.numel() if compact else num_slots
+    plan, size = Plan(order, rows, start, end), order.numel() if compact else num_slots
     out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
     weights = weights.to(compute_dtype(dtype)).contiguous()
     if checks.use_triton(backend, grad_out):
         from .kernels.segments import segment_rows
 
-        segment_rows(out, grad_out, weights, planned, compact=compact)
+        segment_rows(out, grad_out, weights, plan, compact=compact)
     else:
-        positions, touched, totals = segment_totals(planned, grad_out.to(weights.dtype), weights)
+        positions, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
         out[positions if compact else touched] = totals.to(dtype)
     return out
 
 
 @_values_grad_op.register_fake
-def _(grad_out, weights, plan, num_slots, dtype, compact, backend):  # type: ignore[no-untyped-def]
-    order, *_ = plan
+def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, backend):  # type: ignore[no-untyped-def]
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
@@ -124,7 +120,7 @@ class _SparseValueGatherBackward(Function):
         if needs_values:
             plan = plan_segments(slots, values.shape[0])
             of_table = (values.shape[0], values.dtype)
-            grad_values = _values_grad_op(grad_out, weights, list(plan), *of_table, sparse_grad, backend)
+            grad_values = _values_grad_op(grad_out, weights, *plan, *of_table, sparse_grad, backend)
             if sparse_grad:
                 # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
                 # of a slot's accesses stands at the first of its entries; the others are zero.

@@ -106,16 +106,19 @@ def write_grad(
 
 
 @operator(
-    "chunk_value_update_backward",
-    schema="(Tensor grad_values, Tensor errors, Tensor write_weights, Tensor slots, Tensor[] plan, "
-    f"{schema_of(Write)}) -> (Tensor, Tensor)",
+    "chunk_value_update_backward",  # the plan in four tensors: a batch of gradients cannot be looped over with a list
+    schema="(Tensor grad_values, Tensor errors, Tensor write_weights, Tensor slots, Tensor order, Tensor rows, "
+    f"Tensor start, Tensor end, {schema_of(Write)}) -> (Tensor, Tensor)",
 )
-def _update_grad_op(grad_values, errors, write_weights, slots, plan, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return write_grad(grad_values, errors, write_weights, slots, Plan._make(plan), Write(*options))
+def _update_grad_op(  # type: ignore[no-untyped-def]
+    grad_values, errors, write_weights, slots, order, rows, start, end, *options
+) -> tuple[Tensor, Tensor]:
+    plan = Plan(order, rows, start, end)
+    return write_grad(grad_values, errors, write_weights, slots, plan, Write(*options))
 
 
 @_update_grad_op.register_fake
-def _(grad_values, errors, write_weights, slots, plan, *options):  # type: ignore[no-untyped-def]
+def _(grad_values, errors, write_weights, slots, *rest):  # type: ignore[no-untyped-def]
     return errors.new_empty(errors.shape), errors.new_empty(slots.shape)
 
 
@@ -180,7 +183,7 @@ class _ChunkValueUpdateBackward(Function):
     def forward(ctx: Any, grad_values: Tensor, counts: Tensor, plan: Plan, o: Write, *fields: Any) -> Any:
         chunk, dtype = _Chunk(*fields), compute_dtype(grad_values.dtype)
         errors, write_weights = _fold_write(chunk, counts, dtype)
-        sums, dots = _update_grad_op(grad_values, errors, write_weights, chunk.slots, list(plan), *o)
+        sums, dots = _update_grad_op(grad_values, errors, write_weights, chunk.slots, *plan, *o)
         factors = {"scale": chunk.scale, "gates": chunk.gates}
 
         def times_other(grad: Tensor, left_out: str) -> Tensor:

@@ -61,7 +61,7 @@ def values_grad_samples(place: Place) -> Samples:
         grad = torch.ones(len(slots), values.shape[1], dtype=values.dtype, device=place.device)
         for compact in (False, True):
             plan = plan_segments(slots, len(values))
-            arguments = (grad, weights, list(plan), len(values), values.dtype, compact, backend)
+            arguments = (grad, weights, *plan, len(values), values.dtype, compact, backend)
             yield f"{name}, {'compact' if compact else 'dense'}", arguments
 
 
@@ -93,10 +93,10 @@ def write_grad_samples(place: Place) -> Samples:
     grad, slots, weights, targets, predictions, _, _ = testing.make_update_inputs(device=place.device)
     errors, plan = predictions - targets, plan_segments(slots, 64)
     expanded = torch.ones((), device=place.device).expand(grad.shape)
-    yield "plain", (grad, errors, weights, slots, list(plan), 1.0, 0.0, None, place.backend)
-    yield "clip", (grad, errors, weights, slots, list(plan), 1.0, 0.0, 0.2, place.backend)
-    yield "expanded", (expanded, errors, weights, slots, list(plan), 0.5, 0.0, 0.2, place.backend)
-    nothing = (errors[:0], weights[:0], slots[:0], list(plan_segments(slots[:0], 64)))
+    yield "plain", (grad, errors, weights, slots, *plan, 1.0, 0.0, None, place.backend)
+    yield "clip", (grad, errors, weights, slots, *plan, 1.0, 0.0, 0.2, place.backend)
+    yield "expanded", (expanded, errors, weights, slots, *plan, 0.5, 0.0, 0.2, place.backend)
+    nothing = (errors[:0], weights[:0], slots[:0], *plan_segments(slots[:0], 64))
     yield "empty", (grad, *nothing, 1.0, 0.0, None, place.backend)
 
 
