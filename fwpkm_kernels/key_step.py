@@ -278,8 +278,9 @@ class ProductKeyUpdate(Function):
     clip, precision, backend)."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, queries: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
+        keys, queries, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_update", (keys, queries))
         o = _check_key_step(keys, queries, KeyStep(*options))
         new_keys, half_scores, sub_keys = _key_step_op(keys, queries, *o)

@@ -289,8 +289,9 @@ class ProductKeyLookup(Function):
     """`product_key_lookup` as an autograd Function: apply(queries, keys, top_k, score, eps, precision, backend)."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
+        queries, keys, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_lookup", (queries, keys))
         o = check_lookup(queries, keys, Lookup(*options))
         scores, slots = _lookup_op(_flat(queries), keys, *o)

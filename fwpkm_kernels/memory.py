@@ -171,10 +171,11 @@ class FastWeightMemory(Function):
     boundary, precision, backend) gives output, keys, values, slots and weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *options: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
+        # Dynamo leaves ctx out where forward has as many parameters as apply has arguments. With *args it has two, and
+        # apply has more; with some named, ctx would be lost at one number of options.
+        queries, targets, keys, values, *options = args
         o, gates, mask = from_public_order(options)
         inputs = Inputs(queries, targets, keys, values, gates, mask)
         refuse_transforms("fast_weight_memory", inputs)
