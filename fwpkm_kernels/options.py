@@ -5,7 +5,8 @@ functions, `fast_weight_memory` and `fast_weight_memory_step`, each of which nam
 code that it changes. Operators, the autograd Function, documents, states and graphs pass the record on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -21,13 +22,9 @@ BOUNDARIES = ("carry", "drop")
 
 #: A number that may be a symbol where something traces, as sizes are.
 Symbolic = Annotated[int, "SymInt"]
-_SCHEMA_TYPES: dict[Any, str] = {
-    int: "int",
-    Symbolic: "SymInt",
-    str: "str",
-    float: "float",
-    float | None: "float?",
-}
+_SCHEMA_TYPES: Mapping[Any, str] = MappingProxyType(
+    {int: "int", Symbolic: "SymInt", str: "str", float: "float", float | None: "float?"}
+)
 
 
 def schema_of(record: type) -> str:

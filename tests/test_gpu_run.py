@@ -156,6 +156,10 @@ def test_tests_go_on_behind_what_ends_their_process(gpu_run, monkeypatch, tmp_pa
     assert re.search(r"Timeout.*\n(?:.*\n)+? .*in test_hang$", text, re.M)
 
 
+def test_the_tests_of_a_gpu_run_are_there():
+    assert [name for name in (*gpu.KERNEL_TESTS, *gpu.ALONE) if not (gpu.ROOT / name).is_file()] == []
+
+
 def test_cases_of_the_pytorch_path_are_left_out():
     given = [{}, {"place": PLACES[0], "size": 3}, {"size": 3, "place": PLACES[1]}, {"x": torch.ones(2)}]
     items = [SimpleNamespace(callspec=SimpleNamespace(params=params)) for params in given] + [SimpleNamespace()]

@@ -186,6 +186,33 @@ def test_nothing_is_imported_from_a_test_module():
     assert not found
 
 
+def names_in_the_tree(text: str) -> Iterator[str]:
+    """The paths, perhaps with a *, that a tree names: folders end in a slash, what is in them is indented by two."""
+    folders: list[str] = []
+    for line in filter(None, text.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        folders = folders[: indent // 2]
+        if names[0].endswith("/"):
+            folders.append(names[0])
+        yield from ("".join(folders) if name.endswith("/") else "".join(folders) + name for name in names)
+
+
+def test_the_tree_in_design_is_the_project():
+    """An `__init__.py` needs no line: most of them only export what their folder offers."""
+    assert list(names_in_the_tree("a/\n  b.py, c.py     d, e\n  f/    g\nh.py")) == [
+        *("a/", "a/b.py", "a/c.py", "a/f/", "h.py"),
+    ]
+    text = (ROOT / "DESIGN.md").read_text("utf-8")
+    tree = text[text.index("## The tree") :].split("```")[1]
+    named = {name: set(ROOT.glob(name)) for name in names_in_the_tree(tree)}
+    assert {name for name, paths in named.items() if not paths} <= LEFT_OUT
+    folders = ("fwpkm_kernels", "reference", "benchmarks", "tests")
+    modules = {path for folder in folders for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
+    lacking = modules - set().union(*named.values())
+    assert not lacking
+
+
 DRIVER_LINES = [
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (builder@host)",

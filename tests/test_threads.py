@@ -9,6 +9,7 @@ import concurrent.futures
 import importlib
 import inspect
 import pkgutil
+import re
 import threading
 import types
 import typing
@@ -253,7 +254,7 @@ IMMUTABLE = (
     torch.Tag,
     *(type(None), bool, int, float, complex, str, bytes, frozenset, range, type(...)),
     *(torch.dtype, torch.device, torch.layout),
-    *(types.ModuleType, types.BuiltinFunctionType, types.UnionType, typing.TypeVar),
+    *(types.ModuleType, types.BuiltinFunctionType, types.UnionType, types.GenericAlias, typing.TypeVar, re.Pattern),
     torch._library.custom_ops.CustomOpDef,  # registered once, when the module is imported
 )
 

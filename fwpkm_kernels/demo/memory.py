@@ -1,6 +1,7 @@
 """The memory of the demo: product-key slots that are addressed by the last eight bytes, and the options of a run."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,13 @@ class Kind(NamedTuple):
     colour: str  #: in the plot
 
 
-MEMORIES = {
-    "plain": Kind("paper", False, "#4477aa"),
-    "key-step": Kind("paper", True, "#cc6633"),
-    "normalized": Kind("normalized", False, "#228833"),
-}
+MEMORIES = MappingProxyType(
+    {
+        "plain": Kind("paper", False, "#4477aa"),
+        "key-step": Kind("paper", True, "#cc6633"),
+        "normalized": Kind("normalized", False, "#228833"),
+    }
+)
 
 
 def _option(default: Any, text: str) -> Any:
