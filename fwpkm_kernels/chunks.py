@@ -47,9 +47,8 @@ def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary:
     """How many positions the chunks of a sequence read, re-reads included; `length` may be symbolic."""
     if boundary == "drop":
         return length
-    with_rereads = length // chunk_size - (
-        0 if carried else 1
-    )  # the first chunk has them only if there is something before
+    # The first chunk has re-reads only if positions are carried into it.
+    with_rereads = length // chunk_size - (0 if carried else 1)
     return length + lookahead * torch.sym_max(with_rereads, 0)
 
 

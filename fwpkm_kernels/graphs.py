@@ -37,6 +37,12 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
     return graph
 
 
+def _memory(state: MemoryState) -> Memory:
+    """What a step reads and writes of a bound state."""
+    assert state._queue is not None
+    return Memory(state.keys, state.values, state._touched, state._queue)
+
+
 class MemoryGraph:
     """Streaming steps of a fixed number of tokens, replayed as CUDA graphs.
 
@@ -128,26 +134,23 @@ class MemoryGraph:
 
     def _tensors(self) -> list[int]:
         """Where the state's tensors lie."""
-        state = self._state
-        assert state._queue is not None
-        return [x.data_ptr() for x in (state.keys, state.values, state._touched, *state._queue)]
+        *tensors, queue = _memory(self._state)
+        return [x.data_ptr() for x in (*tensors, *queue)]
 
     def _run_read(self, state: MemoryState) -> None:
         """Read the tokens, at a place in the chunk that is known when the graph is replayed."""
-        assert state._queue is not None
         with torch.autocast(state.values.device.type, enabled=False):
-            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._place, self._options)
+            read_piece(_memory(state), self._tokens, self._output, self._place, self._options)
 
     def _run_close(self, state: MemoryState) -> None:
         """Read the last tokens of a chunk that is not the first, and write it; or whole chunks."""
-        assert state._queue is not None
-        memory, o = Memory(state.keys, state.values, state._touched, state._queue), self._options
+        memory, o = _memory(state), self._options
         lanes = Lanes(state.values.is_cuda and torch.cuda.is_current_stream_capturing())
         with torch.autocast(state.values.device.type, enabled=False):
             try:
                 if self._count < o.chunk_size:
                     place = o.chunk_size - self._count
-                    read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
+                    read_piece(memory, self._tokens, self._output, place, o)
                     close_chunk(memory, False, lanes, o)
                 else:
                     for begin in range(0, self._count, o.chunk_size):

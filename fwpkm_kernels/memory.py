@@ -16,7 +16,7 @@ from .kernels import compute_dtype
 from .lookup import check_lookup
 from .options import Options, check_options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, Inputs, MemoryOutput, Plan
+from .records import Addresses, Inputs, MemoryOutput, Plan, each
 from .sequence import Kept, run_backward, run_forward
 
 
@@ -59,24 +59,13 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
         if o.keys_move and o.keeps_picks(batch, keys.shape[2]):
             of_keys = (reads, heads, 2, o.top_k, keys.shape[3])
         accesses = reads * picks
-        found = Addresses(
-            scores=empty(dtype, reads, heads, o.top_k),
-            slots=empty(torch.int64, reads, heads, o.top_k),
-            half_scores=empty(dtype, reads, heads, 2, o.top_k),
-            sub_keys=empty(torch.int32, reads, heads, 2, o.top_k),
-        )
-        plan = Plan(
-            order=empty(torch.int64, accesses),
-            rows=empty(row_dtype(values.shape[0]), accesses),
-            start=empty(torch.int32, accesses),
-            end=empty(torch.int32, accesses),
-        )
+        of_plan = (torch.int64, row_dtype(values.shape[0]), torch.int32, torch.int32)  # order, rows, start, end
         results += Kept(
-            found=found,
+            found=Addresses.empty(queries.new_empty(reads, heads), o.top_k, dtype),
             chunk_keys=empty(keys.dtype, *of_keys),
             write_weights=empty(dtype, reads, picks),
             counts=empty(torch.int32, reads, picks),
-            plan=plan,
+            plan=Plan(*(empty(kind, accesses) for kind in of_plan)),
             log=empty(values.dtype, accesses, values.shape[1]),
         ).flat()
     return results
@@ -116,28 +105,15 @@ class _FastWeightMemoryBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        o: Options,
-        num_keys: int,
-        with_addresses: bool,
-        grad_output: Tensor | None,
-        grad_keys: Tensor | None,
-        grad_values: Tensor | None,
-        queries: Tensor,
-        targets: Tensor,
-        keys: Tensor,
-        gates: Tensor | None,
-        mask: Tensor | None,
-        *saved: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, o: Options, num_keys: int, with_addresses: bool, *tensors: Any) -> Any:
         # The keys are an argument even where only copies of them are read, so that a second derivative through them
         # raises. The values are none: where only they need gradients, their gradient does not depend on them.
-        grads = (grad_output, grad_keys, grad_values)
+        grads, (queries, targets, keys, gates, mask, *saved) = tensors[:3], tensors[3:]
         if o.key_gradient == "all":
-            results = _coupled_backward(queries, targets, gates, mask, (keys, *saved), grads, o)
+            (values,) = saved
+            results = _coupled_backward(Inputs(queries, targets, keys, values, gates, mask), grads, o)
         else:
-            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, list(saved), *o)
+            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, saved, *o)
         return tuple(results)
 
     @staticmethod
@@ -146,23 +122,16 @@ class _FastWeightMemoryBackward(Function):
 
 
 @checks.without_autocast
-def _coupled_backward(
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    saved: tuple[Tensor, ...],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    o: Options,
-) -> tuple[Tensor, ...]:
+def _coupled_backward(inputs: Inputs, grads: tuple[Tensor | None, ...], o: Options) -> tuple[Tensor, ...]:
     """Run the composed path again, this time with autograd, and differentiate it."""
-    leaves = [x.detach().requires_grad_() for x in (queries, targets, *saved, gates) if x is not None]
-    q, y, k, v = leaves[:4]
+    *differentiable, mask = inputs
+    leaves: Any = each(lambda x: x.detach().requires_grad_(), *differentiable)
     with torch.enable_grad():
-        outputs = coupled_memory(Inputs(q, y, k, v, None if gates is None else leaves[4], mask), o)[:3]
+        outputs = coupled_memory(Inputs._make((*leaves, mask)), o)[:3]
     used = [(x, grad.contiguous()) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
     tensors, incoming = zip(*used, strict=True)
-    return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
+    present = [x for x in leaves if x is not None]
+    return torch.autograd.grad(tensors, present, incoming, allow_unused=True, materialize_grads=True)
 
 
 class FastWeightMemory(Function):
