@@ -23,7 +23,7 @@ _MASKS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
 )
-# NumPy's are among them, which are none of Python's.
+# NumPy's numbers are instances of numbers.Integral and numbers.Real, and most of them not of int and float.
 _INTEGERS: tuple[type, ...] = (int, torch.SymInt, numbers.Integral)
 _REALS: tuple[type, ...] = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
@@ -39,7 +39,7 @@ def check_tensor(name: str, x: object, rank: int | None = None, layout: str = ""
     """`x` is a dense tensor, no DTensor, of rank `rank` if given; `layout` says in words what its dimensions are."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
-    if hasattr(x, "to_local"):  # its class would have to be imported to be asked for
+    if hasattr(x, "to_local"):  # a DTensor; isinstance would have to import its class
         raise TypeError(f"`{name}` must be a plain tensor, got a DTensor: pass what it holds here, x.to_local()")
     if x.is_nested:
         raise TypeError(f"`{name}` must be a dense (strided) tensor, got a nested one")
@@ -77,16 +77,32 @@ def check_slot_range(name: str, x: Tensor, num_slots: int, *, minimum: int = 0) 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """`x` has the shape of `other`."""
-    if x.shape != other.shape:
-        raise ValueError(f"`{name}` must have the shape of `{other_name}`, got {shape(x)} against {shape(other)}")
+    check_shapes(x.shape == other.shape, f"`{name}` must have the shape of `{other_name}`", x, other)
+
+
+def check_shapes(agree: bool, rule: str, x: Tensor, other: Tensor) -> None:
+    """`agree` says whether two shapes agree, and `rule` in words, with the names of both tensors, when they do."""
+    if not agree:
+        raise ValueError(f"{rule}, got {shape(x)} against {shape(other)}")
+
+
+def check_table(values: Tensor, keys: Tensor) -> None:
+    """`values` [N, D] has a row for each pair of the sub-keys of `keys` [H, 2, n, Dk/2]."""
+    rule = "`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2]"
+    check_shapes(values.shape[0] == keys.shape[2] ** 2, rule, values, keys)
+
+
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` is on the device of `other`."""
+    if x.device != other.device:
+        raise ValueError(f"`{name}` must be on the device of `{other_name}`, got {x.device} against {other.device}")
 
 
 def check_together(**tensors: Tensor) -> None:
     """All on one device; float64 mixes with no other float."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x.device != first.device:
-            raise ValueError(f"`{name}` must be on the device of `{first_name}`, got {x.device} against {first.device}")
+        check_device(name, x, first_name, first)
     floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
     first_name, first = next(iter(floats.items()))
     for name, x in floats.items():
@@ -128,7 +144,7 @@ def check_writable(name: str, x: Tensor, function: str) -> None:
     """`x` [rows, columns] can be written in place, as `function` would not."""
     if x.requires_grad:
         raise ValueError(f"`{name}` must not require grad to be written in place; use {function}")
-    if not torch.compiler.is_compiling():  # which can trace neither is_inference() nor is_neg()
+    if not torch.compiler.is_compiling():  # it can trace neither is_inference() nor is_neg()
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 f"`{name}` must not be an inference tensor to be written in place outside of inference mode"
@@ -180,7 +196,7 @@ def use_triton(backend: str, x: Tensor) -> bool:
     on_cpu = x.is_cpu
     if backend == "torch" or (backend == "auto" and on_cpu):
         return False
-    if not on_cpu and _COMMON in sys.modules:  # to import it again would take more than all else here
+    if not on_cpu and _COMMON in sys.modules:  # importing it again would take longer than all else here
         return True
     try:
         from .kernels import _common
@@ -215,9 +231,9 @@ def without_autocast(function: _Callable) -> _Callable:
     return wrapper  # type: ignore[return-value]
 
 
-#: So many rows are numbered in 32 bits; more in 64.
+#: Up to so many rows are numbered in 32 bits, more in 64.
 NARROW_ROWS = 2**31
-#: So many accesses are numbered in 32 bits, where the sum of two numbers fits too; more in 64.
+#: Up to so many accesses are numbered in 32 bits, where the sum of two numbers fits too, more in 64.
 NARROW_ACCESSES = 2**30
 #: torch.sort takes no more on a GPU.
 MOST_SORTED = 2**31 - 1
@@ -230,9 +246,9 @@ MOST_HEADS, MOST_KEYS = 2**14, 2**21
 
 
 def exceeds(size: int, most: int) -> bool:
-    """Whether size > most; where something traces, whether every size that may come does.
+    """Whether size > most; in a trace, whether that holds for every size that may come.
 
-    What is traced then serves all sizes, and the operators' bodies, which see numbers, ask again.
+    A traced program then serves all sizes, and the operators' bodies, which see numbers, check again.
     """
     if torch.compiler.is_compiling() or isinstance(size, torch.SymInt) or isinstance(most, torch.SymInt):
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
@@ -300,6 +316,6 @@ def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
     check_slots("indices", indices)
     if indices.is_meta:
         raise ValueError("`indices` must have data, got a tensor on meta")
-    if not torch.compiler.is_compiling():  # which has no numbers to look at
+    if not torch.compiler.is_compiling():  # indices in a trace have no values
         check_slot_range("indices", indices, batch)
     return indices.long()

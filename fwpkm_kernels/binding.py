@@ -128,11 +128,7 @@ def check_initial_memory(keys: Tensor, values: Tensor) -> None:
     checks.check_together(values=values, keys=keys)
     if keys.shape[1] != 2:
         raise ValueError(f"`keys` must hold two halves, [H, 2, n, Dk/2], got shape {checks.shape(keys)}")
-    if values.shape[0] != keys.shape[2] ** 2:
-        raise ValueError(
-            f"`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2], "
-            f"got {checks.shape(values)} against {checks.shape(keys)}"
-        )
+    checks.check_table(values, keys)
 
 
 def check_step_inputs(inputs: Inputs, o: Options) -> Options:

@@ -47,9 +47,8 @@ def count_read_positions(length: int, chunk_size: int, lookahead: int, boundary:
     """How many positions the chunks of a sequence read, re-reads included; `length` may be symbolic."""
     if boundary == "drop":
         return length
-    with_rereads = length // chunk_size - (
-        0 if carried else 1
-    )  # the first chunk has them only if there is something before
+    # The first chunk has re-reads only if positions are carried into it.
+    with_rereads = length // chunk_size - (0 if carried else 1)
     return length + lookahead * torch.sym_max(with_rereads, 0)
 
 
@@ -101,7 +100,8 @@ def number_reads(
         full = length // chunk_size
         num_reads = count_read_positions(length, chunk_size, lookahead, boundary, carried)
         reads = torch.arange(num_reads, device=device)
-        # As if the first chunk always had re-reads; a last chunk that is not full has none.
+        # Chunks are found as if the first one had all its re-reads, by counting those `missing`; a last chunk that is
+        # not full has none.
         window, missing = chunk_size + lookahead, lookahead - carried
         chunk = (reads + missing) // window
         first = (chunk * window - missing).clamp(min=0)

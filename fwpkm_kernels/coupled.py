@@ -90,7 +90,7 @@ def coupled_step(
         # l = 1/(2·E·D) Σ g m |e|², e = Σ w·row - y, reaches the keys through the weights.
         pair_sub_keys = sub_key_rows(pair_slots, num_keys)
         scores = _scores_at(pair_queries, current, pair_sub_keys, o).sum(2).flatten(1)
-        # The factors come first: what is masked stays 0 then, even if a product of the others overflows.
+        # Errors are multiplied by the mask first: a masked error is then 0, even if another product overflows.
         scaled = errors
         for factor in factors:
             scaled = scaled * factor.unsqueeze(1)
@@ -99,10 +99,10 @@ def coupled_step(
         grad_halves = grad_scores.unsqueeze(2).expand(pair_sub_keys.shape)
         gradient = gradient + _keys_gradient(grad_halves, pair_queries, current, pair_sub_keys, o)
     if o.clip is not None:
-        # Not clamp alone, which passes the gradient of NaN on: only what is within the bounds has one.
+        # clamp alone would pass on the gradient of a NaN; here only elements within the bounds have a gradient.
         bounded = gradient.detach().clamp(-o.clip, o.clip)
         gradient = torch.where(gradient.abs() <= o.clip, gradient, bounded)
-    # The decay apart from the step: without decay 0·∞ would make NaN of an infinite sub-key.
+    # The decay is a factor of the keys and no part of the gradient: a term 0·keys would make an infinite one NaN.
     return ((1.0 - o.lr * o.weight_decay) * current - o.lr * gradient).to(keys.dtype)
 
 

@@ -130,16 +130,9 @@ def make_documents(
     if attention_mask is not None:
         checks.check_tensor("attention_mask", attention_mask, 2, "[B, T]")
         checks.check_mask("attention_mask", attention_mask)
-        if attention_mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"`attention_mask` must be [B, T] like `hidden_states` [B, T, d], "
-                f"got {checks.shape(attention_mask)} against {checks.shape(tokens)}"
-            )
-        if attention_mask.device != tokens.device:
-            raise ValueError(
-                f"`attention_mask` must be on the device of `hidden_states`, "
-                f"got {attention_mask.device} against {tokens.device}"
-            )
+        rule = "`attention_mask` must be [B, T] like `hidden_states` [B, T, d]"
+        checks.check_shapes(attention_mask.shape == tokens.shape[:2], rule, attention_mask, tokens)
+        checks.check_device("attention_mask", attention_mask, "hidden_states", tokens)
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         cu_seqlens = cu_seqlens_cpu
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
@@ -154,11 +147,8 @@ def make_documents(
     if cu_seqlens_cpu is not None and cu_seqlens is not None:
         if not cu_seqlens_cpu.is_cpu:
             raise ValueError(f"`cu_seqlens_cpu` must be on the CPU, got {cu_seqlens_cpu.device}")
-        if cu_seqlens_cpu.shape != cu_seqlens.shape:
-            raise ValueError(
-                f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, "
-                f"got {checks.shape(cu_seqlens_cpu)} against {checks.shape(cu_seqlens)}"
-            )
+        rule = "`cu_seqlens_cpu` must be `cu_seqlens` on the CPU"
+        checks.check_shapes(cu_seqlens_cpu.shape == cu_seqlens.shape, rule, cu_seqlens_cpu, cu_seqlens)
     if are_cut and cu_seqlens is not None and cu_seqlens_cpu is None and not torch.compiler.is_compiling():
         cu_seqlens_cpu = cu_seqlens.cpu()
     documents = Documents(batch, length, attention_mask, cu_seqlens, cu_seqlens_cpu)
@@ -169,7 +159,7 @@ def make_documents(
 def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
     """Cut x [B, T, ...] into the tokens of each document, [1, t, ...]; None into a None for each.
 
-    One split does it, since its gradient is as large as x once, and not once for every document.
+    One split has one gradient as large as x, whereas slices would have one for every document.
     """
     if x is None:
         return [None] * len(pieces)
@@ -177,7 +167,7 @@ def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
     sizes, end = [], 0  # of the gap before a document and of the document, by turns
     for piece in pieces:
         start, stop = (piece.start, piece.stop) if isinstance(piece, slice) else (int(piece[0]), int(piece[-1]) + 1)
-        if start == stop:  # an empty document may be said to lie anywhere
+        if start == stop:  # the bounds of an empty document mean nothing
             start = stop = end
         sizes += [start - end, stop - start]
         end = stop
@@ -206,7 +196,7 @@ def mean_gate(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | N
         return None
     gates = gates.to(compute_dtype(gates.dtype))
     if attention_mask is None:
-        return gates.sum() / max(1, math.prod(gates.shape))  # of no tokens it is 0, which costs no price on gates
+        return gates.sum() / max(1, math.prod(gates.shape))  # 0 without tokens, so that a penalty on gates is 0 too
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
 
@@ -294,7 +284,7 @@ def _loop(
 def _of_each(x: Tensor, rank: int, count: int) -> Sequence[Tensor]:
     """The tensor of each document: x itself where all share it, else the views that x [S, ...] is unbound into.
 
-    An x[number] would have a gradient as large as x, for every document.
+    Unbinding has one gradient as large as x, whereas x[number] would have one for every document.
     """
     if x.dim() == rank:
         return [x] * count

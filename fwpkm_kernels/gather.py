@@ -12,11 +12,14 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
+from .lookup import BLOCK_ELEMENTS, row_blocks
 from .plan import plan_segments, segment_totals
 from .records import PLAN_SCHEMA, Plan
 
-# Gathered rows that the PyTorch path holds at a time, in elements: 64 MiB of float32.
-_BLOCK_ELEMENTS = 2**24
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., a] as [rows, a]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @checks.without_autocast
@@ -26,9 +29,7 @@ def gather_torch(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torc
     if values.dtype == out_dtype == dtype and slots.numel() > 0 and values.shape[1] > 0:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(dtype).contiguous())
     out = torch.empty(slots.shape[0], values.shape[1], dtype=out_dtype, device=values.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
-    for begin in range(0, slots.shape[0], step):
-        block = slice(begin, begin + step)
+    for block in row_blocks(slots.shape[0], slots.shape[1] * values.shape[1], BLOCK_ELEMENTS):
         rows = values[slots[block]].to(dtype)  # [block, J, D]
         out[block] = torch.einsum("mj,mjd->md", weights[block].to(dtype), rows).to(out_dtype)
     return out
@@ -74,9 +75,7 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
     dtype = compute_dtype(values.dtype)
     out = torch.empty(slots.shape, dtype=dtype, device=values.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
-    for begin in range(0, slots.shape[0], step):
-        block = slice(begin, begin + step)
+    for block in row_blocks(slots.shape[0], slots.shape[1] * values.shape[1], BLOCK_ELEMENTS):
         out[block] = torch.einsum("mjd,md->mj", values[slots[block]].to(dtype), vectors[block].to(dtype))
     return out
 
@@ -90,8 +89,7 @@ def _values_grad_op(  # type: ignore[no-untyped-def]
     grad_out, weights, order, rows, start, end, num_slots, dtype, compact, backend
 ) -> Tensor:
     """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
-    plan = Plan(order, rows, start, end)
-    size = order.numel() if compact else num_slots
+    plan, size = Plan(order, rows, start, end), order.numel() if compact else num_slots
     out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
     weights = weights.to(compute_dtype(dtype)).contiguous()
     if checks.use_triton(backend, grad_out):
@@ -113,17 +111,9 @@ class _SparseValueGatherBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_out: Tensor,
-        values: Tensor,
-        slots: Tensor,
-        weights: Tensor,
-        sparse_grad: bool,
-        needs_values: bool,
-        needs_weights: bool,
-        backend: str,
-    ) -> Any:
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, grad_out, values, slots, weights, needs_values, needs_weights, sparse_grad, backend
+    ):
         grad_values = grad_weights = None
         if needs_weights:
             grad_weights = _weights_grad_op(grad_out, values, slots, weights.dtype, backend)
@@ -154,8 +144,7 @@ class SparseValueGather(Function):
         """Validate, gather, and keep the three inputs for backward."""
         refuse_transforms("sparse_value_gather", (values, slots, weights))
         _check_gather(values, slots, weights, sparse_grad, backend)
-        flat, picks = math.prod(slots.shape[:-1]), slots.shape[-1]
-        out = _gather_op(values, slots.reshape(flat, picks), weights.reshape(flat, picks), backend)
+        out = _gather_op(values, _rows(slots), _rows(weights), backend)
         ctx.save_for_backward(values, slots, weights)
         ctx.options = (sparse_grad, backend)
         return out.view(*slots.shape[:-1], values.shape[1])
@@ -166,18 +155,9 @@ class SparseValueGather(Function):
         needs_values, _, needs_weights = ctx.needs_input_grad[:3]
         values, slots, weights = ctx.saved_tensors
         refuse_transforms("sparse_value_gather", (grad_out, values, weights))
-        sparse_grad, backend = ctx.options
-        flat, picks = math.prod(slots.shape[:-1]), slots.shape[-1]
-        grad_values, grad_weights = _SparseValueGatherBackward.apply(
-            grad_out.reshape(flat, values.shape[1]),
-            values,
-            slots.reshape(flat, picks),
-            weights.reshape(flat, picks),
-            sparse_grad,
-            needs_values,
-            needs_weights,
-            backend,
-        )
+        inputs = (_rows(grad_out), values, _rows(slots), _rows(weights))
+        results = _SparseValueGatherBackward.apply(*inputs, needs_values, needs_weights, *ctx.options)
+        grad_values, grad_weights = results
         return grad_values, None, grad_weights.view(slots.shape) if needs_weights else None, None, None
 
 

@@ -17,7 +17,7 @@ from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_cl
 
 
 class Graph(Protocol):
-    """What `torch.cuda.CUDAGraph` has of it."""
+    """The part of `torch.cuda.CUDAGraph` that is used here."""
 
     def replay(self) -> None:
         """Run what was captured again."""
@@ -31,10 +31,16 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         warm_up()  # kernels are compiled, and libraries set up, outside the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on: by default what they allocate meanwhile would break the capture.
+    # Other threads go on, and by default their allocations would break the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph
+
+
+def _memory(state: MemoryState) -> Memory:
+    """What a step reads and writes of a bound state."""
+    assert state._queue is not None
+    return Memory(state.keys, state.values, state._touched, state._queue)
 
 
 class MemoryGraph:
@@ -128,33 +134,30 @@ class MemoryGraph:
 
     def _tensors(self) -> list[int]:
         """Where the state's tensors lie."""
-        state = self._state
-        assert state._queue is not None
-        return [x.data_ptr() for x in (state.keys, state.values, state._touched, *state._queue)]
+        *tensors, queue = _memory(self._state)
+        return [x.data_ptr() for x in (*tensors, *queue)]
 
     def _run_read(self, state: MemoryState) -> None:
         """Read the tokens, at a place in the chunk that is known when the graph is replayed."""
-        assert state._queue is not None
         with torch.autocast(state.values.device.type, enabled=False):
-            read_piece(state.keys, state.values, state._queue, self._tokens, self._output, self._place, self._options)
+            read_piece(_memory(state), self._tokens, self._output, self._place, self._options)
 
     def _run_close(self, state: MemoryState) -> None:
         """Read the last tokens of a chunk that is not the first, and write it; or whole chunks."""
-        assert state._queue is not None
-        memory, o = Memory(state.keys, state.values, state._touched, state._queue), self._options
+        memory, o = _memory(state), self._options
         lanes = Lanes(state.values.is_cuda and torch.cuda.is_current_stream_capturing())
         with torch.autocast(state.values.device.type, enabled=False):
             try:
                 if self._count < o.chunk_size:
                     place = o.chunk_size - self._count
-                    read_piece(state.keys, state.values, state._queue, self._tokens, self._output, place, o)
+                    read_piece(memory, self._tokens, self._output, place, o)
                     close_chunk(memory, False, lanes, o)
                 else:
                     for begin in range(0, self._count, o.chunk_size):
                         part = self._tokens.part(begin, begin + o.chunk_size)
                         output = self._output[begin : begin + o.chunk_size]
                         read_and_close_chunk(memory, part, output, False, lanes, o)
-            finally:  # with a lane left open the capture could not end, and after that no other begin
+            finally:  # a lane left open would keep this capture from ending, and all later ones from beginning
                 lanes.join()
 
     def __call__(

@@ -68,7 +68,7 @@ def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: T
     The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out` where that is given:
     a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
-    has_rows = o.weight != 0.0 and queries.numel() > 0  # sub-keys of no width do not move
+    has_rows = o.weight != 0.0 and queries.numel() > 0  # keys of width 0 have no elements to move
     if has_rows and not checks.use_triton(o.backend, queries):
         return _step_keys_torch(keys, queries, picks, o, out)
     in_place = out is keys
@@ -159,7 +159,7 @@ def _address_grad_torch(
         shares = probabilities * _centre(dots, probabilities)
         grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
-        # Without a constant that cancels in P·(dP - Σ P·dP).
+        # A constant term of dP is left out, since it cancels in P·(dP - Σ P·dP).
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
         through_step = o.weight / num_rows * probabilities * _centre(grad_p, probabilities)
         if o.score == "idw":
@@ -249,9 +249,7 @@ def _(keys, queries, top_k, *options):  # type: ignore[no-untyped-def]
     schema="(Tensor grad_new_keys, Tensor keys, Tensor queries, Tensor half_scores, Tensor sub_keys, "
     f"{schema_of(KeyStep)}) -> (Tensor, Tensor)",
 )
-def _key_step_grad_op(
-    grad_new_keys: Tensor, keys: Tensor, queries: Tensor, half_scores: Tensor, sub_keys: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _key_step_grad_op(grad_new_keys, keys, queries, half_scores, sub_keys, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """The gradients of queries and keys, in their dtypes."""
     grad_new_keys, picks = grad_new_keys.to(half_scores.dtype), Picks(half_scores, sub_keys)
     grad_queries, grad_keys = address_grad(grad_new_keys, keys, queries, None, None, picks, KeyStep(*options))
@@ -280,24 +278,11 @@ class ProductKeyUpdate(Function):
     clip, precision, backend)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        keys: Tensor,
-        queries: Tensor,
-        top_k: int,
-        score: str = "idw",
-        eps: float = 1e-3,
-        lr: float = 1.0,
-        weight: float = 1.0,
-        weight_decay: float = 0.0,
-        clip: float | None = None,
-        precision: str = "tf32x3",
-        backend: str = "auto",
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         """Validate and step; backward keeps both inputs, and the half scores and sub-keys that won."""
+        keys, queries, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_update", (keys, queries))
-        o = KeyStep(top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
-        o = _check_key_step(keys, queries, o)
+        o = _check_key_step(keys, queries, KeyStep(*options))
         new_keys, half_scores, sub_keys = _key_step_op(keys, queries, *o)
         ctx.save_for_backward(keys, queries, half_scores, sub_keys)
         ctx.options = o

@@ -1,4 +1,4 @@
-"""What the parts of a chunk run on beside each other in a CUDA graph."""
+"""The streams on which the parts of a chunk run beside each other in a CUDA graph."""
 
 import contextlib
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 
 
 class Lanes:
-    """What the parts of a chunk run on beside each other in a CUDA graph: streams; where nothing is captured, nothing.
+    """The streams on which the parts of a chunk run beside each other in a CUDA graph; none where nothing is captured.
 
-    Addresses stay on the stream that is captured: so those of the next chunk need not wait for the values of this one.
+    Addresses stay on the stream that is captured, so that those of a chunk need not wait for values of the one before.
     """
 
     def __init__(self, is_capturing: bool = False) -> None:
         self.plans: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
         self.values: torch.cuda.Stream | None = torch.cuda.Stream() if is_capturing else None
         self._open: list[torch.cuda.Stream] = []  #: on which something has been launched
-        #: Memory that is freed on one stream may be handed out on it while another still reads: so nothing is freed.
+        #: Freed memory could be handed out on its own stream while another stream still reads it, so nothing is freed.
         self._held: list[Any] = []
 
     def on(self, lane: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager[Any]:

@@ -16,9 +16,9 @@ from .options import Lookup, schema_of
 from .plan import plan_segments, segment_totals
 from .records import Addresses, Plan
 
-# Rows of half scores that the PyTorch path holds at a time, in elements: 64 MiB of float32.
-_BLOCK_ELEMENTS = 2**24
-# The same of picked sub-keys: 8 MiB, which the allocator keeps from one block to the next.
+# Half scores, or gathered rows, that the PyTorch path holds at a time, in elements: 64 MiB of float32.
+BLOCK_ELEMENTS = 2**24
+# Picked sub-keys that it holds at a time, in elements: 8 MiB, which the allocator keeps from one block to the next.
 _PICK_ELEMENTS = 2**21
 
 
@@ -74,7 +74,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
-    for block in row_blocks(num_rows, 2 * heads * num_keys, _BLOCK_ELEMENTS):
+    for block in row_blocks(num_rows, 2 * heads * num_keys, BLOCK_ELEMENTS):
         rows = queries[block].to(dtype)
         approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, o.score, o.eps)
         columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
@@ -83,7 +83,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
             best = _exact_scores(rows, table, found + first_rows, o.eps)
         else:
             best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
-        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # of equals the lower sub-key
+        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # stable: the lower of equals
         found = found.gather(-1, rank)
         half_scores[block], sub_keys[block] = best, found + first_rows
         sums = best[:, :, 0, first] + best[:, :, 1, second]  # [rows, H, pairs], in flat order i·K + j
@@ -226,7 +226,7 @@ def half_grad_torch(
             grad_queries[block] = grad_rows.flatten(-2)
         if with_keys:
             if score == "dot":
-                vectors = vectors[..., 0, :]  # one for all picks
+                vectors = vectors[..., 0, :]  # the same for all picks
             if plan is None or len(picked) < len(sub_keys):
                 plan = plan_segments(picked, table.shape[0])
             _, touched, totals = segment_totals(plan, vectors.flatten(0, -2), factors)
@@ -239,9 +239,7 @@ def half_grad_torch(
     schema="(Tensor grad_scores, Tensor queries, Tensor keys, Tensor slots, bool with_keys, "
     f"{schema_of(Lookup)}) -> (Tensor, Tensor)",
 )
-def _lookup_grad_op(
-    grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor, with_keys: bool, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _lookup_grad_op(grad_scores, queries, keys, slots, with_keys, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """The gradients of queries [M, H, Dk] and of keys [H, 2, n, Dk/2]; that of keys is [0] if not `with_keys`."""
     o = Lookup(*options)
     grad_halves = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1)  # a score is the sum of two half scores
@@ -291,19 +289,11 @@ class ProductKeyLookup(Function):
     """`product_key_lookup` as an autograd Function: apply(queries, keys, top_k, score, eps, precision, backend)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        top_k: int,
-        score: str = "idw",
-        eps: float = 1e-3,
-        precision: str = "tf32x3",
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """Validate, look up, and keep what backward reads: both inputs and the slots."""
+        queries, keys, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_lookup", (queries, keys))
-        o = check_lookup(queries, keys, Lookup(top_k, score, eps, precision, backend))
+        o = check_lookup(queries, keys, Lookup(*options))
         scores, slots = _lookup_op(_flat(queries), keys, *o)
         size = (*queries.shape[:-1], o.top_k)
         scores, slots = scores.view(size), slots.view(size)
@@ -337,11 +327,8 @@ def check_lookup(queries: Tensor, keys: Tensor, o: Lookup) -> Lookup:
         raise ValueError(f"`queries` must have at least 2 dimensions [..., H, Dk], got shape {checks.shape(queries)}")
     if queries.shape[-1] % 2:
         raise ValueError(f"`queries` must have an even width Dk, got shape {checks.shape(queries)}")
-    if queries.shape[-2] != heads or queries.shape[-1] != 2 * half:
-        raise ValueError(
-            f"`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk, "
-            f"got {checks.shape(queries)} against {checks.shape(keys)}"
-        )
+    rule = "`queries` [..., H, Dk] and `keys` [H, 2, n, Dk/2] must agree in H and Dk"
+    checks.check_shapes(queries.shape[-2] == heads and queries.shape[-1] == 2 * half, rule, queries, keys)
     checks.check_num_keys(keys)
     checks.check_tokens("queries", queries, math.prod(queries.shape[:-1]))
     checks.check_together(queries=queries, keys=keys)

@@ -16,7 +16,7 @@ from .kernels import compute_dtype
 from .lookup import check_lookup
 from .options import Options, check_options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, Inputs, MemoryOutput, Plan
+from .records import Addresses, Inputs, MemoryOutput, Plan, each
 from .sequence import Kept, run_backward, run_forward
 
 
@@ -29,8 +29,8 @@ def _forward_op(queries, targets, keys, values, gates, mask, keep, *options) -> 
     o, inputs = Options(*options), Inputs(queries, targets, keys, values, gates, mask)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
-        # In a backward pass, where an activation checkpoint runs this again, nothing is written in place, not even a
-        # private table: with gradients enabled, though nothing here requires one, each chunk makes a new table.
+        # An activation checkpoint runs this again in a backward pass, where no tensor may be written in place, not even
+        # a private table. With gradients enabled `coupled_memory` makes a new table for each chunk.
         with torch.set_grad_enabled(in_backward()):
             return list(coupled_memory(inputs.detach(), o))
     results, kept = run_forward(inputs, keep, o)
@@ -59,24 +59,13 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
         if o.keys_move and o.keeps_picks(batch, keys.shape[2]):
             of_keys = (reads, heads, 2, o.top_k, keys.shape[3])
         accesses = reads * picks
-        found = Addresses(
-            scores=empty(dtype, reads, heads, o.top_k),
-            slots=empty(torch.int64, reads, heads, o.top_k),
-            half_scores=empty(dtype, reads, heads, 2, o.top_k),
-            sub_keys=empty(torch.int32, reads, heads, 2, o.top_k),
-        )
-        plan = Plan(
-            order=empty(torch.int64, accesses),
-            rows=empty(row_dtype(values.shape[0]), accesses),
-            start=empty(torch.int32, accesses),
-            end=empty(torch.int32, accesses),
-        )
+        of_plan = (torch.int64, row_dtype(values.shape[0]), torch.int32, torch.int32)  # order, rows, start, end
         results += Kept(
-            found=found,
+            found=Addresses.empty(queries.new_empty(reads, heads), o.top_k, dtype),
             chunk_keys=empty(keys.dtype, *of_keys),
             write_weights=empty(dtype, reads, picks),
             counts=empty(torch.int32, reads, picks),
-            plan=plan,
+            plan=Plan(*(empty(kind, accesses) for kind in of_plan)),
             log=empty(values.dtype, accesses, values.shape[1]),
         ).flat()
     return results
@@ -116,28 +105,15 @@ class _FastWeightMemoryBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        o: Options,
-        num_keys: int,
-        with_addresses: bool,
-        grad_output: Tensor | None,
-        grad_keys: Tensor | None,
-        grad_values: Tensor | None,
-        queries: Tensor,
-        targets: Tensor,
-        keys: Tensor,
-        gates: Tensor | None,
-        mask: Tensor | None,
-        *saved: Tensor,
-    ) -> Any:
-        # The keys are an argument even where only copies of them are read: a second derivative through them must raise.
-        # The values need not be: where nothing else needs gradients, theirs do not depend on them.
-        grads = (grad_output, grad_keys, grad_values)
+    def forward(ctx: Any, o: Options, num_keys: int, with_addresses: bool, *tensors: Any) -> Any:
+        # The keys are an argument even where only copies of them are read, so that a second derivative through them
+        # raises. The values are none: where only they need gradients, their gradient does not depend on them.
+        grads, (queries, targets, keys, gates, mask, *saved) = tensors[:3], tensors[3:]
         if o.key_gradient == "all":
-            results = _coupled_backward(queries, targets, gates, mask, (keys, *saved), grads, o)
+            (values,) = saved
+            results = _coupled_backward(Inputs(queries, targets, keys, values, gates, mask), grads, o)
         else:
-            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, list(saved), *o)
+            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, saved, *o)
         return tuple(results)
 
     @staticmethod
@@ -146,23 +122,16 @@ class _FastWeightMemoryBackward(Function):
 
 
 @checks.without_autocast
-def _coupled_backward(
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    saved: tuple[Tensor, ...],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    o: Options,
-) -> tuple[Tensor, ...]:
+def _coupled_backward(inputs: Inputs, grads: tuple[Tensor | None, ...], o: Options) -> tuple[Tensor, ...]:
     """Run the composed path again, this time with autograd, and differentiate it."""
-    leaves = [x.detach().requires_grad_() for x in (queries, targets, *saved, gates) if x is not None]
-    q, y, k, v = leaves[:4]
+    *differentiable, mask = inputs
+    leaves: Any = each(lambda x: x.detach().requires_grad_(), *differentiable)
     with torch.enable_grad():
-        outputs = coupled_memory(Inputs(q, y, k, v, None if gates is None else leaves[4], mask), o)[:3]
+        outputs = coupled_memory(Inputs._make((*leaves, mask)), o)[:3]
     used = [(x, grad.contiguous()) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
     tensors, incoming = zip(*used, strict=True)
-    return torch.autograd.grad(tensors, leaves, incoming, allow_unused=True, materialize_grads=True)
+    present = [x for x in leaves if x is not None]
+    return torch.autograd.grad(tensors, present, incoming, allow_unused=True, materialize_grads=True)
 
 
 class FastWeightMemory(Function):
@@ -171,23 +140,22 @@ class FastWeightMemory(Function):
     boundary, precision, backend) gives output, keys, values, slots and weights."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
-        # Dynamo leaves out `ctx` where the arguments are as many as the parameters: so there is no other parameter.
-        queries, targets, keys, values, *options = given
-        o, gates, mask = from_public_order(options)
-        inputs = Inputs(queries, targets, keys, values, gates, mask)
+        # Dynamo leaves ctx out where forward has as many parameters as apply has arguments. With *args it has two, and
+        # apply has more; with some named, ctx would be lost at one number of options.
+        inputs, o = from_public_order(*args)
         refuse_transforms("fast_weight_memory", inputs)
         o = check_memory(inputs, o)
-        # Else an unused gradient of the final table would come as a table of zeros.
+        # PyTorch would otherwise fill a table with zeros for a final table whose gradient nobody uses.
         ctx.set_materialize_grads(False)
         results = _forward_op(*inputs, True, *o)
         output, new_keys, new_values, slots, weights, *kept = results
         if o.key_gradient == "all":
-            kept = [values]
-        ctx.save_for_backward(queries, targets, keys, gates, mask, *kept)
+            kept = [inputs.values]
+        ctx.save_for_backward(inputs.queries, inputs.targets, inputs.keys, inputs.gates, inputs.mask, *kept)
         ctx.mark_non_differentiable(slots, weights)
-        ctx.options, ctx.num_keys = o, keys.shape[2]
+        ctx.options, ctx.num_keys = o, inputs.keys.shape[2]
         return output, new_keys, new_values, slots, weights
 
     @staticmethod
@@ -209,8 +177,8 @@ class FastWeightMemory(Function):
         return (*main, *in_public_order(none, grad_gates, None))
 
 
-# Dynamo cannot trace the backward, and that of torch 2.11 then fails in what it runs instead. This decorator, unlike
-# torch.compiler.disable, does not import Dynamo with the package.
+# Dynamo cannot trace the backward, and Dynamo of torch 2.11 fails in the code that it runs instead, so it must skip the
+# whole function. This decorator, unlike torch.compiler.disable, does not import Dynamo when the package is imported.
 @_disable_dynamo
 def _train_coupled(*args: Any) -> Any:
     """`FastWeightMemory` under key_gradient="all", as it is, in a compiled function too."""
@@ -230,29 +198,17 @@ def check_memory(inputs: Inputs, o: Options) -> Options:
     checks.check_tensor("targets", targets, 3, "[B, T, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
     lookup = check_lookup(queries, keys, o.lookup)
-    if queries.shape[:2] != targets.shape[:2]:
-        raise ValueError(
-            f"`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T, "
-            f"got {checks.shape(queries)} against {checks.shape(targets)}"
-        )
-    if targets.shape[2] != values.shape[1]:
-        raise ValueError(
-            f"`targets` must have the width of `values`, got {checks.shape(targets)} against {checks.shape(values)}"
-        )
-    if values.shape[0] != keys.shape[2] ** 2:
-        raise ValueError(
-            f"`values` [N, D] must have N = n² rows for the n sub-keys of `keys` [H, 2, n, Dk/2], "
-            f"got {checks.shape(values)} against {checks.shape(keys)}"
-        )
+    rule = "`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T"
+    checks.check_shapes(queries.shape[:2] == targets.shape[:2], rule, queries, targets)
+    rule = "`targets` must have the width of `values`"
+    checks.check_shapes(targets.shape[2] == values.shape[1], rule, targets, values)
+    checks.check_table(values, keys)
     floats = {"queries": queries, "targets": targets, "keys": keys, "values": values}
     for name, x in (("gates", gates), ("mask", mask)):
         if x is not None:
             checks.check_tensor(name, x, 2, "[B, T]")
-            if x.shape != queries.shape[:2]:
-                raise ValueError(
-                    f"`{name}` must be [B, T] like `queries` [B, T, H, Dk], "
-                    f"got {checks.shape(x)} against {checks.shape(queries)}"
-                )
+            rule = f"`{name}` must be [B, T] like `queries` [B, T, H, Dk]"
+            checks.check_shapes(x.shape == queries.shape[:2], rule, x, queries)
     if gates is not None:
         floats["gates"] = gates
     for name, x in floats.items():
@@ -260,8 +216,7 @@ def check_memory(inputs: Inputs, o: Options) -> Options:
     checks.check_together(**floats)
     if mask is not None:
         checks.check_mask("mask", mask)
-        if mask.device != values.device:
-            raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
+        checks.check_device("mask", mask, "values", values)
     o = check_options(o._replace(top_k=lookup.top_k, eps=lookup.eps), compute_dtype(values.dtype))
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     return o
@@ -375,11 +330,12 @@ def fast_weight_memory(
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
     refuse_transforms("fast_weight_memory", inputs)
-    # What torch.export makes has no gradients: it keeps nothing for them.
+    # A program of torch.export has no gradients, so it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in inputs[:-1]):  # the mask is a constant
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
         return MemoryOutput(*train(queries, targets, keys, values, *in_public_order(o, gates, mask)))
     o = check_memory(inputs, o)
-    # Not under no_grad, as a program of torch.export that raises there leaves gradients off. A mask may require some.
+    # The inputs are detached, even the mask, which may require gradients. A block of no_grad would not do, since a
+    # program of torch.export that raises in one leaves gradients disabled.
     return MemoryOutput(*_forward_op(*inputs.detach(), False, *o))

@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Chunk, Reads, count_read_positions, count_writes, cut, number_reads
-from .records import Layout
+from .records import Inputs, Layout
 
 WEIGHTINGS = ("softmax", "silu", "relu")
 KEY_GRADIENTS = ("addressing", "all")
@@ -176,7 +177,10 @@ def in_public_order(options: Sequence[Any], gates: Any, mask: Any) -> tuple[Any,
     return (*options[:_BEHIND_MASK], gates, mask, *options[_BEHIND_MASK:])
 
 
-def from_public_order(given: Sequence[Any]) -> tuple[Options, Any, Any]:
-    """Options, gates and mask of arguments in that order, of which the last may be left out."""
+def from_public_order(
+    queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *given: Any
+) -> tuple[Inputs, Options]:
+    """Inputs and options of the arguments of `FastWeightMemory.apply`, of which the last may be left out."""
     gates, mask, *_ = [*given[_BEHIND_MASK : _BEHIND_MASK + 2], None, None]
-    return Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 :]), gates, mask
+    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 :])
+    return Inputs(queries, targets, keys, values, gates, mask), options

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._checks import NARROW_ACCESSES, NARROW_ROWS, check_sort, exceeds
 from .records import PickPlan, Picks, Plan
 
-#: Whether Triton compiles the kernels' asserts, which then see slots as they came: 2³² in 32 bits would be slot 0.
+#: Whether Triton compiles the kernels' asserts. Slots are then not cut to 32 bits, in which 2³² would pass as slot 0.
 ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes", "y")
 
 
@@ -69,7 +69,7 @@ def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:
 def count_among(plan: Plan, count_slots: Tensor) -> Tensor:
     """n_s of each access, counted over other slots: how often its slot occurs in `count_slots`, at least 1.
 
-    What no access names counts for none, as any number outside of the table.
+    Slots that no access names, and numbers outside of the table, count for no access.
     """
     check_sort("count_slots", count_slots)
     # In the wider dtype of the two: a slot of 64 bits cut to 32 could be another slot.
@@ -130,6 +130,6 @@ def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[T
 def sum_at(index: Tensor, x: Tensor, size: int) -> Tensor:
     """The rows of x summed at `index`, [size, ...], in a fixed order on either device; differentiable."""
     zeros = x.new_zeros(size, *x.shape[1:])
-    if x.is_cuda:  # where index_add is atomic, and accumulation at indices is sorted
+    if x.is_cuda:  # there index_add is atomic, whereas index_put sorts and then adds up
         return zeros.index_put((index.long(),), x, accumulate=True)
     return zeros.index_add(0, index, x)

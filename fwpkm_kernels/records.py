@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`function` of each tensor, as gates and mask, and None of what is None."""
+    """`function` of each tensor, and None for a tensor that is not there, as gates and mask may be."""
     return tuple(None if x is None else function(x) for x in tensors)
 
 
@@ -54,7 +54,7 @@ class Picks(NamedTuple):
     """The K best sub-keys of each half of M rows of queries: what the key step moves."""
 
     half_scores: Tensor  #: [M, H, 2, K], descending, in the compute dtype
-    sub_keys: Tensor  #: int32 [M, H, 2, K]: what these are of, as rows of keys.view(H·2·n, Dk/2)
+    sub_keys: Tensor  #: int32 [M, H, 2, K]: the sub-keys with these scores, as rows of keys.view(H·2·n, Dk/2)
 
     def since(self, first_row: int) -> "Picks":
         """Those of the rows from `first_row` on."""
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
 
     batch: int
     length: int  #: of the sequence, in positions
-    chunk_size: int  #: as far as it matters: the positions there are at most
+    chunk_size: int  #: at most the length plus the lookahead, since a longer chunk cuts nothing
     lookahead: int
     rereads: int  #: of every full chunk but perhaps the first
     missing: int  #: how many of them the first chunk lacks

@@ -55,7 +55,8 @@ def load(state: "MemoryState", state_dict: Mapping[str, Tensor]) -> None:
                 f"{x.device} for {name!r}"
             )
     binding = _load_binding(state, state_dict["binding"]) if "binding" in state_dict else None
-    expected = {"keys": state._keys, "values": state._values, "position": state._position}
+    buffers = {"keys": state._keys, "values": state._values, "position": state._position}
+    expected = dict(buffers)
     position, queue = state_dict["position"], None
     # An unbound state has read no tokens, so its position must be 0.
     is_number = isinstance(position, Tensor) and position.numel() == 1 and position.dtype == torch.int64
@@ -89,7 +90,6 @@ def load(state: "MemoryState", state_dict: Mapping[str, Tensor]) -> None:
         queue = state._queue
         if queue is None:
             queue = make_queue(state._keys, state._values, binding, state._values.device)
-    buffers = {"keys": state._keys, "values": state._values, "position": state._position}
     buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
     with torch.no_grad():
         for name, x in buffers.items():
@@ -145,7 +145,7 @@ def unpickle(state: "MemoryState", fields: dict[str, Any]) -> None:
         if touched.dtype != torch.uint8 or touched.shape != values.shape[:1]:
             raise ValueError(f"touched must be [N] of uint8, got {checks.shape(touched)} of {touched.dtype}")
         if state._device is not None:
-            state._device = values.device  # torch.load may have moved it
+            state._device = values.device  # torch.load may have moved the state
         state._set_up(keys, values)
         load(state, tensors)
         with torch.no_grad():

@@ -84,7 +84,7 @@ def _read_grad(
     num_written, num_output = targets.shape[:2].numel(), grad_output.shape[:2].numel()
     errors = read(log, log_rows, weights, targets, grad_output[:0], o.backend)
     sums, dots = write_grad(grad_values, errors, write_weights, slots, plan, o.write)
-    # Of rows that are not written, c is 0: nothing of the write reaches them, not even NaN.
+    # Rows that are not written have c = 0. Their sums and dots are set to 0, since 0·NaN would be NaN.
     sums[num_written:] = 0.0
     dots[num_written:] = 0.0
     grad_targets.copy_(sums[:num_written].view(targets.shape))
@@ -96,18 +96,17 @@ def _read_grad(
 
 
 def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, decay: float, backend: str) -> None:
-    """grad_values = decay·grad_values + Σ weights·vectors, in place: what a write does with lr = -1."""
-    # 1 - lr·wd = decay.
+    """grad_values = decay·grad_values + Σ weights·vectors, in place: a write with lr = -1 and 1 - lr·wd = decay."""
     write(grad_values, vectors, weights, plan, Write(lr=-1.0, weight_decay=decay - 1.0, backend=backend))
 
 
 def _count_carried(chunks: list[Chunk]) -> int:
-    """How many positions there are before the sequence."""
+    """How many positions before the sequence wait to be written."""
     return chunks[0].start - chunks[0].first if chunks else 0
 
 
 def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
-    """The rows of all positions [positions·B, ...], the carried ones first, as those of the reads: [R, ...]."""
+    """The rows x [positions·B, ...] of all positions, the carried ones first, in the order of the reads: [R, ...]."""
     if all(chunk.first == chunk.start for chunk in chunks):
         return x
     carried = _count_carried(chunks)
@@ -188,7 +187,7 @@ def address_scan_grad(
     of_reads = (found.split(sizes), grad_scores.split_with_sizes(sizes), grad_queries.split_with_sizes(sizes))
     parts = list(enumerate(zip(chunks, *of_reads, strict=True)))
     for index, (chunk, chunk_found, chunk_grad_scores, chunk_grad_queries) in reversed(parts):
-        if keeps_picks:  # rows that nothing picked are not read
+        if keeps_picks:  # rows of the keys that no read picked are never read here
             picked = chunk_keys[chunk.rows(batch)].flatten(0, 3)
             keys.flatten(0, 2)[chunk_found.sub_keys.flatten().long()] = picked
         else:
@@ -256,7 +255,7 @@ def value_scan_grad(
     paired = [(c.first + o.lookahead, c.last + o.lookahead) for c in chunks if c.last > c.first]
     done = 0
     for first, last in [*paired, (len(by_time), len(by_time))]:
-        if first > done:  # between them no chunk writes
+        if first > done:  # no chunk writes the positions in between
             by_time[done:first].zero_()
         done = last
     reads = _ReadGrad(log_rows, slots, writes.weights, writes.write_weights, grad_weights, grad_write_weights)

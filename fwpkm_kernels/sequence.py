@@ -83,7 +83,7 @@ def run_forward(inputs: Inputs, keep: bool, o: Options) -> tuple[MemoryOutput, K
     queries, targets, keys, values, gates, mask = inputs
     size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
     gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
-    keys = keys.contiguous()  # so are, then, its copies and the final keys
+    keys = keys.contiguous()  # then the kept copies and the final keys are contiguous too
     new_values = values.clone(memory_format=torch.contiguous_format)
     output = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
     slots = torch.empty(size, dtype=torch.int64, device=values.device)
@@ -114,7 +114,8 @@ def run_backward(
     grad_output, grad_keys, grad_values = grads
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=device).expand(targets.shape)
-    # The one dense gradient of the table: a copy of the incoming one, turned chunk by chunk into the outgoing one.
+    # No other dense gradient of the table is made: each chunk turns this copy of the incoming one further into the
+    # outgoing one.
     table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
     chunks = o.cut(length)

@@ -16,7 +16,7 @@ from .options import Options
 from .records import Inputs, Queue
 from .saving import load, pickled, reduce_for_processes, saved, unpickle
 
-#: What a copy of a state has anew, and what it keeps; other attributes are those of subclasses.
+#: Attributes that a copy of a state has for itself, and those that it shares; other attributes belong to subclasses.
 _COPIED = ("_keys", "_values", "_touched", "_position", "_binding", "_queue")
 _KEPT = ("_initial_keys", "_initial_values", "_device", "_made_in_export", "_binding", "_queue")
 
@@ -25,7 +25,7 @@ _KEPT = ("_initial_keys", "_initial_values", "_device", "_made_in_export", "_bin
 def _private_copy(x: Tensor, device: torch.device) -> Tensor:
     """A contiguous copy on a device, which a step may write in and out of inference mode.
 
-    An operator, since what compiled code makes itself in inference mode can be written there alone.
+    It is an operator, since a tensor that compiled code makes in inference mode can be written in inference mode only.
     """
     with torch.inference_mode(False):
         return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
@@ -38,7 +38,7 @@ def _(x, device):  # type: ignore[no-untyped-def]
 
 @operator("rollback", mutates_args=("position",))
 def _rollback(position: Tensor, tokens: int, chunk_size: int) -> None:
-    """Take back the last tokens of the present chunk; an operator, since compiled code has no position to look at."""
+    """Take back the last tokens of the present chunk; an operator, since compiled code cannot read the position."""
     read = int(position) % chunk_size
     if tokens > read:
         raise ValueError(f"`tokens` must be at most {read}, as many as the present chunk has read, got {tokens}")
@@ -70,7 +70,7 @@ class MemoryState:
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._device: torch.device | None = None  # of the private copies; None is that of the initial memory
+        self._device: torch.device | None = None  # of the private copies; None means that of the initial memory
         self._tie(keys, values)
         self._set_up(keys, values)
 
@@ -83,13 +83,14 @@ class MemoryState:
         device = self._device or values.device
         with torch.no_grad():
             self._keys, self._values = _private_copy(keys, device), _private_copy(values, device)
-        # On the CPU, so that reading it never waits for a GPU; a tensor, so that torch.compile does not count with it.
+        # The position is on the CPU, so that reading it never waits for a GPU, and a tensor, so that torch.compile does
+        # not compile again for each value.
         cpu = torch.device("cpu")
         self._position = _private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)
         self._touched = _private_copy(torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device), device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
-        self._made_in_export = is_exporting()  # then it is part of the program
+        self._made_in_export = is_exporting()  # a state made in an export is part of the program
 
     @property
     def keys(self) -> Tensor:
@@ -110,7 +111,7 @@ class MemoryState:
         self._assign("values", values)
 
     def _assign(self, name: str, x: Tensor) -> None:
-        """Copy what is assigned: steps write in place, and would write the tensor of somebody else."""
+        """Copy what is assigned, since steps write in place and would otherwise write the caller's tensor."""
         self._prepare(f"assigning to {name}")
         checks.check_tensor(name, x)
         own = getattr(self, f"_{name}")
@@ -149,8 +150,8 @@ class MemoryState:
     def _tie(self, keys: Tensor, values: Tensor) -> None:
         """Keep the initial memory."""
         check_initial_memory(keys, values)
-        # A leaf is kept itself, since only it shows what its `.data` is set to; of another its graph must not be kept.
-        # What a step writes is no initial memory.
+        # A leaf is kept itself, since only the leaf shows a later change of its `.data`; another tensor is kept without
+        # its graph. A tensor that shares memory with the state's own is copied, since steps write that memory.
         own = [self.__dict__[name] for name in ("_keys", "_values") if name in self.__dict__]
         self._initial_keys, self._initial_values = (
             _private_copy(x, x.device) if any(_shares_storage(x, y) for y in own) else _leaf(x) for x in (keys, values)
@@ -162,7 +163,7 @@ class MemoryState:
             self._touched.fill_(1)
 
     def _prepare(self, what: str) -> None:
-        """Refuse what an activation checkpoint would do again, or export itself; make the private tensors writable."""
+        """Refuse an action that a checkpoint would repeat or export would run; make the private tensors writable."""
         if torch.compiler.is_compiling():
             if is_exporting() and not torch.compiler.is_dynamo_compiling() and not self._made_in_export:
                 raise RuntimeError(f"MemoryState: {what} would be done by torch.export itself; use strict=True")
@@ -173,7 +174,7 @@ class MemoryState:
     def _make_writable(self) -> None:
         """Replace private tensors that a step could not write.
 
-        Compiled code has made some in inference mode perhaps, or somebody has set the `.data` of one.
+        Compiled code may have made one in inference mode, or a caller may have set the `.data` of one.
         """
         for name in ("_keys", "_values", "_touched", "_position"):
             setattr(self, name, _writable(getattr(self, name)))
@@ -261,12 +262,12 @@ class MemoryState:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"`device` must be a device, got {device!r}: {str(error).splitlines()[0]}") from None
         other = self._copy(device)
-        other._device = other._values.device  # which has an index
+        other._device = other._values.device  # unlike `device`, this one always has its index
         return other
 
     def _copy(self, device: torch.device) -> "MemoryState":
         other = type(self).__new__(type(self))
-        # Dynamo before PyTorch 2.13 does not know what there is in a __dict__.
+        # Dynamo before PyTorch 2.13 cannot list a __dict__.
         for name in _KEPT if torch.compiler.is_compiling() else self.__dict__:
             setattr(other, name, getattr(self, name))
         with torch.no_grad():
@@ -306,7 +307,7 @@ class MemoryState:
         with torch.no_grad():
             rows = checks.check_indices(indices, batch).to(self._values.device)
             selected = Queue(*(_private_copy(x.index_select(1, rows), x.device) for x in self._queue))
-            if len(rows) == batch:  # the tensors stay, and so do graphs that were captured with them
+            if len(rows) == batch:  # the same tensors, so that captured graphs stay valid
                 for x, new in zip(self._queue, selected, strict=True):
                     x.copy_(new)
             else:
@@ -315,7 +316,8 @@ class MemoryState:
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryState":
         other = memo[id(self)] = self.clone()
-        # Where a module has the private tensors as its buffers, so has the copy of the module.
+        # If a module has the private tensors as its buffers, its copy and the copied state share theirs too, whether
+        # deepcopy comes to the buffers or to the state first.
         for name, x in self.named_tensors().items():
             memo.setdefault(id(x), other.named_tensors()[name])
         other._replace({name: memo[id(x)] for name, x in self.named_tensors().items()})
@@ -334,7 +336,7 @@ class MemoryState:
         tied = {name: _leaf(others[name]) for name in ("_initial_keys", "_initial_values")}
         return others | tied | pickled(self)
 
-    @torch.inference_mode(False)  # what is unpickled in inference mode can be stepped outside of it
+    @torch.inference_mode(False)  # so that the state can be stepped outside of inference mode too
     def __setstate__(self, fields: dict[str, Any]) -> None:
         unpickle(self, fields)
 
@@ -351,9 +353,9 @@ class MemoryState:
     def state_dict(self) -> dict[str, Tensor]:
         """Memory, position, queue and bound options as flat, contiguous, unshared tensors, as safetensors wants them.
 
-        The initial memory is not included. What a state holds that is not bound is keys, values and position. So
-        torch.distributed.checkpoint, which loads only the tensors that there are already, needs a state that is bound:
-        a step of no tokens, with batch, dtypes and options of the one that was saved, binds a fresh one.
+        The initial memory is not included. A state that is not bound has keys, values and position only. So
+        torch.distributed.checkpoint, which loads only into tensors that exist, needs a state that is bound: a step of
+        no tokens, with batch, dtypes and options of the saved state, binds a new one.
         """
         return saved(self)
 
@@ -397,13 +399,13 @@ def _writable(x: Tensor) -> Tensor:
 
 
 def _shares_storage(x: Tensor, y: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # where nothing has an address
+    if torch.compiler.is_compiling():  # tensors have no addresses there
         return False
     return bool(torch._C._is_alias_of(x, y))  # type: ignore[attr-defined]
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """The tensor itself, or without the graph that autograd computed it by."""
+    """The tensor itself if it is a leaf, otherwise the same data without its graph."""
     return x if x.is_leaf else x.detach()
 
 
@@ -424,7 +426,7 @@ def check_step(
 
 
 def _trust_newest() -> None:
-    """Let torch.load(weights_only=True) make states; of a class before a reload of this module it makes no more."""
+    """Let torch.load(weights_only=True) make states, but none of the class before a reload of this module."""
     name = (MemoryState.__module__, MemoryState.__qualname__)
     trusted = torch.serialization.get_safe_globals()
     others = [x for x in trusted if (getattr(x, "__module__", None), getattr(x, "__qualname__", None)) != name]

@@ -33,7 +33,7 @@ from .weights import fold_write_weights, weigh, write_scale
 
 def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Addresses]:
     """Weights [M, J] and addresses of queries [M, H, Dk]."""
-    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # of one head the lookup has all picks of a token
+    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # a lookup of one head weighs all picks of a token
         from .kernels.lookup import lookup
 
         weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
@@ -53,13 +53,12 @@ class Memory(NamedTuple):
     queue: Queue
 
 
-def read_piece(
-    keys: Tensor, values: Tensor, queue: Queue, tokens: Tokens, output: Tensor, place: int | Tensor, o: Options
-) -> None:
+def read_piece(memory: Memory, tokens: Tokens, output: Tensor, place: int | Tensor, o: Options) -> None:
     """Read tokens of the present chunk and put them into the queue, from `place` on among its tokens.
 
-    `place` is a tensor of one integer in a captured graph, where it is not known yet.
+    In a captured graph the place is not known yet, so `place` is a tensor of one integer.
     """
+    keys, values, _, queue = memory
     weights, found = _look_up(tokens.queries.flatten(0, 1), keys, o)
     if checks.use_triton(o.backend, values):
         from .kernels import streaming
@@ -69,7 +68,7 @@ def read_piece(
     predictions = gather_torch(values, found.slots.flatten(1), weights, weights.dtype)
     output.copy_(predictions.view(output.shape))
     where = slice(int(place), int(place) + tokens.queries.shape[0])
-    _enqueue(queue, tokens, where.start, o)
+    _enqueue(queue, tokens.queries, tokens.gates, tokens.mask, where.start + o.lookahead, o)
     queue.targets[where] = tokens.targets
     read = {"predictions": predictions, "weights": weights, **found._asdict()}
     del read["scores"]
@@ -78,24 +77,23 @@ def read_piece(
         buffer.copy_(x.view(buffer.shape))
 
 
-def _enqueue(queue: Queue, tokens: Tokens, place: int, o: Options) -> None:
-    """Put queries, gates and mask into the queue, behind those that are carried."""
-    first = place + o.lookahead
-    if checks.use_triton(o.backend, queue.queries):
+def _enqueue(queue: Queue, queries: Tensor, gates: Tensor | None, mask: Tensor | None, first: int, o: Options) -> None:
+    """Put queries, gates and mask into the queue from `first` on, where the carried tokens are the first L."""
+    if checks.use_triton(o.backend, queries):
         from .kernels import streaming
 
-        streaming.enqueue(tokens.queries, tokens.gates, tokens.mask, queue, first)
+        streaming.enqueue(queries, gates, mask, queue, first)
         return
-    where = slice(first, first + tokens.queries.shape[0])
-    queue.queries[where] = tokens.queries
-    for buffer, x in ((queue.gates, tokens.gates), (queue.mask, tokens.mask)):
+    where = slice(first, first + queries.shape[0])
+    queue.queries[where] = queries
+    for buffer, x in ((queue.gates, gates), (queue.mask, mask)):
         buffer[where] = 1.0 if x is None else x
 
 
 def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> None:
     """Write the chunk that fills the queue: read the carried tokens again, and pair the reads with the targets.
 
-    Once in a capture: the reads do not wait for writes on another lane.
+    At most once in a capture, since the reads do not wait for earlier writes on another lane.
     """
     queue, carried = memory.queue, 0 if is_first else o.lookahead
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
@@ -119,9 +117,9 @@ def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> Non
 def read_and_close_chunk(
     memory: Memory, tokens: Tokens, output: Tensor, is_first: bool, lanes: Lanes, o: Options
 ) -> None:
-    """A whole chunk at once: one lookup and one read for the carried tokens and the chunk, and little waits."""
+    """Read and write a whole chunk at once, by one lookup and one read of the carried tokens and the chunk."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
-    _enqueue(queue, tokens, 0, o)
+    _enqueue(queue, tokens.queries, tokens.gates, tokens.mask, o.lookahead, o)
     weights, found = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
     writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
@@ -158,16 +156,9 @@ def _after_carried(queue: Queue, tokens: Tokens, carried: int) -> tuple[Tensor, 
 
 def _carry(queue: Queue, o: Options) -> None:
     """Carry the last L tokens of a chunk into the next one."""
-    if o.lookahead == 0:
-        return
-    queries, gates, mask = (buffer[o.chunk_size :] for buffer in (queue.queries, queue.gates, queue.mask))
-    if checks.use_triton(o.backend, queries):
-        from .kernels import streaming
-
-        streaming.enqueue(queries, gates, mask, queue, 0)
-        return
-    for buffer, x in ((queue.queries, queries), (queue.gates, gates), (queue.mask, mask)):
-        buffer[: o.lookahead] = x
+    if o.lookahead > 0:
+        queries, gates, mask = (buffer[o.chunk_size :] for buffer in (queue.queries, queue.gates, queue.mask))
+        _enqueue(queue, queries, gates, mask, 0, o)
 
 
 def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:
@@ -213,7 +204,7 @@ def apply_chunk_writes(
         picks: of the tokens of the chunk, M = C·B.
     """
     keys, values, _, queue = memory
-    window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # what is carried, then the chunk
+    window = queue.queries[o.lookahead - writes.carried :].flatten(0, 1)  # the carried tokens, then those of the chunk
     chunk = window[writes.carried * queue.gates.shape[1] :]
     lanes.hold(errors, picks)
     if o.key_gradient == "all":
@@ -233,7 +224,7 @@ def apply_chunk_writes(
         write(values, errors, writes.write_weights, writes.plan, o.write)
     if o.keys_move:
         step_keys(keys, chunk, picks, o.key_step, out=keys)
-    # The next chunk puts its tokens behind those that are carried, and looks them up in the new keys.
+    # The next chunk puts its tokens behind the carried ones and looks up both, so it must wait for `_carry`.
     lanes.wait(lanes.plans)
 
 
@@ -270,7 +261,7 @@ _STATE_FIELDS = ("keys", "values", "position", "touched", *(f"queue_{name}" for 
 )
 def _step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tensor, *rest: Any) -> Tensor:
     count = len(Queue._fields)
-    return _step(keys, values, position, touched, Queue(*rest[:count]), *rest[count:])
+    return _step(Memory(keys, values, touched, Queue(*rest[:count])), position, *rest[count:])
 
 
 @_step_op.register_fake
@@ -291,7 +282,7 @@ def _first_step_op(keys: Tensor, values: Tensor, position: Tensor, touched: Tens
     """A step that makes the queue too; output and queue."""
     queries, targets, _, _, *options = rest
     queue = make_queue(keys, values, Binding.of(queries, targets, Options(*options)), values.device)
-    return _step(keys, values, position, touched, queue, *rest), *queue
+    return _step(Memory(keys, values, touched, queue), position, *rest), *queue
 
 
 @_first_step_op.register_fake
@@ -308,27 +299,15 @@ def _refuse_replays(values: Tensor) -> None:
 
 
 @checks.without_autocast
-def _step(
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    touched: Tensor,
-    queue: Queue,
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    """Read all tokens, and write every chunk that they fill; output [B, t, D]."""
-    _refuse_replays(values)
+def _step(memory: Memory, position: Tensor, queries: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+    """Read all tokens, and write every chunk that they fill; output [B, t, D]. The rest: gates, mask, options."""
+    _refuse_replays(memory.values)
+    gates, mask, *options = rest
     o = Options(*options)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     tokens = Tokens(*each(lambda x: x.transpose(0, 1), queries, targets, gates, mask))  # type: ignore[arg-type]
-    length, batch, width = tokens.targets.shape
-    output = torch.empty(batch, length, width, dtype=tokens.targets.dtype, device=values.device)
-    begin, now, lanes = 0, int(position), Lanes()
-    memory = Memory(keys, values, touched, queue)
+    output = torch.empty(targets.shape, dtype=targets.dtype, device=memory.values.device)
+    begin, length, now, lanes = 0, targets.shape[1], int(position), Lanes()
     try:
         while begin < length:
             offset, left = now % o.chunk_size, length - begin
@@ -342,13 +321,13 @@ def _step(
             elif count == o.chunk_size:
                 read_and_close_chunk(memory, part, out, is_first, lanes, o)
             else:
-                read_piece(keys, values, queue, part, out, offset, o)
+                read_piece(memory, part, out, offset, o)
                 if offset + count == o.chunk_size:
                     close_chunk(memory, is_first, lanes, o)
             begin, now = begin + count, now + count
             position.fill_(now)
     except BaseException:
-        touched.fill_(1)  # who knows which rows were: so reset, the way out, copies all
+        memory.touched.fill_(1)  # the rows written are not known, so the reset that must follow copies all
         raise
     return output
 
@@ -424,7 +403,7 @@ def fast_weight_memory_step(
     if state._binding is None and not torch.compiler.is_compiling():
         _refuse_replays(state.values)
     tokens = each(Tensor.detach, queries, targets, gates, mask)
-    if is_exporting():  # where an error within no_grad would leave gradients off for the whole process
+    if is_exporting():  # a program that raises within no_grad would leave gradients disabled
         return _run_step(state, tokens, o)
     with torch.no_grad():
         return _run_step(state, tokens, o)
@@ -435,7 +414,7 @@ def _run_step(state: MemoryState, tokens: tuple[Any, ...], o: Options) -> Tensor
     queries, targets, _, _ = tokens
     output: Tensor
     if state._binding is None and torch.compiler.is_compiling():
-        # What a compiled function makes itself in inference mode no step outside of it could write.
+        # The operator makes the queue: no step outside of inference mode could write one that compiled code made in it.
         output, *new = _first_step_op(state._keys, state._values, state._position, state._touched, *tokens, *o)
         state._bind(queries, targets, o, Queue(*new))
     else:

@@ -27,35 +27,23 @@ def write(
         from .kernels.update import update
 
         update(values, values, errors, write_weights, plan, log=log, lr=o.lr, weight_decay=o.weight_decay, clip=o.clip)
-    else:
-        _write_torch(values, errors, write_weights, plan, o, log)
-
-
-def _write_torch(
-    values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, o: Write, log: Tensor | None = None
-) -> None:
-    """The write in plain PyTorch."""
+        return
     decay = 1.0 - o.lr * o.weight_decay
-    if o.clip is None:  # the step size goes with the small tensor
+    if o.clip is None:  # multiply the smaller tensor by the step size
         positions, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
     else:
         positions, touched, totals = segment_totals(plan, errors, write_weights)
         steps = totals.clamp_(-o.clip, o.clip).mul_(-o.lr)
-    if log is not None or values.dtype != steps.dtype:
-        rows = values[touched]
-        if log is not None:
-            log[positions] = rows
-        if o.weight_decay != 0.0:
-            values.mul_(decay)
-        # Half precision: each row is rounded once.
-        values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
-        return
+    rows = values[touched] if log is not None or values.dtype != steps.dtype else None
+    if rows is not None and log is not None:
+        log[positions] = rows
     if o.weight_decay != 0.0:
         values.mul_(decay)
-    # Each row once, so in no particular order; with one index per row this is twice as fast as index_add_.
-    if values.is_cuda:  # where scatter_add_ has no deterministic form
+    if rows is not None:  # in half precision each row is rounded once
+        values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
+    elif values.is_cuda:  # there scatter_add_ has no deterministic form
         values.index_add_(0, touched, steps)
-    else:
+    else:  # each row once, in any order; with one index per row this is twice as fast as index_add_
         values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
 
 
@@ -63,7 +51,7 @@ def _write_torch(
     "chunk_value_update",
     schema=f"(Tensor values, Tensor errors, Tensor write_weights, Tensor[] plan, {schema_of(Write)}) -> Tensor",
 )
-def _update_op(values: Tensor, errors: Tensor, write_weights: Tensor, plan: list[Tensor], *options: Any) -> Tensor:
+def _update_op(values, errors, write_weights, plan, *options) -> Tensor:  # type: ignore[no-untyped-def]
     o, planned = Write(*options), Plan._make(plan)
     checks.check_tokens("slots", write_weights, write_weights.shape[0])
     checks.check_rows(planned, values.shape[0])
@@ -75,7 +63,7 @@ def _update_op(values: Tensor, errors: Tensor, write_weights: Tensor, plan: list
         update(values, out, errors, write_weights, planned, lr=o.lr, weight_decay=o.weight_decay, clip=o.clip)
     else:
         out = values.clone(memory_format=torch.contiguous_format)
-        _write_torch(out, errors, write_weights, planned, o)
+        write(out, errors, write_weights, planned, o)
     return out
 
 
@@ -89,9 +77,7 @@ def _(values, errors, write_weights, plan, *options):  # type: ignore[no-untyped
     mutates_args=("values",),
     schema=f"(Tensor(a0!) values, Tensor errors, Tensor write_weights, Tensor[] plan, {schema_of(Write)}) -> ()",
 )
-def _update_inplace_op(
-    values: Tensor, errors: Tensor, write_weights: Tensor, plan: list[Tensor], *options: Any
-) -> None:
+def _update_inplace_op(values, errors, write_weights, plan, *options) -> None:  # type: ignore[no-untyped-def]
     refuse_recomputation("chunk_value_update_")
     planned = Plan._make(plan)
     checks.check_tokens("slots", write_weights, write_weights.shape[0])
@@ -137,7 +123,7 @@ def _(grad_values, errors, write_weights, slots, *rest):  # type: ignore[no-unty
 
 
 class _Chunk(NamedTuple):
-    """What a chunk writes: as in `chunk_value_update`, with a number or a tensor for α."""
+    """What a chunk writes: as in `chunk_value_update`."""
 
     slots: Tensor
     weights: Tensor
@@ -145,7 +131,7 @@ class _Chunk(NamedTuple):
     predictions: Tensor
     gates: Tensor | None
     mask: Tensor | None
-    scale: float | Tensor
+    scale: float | Tensor | None  #: α; a number or a tensor after the checks
 
 
 def _fold_write(chunk: _Chunk, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -167,8 +153,8 @@ def _per_row(factor: float | Tensor, dtype: torch.dtype, like: Tensor) -> float 
 def _counts_op(plan: list[Tensor], counted: Tensor | None, count_slots: Tensor | None, num_slots: int) -> Tensor:
     """n_s of every access, [A]: in the dtype of `start`, or int64 for `count_slots`, of which there may be more.
 
-    An operator, since what traces has no numbers to look at, and since Inductor (of torch 2.13) may read what a scatter
-    fills before it is filled.
+    It is an operator, since a trace has no values to check, and since Inductor (of torch 2.13) may read the result of a
+    scatter before it is filled.
     """
     if count_slots is None:
         return count_accesses(Plan._make(plan), counted)
@@ -182,11 +168,11 @@ def _(plan, counted, count_slots, num_slots):  # type: ignore[no-untyped-def]
     return start.new_empty(start.shape, dtype=start.dtype if count_slots is None else torch.int64)
 
 
-def _count(plan: Plan, slots: Tensor, num_slots: int, mask: Tensor | None, count_slots: Tensor | None) -> Tensor:
+def _count(plan: Plan, chunk: _Chunk, num_slots: int, count_slots: Tensor | None) -> Tensor:
     """n_s of every access, [A]."""
     counted = None
-    if mask is not None and count_slots is None:
-        counted = (mask > 0).unsqueeze(1).expand(slots.shape).reshape(-1)
+    if chunk.mask is not None and count_slots is None:
+        counted = (chunk.mask > 0).unsqueeze(1).expand(chunk.slots.shape).reshape(-1)
     return _counts_op(list(plan), counted, count_slots, num_slots)
 
 
@@ -206,8 +192,8 @@ class _ChunkValueUpdateBackward(Function):
                     grad = grad * _per_row(factor, dtype, grad)
             return grad
 
-        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask comes first:
-        # what is masked stays 0 then, even if a product of the others overflows.
+        # dc = -dots, and c = w·(α·g·m) / n_s: each factor's gradient is dc times all the others. The mask is
+        # multiplied first, so that a masked row is 0 even if another product overflows.
         per_weight = -dots / counts.view(chunk.slots.shape)
         if chunk.mask is not None:
             per_weight = per_weight * _per_row(chunk.mask, dtype, per_weight)
@@ -247,50 +233,39 @@ class ChunkValueUpdate(Function):
         backend: str = "auto",
     ) -> Tensor:
         """Validate and write into a new table; backward keeps the plan and small inputs, and neither of the tables."""
-        refuse_transforms("chunk_value_update", (values, weights, targets, predictions, gates, mask, scale))
-        o = Write(lr, weight_decay, clip, backend)
-        o, scale = _check_update(values, slots, weights, targets, predictions, gates, mask, count_slots, scale, o)
-        plan = plan_segments(slots, values.shape[0])
-        counts = _count(plan, slots, values.shape[0], mask, count_slots)
         chunk = _Chunk(slots, weights, targets, predictions, gates, mask, scale)
+        refuse_transforms("chunk_value_update", (values, *chunk))
+        o, chunk = _check_update(values, chunk, count_slots, Write(lr, weight_decay, clip, backend))
+        plan = plan_segments(slots, values.shape[0])
+        counts = _count(plan, chunk, values.shape[0], count_slots)
         errors, write_weights = _fold_write(chunk, counts, compute_dtype(values.dtype))
         out = _update_op(values, errors, write_weights, list(plan), *o)
-        tensor_scale = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *plan)
-        ctx.options, ctx.scale = o, None if tensor_scale is not None else scale
+        is_tensor = isinstance(chunk.scale, Tensor)
+        ctx.save_for_backward(*chunk[:-1], chunk.scale if is_tensor else None, counts, *plan)
+        ctx.options, ctx.scale = o, None if is_tensor else chunk.scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         """The closed form: gathers of the incoming gradient at the rows that were written."""
-        slots, weights, targets, predictions, gates, mask, tensor_scale, counts, *fields = ctx.saved_tensors
-        refuse_transforms("chunk_value_update", (grad_out, weights, targets, predictions, gates, mask, tensor_scale))
-        o, scale = ctx.options, ctx.scale
+        *tensors, tensor_scale, counts, order, rows, start, end = ctx.saved_tensors
+        refuse_transforms("chunk_value_update", (grad_out, *tensors, tensor_scale))
+        o = ctx.options
         grad_values = grad_weights = grad_targets = grad_predictions = grad_gates = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_values = grad_out if o.weight_decay == 0.0 else grad_out * (1.0 - o.lr * o.weight_decay)
         if any(ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 9)):
-            scale = scale if tensor_scale is None else tensor_scale
-            chunk = (slots, weights, targets, predictions, gates, mask, scale)
-            results = _ChunkValueUpdateBackward.apply(grad_out, counts, Plan._make(fields), o, *chunk)
+            scale = ctx.scale if tensor_scale is None else tensor_scale
+            plan = Plan(order, rows, start, end)
+            results = _ChunkValueUpdateBackward.apply(grad_out, counts, plan, o, *tensors, scale)
             grad_weights, grad_targets, grad_predictions, grad_gates, grad_scale = results
         written = (grad_weights, grad_targets, grad_predictions, grad_gates)
         return (grad_values, None, *written, None, None, None, grad_scale, None, None, None)
 
 
-def _check_update(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    count_slots: Tensor | None,
-    scale: float | Tensor | None,
-    o: Write,
-) -> tuple[Write, float | Tensor]:
-    """Validate the arguments of a write; returns the options and `scale`, their numbers as floats."""
+def _check_update(values: Tensor, chunk: _Chunk, count_slots: Tensor | None, o: Write) -> tuple[Write, _Chunk]:
+    """Validate the arguments of a write; returns options and chunk, with their numbers as floats."""
+    slots, weights, targets, predictions, gates, mask, scale = chunk
     checks.check_tensor("values", values, 2, "[N, D]")
     checks.check_tensor("slots", slots, 2, "[M, J]")
     checks.check_tensor("weights", weights, 2, "[M, J]")
@@ -302,19 +277,14 @@ def _check_update(
     checks.check_tokens("slots", slots, slots.shape[0])
     checks.check_like("predictions", predictions, "targets", targets)
     for what, name, other, dim in (("as many rows", "slots", slots, 0), ("the width", "values", values, 1)):
-        if targets.shape[dim] != other.shape[dim]:
-            raise ValueError(
-                f"`targets` must have {what} of `{name}`, got {checks.shape(targets)} against {checks.shape(other)}"
-            )
+        rule = f"`targets` must have {what} of `{name}`"
+        checks.check_shapes(targets.shape[dim] == other.shape[dim], rule, targets, other)
     rows = {"gates": gates, "mask": mask, "scale": scale if isinstance(scale, Tensor) else None}
     for name, row in rows.items():
         if row is not None:
             checks.check_tensor(name, row, 1, "[M]")
-            if row.shape[0] != slots.shape[0]:
-                raise ValueError(
-                    f"`{name}` must have one entry for each row of `slots`, "
-                    f"got {checks.shape(row)} against {checks.shape(slots)}"
-                )
+            rule = f"`{name}` must have one entry for each row of `slots`"
+            checks.check_shapes(row.shape[0] == slots.shape[0], rule, row, slots)
             if name != "mask":
                 floats[name] = row
             else:
@@ -323,20 +293,20 @@ def _check_update(
         checks.check_float(name, x)
     checks.check_together(**floats)
     checks.check_together(values=values, slots=slots)
-    if mask is not None and mask.device != values.device:
-        raise ValueError(f"`mask` must be on the device of `values`, got {mask.device} against {values.device}")
+    if mask is not None:
+        checks.check_device("mask", mask, "values", values)
     if count_slots is not None:
         checks.check_tensor("count_slots", count_slots)
         checks.check_slots("count_slots", count_slots)
         checks.check_together(values=values, count_slots=count_slots)
     dtype = compute_dtype(values.dtype)
-    scale = float(slots.shape[1]) if scale is None else scale
-    checks.check_choice("backend", o.backend, checks.BACKENDS)
     lr = checks.check_number("lr", o.lr, dtype)
-    scale = scale if isinstance(scale, Tensor) else checks.check_number("scale", scale, dtype)
+    if not isinstance(scale, Tensor):
+        scale = checks.check_number("scale", float(slots.shape[1]) if scale is None else scale, dtype)
     weight_decay = checks.check_number("weight_decay", o.weight_decay, dtype, minimum=0)
     clip = None if o.clip is None else checks.check_number("clip", o.clip, dtype, minimum=0)
-    return Write(lr, weight_decay, clip, o.backend), scale
+    checks.check_choice("backend", o.backend, checks.BACKENDS)
+    return Write(lr, weight_decay, clip, o.backend), _Chunk(*chunk[:-1], scale)
 
 
 def chunk_value_update(
@@ -437,14 +407,14 @@ def chunk_value_update_(
 
     Nothing has been written by then.
     """
-    tensors = (values, slots, weights, targets, predictions, gates, mask, count_slots)
-    refuse_transforms("chunk_value_update_", (*tensors, scale))
-    o, scale = _check_update(*tensors, scale, Write(lr, weight_decay, clip, backend))
+    chunk = _Chunk(slots, weights, targets, predictions, gates, mask, scale)
+    refuse_transforms("chunk_value_update_", (values, *chunk, count_slots))
+    o, chunk = _check_update(values, chunk, count_slots, Write(lr, weight_decay, clip, backend))
     checks.check_writable("values", values, "chunk_value_update")
     plan = plan_segments(slots, values.shape[0])
-    counts = _count(plan, slots, values.shape[0], mask, count_slots)
-    # Not under no_grad: torch.export takes no block without a result, and an error in one leaves gradients off.
-    fields = (slots, weights, targets, predictions, gates, mask, scale)
-    chunk = _Chunk._make(x.detach() if isinstance(x, Tensor) else x for x in fields)
+    counts = _count(plan, chunk, values.shape[0], count_slots)
+    # The tensors are detached, since torch.export takes no block of no_grad without a result, and an error in such a
+    # block leaves gradients disabled.
+    chunk = _Chunk._make(x.detach() if isinstance(x, Tensor) else x for x in chunk)
     errors, write_weights = _fold_write(chunk, counts, compute_dtype(values.dtype))
     _update_inplace_op(values, errors, write_weights, list(plan), *o)

@@ -72,12 +72,12 @@ def weigh_grad(grad_weights: Tensor, scores: Tensor, weighting: str, temperature
             sigmoid = torch.sigmoid(scaled)
             grad = grad_weights * sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         else:
-            grad = torch.where(scaled <= 0, 0.0, grad_weights)  # of NaN it is NaN
+            grad = torch.where(scaled <= 0, 0.0, grad_weights)  # a NaN score passes the gradient on
     return grad / temperature
 
 
 def write_scale(weights: Tensor, ratio: Tensor | None, step: str) -> Tensor | float:
-    """α, without what else multiplies e: ρ = S/E, J·ρ, or ρ / Σⱼ wⱼ² for each read, and 0 where that sum underflows."""
+    """α of each read: ρ = S/E, J·ρ, or ρ / Σⱼ wⱼ², which is 0 where that sum underflows."""
     if step != "normalized":
         factor = float(weights.shape[-1]) if step == "paper" else 1.0
         return factor if ratio is None else factor * ratio
@@ -102,7 +102,7 @@ def fold_write_weights(
     result = weights / counts
     for factor in (scale, *factors):
         result = result * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
-    # Not a product: what is not written has no effect even if it is NaN.
+    # A product would pass NaN on, and a read that is not written has no effect even if it is NaN.
     return result if written is None else torch.where(written.unsqueeze(1), result, 0.0)
 
 
@@ -119,18 +119,18 @@ def fold_write_weights_grad(
     """Gradients of `fold_write_weights` to the weights, [R, J], and to the gates, [R]."""
     scale = write_scale(weights, ratio, step)
     per_weight = torch.where(written.unsqueeze(1), grad, 0.0) / counts
-    if mask is not None:  # it comes first: what is masked stays 0 then, even if a product of the others overflows
+    if mask is not None:  # first, so that what is masked is 0 even if another product overflows
         per_weight = per_weight * mask.unsqueeze(1)
     per_read = (per_weight * weights).sum(1)
     for_gates = per_read * scale
     if step == "normalized":
-        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. In this order nothing overflows that need not.
+        # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is 0. Dividing first avoids overflow.
         squares = weights.square().sum(-1, keepdim=True)
         is_zero = squares < torch.finfo(squares.dtype).tiny
         per_weight = per_weight - 2.0 * per_read.unsqueeze(1) * (weights / torch.where(is_zero, 1.0, squares))
     factor = (torch.ones_like(per_read) if gates is None else gates) * scale
     for_weights = per_weight * factor.unsqueeze(1)
-    # As in `fold_write_weights`, not a product.
+    # No product, for the same reason as in `fold_write_weights`.
     return torch.where(written.unsqueeze(1), for_weights, 0.0), torch.where(written, for_gates, 0.0)
 
 

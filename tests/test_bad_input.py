@@ -339,9 +339,14 @@ def good_step(read: int = 0) -> Arguments:
 
 
 def parameters_of_apply(function: type[torch.autograd.Function]) -> list[inspect.Parameter]:
-    """In order; FastWeightMemory takes what `fast_weight_memory` takes, in its order."""
-    if function is FastWeightMemory:
-        return list(inspect.signature(fast_weight_memory).parameters.values())
+    """In order, which is that of the public function where `forward` takes the options as they come."""
+    public = {
+        FastWeightMemory: fast_weight_memory,
+        ProductKeyLookup: product_key_lookup,
+        ProductKeyUpdate: product_key_update,
+    }
+    if function in public:
+        return list(inspect.signature(public[function]).parameters.values())
     return list(inspect.signature(function.forward).parameters.values())[1:]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fwpkm_kernels
 from fwpkm_kernels import (
     MemoryState,
     chunk_value_update,
@@ -315,3 +316,23 @@ def test_a_compiled_memory_without_gradients(key_gradient):
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(**inputs)._asdict(), read(**inputs)._asdict())
+
+
+@pytest.mark.parametrize("name", ["ProductKeyLookup", "ProductKeyUpdate", "FastWeightMemory"])
+def test_a_function_takes_any_number_of_options_in_compiled_code(name):
+    """Dynamo drops ctx where the arguments are as many as the parameters of forward."""
+    queries, keys = testing.make_lookup_inputs(3, 2, 6, 8)
+    given, options = {
+        "ProductKeyLookup": ((queries, keys, 2), ("dot", 1e-3, "ieee", "torch")),
+        "ProductKeyUpdate": ((keys, queries, 2), ("dot", 1e-3, 0.5, 1.0, 0.0, None, "ieee", "torch")),
+        "FastWeightMemory": (
+            (queries[None], torch.randn(1, 3, 7), keys, torch.randn(36, 7), 2, 2),
+            (1, "dot", 1e-3, "softmax", 1.0, None, None),
+        ),
+    }[name]
+    function = getattr(fwpkm_kernels, name)
+    for count in range(len(options) + 1):
+        torch._dynamo.reset()
+        arguments = (*given, *options[:count])
+        compiled = torch.compile(lambda *args: function.apply(*args), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), function.apply(*arguments), rtol=0, atol=0)

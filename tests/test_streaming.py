@@ -427,12 +427,13 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     options = {"chunk_size": 3, "top_k": 2, "lookahead": 2, "key_gradient": key_gradient, **options}
     o = Options(**options, backend=triton_place.backend)
     queue = state._bind(inputs["queries"], inputs["targets"], o)
+    memory = streaming.Memory(state.keys, state.values, state._touched, queue)
     begin = 0
     for count in (2, 1, 7):
         tokens = tokens_of(inputs, begin, begin + count)
         given = [tokens[name] for name in BY_TOKEN]
         with torch.no_grad(), NoSynchronisation(state._position) as mode:
-            streaming._step(state.keys, state.values, state._position, state._touched, queue, *given, *o)
+            streaming._step(memory, state._position, *given, *o)
         assert mode.calls > 10
         begin += count
     assert state.position == 10
@@ -441,8 +442,7 @@ def test_a_step_reads_nothing_back(options, key_gradient, triton_place):
     tokens = streaming.Tokens(*(x[:, :1].transpose(0, 1) for x in given[:2]), None, None)
     output, place = torch.empty_like(tokens.targets), torch.tensor(1, device=triton_place.device)
     with torch.no_grad(), NoSynchronisation(state._position):
-        streaming.read_piece(state.keys, state.values, queue, tokens, output, place, o)
-        memory = streaming.Memory(state.keys, state.values, state._touched, queue)
+        streaming.read_piece(memory, tokens, output, place, o)
         streaming.close_chunk(memory, False, Lanes(), o)
 
 

@@ -138,7 +138,7 @@ def plan_writes(
     grid = (cdiv(accesses, block_a),)
     launch(
         plan_kernel, grid,
-        keys, order, keys if mask is None else mask, *plan, counts, flags,
+        keys, order, keys if mask is None else mask, plan.order, plan.rows, plan.start, plan.end, counts, flags,
         *((0, 0) if mask is None else mask.stride()),
         num_slots, accesses, next_power_of_2(longest), *layout,
         J=picks, COUNT=count, BLOCK_A=block_a, num_warps=4, on=keys,

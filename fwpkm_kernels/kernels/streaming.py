@@ -245,7 +245,7 @@ def plan_chunk(
     block_m = max(1, 16 // block_j)  # with 512 tokens of 8 picks a multiprocessor has two programs
     launch(
         plan_chunk_kernel, (cdiv(num_pairs, block_m) if picks > 0 else 0,),
-        slots, weights, gates, mask, *plan, write_weights, touched,
+        slots, weights, gates, mask, plan.order, plan.rows, plan.start, plan.end, write_weights, touched,
         weights.numel(),
         J=picks, STEP=step, NO_SLOT=torch.iinfo(row_dtype).max,
         BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_B=max(16, 2048 // (block_m * block_j)), num_warps=4, on=weights,
