@@ -49,7 +49,7 @@ class Memory(NamedTuple):
 
     keys: Tensor  #: [H, 2, n, Dk/2]
     values: Tensor  #: [N, D]
-    touched: Tensor  #: bool [N]: which rows may differ from the initial memory
+    touched: Tensor  #: uint8 [N]: which rows may differ from the initial memory
     queue: Queue
 
 
