@@ -202,7 +202,7 @@ def _examine_nvidia(compiled: Any, kernel: list[Instruction], target: str) -> di
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     names = [instruction.name for instruction in kernel]
     loads = [".128" in name for name in names if name.startswith("LDG")]  # LDGSTS too, which loads to shared memory
     stores = [".128" in name for name in names if name.startswith("STG")]
@@ -225,7 +225,7 @@ def _examine_amd(compiled: Any) -> dict[str, Any]:
     text, shared = compiled.asm["amdgcn"], compiled.metadata.shared
 
     def number(pattern: str) -> int:
-        return int(re.search(pattern, text)[1])  # type: ignore[index]
+        return int(re.search(pattern, text)[1])
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, text, re.MULTILINE))

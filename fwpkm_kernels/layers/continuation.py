@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ..documents import Documents
+from ..records import each
 from ..state import MemoryState
 from .streamed import StreamedMemory
 
@@ -37,7 +38,7 @@ class LayerMemory(NamedTuple):
 
     def detach(self) -> "LayerMemory":
         """The same without its graph: gradients of the next segment end here."""
-        return LayerMemory(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+        return LayerMemory(*each(Tensor.detach, *self))  # type: ignore[arg-type]
 
 
 def find_memory(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks as checks
 from ..documents import Documents, put_back, take
 from ..options import Options
+from ..records import each
 from ..state import MemoryState
 from ..streaming import fast_weight_memory_step
 from .convolution import slide
@@ -85,8 +86,8 @@ class Session:
 
     def _step_recorded(self, tokens: tuple[Any, ...], coming: Tensor | None) -> Tensor:
         skipped = max(0, tokens[0].shape[1] - self.options.chunk_size)
-        first: Any = tuple(None if x is None else x[:, :skipped] for x in tokens)
-        rest: Any = tuple(None if x is None else x[:, skipped:] for x in tokens)
+        first: Any = each(lambda x: x[:, :skipped], *tokens)
+        rest: Any = each(lambda x: x[:, skipped:], *tokens)
         outputs = [self._step(*first)] if skipped else []
         window = None if self.window is None else _copy(self.window)
         past = Past(self.state.clone(), window, coming, skipped, rest)
@@ -119,7 +120,7 @@ class Session:
         if kept < 0:
             self.state.rollback(-kept)
         else:
-            kept_tokens: Any = (None if x is None else x[:, :kept] for x in given)
+            kept_tokens: Any = each(lambda x: x[:, :kept], *given)
             self._step(*kept_tokens)
 
     @torch.inference_mode(False)  # so a copy made in inference mode can be stepped outside of it
