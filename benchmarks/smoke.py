@@ -28,6 +28,8 @@ from fwpkm_kernels._commands import command
 #: Rounding decides a few lookups, and what follows from them: such a share of the rows may be off by more than this
 #: error, relative to the median of the rows that are not 0. Queries that are off by 1e-6 give a third of it at most.
 SHARE, TOLERANCE = 0.03, 5e-3
+#: Such a query is part of the gradients of all sub-keys that it picks, of which there are few.
+KEYS_SHARE = 0.15
 #: A fault of the last tile of a kernel is one of few rows: of these last rows such a share may be off.
 LAST, LAST_SHARE = 16, 0.25
 #: A step that takes longer on a GPU hangs; the first one compiles for most of this.
@@ -36,13 +38,13 @@ HANGS = 50.0
 BATCH, CHUNKS = 8, 2
 
 
-def check(name: str, found: Tensor, wanted: Tensor, before: Tensor | None = None) -> None:
-    """Compare rows; of a table that was written those that either has changed."""
+def check(name: str, found: Tensor, wanted: Tensor, before: Tensor | None = None, most: float = SHARE) -> None:
+    """Compare rows, of which the share `most` may be off; of a table that was written those that either has changed."""
     found, wanted = ((x if before is None else x - before).detach().double().flatten(0, -2) for x in (found, wanted))
     rows = (found != 0).any(1) | (wanted != 0).any(1)
     error, size = (found - wanted)[rows].square().sum(1), wanted[rows].square().sum(1).median()
     off = (~(error <= TOLERANCE**2 * size)).double()
-    for what, some, share in (("", off, SHARE), ("the last ", off[-LAST:], LAST_SHARE)):
+    for what, some, share in (("", off, most), ("the last ", off[-LAST:], LAST_SHARE)):
         if not some.mean() <= share:  # NaN where there are no rows
             raise AssertionError(
                 f"{name}: {some.mean():.1%} of {what}{len(some)} rows are off by more than {TOLERANCE}"
@@ -63,7 +65,8 @@ def sequence(c: inputs.Configuration, device: str) -> None:
     for i, name in enumerate(("output", "keys", "values")):
         check(name, found[i], wanted[i], given.get(name))
     for name in names:
-        check(f"gradient of {name}", gradients[name], wanted_gradients[name])
+        most = KEYS_SHARE if name == "keys" else SHARE
+        check(f"gradient of {name}", gradients[name], wanted_gradients[name], most=most)
 
 
 def key_step(c: inputs.Configuration, device: str) -> None:

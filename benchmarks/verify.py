@@ -40,6 +40,9 @@ _CHUNKS = 2
 #: On the inputs that are timed, rows [D] may have this error relative to their RMS, all but the share given.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _SHARE = 0.01
+#: Of queries, rounding may decide the lookup of such a share. A query that picks another sub-key takes part in other
+#: gradients too, of all sub-keys that it picks: of a few hundred sub-keys one such query in a thousand reaches many.
+_QUERY_SHARE = 1e-3
 
 #: Results and gradients by name: "output", "keys", "values", "gradient of keys".
 Numbers = dict[str, Tensor]
@@ -264,14 +267,20 @@ def _verify_few(provider: Provider, shared: Shared) -> None:
 def _verify_timed(provider: Provider, shared: Shared) -> None:
     """Mostly near: rounding decides a few lookups, and what follows from them."""
     tolerance, case = _TOLERANCE[shared.row.configuration.dtype], shared.timed
-    for name, _, _, found, exact in _found(provider, shared, case, rows_are_exact=False):
+    for name, key, _, found, exact in _found(provider, shared, case, rows_are_exact=False):
         error = (found.double() - exact).square().sum(-1)
         far = error > tolerance**2 * exact.square().sum(-1).mean()
         share = float((far | ~error.isfinite()).double().mean())
-        if share > _SHARE:
+        if share > (_key_share(case) if key == "gradient of keys" else _SHARE):
             raise AssertionError(
                 f"{name}: {share:.2%} of the rows of the timed inputs are off by more than {tolerance}"
             )
+
+
+def _key_share(case: Case) -> float:
+    """The share of the sub-keys whose gradient the queries may reach that rounding has given other picks."""
+    tokens = case.exact["gradient of queries"].shape[:-2].numel()
+    return min(0.5, max(_SHARE, _QUERY_SHARE * tokens * (case.inputs["top_k"] + 1) / case.inputs["keys"].shape[-2]))
 
 
 def _verify_table(provider: Provider, shared: Shared) -> None:
