@@ -148,6 +148,14 @@ class Tokens(NamedTuple):
         return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
 
 
+class Rows(NamedTuple):
+    """Rows of tables of values; how many is known before the data are, so some places are unused: their slot is -1."""
+
+    document: Tensor  #: int64 [R]: in whose table; 0 where there is one table, and in unused places
+    slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
+    value: Tensor  #: [R, D]; 0 in unused places
+
+
 class Writes(NamedTuple):
     """What the reads of a sequence weigh, and what they write, chunk by chunk."""
 
