@@ -1,11 +1,12 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
+from .compact import apply_rows_
 from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
-from .records import MemoryOutput
+from .records import MemoryOutput, Rows
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
@@ -20,7 +21,9 @@ __all__ = [
     "MemoryState",
     "ProductKeyLookup",
     "ProductKeyUpdate",
+    "Rows",
     "SparseValueGather",
+    "apply_rows_",
     "chunk_value_update",
     "chunk_value_update_",
     "fast_weight_memory",

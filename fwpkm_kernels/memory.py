@@ -1,5 +1,6 @@
 """The whole memory over a sequence: operators, the autograd Function, checks, and the public function."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,21 +12,25 @@ from . import _checks as checks
 from ._autograd import in_backward, is_exporting, refuse_transforms
 from ._operators import operator
 from .chunks import count_read_positions, count_writes
+from .compact import count_compact_rows, sparse_rows
 from .coupled import coupled_memory
 from .kernels import compute_dtype
 from .lookup import check_lookup
-from .options import Options, check_options, from_public_order, in_public_order, schema_of
+from .options import Final, Options, check_options, from_public_order, in_public_order, schema_of
 from .plan import row_dtype
-from .records import Addresses, Inputs, MemoryOutput, Plan, each
+from .records import Addresses, Inputs, MemoryOutput, Plan, Rows, each
 from .sequence import Kept, run_backward, run_forward
 
 
 @operator(
     "fast_weight_memory",
     schema="(Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, bool keep, "
-    f"{schema_of(Options)}) -> Tensor[]",
+    f"bool as_rows, {schema_of(Options)}) -> Tensor[]",
 )
-def _forward_op(queries, targets, keys, values, gates, mask, keep, *options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _forward_op(  # type: ignore[no-untyped-def]
+    queries, targets, keys, values, gates, mask, keep, as_rows, *options
+) -> list[Tensor]:
+    """The results, the slots of the final values' rows if they are rows, and what backward needs."""
     o, inputs = Options(*options), Inputs(queries, targets, keys, values, gates, mask)
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     if o.key_gradient == "all":
@@ -33,12 +38,13 @@ def _forward_op(queries, targets, keys, values, gates, mask, keep, *options) -> 
         # a private table. With gradients enabled `coupled_memory` makes a new table for each chunk.
         with torch.set_grad_enabled(in_backward()):
             return list(coupled_memory(inputs.detach(), o))
-    results, kept = run_forward(inputs, keep, o)
-    return [*results, *(kept.flat() if keep else ())]
+    results, kept = run_forward(inputs, keep, o, compacted=as_rows)
+    slot = [] if kept.slot is None else [kept.slot]
+    return [*results, *slot, *(kept._replace(slot=None).flat() if keep else ())]
 
 
 @_forward_op.register_fake
-def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ignore[no-untyped-def]
+def _(queries, targets, keys, values, gates, mask, keep, as_rows, *options):  # type: ignore[no-untyped-def]
     o = Options(*options)
     batch, length, heads, _ = queries.shape
     picks, dtype = heads * o.top_k, compute_dtype(values.dtype)
@@ -46,20 +52,24 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
     def empty(dtype, *size):  # type: ignore[no-untyped-def]
         return queries.new_empty(size, dtype=dtype)
 
+    reads = batch * count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
+    num_rows = count_compact_rows(reads * picks, values.shape[0]) if as_rows else values.shape[0]
     results = [
         empty(targets.dtype, *targets.shape),
         empty(keys.dtype, *keys.shape),
-        empty(values.dtype, *values.shape),
+        empty(values.dtype, num_rows, values.shape[1]),
         empty(torch.int64, batch, length, picks),
         empty(dtype, batch, length, picks),
     ]
+    if as_rows:
+        results.append(empty(torch.int64, num_rows))
     if keep and o.key_gradient != "all":
-        reads = batch * count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
         of_keys = (count_writes(length, o.chunk_size, o.boundary) + 1 if o.keys_move else 1, *keys.shape)
         if o.keys_move and o.keeps_picks(batch, keys.shape[2]):
             of_keys = (reads, heads, 2, o.top_k, keys.shape[3])
         accesses = reads * picks
-        of_plan = (torch.int64, row_dtype(values.shape[0]), torch.int32, torch.int32)  # order, rows, start, end
+        # order, rows, start, end; rows of a compact table are never more than accesses
+        of_plan = (torch.int64, torch.int32 if as_rows else row_dtype(values.shape[0]), torch.int32, torch.int32)
         results += Kept(
             found=Addresses.empty(queries.new_empty(reads, heads), o.top_k, dtype),
             chunk_keys=empty(keys.dtype, *of_keys),
@@ -67,6 +77,7 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
             counts=empty(torch.int32, reads, picks),
             plan=Plan(*(empty(kind, accesses) for kind in of_plan)),
             log=empty(values.dtype, accesses, values.shape[1]),
+            ids=empty(torch.int64, reads, picks) if as_rows else None,
         ).flat()
     return results
 
@@ -74,27 +85,29 @@ def _(queries, targets, keys, values, gates, mask, keep, *options):  # type: ign
 @operator(
     "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
-    f"Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
+    "Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, bool spread, Tensor[] kept, "
+    f"{schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, kept, *options
 ) -> list[Tensor]:
     grads = (grad_output, grad_keys, grad_values)
     kept, o = Kept.of(kept), Options(*options)
-    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, kept, o)
+    return run_backward(queries, targets, gates, mask, grads, num_keys, with_addresses, kept, o, spread=spread)
 
 
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, kept, *options
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, kept, *options
 ):
     kept = Kept.of(kept)
     heads, width = queries.shape[2:]
+    num_rows = num_keys**2 if kept.slot is None or spread else kept.slot.shape[0]
     shapes = [
         (queries.shape if with_addresses else (0,), queries.dtype),
         (targets.shape, targets.dtype),
         ((heads, 2, num_keys, width // 2) if with_addresses else (0,), kept.chunk_keys.dtype),
-        ((num_keys**2, targets.shape[2]), kept.log.dtype),
+        ((num_rows, targets.shape[2]), kept.log.dtype),
     ]
     if gates is not None:
         shapes.append((gates.shape, gates.dtype))
@@ -105,7 +118,9 @@ class _FastWeightMemoryBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(ctx: Any, o: Options, num_keys: int, with_addresses: bool, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, o: Options, num_keys: int, with_addresses: bool, spread: bool, sparse_grad: bool, *tensors: Any
+    ) -> Any:
         # The keys are an argument even where only copies of them are read, so that a second derivative through them
         # raises. The values are none: where only they need gradients, their gradient does not depend on them.
         grads, (queries, targets, keys, gates, mask, *saved) = tensors[:3], tensors[3:]
@@ -113,7 +128,10 @@ class _FastWeightMemoryBackward(Function):
             (values,) = saved
             results = _coupled_backward(Inputs(queries, targets, keys, values, gates, mask), grads, o)
         else:
-            results = _backward_op(*grads, queries, targets, gates, mask, num_keys, with_addresses, saved, *o)
+            inputs = (queries, targets, gates, mask)
+            results = _backward_op(*grads, *inputs, num_keys, with_addresses, spread, saved, *o)
+            if sparse_grad:
+                results[3] = sparse_rows(results[3], saved[-1], num_keys**2, is_unique=True)
         return tuple(results)
 
     @staticmethod
@@ -137,44 +155,46 @@ def _coupled_backward(inputs: Inputs, grads: tuple[Tensor | None, ...], o: Optio
 class FastWeightMemory(Function):
     """`fast_weight_memory` as an autograd Function: apply(queries, targets, keys, values, chunk_size, top_k, lookahead,
     score, eps, weighting, temperature, gates, mask, lr, weight_decay, clip, addressing_weight, key_gradient, step,
-    boundary, precision, backend) gives output, keys, values, slots and weights."""
+    boundary, precision, backend, final, sparse_grad) gives output, keys, values, slots and weights; with final="rows"
+    the values are those of the rows, and their slots come last."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """Validate and run; backward keeps the small inputs and an undo log of the rows that were read, no table."""
         # Dynamo leaves ctx out where forward has as many parameters as apply has arguments. With *args it has two, and
         # apply has more; with some named, ctx would be lost at one number of options.
-        inputs, o = from_public_order(*args)
+        inputs, o, final = from_public_order(*args)
         refuse_transforms("fast_weight_memory", inputs)
         o = check_memory(inputs, o)
+        final.check(o)
         # PyTorch would otherwise fill a table with zeros for a final table whose gradient nobody uses.
         ctx.set_materialize_grads(False)
-        results = _forward_op(*inputs, True, *o)
+        results = _forward_op(*inputs, True, final.is_rows, *o)
         output, new_keys, new_values, slots, weights, *kept = results
         if o.key_gradient == "all":
             kept = [inputs.values]
-        ctx.save_for_backward(inputs.queries, inputs.targets, inputs.keys, inputs.gates, inputs.mask, *kept)
-        ctx.mark_non_differentiable(slots, weights)
-        ctx.options, ctx.num_keys = o, inputs.keys.shape[2]
-        return output, new_keys, new_values, slots, weights
+        slot, kept = (kept[:1], kept[1:]) if final.is_rows else ([], kept)
+        ctx.save_for_backward(inputs.queries, inputs.targets, inputs.keys, inputs.gates, inputs.mask, *kept, *slot)
+        ctx.mark_non_differentiable(slots, weights, *slot)
+        ctx.options, ctx.num_keys, ctx.sparse_grad = o, inputs.keys.shape[2], final.sparse_grad
+        return (output, new_keys, new_values, slots, weights, *slot)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, grad_keys: Any, grad_values: Any, *_: Any) -> Any:
-        """The closed form: chunks in reverse, one dense gradient of the table, rows from the undo log."""
-        none = [None] * len(Options._fields)
+        """The closed form: chunks in reverse, one gradient of the rows that they read, rows from the undo log."""
+        none, of_final = [None] * len(Options._fields), [None] * len(Final._fields)
         grads = (grad_output, grad_keys, grad_values)
         if all(grad is None for grad in grads):
-            return (None, None, None, None, *in_public_order(none, None, None))
+            return (None, None, None, None, *in_public_order(none, None, None), *of_final)
         queries, targets, keys, gates, mask, *saved = ctx.saved_tensors
         refuse_transforms("fast_weight_memory", (*grads, queries, targets, keys, gates, mask, *saved))
         needed = ctx.needs_input_grad[:4]
-        with_addresses = needed[0] or needed[2]
-        results = _FastWeightMemoryBackward.apply(
-            ctx.options, ctx.num_keys, with_addresses, *grads, queries, targets, keys, gates, mask, *saved
-        )
+        with_addresses, spread = needed[0] or needed[2], needed[3] and not ctx.sparse_grad
+        how = (ctx.options, ctx.num_keys, with_addresses, spread, needed[3] and ctx.sparse_grad)
+        results = _FastWeightMemoryBackward.apply(*how, *grads, queries, targets, keys, gates, mask, *saved)
         grad_gates = results[4] if gates is not None else None
         main = (result if is_needed else None for result, is_needed in zip(results[:4], needed, strict=True))
-        return (*main, *in_public_order(none, grad_gates, None))
+        return (*main, *in_public_order(none, grad_gates, None), *of_final)
 
 
 # Dynamo cannot trace the backward, and Dynamo of torch 2.11 fails in the code that it runs instead, so it must skip the
@@ -246,6 +266,8 @@ def fast_weight_memory(
     boundary: str = "carry",
     precision: str = "tf32x3",
     backend: str = "auto",
+    final: str = "table",
+    sparse_grad: bool = False,
 ) -> MemoryOutput:
     """Read a sequence, and rewrite keys and values after each chunk from the state that the chunk read.
 
@@ -280,9 +302,15 @@ def fast_weight_memory(
     Gradients go through all chunks and writes to `queries`, `targets`, `keys`, `values` and `gates`; slots, counts and
     the mask are constants. What is kept for them is O(B · T · (J + 1) · (D + Dk)): the rows that each chunk reads, as
     they were, and the sub-keys that it picks (or its keys whole where that is less), and no table of values; backward
-    fills one dense gradient of the table. Final keys and values are differentiable too: pass them to
-    the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
+    fills one dense gradient of the table, unless `sparse_grad`. Final keys and values are differentiable too: pass them
+    to the next call to train across segments, and detach() them to truncate. Without gradients nothing is kept, and one
     private copy of the table is written in place. Inputs are never changed.
+
+    Rows. ``final="rows"`` leaves the rows of `values` that the call has read, as they are after the last write, in
+    place of a new table: all others are what they were. Reads and writes run in a table of these rows alone, with the
+    same bits, so that nothing has N rows but `values`, and their gradient if they need one that is not sparse. There
+    are R = min(N, accesses) places, whatever the data: re-reads count, unused places stand last. `apply_rows_` writes
+    the rows to a table. Their values are differentiable, as the final table is.
 
     torch.compile. Numbers such as `lr` are constants of what is compiled: every new value compiles again, and after
     torch._dynamo.config.recompile_limit of them (8) fullgraph=True raises, while without it the call runs eagerly. A
@@ -315,9 +343,15 @@ def fast_weight_memory(
         step: "paper", "gradient" or "normalized".
         boundary: "carry" or "drop".
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+        final: "table", or "rows", which needs weight_decay=0 and key_gradient="addressing".
+        sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that the call has read;
+            needs final="rows". It is coalesced on CPUs. On a GPU, where the number of rows would have to be waited
+            for, it has R entries, and those of unused places are 0 at the first slot. torch.optim.SGD and SparseAdam
+            take it. Not with torch.compile, which has no sparse gradients.
 
     Returns:
-        output [B, T, D] in the targets' dtype; keys and values after the last write; slots (int64) and weights
+        output [B, T, D] in the targets' dtype; keys and values after the last write, the latter as `Rows`(document [R],
+        all 0, slot [R], -1 in unused places, value [R, D]) under final="rows"; slots (int64) and weights
         (float32; float64 for float64) of the output reads, [B, T, J] with j = head·K + pick, not differentiable.
         T = 0 gives empty results and copies of keys and values.
 
@@ -328,14 +362,22 @@ def fast_weight_memory(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
-    inputs = Inputs(queries, targets, keys, values, gates, mask)
+    inputs, how = Inputs(queries, targets, keys, values, gates, mask), Final(final, sparse_grad)
     refuse_transforms("fast_weight_memory", inputs)
     # A program of torch.export has no gradients, so it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(isinstance(x, Tensor) and x.requires_grad for x in inputs[:-1]):  # the mask is a constant
         train = _train_coupled if isinstance(key_gradient, str) and key_gradient == "all" else FastWeightMemory.apply
-        return MemoryOutput(*train(queries, targets, keys, values, *in_public_order(o, gates, mask)))
+        return _as_output(train(queries, targets, keys, values, *in_public_order(o, gates, mask), *how))
     o = check_memory(inputs, o)
+    how.check(o)
     # The inputs are detached, even the mask, which may require gradients. A block of no_grad would not do, since a
     # program of torch.export that raises in one leaves gradients disabled.
-    return MemoryOutput(*_forward_op(*inputs.detach(), False, *o))
+    return _as_output(_forward_op(*inputs.detach(), False, how.is_rows, *o))
+
+
+def _as_output(results: Sequence[Tensor]) -> MemoryOutput:
+    """The record of what the operator gives."""
+    output, keys, values, slots, weights, *slot = results
+    left = Rows(torch.zeros_like(slot[0]), slot[0], values) if slot else values
+    return MemoryOutput(output, keys, left, slots, weights)

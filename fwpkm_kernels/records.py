@@ -5,7 +5,7 @@ of the package.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,6 +170,6 @@ class MemoryOutput(NamedTuple):
 
     output: Tensor  #: [B, T, D], in the targets' dtype
     keys: Tensor  #: [H, 2, n, Dk/2], after the last write
-    values: Tensor  #: [N, D], after the last write
+    values: Any  #: [N, D], after the last write; under final="rows" the `Rows` of it that were read, slots ascending
     slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
     weights: Tensor  #: [B, T, J], of the output reads; not differentiable

@@ -137,7 +137,7 @@ def read_and_close_chunks(memory: Memory, tokens: Tokens, output: Tensor, is_fir
     gates, mask = (x.flatten() for x in factors)
     targets, by_item = tokens.targets.transpose(0, 1), output.transpose(0, 1)
     tensors = (queries.flatten(0, 1), targets, memory.keys, memory.values, gates, mask, by_item)
-    new_keys, kept = run_scans(*tensors, o, carried=carried)
+    new_keys, _, kept = run_scans(*tensors, o, carried=carried)
     memory.keys.copy_(new_keys)
     _touch(memory.touched, kept.found.slots, o)
     for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
