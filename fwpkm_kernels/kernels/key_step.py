@@ -35,9 +35,9 @@ class KeySumConfig(NamedTuple):
 
 def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig:
     """Launch table, keyed by the width of a sub-key, the picks that one has on average, and the dtype of the sums."""
-    block_a = min(max(next_power_of_2(max(1, int(picks))), 8), 64)
-    # With many picks the column blocks are narrow, so that several programs share a sub-key that every token picks.
-    block_d = min(next_power_of_2(max(1, width)), 256, 4096 // block_a)
+    block_a = min(max(next_power_of_2(max(1, int(picks))), 16), 64)
+    # The column blocks are narrow, so that several programs share a sub-key that many tokens pick.
+    block_d = min(next_power_of_2(max(1, width)), 64)
     return KeySumConfig(block_a * 4 // dtype.itemsize, block_d, max(1, block_a * block_d // 1024))
 
 

@@ -43,11 +43,12 @@ def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
     low = 2 ** ((bits + 1) // 2)
     block_k = next_power_of_2(top_k)
     block_t = min(max(next_power_of_2(cdiv(num_rows, TILE)), 32), 512)
-    usage_warps = max(1, block_t // 128)
+    usage_warps = max(1, min(4, block_t // 64))
     mean = max(1, num_rows * top_k // num_keys)  # tokens that picked a sub-key
     return PlanConfig(
         block_high=2**bits // low, block_low=low, block_k=min(block_k, 8), block_t=block_t,
-        block_a=min(max(next_power_of_2(mean), 8), 64, max(1, 256 * usage_warps // block_k)),
+        # A popular sub-key is picked by far more tokens than the mean, and the launch takes as long as its program.
+        block_a=min(max(next_power_of_2(mean), 32), 64, max(1, 256 * usage_warps // block_k)),
         count_warps=8 if bits > 10 else 4, usage_warps=usage_warps,
     )
 
