@@ -48,9 +48,9 @@ def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
     `merge_kernel` has one warp for the candidates of either tile.
 
     Tiles are as high as 16 rows for each warp: so the matrix units leave a row in one warp, and the K reductions over
-    it need no shared memory. With many rows they are wide: although a multiprocessor then holds one program of 8 warps,
-    wide tiles were faster on an H200 (41.6 µs for 4096 rows and 512 sub-keys, 44.1 with 64 sub-keys a tile; 308 µs for
-    4096 sub-keys with 64 rows a tile, 322 with 128), and leave fewer candidates to merge.
+    it need no shared memory. With few picks they are so narrow that a multiprocessor holds two programs of 8 warps (128
+    registers on sm_90); with many, wide ones leave fewer candidates to merge. (On an H200, with few picks, tiles of 128
+    sub-keys take 5 % less of 512 sub-keys and 10 % less of 4096; on sm_80 they do not fit the registers.)
     """
     width = next_power_of_2(keys.shape[2])
     if keys.dtype == torch.float64:
@@ -60,7 +60,7 @@ def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
     is_few = num_rows <= FEW_ROWS and width * top_k <= 32 * 512 and keys.stride(3) == 1
     if is_few or width < 64:
         return LookupConfig(64, max(16, min(32, width)), 32, 4)
-    return LookupConfig(128, min(width, 128), 32, 8) if width < 2048 else LookupConfig(64, 128, 32, 4)
+    return LookupConfig(128, 64, 32, 8)
 
 
 def merge_warps(block_c: int, block_p: int, row_bytes: int) -> int:
