@@ -59,7 +59,8 @@ def lookup_config(num_rows: int, keys: Tensor, top_k: int) -> LookupConfig:
         return LookupConfig(128, max(16, min(128, width), next_power_of_2(top_k)), 16, 8)
     is_few = num_rows <= FEW_ROWS and width * top_k <= 32 * 512 and keys.stride(3) == 1
     if is_few or width < 64:
-        return LookupConfig(64, max(16, min(32, width)), 32, 4)
+        # Narrow ones leave no multiprocessor without a program; with more rows, wider ones leave fewer with three.
+        return LookupConfig(64, max(16, min(32 if num_rows <= FEW_ROWS // 4 else 64, width)), 32, 4)
     return LookupConfig(128, 64, 32, 8)
 
 
