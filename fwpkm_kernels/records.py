@@ -157,6 +157,14 @@ class Writes(NamedTuple):
     plan: Plan  #: of each chunk, as `within_chunks` makes it
 
 
+class Rows(NamedTuple):
+    """Rows of memories, each of which may differ from the row of the table that its memory began with."""
+
+    document: Tensor  #: int64 [R]: whose memory it is a row of; 0 where there is one memory only
+    slot: Tensor  #: int64 [R]; -1 where a place is unused, so that R depends on no data
+    value: Tensor  #: [R, D]
+
+
 class MemoryOutput(NamedTuple):
     """What a sequence leaves behind."""
 
@@ -165,3 +173,13 @@ class MemoryOutput(NamedTuple):
     values: Tensor  #: [N, D], after the last write
     slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
     weights: Tensor  #: [B, T, J], of the output reads; not differentiable
+
+
+class VarlenOutput(NamedTuple):
+    """What packed documents leave behind, each with a memory of its own."""
+
+    output: Tensor  #: [T, D], in the targets' dtype
+    keys: Tensor  #: [S, H, 2, n, Dk/2], after each document's last write
+    rows: Rows  #: of each document: those that it has read, and those that it began with, after its last write
+    slots: Tensor  #: [T, J], int64, of the output reads; not differentiable
+    weights: Tensor  #: [T, J], of the output reads; not differentiable
