@@ -101,8 +101,13 @@ class PickPlan(NamedTuple):
     tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
     order: Tensor  #: [M·H·2·K]: which of all picks that was
     first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: Tensor  #: [2·n]: the derivative of the slope
+    slope: Tensor  #: [memories·2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads of a memory pooled
+    bend: Tensor  #: [memories·2·n]: the derivative of the slope
+
+    def sizes(self, heads: int) -> tuple[int, int]:
+        """(How many sub-keys n a half has, how many of the `heads` one memory has)."""
+        num_keys = (self.first.numel() - 1) // (2 * heads)
+        return num_keys, heads * 2 * num_keys // self.slope.numel()
 
 
 class Layout(NamedTuple):
@@ -148,6 +153,14 @@ class Tokens(NamedTuple):
         return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
 
 
+class Rows(NamedTuple):
+    """Some rows of tables of values; how many there are is known beforehand, and places that are not used have slot -1."""
+
+    document: Tensor  #: int64 [R]: in whose table; 0 where there is one table, and in unused places
+    slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
+    value: Tensor  #: [R, D]; 0 in unused places
+
+
 class Writes(NamedTuple):
     """What the reads of a sequence weigh, and what they write, chunk by chunk."""
 
@@ -155,14 +168,6 @@ class Writes(NamedTuple):
     write_weights: Tensor  #: c, [R, J]
     counts: Tensor  #: n_s, int32 [R, J]
     plan: Plan  #: of each chunk, as `within_chunks` makes it
-
-
-class Rows(NamedTuple):
-    """Rows of memories, each of which may differ from the row of the table that its memory began with."""
-
-    document: Tensor  #: int64 [R]: whose memory it is a row of; 0 where there is one memory only
-    slot: Tensor  #: int64 [R]; -1 where a place is unused, so that R depends on no data
-    value: Tensor  #: [R, D]
 
 
 class MemoryOutput(NamedTuple):
