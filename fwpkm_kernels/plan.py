@@ -21,18 +21,26 @@ ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
 
-    Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes; not
-    under TRITON_DEBUG, where kernels assert that they do.
+    Never synchronises with the host.
+    """
+    rows, order = sort_slots(slots, num_slots)
+    is_narrow = position_dtype(rows.numel()) == torch.int32
+    start = torch.searchsorted(rows, rows, out_int32=is_narrow)
+    end = torch.searchsorted(rows, rows, right=True, out_int32=is_narrow)
+    return Plan(order, rows, start, end)
+
+
+def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Sort `slots` (any shape, read flat, values in [0, num_slots)) stably: (the slots, which one stands where).
+
+    The sort is of int32 keys where the slots fit, which takes half the passes on a GPU; not under TRITON_DEBUG, where
+    kernels assert that they do.
     """
     check_sort("slots", slots)
     keys = slots.reshape(-1)
     if keys.is_cuda and not ASSERTS:
         keys = keys.to(row_dtype(num_slots))
-    rows, order = torch.sort(keys, stable=True)
-    is_narrow = position_dtype(keys.numel()) == torch.int32
-    start = torch.searchsorted(rows, rows, out_int32=is_narrow)
-    end = torch.searchsorted(rows, rows, right=True, out_int32=is_narrow)
-    return Plan(order, rows, start, end)
+    return torch.sort(keys, stable=True)
 
 
 def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0, memories: int = 1) -> PickPlan:

@@ -154,7 +154,7 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Some rows of tables of values; how many there are is known beforehand, and places that are not used have slot -1."""
+    """Rows of tables of values; how many is known before the data are, so some places are unused: their slot is -1."""
 
     document: Tensor  #: int64 [R]: in whose table; 0 where there is one table, and in unused places
     slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
