@@ -113,7 +113,7 @@ def _scan_addresses(
     final keys [S, H, 2, n, Dk/2]."""
     heads, width = queries.shape[1:]
     moved = _initial_keys(keys, packing)
-    parts = [] if packing.parts else [lookup_halves(queries, keys, o.lookup)]
+    parts = [Addresses.empty(queries[:0], o.top_k, compute_dtype(keys.dtype))]  # there may be no tokens
     copied = 0
     for part in packing.parts:
         part_keys = moved[part.memories]
@@ -342,7 +342,7 @@ def run_packed_grad(
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
     slot = rows.slot
-    grad_earlier = take_rows(table_grad, earlier, o.backend, values.dtype)
+    grad_earlier = take_rows(table_grad, earlier, o.backend).to(values.dtype)
     grad_values = values.new_empty(0)
     if with_values:
         if len(earlier) > 0:  # those rows were not read from `values`

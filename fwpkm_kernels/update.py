@@ -45,7 +45,11 @@ def write(
     if rows is not None and log is not None:
         log[positions] = rows
     if o.weight_decay != 0.0:
-        values.mul_(decay if decays is None else torch.where(decays, decay, 1.0).unsqueeze(1).to(values.dtype))
+        factors: float | Tensor = decay
+        if decays is not None:
+            factors = torch.ones(values.shape[0], 1, dtype=compute_dtype(values.dtype), device=values.device)
+            factors[decays] = decay
+        values.mul_(factors)
     if rows is not None:  # in half precision each row is rounded once
         values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
     elif values.is_cuda:  # there scatter_add_ has no deterministic form
