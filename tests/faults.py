@@ -1100,6 +1100,22 @@ FAULTS = [
         "graphs",
     ),
     Fault(
+        "early-launch-that-does-not-wait",
+        "kernels/scans.py",
+        "    wait_for_inputs(PDL)\n",
+        "",
+        "a chunk is read before the write of the chunk before it has ended",
+        "early_launches",
+    ),
+    Fault(
+        "early-launch-of-all-sizes",
+        "kernels/_common.py",
+        "is_small and on.is_cuda",
+        "on.is_cuda",
+        "programs that wait take the place of those that they wait for",
+        "early_launches",
+    ),
+    Fault(
         "launch-of-another-dtype",
         "kernels/_direct.py",
         'key = [f"{x}.dtype" for x in pointers]',
