@@ -5,7 +5,7 @@ from .graphs import MemoryGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
-from .records import MemoryOutput
+from .records import Carry, MemoryOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
@@ -13,6 +13,7 @@ from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
 __version__ = "0.1.0"
 
 __all__ = [
+    "Carry",
     "ChunkValueUpdate",
     "FastWeightMemory",
     "MemoryGraph",
