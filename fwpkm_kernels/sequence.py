@@ -73,7 +73,8 @@ def run_scans(
     gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
     writes = plan_writes(scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o)
     log = values.new_empty(slots.numel() if keep else 0, width)
-    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
+    spans = [chunk.span(o.lookahead) for chunk in chunks]
+    value_scan(values, targets, slots, writes, output, log if keep else None, spans, o)
     return new_keys, Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log)
 
 
@@ -127,7 +128,7 @@ def run_backward(
     weights, log_rows = weigh_again(scores, kept.plan, length, batch, carried, o)
     writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
+        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, [c.span(o.lookahead) for c in chunks], o
     )
     grad_scores, grad_gates = plan_writes_grad(
         grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, carried, o

@@ -17,6 +17,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.kernels import scans, segments, streaming, update
+from fwpkm_kernels.kernels.compact import copy_rows
 from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import plan_segments
@@ -176,6 +177,22 @@ def test_far_tensors_of_the_value_scan(name, dim, triton_place):
         arguments = (c.values, c.slots, c.steps, c.step_rows, c.weights, c.write_weights, c.targets, c.grad_output)
         grad_predictions = scans.read_grad(*arguments, grad_targets, *grads)
         return errors, output.contiguous(), grad_predictions, grad_targets.contiguous(), *grads
+
+    assert_far(call, near, name, dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("put", [False, True])
+@pytest.mark.parametrize("name", ["source", "out"])
+def test_rows_of_a_far_table_are_copied(name, put, dim, triton_place):
+    generator = torch.Generator().manual_seed(0)
+    near = {key: torch.randn(5, 3, generator=generator).to(triton_place.device, HALF) for key in ("source", "out")}
+    slots = torch.tensor([4, -1, 0, 3, 1], device=triton_place.device)
+
+    def call(source, out):
+        out = far(out, dim) if out.stride(dim) > 2**20 else out.clone()
+        copy_rows(source, slots, out, put=put)
+        return out.contiguous()
 
     assert_far(call, near, name, dim)
 
