@@ -690,8 +690,8 @@ FAULTS = [
     Fault(
         "rereads-replace-reads",
         "weights.py",
-        "by_token[chunk.first * batch : chunk.stop * batch] += ",
-        "by_token[chunk.first * batch : chunk.stop * batch] = ",
+        "by_token[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] += ",
+        "by_token[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] = ",
         "the gradient of a token that is read again lacks its first read",
         "chunks",
         "kernels_say",
