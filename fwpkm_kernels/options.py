@@ -145,19 +145,20 @@ class Options(NamedTuple):
         return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
 
 
-class Final(NamedTuple):
-    """What a call leaves behind of the values, and their gradient."""
+class Call(NamedTuple):
+    """What a call of `fast_weight_memory` says besides its options."""
 
+    carried: int = 0  #: how many tokens queries, gates and mask have before those of the targets
     final: str = "table"
     sparse_grad: bool = False
 
     @property
     def is_rows(self) -> bool:
-        """Whether it is the rows that were touched."""
+        """Whether it leaves the rows behind that it has read, and no table."""
         return self.final == "rows"
 
     def check(self, o: Options) -> None:
-        """Validate both, and that the options allow them."""
+        """Validate what it is to leave behind, and that the options allow that."""
         checks.check_choice("final", self.final, FINALS)
         checks.check_flag("sparse_grad", self.sparse_grad)
         if self.sparse_grad and not self.is_rows:
@@ -211,9 +212,9 @@ def in_public_order(options: Sequence[Any], gates: Any, mask: Any) -> tuple[Any,
 
 def from_public_order(
     queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *given: Any
-) -> tuple[Inputs, Options, Final]:
+) -> tuple[Inputs, Options, Call]:
     """What the arguments of `FastWeightMemory.apply` say, of which the last may be left out."""
     gates, mask, *_ = [*given[_BEHIND_MASK : _BEHIND_MASK + 2], None, None]
-    last = len(Options._fields) + 2
-    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 : last])
-    return Inputs(queries, targets, keys, values, gates, mask), options, Final(*given[last:])
+    end = len(Options._fields) + 2
+    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 : end])
+    return Inputs(queries, targets, keys, values, gates, mask), options, Call(*given[end:])

@@ -43,10 +43,11 @@ def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     return torch.sort(keys, stable=True)
 
 
-def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0) -> PickPlan:
+def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0, memories: int = 1) -> PickPlan:
     """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
-    `picks`, contiguous, are those that a lookup gives. The usage is that of the rows from `first_row` on.
+    `picks`, contiguous, are those that a lookup gives. The usage is that of the rows from `first_row` on, in each of
+    `memories` that the heads belong to, one after the other.
     """
     from .kernels.picks import can_plan
     from .kernels.picks import plan_picks as launch
@@ -58,7 +59,7 @@ def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0) -> PickPlan:
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=plan.rows.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    return launch(picks, num_keys=num_keys, first_row=first_row, listed=listed)
+    return launch(picks, num_keys=num_keys, first_row=first_row, memories=memories, listed=listed)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ def run_scans(
     """
     batch, length, width = targets.shape
     chunks = o.cut(length, carried)
-    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
+    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, carried, keep, o)
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
     gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
     of_table: tuple[Tensor, ...] = ()
@@ -90,19 +90,23 @@ def run_scans(
         ids = found_for_output[0]
         ids.copy_(touched.slot[ids])
     log = values.new_empty(slots.numel() if keep else 0, width)
-    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
+    spans = [chunk.span(o.lookahead) for chunk in chunks]
+    value_scan(values, targets, slots, writes, output, log if keep else None, spans, o)
     kept = Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log, *of_table)
     return new_keys, values, kept
 
 
 @checks.without_autocast
-def run_forward(inputs: Inputs, keep: bool, o: Options, *, compacted: bool = False) -> tuple[MemoryOutput, Kept]:
+def run_forward(
+    inputs: Inputs, keep: bool, o: Options, carried: int = 0, *, compacted: bool = False
+) -> tuple[MemoryOutput, Kept]:
     """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`.
 
+    Queries, gates and mask have `carried` positions before those of the targets; there are no results for these.
     `compacted`: the values left behind are the compact table, the slots of whose rows are among what backward reads.
     """
     queries, targets, keys, values, gates, mask = inputs
-    size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
+    size, dtype = (*targets.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
     gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
     keys = keys.contiguous()  # then the kept copies and the final keys are contiguous too
     if not compacted:
@@ -112,7 +116,7 @@ def run_forward(inputs: Inputs, keep: bool, o: Options, *, compacted: bool = Fal
     weights = torch.empty(size, dtype=dtype, device=values.device)
     tensors = (rows_of(queries), targets, keys, values, gates, mask, output)
     how: dict[str, Any] = {"keep": keep, "found_for_output": (slots, weights), "compacted": compacted}
-    new_keys, new_values, kept = run_scans(*tensors, o, **how)
+    new_keys, new_values, kept = run_scans(*tensors, o, carried=carried, **how)
     return MemoryOutput(output, new_keys, new_values, slots, weights), kept
 
 
@@ -127,6 +131,7 @@ def run_backward(
     with_addresses: bool,
     kept: Kept,
     o: Options,
+    carried: int = 0,
     *,
     spread: bool = True,
 ) -> list[Tensor]:
@@ -135,7 +140,7 @@ def run_backward(
     Those of queries and keys are empty unless `with_addresses`. That of values that were compacted is of the compact
     table's rows, [P, D], unless it is `spread` to all N.
     """
-    batch, length = queries.shape[:2]
+    batch, length = targets.shape[:2]
     dtype, device = kept.write_weights.dtype, queries.device
     grad_output, grad_keys, grad_values = grads
     if grad_output is None:
@@ -145,15 +150,15 @@ def run_backward(
     num_rows = num_keys**2 if kept.slot is None else kept.slot.shape[0]
     table_grad = torch.empty(num_rows, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
-    chunks = o.cut(length)
+    chunks = o.cut(length, carried)
     scores, slots = kept.found.scores.flatten(1), kept.found.slots.flatten(1) if kept.ids is None else kept.ids
-    weights, log_rows = weigh_again(scores, kept.plan, length, batch, o)
+    weights, log_rows = weigh_again(scores, kept.plan, length, batch, carried, o)
     writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
+        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, [c.span(o.lookahead) for c in chunks], o
     )
     grad_scores, grad_gates = plan_writes_grad(
-        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, o
+        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, carried, o
     )
     grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
     if with_addresses:
@@ -162,9 +167,9 @@ def run_backward(
             grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
         grad_found = grad_scores.view(kept.found.scores.shape)
         by_read, new_grad_keys = address_scan_grad(
-            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, o
+            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, carried, o
         )
-        grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
+        grad_queries = sum_reads(by_read, length, batch, carried, queries.dtype, o)
         new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
     new_grad_values = table_grad.to(kept.log.dtype)
     if kept.slot is not None and spread:

@@ -120,13 +120,15 @@ def key_step_grad_samples(place: Place) -> Samples:
 
 
 def memory_arguments(
-    place: Place, length: int, keep: bool, layout: str = "contiguous", *, as_rows: bool = False, **options: Any
-) -> tuple[Any, ...]:
+    place: Place, length: int, keep: bool, layout: str = "contiguous", carried: int = 0, as_rows: bool = False,
+    **options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
     inputs = make_inputs(2, length, num_keys=30, mask="real", dtype=torch.float32, layout=layout, device=place.device)
     names = ("queries", "targets", "keys", "values", "gates", "mask")
     o = Options(chunk_size=3, top_k=2, backend=place.backend, **options)
-    return (*(inputs[name] for name in names), keep, as_rows, *o)
+    inputs["targets"] = inputs["targets"][:, carried:]
+    return (*(inputs[name] for name in names), keep, carried, as_rows, *o)
 
 
 def memory_samples(place: Place) -> Samples:
@@ -142,12 +144,16 @@ def memory_samples(place: Place) -> Samples:
         yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
         yield f"rows, keeping {keep}", memory_arguments(place, 4, keep, as_rows=True)
         yield f"rows of no tokens, keeping {keep}", memory_arguments(place, 0, keep, as_rows=True)
+    for length in (9, 3):
+        for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
+            name = f"carried before {length - 1}, {options}, keeping"
+            yield name, memory_arguments(place, length, True, carried=1, **options)
     yield "coupled keys, not keeping", memory_arguments(place, 7, False, key_gradient="all")
 
 
 def memory_grad_samples(place: Place) -> Samples:
     for name, arguments in memory_samples(place):
-        queries, targets, keys, _, gates, mask, keep, as_rows, *options = arguments
+        queries, targets, keys, _, gates, mask, keep, carried, as_rows, *options = arguments
         if not keep or Options(*options).key_gradient == "all":
             continue
         output, new_keys, new_values, _, _, *kept = OPS.fast_weight_memory(*arguments)
@@ -156,12 +162,12 @@ def memory_grad_samples(place: Place) -> Samples:
         if as_rows:
             slot, *kept = kept
             kept.append(slot)
-            yield f"{name}, not spread", (*incoming, *tensors, True, False, kept, *options)
-        yield name, (*incoming, *tensors, True, True, kept, *options)
+            yield f"{name}, not spread", (*incoming, *tensors, True, False, carried, kept, *options)
+        yield name, (*incoming, *tensors, True, True, carried, kept, *options)
         if not name.startswith("carry, {}"):
             continue
-        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, True, kept, *options)
-        yield f"{name}, without addresses", (*incoming, *tensors, False, True, kept, *options)
+        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, True, carried, kept, *options)
+        yield f"{name}, without addresses", (*incoming, *tensors, False, True, carried, kept, *options)
 
 
 def step_samples(place: Place) -> Samples:
