@@ -5,7 +5,7 @@ from .graphs import MemoryGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
-from .records import MemoryOutput, Rows, VarlenOutput
+from .records import Carry, MemoryOutput, Rows, VarlenOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
@@ -14,6 +14,7 @@ from .varlen import fast_weight_memory_varlen
 __version__ = "0.1.0"
 
 __all__ = [
+    "Carry",
     "ChunkValueUpdate",
     "FastWeightMemory",
     "MemoryGraph",

@@ -31,6 +31,23 @@ class Inputs(NamedTuple):
         return Inputs(*each(Tensor.detach, *self))  # type: ignore[arg-type]
 
 
+class Carry(NamedTuple):
+    """What a segment of a sequence has read and not written yet, which the next segment begins with.
+
+    These are the c tokens of the chunk that is not full, behind the L tokens before it if there is a chunk before.
+    """
+
+    queries: Tensor  #: [B, c, H, Dk], c < chunk_size + lookahead
+    targets: Tensor  #: [B, c, D]
+    gates: Tensor | None  #: [B, c]
+    mask: Tensor | None  #: [B, c]
+    position: int  #: how many tokens the sequence has had so far
+
+    def detach(self) -> "Carry":
+        """The same without its graph: gradients of the next segment end here."""
+        return Carry._make((*each(Tensor.detach, *self[:4]), self.position))
+
+
 class Plan(NamedTuple):
     """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
 

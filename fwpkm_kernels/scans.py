@@ -102,16 +102,10 @@ def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan,
     write(grad_values, vectors, weights, plan, how, decays=span.decays)
 
 
-def _count_carried(chunks: list[Chunk]) -> int:
-    """How many positions before the sequence wait to be written."""
-    return chunks[0].start - chunks[0].first if chunks else 0
-
-
-def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
+def _by_read(x: Tensor, chunks: list[Chunk], batch: int, carried: int) -> Tensor:
     """The rows x [positions·B, ...] of all positions, the carried ones first, in the order of the reads: [R, ...]."""
     if all(chunk.first == chunk.start for chunk in chunks):
-        return x
-    carried = _count_carried(chunks)
+        return x[carried * batch :]  # carried positions are read by a chunk that is written, and by no other
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
@@ -121,7 +115,7 @@ def _sizes(spans: list[Span], rows: int) -> list[int]:
 
 
 def address_scan(
-    queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, keep: bool, o: Options
+    queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, carried: int, keep: bool, o: Options
 ) -> tuple[Addresses, Tensor, Tensor]:
     """Look up every read, chunk by chunk, and move the keys after each chunk.
 
@@ -135,7 +129,7 @@ def address_scan(
     """
     chunk_keys = keys.new_empty(0)
     if not o.keys_move:
-        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, o.lookup)))
+        found = Addresses(*(_by_read(x, chunks, batch, carried) for x in lookup_halves(queries, keys, o.lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
     if keep and keeps_picks:
@@ -146,7 +140,6 @@ def address_scan(
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
     parts = [] if chunks else [lookup_halves(queries[:0], keys, o.lookup)]
-    carried = _count_carried(chunks)
     in_place = not (keep and not keeps_picks)
     moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
@@ -172,15 +165,19 @@ def address_scan_grad(
     chunk_keys: Tensor,
     chunks: list[Chunk],
     batch: int,
+    carried: int,
     o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan, in the compute dtype.
+
+    Args:
+        queries: [positions·B, H, Dk], the carried ones first.
 
     Returns the gradients of the query of each read, [R, H, Dk], and of the initial keys.
     """
     no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
     if not o.keys_move:
-        queries = _by_read(queries, chunks, batch)
+        queries = _by_read(queries, chunks, batch, carried)
         return address_grad(grad_keys, chunk_keys[0], queries, grad_scores, found.slots, found.picks, no_step)
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
@@ -197,7 +194,7 @@ def address_scan_grad(
         _, grad_keys = address_grad(
             grad_keys,
             keys,
-            queries[chunk.first * batch : chunk.stop * batch],
+            queries[(chunk.first + carried) * batch : (chunk.stop + carried) * batch],
             chunk_grad_scores,
             chunk_found.slots,
             chunk_found.picks,

@@ -690,8 +690,8 @@ FAULTS = [
     Fault(
         "rereads-replace-reads",
         "weights.py",
-        "by_token[chunk.first * batch : chunk.stop * batch] += ",
-        "by_token[chunk.first * batch : chunk.stop * batch] = ",
+        "by_token[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] += ",
+        "by_token[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] = ",
         "the gradient of a token that is read again lacks its first read",
         "chunks",
         "kernels_say",
@@ -1098,6 +1098,22 @@ FAULTS = [
         "",
         "every replay puts its tokens at the beginning of the queue",
         "graphs",
+    ),
+    Fault(
+        "early-launch-that-does-not-wait",
+        "kernels/scans.py",
+        "    wait_for_inputs(PDL)\n",
+        "",
+        "a chunk is read before the write of the chunk before it has ended",
+        "early_launches",
+    ),
+    Fault(
+        "early-launch-of-all-sizes",
+        "kernels/_common.py",
+        "is_small and on.is_cuda",
+        "on.is_cuda",
+        "programs that wait take the place of those that they wait for",
+        "early_launches",
     ),
     Fault(
         "launch-of-another-dtype",

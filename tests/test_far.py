@@ -272,7 +272,7 @@ def test_far_gates_and_mask_of_a_sequence(name, dim, triton_place):
     def call(gates, mask):
         writes = plan_writes(scores, slots, 4, gates.T, mask.T, 5, 2, 0, None, o)
         grads = (writes.weights, writes.write_weights, scores, writes)
-        return writes, plan_writes_grad(*grads, gates, mask, 5, 2, o)
+        return writes, plan_writes_grad(*grads, gates, mask, 5, 2, 0, o)
 
     assert_far(call, near, name, dim)
 

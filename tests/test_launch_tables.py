@@ -150,7 +150,7 @@ def chunk_launches(place: Place) -> Function:
     def call() -> Any:
         writes = plan_writes(scores, slots, 9, gates.T, mask, length, batch, 0, None, o)
         grads = (grad_weights, grad_write_weights, scores, writes)
-        of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, o)
+        of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, 0, o)
         layout = o.layout(length, batch)
         options = {"weighting": "softmax", "temperature": 1.0}
         again = weight_kernels.weigh_again(scores, writes.plan, layout, **options)
