@@ -123,7 +123,10 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order."""
     used = slot >= 0
     if not checks.use_triton(backend, grads):
-        return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        if grads.is_cuda:
+            return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+        return total.index_add_(0, slot[used], grads[used]).to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
