@@ -5,6 +5,7 @@ from .graphs import MemoryGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
+from .pool import MemoryPool
 from .records import MemoryOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
@@ -17,6 +18,7 @@ __all__ = [
     "FastWeightMemory",
     "MemoryGraph",
     "MemoryOutput",
+    "MemoryPool",
     "MemoryState",
     "ProductKeyLookup",
     "ProductKeyUpdate",
