@@ -1,7 +1,7 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
 from .gather import SparseValueGather, sparse_value_gather
-from .graphs import MemoryGraph
+from .graphs import MemoryGraph, PoolGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
@@ -20,6 +20,7 @@ __all__ = [
     "MemoryOutput",
     "MemoryPool",
     "MemoryState",
+    "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",
     "SparseValueGather",

@@ -301,7 +301,7 @@ class MemoryPool:
         return output
 
     @_alone
-    def step_sessions(
+    def _step_sessions(
         self,
         queries: Tensor,
         targets: Tensor,
@@ -314,10 +314,11 @@ class MemoryPool:
         """`fast_weight_memory_step` of a pool."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the positions; use PoolGraph")
-        ones, o = self.check_step(queries, targets, gates, mask, sessions, o)
+        o = self._check(queries, targets, gates, mask, o)
+        ones = self._named(sessions, len(queries))
         length = queries.shape[1]
         counts = _check_lengths(lengths, len(ones), length)
-        self.bind(queries, targets, o)
+        self._bind(queries, targets, o)
         tokens = Tokens(queries, targets, gates, mask).map(Tensor.detach)
         output = torch.zeros(targets.shape, dtype=targets.dtype, device=self.device)
         begins = [length - count for count in counts]
@@ -331,27 +332,23 @@ class MemoryPool:
                 where = [(row, slice(begins[row], begins[row] + count)) for row in rows]
                 self._read_part(tokens, output, [ones[row] for row in rows], where, o)
             read = sorted((row, count) for count, rows in parts.items() for row in rows)
-            self.finish_read([(ones[row], count) for row, count in read], o)
+            self._finish([(ones[row], count) for row, count in read], o)
             for row, count in read:
                 begins[row] += count
         return output
 
-    def check_step(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        gates: Tensor | None,
-        mask: Tensor | None,
-        sessions: Sequence[int] | Tensor | None,
-        o: Options,
-    ) -> tuple[list[Session], Options]:
-        """Validate the arguments of a step; returns its sessions, and the options with their numbers as floats."""
+    def _check(
+        self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None, o: Options
+    ) -> Options:
+        """Validate the tokens of a step; returns the options with their numbers as floats."""
         o = check_step_inputs(Inputs(queries, targets, self._keys, self._values, gates, mask), o)
         if o.weight_decay != 0.0:
-            raise ValueError(f"`weight_decay` must be 0 in a pool, where rows do not all decay, got {o.weight_decay}")
-        return self._named(sessions, len(queries)), o
+            raise ValueError(
+                f"`weight_decay` must be 0 in a pool, where rows that are shared stay, got {o.weight_decay}"
+            )
+        return o
 
-    def bind(self, queries: Tensor, targets: Tensor, o: Options) -> None:
+    def _bind(self, queries: Tensor, targets: Tensor, o: Options) -> None:
         """Bind at the first step; later refuse what differs."""
         binding = Binding.of(queries, targets, o)._replace(batch=1)
         if self._store.binding is None:
@@ -359,7 +356,7 @@ class MemoryPool:
         else:
             check_binding(self._store.binding, binding)
 
-    def finish_read(self, read: list[tuple[Session, int]], o: Options) -> None:
+    def _finish(self, read: list[tuple[Session, int]], o: Options) -> None:
         """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
 
         Raises:

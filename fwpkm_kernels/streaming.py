@@ -412,8 +412,8 @@ def fast_weight_memory_step(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
-    if hasattr(state, "step_sessions"):
-        return state.step_sessions(queries, targets, gates, mask, sessions, lengths, o)
+    if hasattr(state, "_step_sessions"):
+        return state._step_sessions(queries, targets, gates, mask, sessions, lengths, o)
     if sessions is not None or lengths is not None:
         raise TypeError(f"`sessions` and `lengths` need a MemoryPool as `state`, got a {type(state).__name__}")
     o = check_step(state, queries, targets, gates, mask, o)
