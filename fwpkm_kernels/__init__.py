@@ -6,14 +6,16 @@ from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
 from .pool import MemoryPool
-from .records import MemoryOutput
+from .records import Carry, MemoryOutput, Rows, VarlenOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
+from .varlen import fast_weight_memory_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Carry",
     "ChunkValueUpdate",
     "FastWeightMemory",
     "MemoryGraph",
@@ -23,11 +25,14 @@ __all__ = [
     "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",
+    "Rows",
     "SparseValueGather",
+    "VarlenOutput",
     "chunk_value_update",
     "chunk_value_update_",
     "fast_weight_memory",
     "fast_weight_memory_step",
+    "fast_weight_memory_varlen",
     "product_key_lookup",
     "product_key_update",
     "sparse_value_gather",

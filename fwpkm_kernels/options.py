@@ -179,8 +179,10 @@ def in_public_order(options: Sequence[Any], gates: Any, mask: Any) -> tuple[Any,
 
 def from_public_order(
     queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *given: Any
-) -> tuple[Inputs, Options]:
-    """Inputs and options of the arguments of `FastWeightMemory.apply`, of which the last may be left out."""
+) -> tuple[Inputs, Options, int]:
+    """Inputs, options and `carried` of the arguments of `FastWeightMemory.apply`, of which the last may be left out."""
     gates, mask, *_ = [*given[_BEHIND_MASK : _BEHIND_MASK + 2], None, None]
-    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 :])
-    return Inputs(queries, targets, keys, values, gates, mask), options
+    end = len(Options._fields) + 2
+    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 : end])
+    carried, *_ = [*given[end:], 0]
+    return Inputs(queries, targets, keys, values, gates, mask), options, carried

@@ -68,20 +68,24 @@ def run_scans(
     """
     batch, length, width = targets.shape
     chunks = o.cut(length, carried)
-    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, keep, o)
+    found, new_keys, chunk_keys = address_scan(queries, keys, chunks, batch, carried, keep, o)
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
     gates, mask = each(lambda x: x.view(carried + length, batch), gates, mask)
     writes = plan_writes(scores, slots, values.shape[0], gates, mask, length, batch, carried, found_for_output, o)
     log = values.new_empty(slots.numel() if keep else 0, width)
-    value_scan(values, targets, slots, writes, output, log if keep else None, chunks, o)
+    spans = [chunk.span(o.lookahead) for chunk in chunks]
+    value_scan(values, targets, slots, writes, output, log if keep else None, spans, o)
     return new_keys, Kept(found, chunk_keys, writes.write_weights, writes.counts, writes.plan, log)
 
 
 @checks.without_autocast
-def run_forward(inputs: Inputs, keep: bool, o: Options) -> tuple[MemoryOutput, Kept]:
-    """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`."""
+def run_forward(inputs: Inputs, keep: bool, o: Options, carried: int = 0) -> tuple[MemoryOutput, Kept]:
+    """What a sequence leaves behind; and what backward reads, in which keys and log are empty without `keep`.
+
+    Queries, gates and mask have `carried` positions before those of the targets; there are no results for these.
+    """
     queries, targets, keys, values, gates, mask = inputs
-    size, dtype = (*queries.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
+    size, dtype = (*targets.shape[:2], queries.shape[2] * o.top_k), compute_dtype(values.dtype)
     gates, mask = each(lambda x: x.transpose(0, 1).to(dtype), gates, mask)
     keys = keys.contiguous()  # then the kept copies and the final keys are contiguous too
     new_values = values.clone(memory_format=torch.contiguous_format)
@@ -89,7 +93,7 @@ def run_forward(inputs: Inputs, keep: bool, o: Options) -> tuple[MemoryOutput, K
     slots = torch.empty(size, dtype=torch.int64, device=values.device)
     weights = torch.empty(size, dtype=dtype, device=values.device)
     tensors = (rows_of(queries), targets, keys, new_values, gates, mask, output)
-    new_keys, kept = run_scans(*tensors, o, keep=keep, found_for_output=(slots, weights))
+    new_keys, kept = run_scans(*tensors, o, carried=carried, keep=keep, found_for_output=(slots, weights))
     return MemoryOutput(output, new_keys, new_values, slots, weights), kept
 
 
@@ -104,12 +108,13 @@ def run_backward(
     with_addresses: bool,
     kept: Kept,
     o: Options,
+    carried: int = 0,
 ) -> list[Tensor]:
     """Gradients of queries, targets, keys, values, and of the gates if there are any.
 
     Those of queries and keys are empty unless `with_addresses`.
     """
-    batch, length = queries.shape[:2]
+    batch, length = targets.shape[:2]
     dtype, device = kept.write_weights.dtype, queries.device
     grad_output, grad_keys, grad_values = grads
     if grad_output is None:
@@ -118,15 +123,15 @@ def run_backward(
     # outgoing one.
     table_grad = torch.empty(num_keys**2, targets.shape[2], dtype=dtype, device=device)
     table_grad.zero_() if grad_values is None else table_grad.copy_(grad_values)
-    chunks = o.cut(length)
+    chunks = o.cut(length, carried)
     scores, slots = kept.found.scores.flatten(1), kept.found.slots.flatten(1)
-    weights, log_rows = weigh_again(scores, kept.plan, length, batch, o)
+    weights, log_rows = weigh_again(scores, kept.plan, length, batch, carried, o)
     writes = Writes(weights, kept.write_weights, kept.counts, kept.plan)
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, chunks, o
+        table_grad, grad_output, targets, slots, writes, kept.log, log_rows, [c.span(o.lookahead) for c in chunks], o
     )
     grad_scores, grad_gates = plan_writes_grad(
-        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, o
+        grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, carried, o
     )
     grad_queries, new_grad_keys = queries.new_empty(0), kept.chunk_keys.new_empty(0)
     if with_addresses:
@@ -135,9 +140,9 @@ def run_backward(
             grad_keys = torch.zeros(heads, 2, num_keys, width // 2, dtype=dtype, device=device)
         grad_found = grad_scores.view(kept.found.scores.shape)
         by_read, new_grad_keys = address_scan_grad(
-            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, o
+            grad_keys.to(dtype), grad_found, rows_of(queries), kept.found, kept.chunk_keys, chunks, batch, carried, o
         )
-        grad_queries = sum_reads(by_read, length, batch, queries.dtype, o)
+        grad_queries = sum_reads(by_read, length, batch, carried, queries.dtype, o)
         new_grad_keys = new_grad_keys.to(kept.chunk_keys.dtype).clone(memory_format=torch.contiguous_format)
     results = [grad_queries, grad_targets, new_grad_keys, table_grad.to(kept.log.dtype)]
     return results if grad_gates is None else [*results, grad_gates]

@@ -120,13 +120,14 @@ def key_step_grad_samples(place: Place) -> Samples:
 
 
 def memory_arguments(
-    place: Place, length: int, keep: bool, layout: str = "contiguous", **options: Any
+    place: Place, length: int, keep: bool, layout: str = "contiguous", carried: int = 0, **options: Any
 ) -> tuple[Any, ...]:
     # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
     inputs = make_inputs(2, length, num_keys=30, mask="real", dtype=torch.float32, layout=layout, device=place.device)
     names = ("queries", "targets", "keys", "values", "gates", "mask")
     o = Options(chunk_size=3, top_k=2, backend=place.backend, **options)
-    return (*(inputs[name] for name in names), keep, *o)
+    inputs["targets"] = inputs["targets"][:, carried:]
+    return (*(inputs[name] for name in names), keep, carried, *o)
 
 
 def memory_samples(place: Place) -> Samples:
@@ -140,22 +141,26 @@ def memory_samples(place: Place) -> Samples:
     for keep in (False, True):
         yield f"transposed, keeping {keep}", memory_arguments(place, 7, keep, "transposed", weight_decay=0.1)
         yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
+    for length in (9, 3):
+        for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
+            name = f"carried before {length - 1}, {options}, keeping"
+            yield name, memory_arguments(place, length, True, carried=1, **options)
     yield "coupled keys, not keeping", memory_arguments(place, 7, False, key_gradient="all")
 
 
 def memory_grad_samples(place: Place) -> Samples:
     for name, arguments in memory_samples(place):
-        queries, targets, keys, _, gates, mask, keep, *options = arguments
+        queries, targets, keys, _, gates, mask, keep, carried, *options = arguments
         if not keep or Options(*options).key_gradient == "all":
             continue
         output, new_keys, new_values, _, _, *kept = OPS.fast_weight_memory(*arguments)
         incoming = [testing.random_cotangent(x) for x in (output, new_keys, new_values)]
         tensors = (queries, targets, gates, mask, keys.shape[2])
-        yield name, (*incoming, *tensors, True, kept, *options)
+        yield name, (*incoming, *tensors, True, carried, kept, *options)
         if not name.startswith("carry, {}"):
             continue
-        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, kept, *options)
-        yield f"{name}, without addresses", (*incoming, *tensors, False, kept, *options)
+        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, carried, kept, *options)
+        yield f"{name}, without addresses", (*incoming, *tensors, False, carried, kept, *options)
 
 
 def step_samples(place: Place) -> Samples:
