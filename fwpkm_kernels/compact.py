@@ -203,5 +203,5 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
         raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
     checks.check_together(values=values, **names)
     checks.check_choice("backend", backend, checks.BACKENDS)
-    checks.check_writable("values", values, "`Rows.value` or index_put")
+    checks.check_writable("values", values, "values.index_put")
     _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)
