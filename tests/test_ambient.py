@@ -162,26 +162,15 @@ def write_in_place(backend: str) -> Call:
 
 
 def apply_rows(backend: str) -> Call:
-    slot, rows = torch.tensor([3, -1, 0], device="cpu"), testing.make_update_inputs().targets[:3]
+    x, slot = testing.make_update_inputs(), torch.tensor([3, -1, 0], device="cpu")
+    rows = fk.Rows(torch.zeros_like(slot), slot, x.targets[:3])
 
     def call(f: Callable[..., Any]) -> list[Tensor]:
-        values = testing.make_update_inputs().values.clone()
-        f(values, fk.Rows(torch.zeros_like(slot), slot, rows), backend=backend)
+        values = x.values.clone()
+        f(values, rows, backend=backend)
         return [values]
 
     return call
-
-
-def memory_rows(backend: str) -> Call:
-    inputs = make_inputs(2, 6, mask="bool", dtype=torch.float32)
-    tensors = leaves(*(inputs[name] for name in ("queries", "targets", "keys", "values", "gates")))
-    options = {"chunk_size": 4, "top_k": 2, "final": "rows", "mask": inputs["mask"], "backend": backend}
-
-    def read(f: Callable[..., Any], q: Tensor, y: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-        found = f(q, y, k, v, gates=g, **options)
-        return [*found[:2], found.values.value, found.values.slot, *found[3:]]
-
-    return lambda f: run(lambda *x: read(f, *x), tensors)
 
 
 def key_step(backend: str) -> Call:
@@ -193,8 +182,13 @@ def key_step(backend: str) -> Call:
 def memory(backend: str) -> Call:
     inputs = make_inputs(2, 6, mask="bool", dtype=torch.float32)
     tensors = leaves(*(inputs[name] for name in ("queries", "targets", "keys", "values", "gates")))
-    options = {"chunk_size": 4, "top_k": 2, "weight_decay": 0.1, "mask": inputs["mask"], "backend": backend}
-    return lambda f: run(lambda q, y, k, v, g: f(q, y, k, v, gates=g, **options), tensors)
+    options = {"chunk_size": 4, "top_k": 2, "mask": inputs["mask"], "backend": backend}
+
+    def read(f: Callable[..., Any], q: Tensor, y: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
+        rows = f(q, y, k, v, gates=g, final="rows", **options)
+        return [*f(q, y, k, v, gates=g, weight_decay=0.1, **options), *rows[:2], *rows.values, *rows[3:]]
+
+    return lambda f: run(lambda *x: read(f, *x), tensors)
 
 
 def steps(backend: str) -> Call:
@@ -210,12 +204,6 @@ def steps(backend: str) -> Call:
     return call
 
 
-def all_of_memory(backend: str) -> Call:
-    """With a final table, and with rows."""
-    calls = memory(backend), memory_rows(backend)
-    return lambda f: [x for call in calls for x in call(f)]
-
-
 #: Every public function: given a backend, makes its inputs.
 CALLS: dict[Callable[..., Any], Callable[[str], Call]] = {
     fk.apply_rows_: apply_rows,
@@ -224,7 +212,7 @@ CALLS: dict[Callable[..., Any], Callable[[str], Call]] = {
     fk.chunk_value_update: write,
     fk.chunk_value_update_: write_in_place,
     fk.product_key_update: key_step,
-    fk.fast_weight_memory: all_of_memory,
+    fk.fast_weight_memory: memory,
     fk.fast_weight_memory_step: steps,
 }
 
