@@ -2,10 +2,11 @@
 
 from .compact import apply_rows_
 from .gather import SparseValueGather, sparse_value_gather
-from .graphs import MemoryGraph
+from .graphs import MemoryGraph, PoolGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
+from .pool import MemoryPool
 from .records import Carry, MemoryOutput, Rows, VarlenOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
@@ -20,7 +21,9 @@ __all__ = [
     "FastWeightMemory",
     "MemoryGraph",
     "MemoryOutput",
+    "MemoryPool",
     "MemoryState",
+    "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",
     "Rows",

@@ -123,7 +123,10 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order."""
     used = slot >= 0
     if not checks.use_triton(backend, grads):
-        return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        if grads.is_cuda:
+            return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+        return total.index_add_(0, slot[used], grads[used]).to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
@@ -162,6 +165,11 @@ def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor
     if document.is_cpu and bool(document.any()):
         numbers = document.unique().tolist()
         raise ValueError(f"`rows` must be those of one table, whose `document` is 0, got rows of documents {numbers}")
+    if slot.is_cpu:
+        ordered = slot[slot >= 0].sort().values
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice) > 0:
+            raise ValueError(f"`rows.slot` must name no slot twice, got {int(twice[0])} more than once")
     put_rows(values, slot.contiguous(), value, backend)
 
 
@@ -174,8 +182,8 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     Args:
         values: [N, D], any float dtype.
         rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
-            other slot occurs twice (which is not checked); value [R, D], in the dtype of `values`. Documents and the
-            range of slots are checked on CPU tensors.
+            other slot occurs twice; value [R, D], in the dtype of `values`. Documents and slots are checked on CPU
+            tensors.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Raises:

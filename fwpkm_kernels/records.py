@@ -167,7 +167,11 @@ class Tokens(NamedTuple):
 
     def part(self, begin: int, end: int) -> "Tokens":
         """The tokens from `begin` to `end`."""
-        return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
+        return self.map(lambda x: x[begin:end])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """`function` of each tensor that is there."""
+        return Tokens(*each(function, *self))  # type: ignore[arg-type]
 
 
 class Rows(NamedTuple):

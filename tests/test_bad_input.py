@@ -263,6 +263,7 @@ def rows_cases() -> Cases:
         "a slot behind the table": rows("slot", lambda x: x + 60, ValueError, "rows.slot", "[-1, 64)", "to 64"),
         "a slot before -1": rows("slot", lambda x: x - 1, ValueError, "rows.slot", "[-1, 64)", "from -2"),
         "on another device": rows("slot", lambda x: x.to("meta"), ValueError, "rows.slot", "meta", "cpu"),
+        "a slot twice": rows("slot", lambda x: x.clamp(min=0), ValueError, "rows.slot", "0 more than once"),
         "another document": rows("document", lambda x: x + 1, ValueError, "rows", "documents [1]"),
         **choice_cases("backend"),
     }
