@@ -161,11 +161,12 @@ def _layer(name: str, scope: str) -> Operation:
     """A layer around the memory, beside the mathematics of its projections and the memory's operator."""
     around = functools.partial(functools.partial, providers.composed_layer)
     make_inputs = functools.partial(inputs.of_layer_training, scope=scope)
+    memory = functools.partial(fwpkm.fast_weight_memory, final="rows" if scope == "batch" else "table")
     return Operation(
         name, ("both", "forward"), providers.reference_layer, make_inputs, costs.layer,
         (
             _package(providers.package_layer),
-            _composed(around(fwpkm.fast_weight_memory)),
+            _composed(around(memory)),
             _torch(around(eager.torch_memory), _autograd_applies),
         ),
         wrt=("hidden_states", *inputs.PARAMETERS, "values"), sparse=around(eager.torch_memory),
