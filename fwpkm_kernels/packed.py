@@ -125,8 +125,12 @@ def _scan_addresses(
             kept.part_keys[copied : copied + len(part_keys)] = part_keys
             copied += len(part_keys)
         if part.is_written and o.keys_move:
-            step_keys(now, rows[part.rereads :], found.picks.since(part.rereads), o.key_step, out=now, memories=memories)
+            step_keys(
+                now, rows[part.rereads :], found.picks.since(part.rereads), o.key_step, out=now, memories=memories
+            )
         parts.append(Addresses(*(x.reshape(-1, heads, *x.shape[2:]) for x in found)))
+    if kept is not None:
+        kept.part_keys[copied:] = 0.0
     shape = (len(packing.bounds) - 1, *keys.shape[-4:])
     new_keys = keys.expand(shape).clone(memory_format=torch.contiguous_format)
     if packing.moving:
@@ -261,7 +265,10 @@ def run_packed(
     write_weights = fold_write_weights(weights, counts, scale, multiplied, reads.written)
 
     size = packing.num_reads * picks
-    log = None if kept is None else kept.log[:size]
+    log = None
+    if kept is not None:
+        log = kept.log[:size]
+        kept.log[size:] = 0.0
     output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
     spans = _spans(packing, at.document, o)
