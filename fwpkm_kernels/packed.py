@@ -12,14 +12,14 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Reads, Span, count_read_positions
-from .compact import Compact, compact, count_compact_rows, gather_compact, sum_rows, take_rows
+from .compact import compact, count_compact_rows, gather_compact, sum_rows, take_rows
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
 from .options import Options
 from .packing import PackedReads, Packing, number_packed_reads, pack
 from .plan import row_dtype, sum_at
-from .records import Addresses, Inputs, Picks, Plan, Rows, VarlenOutput, Writes, each
+from .records import Addresses, Inputs, Plan, Rows, VarlenOutput, Writes, each
 from .scans import value_scan, value_scan_grad
 from .weights import (
     fold_write_weights,
@@ -48,6 +48,11 @@ class PackedKept(NamedTuple):
     end: Tensor
     log: Tensor  #: [A, D]
     earlier: Tensor  #: where the given rows stand in the compact table, [Q]; [0] without any
+
+    def cut(self, reads: int, accesses: int) -> "PackedKept":
+        """That of so many reads and accesses as there really are."""
+        sizes = {"part_keys": None, "earlier": None, "log": accesses, **dict.fromkeys(Plan._fields, accesses)}
+        return PackedKept._make(x[: sizes.get(name, reads)] for name, x in self._asdict().items())
 
     @property
     def found(self) -> Addresses:
@@ -81,16 +86,17 @@ def empty_kept(queries: Tensor, keys: Tensor, values: Tensor, documents: int, ea
     def empty(kind: torch.dtype, *size: int) -> Tensor:
         return torch.empty(size, dtype=kind, device=queries.device)
 
-    return PackedKept(
-        *found,
-        empty(keys.dtype, *of_keys),
-        empty(dtype, reads, picks),
-        empty(torch.int32, reads, picks),
-        empty(torch.int64, reads * picks),
-        empty(row_dtype(num_rows), reads * picks),
-        *(empty(torch.int32, reads * picks) for _ in range(2)),
-        empty(values.dtype, reads * picks, values.shape[1]),
-        empty(torch.int64, earlier),
+    of_plan = (torch.int64, row_dtype(num_rows), torch.int32, torch.int32)  # order, rows, start, end
+    return PackedKept._make(
+        (
+            *found,
+            empty(keys.dtype, *of_keys),
+            empty(dtype, reads, picks),
+            empty(torch.int32, reads, picks),
+            *(empty(kind, reads * picks) for kind in of_plan),
+            empty(values.dtype, reads * picks, values.shape[1]),
+            empty(torch.int64, earlier),
+        )
     )
 
 
@@ -148,7 +154,7 @@ def _scan_addresses_grad(
     o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan, in the compute dtype: the gradients of `queries` [R, H, Dk] and of `keys`."""
-    heads, width = queries.shape[1:]
+    heads = queries.shape[1]
     dtype, documents = grad_scores.dtype, len(packing.bounds) - 1
     shape = (documents, *keys.shape[-4:])
     total = torch.zeros(shape, dtype=dtype, device=keys.device) if grad_keys is None else grad_keys.to(dtype).clone()
@@ -164,20 +170,23 @@ def _scan_addresses_grad(
         copied -= count
         part_keys = kept.part_keys[copied : copied + count] if constant is None else constant[part.memories]
         memories = max(1, count)
-        found, scores = (
-            [x[part.reads].view(-1, memories * heads, *x.shape[2:]) for x in xs] for xs in (kept.found, [grad_scores])
-        )
+
+        def folded(x: Tensor, reads: slice = part.reads, memories: int = memories) -> Tensor:
+            """Those of the part, with the heads of its memories side by side."""
+            return x[reads].view(-1, memories * heads, *x.shape[2:])
+
+        found = Addresses(*(folded(x) for x in kept.found))
         before = moved[part.memories].flatten(0, 1) if count > 0 else shared
         _, after = address_grad(
             before,
             _keys_of(part_keys, keys),
-            queries[part.reads].view(-1, memories * heads, width),
-            *scores,
-            found[1],
-            Picks(*found[2:]),
+            folded(queries),
+            folded(grad_scores),
+            found.slots,
+            found.picks,
             o.key_step if part.is_written and o.keys_move else no_step,
             first_row=part.rereads,
-            out=grad_queries[part.reads].view(-1, memories * heads, width),
+            out=folded(grad_queries),
             memories=memories,
         )
         if count > 0:
@@ -277,9 +286,10 @@ def run_packed(
     by_token[packed.outputs] = output[0]
     rows = Rows(at.document, at.slot, table)
     if kept is not None:
-        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log)
-        flat = tuple(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=False))
-        kept = PackedKept(*flat, kept.earlier if at.earlier is None else at.earlier)
+        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
+        if at.earlier is not None:
+            flat = (*flat[:-1], at.earlier)
+        kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
     return VarlenOutput(by_token, new_keys, rows, slots[reads.output], weights[reads.output]), kept
 
 
@@ -307,11 +317,7 @@ def run_packed_grad(
     reads, num_reads = packed.reads, packing.num_reads
     size = num_reads * picks
     earlier = kept.earlier
-    kept = PackedKept(
-        *(x[: size if name in Plan._fields or name == "log" else num_reads] if name != "part_keys" else x
-          for name, x in zip(kept._fields[:-1], kept, strict=False)),
-        earlier,
-    )  # fmt: skip
+    kept = kept.cut(num_reads, size)
     plan, scores = kept.plan, kept.scores.flatten(1)
     first_access = (reads.first * picks).repeat_interleave(picks)
     order = plan.order + first_access
@@ -332,7 +338,8 @@ def run_packed_grad(
     grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_targets[packed.pairs] = grad_pairs[0]
 
-    factors = _factors(*each(lambda x: x.to(dtype), gates, mask), packed, packing, dtype, o)
+    gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
+    factors = _factors(gates_now, mask_now, packed, packing, dtype, o)
     through_write, per_read = fold_write_weights_grad(
         grad_write_weights, weights, kept.counts, factors.ratio, o.step, factors.gates, factors.mask, reads.written
     )

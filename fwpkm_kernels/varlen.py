@@ -213,7 +213,8 @@ def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Optio
     documents = Documents(1, queries.shape[0], None, cu_seqlens, None)
     q, y, g, m = each(lambda x: x.unsqueeze(0), queries, targets, gates, mask)
     result = memory_by_document(q, y, keys, tables, documents, gates=g, mask=m, return_memory=True, options=o)  # type: ignore[arg-type]
-    assert result.keys is not None and result.values is not None
+    assert result.keys is not None
+    assert result.values is not None
     names = torch.arange(num_documents * num_slots, device=values.device)
     left = Rows(names // num_slots, names % num_slots, result.values.flatten(0, 1))
     return VarlenOutput(result.output[0], result.keys, left, result.slots[0], result.weights[0])

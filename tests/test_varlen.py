@@ -201,8 +201,8 @@ def test_gradcheck(options):
         return result.output, result.keys, result.rows.value
 
     torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    once = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        once = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves, create_graph=True)
         torch.autograd.grad(once[0].sum(), leaves[0])
 
 

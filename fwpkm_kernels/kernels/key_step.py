@@ -50,9 +50,9 @@ def step_kernel(
 ):
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
-    2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
-    that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each, whose
-    slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
+    2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the
+    totals that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each,
+    whose slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
     """
     wait_for_inputs(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -196,9 +196,9 @@ def step_grad_kernel(
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
     the gradient of u; the factors f of `step_kernel`; and Σ f·V over the picks, the gradient of q in f·(q - k).
 
-    The heads are those of `step_kernel`. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
-    rows before `first_row`. A program owns one half of one (token, head) row. It reads V once if it fits one tile, else
-    twice. Grid: (rows, 2).
+    The heads are those of `step_kernel`. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the
+    factors are those of that table. All are 0 in rows before `first_row`. A program owns one half of one (token,
+    head) row. It reads V once if it fits one tile, else twice. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -425,7 +425,8 @@ def score_grad(
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
         heads, pooled, first_row, 1.0 / max(1, (num_rows - first_row) * pooled), weight,
         NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
-        SEVERAL=pooled < heads, BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=grad_halves,
+        SEVERAL=pooled < heads, BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1,
+        on=grad_halves,
     )
     return grad_halves
 
