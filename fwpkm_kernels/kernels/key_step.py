@@ -21,7 +21,7 @@ from torch import Tensor
 from ..records import PickPlan, Picks
 from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 from .lookup import half_grad
-from .picks import probabilities
+from .picks import pick_sums, probabilities
 from .segments import finish_row
 
 
@@ -155,33 +155,6 @@ def key_sum_kernel(
             result = finish_row(total, old, decay, lr, clip, EPILOGUE, CLIP)
             result = tl.where(begin < end, result, scale * k)
         tl.store(out_ptr + base_row, result.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
-@triton.jit
-def pick_sums_kernel(
-    coefficient_ptr, order_ptr, first_ptr, sums_ptr,
-    H,
-    NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
-):
-    """Sums of `coefficient` over the picks of each sub-key, the H heads of a memory pooled, [memories, 2, n].
-
-    A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
-    """
-    i_key = tl.program_id(0)
-    i_memory = tl.program_id(1)
-    total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
-    i_head = i_memory * H
-    while i_head < (i_memory + 1) * H:
-        row = i_head * (2 * NUM_KEYS) + i_key
-        position = tl.load(first_ptr + row)
-        end = tl.load(first_ptr + row + 1)
-        while position < end:
-            offs_a = position + tl.arange(0, BLOCK_A)
-            pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
-            total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
-            position += BLOCK_A
-        i_head += 1
-    tl.store(sums_ptr + i_memory * (2 * NUM_KEYS) + i_key, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -366,19 +339,6 @@ def step_keys(
         epilogue="update", idw=idw, all_rows=decay != 1.0 or out.data_ptr() != keys.data_ptr(), decay=decay, lr=lr,
         clip=clip,
     )
-
-
-def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
-    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, as the slopes are pooled."""
-    sums = torch.empty_like(plan.slope)
-    num_keys, pooled = plan.sizes(coefficients.shape[1])
-    launch(
-        pick_sums_kernel, (2 * num_keys, coefficients.shape[1] // pooled),
-        coefficients, plan.order, plan.first, sums,
-        pooled,
-        NUM_KEYS=num_keys, BLOCK_A=512, num_warps=4, on=coefficients,
-    )
-    return sums
 
 
 def step_grad(

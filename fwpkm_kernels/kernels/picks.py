@@ -241,3 +241,43 @@ def plan_picks(
         on=words,
     )
     return PickPlan(tokens, order, first, slope, bend)
+
+
+@triton.jit
+def pick_sums_kernel(
+    coefficient_ptr, order_ptr, first_ptr, sums_ptr,
+    H,
+    NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
+):
+    """Sums of `coefficient` over the picks of each sub-key, the H heads of a memory pooled, [memories, 2, n].
+
+    A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
+    """
+    i_key = tl.program_id(0)
+    i_memory = tl.program_id(1)
+    total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
+    i_head = i_memory * H
+    while i_head < (i_memory + 1) * H:
+        row = i_head * (2 * NUM_KEYS) + i_key
+        position = tl.load(first_ptr + row)
+        end = tl.load(first_ptr + row + 1)
+        while position < end:
+            offs_a = position + tl.arange(0, BLOCK_A)
+            pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
+            total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
+            position += BLOCK_A
+        i_head += 1
+    tl.store(sums_ptr + i_memory * (2 * NUM_KEYS) + i_key, tl.sum(total, axis=0))
+
+
+def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
+    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, as the slopes are pooled."""
+    sums = torch.empty_like(plan.slope)
+    num_keys, pooled = plan.sizes(coefficients.shape[1])
+    launch(
+        pick_sums_kernel, (2 * num_keys, coefficients.shape[1] // pooled),
+        coefficients, plan.order, plan.first, sums,
+        pooled,
+        NUM_KEYS=num_keys, BLOCK_A=512, num_warps=4, on=coefficients,
+    )
+    return sums
