@@ -787,13 +787,13 @@ FAULTS = [
         "tile or matches_plain",
     ),
     Fault(
-        "unused-rows-put",
+        "unused-rows-left",
         "kernels/compact.py",
         "stored = used if PUT else mask_r",
-        "stored = mask_r",
-        "rows without a slot are written in front of the table",
+        "stored = used",
+        "unused rows of a compact table hold whatever was in the memory",
         "compact",
-        "put",
+        "gather",
     ),
     Fault(
         "gathered-by-the-other-stride",
