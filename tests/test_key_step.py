@@ -9,7 +9,8 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
-from fwpkm_kernels.kernels.key_step import KeySumConfig, pick_sums, sum_picks
+from fwpkm_kernels.kernels.key_step import KeySumConfig, sum_picks
+from fwpkm_kernels.kernels.picks import pick_sums
 from fwpkm_kernels.key_step import address_grad, step_keys
 from fwpkm_kernels.lookup import lookup_halves
 from fwpkm_kernels.options import KeyStep, Lookup
