@@ -257,7 +257,7 @@ def run_packed(
     _, num_rows, _ = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
     kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
     keys = keys.contiguous()
-    found, new_keys = _scan_addresses(queries[reads.token], keys, packing, kept, o)
+    found, new_keys = _scan_addresses(queries.index_select(0, reads.token), keys, packing, kept, o)
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
 
     at = compact(slots, len(values), document=packed.document, num_documents=documents, earlier=earlier)
@@ -281,16 +281,18 @@ def run_packed(
     output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
     spans = _spans(packing, at.document, o)
-    value_scan(table, targets[packed.pairs].unsqueeze(0), at.ids, writes, output, log, spans, o)
+    value_scan(table, targets.index_select(0, packed.pairs).unsqueeze(0), at.ids, writes, output, log, spans, o)
     by_token = torch.empty_like(output[0])
-    by_token[packed.outputs] = output[0]
+    by_token.index_copy_(0, packed.outputs, output[0])
     rows = Rows(at.document, at.slot, table)
     if kept is not None:
         flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
         if at.earlier is not None:
             flat = (*flat[:-1], at.earlier)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
-    return VarlenOutput(by_token, new_keys, rows, slots[reads.output], weights[reads.output]), kept
+    return VarlenOutput(
+        by_token, new_keys, rows, slots.index_select(0, reads.output), weights.index_select(0, reads.output)
+    ), kept
 
 
 @checks.without_autocast
@@ -330,13 +332,13 @@ def run_packed_grad(
     table_grad.zero_() if grad_rows is None else table_grad.copy_(grad_rows)
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=targets.device).expand(targets.shape)
-    by_output = grad_output[packed.outputs].unsqueeze(0)
-    pair_targets, spans = targets[packed.pairs].unsqueeze(0), _spans(packing, rows.document, o)
+    by_output = grad_output.index_select(0, packed.outputs).unsqueeze(0)
+    pair_targets, spans = targets.index_select(0, packed.pairs).unsqueeze(0), _spans(packing, rows.document, o)
     grad_pairs, grad_weights, grad_write_weights = value_scan_grad(
         table_grad, by_output, pair_targets, ids, writes, kept.log, log_rows, spans, o
     )
     grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
-    grad_targets[packed.pairs] = grad_pairs[0]
+    grad_targets.index_copy_(0, packed.pairs, grad_pairs[0])
 
     gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
     factors = _factors(gates_now, mask_now, packed, packing, dtype, o)
@@ -349,10 +351,18 @@ def run_packed_grad(
     grad_queries, grad_initial = queries.new_empty(0), keys.new_empty(0)
     if with_addresses:
         by_read, grad_initial = _scan_addresses_grad(
-            grad_keys, grad_scores.view(kept.scores.shape), queries[reads.token], keys.contiguous(), packing, kept, o
+            grad_keys,
+            grad_scores.view(kept.scores.shape),
+            queries.index_select(0, reads.token),
+            keys.contiguous(),
+            packing,
+            kept,
+            o,
         )
-        by_token = by_read[reads.output]
-        by_token.index_add_(0, reads.token[packed.again], by_read[packed.again])  # of a token at most one
+        by_token = by_read.index_select(0, reads.output)
+        by_token.index_add_(
+            0, reads.token[packed.again], by_read.index_select(0, packed.again)
+        )  # of a token at most one
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
     slot = rows.slot
