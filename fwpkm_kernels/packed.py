@@ -17,7 +17,7 @@ from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
 from .options import Options
-from .packing import PackedReads, Packing, number_packed_reads, pack
+from .packing import PackedReads, Packing, Part, number_packed_reads, pack
 from .plan import row_dtype, sum_at
 from .records import Addresses, Inputs, Plan, Rows, VarlenOutput, Writes, each
 from .scans import value_scan, value_scan_grad
@@ -104,12 +104,41 @@ def _initial_keys(keys: Tensor, packing: Packing) -> Tensor:
     """The keys that each moving document begins with: a copy, [moving, H, 2, n, Dk/2]."""
     if keys.dim() == 4:
         return keys.repeat(len(packing.moving), 1, 1, 1, 1)
-    return keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)]
+    return keys.index_select(0, _index(packing.moving, keys.device))
 
 
-def _keys_of(part_keys: Tensor, keys: Tensor) -> Tensor:
-    """The keys of some memories with their heads side by side, [memories·H, 2, n, Dk/2]; the initial ones of none."""
-    return part_keys.flatten(0, 1) if len(part_keys) > 0 else keys
+def _take(moved: Tensor, part: Part) -> Tensor:
+    """The keys of the part's memories: a view where they are the first ones, as in a step, else a copy."""
+    if part.lengths is None and part.memories == list(range(len(part.memories))):
+        return moved[: len(part.memories)]
+    return moved.index_select(0, _index(part.memories, moved.device))
+
+
+def _index(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+
+
+class _Fold:
+    """Rows of reads with the heads of the part's memories side by side, [rows, memories·H, ...], and back."""
+
+    def __init__(self, part: Part, heads: int, device: torch.device) -> None:
+        self.reads, self.memories = part.reads, max(1, len(part.memories))
+        self.heads = heads
+        self.filled = part.fill_up(device) if part.lengths is not None and part.memories else None
+
+    def __call__(self, x: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """x [R, H, ...] of the part's reads, folded; where tails are filled up a read again, or 0 for a gradient."""
+        x = x[self.reads]
+        if self.filled is not None:
+            taken, places = self.filled
+            zeros = x.new_zeros(len(taken), *x.shape[1:]) if is_gradient else None
+            x = x.index_select(0, taken) if zeros is None else zeros.index_copy_(0, places, x)
+        return x.view(-1, self.memories * self.heads, *x.shape[2:])
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse: those of the part's reads."""
+        x = x.reshape(-1, self.heads, *x.shape[2:])
+        return x if self.filled is None else x.index_select(0, self.filled[1])
 
 
 def _scan_addresses(
@@ -117,30 +146,28 @@ def _scan_addresses(
 ) -> tuple[Addresses, Tensor]:
     """Look up every read, part by part, and move the keys after each: the addresses of `queries` [R, H, Dk], and the
     final keys [S, H, 2, n, Dk/2]."""
-    heads, width = queries.shape[1:]
+    heads = queries.shape[1]
     moved = _initial_keys(keys, packing)
     parts = [Addresses.empty(queries[:0], o.top_k, compute_dtype(keys.dtype))]  # there may be no tokens
     copied = 0
     for part in packing.parts:
-        part_keys = moved[part.memories]
-        memories = max(1, len(part_keys))
-        now = _keys_of(part_keys, keys)
-        rows = queries[part.reads].view(-1, memories * heads, width)
+        part_keys, fold = _take(moved, part), _Fold(part, heads, keys.device)
+        now = part_keys.flatten(0, 1) if part.memories else keys
+        rows = fold(queries)
         found = lookup_halves(rows, now, o.lookup)
         if kept is not None and o.keys_move:
             kept.part_keys[copied : copied + len(part_keys)] = part_keys
             copied += len(part_keys)
         if part.is_written and o.keys_move:
-            step_keys(
-                now, rows[part.rereads :], found.picks.since(part.rereads), o.key_step, out=now, memories=memories
-            )
-        parts.append(Addresses(*(x.reshape(-1, heads, *x.shape[2:]) for x in found)))
+            picks = found.picks.since(part.rereads)
+            step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
+            if part_keys.data_ptr() != moved.data_ptr():
+                moved[part.memories] = part_keys
+        parts.append(Addresses(*(fold.back(x) for x in found)))
     if kept is not None:
         kept.part_keys[copied:] = 0.0
-    shape = (len(packing.bounds) - 1, *keys.shape[-4:])
-    new_keys = keys.expand(shape).clone(memory_format=torch.contiguous_format)
-    if packing.moving:
-        new_keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)] = moved
+    new_keys = keys.expand(len(packing.bounds) - 1, *keys.shape[-4:]).clone(memory_format=torch.contiguous_format)
+    new_keys.index_copy_(0, _index(packing.moving, keys.device), moved)
     return Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True))), new_keys
 
 
@@ -158,42 +185,35 @@ def _scan_addresses_grad(
     dtype, documents = grad_scores.dtype, len(packing.bounds) - 1
     shape = (documents, *keys.shape[-4:])
     total = torch.zeros(shape, dtype=dtype, device=keys.device) if grad_keys is None else grad_keys.to(dtype).clone()
-    members = torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)
-    moved = total[members]
+    members = _index(packing.moving, keys.device)
+    moved = total.index_select(0, members)
     shared = torch.zeros(keys.shape[-4:], dtype=dtype, device=keys.device)
     grad_queries = torch.empty(queries.shape, dtype=dtype, device=queries.device)
     no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
-    copied = sum(part.memories.stop - part.memories.start for part in packing.parts)
+    copied = sum(len(part.memories) for part in packing.parts)
     constant = None if o.keys_move else _initial_keys(keys, packing)
     for part in reversed(packing.parts):
-        count = part.memories.stop - part.memories.start
+        fold, count = _Fold(part, heads, keys.device), len(part.memories)
         copied -= count
-        part_keys = kept.part_keys[copied : copied + count] if constant is None else constant[part.memories]
-        memories = max(1, count)
-
-        def folded(x: Tensor, reads: slice = part.reads, memories: int = memories) -> Tensor:
-            """Those of the part, with the heads of its memories side by side."""
-            return x[reads].view(-1, memories * heads, *x.shape[2:])
-
-        found = Addresses(*(folded(x) for x in kept.found))
-        before = moved[part.memories].flatten(0, 1) if count > 0 else shared
-        _, after = address_grad(
-            before,
-            _keys_of(part_keys, keys),
-            folded(queries),
-            folded(grad_scores),
+        part_keys = kept.part_keys[copied : copied + count] if constant is None else _take(constant, part)
+        found = Addresses(*(fold(x) for x in kept.found))
+        by_row, after = address_grad(
+            _take(moved, part).flatten(0, 1) if count > 0 else shared,
+            part_keys.flatten(0, 1) if count > 0 else keys,
+            fold(queries),
+            fold(grad_scores, is_gradient=True),
             found.slots,
             found.picks,
             o.key_step if part.is_written and o.keys_move else no_step,
             first_row=part.rereads,
-            out=folded(grad_queries),
-            memories=memories,
+            memories=fold.memories,
         )
+        grad_queries[part.reads] = fold.back(by_row)
         if count > 0:
-            moved[part.memories] = after.view(count, *shared.shape)
+            moved[_index(part.memories, keys.device)] = after.view(count, *shared.shape)
         else:
             shared = after
-    total[members] = moved
+    total.index_copy_(0, members, moved)
     return grad_queries, total if keys.dim() == 5 else total.sum(0) + shared
 
 
