@@ -236,7 +236,7 @@ def sub_key_launches(place: Place) -> Function:
         factors, dots, shares = key_step.step_grad(
             queries, table, picks, plan, grad_totals, out, direction=1.0, **numbers
         )
-        sums = key_step.pick_sums(shares, plan)
+        sums = pick_plan.pick_sums(shares, plan)
         grad_scores = picks.half_scores[:, :, 0]
         grad_halves = key_step.score_grad(grad_scores, where.slots, picks, plan, (sums, dots), **numbers)
         return (
