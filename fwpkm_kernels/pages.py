@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks as checks
+from .compact import put_rows, take_rows
 from .records import Plan
 
 #: What an index says of a slot whose value is that of the initial table.
@@ -123,13 +123,13 @@ class Pages:
         """
         if len(slots) == 0:
             return
-        old, taken = index[slots], self.take(len(slots))
-        if checks.use_triton(backend, self.buffer):
-            from .kernels.pool import own_rows
-
-            own_rows(self.buffer, initial, slots, old, taken)
-        else:
-            self.buffer[taken.long()] = self.look_up(slots, old, initial)
+        old, taken = index[slots].long(), self.take(len(slots))
+        sources = [(initial, torch.where(old == INITIAL, slots, -1))]
+        if num_shared > 0:
+            sources.append((self.buffer, old))
+        for source, rows in sources:
+            copied = take_rows(source, rows, backend)
+            put_rows(self.buffer, torch.where(rows < 0, -1, taken.long()), copied, backend)
         index[slots] = taken
         if num_shared > 0:
             self.release(old[old != INITIAL])
