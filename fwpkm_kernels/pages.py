@@ -19,9 +19,9 @@ INITIAL = -1
 
 
 class Shelf:
-    """Tensors [seats, ...], of which seats are lent out; they double when more are asked for than there are.
+    """Tensors [seats, ...], of which seats are lent out; they grow by an eighth when more are asked for than there are.
 
-    Growing makes other tensors, so captured graphs end there.
+    Then they are other tensors, so captured graphs end there.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -36,10 +36,11 @@ class Shelf:
         """A seat, whose tensors hold anything."""
         if not self._free:
             seats = len(self.tensors[0])
-            grown = [x.new_zeros(2 * seats, *x.shape[1:]) for x in self.tensors]
+            more = max(1, seats // 8)
+            grown = [x.new_zeros(seats + more, *x.shape[1:]) for x in self.tensors]
             for new, x in zip(grown, self.tensors, strict=True):
                 new[:seats] = x
-            self.tensors, self._free = grown, list(range(2 * seats - 1, seats - 1, -1))
+            self.tensors, self._free = grown, list(range(seats + more - 1, seats - 1, -1))
         return self._free.pop()
 
     def give(self, seat: int) -> None:
