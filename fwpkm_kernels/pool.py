@@ -225,7 +225,7 @@ class MemoryPool:
 
         Raises:
             TypeError, ValueError: for an id that is not open.
-            RuntimeError: there are too few free rows. The session stays evicted then.
+            PoolFullError: there are too few free rows. The session stays evicted then.
         """
         one = self._get(session)
         if one.stored is not None:
@@ -251,7 +251,7 @@ class MemoryPool:
             TypeError: for what is no mapping, or no id.
             ValueError: for an id that is not open, names, shapes or dtypes that do not fit, or bound options other than
                 those of this pool. Nothing has been changed by then.
-            RuntimeError: there are too few free rows, with those that the session alone holds. Nothing has changed.
+            PoolFullError: there are too few free rows, with those that the session alone holds. Nothing has changed.
         """
         self._sessions[session] = self._store.load(state_dict, self._get(session))
 
@@ -360,7 +360,7 @@ class MemoryPool:
         """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
 
         Raises:
-            RuntimeError: there are too few free rows. No position has moved then, and nothing has been written.
+            PoolFullError: there are too few free rows. No position has moved then, and nothing has been written.
         """
         full = [one for one, count in read if (one.position + count) % o.chunk_size == 0]
         if full:

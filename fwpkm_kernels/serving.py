@@ -109,7 +109,7 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     All chunks are planned, then the room for their rows is checked, and then they are written, one after the other.
 
     Raises:
-        RuntimeError: there are too few free rows. Nothing has been written then.
+        PoolFullError: there are too few free rows. Nothing has been written then.
     """
     closings = [_plan(store, one, keep_past, o) for one in ones]
     counts = torch.stack([closing.missing.counts for closing in closings]).tolist()  # the one wait for a GPU

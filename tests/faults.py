@@ -1445,7 +1445,7 @@ FAULTS = [
         "self.references[rows] <= 1",
         "a row that a fork still reads is free for others",
         "pool",
-        "fork or actions_on_a_cpu",
+        "takes_rows",
     ),
     Fault(
         "shared-rows-not-copied",
@@ -1459,8 +1459,8 @@ FAULTS = [
     Fault(
         "one-row-too-many",
         "sessions.py",
-        "if wanted > free:",
-        "if wanted > free + 1:",
+        "if wanted > self.pages.num_free:",
+        "if wanted > self.pages.num_free + 1:",
         "a pool takes a row more than it has",
         "pool",
         "full or missing",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from torch.utils.checkpoint import checkpoint
 
-from fwpkm_kernels import MemoryPool, MemoryState, fast_weight_memory_step, testing
+from fwpkm_kernels import MemoryPool, MemoryState, PoolFullError, fast_weight_memory_step, testing
 from tests.conftest import PLACES, Place
 from tests.helpers.memory import KEY_GRADIENTS
 from tests.helpers.pool import Pair
@@ -266,8 +266,9 @@ def test_how_many_rows_are_missing():
     needed = pair.pool.num_rows(session)
     small = Pair(CPU, capacity=needed - 2)
     small.open()
-    with pytest.raises(RuntimeError, match=f"2 rows are missing, .* would take {needed} new rows and {needed - 2} of"):
+    with pytest.raises(PoolFullError, match=f"2 rows are missing, .* {needed} new rows and {needed - 2} of") as error:
         small.step([0], 4)
+    assert error.value.missing == 2
     exact = Pair(CPU, capacity=needed)
     exact.open()
     exact.step([0], 4)
