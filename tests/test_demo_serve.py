@@ -25,7 +25,7 @@ def test_requests_get_what_each_would_get_alone():
 
 
 def test_a_full_pool_moves_sessions_to_the_host():
-    report, said = served(260, 3)
+    report, said = served(90, 3)
     assert report.evictions > 0
     assert said == served(2000, 3)[1]
 

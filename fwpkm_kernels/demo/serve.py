@@ -21,8 +21,6 @@ from torch import Tensor
 from .. import MemoryPool, PoolFullError, fast_weight_memory_step
 from .._commands import CommandError, command
 
-MOST_PIECE = 64  #: tokens of a prompt that are read in one step, while others decode
-
 
 @dataclass
 class Request:
@@ -34,9 +32,9 @@ class Request:
     read: int = 0  #: how many tokens the session has read
     said: list[int] = field(default_factory=list)
 
-    def coming(self) -> list[int]:
-        """What the session reads next: a piece of the prompt, or what was said last."""
-        return (self.prompt + self.said)[self.read :][:MOST_PIECE]
+    def coming(self, most: int) -> list[int]:
+        """What the session reads next: at most so much of the prompt, or what was said last."""
+        return (self.prompt + self.said)[self.read :][:most]
 
 
 class Report(NamedTuple):
@@ -98,7 +96,8 @@ def serve(model: Model, requests: list[Request], most: int, every: int) -> Repor
         steps += 1
         if not active:
             continue
-        coming = [request.coming() for request in active]
+        # No more than a chunk, so that a step of a full pool has read nothing and can be made again.
+        coming = [request.coming(model.options["chunk_size"]) for request in active]
         try:
             said = model.step([request.session for request in active], coming)
         except PoolFullError as error:
