@@ -1,11 +1,13 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
 from . import reading  # noqa: F401  whose operators must be there before code is traced
+from .compact import apply_rows_
 from .gather import SparseValueGather, sparse_value_gather
-from .graphs import MemoryGraph
+from .graphs import MemoryGraph, PoolGraph
 from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
+from .pool import MemoryPool
 from .records import Carry, MemoryOutput, Rows, VarlenOutput
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
@@ -20,12 +22,15 @@ __all__ = [
     "FastWeightMemory",
     "MemoryGraph",
     "MemoryOutput",
+    "MemoryPool",
     "MemoryState",
+    "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",
     "Rows",
     "SparseValueGather",
     "VarlenOutput",
+    "apply_rows_",
     "chunk_value_update",
     "chunk_value_update_",
     "fast_weight_memory",

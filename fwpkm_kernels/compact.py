@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
+from ._autograd import refuse_recomputation, refuse_transforms
+from ._operators import operator
 from .kernels import compute_dtype
 from .plan import plan_segments, sort_slots, sum_at
 from .records import Rows
@@ -110,10 +112,10 @@ def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend
     return table
 
 
-def spread_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """The gradient [N, D] of a table, in `dtype`, from those of its rows [R, D], which are rows of one document."""
-    out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
-    put_rows(out, slot, grads.to(dtype), backend)
+def spread_rows(grads: Tensor, slot: Tensor, num_slots: int, backend: str) -> Tensor:
+    """The gradient [N, D] of a table from those of its rows [R, D], which are rows of one document."""
+    out = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+    put_rows(out, slot, grads, backend)
     return out
 
 
@@ -121,7 +123,10 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order."""
     used = slot >= 0
     if not checks.use_triton(backend, grads):
-        return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        if grads.is_cuda:
+            return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+        return total.index_add_(0, slot[used], grads[used]).to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
@@ -147,3 +152,59 @@ def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int, *, is_unique: bool)
     indices, rows = slot[used].unsqueeze(0), grads[used]
     found = torch.sparse_coo_tensor(indices, rows, size, check_invariants=False, is_coalesced=is_unique)
     return found if is_unique else found.coalesce()
+
+
+@operator(
+    "apply_rows_",
+    mutates_args=("values",),
+    schema="(Tensor(a0!) values, Tensor document, Tensor slot, Tensor value, str backend) -> ()",
+)
+def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor, backend: str) -> None:
+    refuse_recomputation("apply_rows_")
+    checks.check_slot_range("rows.slot", slot, values.shape[0], minimum=-1)
+    if document.is_cpu and bool(document.any()):
+        numbers = document.unique().tolist()
+        raise ValueError(f"`rows` must be those of one table, whose `document` is 0, got rows of documents {numbers}")
+    put_rows(values, slot.contiguous(), value, backend)
+
+
+def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
+    """Write rows into a table: values[slot] = value, in place, for all places in use.
+
+    With the `Rows` that `fast_weight_memory(final="rows")` gives, the table becomes the final one. Nothing waits for a
+    GPU, and shapes depend on no data. No autograd: nothing here is differentiable, and rows are read as if detached.
+
+    Args:
+        values: [N, D], any float dtype.
+        rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
+            other slot occurs twice (which is not checked); value [R, D], in the dtype of `values`. Documents and the
+            range of slots are checked on CPU tensors.
+        backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
+            requires grad or that `chunk_value_update_` would refuse too.
+        RuntimeError: in a backward pass and under transforms of torch.func, as from `chunk_value_update_`.
+
+    Nothing has been written by then.
+    """
+    if not isinstance(rows, Rows):
+        raise TypeError(f"`rows` must be Rows, got {type(rows).__name__}")
+    refuse_transforms("apply_rows_", (values, *rows))
+    checks.check_tensor("values", values, 2, "[N, D]")
+    checks.check_float("values", values)
+    names = {f"rows.{name}": x for name, x in rows._asdict().items()}
+    for (name, x), (rank, layout) in zip(names.items(), ((1, "[R]"), (1, "[R]"), (2, "[R, D]")), strict=True):
+        checks.check_tensor(name, x, rank, layout)
+        if rank == 1 and x.dtype != torch.int64:
+            raise TypeError(f"`{name}` must be int64, got {x.dtype}")
+    if rows.value.dtype != values.dtype:
+        raise TypeError(f"`rows.value` must have the dtype of `values`, got {rows.value.dtype} against {values.dtype}")
+    size = (rows.slot.shape[0], values.shape[1])
+    if rows.value.shape != size or rows.document.shape != rows.slot.shape:
+        shapes = ", ".join(str(checks.shape(x)) for x in rows)
+        raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
+    checks.check_together(values=values, **names)
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    checks.check_writable("values", values, "`Rows.value` or index_put")
+    _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)

@@ -29,36 +29,56 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _best_columns(scores: Tensor, k: int) -> Tensor:
-    """Columns of the best k of the last dimension, ascending; the lowest among equals, NaN counts as largest.
+def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of the last dimension in the order of their columns; the lowest among equals, NaN counts as largest.
 
     torch.topk promises nothing about equals, and a stable sort of everything costs many times more: so only rows whose
-    k-th score has equals that were left out, or with NaN, are sorted whole.
+    k-th score has equals that were left out, or is NaN, are sorted whole. What is left in `scores` is of no use.
+
+    Returns:
+        The scores and the columns.
     """
-    values, columns = torch.topk(scores, k)
-    incomplete = (scores >= values[..., -1:]).sum(-1, dtype=torch.int32) > k
-    incomplete |= values[..., 0].isnan()
+    best, columns = torch.topk(scores, k)
+    scores.scatter_(-1, columns, -math.inf)
+    incomplete = ~(scores.amax(-1) < best[..., -1])
     if incomplete.any():
-        columns[incomplete] = torch.sort(scores[incomplete], dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.sort(columns, dim=-1).values
+        rows = scores[incomplete].scatter_(-1, columns[incomplete], best[incomplete])
+        ordered, order = torch.sort(rows, dim=-1, descending=True, stable=True)
+        best[incomplete], columns[incomplete] = ordered[..., :k], order[..., :k]
+    columns, order = torch.sort(columns, dim=-1)
+    return best.gather(-1, order), columns
 
 
-def _half_scores(queries: Tensor, keys: Tensor, score: str, eps: float) -> Tensor:
-    """Scores of all sub-keys, [H, 2, M, n], of queries [M, H, 2, Dk/2] and keys [H, 2, n, Dk/2].
+def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
+    """The K best sub-keys of queries [2·H, M, Dk/2] in keys [2·H, n, Dk/2]: scores and columns [2·H, M, K], ascending
+    in the columns.
 
-    Under "idw" they only rank the sub-keys: |q - k|² is formed as |q|² - 2 q·k + |k|², which cancels.
+    Under "idw" they are found by q·k - |k|²/2. |q - k|² is |q|² less twice that, which is as good as the square of the
+    difference unless it is much less than |q|² + |k|², that is, has cancelled.
     """
-    rows = queries.permute(1, 2, 0, 3)
-    dots = rows @ keys.transpose(-1, -2)
-    if score == "dot":
-        return dots
-    query_norms, key_norms = rows.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(-2)
-    distance = dots.mul_(-2.0).add_(query_norms).add_(key_norms)
-    if not (query_norms.isfinite().all() and key_norms.isfinite().all()):
+    if o.score == "dot":
+        return _best_columns(torch.bmm(queries, keys.mT), o.top_k)
+    query_norms, key_norms = queries.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(1)
+    best, columns = _best_columns(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
+    if not best.isfinite().all():
         # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
         sums = query_norms + key_norms
-        distance = torch.where(sums.isfinite(), distance, sums)
-    return distance.clamp_(min=0.0).add_(eps).log_().neg_()
+        ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
+        best, columns = _best_columns(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+    distances = torch.add(query_norms, best, alpha=-2.0)
+    norms = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).add_(query_norms)
+    has_cancelled = (distances < 0.5 * norms).any(-1)  # of one of the K; then all are formed in one way
+    if has_cancelled.any():
+        halves, _ = has_cancelled.nonzero(as_tuple=True)
+        sub_keys = columns[has_cancelled] + keys.shape[1] * halves.unsqueeze(1)
+        distances[has_cancelled] = _exact_distances(queries[has_cancelled], keys.flatten(0, 1), sub_keys)
+    return distances.add_(o.eps).log_().neg_(), columns
+
+
+def _descending(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the order of the scores, the best first; equals stay in their order."""
+    scores, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return scores, columns.gather(-1, order)
 
 
 @checks.without_autocast
@@ -67,29 +87,20 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     num_rows, heads, _ = queries.shape
     num_keys, half = keys.shape[2:]
     top_k, dtype = o.top_k, compute_dtype(keys.dtype)
-    keys = keys.to(dtype)
-    table = keys.flatten(0, 2)
+    tables = keys.flatten(0, 1).to(dtype)
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
-    first, second = torch.tensor(pairs, device=queries.device).unbind(1)
+    first, second = torch.tensor(pairs, device=queries.device).unbind(1)  # in flat order i·K + j
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
     for block in row_blocks(num_rows, 2 * heads * num_keys, BLOCK_ELEMENTS):
-        rows = queries[block].to(dtype)
-        approximate = _half_scores(rows.unflatten(-1, (2, half)), keys, o.score, o.eps)
-        columns = _best_columns(approximate, top_k)  # [H, 2, rows, K]
-        found = columns.permute(2, 0, 1, 3)
-        if o.score == "idw":
-            best = _exact_scores(rows, table, found + first_rows, o.eps)
-        else:
-            best = approximate.gather(-1, columns).permute(2, 0, 1, 3)
-        best, rank = torch.sort(best, dim=-1, descending=True, stable=True)  # stable: the lower of equals
-        found = found.gather(-1, rank)
-        half_scores[block], sub_keys[block] = best, found + first_rows
-        sums = best[:, :, 0, first] + best[:, :, 1, second]  # [rows, H, pairs], in flat order i·K + j
-        best_sums, pair = (x[..., :top_k] for x in torch.sort(sums, dim=-1, descending=True, stable=True))
-        scores[block] = best_sums
-        slots[block] = found[:, :, 0].gather(-1, first[pair]) * num_keys + found[:, :, 1].gather(-1, second[pair])
+        rows = queries[block].to(dtype).unflatten(-1, (2, half)).permute(1, 2, 0, 3).flatten(0, 1)
+        best, found = (x.unflatten(0, (heads, 2)) for x in _descending(*_half_winners(rows, tables, o)))
+        half_scores[block], sub_keys[block] = best.permute(2, 0, 1, 3), found.permute(2, 0, 1, 3) + first_rows
+        sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
+        best_sums, pair = _descending(*_best_columns(sums, top_k))
+        won = found[:, 0].gather(-1, first[pair]) * num_keys + found[:, 1].gather(-1, second[pair])
+        scores[block], slots[block] = best_sums.transpose(0, 1), won.transpose(0, 1)
     return result
 
 
@@ -153,22 +164,22 @@ def half_differences(
     """
     if score == "dot":
         return queries.unflatten(-1, (2, 1, keys.shape[1])).expand(*sub_keys.shape, -1), None
-    vectors = _differences(queries, keys, sub_keys)
+    vectors = _differences(queries.unflatten(-1, (2, keys.shape[1])), keys, sub_keys)
     return vectors, torch.linalg.vector_norm(vectors, dim=-1).square_().add_(eps)
 
 
 def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
-    """q - k, [M, H, 2, K, Dk/2]."""
+    """q - k, [..., K, Dk/2], of queries [..., Dk/2] and of the rows of keys [H·2·n, Dk/2] that sub_keys [..., K] name."""
     vectors = pick_rows(keys, sub_keys)
-    return torch.sub(queries.unflatten(-1, (2, 1, keys.shape[1])), vectors, out=vectors)
+    return torch.sub(queries.unsqueeze(-2), vectors, out=vectors)
 
 
-def _exact_scores(queries: Tensor, keys: Tensor, sub_keys: Tensor, eps: float) -> Tensor:
-    """-log(eps + |q - k|²) from the differences: [M, H, 2, K]."""
+def _exact_distances(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
+    """|q - k|² from the differences, [rows, K]: of queries [rows, Dk/2], keys [H·2·n, Dk/2] and sub_keys [rows, K]."""
     distances = torch.empty(sub_keys.shape, dtype=queries.dtype, device=queries.device)
     for block in pick_blocks(sub_keys, keys.shape[1]):
         torch.linalg.vector_norm(_differences(queries[block], keys, sub_keys[block]), dim=-1, out=distances[block])
-    return distances.square_().add_(eps).log_().neg_()
+    return distances.square_()
 
 
 def pick_blocks(picks: Tensor, width: int) -> Iterator[slice]:

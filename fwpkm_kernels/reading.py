@@ -14,7 +14,7 @@ from .gather import gather_rows
 from .options import Options, schema_of
 from .records import Carry, Inputs, MemoryOutput, Queue, Tokens, each
 from .state import MemoryState
-from .streaming import Memory, _enqueue, _look_up, read_piece
+from .streaming import Memory, _enqueue, look_up, read_piece
 
 
 def read_options(bound: Options | None, **given: Any) -> Options:
@@ -40,7 +40,7 @@ def read_options(bound: Options | None, **given: Any) -> Options:
 @checks.without_autocast
 def _read_op(queries: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype, *options: Any) -> Tensor:
     o = Options(*options)
-    weights, found = _look_up(queries.flatten(0, 1), keys, o)
+    weights, found = look_up(queries.flatten(0, 1), keys, o)
     predictions = gather_rows(values, found.slots.flatten(1), weights, weights.dtype, o.backend)
     return predictions.to(dtype, copy=True).view(*queries.shape[:2], values.shape[1])
 

@@ -5,7 +5,7 @@ of the package.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,7 +167,11 @@ class Tokens(NamedTuple):
 
     def part(self, begin: int, end: int) -> "Tokens":
         """The tokens from `begin` to `end`."""
-        return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
+        return self.map(lambda x: x[begin:end])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """`function` of each tensor that is there."""
+        return Tokens(*each(function, *self))  # type: ignore[arg-type]
 
 
 class Rows(NamedTuple):
@@ -192,7 +196,7 @@ class MemoryOutput(NamedTuple):
 
     output: Tensor  #: [B, T, D], in the targets' dtype
     keys: Tensor  #: [H, 2, n, Dk/2], after the last write
-    values: Tensor  #: [N, D], after the last write
+    values: Any  #: [N, D], after the last write; under final="rows" the `Rows` of it that were read, slots ascending
     slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
     weights: Tensor  #: [B, T, J], of the output reads; not differentiable
 

@@ -1,5 +1,6 @@
 """A memory for each of several packed documents: operators, the autograd Function, checks, and the public function."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
-from .documents import Documents, check_bounds, memory_by_document
+from .documents import Documents, DocumentsOutput, check_bounds, memory_by_document, put_back, take
 from .kernels import compute_dtype
 from .memory import check_memory
 from .options import Options, schema_of
@@ -123,13 +124,13 @@ class _Varlen(Function):
         grads, none = (grad_output, grad_keys, grad_rows), (None,) * len(ctx.options)
         if all(grad is None for grad in grads):
             return (None,) * 10 + none
-        *inputs, document, slot = ctx.saved_tensors[:9]
-        kept = ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
+        *inputs, document, slot = saved[:9]
         refuse_transforms("fast_weight_memory_varlen", (*grads, *inputs))
         needs = ctx.needs_input_grad
         flags = (needs[0] or needs[2], needs[3])
         grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, *inputs, document, slot, *flags, *kept, *ctx.options
+            *grads, *inputs, document, slot, *flags, *saved[9:], *ctx.options
         )
         found = (grad_queries, grad_targets, grad_keys, grad_values, None, *(grad_gates or (None,)), None, None, None)
         found = (*found, grad_value)
@@ -224,6 +225,46 @@ def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Optio
     names = torch.arange(num_documents * num_slots, device=values.device)
     left = Rows(names // num_slots, names % num_slots, result.values.flatten(0, 1))
     return VarlenOutput(result.output[0], result.keys, left, result.slots[0], result.weights[0])
+
+
+def memory_of_documents(
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    documents: Documents,
+    *,
+    gates: Tensor | None = None,
+    return_memory: bool = False,
+    options: Options,
+) -> DocumentsOutput:
+    """What `memory_by_document` gives, without a loop where `fast_weight_memory_varlen` can do it.
+
+    It cannot where a table for each document is given or asked for, where keys depend on values, and in compiled code
+    with padding, whose number is data.
+    """
+    loops = return_memory or values.dim() == 3 or options.key_gradient == "all" or documents.number == 0
+    if loops or (documents.mask is not None and torch.compiler.is_compiling()):
+        how: dict[str, Any] = {"gates": gates, "return_memory": return_memory, "options": options}
+        return memory_by_document(queries, targets, keys, values, documents, **how)
+    if documents.mask is None:
+        pieces: list[Any] = [slice(0, documents.batch * documents.length)]
+        cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(documents.batch + 1, device="cpu") * documents.length
+    else:
+        pieces = documents.pieces()
+        lengths = [len(x) if isinstance(x, Tensor) else x.stop - x.start for x in pieces]
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], device="cpu")
+
+    def pack(x: Tensor | None) -> Tensor | None:
+        return x if x is None else x.flatten(0, 1) if documents.mask is None else torch.cat(take(x, pieces), 1)[0]
+
+    q, y, g = (pack(x) for x in (queries, targets, gates))
+    result = fast_weight_memory_varlen(q, y, keys, values, cu_seqlens, gates=g, **options._asdict())  # type: ignore[arg-type]
+    fills = ((result.output, 0), (result.slots, -1), (result.weights, 0))
+    output, slots, weights = (put_back([x.unsqueeze(0)], pieces, targets, fill) for x, fill in fills)
+    return DocumentsOutput(output, slots, weights, None, None)
 
 
 def fast_weight_memory_varlen(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import PickPlan, Picks
-from ._common import cdiv, launch, next_power_of_2
+from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 from .lookup import half_grad
 from .picks import probabilities
 from .segments import finish_row
@@ -46,7 +46,7 @@ def step_kernel(
     half_scores_ptr, sub_keys_ptr, slope_ptr, factor_ptr,
     R, H, POOLED, first_row, share: tl.float64, weight: tl.float64,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
@@ -54,6 +54,7 @@ def step_kernel(
     that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each, whose
     slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
     """
+    wait_for_inputs(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     is_stepped = (offs_r < R) & (offs_r // (2 * H) >= first_row)
@@ -86,7 +87,7 @@ def key_sum_kernel(
     stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
     first_row, decay: tl.float64, lr: tl.float64, clip: tl.float64,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr,
-    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 
@@ -97,6 +98,7 @@ def key_sum_kernel(
     The middle term is there only with STEP. A program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]. Rows
     that nobody picked are written only with ALL_ROWS, as if total were 0. Grid: (H·2·n, column blocks).
     """
+    wait_for_inputs(PDL)
     i_row = tl.program_id(0)
     begin = tl.load(first_ptr + i_row)
     end = tl.load(first_ptr + i_row + 1)

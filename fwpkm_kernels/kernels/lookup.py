@@ -19,7 +19,18 @@ from torch import Tensor
 
 from ..records import Addresses
 from . import compute_dtype
-from ._common import cdiv, from_ordered, launch, lowest, next_power_of_2, row_warps, take_best, take_top, to_ordered
+from ._common import (
+    cdiv,
+    from_ordered,
+    launch,
+    lowest,
+    next_power_of_2,
+    row_warps,
+    take_best,
+    take_top,
+    to_ordered,
+    wait_for_inputs,
+)
 from .weights import weighed
 
 #: Candidates are made and merged a slab of rows at a time, so that they stay in the L2 cache (50 MB on an H100).
@@ -113,6 +124,7 @@ def half_topk_kernel(
     M,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr, IDW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Best TOP_K of BLOCK_N sub-keys, for BLOCK_M rows, by q·k, or IDW: by 2 q·k - |k|², which is |q|² - |q - k|².
 
@@ -121,6 +133,7 @@ def half_topk_kernel(
     program owns one tile of rows, one tile of the sub-keys of one half of one head, and writes its candidates,
     best first, as ordered integers. Grid: (row tiles, SPLITS, 2·H).
     """
+    wait_for_inputs(PDL)
     i_m = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1)
     i_group = tl.program_id(2)
@@ -205,6 +218,7 @@ def merge_kernel(
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, NUM_PAIRS: tl.constexpr, SPLITS: tl.constexpr,
     IDW: tl.constexpr, WEIGHTING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Best TOP_K of the candidates of each half, in order, and best TOP_K of the sums of the two halves.
 
@@ -215,6 +229,7 @@ def merge_kernel(
     also writes the weights softmax, silu or relu(sums / temperature). A program owns one (token, head) row. Grid:
     (rows,).
     """
+    wait_for_inputs(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_m = i_row // H
     i_head = i_row % H

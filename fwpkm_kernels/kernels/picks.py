@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import PickPlan, Picks
-from ._common import cdiv, launch, next_power_of_2
+from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 
 TILE = 16
 #: The most sub-keys of a half: a program of `count_kernel` holds a word for each.
@@ -67,13 +67,14 @@ def count_kernel(
     sub_keys_ptr, words_ptr,
     M,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_HIGH: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_HIGH: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """For each sub-key the tokens of a tile that picked it, and how many picks of the tile are of lower sub-keys.
 
     A word is (picks of lower sub-keys) << 16 | (bit t: token t of this tile). A program owns one tile of one half of
     one head. Grid: (tiles, heads·2).
     """
+    wait_for_inputs(PDL)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1)
     offs_high = tl.arange(0, BLOCK_HIGH)
@@ -115,7 +116,7 @@ def usage_kernel(
     half_scores_ptr, sub_keys_ptr, words_ptr, tokens_ptr, order_ptr, first_ptr, slope_ptr, bend_ptr,
     M, H, first_row, share: tl.float64,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [memories, 2, n].
 
@@ -125,6 +126,7 @@ def usage_kernel(
     then which of all picks [M, H, 2, K] these are. Without WORDS these lists are given. A program owns one sub-key of
     one half, of all heads of a memory. Grid: (2·n, memories).
     """
+    wait_for_inputs(PDL)
     i_key = tl.program_id(0)
     i_memory = tl.program_id(1)
     all_heads = H * tl.num_programs(1)
