@@ -211,9 +211,9 @@ def test_compiled_segments():
     compiled = torch.compile(segment, fullgraph=True, backend=counter, dynamic=True)
 
     def chained(function: Any) -> dict[str, Tensor]:
-        inputs = make_inputs(2, 40, dtype=torch.float32)
+        inputs = make_inputs(2, 50, dtype=torch.float32)
         leaves = leaves_of(inputs)
-        first, *rest = segments_of(leaves, [5, 4, 7, 6, 8, 10])
+        first, *rest = segments_of(leaves, [5, 4, 7, 6, 8, 5, 7, 8])
         result, carry = segment(first, leaves["keys"], leaves["values"], None)
         outputs = [result.output]
         for tokens in rest:
@@ -223,7 +223,7 @@ def test_compiled_segments():
         return named(joined, gradients_of(joined, leaves))
 
     assert_close(chained(compiled), chained(segment), 1e-4)
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 4
 
 
 #: Lengths that a training call has read before a stream goes on.
