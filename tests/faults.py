@@ -1106,7 +1106,7 @@ FAULTS = [
     ),
     Fault(
         "tied-to-the-storage",
-        "state.py",
+        "private.py",
         "    return x if x.is_leaf else x.detach()\n",
         "    return x.detach()\n",
         "what a Parameter's .data is set to, or a copy of its module, is not seen",
@@ -1131,7 +1131,7 @@ FAULTS = [
     ),
     Fault(
         "rollback-over-a-chunks-beginning",
-        "state.py",
+        "private.py",
         "    read = int(position) % chunk_size\n",
         "    read = int(position)\n",
         "tokens that have been written are taken back, and stay in the memory",
@@ -1141,7 +1141,7 @@ FAULTS = [
     Fault(
         "position-on-the-default-device",
         "state.py",
-        "_private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)",
+        "private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)",
         "torch.zeros((), dtype=torch.int64)",
         "under a default device the position is there, and every step waits for it",
         "ambient",
