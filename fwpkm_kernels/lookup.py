@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -196,6 +197,16 @@ def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
 
 
+def sum_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k weights[..., k]·table[rows[..., k]], of a table [N, D] in the dtype of the weights: [..., D]."""
+    picks, width = rows.shape[-1], table.shape[1]
+    if rows.numel() == 0 or width == 0:
+        return weights.new_zeros(*rows.shape[:-1], width)
+    weights = weights.reshape(-1, picks).contiguous()
+    sums = F.embedding_bag(rows.reshape(-1, picks), table, mode="sum", per_sample_weights=weights)
+    return sums.view(*rows.shape[:-1], width)
+
+
 @checks.without_autocast
 def half_grad_torch(
     grad_halves: Tensor,
@@ -223,29 +234,32 @@ def half_grad_torch(
     table = keys.flatten(0, 2).to(dtype)
     grad_queries = torch.empty(queries.shape if with_queries else 0, dtype=dtype, device=queries.device)
     grad_keys = torch.zeros(keys.shape if with_keys else 0, dtype=dtype, device=keys.device)
-    for block in pick_blocks(sub_keys, half):
-        picked = sub_keys[block]
-        vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
-        factors = grad_halves[block].to(dtype)
-        if distances is not None:
-            factors = 2.0 * factors / distances
+
+    def add_keys(plan: Plan, vectors: Tensor, factors: Tensor) -> None:
+        _, touched, totals = segment_totals(plan, vectors, factors)
+        grad_keys.flatten(0, 2).index_add_(0, touched, totals)
+
+    if score == "dot":
+        factors = grad_halves.to(dtype)
         if with_queries:
-            if distances is not None:
-                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_()
-            else:
-                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, pick_rows(table, picked))
-            if step is not None:
-                step_factors, grad_totals = step
-                directions = pick_rows(grad_totals.flatten(0, 2), picked)
-                grad_rows += torch.einsum("mhak,mhakd->mhad", step_factors[block], directions)
-            grad_queries[block] = grad_rows.flatten(-2)
+            grad_queries.copy_(sum_rows(table, sub_keys, factors).flatten(-2))
         if with_keys:
-            if score == "dot":
-                vectors = vectors[..., 0, :]  # the same for all picks
-            if plan is None or len(picked) < len(sub_keys):
-                plan = plan_segments(picked, table.shape[0])
-            _, touched, totals = segment_totals(plan, vectors.flatten(0, -2), factors)
-            grad_keys.flatten(0, 2).index_add_(0, touched, totals)
+            halves = queries.to(dtype).reshape(-1, half)  # the same for all picks
+            add_keys(plan or plan_segments(sub_keys, table.shape[0]), halves, factors)
+    else:
+        for block in pick_blocks(sub_keys, half):
+            picked = sub_keys[block]
+            vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            factors = 2.0 * grad_halves[block].to(dtype) / distances
+            if with_queries:
+                grad_queries[block] = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_().flatten(-2)
+            if with_keys:
+                if plan is None or len(picked) < len(sub_keys):
+                    plan = plan_segments(picked, table.shape[0])
+                add_keys(plan, vectors.flatten(0, -2), factors)
+    if with_queries and step is not None:
+        step_factors, grad_totals = step
+        grad_queries += sum_rows(grad_totals.flatten(0, 2), sub_keys, step_factors).flatten(-2)
     return grad_queries, grad_keys
 
 
