@@ -143,6 +143,7 @@ def stand_in() -> Iterator[Driver]:
         for name, value in (("is_cuda", True), ("is_cpu", False), ("get_device", lambda x: 0)):
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
         stack.enter_context(mock.patch.object(torch.cuda, "_initialized", True))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", active.get_device_capability))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", int, create=True))
         yield driver
 

@@ -56,7 +56,7 @@ class Count(NamedTuple):
 
 #: The functions that make a stage: the outermost of them that is running counts.
 STAGES = {
-    "lookup": ("lookup_halves", "_look_up"),
+    "lookup": ("lookup_halves", "look_up"),
     "queue": ("_enqueue", "_carry"),
     "plan": ("_plan_pairs", "number_reads", "plan_reads", "plan_segments", "count_accesses", "plan_writes"),
     "read": ("read_to_queue", "read", "gather_rows"),

@@ -171,6 +171,12 @@ def _hot_segment(x: Any) -> Traffic:
     return reads(x.start_ptr, x.end_ptr) + Traffic(x.D * read, x.D * written)
 
 
+def _copy_rows(x: Any) -> Traffic:
+    # Slots are different ones, as many as there can be.
+    rows = len(x.slots_ptr) * x.D
+    return reads(x.slots_ptr) + Traffic(rows * x.source_ptr.itemsize, rows * x.out_ptr.itemsize)
+
+
 def _read_grad(x: Any) -> Traffic:
     accesses, row = x.log_rows_ptr.numel(), x.D * (x.log_ptr.itemsize + x.steps_ptr.itemsize)
     twice = Traffic(again=(x.BLOCK_J < x.J) * accesses * row)
@@ -281,6 +287,11 @@ KERNELS = {
         _read_grad,
         loads=lambda x: min(x.BLOCK_J, x.J) * _bytes(x.D, x.log_ptr, x.steps_ptr),
         stores=lambda x: _bytes(x.D, x.grad_predictions_ptr, x.grad_targets_ptr),
+    ),
+    "copy_rows_kernel": Kernel(
+        _copy_rows,
+        loads=lambda x: x.BLOCK_R * _bytes(x.D, x.source_ptr),
+        stores=lambda x: x.BLOCK_R * _bytes(x.D, x.out_ptr),
     ),
     "restore_kernel": Kernel(
         loads=lambda x: x.BLOCK_N * _bytes(x.D, x.initial_ptr), stores=lambda x: x.BLOCK_N * _bytes(x.D, x.values_ptr)

@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 
 
+class Span(NamedTuple):
+    """What the value scan reads before it writes: consecutive reads, the first of them written, the last for output."""
+
+    reads: int  #: how many, of each item of the batch
+    pairs: slice  #: of the targets: those of its first reads
+    outputs: slice  #: of the output: where its last reads go
+    is_written: bool  #: whether decay happens after it
+    decays: Tensor | None = None  #: bool [N]: which rows of the table then decay; None is all
+
+
 class Chunk(NamedTuple):
     """One chunk of a sequence, in positions."""
 
@@ -27,6 +37,11 @@ class Chunk(NamedTuple):
     def rows(self, batch: int) -> slice:
         """Its reads among those of the sequence."""
         return slice(self.offset * batch, (self.offset + self.stop - self.first) * batch)
+
+    def span(self, lookahead: int) -> "Span":
+        """What the value scan does of it."""
+        pairs = slice(self.first + lookahead, self.last + lookahead)
+        return Span(self.stop - self.first, pairs, slice(self.start, self.stop), self.is_written)
 
 
 def cut(length: int, chunk_size: int, lookahead: int, boundary: str, carried: int = 0) -> list[Chunk]:

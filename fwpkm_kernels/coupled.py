@@ -107,21 +107,21 @@ def coupled_step(
 
 
 @checks.without_autocast
-def coupled_memory(inputs: Inputs, o: Options) -> MemoryOutput:
-    """`fast_weight_memory` under key_gradient="all".
+def coupled_memory(inputs: Inputs, o: Options, carried: int = 0) -> MemoryOutput:
+    """`fast_weight_memory` under key_gradient="all"; queries, gates and mask have `carried` tokens before the targets'.
 
     Differentiable where gradients are enabled; elsewhere it writes one private copy of the table in place.
     """
     differentiable = torch.is_grad_enabled()
     queries, targets, keys, values, gates, mask = inputs
-    batch, length = queries.shape[:2]
+    batch, length = targets.shape[:2]
     dtype = compute_dtype(values.dtype)
     rows, target_rows = rows_of(queries), rows_of(targets).to(dtype)
     gate_rows, mask_rows = each(lambda x: rows_of(x).to(dtype), gates, mask)
     new_keys, new_values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in o.cut(length):
-        window = rows[chunk.first * batch : chunk.stop * batch].to(dtype)
+    for chunk in o.cut(length, carried):
+        window = rows[(chunk.first + carried) * batch : (chunk.stop + carried) * batch].to(dtype)
         with torch.no_grad():
             slots, sub_keys = halves_op(window, new_keys, *o.lookup)
         scores = _scores_at(window, new_keys.to(dtype), sub_key_rows(slots, keys.shape[2]), o).sum(2).flatten(1)
@@ -134,7 +134,7 @@ def coupled_memory(inputs: Inputs, o: Options) -> MemoryOutput:
             break
 
         written = slice(0, (chunk.last - chunk.first) * batch)
-        tokens = slice(chunk.first * batch, chunk.last * batch)
+        tokens = slice((chunk.first + carried) * batch, (chunk.last + carried) * batch)
         pair_targets = target_rows[(chunk.first + o.lookahead) * batch : (chunk.last + o.lookahead) * batch]
         pair_gates, pair_mask = (None if x is None else x[tokens] for x in (gate_rows, mask_rows))
         errors = predictions[written] - pair_targets

@@ -91,10 +91,11 @@ class Documents(NamedTuple):
             raise ValueError(f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, got {on_cpu.tolist()}, {x.tolist()}")
         on_cpu = x if on_cpu is None else on_cpu
         if on_cpu.is_cpu:
-            _check_bounds(on_cpu.tolist(), self.length)
+            check_bounds(on_cpu.tolist(), self.length)
 
 
-def _check_bounds(bounds: list[int], length: int) -> None:
+def check_bounds(bounds: list[int], length: int) -> None:
+    """`cu_seqlens`, here `bounds`, cuts `length` tokens into documents."""
     if bounds[0] != 0 or bounds[-1] != length:
         raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
     for index, (before, after) in enumerate(pairwise(bounds)):
@@ -219,6 +220,7 @@ def memory_by_document(
     documents: Documents,
     *,
     gates: Tensor | None = None,
+    mask: Tensor | None = None,
     return_memory: bool = False,
     options: Options,
 ) -> DocumentsOutput:
@@ -233,16 +235,17 @@ def memory_by_document(
         keys: [H, 2, n, Dk/2], from which all documents start, or [S, H, 2, n, Dk/2], one for each.
         values: [N, D], likewise, or [S, N, D].
         gates: [B, T] or None.
+        mask: [B, T] or None: that of `fast_weight_memory`; not in compiled code, unless key_gradient is "all".
         return_memory: whether the final memories are returned: S tables.
     """
     tensors = (queries, targets, keys, values, gates)
     if torch.compiler.is_compiling() and not documents.is_one:
         if options.key_gradient == "all":
-            return _untraced_loop(*tensors, documents, return_memory, options)
+            return _untraced_loop(*tensors, mask, documents, return_memory, options)
         cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
         results = _MemoryByDocument.apply(*tensors, documents.mask, cu_seqlens, return_memory, *options)
         return DocumentsOutput(*results[:3], *(results[3:] or (None, None)))
-    return _loop(*tensors, documents, return_memory, options)
+    return _loop(*tensors, mask, documents, return_memory, options)
 
 
 def _loop(
@@ -251,20 +254,21 @@ def _loop(
     keys: Tensor,
     values: Tensor,
     gates: Tensor | None,
+    mask: Tensor | None,
     documents: Documents,
     return_memory: bool,
     o: Options,
 ) -> DocumentsOutput:
     if documents.number == 0:  # one call makes the empty results, and there are no memories
-        empty = fast_weight_memory(queries, targets, keys, values, gates=gates, **o._asdict())
+        empty = fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **o._asdict())
         memories = (x.new_empty(0, *x.shape) if return_memory else None for x in (keys, values))
         return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
     pieces = documents.pieces()
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
     initial = (_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)))
-    tokens = (take(x, pieces) for x in (queries, targets, gates))
-    for q, y, g, k, v in zip(*tokens, *initial, strict=True):
-        result = fast_weight_memory(q, y, k, v, gates=g, **o._asdict())
+    tokens = (take(x, pieces) for x in (queries, targets, gates, mask))
+    for q, y, g, m, k, v in zip(*tokens, *initial, strict=True):
+        result = fast_weight_memory(q, y, k, v, gates=g, mask=m, **o._asdict())
         outputs.append(result.output)
         slots.append(result.slots)
         weights.append(result.weights)
@@ -307,7 +311,7 @@ def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
 ) -> list[Tensor]:
     documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    results = _loop(queries, targets, keys, values, gates, documents, return_memory, Options(*options))
+    results = _loop(queries, targets, keys, values, gates, None, documents, return_memory, Options(*options))
     return [x for x in results if x is not None]
 
 

@@ -1,7 +1,7 @@
 """CUDA graphs of streaming steps: what a step launches, captured once and replayed as one launch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,9 @@ from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
 from .lanes import Lanes
 from .options import Options
+from .pool import MemoryPool
 from .records import Tokens, each
+from .serving import Readers, read_sessions
 from .state import MemoryState, check_step
 from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
@@ -37,10 +39,40 @@ def capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
     return graph
 
 
+def _index(device: torch.device) -> int:
+    """The number of a GPU; -1, which torch.cuda.device leaves alone, of a CPU."""
+    return -1 if device.index is None else device.index
+
+
 def _memory(state: MemoryState) -> Memory:
     """What a step reads and writes of a bound state."""
     assert state._queue is not None
     return Memory(state.keys, state.values, state._touched, state._queue)
+
+
+def _options(options: dict[str, Any]) -> Options:
+    """The options of a graph, which may be those of a step only."""
+    unknown = sorted(set(options) - set(Options._fields))
+    if unknown:
+        raise TypeError(f"`options` must be among {sorted(Options._fields)}, got {unknown}")
+    return Options(**options)
+
+
+def _check_place(name: str, values: Tensor, o: Options) -> None:
+    """Raise ValueError unless what works on these values can be captured."""
+    if not values.is_cuda:
+        raise ValueError(f"`{name}` must be on a GPU to be captured, got {values.device}")
+    if o.backend == "torch":
+        raise ValueError("`backend` must be 'auto' or 'triton' to be captured: 'torch' waits for the GPU")
+
+
+def _check_captured(gates: Tensor | None, mask: Tensor | None, tokens: Tokens) -> None:
+    """Raise ValueError unless gates and mask are there, in the same dtypes, as they were at the capture."""
+    for name, x, static in (("gates", gates, tokens.gates), ("mask", mask, tokens.mask)):
+        if (x is None) != (static is None):
+            raise ValueError(f"`{name}` must be given if and only if it was for the capture")
+        if x is not None and static is not None and x.dtype != static.dtype:
+            raise ValueError(f"`{name}` must have the dtype that was captured, {static.dtype}, got {x.dtype}")
 
 
 class MemoryGraph:
@@ -78,14 +110,8 @@ class MemoryGraph:
         mask: Tensor | None = None,
         **options: Any,
     ) -> None:
-        unknown = sorted(set(options) - set(Options._fields))
-        if unknown:
-            raise TypeError(f"`options` must be among {sorted(Options._fields)}, got {unknown}")
-        o = check_step(state, queries, targets, gates, mask, Options(**options))
-        if not state.values.is_cuda:
-            raise ValueError(f"`state` must be on a GPU to be captured, got {state.values.device}")
-        if o.backend == "torch":
-            raise ValueError("`backend` must be 'auto' or 'triton' to be captured: 'torch' waits for the GPU")
+        o = check_step(state, queries, targets, gates, mask, _options(options))
+        _check_place("state", state.values, o)
         self._count = queries.shape[1]
         if self._count == 0 or (o.chunk_size % self._count != 0 and self._count % o.chunk_size != 0):
             raise ValueError(
@@ -129,8 +155,7 @@ class MemoryGraph:
 
     def _on_device(self) -> torch.cuda.device:
         """Make the state's GPU the current one: a graph is captured, and replayed, on a stream of the current GPU."""
-        index = self._state.values.device.index
-        return torch.cuda.device(-1 if index is None else index)
+        return torch.cuda.device(_index(self._state.values.device))
 
     def _tensors(self) -> list[int]:
         """Where the state's tensors lie."""
@@ -192,11 +217,7 @@ class MemoryGraph:
         if state._queue is None or self._tensors() != self._captured:
             raise ValueError("`state` has other tensors than at the capture; capture it again")
         state._bind(queries, targets, o)
-        for name, x, static in (("gates", gates, self._tokens.gates), ("mask", mask, self._tokens.mask)):
-            if (x is None) != (static is None):
-                raise ValueError(f"`{name}` must be given if and only if it was for the capture")
-            if x is not None and static is not None and x.dtype != static.dtype:
-                raise ValueError(f"`{name}` must have the dtype that was captured, {static.dtype}, got {x.dtype}")
+        _check_captured(gates, mask, self._tokens)
         length, count = queries.shape[1], self._count
         place = min(count, o.chunk_size)
         if length % count != 0:
@@ -229,4 +250,139 @@ class MemoryGraph:
                 self._read.replay()
             output[:, part] = self._output.transpose(0, 1)
             state._position += count
+        return output
+
+
+class PoolGraph:
+    """The reads of a pool's decoding steps, a fixed number of tokens of a fixed number of sessions, as one CUDA graph.
+
+    Which sessions read, and where each of them is in its chunk, are tensors that a replay reads, so one graph serves
+    any sessions of the pool. Chunks that a call fills are written after the replay, as `fast_weight_memory_step` writes
+    them: for their rows the host decides. All options are frozen, also lr, clip and addressing_weight.
+
+    Args:
+        pool: on a GPU. It may be used by other means between calls. When it has made room for more sessions, or for
+            more keys that have moved, the next call captures the graph again.
+        queries: [S, t, H, Dk]: only the shape and dtype matter; t is at most `chunk_size`.
+        targets: [S, t, D], likewise.
+        gates, mask: [S, t], likewise; None if calls will have none.
+        options: those of `fast_weight_memory_step` but `sessions` and `lengths`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came: a pool that is not on a GPU, or
+            more tokens than a chunk has.
+    """
+
+    def __init__(
+        self,
+        pool: MemoryPool,
+        queries: Tensor,
+        targets: Tensor,
+        *,
+        gates: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(pool, MemoryPool):
+            raise TypeError(f"`pool` must be a MemoryPool, got {type(pool).__name__}")
+        o = pool._check(queries, targets, gates, mask, _options(options))
+        _check_place("pool", pool._store.initial, o)
+        if not 0 < queries.shape[1] <= o.chunk_size or len(queries) == 0:
+            raise ValueError(
+                f"`queries` [S, t, H, Dk] must have sessions, and a t from 1 to `chunk_size`={o.chunk_size}, got "
+                f"{checks.shape(queries)}"
+            )
+        pool._bind(queries, targets, o)
+        self._pool, self._options, self._process = pool, o, os.getpid()
+        with torch.inference_mode(False), torch.no_grad():
+            self._tokens = Tokens(queries, targets, gates, mask).map(
+                lambda x: torch.zeros_like(x.transpose(0, 1), memory_format=torch.contiguous_format)
+            )
+            self._output = torch.empty_like(self._tokens.targets)
+            self._capture()
+
+    def _capture(self) -> None:
+        """Capture the reads of the tensors that the pool has now; a seat of its own is there for the warm-up alone."""
+        pool = self._pool
+        spare = pool.open()
+        self._readers = Readers.of([pool._sessions[spare]] * self._output.shape[1], pool._store)._replace(
+            shared_keys=None
+        )
+        self._captured = self._tensors()
+        with torch.cuda.device(_index(pool.device)):
+            self._graph = capture(self._run, self._run)
+        pool.close(spare)
+
+    def _tensors(self) -> list[int]:
+        """Where the pool's tensors lie."""
+        store = self._pool._store
+        tensors = (store.initial, store.pages.buffer, *store.shelf.tensors, *store.keys.tensors)
+        return [x.data_ptr() for x in tensors]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a PoolGraph cannot be copied, pickled or sent to another process: capture another one there")
+
+    def _run(self) -> None:
+        """Read the tokens, each session from its place on."""
+        with torch.autocast(self._pool.device.type, enabled=False):
+            store = self._pool._store
+            read_sessions(store, self._readers, self._tokens.queries, self._output, self._tokens, self._options)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        *,
+        sessions: Sequence[int] | Tensor,
+        gates: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Read the next tokens: what `fast_weight_memory_step` does, by replaying the graph.
+
+        Args:
+            queries: [S, t, H, Dk], as captured.
+            targets: [S, t, D].
+            sessions: the ids of S sessions, each with at least t tokens left in its present chunk.
+            gates, mask: [S, t], given if and only if they were for the capture.
+
+        Returns:
+            output [S, t, D], a tensor of its own.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came; also where a session has too
+                few tokens left in its chunk.
+            RuntimeError: where `fast_weight_memory_step` raises it, but for captures; in a process that was forked
+                after the capture.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError("a PoolGraph runs in the process that captured it, and this one was forked from it")
+        o, pool = self._options, self._pool
+        refuse_transforms("PoolGraph", (queries, targets, gates, mask))
+        refuse_recomputation("PoolGraph")
+        pool._check(queries, targets, gates, mask, o)
+        if queries.shape[:2] != self._output.shape[1::-1]:
+            wanted = list(self._output.shape[1::-1])
+            raise ValueError(
+                f"`queries` must have the S and t that were captured, {wanted}, got {checks.shape(queries)}"
+            )
+        ones = pool._named(sessions, len(queries))
+        pool._bind(queries, targets, o)
+        _check_captured(gates, mask, self._tokens)
+        length = queries.shape[1]
+        for one in ones:
+            if one.position % o.chunk_size + length > o.chunk_size:
+                raise ValueError(
+                    f"`sessions` must have {length} tokens left in their chunks, got position {one.position}"
+                )
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(_index(pool.device)):
+            if self._tensors() != self._captured:
+                self._capture()
+            for static, x in zip(self._tokens, (queries, targets, gates, mask), strict=True):
+                if static is not None and x is not None:
+                    static.copy_(x.transpose(0, 1))
+            for static, x in zip(self._readers[:3], Readers.of(ones, pool._store)[:3], strict=True):
+                static.copy_(x)
+            self._graph.replay()
+            output = self._output.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            pool._finish([(one, length) for one in ones], o)
         return output

@@ -26,9 +26,13 @@ def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
     return sums.view(heads, 2 * num_keys)
 
 
-def _pool_picks(coefficients: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int) -> Tensor:
-    """For each pick, the sum of `coefficients` over all picks of its sub-key, heads pooled: [M, H, 2, K]."""
-    return _sum_picks(coefficients, plan, num_keys).sum(0)[sub_keys % (2 * num_keys)]
+def _pool_picks(coefficients: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int, memories: int) -> Tensor:
+    """For each pick, the sum of `coefficients` over all picks of its sub-key, heads of a memory pooled: [M, H, 2, K]."""
+    if memories == 1:
+        return _sum_picks(coefficients, plan, num_keys).sum(0)[sub_keys % (2 * num_keys)]
+    pooled = _sum_picks(coefficients, plan, num_keys).unflatten(0, (memories, -1)).sum(1)  # [memories, 2·n]
+    heads = sub_keys.shape[1] // memories
+    return pooled.view(-1)[sub_keys // (heads * 2 * num_keys) * (2 * num_keys) + sub_keys % (2 * num_keys)]
 
 
 def _centre(x: Tensor, probabilities: Tensor) -> Tensor:
@@ -37,22 +41,24 @@ def _centre(x: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def _step_coefficients(
-    probabilities: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int, weight: float, num_rows: int
+    probabilities: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int, weight: float, num_rows: int, memories: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each pick P̄, the slope u of P̄·log(P̄ + 1e-8), centred, and the gradient c of its half score: [M, H, 2, K]."""
-    usage = _pool_picks(probabilities, sub_keys, plan, num_keys) / num_rows
+    usage = _pool_picks(probabilities, sub_keys, plan, num_keys, memories) / num_rows
     slope = _centre(torch.log(usage + 1e-8) + usage / (usage + 1e-8), probabilities)
     return usage, slope, weight / num_rows * probabilities * slope
 
 
 @checks.without_autocast
-def _step_keys_torch(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, out: Tensor | None) -> Tensor:
+def _step_keys_torch(
+    keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, out: Tensor | None, memories: int
+) -> Tensor:
     """`step_keys` in plain PyTorch, where there are rows that step."""
     half_scores, sub_keys = picks
     heads, _, num_keys, _ = keys.shape
     plan = plan_segments(sub_keys, heads * 2 * num_keys)
-    probabilities, num_rows = half_scores.softmax(-1), queries.shape[0] * heads
-    _, _, coefficients = _step_coefficients(probabilities, sub_keys, plan, num_keys, o.weight, num_rows)
+    probabilities, num_rows = half_scores.softmax(-1), queries.shape[0] * (heads // memories)
+    _, _, coefficients = _step_coefficients(probabilities, sub_keys, plan, num_keys, o.weight, num_rows, memories)
     _, totals = half_grad_torch(
         coefficients, queries, keys, sub_keys, score=o.score, eps=o.eps, with_queries=False, plan=plan
     )
@@ -62,15 +68,19 @@ def _step_keys_torch(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, ou
     return totals.to(keys.dtype) if out is None else out.copy_(totals)
 
 
-def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: Tensor | None = None) -> Tensor:
+def step_keys(
+    keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: Tensor | None = None, memories: int = 1
+) -> Tensor:
     """New keys after a key step over queries [M, H, Dk], whose lookup gave `picks`; trusts its input.
+
+    The heads may be those of several memories, one after the other, each of which then steps as if it were alone.
 
     The result is contiguous, in the dtype of `keys` [H, 2, n, Dk/2], and rounded once. It is `out` where that is given:
     a contiguous tensor like `keys`, or `keys` itself, which then moves in place.
     """
     has_rows = o.weight != 0.0 and queries.numel() > 0  # keys of width 0 have no elements to move
     if has_rows and not checks.use_triton(o.backend, queries):
-        return _step_keys_torch(keys, queries, picks, o, out)
+        return _step_keys_torch(keys, queries, picks, o, out, memories)
     in_place = out is keys
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
@@ -83,7 +93,7 @@ def step_keys(keys: Tensor, queries: Tensor, picks: Picks, o: KeyStep, *, out: T
             out.view(-1, keys.shape[3]),
             queries,
             picks,
-            plan_picks(picks, keys.shape[2]),
+            plan_picks(picks, keys.shape[2], memories=memories),
             idw=o.score == "idw",
             lr=o.lr,
             weight=o.weight,
@@ -118,11 +128,12 @@ def _address_grad_torch(
     picks: Picks,
     o: KeyStep,
     first_row: int,
+    memories: int,
 ) -> tuple[Tensor, Tensor]:
     """`address_grad` in plain PyTorch."""
     half_scores, sub_keys = picks
     heads, _, num_keys, half = keys.shape
-    dtype, num_rows = compute_dtype(keys.dtype), (queries.shape[0] - first_row) * heads
+    dtype, num_rows = compute_dtype(keys.dtype), (queries.shape[0] - first_row) * (heads // memories)
     plan = plan_segments(sub_keys, heads * 2 * num_keys)
     # Rows that are no part of the key step have P = 0. Their NaN would still spread, since 0·NaN is NaN: so what is
     # computed of them is set to 0 at every stage.
@@ -134,7 +145,9 @@ def _address_grad_torch(
         grad_halves = _pick_grads(grad_scores.to(dtype), slots, sub_keys, num_keys)
     step = None
     if o.weight != 0.0 and num_rows > 0:
-        usage, slope, coefficients = _step_coefficients(probabilities, sub_keys, plan, num_keys, o.weight, num_rows)
+        usage, slope, coefficients = _step_coefficients(
+            probabilities, sub_keys, plan, num_keys, o.weight, num_rows, memories
+        )
         coefficients[outside] = 0.0
         grad_totals = grad_new_keys * -o.lr
         if o.clip is not None:  # the totals again, and no gradient where the clamp was active
@@ -157,7 +170,7 @@ def _address_grad_torch(
                 factors[block] = 2.0 * coefficients[block] / distances
         dots[outside] = factors[outside] = 0.0
         shares = probabilities * _centre(dots, probabilities)
-        grad_slope = _pool_picks(shares, sub_keys, plan, num_keys)
+        grad_slope = _pool_picks(shares, sub_keys, plan, num_keys, memories)
         bend = 1.0 / (usage + 1e-8) + 1e-8 / (usage + 1e-8).square()
         # A constant term of dP is left out, since it cancels in P·(dP - Σ P·dP).
         grad_p = slope * _centre(dots, probabilities) + grad_slope * bend / num_rows
@@ -188,8 +201,11 @@ def address_grad(
     *,
     first_row: int = 0,
     out: Tensor | None = None,
+    memories: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The joint backward of a lookup of queries [M, H, Dk] and of a key step over queries[first_row:], same keys.
+
+    The heads may be those of several memories, as in `step_keys`.
 
     Trusts its input. `grad_scores` and `slots` [M, H, K] are None without a gradient of the lookup's scores, weight and
     weight_decay are 0 without a key step. `grad_new_keys` is [H, 2, n, Dk/2], in the compute dtype.
@@ -203,7 +219,9 @@ def address_grad(
     if queries.numel() == 0:
         return grad_queries.zero_(), grad_new_keys * (1.0 - o.lr * o.weight_decay)
     if not checks.use_triton(o.backend, queries):
-        grads, grad_keys = _address_grad_torch(grad_new_keys, keys, queries, grad_scores, slots, picks, o, first_row)
+        grads, grad_keys = _address_grad_torch(
+            grad_new_keys, keys, queries, grad_scores, slots, picks, o, first_row, memories
+        )
         return grads if out is None else out.copy_(grads), grad_keys
     from .kernels.key_step import address_grad as launch
 
@@ -215,7 +233,7 @@ def address_grad(
         grad_scores,
         slots,
         picks,
-        plan_picks(picks, keys.shape[2], first_row=first_row),
+        plan_picks(picks, keys.shape[2], first_row=first_row, memories=memories),
         grad_queries,
         first_row=first_row,
         idw=o.score == "idw",

@@ -20,6 +20,7 @@ WEIGHTINGS = ("softmax", "silu", "relu")
 KEY_GRADIENTS = ("addressing", "all")
 STEPS = ("paper", "gradient", "normalized")
 BOUNDARIES = ("carry", "drop")
+FINALS = ("table", "rows")
 
 #: A number that may be a symbol where something traces, as sizes are.
 Symbolic = Annotated[int, "SymInt"]
@@ -144,6 +145,38 @@ class Options(NamedTuple):
         return self.lr != 0.0 and (self.addressing_weight != 0.0 or self.weight_decay != 0.0)
 
 
+class Call(NamedTuple):
+    """What a call of `fast_weight_memory` says besides its options."""
+
+    carried: int = 0  #: how many tokens queries, gates and mask have before those of the targets
+    final: str = "table"
+    sparse_grad: bool = False
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it leaves the rows behind that it has read, and no table."""
+        return self.final == "rows"
+
+    def check(self, o: Options) -> None:
+        """Validate what it is to leave behind, and that the options allow that."""
+        checks.check_choice("final", self.final, FINALS)
+        checks.check_flag("sparse_grad", self.sparse_grad)
+        if self.sparse_grad and not self.is_rows:
+            raise ValueError(f'`sparse_grad`=True needs `final`="rows", got {self.final!r}')
+        reason = why_no_rows(o)
+        if self.is_rows and reason is not None:
+            raise ValueError(f'`final`="rows" needs {reason}')
+
+
+def why_no_rows(o: Options) -> str | None:
+    """What `final`="rows" needs that these options do not give; None where it can be."""
+    if o.weight_decay != 0.0:
+        return f"`weight_decay`=0, since decay moves rows that nothing touches too, got {o.weight_decay}"
+    if o.key_gradient == "all":
+        return '`key_gradient`="addressing", since which rows are touched depends on values under "all"'
+    return None
+
+
 def check_options(o: Options, dtype: torch.dtype) -> Options:
     """Validate what a memory adds to the options of its lookup; returns them with their numbers as ints and floats.
 
@@ -179,8 +212,9 @@ def in_public_order(options: Sequence[Any], gates: Any, mask: Any) -> tuple[Any,
 
 def from_public_order(
     queries: Tensor, targets: Tensor, keys: Tensor, values: Tensor, *given: Any
-) -> tuple[Inputs, Options]:
-    """Inputs and options of the arguments of `FastWeightMemory.apply`, of which the last may be left out."""
+) -> tuple[Inputs, Options, Call]:
+    """What the arguments of `FastWeightMemory.apply` say, of which the last may be left out."""
     gates, mask, *_ = [*given[_BEHIND_MASK : _BEHIND_MASK + 2], None, None]
-    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 :])
-    return Inputs(queries, targets, keys, values, gates, mask), options
+    end = len(Options._fields) + 2
+    options = Options(*given[:_BEHIND_MASK], *given[_BEHIND_MASK + 2 : end])
+    return Inputs(queries, targets, keys, values, gates, mask), options, Call(*given[end:])

@@ -21,24 +21,33 @@ ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     """Sort the accesses `slots` (any shape, read flat, values in [0, num_slots)) into segments.
 
-    Never synchronises with the host. The sort is of int32 keys where the slots fit, which takes half the passes; not
-    under TRITON_DEBUG, where kernels assert that they do.
+    Never synchronises with the host.
     """
-    check_sort("slots", slots)
-    keys = slots.reshape(-1)
-    if keys.is_cuda and not ASSERTS:
-        keys = keys.to(row_dtype(num_slots))
-    rows, order = torch.sort(keys, stable=True)
-    is_narrow = position_dtype(keys.numel()) == torch.int32
+    rows, order = sort_slots(slots, num_slots)
+    is_narrow = position_dtype(rows.numel()) == torch.int32
     start = torch.searchsorted(rows, rows, out_int32=is_narrow)
     end = torch.searchsorted(rows, rows, right=True, out_int32=is_narrow)
     return Plan(order, rows, start, end)
 
 
-def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0) -> PickPlan:
+def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Sort `slots` (any shape, read flat, values in [0, num_slots)) stably: (the slots, which one stands where).
+
+    The sort is of int32 keys where the slots fit, which takes half the passes on a GPU; not under TRITON_DEBUG, where
+    kernels assert that they do.
+    """
+    check_sort("slots", slots)
+    keys = slots.reshape(-1)
+    if keys.is_cuda and not ASSERTS:
+        keys = keys.to(row_dtype(num_slots))
+    return torch.sort(keys, stable=True)
+
+
+def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0, memories: int = 1) -> PickPlan:
     """Which tokens picked each sub-key, by Triton kernels: for the few rows of a table of sub-keys.
 
-    `picks`, contiguous, are those that a lookup gives. The usage is that of the rows from `first_row` on.
+    `picks`, contiguous, are those that a lookup gives. The usage is that of the rows from `first_row` on, in each of
+    `memories` that the heads belong to, one after the other.
     """
     from .kernels.picks import can_plan
     from .kernels.picks import plan_picks as launch
@@ -50,7 +59,7 @@ def plan_picks(picks: Picks, num_keys: int, *, first_row: int = 0) -> PickPlan:
         bounds = torch.arange(heads * 2 * num_keys + 1, dtype=plan.rows.dtype, device=plan.rows.device)
         first = torch.searchsorted(plan.rows, bounds, out_int32=plan.start.dtype == torch.int32)
         listed = (plan.order // (2 * heads * top_k), plan.order, first)
-    return launch(picks, num_keys=num_keys, first_row=first_row, listed=listed)
+    return launch(picks, num_keys=num_keys, first_row=first_row, memories=memories, listed=listed)
 
 
 def count_accesses(plan: Plan, counted: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ of the package.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,23 @@ class Inputs(NamedTuple):
     def detach(self) -> "Inputs":
         """The same without autograd."""
         return Inputs(*each(Tensor.detach, *self))  # type: ignore[arg-type]
+
+
+class Carry(NamedTuple):
+    """What a segment of a sequence has read and not written yet, which the next segment begins with.
+
+    These are the c tokens of the chunk that is not full, behind the L tokens before it if there is a chunk before.
+    """
+
+    queries: Tensor  #: [B, c, H, Dk], c < chunk_size + lookahead
+    targets: Tensor  #: [B, c, D]
+    gates: Tensor | None  #: [B, c]
+    mask: Tensor | None  #: [B, c]
+    position: int  #: how many tokens the sequence has had so far
+
+    def detach(self) -> "Carry":
+        """The same without its graph: gradients of the next segment end here."""
+        return Carry._make((*each(Tensor.detach, *self[:4]), self.position))
 
 
 class Plan(NamedTuple):
@@ -101,8 +118,13 @@ class PickPlan(NamedTuple):
     tokens: Tensor  #: [M·H·2·K]: those that picked each sub-key of each head, in order
     order: Tensor  #: [M·H·2·K]: which of all picks that was
     first: Tensor  #: [H·2·n + 1]: where the tokens of each sub-key begin
-    slope: Tensor  #: [2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads pooled
-    bend: Tensor  #: [2·n]: the derivative of the slope
+    slope: Tensor  #: [memories·2·n]: of P̄·log(P̄ + 1e-8), at the usage P̄ of each sub-key, heads of a memory pooled
+    bend: Tensor  #: [memories·2·n]: the derivative of the slope
+
+    def sizes(self, heads: int) -> tuple[int, int]:
+        """(How many sub-keys n a half has, how many of the `heads` one memory has)."""
+        num_keys = (self.first.numel() - 1) // (2 * heads)
+        return num_keys, heads * 2 * num_keys // self.slope.numel()
 
 
 class Layout(NamedTuple):
@@ -145,7 +167,19 @@ class Tokens(NamedTuple):
 
     def part(self, begin: int, end: int) -> "Tokens":
         """The tokens from `begin` to `end`."""
-        return Tokens(*each(lambda x: x[begin:end], *self))  # type: ignore[arg-type]
+        return self.map(lambda x: x[begin:end])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """`function` of each tensor that is there."""
+        return Tokens(*each(function, *self))  # type: ignore[arg-type]
+
+
+class Rows(NamedTuple):
+    """Rows of tables of values; how many is known before the data are, so some places are unused: their slot is -1."""
+
+    document: Tensor  #: int64 [R]: in whose table; 0 where there is one table, and in unused places
+    slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
+    value: Tensor  #: [R, D]; 0 in unused places
 
 
 class Writes(NamedTuple):
@@ -162,6 +196,16 @@ class MemoryOutput(NamedTuple):
 
     output: Tensor  #: [B, T, D], in the targets' dtype
     keys: Tensor  #: [H, 2, n, Dk/2], after the last write
-    values: Tensor  #: [N, D], after the last write
+    values: Any  #: [N, D], after the last write; under final="rows" the `Rows` of it that were read, slots ascending
     slots: Tensor  #: [B, T, J], int64, of the output reads; not differentiable
     weights: Tensor  #: [B, T, J], of the output reads; not differentiable
+
+
+class VarlenOutput(NamedTuple):
+    """What packed documents leave behind, each with a memory of its own."""
+
+    output: Tensor  #: [T, D], in the targets' dtype
+    keys: Tensor  #: [S, H, 2, n, Dk/2], after each document's last write
+    rows: Rows  #: of each document: those that it has read, and those that it began with, after its last write
+    slots: Tensor  #: [T, J], int64, of the output reads; not differentiable
+    weights: Tensor  #: [T, J], of the output reads; not differentiable

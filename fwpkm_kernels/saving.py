@@ -23,7 +23,7 @@ from .binding import (
     to_plain,
     waiting,
 )
-from .records import Inputs
+from .records import Inputs, Queue
 
 if TYPE_CHECKING:
     from .state import MemoryState
@@ -32,33 +32,61 @@ if TYPE_CHECKING:
 def saved(state: "MemoryState") -> dict[str, Tensor]:
     """`MemoryState.state_dict`."""
     tensors = {"keys": state._keys, "values": state._values, "position": state._position}
-    if state._binding is not None and state._queue is not None:
-        tensors["binding"] = to_bytes(to_plain(state._binding))
-        queue = waiting(state._queue, state.position, state._binding.options)
-        tensors |= {f"queue.{name}": x for name, x in queue.items()}
+    return saved_memory(tensors, state._binding, state._queue)
+
+
+def saved_memory(tensors: dict[str, Tensor], binding: Binding | None, queue: Queue | None) -> dict[str, Tensor]:
+    """Copies of a memory's tensors, its `position` among them, with what is bound and what waits in its queue."""
+    if binding is not None and queue is not None:
+        waits = waiting(queue, int(tensors["position"]), binding.options)
+        tensors = tensors | {"binding": to_bytes(to_plain(binding))} | {f"queue.{name}": x for name, x in waits.items()}
     return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
 def load(state: "MemoryState", state_dict: Mapping[str, Tensor]) -> None:
     """`MemoryState.load_state_dict`."""
+    buffers = {"keys": state._keys, "values": state._values, "position": state._position}
+    binding = check_saved(state_dict, buffers, state._keys, state._values, state._binding)
+    queue = state._queue
+    if binding is None:
+        queue = None
+    elif queue is None:
+        queue = make_queue(state._keys, state._values, binding, state._values.device)
+    buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
+    with torch.no_grad():
+        for name, x in buffers.items():
+            x.copy_(state_dict[name])
+    state._all_touched()
+    state._binding, state._queue = binding, queue
+
+
+def check_saved(
+    state_dict: Mapping[str, Tensor], own: dict[str, Tensor], keys: Tensor, values: Tensor, bound: Binding | None
+) -> Binding | None:
+    """Validate what is to be loaded into a memory; what it binds, or None.
+
+    Args:
+        own: tensors of the shapes and dtypes that must come, `position` among them; without the queue.
+        keys, values: of the memory.
+        bound: what the memory has bound by now.
+    """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict` must be a mapping of names to tensors, got {type(state_dict).__name__}")
-    for name in ("keys", "values", "position"):
+    for name in own:
         if name not in state_dict:
             raise ValueError(f"`state_dict` must hold {name!r}, got {sorted(map(str, state_dict))}")
     for name, x in state_dict.items():
-        if not isinstance(x, Tensor) or (x.is_meta and state._values.is_meta):
+        if not isinstance(x, Tensor) or (x.is_meta and values.is_meta):
             continue
         if x.is_nested or x.layout != torch.strided or x.is_meta or hasattr(x, "to_local"):
             raise ValueError(
                 f"`state_dict` must hold dense, plain tensors with data, got a {type(x).__name__} of {x.layout} on "
                 f"{x.device} for {name!r}"
             )
-    binding = _load_binding(state, state_dict["binding"]) if "binding" in state_dict else None
-    buffers = {"keys": state._keys, "values": state._values, "position": state._position}
-    expected = dict(buffers)
-    position, queue = state_dict["position"], None
-    # An unbound state has read no tokens, so its position must be 0.
+    binding = _load_binding(keys, values, state_dict["binding"]) if "binding" in state_dict else None
+    expected = dict(own)
+    position = state_dict["position"]
+    # An unbound memory has read no tokens, so its position must be 0.
     is_number = isinstance(position, Tensor) and position.numel() == 1 and position.dtype == torch.int64
     if is_number and not position.is_meta and (position < 0 or (binding is None and position != 0)):
         raise ValueError(
@@ -66,10 +94,10 @@ def load(state: "MemoryState", state_dict: Mapping[str, Tensor]) -> None:
             " loads only what a state has needs one that is bound: step it with no tokens first"
         )
     if binding is not None:
-        if state._binding is not None:
-            check_binding(state._binding, binding)
+        if bound is not None:
+            check_binding(bound, binding)
         # Compare with meta tensors: sizes from a foreign dict may not fit in memory.
-        queue = make_queue(state._keys, state._values, binding, torch.device("meta"))
+        queue = make_queue(keys, values, binding, torch.device("meta"))
         expected |= {f"queue.{name}": x for name, x in queue._asdict().items()}
     names = set(expected) | ({"binding"} if binding is not None else set())
     if set(state_dict) != names:
@@ -83,26 +111,16 @@ def load(state: "MemoryState", state_dict: Mapping[str, Tensor]) -> None:
                 f"`state_dict` comes from another configuration: {name!r} must be {checks.shape(x)} of {x.dtype}, "
                 f"got {came}"
             )
-    if binding is not None:
-        if not state._values.is_meta:
-            tensors = {name: state_dict[f"queue.{name}"] for name in ("slots", "sub_keys")}
-            check_queue(tensors, state._keys, len(state._values), int(position) % binding.options.chunk_size)
-        queue = state._queue
-        if queue is None:
-            queue = make_queue(state._keys, state._values, binding, state._values.device)
-    buffers |= {} if queue is None else {f"queue.{name}": x for name, x in queue._asdict().items()}
-    with torch.no_grad():
-        for name, x in buffers.items():
-            x.copy_(state_dict[name])
-    state._all_touched()
-    state._binding, state._queue = binding, queue
+    if binding is not None and not values.is_meta:
+        tensors = {name: state_dict[f"queue.{name}"] for name in ("slots", "sub_keys")}
+        check_queue(tensors, keys, len(values), int(position) % binding.options.chunk_size)
+    return binding
 
 
-def _load_binding(state: "MemoryState", x: Tensor) -> Binding:
-    """What a state dict says was bound; ValueError if no step on this state could have bound it."""
+def _load_binding(keys: Tensor, values: Tensor, x: Tensor) -> Binding:
+    """What a state dict says was bound; ValueError if no step on this memory could have bound it."""
     try:
         binding = from_bytes(x)
-        keys, values = state._keys, state._values
         heads, _, _, half = keys.shape
         queries = keys.new_empty((binding.batch, 0, heads, 2 * half), dtype=binding.queries_dtype)
         targets = values.new_empty((binding.batch, 0, values.shape[1]), dtype=binding.targets_dtype)

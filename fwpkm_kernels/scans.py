@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .chunks import Chunk
+from .chunks import Chunk, Span
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
@@ -95,31 +95,27 @@ def _read_grad(
     return grad_predictions
 
 
-def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, decay: float, backend: str) -> None:
+def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan, span: Span, o: Options) -> None:
     """grad_values = decay·grad_values + Σ weights·vectors, in place: a write with lr = -1 and 1 - lr·wd = decay."""
-    write(grad_values, vectors, weights, plan, Write(lr=-1.0, weight_decay=decay - 1.0, backend=backend))
+    decay = 1.0 - o.lr * o.weight_decay if span.is_written else 1.0
+    how = Write(lr=-1.0, weight_decay=decay - 1.0, backend=o.backend)
+    write(grad_values, vectors, weights, plan, how, decays=span.decays)
 
 
-def _count_carried(chunks: list[Chunk]) -> int:
-    """How many positions before the sequence wait to be written."""
-    return chunks[0].start - chunks[0].first if chunks else 0
-
-
-def _by_read(x: Tensor, chunks: list[Chunk], batch: int) -> Tensor:
+def _by_read(x: Tensor, chunks: list[Chunk], batch: int, carried: int) -> Tensor:
     """The rows x [positions·B, ...] of all positions, the carried ones first, in the order of the reads: [R, ...]."""
     if all(chunk.first == chunk.start for chunk in chunks):
-        return x
-    carried = _count_carried(chunks)
+        return x[carried * batch :]  # carried positions are read by a chunk that is written, and by no other
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
-def _sizes(chunks: list[Chunk], rows: int) -> list[int]:
-    """How many rows each chunk has of a tensor with `rows` rows for each position read."""
-    return [(chunk.stop - chunk.first) * rows for chunk in chunks]
+def _sizes(spans: list[Span], rows: int) -> list[int]:
+    """How many rows each span has of a tensor with `rows` rows for each position read."""
+    return [span.reads * rows for span in spans]
 
 
 def address_scan(
-    queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, keep: bool, o: Options
+    queries: Tensor, keys: Tensor, chunks: list[Chunk], batch: int, carried: int, keep: bool, o: Options
 ) -> tuple[Addresses, Tensor, Tensor]:
     """Look up every read, chunk by chunk, and move the keys after each chunk.
 
@@ -133,7 +129,7 @@ def address_scan(
     """
     chunk_keys = keys.new_empty(0)
     if not o.keys_move:
-        found = Addresses(*(_by_read(x, chunks, batch) for x in lookup_halves(queries, keys, o.lookup)))
+        found = Addresses(*(_by_read(x, chunks, batch, carried) for x in lookup_halves(queries, keys, o.lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
     if keep and keeps_picks:
@@ -144,7 +140,6 @@ def address_scan(
         chunk_keys = keys.new_empty(writes + 1, *keys.shape)
         chunk_keys[0] = keys
     parts = [] if chunks else [lookup_halves(queries[:0], keys, o.lookup)]
-    carried = _count_carried(chunks)
     in_place = not (keep and not keeps_picks)
     moved = keys.clone() if in_place else keys
     for index, chunk in enumerate(chunks):
@@ -170,20 +165,24 @@ def address_scan_grad(
     chunk_keys: Tensor,
     chunks: list[Chunk],
     batch: int,
+    carried: int,
     o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan, in the compute dtype.
+
+    Args:
+        queries: [positions·B, H, Dk], the carried ones first.
 
     Returns the gradients of the query of each read, [R, H, Dk], and of the initial keys.
     """
     no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
     if not o.keys_move:
-        queries = _by_read(queries, chunks, batch)
+        queries = _by_read(queries, chunks, batch, carried)
         return address_grad(grad_keys, chunk_keys[0], queries, grad_scores, found.slots, found.picks, no_step)
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])
     keys = torch.zeros(grad_keys.shape, dtype=chunk_keys.dtype, device=chunk_keys.device) if keeps_picks else grad_keys
-    sizes = _sizes(chunks, batch)
+    sizes = [(chunk.stop - chunk.first) * batch for chunk in chunks]
     of_reads = (found.split(sizes), grad_scores.split_with_sizes(sizes), grad_queries.split_with_sizes(sizes))
     parts = list(enumerate(zip(chunks, *of_reads, strict=True)))
     for index, (chunk, chunk_found, chunk_grad_scores, chunk_grad_queries) in reversed(parts):
@@ -195,7 +194,7 @@ def address_scan_grad(
         _, grad_keys = address_grad(
             grad_keys,
             keys,
-            queries[chunk.first * batch : chunk.stop * batch],
+            queries[(chunk.first + carried) * batch : (chunk.stop + carried) * batch],
             chunk_grad_scores,
             chunk_found.slots,
             chunk_found.picks,
@@ -213,22 +212,21 @@ def value_scan(
     writes: Writes,
     output: Tensor,
     log: Tensor | None,
-    chunks: list[Chunk],
+    spans: list[Span],
     o: Options,
 ) -> None:
-    """Read and write chunk by chunk: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
+    """Read and write span by span: changes `values`, fills `output` [B, T, D] and the log [R·J, D]."""
     batch, picks = targets.shape[0], slots.shape[1]
     targets, output = targets.transpose(0, 1), output.transpose(0, 1)
-    sizes, accesses = _sizes(chunks, batch), _sizes(chunks, batch * picks)
+    sizes, accesses = _sizes(spans, batch), _sizes(spans, batch * picks)
     of_reads = (x.split_with_sizes(sizes) for x in (slots, writes.weights, writes.write_weights))
-    logs = [None] * len(chunks) if log is None else log.split_with_sizes(accesses)
-    of_chunks = zip(chunks, *of_reads, writes.plan.split(accesses), logs, strict=True)
-    for chunk, chunk_slots, weights, write_weights, plan, chunk_log in of_chunks:
-        pair_targets = targets[chunk.first + o.lookahead : chunk.last + o.lookahead]
-        errors = read(values, chunk_slots, weights, pair_targets, output[chunk.start : chunk.stop], o.backend)
-        if chunk.is_written or log is not None:
-            how = o.write if chunk.is_written else o.write._replace(weight_decay=0.0)
-            write(values, errors, write_weights, plan, how, chunk_log)
+    logs = [None] * len(spans) if log is None else log.split_with_sizes(accesses)
+    of_spans = zip(spans, *of_reads, writes.plan.split(accesses), logs, strict=True)
+    for span, span_slots, weights, write_weights, plan, span_log in of_spans:
+        errors = read(values, span_slots, weights, targets[span.pairs], output[span.outputs], o.backend)
+        if span.is_written or log is not None:
+            how = o.write if span.is_written else o.write._replace(weight_decay=0.0)
+            write(values, errors, write_weights, plan, how, span_log, span.decays)
 
 
 def value_scan_grad(
@@ -239,12 +237,12 @@ def value_scan_grad(
     writes: Writes,
     log: Tensor,
     log_rows: Tensor,
-    chunks: list[Chunk],
+    spans: list[Span],
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the value scan: turns `grad_values` from that of the final table into that of the initial one.
 
-    `log_rows` [R, J] says which row of its chunk's part of the log each access finds.
+    `log_rows` [R, J] says which row of its span's part of the log each access finds.
 
     Returns the gradients of the targets [B, T, D], of the weights as read [R, J] and of the write weights [R, J].
     """
@@ -252,20 +250,17 @@ def value_scan_grad(
     grad_targets = torch.empty(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_weights, grad_write_weights = (torch.empty_like(writes.weights) for _ in range(2))
     targets, grad_output, by_time = targets.transpose(0, 1), grad_output.transpose(0, 1), grad_targets.transpose(0, 1)
-    paired = [(c.first + o.lookahead, c.last + o.lookahead) for c in chunks if c.last > c.first]
     done = 0
-    for first, last in [*paired, (len(by_time), len(by_time))]:
-        if first > done:  # no chunk writes the positions in between
-            by_time[done:first].zero_()
-        done = last
+    for pairs in [span.pairs for span in spans if span.pairs.stop > span.pairs.start] + [slice(len(by_time), None)]:
+        if pairs.start > done:  # no span writes the positions in between
+            by_time[done : pairs.start].zero_()
+        done = pairs.stop
     reads = _ReadGrad(log_rows, slots, writes.weights, writes.write_weights, grad_weights, grad_write_weights)
-    sizes, accesses = _sizes(chunks, batch), _sizes(chunks, batch * picks)
+    sizes, accesses = _sizes(spans, batch), _sizes(spans, batch * picks)
     of_reads = map(_ReadGrad._make, zip(*(x.split_with_sizes(sizes) for x in reads), strict=True))
-    of_chunks = zip(chunks, of_reads, writes.plan.split(accesses), log.split_with_sizes(accesses), strict=True)
-    for chunk, chunk_reads, plan, chunk_log in reversed(list(of_chunks)):
-        pairs = slice(chunk.first + o.lookahead, chunk.last + o.lookahead)
-        grads = (grad_output[chunk.start : chunk.stop], by_time[pairs])
-        grad_predictions = _read_grad(grad_values, chunk_log, chunk_reads, plan, targets[pairs], *grads, o)
-        decay = 1.0 - o.lr * o.weight_decay if chunk.is_written else 1.0
-        _add_rows(grad_values, grad_predictions, chunk_reads.weights, plan, decay, o.backend)
+    of_spans = zip(spans, of_reads, writes.plan.split(accesses), log.split_with_sizes(accesses), strict=True)
+    for span, span_reads, plan, span_log in reversed(list(of_spans)):
+        grads = (grad_output[span.outputs], by_time[span.pairs])
+        grad_predictions = _read_grad(grad_values, span_log, span_reads, plan, targets[span.pairs], *grads, o)
+        _add_rows(grad_values, grad_predictions, span_reads.weights, plan, span, o)
     return grad_targets, grad_weights, grad_write_weights

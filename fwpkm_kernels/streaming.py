@@ -5,7 +5,8 @@ A step reads its tokens from the present state. When the last token of a chunk h
 were read are not looked up again, but for the `lookahead` ones that are carried into the next chunk.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +31,26 @@ from .state import MemoryState, check_step
 from .update import write
 from .weights import fold_write_weights, weigh, write_scale
 
+if TYPE_CHECKING:
+    from .pool import MemoryPool
 
-def _look_up(queries: Tensor, keys: Tensor, o: Options) -> tuple[Tensor, Addresses]:
-    """Weights [M, J] and addresses of queries [M, H, Dk]."""
-    if keys.shape[0] == 1 and checks.use_triton(o.backend, queries):  # a lookup of one head weighs all picks of a token
+
+def look_up(queries: Tensor, keys: Tensor, o: Options, memories: int = 1) -> tuple[Tensor, Addresses]:
+    """Weights [M, J] and addresses of queries [M, H, Dk].
+
+    Several memories can be looked up as heads of one, [M, memories·H, Dk]; the weights are then [M·memories, J].
+    """
+    heads = keys.shape[0] // memories
+    if heads == 1 and checks.use_triton(o.backend, queries):  # a lookup of one head weighs all picks of a token
         from .kernels.lookup import lookup
 
-        weights = torch.empty(len(queries), 1, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
+        weights = torch.empty(len(queries), memories, o.top_k, dtype=compute_dtype(keys.dtype), device=keys.device)
         how: dict[str, Any] = {"top_k": o.top_k, "idw": o.score == "idw", "eps": o.eps, "precision": o.precision}
         how |= {"weights": weights, "weighting": o.weighting, "temperature": o.temperature}
-        return weights.flatten(1), lookup(queries, keys, **how)
+        return weights.flatten(0, 1), lookup(queries, keys, **how)
     found = lookup_halves(queries, keys, o.lookup)
-    return weigh(found.scores.flatten(1), o.weighting, o.temperature), found
+    scores = found.scores.view(len(queries) * memories, heads * o.top_k)
+    return weigh(scores, o.weighting, o.temperature), found
 
 
 class Memory(NamedTuple):
@@ -59,7 +68,7 @@ def read_piece(memory: Memory, tokens: Tokens, output: Tensor, place: int | Tens
     In a captured graph the place is not known yet, so `place` is a tensor of one integer.
     """
     keys, values, _, queue = memory
-    weights, found = _look_up(tokens.queries.flatten(0, 1), keys, o)
+    weights, found = look_up(tokens.queries.flatten(0, 1), keys, o)
     if checks.use_triton(o.backend, values):
         from .kernels import streaming
 
@@ -99,7 +108,7 @@ def close_chunk(memory: Memory, is_first: bool, lanes: Lanes, o: Options) -> Non
     slots, weights, predictions = (x.flatten(0, 1) for x in (queue.slots, queue.weights, queue.predictions))
     if carried > 0:
         again = queue.queries[o.lookahead - carried : o.lookahead].flatten(0, 1)
-        weights_again, found_again = _look_up(again, memory.keys, o)
+        weights_again, found_again = look_up(again, memory.keys, o)
         slots_again = found_again.slots
         of_rows = (slots_again.flatten(1), weights_again, weights_again.dtype)
         predicted_again = gather_rows(memory.values, *of_rows, o.backend)
@@ -120,7 +129,7 @@ def read_and_close_chunk(
     """Read and write a whole chunk at once, by one lookup and one read of the carried tokens and the chunk."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
     _enqueue(queue, tokens.queries, tokens.gates, tokens.mask, o.lookahead, o)
-    weights, found = _look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
+    weights, found = look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
     writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
     with lanes.on(lanes.values):
@@ -137,7 +146,7 @@ def read_and_close_chunks(memory: Memory, tokens: Tokens, output: Tensor, is_fir
     gates, mask = (x.flatten() for x in factors)
     targets, by_item = tokens.targets.transpose(0, 1), output.transpose(0, 1)
     tensors = (queries.flatten(0, 1), targets, memory.keys, memory.values, gates, mask, by_item)
-    new_keys, kept = run_scans(*tensors, o, carried=carried)
+    new_keys, _, kept = run_scans(*tensors, o, carried=carried)
     memory.keys.copy_(new_keys)
     _touch(memory.touched, kept.found.slots, o)
     for buffer, x in zip((queue.queries, queue.gates, queue.mask), (queries, *factors), strict=True):
@@ -174,6 +183,7 @@ class ChunkWrites(NamedTuple):
 
     carried: int  #: how many positions before the chunk are written with it
     slots: Tensor  #: [E, H, K]
+    rows: Tensor  #: [E, J]: where the values of these slots stand
     gates: Tensor  #: [E]
     mask: Tensor  #: [E]
     plan: Plan
@@ -191,7 +201,7 @@ def plan_chunk_writes(
     with lanes.on(lanes.plans):
         plan, write_weights = _plan_pairs(pair_slots, pair_weights, gates, mask, memory.touched, o)
     lanes.hold(slots, weights, plan, write_weights)
-    return ChunkWrites(carried, pair_slots, gates, mask, plan, write_weights)
+    return ChunkWrites(carried, pair_slots, pair_slots.flatten(1), gates, mask, plan, write_weights)
 
 
 def apply_chunk_writes(
@@ -210,7 +220,7 @@ def apply_chunk_writes(
     if o.key_gradient == "all":
         with lanes.on(lanes.values):
             lanes.wait(lanes.plans)
-            pair_rows = values[writes.slots.flatten(1)].to(errors.dtype)
+            pair_rows = values[writes.rows].to(errors.dtype)
             pairs = (window[: len(errors)], writes.slots, pair_rows, errors, [writes.gates, writes.mask])
             keys.copy_(coupled_step(keys, chunk, picks.sub_keys, *pairs, o))
             write(values, errors, writes.write_weights, writes.plan, o.write)
@@ -333,7 +343,7 @@ def _step(memory: Memory, position: Tensor, queries: Tensor, targets: Tensor, *r
 
 
 def fast_weight_memory_step(
-    state: MemoryState,
+    state: "MemoryState | MemoryPool",
     queries: Tensor,
     targets: Tensor,
     *,
@@ -355,6 +365,8 @@ def fast_weight_memory_step(
     boundary: str = "carry",
     precision: str = "tf32x3",
     backend: str = "auto",
+    sessions: Sequence[int] | Tensor | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Read the next tokens of a sequence, and write every chunk that they fill; in place, without autograd.
 
@@ -375,6 +387,11 @@ def fast_weight_memory_step(
         targets: [B, t, D].
         gates, mask: [B, t] or None, each step as it likes; None is all ones.
         boundary: "carry" is the only one that can stream.
+        sessions: for a MemoryPool, and only there: the ids of the S sessions that read, each once. A row of the batch
+            is then a session, wherever it stands: [S, t, ...] instead of [B, t, ...]. Each session is as if it were
+            alone; what a call reads of several is launched together, and chunks are written one after the other.
+        lengths: [S], a tensor on the CPU or ints: how many tokens each session reads, the last ones of its row; the
+            output of the others is 0. None means t.
 
     The other options are those of `fast_weight_memory`, as is what NaN does; `state.reset()` removes what it wrote.
 
@@ -395,6 +412,10 @@ def fast_weight_memory_step(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     refuse_transforms("fast_weight_memory_step", (queries, targets, gates, mask))
+    if hasattr(state, "_step_sessions"):
+        return state._step_sessions(queries, targets, gates, mask, sessions, lengths, o)
+    if sessions is not None or lengths is not None:
+        raise TypeError(f"`sessions` and `lengths` need a MemoryPool as `state`, got a {type(state).__name__}")
     o = check_step(state, queries, targets, gates, mask, o)
     if not state._made_in_export:
         refuse_traces("fast_weight_memory_step", state.values, queries, state._binding is not None)

@@ -17,16 +17,23 @@ from .records import PLAN_SCHEMA, Plan
 
 
 def write(
-    values: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan, o: Write, log: Tensor | None = None
+    values: Tensor,
+    errors: Tensor,
+    write_weights: Tensor,
+    plan: Plan,
+    o: Write,
+    log: Tensor | None = None,
+    decays: Tensor | None = None,
 ) -> None:
     """Write a chunk in place: values = (1 - lr·wd)·values - lr·clamp(Σ write_weights·errors).
 
-    With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
+    `decays` [N], bool, says which rows decay, all that the plan names among them; None is all. With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
     """
     if checks.use_triton(o.backend, values):
         from .kernels.update import update
 
-        update(values, values, errors, write_weights, plan, log=log, lr=o.lr, weight_decay=o.weight_decay, clip=o.clip)
+        how = {"lr": o.lr, "weight_decay": o.weight_decay, "clip": o.clip}
+        update(values, values, errors, write_weights, plan, log=log, decays=decays, **how)
         return
     decay = 1.0 - o.lr * o.weight_decay
     if o.clip is None:  # multiply the smaller tensor by the step size
@@ -38,7 +45,11 @@ def write(
     if rows is not None and log is not None:
         log[positions] = rows
     if o.weight_decay != 0.0:
-        values.mul_(decay)
+        factors: float | Tensor = decay
+        if decays is not None:
+            factors = torch.ones(values.shape[0], 1, dtype=compute_dtype(values.dtype), device=values.device)
+            factors[decays] = decay
+        values.mul_(factors)
     if rows is not None:  # in half precision each row is rounded once
         values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
     elif values.is_cuda:  # there scatter_add_ has no deterministic form

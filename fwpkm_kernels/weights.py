@@ -179,15 +179,15 @@ def plan_writes(
     return Writes(weights, write_weights, counts, planned)
 
 
-def weigh_again(scores: Tensor, plan: Plan, length: int, batch: int, o: Options) -> tuple[Tensor, Tensor]:
+def weigh_again(scores: Tensor, plan: Plan, length: int, batch: int, carried: int, o: Options) -> tuple[Tensor, Tensor]:
     """The weights [R, J] once more, and which row of its chunk's log each access finds, int32 [R, J]."""
     if checks.use_triton(o.backend, scores):
         from .kernels import weights as kernels
 
-        layout = o.layout(length, batch)
+        layout = o.layout(length, batch, carried)
         return kernels.weigh_again(scores, plan, layout, weighting=o.weighting, temperature=o.temperature)
     log_rows = torch.empty_like(plan.start)
-    for chunk in o.cut(length):
+    for chunk in o.cut(length, carried):
         rows, picks = chunk.rows(batch), scores.shape[1]
         accesses = slice(rows.start * picks, rows.stop * picks)
         log_rows[accesses].scatter_(0, plan.order[accesses], plan.start[accesses])
@@ -203,13 +203,14 @@ def plan_writes_grad(
     mask: Tensor | None,
     length: int,
     batch: int,
+    carried: int,
     o: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the scores, [R, J], and of the gates if there are any, contiguous [B, T] in their dtype.
+    """Gradients of the scores, [R, J], and of the gates if there are any, contiguous [B, carried + T] in their dtype.
 
     Args:
         grad_weights, grad_write_weights: of the weights as read, and of the write weights, [R, J].
-        gates, mask: [B, T] or None, any strides and dtype.
+        gates, mask: [B, carried + T] or None, any strides and dtype.
     """
     grad_gates = None
     gate_positions, mask_positions = each(lambda x: x.transpose(0, 1).to(scores.dtype), gates, mask)
@@ -217,14 +218,14 @@ def plan_writes_grad(
         from .kernels import weights as kernels
 
         if gates is not None:  # tokens that are not written keep the 0
-            grad_gates = torch.zeros(batch, length, dtype=gates.dtype, device=scores.device)
+            grad_gates = torch.zeros(batch, carried + length, dtype=gates.dtype, device=scores.device)
         grads, factors = (grad_weights, grad_write_weights), (gate_positions, mask_positions, grad_gates)
         how: dict[str, Any] = {"weighting": o.weighting, "temperature": o.temperature}
         how |= {"step": o.step, "ratio": o.has_ratio}
-        layout = o.layout(length, batch)
+        layout = o.layout(length, batch, carried)
         grad_scores = kernels.fold_grad(scores, writes.weights, writes.counts, *grads, *factors, layout, **how)
         return grad_scores, grad_gates
-    reads = o.number_reads(length, batch, scores.device)
+    reads = o.number_reads(length, batch, scores.device, carried)
     gate_reads, mask_reads = each(lambda x: x.flatten()[reads.token], gate_positions, mask_positions)
     ratio = step_ratio(reads, mask_reads, o.lookahead, o.boundary, scores.dtype)
     through_write, per_read = fold_write_weights_grad(
@@ -232,17 +233,18 @@ def plan_writes_grad(
     )
     grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
     if gates is not None:
-        grad_gates = items_of(sum_at(reads.token, per_read, length * batch), length, batch).to(gates.dtype)
+        positions = carried + length
+        grad_gates = items_of(sum_at(reads.token, per_read, positions * batch), positions, batch).to(gates.dtype)
     return grad_scores, grad_gates
 
 
-def sum_reads(grads: Tensor, length: int, batch: int, dtype: torch.dtype, o: Options) -> Tensor:
-    """Gradients of the reads, [R, ...], summed for each token: contiguous [B, T, ...], in `dtype`."""
+def sum_reads(grads: Tensor, length: int, batch: int, carried: int, dtype: torch.dtype, o: Options) -> Tensor:
+    """Gradients of the reads, [R, ...], summed for each token: contiguous [B, carried + T, ...], in `dtype`."""
     if checks.use_triton(o.backend, grads):
         from .kernels import chunks as kernels
 
-        return kernels.sum_reads(grads, o.layout(length, batch), dtype)
-    by_token = grads.new_zeros(length * batch, *grads.shape[1:])
-    for chunk in o.cut(length):
-        by_token[chunk.first * batch : chunk.stop * batch] += grads[chunk.rows(batch)]
-    return items_of(by_token, length, batch).to(dtype)
+        return kernels.sum_reads(grads, o.layout(length, batch, carried), dtype)
+    by_token = grads.new_zeros((carried + length) * batch, *grads.shape[1:])
+    for chunk in o.cut(length, carried):
+        by_token[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] += grads[chunk.rows(batch)]
+    return items_of(by_token, carried + length, batch).to(dtype)

@@ -14,12 +14,14 @@ from reference.layers import fast_weight_layer, product_key_layer
 from reference.lookup import brute_force_lookup, product_key_lookup
 from reference.memory import fast_weight_memory
 from reference.update import chunk_value_update
+from reference.varlen import fast_weight_memory_varlen
 
 __all__ = [
     "brute_force_lookup",
     "chunk_value_update",
     "fast_weight_layer",
     "fast_weight_memory",
+    "fast_weight_memory_varlen",
     "product_key_layer",
     "product_key_lookup",
     "product_key_update",

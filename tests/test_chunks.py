@@ -86,17 +86,16 @@ class Case:
         o, size = self.o._replace(backend=backend), (self.batch, self.length, self.o.top_k)
         outputs = (self.slots.new_full(size, -1), self.scores.new_full(size, torch.nan))
         gates, mask = (None if x is None else x.transpose(0, 1) for x in (self.gates, self.mask))
-        where = (self.length, self.batch)
+        where = (self.length, self.batch, self.carried)
         with testing.poisoned_memory():
-            writes = plan_writes(self.scores, self.slots, self.num_slots, gates, mask, *where, self.carried, outputs, o)
+            writes = plan_writes(self.scores, self.slots, self.num_slots, gates, mask, *where, outputs, o)
             results = [*writes.plan, writes.counts, outputs[0], outputs[1], writes.weights, writes.write_weights]
-            if self.carried == 0:
-                weights, log_rows = weigh_again(self.scores, writes.plan, *where, o)
-                forward = (self.scores, writes._replace(weights=weights), self.gates, self.mask)
-                grad_scores, grad_gates = plan_writes_grad(*self.grads, *forward, *where, o)
-                by_token = sum_reads(self.grad_queries, *where, torch.float32, o)
-                results += [log_rows, weights, grad_scores, by_token]
-                results += [] if grad_gates is None else [grad_gates]
+            weights, log_rows = weigh_again(self.scores, writes.plan, *where, o)
+            forward = (self.scores, writes._replace(weights=weights), self.gates, self.mask)
+            grad_scores, grad_gates = plan_writes_grad(*self.grads, *forward, *where, o)
+            by_token = sum_reads(self.grad_queries, *where, torch.float32, o)
+            results += [log_rows, weights, grad_scores, by_token]
+            results += [] if grad_gates is None else [grad_gates]
         return writes, results
 
 

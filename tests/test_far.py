@@ -17,6 +17,7 @@ from fwpkm_kernels import (
     testing,
 )
 from fwpkm_kernels.kernels import scans, segments, streaming, update
+from fwpkm_kernels.kernels.compact import copy_rows
 from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.options import Options
 from fwpkm_kernels.plan import plan_segments
@@ -181,6 +182,22 @@ def test_far_tensors_of_the_value_scan(name, dim, triton_place):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("put", [False, True])
+@pytest.mark.parametrize("name", ["source", "out"])
+def test_rows_of_a_far_table_are_copied(name, put, dim, triton_place):
+    generator = torch.Generator().manual_seed(0)
+    near = {key: torch.randn(5, 3, generator=generator).to(triton_place.device, HALF) for key in ("source", "out")}
+    slots = torch.tensor([4, -1, 0, 3, 1], device=triton_place.device)
+
+    def call(source, out):
+        out = far(out, dim) if out.stride(dim) > 2**20 else out.clone()
+        copy_rows(source, slots, out, put=put)
+        return out.contiguous()
+
+    assert_far(call, near, name, dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", ["values", "initial"])
 def test_a_far_table_is_restored(name, dim, triton_place):
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +272,7 @@ def test_far_gates_and_mask_of_a_sequence(name, dim, triton_place):
     def call(gates, mask):
         writes = plan_writes(scores, slots, 4, gates.T, mask.T, 5, 2, 0, None, o)
         grads = (writes.weights, writes.write_weights, scores, writes)
-        return writes, plan_writes_grad(*grads, gates, mask, 5, 2, o)
+        return writes, plan_writes_grad(*grads, gates, mask, 5, 2, 0, o)
 
     assert_far(call, near, name, dim)
 

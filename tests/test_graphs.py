@@ -313,7 +313,7 @@ class Stream:
         Stream.current = self.before
 
 
-@pytest.mark.parametrize("fails, lanes", [("_look_up", 0), ("_plan_pairs", 1), ("write", 2), (None, 2)])
+@pytest.mark.parametrize("fails, lanes", [("look_up", 0), ("_plan_pairs", 1), ("write", 2), (None, 2)])
 def test_lanes_are_joined_after_an_error(fails, lanes, monkeypatch, make_graph):
     """The captured stream waits for every lane that was launched on, and for no other; here streams are stand-ins."""
     inputs = make_inputs(2, 12, num_keys=5, dtype=torch.float32, device=DEVICE)

@@ -14,6 +14,7 @@ from fwpkm_kernels.kernels import _common, chunks, key_step, lookup, scans, segm
 from fwpkm_kernels.kernels import picks as pick_plan
 from fwpkm_kernels.kernels import update as update_kernels
 from fwpkm_kernels.kernels import weights as weight_kernels
+from fwpkm_kernels.kernels.compact import copy_rows
 from fwpkm_kernels.kernels.gather import gather as gather_rows
 from fwpkm_kernels.kernels.update import decay_rows
 from fwpkm_kernels.options import Options
@@ -149,7 +150,7 @@ def chunk_launches(place: Place) -> Function:
     def call() -> Any:
         writes = plan_writes(scores, slots, 9, gates.T, mask, length, batch, 0, None, o)
         grads = (grad_weights, grad_write_weights, scores, writes)
-        of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, o)
+        of_writes = plan_writes_grad(*grads, gates, mask.T, length, batch, 0, o)
         layout = o.layout(length, batch)
         options = {"weighting": "softmax", "temperature": 1.0}
         again = weight_kernels.weigh_again(scores, writes.plan, layout, **options)
@@ -159,7 +160,7 @@ def chunk_launches(place: Place) -> Function:
 
 
 def by_rows(place: Place) -> Function:
-    """What goes through a table in the order of its rows: the decay of those not written, and a reset."""
+    """What goes through rows in their order: the decay of those not written, a reset, and copies of them."""
     shape = GPU_SHAPE[2:] if place.device == "cuda" else SHAPE[2:]
     initial = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.device)
     flags = (torch.arange(shape[0], device=place.device) % 3 == 0).to(torch.uint8)
@@ -168,7 +169,11 @@ def by_rows(place: Place) -> Function:
         decayed, values = initial.clone(), torch.zeros_like(initial)
         decay_rows(decayed, flags, decay=0.9)
         update_kernels.restore_rows(values, initial, flags)
-        return decayed, values
+        slots = torch.where(flags != 0, torch.arange(shape[0], device=place.device), -1)
+        taken, put = torch.empty_like(initial), torch.zeros_like(initial)
+        copy_rows(initial, slots, taken, put=False)
+        copy_rows(taken, slots, put, put=True)
+        return decayed, values, taken, put
 
     return call
 
@@ -331,6 +336,13 @@ LAUNCHED = {
     ),
     "restore_kernel": Launched(
         by_rows, ({"BLOCK_N": 1, "num_warps": 1}, {"BLOCK_N": 4, "num_warps": 8}), ("BLOCK_D",), BY_ROWS, exact=True
+    ),
+    "copy_rows_kernel": Launched(
+        by_rows,
+        ({"BLOCK_R": 1, "num_warps": 1}, {"BLOCK_R": 4, "num_warps": 8}),
+        ("BLOCK_D",),
+        BY_READS,
+        exact=True,
     ),
     "plan_kernel": Launched(
         chunk_launches, ({"BLOCK_A": 16, "num_warps": 1}, {"BLOCK_A": 64}), (), BY_POSITIONS, exact=True

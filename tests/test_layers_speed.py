@@ -63,6 +63,9 @@ def test_a_training_call_copies_no_table_besides_the_operators(scope, initial_me
         output.sum().backward()
         return result
 
+    if scope == "sequence" and not return_memory:
+        assert tables(call) == trains  # the gradient alone: documents read and write rows that were gathered
+        return
     documents = batch if scope == "sequence" else 1
     wanted = tables_of_operator(layer, batch // documents, trains)
     assert wanted >= 2  # the private copy, and the gradient
@@ -113,10 +116,9 @@ def test_a_layer_in_bfloat16_casts_the_table_once_each_way():
     def call():
         layer(x).float().sum().backward()
 
-    wanted = tables_of_operator(layer, 1, True)
-    assert tables(call) == wanted + 1
+    assert tables(call) == 2
     layer.zero_grad()
-    assert tables(call, torch.bfloat16) == wanted + 2
+    assert tables(call, torch.bfloat16) == 3
 
 
 @pytest.mark.parametrize("kind", ["rows", "left", "inner", "packed"])

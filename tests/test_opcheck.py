@@ -120,13 +120,15 @@ def key_step_grad_samples(place: Place) -> Samples:
 
 
 def memory_arguments(
-    place: Place, length: int, keep: bool, layout: str = "contiguous", **options: Any
-) -> tuple[Any, ...]:
+    place: Place, length: int, keep: bool, layout: str = "contiguous", carried: int = 0, as_rows: bool = False,
+    **options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     # No slot is read twice in a chunk: rows of the undo log where no segment starts are left unwritten.
     inputs = make_inputs(2, length, num_keys=30, mask="real", dtype=torch.float32, layout=layout, device=place.device)
     names = ("queries", "targets", "keys", "values", "gates", "mask")
     o = Options(chunk_size=3, top_k=2, backend=place.backend, **options)
-    return (*(inputs[name] for name in names), keep, *o)
+    inputs["targets"] = inputs["targets"][:, carried:]
+    return (*(inputs[name] for name in names), keep, carried, as_rows, *o)
 
 
 def memory_samples(place: Place) -> Samples:
@@ -140,22 +142,32 @@ def memory_samples(place: Place) -> Samples:
     for keep in (False, True):
         yield f"transposed, keeping {keep}", memory_arguments(place, 7, keep, "transposed", weight_decay=0.1)
         yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
+        yield f"rows, keeping {keep}", memory_arguments(place, 4, keep, as_rows=True)
+        yield f"rows of no tokens, keeping {keep}", memory_arguments(place, 0, keep, as_rows=True)
+    for length in (9, 3):
+        for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):
+            name = f"carried before {length - 1}, {options}, keeping"
+            yield name, memory_arguments(place, length, True, carried=1, **options)
     yield "coupled keys, not keeping", memory_arguments(place, 7, False, key_gradient="all")
 
 
 def memory_grad_samples(place: Place) -> Samples:
     for name, arguments in memory_samples(place):
-        queries, targets, keys, _, gates, mask, keep, *options = arguments
+        queries, targets, keys, _, gates, mask, keep, carried, as_rows, *options = arguments
         if not keep or Options(*options).key_gradient == "all":
             continue
         output, new_keys, new_values, _, _, *kept = OPS.fast_weight_memory(*arguments)
         incoming = [testing.random_cotangent(x) for x in (output, new_keys, new_values)]
         tensors = (queries, targets, gates, mask, keys.shape[2])
-        yield name, (*incoming, *tensors, True, kept, *options)
+        if as_rows:
+            slot, *kept = kept
+            kept.append(slot)
+            yield f"{name}, not spread", (*incoming, *tensors, True, False, carried, kept, *options)
+        yield name, (*incoming, *tensors, True, True, carried, kept, *options)
         if not name.startswith("carry, {}"):
             continue
-        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, kept, *options)
-        yield f"{name}, without addresses", (*incoming, *tensors, False, kept, *options)
+        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, True, carried, kept, *options)
+        yield f"{name}, without addresses", (*incoming, *tensors, False, True, carried, kept, *options)
 
 
 def step_samples(place: Place) -> Samples:
@@ -190,6 +202,14 @@ def copy_samples(place: Place) -> Samples:
     yield "transposed", (x.t(), x.device)
     yield "expanded", (x[:1].expand(3, 4), x.device)
     yield "empty", (x[:0], x.device)
+
+
+def apply_samples(place: Place) -> Samples:
+    table, rows = torch.randn(7, 4, device=place.device), torch.randn(3, 4, device=place.device)
+    slot = torch.tensor([5, -1, 0], device=place.device)
+    yield "plain", (table, torch.zeros_like(slot), slot, rows, place.backend)
+    yield "transposed", (testing.with_layout(table, "transposed"), torch.zeros_like(slot), slot, rows, place.backend)
+    yield "nothing", (table, slot[:0], slot[:0], rows[:0], place.backend)
 
 
 def rollback_samples(place: Place) -> Samples:
@@ -227,6 +247,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "sparse_value_gather": gather_samples,
     "sparse_value_gather_backward_weights": weights_grad_samples,
     "sparse_value_gather_backward_values": values_grad_samples,
+    "apply_rows_": apply_samples,
     "chunk_value_update": write_samples,
     "chunk_value_update_": write_samples,
     "chunk_value_update_backward": write_grad_samples,

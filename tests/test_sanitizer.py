@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fwpkm_kernels
 from fwpkm_kernels import testing
+from fwpkm_kernels.compact import put_rows, take_rows
 from fwpkm_kernels.kernels import gather, segments, streaming, update
 from tests import judge
 from tests.conftest import HAS_GPU
@@ -58,7 +59,8 @@ WRITE: dict[str, Any] = {
     "pattern": "one_slot",
     "options": {"lr": 1.0, "weight_decay": 0.1, "clip": 0.5},
 }
-#: Together they launch every kernel but `restore_kernel`, which CPU tensors have no use for.
+#: Together they launch every kernel but two that are called below: `restore_kernel`, which CPU tensors have no use
+#: for, and `copy_rows_kernel`.
 EVERY_KERNEL = [
     Case("fast_weight_memory", **MEMORY),
     Case("fast_weight_memory_step", **MEMORY, actions=(2, 1, "no gates", 2)),
@@ -83,8 +85,10 @@ def test_every_kernel():
     values = torch.zeros(7, 5)
     with sanitized() as seen:
         update.restore_rows(values, torch.ones(7, 5), torch.arange(7) % 2 == 1)
+        rows = take_rows(values, torch.tensor([6, -1, 1]), "triton")
+        put_rows(values, torch.tensor([4, -1, 2]), rows, "triton")
     assert not seen.faults
-    assert values.sum() == 15
+    assert values.sum() == 20
     assert functions() - ran - seen.launched == set(), "launch it in EVERY_KERNEL"
 
 

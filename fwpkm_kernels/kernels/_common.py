@@ -1,5 +1,7 @@
 """Shared by all kernel files: order-preserving integers for top-k, and launches on the device of a tensor."""
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -92,12 +94,42 @@ def check_grid(kernel: Any, grid: tuple[int, ...]) -> None:
         raise ValueError(f"{grid} programs are too many for one launch of {kernel.fn.__name__}: pass less at a time")
 
 
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """The first statement of a kernel with PDL: what it reads is written when the launches before it have ended.
+
+    "Programmatic dependent launch": the programs of such a launch start before that, and the next launch may start when
+    all of them have, so that neither waits for the GPU to be told. Nothing may be read or written before this.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+#: Warps of a launch up to which the next one starts early: half of those that an H100 holds. Of launches that fill the
+#: GPU it would take the place; on an H200 it makes a chunk of 512 tokens 12 % faster, and backward of 8×512 6 % slower.
+FEW_WARPS = 132 * 32
+
+
+@functools.cache
+def has_pdl(device: int) -> bool:
+    """Whether a GPU can start a launch before those that it depends on have ended: sm_90 and newer."""
+    is_nvidia = torch.version.hip is None and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
-    """Run `kernel` on the device of tensor `on`, which need not be the current one; without programs nothing runs."""
+    """Run `kernel` on the device of tensor `on`, which need not be the current one; without programs nothing runs.
+
+    A kernel with the constant PDL starts early where its launch is small and the GPU can do that.
+    """
     if 0 in grid:
         return
     check_grid(kernel, grid)
     device = on.get_device()  # -1 of a CPU tensor
+    if "PDL" in kernel.arg_names:
+        is_small = math.prod(grid) * options["num_warps"] <= FEW_WARPS
+        options["PDL"] = is_small and on.is_cuda and device >= 0 and has_pdl(device)
     if on.is_cuda and device != torch.cuda.current_device():  # entering its context takes several microseconds
         with torch.cuda.device(device):
             _direct.launch_compiled(kernel, grid, device, args, options)

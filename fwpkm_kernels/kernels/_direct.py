@@ -101,6 +101,8 @@ def _is_watched(kernel: Any) -> bool:
 
 def launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Launch by Triton's Python, which compiles what it has not compiled yet, and returns it."""
+    if options.get("PDL", False):
+        options = {**options, "launch_pdl": True}
     # Said because Triton's default is about to change, and with it the bits of every result.
     return kernel[grid](*args, enable_fp_fusion=True, **options)
 

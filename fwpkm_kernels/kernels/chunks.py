@@ -160,14 +160,16 @@ def sum_reads_kernel(
     B, T, C, REREADS, MISSING, FULL,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
-    """out[item, position] = reads[its read for output] + reads[its re-read], if it has one.
+    """out[item, position] = reads[its read for output] + reads[its re-read], of those that it has.
 
-    A program owns BLOCK_W columns of one token. Grid: (tokens, column blocks).
+    Positions that are carried, before 0, have a re-read only. A program owns BLOCK_W columns of one token. Grid:
+    (tokens, column blocks).
     """
     token = tl.program_id(0)
     item = token % B
-    position = token // B
-    chunk = position // C
+    carried = REREADS - MISSING
+    position = token // B - carried
+    chunk = (position + C) // C - 1  # -1 for a carried position, of which there are at most C
     window = C + REREADS
     first = chunk * window - MISSING
     rereads = tl.where((chunk < FULL) & (first >= 0), REREADS, 0)
@@ -179,20 +181,21 @@ def sum_reads_kernel(
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_w = offs_w < WIDTH
     row = (read * B + item).to(tl.int64) * WIDTH
-    total = tl.load(reads_ptr + row + offs_w, mask=mask_w, other=0.0)
+    total = tl.load(reads_ptr + row + offs_w, mask=offs_w < tl.where(position >= 0, WIDTH, 0), other=0.0)
     row = (again * B + item).to(tl.int64) * WIDTH
     total += tl.load(reads_ptr + row + offs_w, mask=offs_w < tl.where(is_reread, WIDTH, 0), other=0.0)
-    out = out_ptr + (item.to(tl.int64) * T + position) * WIDTH + offs_w
+    out = out_ptr + (item.to(tl.int64) * (T + carried) + token // B) * WIDTH + offs_w
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_w)
 
 
 def sum_reads(reads: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Launch the sums over the reads of each token: [B, T, ...] in `dtype`, contiguous, from `reads` [R, ...]."""
-    out = torch.empty(layout.batch, layout.length, *reads.shape[1:], dtype=dtype, device=reads.device)
+    """Launch the sums over the reads of each token: [B, carried + T, ...] in `dtype`, contiguous, from [R, ...]."""
+    positions = layout.length + layout.rereads - layout.missing
+    out = torch.empty(layout.batch, positions, *reads.shape[1:], dtype=dtype, device=reads.device)
     width = reads.shape[1:].numel()
     block_w = min(next_power_of_2(width), 1024)
     launch(
-        sum_reads_kernel, (layout.batch * layout.length, cdiv(width, block_w)),
+        sum_reads_kernel, (layout.batch * positions, cdiv(width, block_w)),
         reads, out,
         layout.batch, layout.length, layout.chunk_size, layout.rereads, layout.missing, layout.full,
         WIDTH=width, BLOCK_W=block_w, num_warps=row_warps(block_w, reads.dtype), on=reads,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import PickPlan, Picks
-from ._common import cdiv, launch, next_power_of_2
+from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 from .lookup import half_grad
 from .picks import probabilities
 from .segments import finish_row
@@ -35,23 +35,26 @@ class KeySumConfig(NamedTuple):
 
 def key_sum_config(width: int, picks: float, dtype: torch.dtype) -> KeySumConfig:
     """Launch table, keyed by the width of a sub-key, the picks that one has on average, and the dtype of the sums."""
-    block_a = min(max(next_power_of_2(max(1, int(picks))), 8), 64)
-    # With many picks the column blocks are narrow, so that several programs share a sub-key that every token picks.
-    block_d = min(next_power_of_2(max(1, width)), 256, 4096 // block_a)
+    block_a = min(max(next_power_of_2(max(1, int(picks))), 16), 64)
+    # The column blocks are narrow, so that several programs share a sub-key that many tokens pick.
+    block_d = min(next_power_of_2(max(1, width)), 64)
     return KeySumConfig(block_a * 4 // dtype.itemsize, block_d, max(1, block_a * block_d // 1024))
 
 
 @triton.jit(do_not_specialize=["R", "first_row"])
 def step_kernel(
     half_scores_ptr, sub_keys_ptr, slope_ptr, factor_ptr,
-    R, H, first_row, share: tl.float64, weight: tl.float64,
-    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    R, H, POOLED, first_row, share: tl.float64, weight: tl.float64,
+    NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
     2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
-    that it steps by. `share` is 1 / rows. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
+    that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each, whose
+    slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
     """
+    wait_for_inputs(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     is_stepped = (offs_r < R) & (offs_r // (2 * H) >= first_row)
@@ -60,6 +63,8 @@ def step_kernel(
     scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
     row = tl.load(sub_keys_ptr + picks, mask=mask, other=0)
     i_head = offs_r // 2 % H
+    if SEVERAL:
+        i_head -= i_head // POOLED
     u = tl.load(slope_ptr + row - (i_head * (2 * NUM_KEYS))[:, None], mask=mask, other=0.0)
     factor = factors_of_step(scores, u, is_stepped, share, weight, IDW)
     tl.store(factor_ptr + picks, factor, mask=(offs_r < R)[:, None] & (offs_k < TOP_K)[None, :])
@@ -82,7 +87,7 @@ def key_sum_kernel(
     stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
     first_row, decay: tl.float64, lr: tl.float64, clip: tl.float64,
     NUM_KEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr,
-    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """total = Σ f·(q - k) over the picks of sub-key k (or Σ f·q, for dot) from `first_row` on; then the EPILOGUE:
 
@@ -93,6 +98,7 @@ def key_sum_kernel(
     The middle term is there only with STEP. A program owns BLOCK_D columns of one row of the table [H·2·n, Dk/2]. Rows
     that nobody picked are written only with ALL_ROWS, as if total were 0. Grid: (H·2·n, column blocks).
     """
+    wait_for_inputs(PDL)
     i_row = tl.program_id(0)
     begin = tl.load(first_ptr + i_row)
     end = tl.load(first_ptr + i_row + 1)
@@ -157,14 +163,15 @@ def pick_sums_kernel(
     H,
     NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
 ):
-    """Sums of `coefficient` over the picks of each sub-key, heads pooled, [2, n].
+    """Sums of `coefficient` over the picks of each sub-key, the H heads of a memory pooled, [memories, 2, n].
 
-    A program owns one sub-key of one half, of all heads. Grid: (2·n,).
+    A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
     """
     i_key = tl.program_id(0)
+    i_memory = tl.program_id(1)
     total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
-    i_head = 0
-    while i_head < H:
+    i_head = i_memory * H
+    while i_head < (i_memory + 1) * H:
         row = i_head * (2 * NUM_KEYS) + i_key
         position = tl.load(first_ptr + row)
         end = tl.load(first_ptr + row + 1)
@@ -174,7 +181,7 @@ def pick_sums_kernel(
             total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
             position += BLOCK_A
         i_head += 1
-    tl.store(sums_ptr + i_key, tl.sum(total, axis=0))
+    tl.store(sums_ptr + i_memory * (2 * NUM_KEYS) + i_key, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -182,14 +189,14 @@ def step_grad_kernel(
     half_scores_ptr, sub_keys_ptr, slope_ptr, queries_ptr, keys_ptr, grad_totals_ptr, grad_queries_ptr, factor_ptr,
     dot_ptr, share_ptr,
     stride_qm, stride_qh, stride_qd, stride_kn, stride_kd,
-    H, first_row, share: tl.float64, weight: tl.float64, direction: tl.float64,
-    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr,
+    H, POOLED, first_row, share: tl.float64, weight: tl.float64, direction: tl.float64,
+    NUM_KEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
     the gradient of u; the factors f of `step_kernel`; and Σ f·V over the picks, the gradient of q in f·(q - k).
 
-    V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
+    The heads are those of `step_kernel`. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
     rows before `first_row`. A program owns one half of one (token, head) row. It reads V once if it fits one tile, else
     twice. Grid: (rows, 2).
     """
@@ -205,7 +212,10 @@ def step_grad_kernel(
     picks = (i_row * 2 + i_half) * TOP_K + offs_k  # [BLOCK_K]
     scores = tl.load(half_scores_ptr + picks, mask=mask_s, other=float("-inf"))
     row = tl.load(sub_keys_ptr + picks, mask=mask_s, other=0).to(tl.int64)
-    u = tl.load(slope_ptr + row - i_head * (2 * NUM_KEYS), mask=mask_s, other=0.0)
+    first_key = i_head * (2 * NUM_KEYS)
+    if SEVERAL:
+        first_key -= i_head // POOLED * (2 * NUM_KEYS)
+    u = tl.load(slope_ptr + row - first_key, mask=mask_s, other=0.0)
     dot = tl.zeros([BLOCK_K], dtype)
     v = tl.zeros([BLOCK_K, BLOCK_D], dtype)  # if one tile has all columns, the second loop uses it too
     q_base = queries_ptr + i_m * stride_qm + i_head * stride_qh + i_half * HALF * stride_qd
@@ -245,9 +255,9 @@ def score_grad_kernel(
     grad_scores_ptr, slots_ptr, sub_keys_ptr, half_scores_ptr, slope_ptr, bend_ptr, grad_slope_ptr, dot_ptr,
     grad_halves_ptr,
     stride_gm, stride_gh, stride_gk,
-    H, first_row, share: tl.float64, weight: tl.float64,
+    H, POOLED, first_row, share: tl.float64, weight: tl.float64,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, IDW: tl.constexpr, LOOKUP: tl.constexpr, STEP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    SEVERAL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     """Gradient of each half score that was picked.
 
@@ -283,6 +293,8 @@ def score_grad_kernel(
         scores = tl.load(half_scores_ptr + picks, mask=mask_s, other=float("-inf"))
         dot = tl.load(dot_ptr + picks, mask=mask_s, other=0.0)
         key = row - i_head * (2 * NUM_KEYS)
+        if SEVERAL:
+            key += i_head // POOLED * (2 * NUM_KEYS)
         u = tl.load(slope_ptr + key, mask=mask_s, other=0.0)
         bend = tl.load(bend_ptr + key, mask=mask_s, other=0.0)
         grad_slope = tl.load(grad_slope_ptr + key, mask=mask_s, other=0.0)
@@ -325,14 +337,15 @@ def sum_picks(
 def find_factors(picks: Picks, plan: PickPlan, *, idw: bool, weight: float, first_row: int = 0) -> Tensor:
     """Launch the factors of the key step over the rows from `first_row` on, [M, H, 2, K]."""
     num_rows, heads, _, top_k = picks.sub_keys.shape
+    num_keys, pooled = plan.sizes(heads)
     factors = torch.empty_like(picks.half_scores)
     block_k = next_power_of_2(top_k)
     block_r = max(1, 512 // block_k)
     launch(
         step_kernel, (cdiv(num_rows * heads * 2, block_r),),
         *picks, plan.slope, factors,
-        num_rows * heads * 2, heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight,
-        NUM_KEYS=plan.slope.numel() // 2, TOP_K=top_k, IDW=idw,
+        num_rows * heads * 2, heads, pooled, first_row, 1.0 / ((num_rows - first_row) * pooled), weight,
+        NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, SEVERAL=pooled < heads,
         BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, on=factors,
     )
     return factors
@@ -356,13 +369,14 @@ def step_keys(
 
 
 def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
-    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, heads pooled: [2·n]."""
+    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, as the slopes are pooled."""
     sums = torch.empty_like(plan.slope)
+    num_keys, pooled = plan.sizes(coefficients.shape[1])
     launch(
-        pick_sums_kernel, (sums.numel(),),
+        pick_sums_kernel, (2 * num_keys, coefficients.shape[1] // pooled),
         coefficients, plan.order, plan.first, sums,
-        coefficients.shape[1],
-        NUM_KEYS=sums.numel() // 2, BLOCK_A=512, num_warps=4, on=coefficients,
+        pooled,
+        NUM_KEYS=num_keys, BLOCK_A=512, num_warps=4, on=coefficients,
     )
     return sums
 
@@ -379,12 +393,13 @@ def step_grad(
     (num_rows, heads, _), half, top_k = queries.shape, keys.shape[1], picks.sub_keys.shape[3]
     factors, dots, shares = (torch.empty_like(picks.half_scores) for _ in range(3))
     block_k = next_power_of_2(top_k)
+    num_keys, pooled = plan.sizes(heads)
     launch(
         step_grad_kernel, (num_rows * heads, 2),
         *picks, plan.slope, queries, keys, grad_totals, grad_queries, factors, dots, shares,
         *queries.stride(), *keys.stride(),
-        heads, first_row, 1.0 / ((num_rows - first_row) * heads), weight, direction,
-        NUM_KEYS=plan.slope.numel() // 2, HALF=half, TOP_K=top_k, IDW=idw,
+        heads, pooled, first_row, 1.0 / ((num_rows - first_row) * pooled), weight, direction,
+        NUM_KEYS=num_keys, HALF=half, TOP_K=top_k, IDW=idw, SEVERAL=pooled < heads,
         # All picks are in one tile, so that their sums need no second pass, with as many columns as registers hold.
         BLOCK_K=block_k, BLOCK_D=max(1, min(next_power_of_2(half), 2048 // block_k)), num_warps=2, on=queries,
     )
@@ -402,14 +417,15 @@ def score_grad(
     grad_halves = torch.empty_like(picks.half_scores)
     num_rows, heads, _, top_k = grad_halves.shape
     block_k = next_power_of_2(top_k)
+    num_keys, pooled = plan.sizes(heads)
     launch(
         score_grad_kernel, (num_rows * heads, 2),
         picks.half_scores if grad_scores is None else grad_scores, picks.sub_keys if slots is None else slots,
         picks.sub_keys, picks.half_scores, plan.slope, plan.bend, *(step or (picks.half_scores,) * 2), grad_halves,
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
-        heads, first_row, 1.0 / max(1, (num_rows - first_row) * heads), weight,
-        NUM_KEYS=plan.slope.numel() // 2, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
-        BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=grad_halves,
+        heads, pooled, first_row, 1.0 / max(1, (num_rows - first_row) * pooled), weight,
+        NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
+        SEVERAL=pooled < heads, BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=grad_halves,
     )
     return grad_halves
 

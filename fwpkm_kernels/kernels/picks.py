@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import PickPlan, Picks
-from ._common import cdiv, launch, next_power_of_2
+from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 
 TILE = 16
 #: The most sub-keys of a half: a program of `count_kernel` holds a word for each.
@@ -43,11 +43,12 @@ def plan_config(num_rows: int, num_keys: int, top_k: int) -> PlanConfig:
     low = 2 ** ((bits + 1) // 2)
     block_k = next_power_of_2(top_k)
     block_t = min(max(next_power_of_2(cdiv(num_rows, TILE)), 32), 512)
-    usage_warps = max(1, block_t // 128)
+    usage_warps = max(1, min(4, block_t // 64))
     mean = max(1, num_rows * top_k // num_keys)  # tokens that picked a sub-key
     return PlanConfig(
         block_high=2**bits // low, block_low=low, block_k=min(block_k, 8), block_t=block_t,
-        block_a=min(max(next_power_of_2(mean), 8), 64, max(1, 256 * usage_warps // block_k)),
+        # A popular sub-key is picked by far more tokens than the mean, and the launch takes as long as its program.
+        block_a=min(max(next_power_of_2(mean), 32), 64, max(1, 256 * usage_warps // block_k)),
         count_warps=8 if bits > 10 else 4, usage_warps=usage_warps,
     )
 
@@ -66,13 +67,14 @@ def count_kernel(
     sub_keys_ptr, words_ptr,
     M,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_HIGH: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_HIGH: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """For each sub-key the tokens of a tile that picked it, and how many picks of the tile are of lower sub-keys.
 
     A word is (picks of lower sub-keys) << 16 | (bit t: token t of this tile). A program owns one tile of one half of
     one head. Grid: (tiles, heads·2).
     """
+    wait_for_inputs(PDL)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1)
     offs_high = tl.arange(0, BLOCK_HIGH)
@@ -114,22 +116,26 @@ def usage_kernel(
     half_scores_ptr, sub_keys_ptr, words_ptr, tokens_ptr, order_ptr, first_ptr, slope_ptr, bend_ptr,
     M, H, first_row, share: tl.float64,
     NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
-    """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [2, n].
+    """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [memories, 2, n].
 
-    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, heads pooled. With WORDS
+    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, the H heads of a memory
+    pooled. With WORDS
     a program first lists the tokens that picked it, in order, from the words of `count_kernel`, and where they begin;
     then which of all picks [M, H, 2, K] these are. Without WORDS these lists are given. A program owns one sub-key of
-    one half, of all heads. Grid: (2·n,).
+    one half, of all heads of a memory. Grid: (2·n, memories).
     """
+    wait_for_inputs(PDL)
     i_key = tl.program_id(0)
+    i_memory = tl.program_id(1)
+    all_heads = H * tl.num_programs(1)
     dtype: tl.constexpr = half_scores_ptr.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = (offs_k < TOP_K)[None, :]
     usage = tl.zeros([BLOCK_A], dtype)
-    i_head = 0
-    while i_head < H:
+    i_head = i_memory * H
+    while i_head < (i_memory + 1) * H:
         row = i_head * (2 * NUM_KEYS) + i_key
         i_group = row // NUM_KEYS
         if WORDS:
@@ -159,7 +165,7 @@ def usage_kernel(
                 end += tl.sum(counts, axis=0)
                 i_tile += BLOCK_T
             tl.store(first_ptr + row, begin)
-            if row == H * (2 * NUM_KEYS) - 1:
+            if row == all_heads * (2 * NUM_KEYS) - 1:
                 tl.store(first_ptr + row + 1, end)
             tl.debug_barrier()  # the threads that read a token next are not those that listed it
         else:
@@ -170,7 +176,7 @@ def usage_kernel(
             offs_a = position + tl.arange(0, BLOCK_A)
             mask_a = offs_a < end
             token = tl.load(tokens_ptr + offs_a, mask=mask_a, other=-1)  # [BLOCK_A]
-            picks = (token.to(tl.int64) * (2 * H) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
+            picks = (token.to(tl.int64) * (2 * all_heads) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
             mask = mask_a[:, None] & mask_k
             scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
             is_own = tl.load(sub_keys_ptr + picks, mask=mask, other=-1) == row
@@ -183,6 +189,7 @@ def usage_kernel(
         i_head += 1
     mean = tl.sum(usage, axis=0) * tl.full([], share, dtype)
     more = mean + 1e-8
+    i_key += i_memory * (2 * NUM_KEYS)
     tl.store(slope_ptr + i_key, tl.log(more) + mean / more)
     tl.store(bend_ptr + i_key, 1.0 / more + 1e-8 / (more * more))
 
@@ -194,19 +201,20 @@ def can_plan(num_rows: int, heads: int, num_keys: int) -> bool:
 
 def plan_picks(
     picks: Picks,
-    *, num_keys: int, first_row: int, listed: tuple[Tensor, Tensor, Tensor] | None = None,
+    *, num_keys: int, first_row: int, memories: int = 1, listed: tuple[Tensor, Tensor, Tensor] | None = None,
     config: PlanConfig | None = None,
 ) -> PickPlan:
     """Launch the plan of the sub-keys, and the slopes from their half scores, of M > 0 rows, both contiguous.
 
     The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
-    of a lookup do: of others the plan is undefined. The usage is that of rows from `first_row` on. `listed` are the
+    of a lookup do: of others the plan is undefined. The usage is that of rows from `first_row` on, in each of `memories`
+    that the heads belong to, one after the other. `listed` are the
     tokens, order and first of the plan, where these are known already; else they are int32.
     """
     num_rows, heads, _, top_k = picks.sub_keys.shape
     groups, device = 2 * heads, picks.sub_keys.device
     config = config or plan_config(num_rows, num_keys, top_k)
-    slope, bend = (torch.empty(2 * num_keys, dtype=picks.half_scores.dtype, device=device) for _ in range(2))
+    slope, bend = (torch.empty(memories * 2 * num_keys, dtype=picks.half_scores.dtype, device=device) for _ in range(2))
     words = picks.sub_keys  # a stand-in, which the kernel does not read
     if listed is None:
         tokens, order = torch.empty(2, picks.sub_keys.numel(), dtype=torch.int32, device=device)
@@ -225,9 +233,9 @@ def plan_picks(
     else:
         tokens, order, first = listed
     launch(
-        usage_kernel, (2 * num_keys,),
+        usage_kernel, (2 * num_keys, memories),
         *picks, words, tokens, order, first, slope, bend,
-        num_rows, heads, first_row, 1.0 / max(1, (num_rows - first_row) * heads),
+        num_rows, heads // memories, first_row, 1.0 / max(1, (num_rows - first_row) * (heads // memories)),
         NUM_KEYS=num_keys, TOP_K=top_k, WORDS=listed is None, TILE=TILE,
         BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_K=next_power_of_2(top_k), num_warps=config.usage_warps,
         on=words,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import compute_dtype
-from ._common import launch, load_rows, next_power_of_2, row_warps
+from ._common import launch, load_rows, next_power_of_2, row_warps, wait_for_inputs
 
 
 # Numbers of rows are not specialised: the first, the last and the other chunks of a sequence are one compilation.
@@ -22,12 +22,13 @@ def read_kernel(
     values_ptr, slots_ptr, weights_ptr, targets_ptr, output_ptr, errors_ptr,
     stride_vn, stride_vd, stride_yp, stride_yb, stride_yd, stride_op, stride_ob, stride_od,
     B, WRITTEN, FIRST_OUTPUT,
-    J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """p = Σ_j weights[i, j]·values[slots[i, j]];  errors[i] = p - y of a written row, else 0;  output = p.
 
     A program owns one row i. Grid: (rows,).
     """
+    wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     dtype: tl.constexpr = errors_ptr.dtype.element_ty
     is_written = i_m < WRITTEN

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..records import Plan
 from . import compute_dtype
-from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps
+from ._common import cdiv, check_grid, launch, next_power_of_2, row_warps, wait_for_inputs
 
 PIECE = 32
 #: Pieces in which a program of `hot_segment_kernel` looks for hot segments; most programs find none.
@@ -69,12 +69,14 @@ def segment_kernel(
     decay: tl.float64, lr: tl.float64, clip: tl.float64, N, A,
     PER_VECTOR: tl.constexpr, D: tl.constexpr, EPILOGUE: tl.constexpr, CENTERED: tl.constexpr, CLIP: tl.constexpr,
     COMPACT: tl.constexpr, LOG: tl.constexpr, PIECE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """total = Σ c_a·v_a over the accesses a of one row (CENTERED: Σ c_a·(v_a - table[row])), then the epilogue.
 
     Access a belongs to vector a // PER_VECTOR. A program owns the piece that opens at its position, if one does. Under
     TRITON_DEBUG rows outside [0, N) stop it. Grid: (accesses,).
     """
+    wait_for_inputs(PDL)
     i_a = tl.program_id(0).to(start_ptr.dtype.element_ty)
     # Everything at a position is loaded at once, before it is known whether a piece opens there. One nearly always
     # does, and then its vectors arrive after two waits for memory, not three.
@@ -130,13 +132,14 @@ def hot_segment_kernel(
     stride_tn, stride_td, stride_on, stride_od,
     decay: tl.float64, lr: tl.float64, clip: tl.float64, A,
     D: tl.constexpr, EPILOGUE: tl.constexpr, CLIP: tl.constexpr, COMPACT: tl.constexpr, LOG: tl.constexpr,
-    PIECE: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """Add the partial sums of each hot segment in order, then the epilogue.
 
     At most one hot segment starts within PIECE positions. A program owns BLOCK_D columns of those that start in WINDOWS
     such pieces. Grid: (accesses / (WINDOWS·PIECE), column blocks).
     """
+    wait_for_inputs(PDL)
     first_piece = tl.program_id(0).to(start_ptr.dtype.element_ty) * WINDOWS
     offs_a = first_piece * PIECE + tl.arange(0, WINDOWS * PIECE)
     mask_a = offs_a < A

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Addresses, Plan, Queue, Tokens
-from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps
+from ._common import cdiv, launch, load_rows, next_power_of_2, row_warps, wait_for_inputs
 from .weights import gates_and_mask, safe_squares
 
 #: A chunk of more accesses is planned by a sort: comparing all of them with all takes the square of their number.
@@ -47,8 +47,10 @@ def enqueue_kernel(
     stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
     B, first,
     HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Queries, gates and mask of the tokens to the positions of the queue from `first` on. Grid: (rows,)."""
+    wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     enqueue_row(
         queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
@@ -68,12 +70,13 @@ def read_to_queue_kernel(
     B, place, lookahead,
     HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PLACE: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):
     """p = Σ_j weights[i, j]·values[slots[i, j]] of one row i, which goes to the queue with its token and its picks.
 
     The first row's position in the chunk is `place`, or with HAS_PLACE the number at `place_ptr`. Grid: (rows,).
     """
+    wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     position = (i_m // B).to(tl.int64)
     item = (i_m % B).to(tl.int64)
@@ -125,7 +128,7 @@ def plan_chunk_kernel(
     touched_ptr,
     A,
     J: tl.constexpr, STEP: tl.constexpr, NO_SLOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):
     """The plan of A = E·J accesses, their write weights α·g·m·w/n_s, and a mark on every row that they touch.
 
@@ -133,6 +136,7 @@ def plan_chunk_kernel(
     all are compared with all, at six instructions a pair. n_s counts those with mask > 0. A program owns BLOCK_M
     tokens. Grid: (token tiles,).
     """
+    wait_for_inputs(PDL)
     dtype: tl.constexpr = write_weights_ptr.dtype.element_ty
     key_type: tl.constexpr = rows_ptr.dtype.element_ty
     BLOCK_A: tl.constexpr = BLOCK_M * BLOCK_J

@@ -48,12 +48,12 @@ def decay_rows(values: Tensor, written: Tensor, *, decay: float) -> None:
 
 def update(
     values: Tensor, out: Tensor, errors: Tensor, write_weights: Tensor, plan: Plan,
-    *, lr: float, weight_decay: float, clip: float | None, log: Tensor | None = None,
+    *, lr: float, weight_decay: float, clip: float | None, log: Tensor | None = None, decays: Tensor | None = None,
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
 
     `errors` is [M, D]; `write_weights` is [M, J], contiguous. `out` is `values` itself (the write in place: all other
-    rows decay too) or a table whose other rows are already what they should be. `log` [accesses, D] keeps each row as
+    rows decay too, or those where `decays` [N], bool, is True) or a table whose other rows are already what they should be. `log` [accesses, D] keeps each row as
     it was, where its segment starts.
     """
     decay = 1.0 - lr * weight_decay
@@ -62,6 +62,8 @@ def update(
     )
     if out is values and weight_decay != 0.0:
         written = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
+        if decays is not None:  # other rows are left out as if they were written
+            written = torch.logical_not(decays, out=written)
         decay_rows(values, written.index_fill_(0, plan.rows.long(), 1), decay=decay)
 
 

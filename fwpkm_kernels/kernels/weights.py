@@ -267,7 +267,8 @@ def fold_grad_kernel(
     if HAS_GATES:
         item, position, _, _, _, _, _ = locate(offs_r, B, T, C, L, REREADS, MISSING, FULL, P)
         grad_gate = per_read * scale
-        out = grad_gates_ptr + item.to(tl.int64) * T + position
+        carried = REREADS - MISSING
+        out = grad_gates_ptr + item.to(tl.int64) * (T + carried) + position + carried
         tl.store(out, grad_gate.to(grad_gates_ptr.dtype.element_ty), mask=is_written)
     if STEP == "normalized":
         # α = ρ/S with S = Σ w²: dα/dw = -2·α·w / S, and 0 where α is. To divide w by S first avoids overflow.
@@ -294,8 +295,8 @@ def fold_grad(
 ) -> Tensor:
     """Launch the gradient of the scores [R, J] from those of the weights as read and of the write weights, [R, J].
 
-    With gates their gradient goes to `grad_gates`, contiguous [B, T], where a token is written; it is left elsewhere.
-    `gates`, `mask` and `ratio` are those of `fold`.
+    With gates their gradient goes to `grad_gates`, contiguous [B, positions], where a token is written; it is left
+    elsewhere. `gates`, `mask` and `ratio` are those of `fold`.
     """
     grad_scores = torch.empty_like(scores)
     grid, tiles = _tiles(*scores.shape)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from .. import _checks as checks
 from .._autograd import in_backward
-from ..documents import Documents, make_documents, mean_gate, memory_by_document
+from ..documents import Documents, make_documents, mean_gate
 from ..memory import check_memory, fast_weight_memory
 from ..options import Options
 from ..records import Inputs
 from ..state import MemoryState
+from ..varlen import memory_of_documents
 from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
@@ -416,7 +417,7 @@ class FastWeightProductKeyMemory(nn.Module):
             keys, values = self._in_memory_dtype(*initial)
             if self.scope == "sequence":
                 how: dict[str, Any] = {"gates": gates, "return_memory": return_memory, "options": self.options}
-                return memory_by_document(queries, targets, keys, values, documents, **how)
+                return memory_of_documents(queries, targets, keys, values, documents, **how)
             mask = documents.pair_mask(self.options.lookahead, queries.device)
             return fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **self.options._asdict())
 

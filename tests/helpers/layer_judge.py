@@ -110,7 +110,7 @@ def _compare(name: str, actual: Tensor | None, expected: Tensor | None) -> None:
         assert actual is expected, name
         return
     assert actual.shape == expected.shape, f"{name}: {list(actual.shape)}, expected {list(expected.shape)}"
-    actual, expected = actual.detach().cpu(), expected.detach()
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
     allowed = TOLERANCE * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
     error = (actual - expected).abs()
     assert (error <= allowed).all(), f"{name} differs by {float(error.max()):.3g}, where {allowed:.3g} are allowed"

@@ -1,0 +1,210 @@
+"""The rows of tables that some reads touch, as a compact table; and the way back.
+
+Addresses never depend on values, so the rows that a call will touch are known before the first value is read. One
+stable sort of document·N + slot numbers them. Gathered once, they are a small table, on which reads and writes run as
+on a large one, with these numbers for slots.
+
+How many rows there are depends on the data. So a compact table has as many as there can be, min(accesses, S·N) for S
+documents; those that are not used stand last, and have slot -1 and the value 0. Nothing waits for a GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from ._autograd import refuse_recomputation, refuse_transforms
+from ._operators import operator
+from .kernels import compute_dtype
+from .plan import plan_segments, sort_slots, sum_at
+from .records import Rows
+
+
+class Compact(NamedTuple):
+    """Which row of which table each of R compact rows stands for, and which of them each access finds."""
+
+    document: Tensor  #: int64 [R]; 0 where unused
+    slot: Tensor  #: int64 [R]; -1 where unused. Used rows come first, in ascending order of document and slot
+    ids: Tensor  #: int64, in the shape of the accesses: the row of the compact table that each finds
+    earlier: Tensor | None  #: int64 [Q]: the rows where those of an earlier call stand; -1 of its unused ones
+
+
+def count_compact_rows(accesses: int, num_slots: int, num_documents: int = 1, earlier: int = 0) -> int:
+    """R: how many rows a compact table has; the numbers may be symbolic."""
+    return torch.sym_min(accesses + earlier, num_documents * num_slots)
+
+
+def compact(
+    slots: Tensor,
+    num_slots: int,
+    *,
+    document: Tensor | None = None,
+    num_documents: int = 1,
+    earlier: Rows | None = None,
+) -> Compact:
+    """Number the rows that accesses touch, and those that an earlier call has left behind.
+
+    Args:
+        slots: [reads, J], int64, in [0, num_slots).
+        num_slots: N, rows of a table.
+        document: int64 [reads], in [0, num_documents): in whose table each read reads; None is one table.
+        earlier: rows that the compact table holds too, touched or not.
+    """
+    keys, unused = slots, num_documents * num_slots
+    if document is not None:
+        keys = slots + (document * num_slots).unsqueeze(1)
+    keys = keys.reshape(-1)
+    accesses, left = keys.numel(), 0
+    if earlier is not None:
+        left = earlier.slot.numel()
+        keys = torch.cat((keys, torch.where(earlier.slot < 0, unused, earlier.document * num_slots + earlier.slot)))
+    ordered, order = sort_slots(keys, unused + 1)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
+    numbers = torch.cumsum(is_first, 0) - 1
+    ids = torch.empty_like(numbers).scatter_(0, order, numbers)
+    size = count_compact_rows(accesses, num_slots, num_documents, left)
+    # One place more, where unused rows of an earlier call go if every row of the tables is touched.
+    rows = numbers.new_full((size + 1,), unused).scatter_(0, numbers, ordered.long())[:size]
+    is_unused = rows == unused
+    places = None
+    if earlier is not None:
+        places = torch.where(earlier.slot < 0, -1, ids[accesses:])
+    return Compact(
+        torch.where(is_unused, 0, rows // num_slots),
+        torch.where(is_unused, -1, rows % num_slots),
+        ids[:accesses].view(slots.shape),
+        places,
+    )
+
+
+def take_rows(table: Tensor, slot: Tensor, backend: str) -> Tensor:
+    """table[slot], [R, D]; 0 where the slot is -1."""
+    out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
+    if checks.use_triton(backend, table):
+        from .kernels.compact import copy_rows
+
+        copy_rows(table, slot, out, put=False)
+        return out
+    used = slot >= 0
+    out[used] = table[slot[used]]
+    out[~used] = 0.0
+    return out
+
+
+def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
+    """table[slot] = rows [R, D], of one dtype, in place; but for slots -1, and no other slot occurs twice."""
+    if checks.use_triton(backend, table):
+        from .kernels.compact import copy_rows
+
+        copy_rows(rows, slot, table, put=True)
+        return
+    used = slot >= 0
+    table[slot[used]] = rows[used]
+
+
+def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend: str) -> Tensor:
+    """The compact table [R, D]: rows of `values`, or what an earlier call has left of them."""
+    table = take_rows(values, found.slot, backend)
+    if earlier is not None and found.earlier is not None:
+        put_rows(table, found.earlier, earlier.value, backend)
+    return table
+
+
+def spread_rows(grads: Tensor, slot: Tensor, num_slots: int, backend: str) -> Tensor:
+    """The gradient [N, D] of a table from those of its rows [R, D], which are rows of one document."""
+    out = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+    put_rows(out, slot, grads, backend)
+    return out
+
+
+def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order."""
+    used = slot >= 0
+    if not checks.use_triton(backend, grads):
+        if grads.is_cuda:
+            return sum_at(slot[used], grads[used], num_slots).to(dtype)
+        total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
+        return total.index_add_(0, slot[used], grads[used]).to(dtype)
+    from .kernels.segments import segment_rows
+
+    out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
+    # Unused rows have gradients of 0, and any slot will do.
+    segment_rows(out, grads, used.to(compute_dtype(grads.dtype)), plan_segments(slot.clamp(min=0), num_slots))
+    return out
+
+
+def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int, *, is_unique: bool) -> Tensor:
+    """The gradient of a table as a sparse COO tensor [N, D], from those of its rows [R, D].
+
+    On CPUs it is coalesced, with an entry for each slot that is used. On a GPU, whose number of those would have to be
+    waited for, unused rows are entries of 0 at the first slot, so that it is not coalesced.
+
+    Args:
+        is_unique: whether no slot occurs twice, and they ascend, as in one document.
+    """
+    size = (num_slots, grads.shape[1])
+    if grads.is_cuda:
+        indices = torch.where(slot < 0, slot[:1], slot)
+        return torch.sparse_coo_tensor(indices.unsqueeze(0), grads, size, check_invariants=False)
+    used = slot >= 0
+    indices, rows = slot[used].unsqueeze(0), grads[used]
+    found = torch.sparse_coo_tensor(indices, rows, size, check_invariants=False, is_coalesced=is_unique)
+    return found if is_unique else found.coalesce()
+
+
+@operator(
+    "apply_rows_",
+    mutates_args=("values",),
+    schema="(Tensor(a0!) values, Tensor document, Tensor slot, Tensor value, str backend) -> ()",
+)
+def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor, backend: str) -> None:
+    refuse_recomputation("apply_rows_")
+    checks.check_slot_range("rows.slot", slot, values.shape[0], minimum=-1)
+    if document.is_cpu and bool(document.any()):
+        numbers = document.unique().tolist()
+        raise ValueError(f"`rows` must be those of one table, whose `document` is 0, got rows of documents {numbers}")
+    put_rows(values, slot.contiguous(), value, backend)
+
+
+def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
+    """Write rows into a table: values[slot] = value, in place, for all places in use.
+
+    With the `Rows` that `fast_weight_memory(final="rows")` gives, the table becomes the final one. Nothing waits for a
+    GPU, and shapes depend on no data. No autograd: nothing here is differentiable, and rows are read as if detached.
+
+    Args:
+        values: [N, D], any float dtype.
+        rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
+            other slot occurs twice (which is not checked); value [R, D], in the dtype of `values`. Documents and the
+            range of slots are checked on CPU tensors.
+        backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
+            requires grad or that `chunk_value_update_` would refuse too.
+        RuntimeError: in a backward pass and under transforms of torch.func, as from `chunk_value_update_`.
+
+    Nothing has been written by then.
+    """
+    if not isinstance(rows, Rows):
+        raise TypeError(f"`rows` must be Rows, got {type(rows).__name__}")
+    refuse_transforms("apply_rows_", (values, *rows))
+    checks.check_tensor("values", values, 2, "[N, D]")
+    checks.check_float("values", values)
+    names = {f"rows.{name}": x for name, x in rows._asdict().items()}
+    for (name, x), (rank, layout) in zip(names.items(), ((1, "[R]"), (1, "[R]"), (2, "[R, D]")), strict=True):
+        checks.check_tensor(name, x, rank, layout)
+        if rank == 1 and x.dtype != torch.int64:
+            raise TypeError(f"`{name}` must be int64, got {x.dtype}")
+    if rows.value.dtype != values.dtype:
+        raise TypeError(f"`rows.value` must have the dtype of `values`, got {rows.value.dtype} against {values.dtype}")
+    size = (rows.slot.shape[0], values.shape[1])
+    if rows.value.shape != size or rows.document.shape != rows.slot.shape:
+        shapes = ", ".join(str(checks.shape(x)) for x in rows)
+        raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
+    checks.check_together(values=values, **names)
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    checks.check_writable("values", values, "`Rows.value` or index_put")
+    _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)

@@ -1,0 +1,164 @@
+"""What the sessions of a pool read and own: rows of a buffer, or of the initial table where they have written none.
+
+A session's index [N], int32, says which row of the buffer holds the value of a slot, or -1 where the session has not
+written it. Rows of tokens are time-major: row i is position i // S of session i % S.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..records import Addresses, Queue, Tokens
+from ._common import launch, next_power_of_2, row_warps
+from .streaming import enqueue_row
+from .weights import gates_and_mask
+
+
+@triton.jit
+def load_session_rows(
+    buffer_ptr, initial_ptr, index_ptr, slots_ptr, offs_j, mask_j, offs_d, mask_d,
+    stride_un, stride_in, stride_id, DTYPE: tl.constexpr,
+):
+    """The values that a session reads at the slots of picks `offs_j`: [BLOCK_J, BLOCK_D], 0 outside of the masks."""
+    slot = tl.load(slots_ptr + offs_j, mask=mask_j, other=0).to(tl.int64)  # [BLOCK_J]
+    row = tl.load(index_ptr + slot, mask=mask_j, other=-1).to(tl.int64)
+    is_own = row >= 0
+    own = tl.load(
+        buffer_ptr + row[:, None] * stride_un + offs_d[None, :],
+        mask=(mask_j & is_own)[:, None] & mask_d[None, :], other=0.0,
+    )
+    initial = tl.load(
+        initial_ptr + slot[:, None] * stride_in + offs_d[None, :] * stride_id,
+        mask=(mask_j & (row < 0))[:, None] & mask_d[None, :], other=0.0,
+    )
+    return tl.where(is_own[:, None], own, initial).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["S", "N", "C", "lookahead"])
+def read_sessions_kernel(
+    buffer_ptr, initial_ptr, index_ptr, seats_ptr, places_ptr, slots_ptr, weights_ptr, half_scores_ptr, sub_keys_ptr,
+    queries_ptr, targets_ptr, gates_ptr, mask_ptr, output_ptr,
+    queue_queries_ptr, queue_gates_ptr, queue_mask_ptr, queue_targets_ptr, queue_predictions_ptr, queue_slots_ptr,
+    queue_weights_ptr, queue_half_scores_ptr, queue_sub_keys_ptr,
+    stride_un, stride_in, stride_id, stride_qp, stride_qb, stride_qh, stride_qd, stride_yp, stride_yb, stride_yd,
+    stride_gp, stride_gb, stride_mp, stride_mb, stride_op, stride_ob, stride_od,
+    S, N, C, lookahead,
+    HAS_GATES: tl.constexpr, HAS_MASK: tl.constexpr, ENQUEUE: tl.constexpr,
+    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+):
+    """p = Σ_j weights[i, j]·(value of slots[i, j] in the session's memory): to the output, and with ENQUEUE the token
+    with all that was found for it to the session's queue, from its place on.
+
+    The session of row i has the seat seats[i % S] of index and queue. A program owns one row i. Grid: (rows,).
+    """
+    i_m = tl.program_id(0)
+    position = (i_m // S).to(tl.int64)
+    item = (i_m % S).to(tl.int64)
+    seat = tl.load(seats_ptr + item)
+    dtype: tl.constexpr = queue_predictions_ptr.dtype.element_ty
+    picks = i_m.to(tl.int64) * J
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d < D
+    total = tl.zeros([BLOCK_D], dtype)
+    for start in range(0, J, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        mask_j = offs_j < J
+        rows = load_session_rows(
+            buffer_ptr, initial_ptr, index_ptr + seat * N, slots_ptr + picks, offs_j, mask_j, offs_d, mask_d,
+            stride_un, stride_in, stride_id, dtype,
+        )
+        weight = tl.load(weights_ptr + picks + offs_j, mask=mask_j, other=0.0).to(dtype)  # [BLOCK_J]
+        total += tl.sum(weight[:, None] * rows, axis=0)
+    output = output_ptr + position * stride_op + item * stride_ob + offs_d * stride_od
+    tl.store(output, total.to(output_ptr.dtype.element_ty), mask=mask_d)
+    if ENQUEUE:
+        place = tl.load(places_ptr + item) + position
+        row = seat * C + place
+        enqueue_row(
+            queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
+            position, item, seat * (C + lookahead) + lookahead + place,
+            stride_qp, stride_qb, stride_qh, stride_qd, stride_gp, stride_gb, stride_mp, stride_mb,
+            HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
+        )
+        tl.store(queue_predictions_ptr + row * D + offs_d, total, mask=mask_d)
+        target_ptrs = targets_ptr + position * stride_yp + item * stride_yb + offs_d * stride_yd
+        tl.store(queue_targets_ptr + row * D + offs_d, tl.load(target_ptrs, mask=mask_d, other=0.0), mask=mask_d)
+        offs_p = tl.arange(0, BLOCK_P)
+        mask_p = offs_p < J
+        slot = tl.load(slots_ptr + picks + offs_p, mask=mask_p, other=0)
+        tl.store(queue_slots_ptr + row * J + offs_p, slot, mask=mask_p)
+        weight = tl.load(weights_ptr + picks + offs_p, mask=mask_p, other=0.0)
+        tl.store(queue_weights_ptr + row * J + offs_p, weight, mask=mask_p)
+        offs_h = tl.arange(0, 2 * BLOCK_P)
+        mask_h = offs_h < 2 * J
+        half_score = tl.load(half_scores_ptr + 2 * picks + offs_h, mask=mask_h, other=0.0)
+        tl.store(queue_half_scores_ptr + 2 * row * J + offs_h, half_score, mask=mask_h)
+        sub_key = tl.load(sub_keys_ptr + 2 * picks + offs_h, mask=mask_h, other=0)
+        tl.store(queue_sub_keys_ptr + 2 * row * J + offs_h, sub_key, mask=mask_h)
+
+
+def read_sessions(
+    buffer: Tensor, initial: Tensor, index: Tensor, seats: Tensor, found: Addresses, weights: Tensor, output: Tensor,
+    *, tokens: Tokens | None = None, queue: Queue | None = None, places: Tensor | None = None, lookahead: int = 0,
+) -> None:
+    """Launch the reads of t positions of S sessions, output [t, S, D]; with `tokens`, put them into the queues.
+
+    `buffer` [rows, D] is contiguous, `index` [seats, N] too, `seats` and `places` [S] are int64. `found` and `weights`
+    are those of the t·S rows, contiguous. `tokens` are [t, S, ...], of any strides; the tensors of `queue` are
+    [seats, L + C or C, ...], contiguous, and `places` says where the first token of each session goes.
+    """
+    length, sessions, width = output.shape
+    picks = weights.shape[1]
+    queries, targets, gates, mask = tokens or Tokens(output[..., None], output, None, None)
+    heads, head = queries.shape[2:]
+    buffers = (weights,) * 9 if queue is None else tuple(queue)
+    factors, strides, flags = gates_and_mask(gates, mask, weights if queue is None else queue.gates)
+    block_d, block_w, block_p = (next_power_of_2(max(1, size)) for size in (width, heads * head, picks))
+    launch(
+        read_sessions_kernel, (length * sessions,),
+        buffer, initial, index, seats, seats if places is None else places, found.slots, weights, found.half_scores,
+        found.sub_keys, queries, targets, *factors, output,
+        *buffers,
+        buffer.stride(0), *initial.stride(), *queries.stride(), *targets.stride(),
+        *strides, *output.stride(),
+        sessions, index.shape[1], 0 if queue is None else queue.targets.shape[1], lookahead,
+        **flags, ENQUEUE=queue is not None,
+        J=picks, D=width, WIDTH=heads * head, HEAD=max(1, head),
+        BLOCK_J=max(1, min(block_p, 8, 8192 // block_d)), BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_W=block_w,
+        num_warps=row_warps(block_d, initial.dtype), on=initial,
+    )
+
+
+@triton.jit
+def own_rows_kernel(
+    buffer_ptr, initial_ptr, slots_ptr, old_ptr, taken_ptr,
+    stride_un, stride_in, stride_id,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """buffer[taken[i]] = buffer[old[i]], or initial[slots[i]] where old[i] < 0. A program owns one row. Grid: (rows,).
+
+    No row is both taken and old: rows are taken from those that no index names.
+    """
+    i_m = tl.program_id(0)
+    slot = tl.load(slots_ptr + i_m)
+    old = tl.load(old_ptr + i_m).to(tl.int64)
+    taken = tl.load(taken_ptr + i_m).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d < D
+    own = tl.load(buffer_ptr + old * stride_un + offs_d, mask=offs_d < tl.where(old >= 0, D, 0), other=0.0)
+    initial_d = offs_d < tl.where(old >= 0, 0, D)
+    initial = tl.load(initial_ptr + slot * stride_in + offs_d * stride_id, mask=initial_d, other=0.0)
+    tl.store(buffer_ptr + taken * stride_un + offs_d, tl.where(old >= 0, own, initial), mask=mask_d)
+
+
+def own_rows(buffer: Tensor, initial: Tensor, slots: Tensor, old: Tensor, taken: Tensor) -> None:
+    """Launch the copies of rows that a session will write: of slots [A], int64, from `old` to `taken` [A], int32."""
+    width = buffer.shape[1]
+    block_d = next_power_of_2(max(1, width))
+    launch(
+        own_rows_kernel, (slots.numel(),),
+        buffer, initial, slots, old, taken,
+        buffer.stride(0), *initial.stride(),
+        D=width, BLOCK_D=block_d, num_warps=row_warps(block_d, buffer.dtype), on=buffer,
+    )

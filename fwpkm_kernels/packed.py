@@ -1,0 +1,351 @@
+"""Packed documents, each with a memory of its own, without autograd: one address scan, one plan, one value scan.
+
+The rows that each document touches are a compact table (`compact.py`), on which the value scan runs as on the table of
+one memory. A step moves on all documents together; what one document reads and writes depends on no other.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks as checks
+from .chunks import Reads, Span, count_read_positions
+from .compact import Compact, compact, count_compact_rows, gather_compact, sum_rows, take_rows
+from .kernels import compute_dtype
+from .key_step import address_grad, step_keys
+from .lookup import lookup_halves
+from .options import Options
+from .packing import PackedReads, Packing, number_packed_reads, pack
+from .plan import row_dtype, sum_at
+from .records import Addresses, Inputs, Picks, Plan, Rows, VarlenOutput, Writes, each
+from .scans import value_scan, value_scan_grad
+from .weights import (
+    fold_write_weights,
+    fold_write_weights_grad,
+    plan_reads,
+    step_ratio,
+    weigh,
+    weigh_grad,
+    write_scale,
+)
+
+
+class PackedKept(NamedTuple):
+    """What backward reads besides the inputs. R, how many reads there can be, depends on sizes alone; A = R·J."""
+
+    scores: Tensor  #: these four: what the lookups found, as in `Addresses`
+    slots: Tensor
+    half_scores: Tensor
+    sub_keys: Tensor  #: as rows of the keys of their `Part`
+    part_keys: Tensor  #: [writes + S, H, 2, n, Dk/2]: the keys that each part reads; [0] where none move
+    write_weights: Tensor  #: [R, J]
+    counts: Tensor  #: [R, J]
+    order: Tensor  #: these four: the plan of each span, as in `Plan`
+    rows: Tensor
+    start: Tensor
+    end: Tensor
+    log: Tensor  #: [A, D]
+    earlier: Tensor  #: where the given rows stand in the compact table, [Q]; [0] without any
+
+    @property
+    def found(self) -> Addresses:
+        """What the lookups found."""
+        return Addresses(*self[:4])
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of each span."""
+        return Plan(self.order, self.rows, self.start, self.end)
+
+
+def count_sizes(
+    length: int, documents: int, picks: int, num_slots: int, earlier: int, o: Options
+) -> tuple[int, int, int]:
+    """(The most reads, rows of the compact table, copies of keys), for sizes that may be symbolic."""
+    reads = count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
+    rows = count_compact_rows(reads * picks, num_slots, documents, earlier)
+    return reads, rows, length // o.chunk_size + documents
+
+
+def empty_kept(queries: Tensor, keys: Tensor, values: Tensor, documents: int, earlier: int, o: Options) -> PackedKept:
+    """What backward reads, to be filled in; of sizes that may be symbolic."""
+    heads, dtype = queries.shape[1], compute_dtype(values.dtype)
+    picks = heads * o.top_k
+    reads, num_rows, copies = count_sizes(queries.shape[0], documents, picks, values.shape[0], earlier, o)
+    found = Addresses.empty(queries.new_empty(reads, heads), o.top_k, dtype)
+    # Keys that do not move are an input of backward.
+    of_keys = (copies if o.keys_move else 0, *keys.shape[-4:])
+
+    def empty(kind: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=kind, device=queries.device)
+
+    return PackedKept(
+        *found,
+        empty(keys.dtype, *of_keys),
+        empty(dtype, reads, picks),
+        empty(torch.int32, reads, picks),
+        empty(torch.int64, reads * picks),
+        empty(row_dtype(num_rows), reads * picks),
+        *(empty(torch.int32, reads * picks) for _ in range(2)),
+        empty(values.dtype, reads * picks, values.shape[1]),
+        empty(torch.int64, earlier),
+    )
+
+
+def _initial_keys(keys: Tensor, packing: Packing) -> Tensor:
+    """The keys that each moving document begins with: a copy, [moving, H, 2, n, Dk/2]."""
+    if keys.dim() == 4:
+        return keys.repeat(len(packing.moving), 1, 1, 1, 1)
+    return keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)]
+
+
+def _keys_of(part_keys: Tensor, keys: Tensor) -> Tensor:
+    """The keys of some memories with their heads side by side, [memories·H, 2, n, Dk/2]; the initial ones of none."""
+    return part_keys.flatten(0, 1) if len(part_keys) > 0 else keys
+
+
+def _scan_addresses(
+    queries: Tensor, keys: Tensor, packing: Packing, kept: PackedKept | None, o: Options
+) -> tuple[Addresses, Tensor]:
+    """Look up every read, part by part, and move the keys after each: the addresses of `queries` [R, H, Dk], and the
+    final keys [S, H, 2, n, Dk/2]."""
+    heads, width = queries.shape[1:]
+    moved = _initial_keys(keys, packing)
+    parts = [Addresses.empty(queries[:0], o.top_k, compute_dtype(keys.dtype))]  # there may be no tokens
+    copied = 0
+    for part in packing.parts:
+        part_keys = moved[part.memories]
+        memories = max(1, len(part_keys))
+        now = _keys_of(part_keys, keys)
+        rows = queries[part.reads].view(-1, memories * heads, width)
+        found = lookup_halves(rows, now, o.lookup)
+        if kept is not None and o.keys_move:
+            kept.part_keys[copied : copied + len(part_keys)] = part_keys
+            copied += len(part_keys)
+        if part.is_written and o.keys_move:
+            step_keys(now, rows[part.rereads :], found.picks.since(part.rereads), o.key_step, out=now, memories=memories)
+        parts.append(Addresses(*(x.reshape(-1, heads, *x.shape[2:]) for x in found)))
+    shape = (len(packing.bounds) - 1, *keys.shape[-4:])
+    new_keys = keys.expand(shape).clone(memory_format=torch.contiguous_format)
+    if packing.moving:
+        new_keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)] = moved
+    return Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True))), new_keys
+
+
+def _scan_addresses_grad(
+    grad_keys: Tensor | None,
+    grad_scores: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    packing: Packing,
+    kept: PackedKept,
+    o: Options,
+) -> tuple[Tensor, Tensor]:
+    """Backward of the address scan, in the compute dtype: the gradients of `queries` [R, H, Dk] and of `keys`."""
+    heads, width = queries.shape[1:]
+    dtype, documents = grad_scores.dtype, len(packing.bounds) - 1
+    shape = (documents, *keys.shape[-4:])
+    total = torch.zeros(shape, dtype=dtype, device=keys.device) if grad_keys is None else grad_keys.to(dtype).clone()
+    members = torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)
+    moved = total[members]
+    shared = torch.zeros(keys.shape[-4:], dtype=dtype, device=keys.device)
+    grad_queries = torch.empty(queries.shape, dtype=dtype, device=queries.device)
+    no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
+    copied = sum(part.memories.stop - part.memories.start for part in packing.parts)
+    constant = None if o.keys_move else _initial_keys(keys, packing)
+    for part in reversed(packing.parts):
+        count = part.memories.stop - part.memories.start
+        copied -= count
+        part_keys = kept.part_keys[copied : copied + count] if constant is None else constant[part.memories]
+        memories = max(1, count)
+        found, scores = (
+            [x[part.reads].view(-1, memories * heads, *x.shape[2:]) for x in xs] for xs in (kept.found, [grad_scores])
+        )
+        before = moved[part.memories].flatten(0, 1) if count > 0 else shared
+        _, after = address_grad(
+            before,
+            _keys_of(part_keys, keys),
+            queries[part.reads].view(-1, memories * heads, width),
+            *scores,
+            found[1],
+            Picks(*found[2:]),
+            o.key_step if part.is_written and o.keys_move else no_step,
+            first_row=part.rereads,
+            out=grad_queries[part.reads].view(-1, memories * heads, width),
+            memories=memories,
+        )
+        if count > 0:
+            moved[part.memories] = after.view(count, *shared.shape)
+        else:
+            shared = after
+    total[members] = moved
+    return grad_queries, total if keys.dim() == 5 else total.sum(0) + shared
+
+
+class _Weighed(NamedTuple):
+    """What multiplies in the write weights of all reads, [R, ...]."""
+
+    ratio: Tensor | None
+    gates: Tensor | None
+    mask: Tensor | None
+
+
+def _factors(
+    gates: Tensor | None, mask: Tensor | None, packed: PackedReads, packing: Packing, dtype: torch.dtype, o: Options
+) -> _Weighed:
+    """S/E, gates and mask of each read; S and E are those of a chunk of one document."""
+    reads, ratio = packed.reads, None
+    if o.has_ratio:  # here every token is one read, and the tokens of a document's chunk lie side by side
+        bounds = torch.tensor(packing.bounds, dtype=torch.int64, device="cpu").to(reads.token.device)
+        tokens = torch.arange(packing.bounds[-1], device=bounds.device)
+        document = torch.bucketize(tokens, bounds[1:], right=True)
+        first = bounds[document] + (tokens - bounds[document]) // o.chunk_size * o.chunk_size
+        end = torch.minimum(first + o.chunk_size, bounds[document + 1])
+        by_token = Reads(tokens, document, first, end, tokens < end - o.lookahead, tokens)
+        ratio = step_ratio(by_token, mask, o.lookahead, o.boundary, dtype)
+    by_read = each(lambda x: x[reads.token], ratio, gates, mask)
+    return _Weighed(*by_read)
+
+
+def _spans(packing: Packing, document: Tensor, o: Options) -> list[Span]:
+    """The spans, and which rows of the compact table [R] decay after each."""
+    if o.weight_decay == 0.0 or o.lr == 0.0:
+        return packing.spans
+    spans = []
+    for span, documents in zip(packing.spans, packing.span_documents, strict=True):
+        is_written = torch.zeros(len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
+        is_written[documents] = True
+        spans.append(span._replace(decays=is_written.to(document.device)[document]))
+    return spans
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """x [rows, ...] with zeros behind it, [size, ...]."""
+    return x if len(x) == size else torch.cat((x, x.new_zeros(size - len(x), *x.shape[1:])))
+
+
+@checks.without_autocast
+def run_packed(
+    inputs: Inputs, bounds: list[int], earlier: Rows | None, keep: bool, o: Options
+) -> tuple[VarlenOutput, PackedKept | None]:
+    """What packed documents leave behind, and with `keep` what backward reads.
+
+    `inputs` are those of one batch item without its dimension: queries [T, H, Dk], keys [H, 2, n, Dk/2] or
+    [S, H, 2, n, Dk/2], ...; `bounds` [S + 1] those of the documents.
+    """
+    queries, targets, keys, values, gates, mask = inputs
+    documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
+    packing = pack(bounds, o, keys.dim() == 4)
+    packed = number_packed_reads(packing, o, queries.device)
+    reads = packed.reads
+    num_earlier = 0 if earlier is None else len(earlier.slot)
+    _, num_rows, _ = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
+    kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
+    keys = keys.contiguous()
+    found, new_keys = _scan_addresses(queries[reads.token], keys, packing, kept, o)
+    scores, slots = found.scores.flatten(1), found.slots.flatten(1)
+
+    at = compact(slots, len(values), document=packed.document, num_documents=documents, earlier=earlier)
+    extra = (0, num_rows - len(at.slot))
+    at = at._replace(document=F.pad(at.document, extra), slot=F.pad(at.slot, extra, value=-1))
+    table = gather_compact(values, at, earlier, o.backend)
+
+    gates, mask = each(lambda x: x.to(dtype), gates, mask)
+    factors = _factors(gates, mask, packed, packing, dtype, o)
+    weights = weigh(scores, o.weighting, o.temperature)
+    plan, counts = plan_reads(at.ids, num_rows, len(packing.spans), reads, factors.mask, o.boundary)
+    scale = write_scale(weights, factors.ratio, o.step)
+    multiplied = [x for x in (factors.gates, factors.mask) if x is not None]
+    write_weights = fold_write_weights(weights, counts, scale, multiplied, reads.written)
+
+    size = packing.num_reads * picks
+    log = None if kept is None else kept.log[:size]
+    output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
+    writes = Writes(weights, write_weights, counts, plan)
+    spans = _spans(packing, at.document, o)
+    value_scan(table, targets[packed.pairs].unsqueeze(0), at.ids, writes, output, log, spans, o)
+    by_token = torch.empty_like(output[0])
+    by_token[packed.outputs] = output[0]
+    rows = Rows(at.document, at.slot, table)
+    if kept is not None:
+        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log)
+        flat = tuple(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=False))
+        kept = PackedKept(*flat, kept.earlier if at.earlier is None else at.earlier)
+    return VarlenOutput(by_token, new_keys, rows, slots[reads.output], weights[reads.output]), kept
+
+
+@checks.without_autocast
+def run_packed_grad(
+    inputs: Inputs,
+    bounds: list[int],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    rows: Rows,
+    kept: PackedKept,
+    with_addresses: bool,
+    with_values: bool,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of queries, targets, keys, values, gates and of the given rows' values.
+
+    `grads` are those of output, final keys and final rows; of `rows` only document and slot are read. Those of queries
+    and keys are empty unless `with_addresses`, that of values unless `with_values`.
+    """
+    queries, targets, keys, values, gates, mask = inputs
+    grad_output, grad_keys, grad_rows = grads
+    dtype, picks = compute_dtype(values.dtype), queries.shape[1] * o.top_k
+    packing = pack(bounds, o, keys.dim() == 4)
+    packed = number_packed_reads(packing, o, queries.device)
+    reads, num_reads = packed.reads, packing.num_reads
+    size = num_reads * picks
+    earlier = kept.earlier
+    kept = PackedKept(
+        *(x[: size if name in Plan._fields or name == "log" else num_reads] if name != "part_keys" else x
+          for name, x in zip(kept._fields[:-1], kept, strict=False)),
+        earlier,
+    )  # fmt: skip
+    plan, scores = kept.plan, kept.scores.flatten(1)
+    first_access = (reads.first * picks).repeat_interleave(picks)
+    order = plan.order + first_access
+    ids = torch.empty_like(order).scatter_(0, order, plan.rows.long()).view(scores.shape)
+    log_rows = torch.empty_like(plan.start).scatter_(0, order, plan.start).view(scores.shape)
+    weights = weigh(scores, o.weighting, o.temperature)
+    writes = Writes(weights, kept.write_weights, kept.counts, plan)
+
+    table_grad = torch.empty(len(rows.slot), values.shape[1], dtype=dtype, device=values.device)
+    table_grad.zero_() if grad_rows is None else table_grad.copy_(grad_rows)
+    if grad_output is None:
+        grad_output = torch.zeros((), dtype=dtype, device=targets.device).expand(targets.shape)
+    by_output = grad_output[packed.outputs].unsqueeze(0)
+    pair_targets, spans = targets[packed.pairs].unsqueeze(0), _spans(packing, rows.document, o)
+    grad_pairs, grad_weights, grad_write_weights = value_scan_grad(
+        table_grad, by_output, pair_targets, ids, writes, kept.log, log_rows, spans, o
+    )
+    grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
+    grad_targets[packed.pairs] = grad_pairs[0]
+
+    factors = _factors(*each(lambda x: x.to(dtype), gates, mask), packed, packing, dtype, o)
+    through_write, per_read = fold_write_weights_grad(
+        grad_write_weights, weights, kept.counts, factors.ratio, o.step, factors.gates, factors.mask, reads.written
+    )
+    grad_scores = weigh_grad(grad_weights + through_write, scores, o.weighting, o.temperature)
+    grad_gates = None if gates is None else sum_at(reads.token, per_read, len(gates)).to(gates.dtype)
+
+    grad_queries, grad_initial = queries.new_empty(0), keys.new_empty(0)
+    if with_addresses:
+        by_read, grad_initial = _scan_addresses_grad(
+            grad_keys, grad_scores.view(kept.scores.shape), queries[reads.token], keys.contiguous(), packing, kept, o
+        )
+        by_token = by_read[reads.output]
+        by_token.index_add_(0, reads.token[packed.again], by_read[packed.again])  # of a token at most one
+        grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
+
+    slot = rows.slot
+    grad_earlier = take_rows(table_grad, earlier, o.backend).to(values.dtype)
+    grad_values = values.new_empty(0)
+    if with_values:
+        if len(earlier) > 0:  # those rows were not read from `values`
+            slot = F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
+        grad_values = sum_rows(table_grad, slot, len(values), values.dtype, o.backend)
+    return grad_queries, grad_targets, grad_initial, grad_values, grad_gates, grad_earlier

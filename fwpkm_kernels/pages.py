@@ -1,0 +1,147 @@
+"""Where the sessions of a `MemoryPool` keep what they have written: rows of one buffer, with an index for each session.
+
+A page is one row of the buffer. Larger pages would need fewer numbers for the same rows, but the rows that a chunk
+writes are scattered over a table: pages of them would be partly empty, and a fork would copy whole pages for single
+rows. So a session's index says for each slot which row of the buffer holds its value, or that the session still reads
+the initial table, and a count for each row says how many indices name it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .records import Plan
+
+#: What an index says of a slot whose value is that of the initial table.
+INITIAL = -1
+
+
+class Shelf:
+    """Tensors [seats, ...], of which seats are lent out; they double when more are asked for than there are.
+
+    Growing makes other tensors, so captured graphs end there.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._free = list(range(len(tensors[0])))
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """More tensors with the same seats, from tensors [1, ...]."""
+        self.tensors += [x.new_zeros(len(self.tensors[0]), *x.shape[1:]) for x in tensors]
+
+    def take(self) -> int:
+        """A seat, whose tensors hold anything."""
+        if not self._free:
+            seats = len(self.tensors[0])
+            grown = [x.new_zeros(2 * seats, *x.shape[1:]) for x in self.tensors]
+            for new, x in zip(grown, self.tensors, strict=True):
+                new[:seats] = x
+            self.tensors, self._free = grown, list(range(2 * seats - 1, seats - 1, -1))
+        return self._free.pop()
+
+    def give(self, seat: int) -> None:
+        """Take a seat back."""
+        self._free.append(seat)
+
+    def copy(self, seat: int) -> int:
+        """Another seat with the same contents."""
+        other = self.take()
+        for x in self.tensors:
+            x[other] = x[seat]
+        return other
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one seat."""
+        return sum(x[0].numel() * x.itemsize for x in self.tensors)
+
+
+class Missing:
+    """Which rows of a chunk's plan a session must get before it may write them: counted without waiting for a GPU.
+
+    Those are the ones that it has never written, and those that it shares; with `keep_past`, all.
+    """
+
+    def __init__(self, pages: "Pages", index: Tensor, plan: Plan, keep_past: bool) -> None:
+        self._rows, positions = plan.rows, torch.arange(len(plan.start), device=plan.start.device)
+        rows = index[plan.rows.long()]
+        is_written = rows != INITIAL
+        is_shared = is_written if keep_past else is_written & (pages.references[rows.clamp(min=0).long()] > 1)
+        is_first = positions == plan.start  # of its row
+        self._is_missing = is_first & (is_shared | ~is_written)
+        #: int64 [2]: how many rows are missing, and how many of these are shared.
+        self.counts = torch.stack((self._is_missing.sum(), (is_first & is_shared).sum()))
+
+    def slots(self, count: int) -> Tensor:
+        """The slots whose rows are missing, int64 [count]; `count` is known, so nothing waits for it."""
+        order = torch.argsort(self._is_missing.to(torch.uint8), descending=True, stable=True)
+        return self._rows[order[:count]].long()
+
+
+class Pages:
+    """A buffer of rows, how many indices name each, and which are free."""
+
+    def __init__(self, capacity: int, values: Tensor) -> None:
+        device = values.device
+        self.buffer = torch.empty(capacity, values.shape[1], dtype=values.dtype, device=device)
+        self.references = torch.zeros(max(1, capacity), dtype=torch.int32, device=device)
+        self._free = torch.arange(capacity - 1, -1, -1, dtype=torch.int32, device=device)  # the first `num_free` ones
+        self.num_free = capacity
+
+    def take(self, count: int) -> Tensor:
+        """Rows that were free, int32 [count], each with one reference."""
+        self.num_free -= count
+        taken = self._free[self.num_free : self.num_free + count].clone()
+        self.references[taken.long()] = 1
+        return taken
+
+    def share(self, index: Tensor) -> None:
+        """Count another index that names the same rows as this one."""
+        rows = index[index != INITIAL].long()
+        self.references[rows] += 1
+
+    def release(self, rows: Tensor) -> None:
+        """Count one index less of each of these rows, which are different; those that none names are free again."""
+        rows = rows.long()
+        self.references[rows] -= 1
+        freed = rows[self.references[rows] == 0]
+        self._free[self.num_free : self.num_free + len(freed)] = freed.to(torch.int32)
+        self.num_free += len(freed)
+
+    def release_all(self, index: Tensor) -> None:
+        """Let an index [N] name no rows any more."""
+        self.release(index[index != INITIAL])
+        index.fill_(INITIAL)
+
+    def own(self, index: Tensor, slots: Tensor, num_shared: int, initial: Tensor, backend: str) -> None:
+        """Give an index rows of its own at these slots, with the values that it reads there now.
+
+        `num_shared` is how many of them it shares by now, since it is known; nothing waits for it.
+        """
+        if len(slots) == 0:
+            return
+        old, taken = index[slots], self.take(len(slots))
+        if checks.use_triton(backend, self.buffer):
+            from .kernels.pool import own_rows
+
+            own_rows(self.buffer, initial, slots, old, taken)
+        else:
+            self.buffer[taken.long()] = self.look_up(slots, old, initial)
+        index[slots] = taken
+        if num_shared > 0:
+            self.release(old[old != INITIAL])
+
+    def look_up(self, slots: Tensor, rows: Tensor, initial: Tensor) -> Tensor:
+        """The values [A, D] of slots [A] whose index says `rows` [A]: of the buffer, or of the initial table."""
+        values = initial.index_select(0, slots)
+        is_own = rows != INITIAL
+        values[is_own] = self.buffer[rows[is_own].long()]
+        return values
+
+
+def rows_of(index: Tensor, slots: Tensor) -> Tensor:
+    """The rows of the buffer, int64 and like `slots`, of slots that all have one."""
+    return index[slots.long()].long()

@@ -1,0 +1,416 @@
+"""Many streamed memories over one initial memory, each at the price of the rows that it has written."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from ._autograd import refuse_recomputation, refuse_transforms
+from .binding import Binding, check_binding, check_initial_memory, check_step_inputs
+from .options import Options
+from .records import Inputs, Tokens
+from .serving import Readers, read_sessions, write_chunks
+from .sessions import Session, SessionStore
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+#: Bytes of the units in which a capacity may be given.
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _alone(method: _Method) -> _Method:
+    """Run a method of the pool without autograd, on tensors that may be written in and out of inference mode."""
+
+    @functools.wraps(method)
+    def wrapper(pool: "MemoryPool", *args: Any, **options: Any) -> Any:
+        refuse_recomputation(f"MemoryPool.{method.__name__}")
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(pool.device.type, enabled=False):
+            return method(pool, *args, **options)
+
+    return cast(_Method, torch.compiler.disable(wrapper))
+
+
+def _count_rows(capacity: object, row_bytes: int) -> int:
+    """How many rows a capacity means: a number of rows, or a text as "2 GiB"."""
+    if not isinstance(capacity, str):
+        return checks.check_int("capacity", capacity, minimum=0)
+    number, unit = capacity.strip()[:-3], capacity.strip()[-3:]
+    try:
+        size = float(number) * _UNITS[unit]
+        return max(0, int(size)) // max(1, row_bytes)
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(
+            f"`capacity` must be a number of rows, or bytes as '2 GiB' (KiB, MiB, GiB, TiB), got {capacity!r}"
+        ) from None
+
+
+def _check_lengths(lengths: Sequence[int] | Tensor | None, sessions: int, length: int) -> list[int]:
+    """How many tokens each session reads."""
+    if lengths is None:
+        return [length] * sessions
+    if isinstance(lengths, Tensor):
+        checks.check_tensor("lengths", lengths, 1, "[S]")
+        checks.check_slots("lengths", lengths)
+        if not lengths.is_cpu:
+            raise ValueError(f"`lengths` must be on the CPU, got {lengths.device}")
+        lengths = lengths.tolist()
+    counts = [checks.check_int("lengths", count, minimum=0) for count in lengths]
+    if len(counts) != sessions or max(counts, default=0) > length:
+        raise ValueError(
+            f"`lengths` must have a number from 0 to {length} for each of {sessions} sessions, got {counts}"
+        )
+    return counts
+
+
+class MemoryPool:
+    """Streamed memories, called sessions, over one initial memory: see `fast_weight_memory_step`.
+
+    Each session is as a `MemoryState` of batch 1 that is alone, but keeps only what it has changed: rows of `values` in
+    one buffer that all sessions share, an index of 4 bytes a slot, sub-keys once they have moved, and the tokens of its
+    present chunk. The first step binds dtypes and options for all sessions, as that of a state does.
+
+    `keys` and `values` are read where they lie, and never written. So nobody else may write them while sessions are
+    open; `open` and `reset` begin with what they hold then.
+
+    A session is known by the int that `open` or `fork` has returned, until it is closed. A pool
+    cannot be copied or pickled; `state_dict` moves sessions to other pools and processes.
+
+    Args:
+        keys: the initial sub-keys [H, 2, n, Dk/2], of any strides, float32, float64, float16 or bfloat16.
+        values: the initial table [N, D], N = n², likewise and on the same device.
+        capacity: how many rows [D] the buffer holds for all sessions together; or its bytes, as "2 GiB". A session
+            needs a row for every slot that it has written, at most J for each token that it has read, and N in all.
+        keep_past: whether `rollback` reaches through the last written chunk. A session then holds index, queue, keys
+            and the rows that this chunk has changed twice. It may be set at any time, as an attribute, for chunks that
+            are written after that.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, *, capacity: int | str, keep_past: bool = False) -> None:
+        check_initial_memory(keys, values)
+        checks.check_flag("keep_past", keep_past)
+        rows = _count_rows(capacity, values.shape[1] * values.itemsize)
+        if rows >= checks.NARROW_ROWS:
+            raise ValueError(f"`capacity` must be below {checks.NARROW_ROWS} rows, got {rows}")
+        self.keep_past = keep_past
+        self._keys, self._values = keys, values
+        self._sessions: dict[int, Session] = {}
+        self._next = 0
+        with torch.inference_mode(False), torch.no_grad():
+            self._store = SessionStore(keys, values, rows)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a MemoryPool cannot be copied or pickled: move its sessions by state_dict and load_state_dict")
+
+    def __repr__(self) -> str:
+        free, capacity = self.num_free_rows, self.capacity
+        return f"MemoryPool(sessions={len(self._sessions)}, capacity={capacity}, free={free}, device={self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pool's tensors are."""
+        return self._store.device
+
+    @property
+    def sessions(self) -> list[int]:
+        """The ids of all open sessions, in the order in which they were opened."""
+        return list(self._sessions)
+
+    @property
+    def capacity(self) -> int:
+        """How many rows the buffer holds."""
+        return len(self._store.pages.buffer)
+
+    @property
+    def num_free_rows(self) -> int:
+        """How many of them no session holds."""
+        return self._store.pages.num_free
+
+    def num_rows(self, session: int) -> int:
+        """How many rows a session holds, shared ones included; 0 while it is evicted. This waits for a GPU."""
+        return self._store.count_rows(self._get(session))
+
+    def num_bytes(self, session: int) -> int:
+        """Bytes on the device that a session holds: rows, shared ones included, index, queue and moved keys, its past
+        not included; 0 while it is evicted. This waits for a GPU.
+        """
+        one, store = self._get(session), self._store
+        if one.stored is not None:
+            return 0
+        row = store.pages.buffer.shape[1] * store.pages.buffer.itemsize
+        return store.count_rows(one) * row + store.shelf.num_bytes + (store.keys.num_bytes if one.keys else 0)
+
+    def position(self, session: int) -> int:
+        """How many tokens a session has read."""
+        return self._get(session).position
+
+    @_alone
+    def open(self) -> int:
+        """Begin a session with the initial memory as it is now; its id.
+
+        Raises:
+            TypeError, ValueError: if the initial memory is none any more.
+            RuntimeError: it has another shape, dtype or device than when the pool was made.
+        """
+        return self._add(self._store.new())
+
+    @_alone
+    def close(self, session: int) -> None:
+        """End a session; what it alone has held is free."""
+        self._store.drop(self._get(session))
+        del self._sessions[session]
+
+    @_alone
+    def reset(self, session: int) -> None:
+        """Return a session, evicted or not, to the initial memory as it is now and to position 0.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `open`, and for an id that is not open.
+        """
+        one = self._get(session)
+        self._sessions[session] = self._store.new()
+        self._store.drop(one)
+
+    @_alone
+    def fork(self, session: int) -> int:
+        """Begin another session that goes on from where this one is; its id.
+
+        The two share rows until one of them writes them. Index, queue and moved keys are copied; the past is not.
+        """
+        return self._add(self._store.copy(self._present(session, "session")))
+
+    @_alone
+    def rollback(self, session: int, tokens: int) -> None:
+        """Take back the last tokens that a session has read, as if they had never come.
+
+        Within the present chunk that only moves the position. Beyond its beginning the session becomes, bit by bit,
+        what it was before the last written chunk was written; for that it must have been written with `keep_past`, and
+        the session neither evicted nor loaded since. Another rollback cannot go beyond the beginning of that chunk.
+
+        Raises:
+            TypeError, ValueError: for an id that is not open, what is no int, or more tokens than that. Nothing has
+                changed then.
+        """
+        one, chunk_size = self._get(session), self._store.chunk_size
+        tokens = checks.check_int("tokens", tokens, minimum=0)
+        place, past = one.position % chunk_size, one.past
+        most = place if past is None else place + chunk_size
+        if tokens > most:
+            what = "its present chunk" if past is None else "its present chunk and the last written one"
+            raise ValueError(
+                f"`tokens` must be at most {most}, as many as the session has read in {what}, got {tokens}"
+            )
+        one.position -= tokens
+        if past is not None and tokens > place:
+            past.position, one.past = one.position, None
+            self._store.drop(one)
+            self._sessions[session] = past
+
+    @_alone
+    def evict(self, session: int) -> None:
+        """Move a session to the host: what it alone has held is free. `restore` brings it back."""
+        one = self._present(session, "session")
+        stored = {name: x.to("cpu") for name, x in self._store.save(one).items()}
+        self._store.drop(one)
+        one.past, one.stored = None, stored
+
+    @_alone
+    def restore(self, session: int) -> None:
+        """Bring an evicted session back; nothing happens to one that is there.
+
+        Raises:
+            TypeError, ValueError: for an id that is not open.
+            RuntimeError: there are too few free rows. The session stays evicted then.
+        """
+        one = self._get(session)
+        if one.stored is not None:
+            self._sessions[session] = self._store.load(one.stored, one)
+
+    @_alone
+    def state_dict(self, session: int) -> dict[str, Tensor]:
+        """All that a session is but the initial memory, as flat, contiguous, unshared tensors: see `load_state_dict`.
+
+        `slots` int64 [R] and `rows` [R, D] are what it has written, `keys` its present sub-keys, `position` an int64;
+        a pool that is bound adds the binding and the queue, as `MemoryState.state_dict` does.
+        """
+        return self._store.save(self._get(session))
+
+    @_alone
+    def load_state_dict(self, session: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Let a session, evicted or not, go on as the one whose `state_dict` this is, of this pool or of another.
+
+        The initial values of both pools must be the same, which is not checked: rows that the session has not written
+        are not saved.
+
+        Raises:
+            TypeError: for what is no mapping, or no id.
+            ValueError: for an id that is not open, names, shapes or dtypes that do not fit, or bound options other than
+                those of this pool. Nothing has been changed by then.
+            RuntimeError: there are too few free rows, with those that the session alone holds. Nothing has changed.
+        """
+        self._sessions[session] = self._store.load(state_dict, self._get(session))
+
+    @_alone
+    def read(
+        self,
+        sessions: Sequence[int] | Tensor,
+        queries: Tensor,
+        *,
+        top_k: int = 8,
+        score: str = "idw",
+        eps: float = 1e-3,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        precision: str = "tf32x3",
+        backend: str = "auto",
+    ) -> Tensor:
+        """Read without writing: what the sessions' present keys and values give; neither queue nor position changes.
+
+        Args:
+            sessions: S ids; one may come several times.
+            queries: [S, t, H, Dk].
+
+        The options are those of `fast_weight_memory_step`.
+
+        Returns:
+            output [S, t, D], in the dtype of the bound targets, or of `values` in a pool that is not bound.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            RuntimeError: under a transform of torch.func, or in a backward pass.
+        """
+        refuse_transforms("MemoryPool.read", (queries,))
+        o = Options(
+            top_k=top_k, score=score, eps=eps, weighting=weighting, temperature=temperature, precision=precision,
+            backend=backend,
+        )  # fmt: skip
+        checks.check_tensor("queries", queries, 4, "[S, t, H, Dk]")
+        binding = self._store.binding
+        dtype = self._values.dtype if binding is None else binding.targets_dtype
+        output = torch.empty(*queries.shape[:2], self._values.shape[1], dtype=dtype, device=self.device)
+        o = check_step_inputs(Inputs(queries, output, self._keys, self._values, None, None), o)
+        ones = self._named(sessions, len(queries), once=False)
+        if output.numel() > 0:
+            readers = Readers.of(ones, self._store)
+            read_sessions(self._store, readers, queries.detach().transpose(0, 1), output.transpose(0, 1), None, o)
+        return output
+
+    @_alone
+    def _step_sessions(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        gates: Tensor | None,
+        mask: Tensor | None,
+        sessions: Sequence[int] | Tensor | None,
+        lengths: Sequence[int] | Tensor | None,
+        o: Options,
+    ) -> Tensor:
+        """`fast_weight_memory_step` of a pool."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the positions; use PoolGraph")
+        o = self._check(queries, targets, gates, mask, o)
+        ones = self._named(sessions, len(queries))
+        length = queries.shape[1]
+        counts = _check_lengths(lengths, len(ones), length)
+        self._bind(queries, targets, o)
+        tokens = Tokens(queries, targets, gates, mask).map(Tensor.detach)
+        output = torch.zeros(targets.shape, dtype=targets.dtype, device=self.device)
+        begins = [length - count for count in counts]
+        while any(begin < length for begin in begins):
+            parts: dict[int, list[int]] = {}  # the rows that read so many tokens
+            for row, begin in enumerate(begins):
+                count = min(length - begin, o.chunk_size - ones[row].position % o.chunk_size)
+                if count > 0:
+                    parts.setdefault(count, []).append(row)
+            for count, rows in parts.items():
+                where = [(row, slice(begins[row], begins[row] + count)) for row in rows]
+                self._read_part(tokens, output, [ones[row] for row in rows], where, o)
+            read = sorted((row, count) for count, rows in parts.items() for row in rows)
+            self._finish([(ones[row], count) for row, count in read], o)
+            for row, count in read:
+                begins[row] += count
+        return output
+
+    def _check(
+        self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None, o: Options
+    ) -> Options:
+        """Validate the tokens of a step; returns the options with their numbers as floats."""
+        o = check_step_inputs(Inputs(queries, targets, self._keys, self._values, gates, mask), o)
+        if o.weight_decay != 0.0:
+            raise ValueError(
+                f"`weight_decay` must be 0 in a pool, where rows that are shared stay, got {o.weight_decay}"
+            )
+        return o
+
+    def _bind(self, queries: Tensor, targets: Tensor, o: Options) -> None:
+        """Bind at the first step; later refuse what differs."""
+        binding = Binding.of(queries, targets, o)._replace(batch=1)
+        if self._store.binding is None:
+            self._store.bind(binding)
+        else:
+            check_binding(self._store.binding, binding)
+
+    def _finish(self, read: list[tuple[Session, int]], o: Options) -> None:
+        """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
+
+        Raises:
+            RuntimeError: there are too few free rows. No position has moved then, and nothing has been written.
+        """
+        full = [one for one, count in read if (one.position + count) % o.chunk_size == 0]
+        if full:
+            write_chunks(self._store, full, self.keep_past, o)
+        for one, count in read:
+            one.position += count
+
+    def _read_part(
+        self, tokens: Tokens, output: Tensor, ones: list[Session], where: list[tuple[int, slice]], o: Options
+    ) -> None:
+        """Read tokens of some rows, equally many of each."""
+        readers, (_, first) = Readers.of(ones, self._store), where[0]
+        if len(where) == len(output) and all(part == first for _, part in where):  # no copies are needed
+            part = tokens.map(lambda x: x[:, first].transpose(0, 1))
+            read_sessions(self._store, readers, part.queries, output[:, first].transpose(0, 1), part, o)
+            return
+        part = tokens.map(lambda x: torch.stack([x[place] for place in where], dim=1))
+        read = torch.empty_like(part.targets)
+        read_sessions(self._store, readers, part.queries, read, part, o)
+        for i, place in enumerate(where):
+            output[place] = read[:, i]
+
+    def _get(self, session: int, name: str = "session") -> Session:
+        """The session with an id."""
+        number = checks.check_int(name, session, minimum=0)
+        if number not in self._sessions:
+            raise ValueError(f"`{name}` must be open, among {self.sessions}, got {number}")
+        return self._sessions[number]
+
+    def _present(self, session: int, name: str) -> Session:
+        """The session with an id, which must not be evicted."""
+        one = self._get(session, name)
+        if one.stored is not None:
+            raise ValueError(f"`{name}` must not be evicted, got {session}: restore it first")
+        return one
+
+    def _named(self, sessions: Any, count: int, *, once: bool = True) -> list[Session]:
+        """The sessions of a call with `count` rows."""
+        if not isinstance(sessions, Tensor | Sequence) or isinstance(sessions, str):
+            raise TypeError(f"`sessions` must be the ids of a pool's sessions, got {type(sessions).__name__}")
+        ids = sessions.tolist() if isinstance(sessions, Tensor) else list(sessions)
+        ones = [self._present(session, "sessions") for session in ids]
+        if len(ones) != count:
+            raise ValueError(f"`sessions` must name one for each row of `queries`, {count}, got {len(ones)}")
+        if once and len(set(ids)) < len(ids):
+            raise ValueError(f"`sessions` must name each session once, got {ids}")
+        return ones
+
+    def _add(self, one: Session) -> int:
+        """Give a session an id."""
+        self._sessions[self._next] = one
+        self._next += 1
+        return self._next - 1

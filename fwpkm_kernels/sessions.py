@@ -1,0 +1,167 @@
+"""The sessions of a pool: what each holds on the device, copies of it, and how it is saved and loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .binding import Binding, check_initial_memory, make_queue
+from .pages import INITIAL, Pages, Shelf
+from .records import Queue
+from .saving import check_saved, saved_memory
+
+
+@dataclass
+class Session:
+    """What is known on the host of a session."""
+
+    seat: int  #: of index and queue
+    keys: int = 0  #: the seat of its keys; 0 until they move
+    position: int = 0
+    past: "Session | None" = None  #: as it was before its last chunk was written, its tokens still waiting
+    stored: dict[str, Tensor] | None = None  #: all that it was, on the host, while it is evicted
+
+
+class SessionStore:
+    """What the sessions of a pool read and write, over one initial memory."""
+
+    def __init__(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        check_initial_memory(keys, values)
+        self._initial_keys, self._initial_values = keys, values
+        self.binding: Binding | None = None
+        self.pages = Pages(capacity, values)
+        #: Index [seats, N], then the tensors of `Queue`, [seats, L + C or C, ...], once they are bound.
+        self.shelf = Shelf([torch.zeros(1, values.shape[0], dtype=torch.int32, device=values.device)])
+        self.keys = Shelf([torch.empty(1, *keys.shape, dtype=keys.dtype, device=keys.device)])
+        self.keys.take()  # seat 0 has the initial ones
+        self.touched = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)  #: plans mark it
+        self.initial = values.detach()  #: the table that all share, [N, D]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pages.buffer.device
+
+    @property
+    def indices(self) -> Tensor:
+        """Which row of the buffer holds each slot, int32 [seats, N]."""
+        return self.shelf.tensors[0]
+
+    @property
+    def queue(self) -> Queue:
+        """The queues of all seats."""
+        return Queue(*self.shelf.tensors[1:])
+
+    def queue_of(self, seat: int) -> Queue:
+        """The queue of one seat, as that of a batch of one."""
+        return Queue(*(x[seat].unsqueeze(1) for x in self.shelf.tensors[1:]))
+
+    @property
+    def chunk_size(self) -> int:
+        """1 where nothing is bound, and so nothing read."""
+        return 1 if self.binding is None else self.binding.options.chunk_size
+
+    def bind(self, binding: Binding) -> None:
+        """Make the queues for what is bound."""
+        queue = make_queue(self._initial_keys, self._initial_values, binding, self.device)
+        self.shelf.add([x.transpose(0, 1) for x in queue])
+        self.binding = binding
+
+    def new(self) -> Session:
+        """A session at the beginning, with the initial memory as it is now."""
+        keys, values, own = self._initial_keys, self._initial_values, self.keys.tensors[0]
+        check_initial_memory(keys, values)
+        for name, x, like in (("keys", keys, own[0]), ("values", values, self.initial)):
+            if (x.dtype, x.device, x.shape) != (like.dtype, like.device, like.shape):
+                raise RuntimeError(
+                    f"`{name}` of the pool must stay {checks.shape(like)} of {like.dtype} on {like.device}, got "
+                    f"{checks.shape(x)} of {x.dtype} on {x.device}: make a new pool"
+                )
+        own[0] = keys
+        self.initial = values.detach()
+        return self._new(0)
+
+    def _new(self, position: int) -> Session:
+        seat = self.shelf.take()
+        self.indices[seat].fill_(INITIAL)
+        return Session(seat, position=position)
+
+    def copy(self, one: Session) -> Session:
+        """A session that shares the rows of another, and has the rest for itself, but no past."""
+        seat = self.shelf.copy(one.seat)
+        self.pages.share(self.indices[seat])
+        return Session(seat, self.keys.copy(one.keys) if one.keys else 0, one.position)
+
+    def drop(self, one: Session) -> None:
+        """Free what a session and its past hold on the device."""
+        if one.past is not None:
+            self.drop(one.past)
+        if one.stored is None:
+            self.pages.release_all(self.indices[one.seat])
+            self.shelf.give(one.seat)
+            if one.keys:
+                self.keys.give(one.keys)
+
+    def count_rows(self, one: Session, *, own: bool = False) -> int:
+        """How many rows a session holds, or holds alone; its past is another holder. This waits for a GPU."""
+        if one.stored is not None:
+            return 0
+        index = self.indices[one.seat]
+        rows = index[index != INITIAL].long()
+        return int((self.pages.references[rows] == 1).sum()) if own else len(rows)
+
+    def check_room(self, wanted: int, what: str) -> None:
+        """Raise RuntimeError unless there are so many free rows."""
+        free = self.pages.num_free
+        if wanted > free:
+            raise RuntimeError(
+                f"the pool is full: {wanted - free} rows are missing, since {what} would take {wanted} new rows and "
+                f"{free} of `capacity`={len(self.pages.buffer)} are free. Close or evict a session, or make a larger"
+                " pool"
+            )
+
+    def save(self, one: Session) -> dict[str, Tensor]:
+        """Copies of all that a session is but the initial memory."""
+        if one.stored is not None:
+            return {name: x.clone() for name, x in one.stored.items()}
+        index = self.indices[one.seat]
+        slots = torch.nonzero(index != INITIAL).flatten()
+        tensors = {"slots": slots, "rows": self.pages.buffer[index[slots].long()]}
+        tensors["keys"] = self.keys.tensors[0][one.keys]
+        tensors["position"] = torch.tensor(one.position, dtype=torch.int64, device="cpu")
+        return saved_memory(tensors, self.binding, None if self.binding is None else self.queue_of(one.seat))
+
+    def load(self, state_dict: Mapping[str, Tensor], replaced: Session) -> Session:
+        """The session that was saved, in place of another, which is dropped; all errors come before that."""
+        buffer, own_keys = self.pages.buffer, self.keys.tensors[0][0]
+        slots = state_dict.get("slots") if isinstance(state_dict, Mapping) else None
+        count = slots.numel() if isinstance(slots, Tensor) else 0
+        expected = {
+            "slots": torch.empty(count, dtype=torch.int64, device="meta"),
+            "rows": torch.empty(count, buffer.shape[1], dtype=buffer.dtype, device="meta"),
+            "keys": own_keys,
+            "position": torch.empty((), dtype=torch.int64, device="meta"),
+        }
+        binding = check_saved(state_dict, expected, own_keys, self.initial, self.binding)
+        if binding is not None and binding.batch != 1:
+            raise ValueError(f"`state_dict` must be of one session, got a binding with batch {binding.batch}")
+        on_host = state_dict["slots"].cpu()
+        checks.check_slot_range("state_dict['slots']", on_host, len(self.initial))
+        if len(on_host.unique()) < count:
+            raise ValueError("`state_dict` must name each slot once in 'slots'")
+        self.check_room(count - self.count_rows(replaced, own=True), "the saved session")
+        self.drop(replaced)
+        if binding is not None and self.binding is None:
+            self.bind(binding)
+        one = self._new(int(state_dict["position"]))
+        taken = self.pages.take(count)
+        self.indices[one.seat][on_host.to(self.device)] = taken
+        buffer[taken.long()] = state_dict["rows"].to(self.device)
+        if not torch.equal(state_dict["keys"].to(self.device), own_keys):
+            one.keys = self.keys.take()
+            self.keys.tensors[0][one.keys] = state_dict["keys"].to(self.device)
+        if binding is not None:
+            for name, x in self.queue_of(one.seat)._asdict().items():
+                x.copy_(state_dict[f"queue.{name}"])
+        return one

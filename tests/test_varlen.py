@@ -1,0 +1,291 @@
+"""A memory for each packed document: that of the loop over them, and independent of the others."""
+
+import functools
+from itertools import pairwise
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import reference
+from fwpkm_kernels import Rows, fast_weight_memory_varlen, testing
+from fwpkm_kernels.compact import count_compact_rows
+from tests.conftest import PLACES
+from tests.helpers.memory import PLACES_SLOW, assert_close, assert_same_bits
+from tests.helpers.varlen import CHUNK, LENGTHS, bounds, make_packed, make_rows, run, tables_of
+
+#: A place is unused, a row is not read, and documents 0 and 4 have rows of their own.
+PLACES_OF_ROWS = ((0, 3), (4, -1), (4, 7), (0, 0), (1, 2))
+
+
+def check(inputs, place, rows=None, **options) -> Rows:
+    """Results and gradients are those of the reference; returns the rows."""
+    inputs = {name: x if name == "cu_seqlens" else x.to(place.device) for name, x in inputs.items()}
+    options = {"chunk_size": CHUNK, "top_k": 2, **options}
+    with testing.poisoned_memory(), testing.assert_unchanged(inputs):
+        actual, gradients, left = run(fast_weight_memory_varlen, inputs, rows, backend=place.backend, **options)
+    expected, wanted, every_row = run(reference.fast_weight_memory_varlen, inputs, rows, **options)
+    if options.get("weight_decay"):  # `rows` leaves out rows that have only decayed
+        used, num_slots = left.slot >= 0, len(inputs["values"])
+        actual["tables"] = left.value[used]
+        expected["tables"] = every_row.value[left.document[used] * num_slots + left.slot[used]]
+        del gradients["gradient of values"], wanted["gradient of values"]
+    assert_close(actual | gradients, expected | wanted)
+    return left
+
+
+OPTIONS = [
+    {},
+    {"boundary": "drop", "lookahead": 2},
+    {"clip": 0.05, "lookahead": 0, "step": "normalized"},
+    {"weight_decay": 0.1, "clip": 0.05},
+    {"boundary": "drop", "weight_decay": 0.1, "step": "gradient"},
+    {"addressing_weight": 0.0},
+    {"lookahead": CHUNK, "weighting": "silu", "score": "dot"},
+    {"key_gradient": "all"},
+]
+
+
+@PLACES_SLOW
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_documents_are_those_of_the_loop(options, own, place):
+    """Of every length, with keys and rows of their own or without."""
+    inputs = make_packed(own_keys=own)
+    rows = None
+    if own:
+        rows = Rows(*(x.to(place.device) for x in make_rows(inputs, PLACES_OF_ROWS)))
+    check(inputs, place, rows, **options)
+
+
+def test_documents_in_triton():
+    """What the interpreter runs in `make test`: a step with a tail behind it, beside a document that only reads."""
+    check(make_packed((CHUNK + 1, 2), heads=1, num_keys=4), PLACES[1])
+
+
+@pytest.mark.parametrize("lengths", [(0,), (1,), (0, 0), (CHUNK,) * 3, (1,) * 9, (2 * CHUNK, 1, 2 * CHUNK)], ids=str)
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_lengths_of_documents(lengths, boundary):
+    check(make_packed(lengths, mask=None), PLACES[0], boundary=boundary)
+
+
+@pytest.mark.parametrize("missing", ["gates", "mask"])
+def test_without_gates_or_mask(missing):
+    inputs = make_packed()
+    del inputs[missing]
+    check(inputs, PLACES[0], boundary="drop")
+
+
+def parts_of(inputs, order):
+    """The documents in another order, or some of them."""
+    pieces = list(pairwise(inputs["cu_seqlens"].tolist()))
+    tokens = torch.cat([torch.arange(*pieces[document]) for document in order])
+    by_token = {name: inputs[name][tokens] for name in ("queries", "targets", "gates", "mask")}
+    lengths = [pieces[document][1] - pieces[document][0] for document in order]
+    return {**inputs, **by_token, "cu_seqlens": bounds(lengths)}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.backend)
+@pytest.mark.parametrize("boundary", ["carry", pytest.param("drop", marks=pytest.mark.slow)])
+def test_a_document_does_not_depend_on_the_others(place, boundary):
+    """Neither on which they are nor on their order: the same bits in Triton, and on CPUs up to rounding."""
+    lengths = (CHUNK + 1, 2 * CHUNK + 2, 2) if place.backend == "triton" else LENGTHS
+    inputs = make_packed(lengths, num_keys=4, dtype=torch.float32)
+    inputs = {name: x if name == "cu_seqlens" else x.to(place.device) for name, x in inputs.items()}
+    options = {"chunk_size": CHUNK, "top_k": 2, "boundary": boundary, "backend": place.backend}
+    names = ("queries", "targets", "gates")
+
+    def by_document(order):
+        given = parts_of(inputs, order)
+        leaves = [given[name].requires_grad_() for name in names]
+        result = fast_weight_memory_varlen(**given, **options)
+        tables = tables_of(result.rows, given["values"], len(order))
+        total = sum(x.square().sum() for x in (result.output, result.keys, result.rows.value))
+        by_token = dict(zip(names, torch.autograd.grad(total, leaves), strict=True))
+        by_token |= {"output": result.output, "slots": result.slots, "weights": result.weights}
+        sizes = [lengths[document] for document in order]
+        by_token = {name: dict(zip(order, x.split(sizes), strict=True)) for name, x in by_token.items()}
+        memories = {"keys": result.keys, "tables": tables}
+        return by_token | {name: dict(zip(order, x, strict=True)) for name, x in memories.items()}
+
+    everyone = by_document(range(len(lengths)))
+    for order in ([1], list(reversed(range(len(lengths))))):
+        some = by_document(order)
+        for document in order:
+            one, other = ({name: x[document] for name, x in found.items()} for found in (some, everyone))
+            if place.backend == "triton":
+                assert_same_bits(one, other)
+            else:
+                assert_close(one, other, 1e-5)
+
+
+def test_segments_go_on_from_rows_and_keys():
+    """Two calls that are cut where chunks end are one, with gradients through the rows and the keys between them."""
+    lengths = (3 * CHUNK, 2 * CHUNK + 1, CHUNK)
+    inputs = make_packed(lengths)
+    options = {"chunk_size": CHUNK, "top_k": 2, "lookahead": 0}
+    first = [CHUNK, 2 * CHUNK, 0]
+    pieces = list(pairwise(inputs["cu_seqlens"].tolist()))
+    heads = [torch.arange(start, start + cut) for (start, _), cut in zip(pieces, first, strict=True)]
+    tails = [torch.arange(start + cut, stop) for (start, stop), cut in zip(pieces, first, strict=True)]
+
+    def in_segments(queries, targets, keys, values, cu_seqlens, *, gates, mask, rows, **options):
+        outputs, result = [], None
+        for parts in (heads, tails):
+            index = torch.cat(parts)
+            result = fast_weight_memory_varlen(
+                queries[index], targets[index], keys if result is None else result.keys, values,
+                bounds([len(x) for x in parts]), rows=rows if result is None else result.rows,
+                gates=gates[index], mask=mask[index], **options,
+            )  # fmt: skip
+            outputs.append([x.split([len(x) for x in parts]) for x in (result.output, result.slots, result.weights)])
+        joined = [
+            torch.cat([x for pair in zip(*both, strict=True) for x in pair]) for both in zip(*outputs, strict=True)
+        ]
+        return result._replace(output=joined[0], slots=joined[1], weights=joined[2])
+
+    rows = make_rows(inputs, ((0, 3), (2, 5), (2, -1)))
+    actual, gradients, _ = run(in_segments, inputs, rows, **options)
+    expected, wanted, _ = run(fast_weight_memory_varlen, inputs, rows, **options)
+    assert_close(actual | gradients, expected | wanted)
+
+
+def test_rows_that_are_handed_out():
+    """In the order of documents and slots, each once, with those given, and nothing else; then unused places."""
+    inputs = make_packed((CHUNK + 1, 1), heads=1, num_keys=8)
+    rows = make_rows(inputs, ((1, 63), (0, -1), (0, 0)))
+    left = fast_weight_memory_varlen(**inputs, rows=rows, chunk_size=CHUNK, top_k=1, backend="torch").rows
+    used = left.slot >= 0
+    names = list(zip(left.document[used].tolist(), left.slot[used].tolist(), strict=True))
+    assert names == sorted(set(names))
+    assert {(1, 63), (0, 0)} <= set(names)
+    assert not used[len(names) :].any()
+    assert not left.document[~used].any()
+    assert not left.value[~used].any()
+    assert len(left.slot) == count_compact_rows(CHUNK + 2, 64, 2, 3)
+    with torch.no_grad():
+        without = fast_weight_memory_varlen(**inputs, rows=left, chunk_size=CHUNK, top_k=1, backend="torch").rows
+    assert len(without.slot) == CHUNK + 2 + len(left.slot)
+
+
+def test_what_requires_no_gradient_costs_none():
+    """Without a gradient of the values no array of N rows is made, and keys and queries may need none."""
+    inputs = make_packed((2 * CHUNK + 1, 3))
+    options = {"chunk_size": CHUNK, "top_k": 2}
+    _, expected, _ = run(fast_weight_memory_varlen, inputs, **options)
+    for name in ("queries", "targets", "keys", "values", "gates"):
+        leaf = inputs[name].detach().requires_grad_()
+        result = fast_weight_memory_varlen(**{**inputs, name: leaf}, **options)
+        outputs = [result.output, result.keys, tables_of(result.rows, inputs["values"], 2)]
+        if name == "values":
+            outputs[2] = tables_of(result.rows, leaf, 2)
+        used = [(x, testing.random_cotangent(x, seed=i)) for i, x in enumerate(outputs) if x.requires_grad]
+        outputs, cotangents = zip(*used, strict=True)
+        (found,) = torch.autograd.grad(outputs, leaf, cotangents)
+        testing.assert_bitwise_equal(found, expected[f"gradient of {name}"], name)
+
+
+@pytest.mark.parametrize("options", [{}, {"boundary": "drop", "clip": 0.1, "weight_decay": 0.1}], ids=str)
+def test_gradcheck(options):
+    inputs = make_packed((2 * CHUNK + 1, CHUNK, 2), heads=1, num_keys=4, width=2)
+    rows = make_rows(inputs, ((0, 3), (2, -1), (2, 5)))
+    constants = {name: inputs.pop(name) for name in ("mask", "cu_seqlens")}
+    leaves = [x.requires_grad_() for x in (*inputs.values(), rows.value)]
+
+    def call(*tensors):
+        *given, value = tensors
+        named = dict(zip(inputs, given, strict=True))
+        result = fast_weight_memory_varlen(
+            **named, **constants, rows=rows._replace(value=value), chunk_size=CHUNK, top_k=2, **options
+        )
+        return result.output, result.keys, result.rows.value
+
+    torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        once = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves, create_graph=True)
+        torch.autograd.grad(once[0].sum(), leaves[0])
+
+
+def test_compiled_where_tokens_and_documents_vary_in_number():
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def train(inputs):
+        result = fast_weight_memory_varlen(**inputs, chunk_size=CHUNK, top_k=2)
+        return result.output.square().sum() + result.keys.square().sum() + result.rows.value.square().sum()
+
+    compiled = torch.compile(train, fullgraph=True, backend=counter)
+    for lengths in (LENGTHS, (9, 5, 1), (CHUNK,) * 4):
+        inputs = make_packed(lengths)
+        leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "values", "gates")]
+        for name in ("queries", "targets", "gates", "mask", "cu_seqlens"):
+            torch._dynamo.mark_dynamic(inputs[name], 0)
+        found = torch.autograd.grad(compiled(inputs), leaves)
+        for one, other in zip(found, torch.autograd.grad(train(inputs), leaves), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.backend)
+def test_autocast_changes_nothing(place):
+    inputs = make_packed((CHUNK + 1, 2), heads=1, num_keys=4, dtype=torch.float32, device=place.device)
+    call = functools.partial(fast_weight_memory_varlen, chunk_size=CHUNK, top_k=2, backend=place.backend)
+    expected = call(**inputs)
+    with torch.autocast(place.device, torch.bfloat16):
+        found = call(**inputs)
+    for one, other in zip((*found[:2], *found.rows, *found[3:]), (*expected[:2], *expected.rows, *expected[3:]), strict=True):
+        testing.assert_bitwise_equal(one, other)
+
+
+def test_half_precision_tables():
+    inputs = make_packed(dtype=torch.bfloat16, mask=None)
+    result, gradients, _ = run(fast_weight_memory_varlen, inputs, chunk_size=CHUNK, top_k=2, weight_decay=0.1)
+    for name, x in (result | gradients).items():
+        assert x.isfinite().all(), name
+    assert result["tables"].dtype == gradients["gradient of values"].dtype == torch.bfloat16
+
+
+def bad(**changes):
+    return lambda inputs: {**inputs, **changes}
+
+
+def rows_of(places, dtype=torch.float64, **changes):
+    return lambda inputs: {
+        **inputs,
+        "rows": make_rows({"values": inputs["values"].to(dtype)}, places)._replace(**changes),
+    }
+
+
+BAD = {
+    "not from 0": (bad(cu_seqlens=torch.tensor([1, 26])), ValueError, "`cu_seqlens` must go from 0 to T"),
+    "not to T": (bad(cu_seqlens=torch.tensor([0, 25])), ValueError, "`cu_seqlens` must go from 0 to T"),
+    "decreasing": (bad(cu_seqlens=torch.tensor([0, 9, 8, 26])), ValueError, "must not decrease"),
+    "of no documents": (bad(cu_seqlens=torch.tensor([0])), ValueError, "at least one document"),
+    "of floats": (bad(cu_seqlens=torch.tensor([0.0, 26.0])), TypeError, "`cu_seqlens` must be int64 or int32"),
+    "a list": (bad(cu_seqlens=[0, 26]), TypeError, "`cu_seqlens` must be a torch.Tensor"),
+    "a batch": (lambda x: {**x, "queries": x["queries"].unsqueeze(0)}, ValueError, r"\[T, H, Dk\]"),
+    "keys of too few": (lambda x: {**x, "keys": x["keys"].repeat(2, 1, 1, 1, 1)}, ValueError, "each of the S documents"),
+    "gates of a batch": (lambda x: {**x, "gates": x["gates"].unsqueeze(0)}, ValueError, r"`gates` must have 1 dim"),
+    "no record": (lambda x: {**x, "rows": tuple(make_rows(x, ((0, 1),)))}, TypeError, "`rows` must be Rows"),
+    "no such document": (rows_of(((5, 1),)), ValueError, r"`rows.document` must lie in \[0, 5\)"),
+    "no such slot": (rows_of(((0, 36),)), ValueError, r"`rows.slot` must lie in \[-1, 36\)"),
+    "twice": (rows_of(((0, 3), (1, 3), (0, 3))), ValueError, "document 0, slot 3 more than once"),
+    "of other widths": (rows_of(((0, 3),), value=torch.zeros(1, 2)), ValueError, "as wide as `values`"),
+    "of another dtype": (rows_of(((0, 3),), torch.float32), TypeError, "`rows.value` must have the dtype of `values`"),
+    "narrow slots": (rows_of(((0, 3),), slot=torch.tensor([3], dtype=torch.int32)), TypeError, "must be int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    change, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        fast_weight_memory_varlen(**change(make_packed()), chunk_size=CHUNK, top_k=2)
+
+
+def test_cu_seqlens_may_be_int32():
+    inputs = make_packed()
+    narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
+    found, expected = (fast_weight_memory_varlen(**x, chunk_size=CHUNK, top_k=2) for x in (narrow, inputs))
+    testing.assert_bitwise_equal(found.output, expected.output)
+
