@@ -12,7 +12,7 @@ from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
 from .lookup import pick_blocks, pick_rows, sum_rows
-from .plan import plan_segments, segment_totals
+from .plan import compact_totals, plan_segments, segment_totals
 from .records import PLAN_SCHEMA, Plan
 
 
@@ -90,15 +90,18 @@ def _values_grad_op(  # type: ignore[no-untyped-def]
 ) -> Tensor:
     """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
     plan, size = Plan(order, rows, start, end), order.numel() if compact else num_slots
-    out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
     weights = weights.to(compute_dtype(dtype)).contiguous()
-    if checks.use_triton(backend, grad_out):
+    uses_triton = checks.use_triton(backend, grad_out)
+    if compact and not uses_triton:
+        return compact_totals(plan, grad_out.to(weights.dtype), weights).to(dtype)
+    out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
+    if uses_triton:
         from .kernels.segments import segment_rows
 
         segment_rows(out, grad_out, weights, plan, compact=compact)
     else:
-        positions, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
-        out[positions if compact else touched] = totals.to(dtype)
+        _, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
+        out[touched] = totals.to(dtype)
     return out
 
 
