@@ -81,16 +81,14 @@ def compact(
 
 def take_rows(table: Tensor, slot: Tensor, backend: str) -> Tensor:
     """table[slot], [R, D]; 0 where the slot is -1."""
-    out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     if checks.use_triton(backend, table):
         from .kernels.compact import copy_rows
 
+        out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
         copy_rows(table, slot, out, put=False)
         return out
-    used = slot >= 0
-    out[used] = table[slot[used]]
-    out[~used] = 0.0
-    return out
+    unused = torch.nonzero(slot < 0).squeeze(1)
+    return table.index_select(0, slot.clamp(min=0)).index_fill_(0, unused, 0.0)
 
 
 def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
@@ -100,8 +98,10 @@ def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
 
         copy_rows(rows, slot, table, put=True)
         return
-    used = slot >= 0
-    table[slot[used]] = rows[used]
+    used = torch.nonzero(slot >= 0).squeeze(1)
+    if len(used) < len(slot):
+        slot, rows = slot[used], rows.index_select(0, used)
+    table.index_copy_(0, slot, rows)
 
 
 def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend: str) -> Tensor:
@@ -135,23 +135,20 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     return out
 
 
-def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int, *, is_unique: bool) -> Tensor:
-    """The gradient of a table as a sparse COO tensor [N, D], from those of its rows [R, D].
+def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """`spread_rows` as a sparse COO tensor [N, D]; slots are those of a compact table: ascending, unused ones last.
 
     On CPUs it is coalesced, with an entry for each slot that is used. On a GPU, whose number of those would have to be
     waited for, unused rows are entries of 0 at the first slot, so that it is not coalesced.
-
-    Args:
-        is_unique: whether no slot occurs twice, and they ascend, as in one document.
     """
     size = (num_slots, grads.shape[1])
     if grads.is_cuda:
-        indices = torch.where(slot < 0, slot[:1], slot)
-        return torch.sparse_coo_tensor(indices.unsqueeze(0), grads, size, check_invariants=False)
-    used = slot >= 0
-    indices, rows = slot[used].unsqueeze(0), grads[used]
-    found = torch.sparse_coo_tensor(indices, rows, size, check_invariants=False, is_coalesced=is_unique)
-    return found if is_unique else found.coalesce()
+        unused = slot < 0
+        indices, rows = torch.where(unused, slot[:1], slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
+        return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
+    used = int((slot >= 0).sum())
+    entries = (slot[:used].unsqueeze(0), grads[:used])
+    return torch.sparse_coo_tensor(*entries, size, check_invariants=False, is_coalesced=True)
 
 
 @operator(
