@@ -60,7 +60,7 @@ STAGES = {
     "queue": ("_enqueue", "_carry"),
     "plan": ("_plan_pairs", "number_reads", "plan_reads", "plan_segments", "count_accesses", "plan_writes"),
     "compact table": ("compact", "take_rows", "put_rows"),
-    "read": ("read_to_queue", "read", "gather_rows"),
+    "read": ("read_to_queue", "read_sessions", "read", "gather_rows"),
     "key step": ("step_keys",),
     "weights": (
         *("weigh", "fold", "weigh_again", "fold_grad", "step_ratio", "write_scale", "fold_write_weights"),

@@ -87,8 +87,9 @@ def take_rows(table: Tensor, slot: Tensor, backend: str) -> Tensor:
         out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
         copy_rows(table, slot, out, put=False)
         return out
-    unused = torch.nonzero(slot < 0).squeeze(1)
-    return table.index_select(0, slot.clamp(min=0)).index_fill_(0, unused, 0.0)
+    # Whole rows by their numbers: several times as fast on a CPU as an index or a mask.
+    rows = table.index_select(0, slot.clamp(min=0))
+    return rows.index_fill_(0, (slot < 0).nonzero().flatten(), 0.0)
 
 
 def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
@@ -98,10 +99,8 @@ def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
 
         copy_rows(rows, slot, table, put=True)
         return
-    used = torch.nonzero(slot >= 0).squeeze(1)
-    if len(used) < len(slot):
-        slot, rows = slot[used], rows.index_select(0, used)
-    table.index_copy_(0, slot, rows)
+    used = (slot >= 0).nonzero().flatten()
+    table.index_copy_(0, slot.index_select(0, used), rows if len(used) == len(rows) else rows.index_select(0, used))
 
 
 def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend: str) -> Tensor:
@@ -126,7 +125,8 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
         if grads.is_cuda:
             return sum_at(slot[used], grads[used], num_slots).to(dtype)
         total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
-        return total.index_add_(0, slot[used], grads[used]).to(dtype)
+        rows = used.nonzero().flatten()
+        return total.index_add_(0, slot.index_select(0, rows), grads.index_select(0, rows)).to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)

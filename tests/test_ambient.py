@@ -24,6 +24,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers.graphs import graph_maker, replayed
 from tests.helpers.memory import make_inputs
 from tests.helpers.streaming import DEVICE, OPTIONS, contents, copies, make_state, saved_and_loaded, stream
+from tests.helpers.varlen import make_packed
 
 
 @contextlib.contextmanager
@@ -191,6 +192,21 @@ def memory(backend: str) -> Call:
     return lambda f: run(lambda *x: read(f, *x), tensors)
 
 
+def varlen(backend: str) -> Call:
+    inputs = make_packed((5, 0, 2), heads=1, num_keys=4, dtype=torch.float32)
+    tensors = leaves(*(inputs[name] for name in ("queries", "targets", "keys", "values", "gates")))
+    options = {"chunk_size": 4, "top_k": 2, "weight_decay": 0.1, "mask": inputs["mask"], "backend": backend}
+
+    def call(f: Callable[..., Any]) -> list[Tensor]:
+        def flat(q: Tensor, y: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
+            result = f(q, y, k, v, inputs["cu_seqlens"], gates=g, **options)
+            return [result.output, result.keys, *result.rows, result.slots, result.weights]
+
+        return run(flat, tensors)
+
+    return call
+
+
 def steps(backend: str) -> Call:
     """Of a fresh state, which the first one binds, and of a bound one."""
     inputs = make_inputs(2, 6, dtype=torch.float32)
@@ -214,6 +230,7 @@ CALLS: dict[Callable[..., Any], Callable[[str], Call]] = {
     fk.product_key_update: key_step,
     fk.fast_weight_memory: memory,
     fk.fast_weight_memory_step: steps,
+    fk.fast_weight_memory_varlen: varlen,
 }
 
 

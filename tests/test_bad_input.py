@@ -29,6 +29,7 @@ from fwpkm_kernels import (
     chunk_value_update_,
     fast_weight_memory,
     fast_weight_memory_step,
+    fast_weight_memory_varlen,
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
@@ -37,6 +38,7 @@ from fwpkm_kernels import (
 from fwpkm_kernels.options import Options
 from tests.helpers.memory import assert_same_bits, make_inputs
 from tests.helpers.streaming import OPTIONS, contents, make_state, stream, tokens_of
+from tests.helpers.varlen import make_packed
 
 Arguments = dict[str, Any]
 
@@ -349,6 +351,21 @@ def whole_cases() -> Cases:
     }
 
 
+def varlen_cases() -> Cases:
+    """Of packed tokens: queries [8, 1, 4], and what goes with them."""
+    of_a_batch = {f"{what} of {name}" for what in ("length", "batch") for name in ("targets", "gates", "mask")}
+    cases = {name: case for name, case in sequence_cases().items() if name not in {*of_a_batch, "heads of queries"}}
+    no_rows = {"a tuple": (1, 2, 3), "a dict": {"slot": 1}, "a tensor": torch.ones(3)}
+    return {
+        **cases,
+        "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 1)),
+        **{f"length of {name}": mismatch(name, "queries", lambda x: x[:2]) for name in ("targets", "gates", "mask")},
+        **tensor_cases("cu_seqlens", "slots"),
+        "no documents": Case(ValueError, ("cu_seqlens",), {"cu_seqlens": torch.tensor([0])}, "shape"),
+        **{f"rows: {name}": Case(TypeError, ("rows",), {"rows": x}, "type") for name, x in no_rows.items()},
+    }
+
+
 def step_cases() -> Cases:
     no_states = {"a tensor": torch.ones(16, 3), "None": None, "a str": "state", "a state dict": {"keys": 1}}
     drop = option_cases("boundary", ValueError, "value", "drop")
@@ -376,6 +393,11 @@ def good_rows() -> Arguments:
 
 def good_sequence() -> Arguments:
     return make_inputs(mask="real", dtype=torch.float32) | {"chunk_size": 3, "top_k": 2}
+
+
+def good_varlen() -> Arguments:
+    inputs = make_packed((5, 0, 3), heads=1, num_keys=4, dtype=torch.float32)
+    return inputs | {"rows": None, "chunk_size": 3, "top_k": 2}
 
 
 def good_memory() -> Arguments:
@@ -425,6 +447,7 @@ TABLE: dict[str, tuple[Callable[[], Arguments], Cases, Callable[..., Any]]] = {
     "product_key_update": (good_lookup, key_step_cases(), product_key_update),
     "ProductKeyUpdate": (good_lookup, key_step_cases(), apply(ProductKeyUpdate)),
     "fast_weight_memory": (good_sequence, whole_cases(), fast_weight_memory),
+    "fast_weight_memory_varlen": (good_varlen, varlen_cases(), fast_weight_memory_varlen),
     "FastWeightMemory": (good_sequence, whole_cases(), apply(FastWeightMemory)),
     "fast_weight_memory_step": (good_step, step_cases(), fast_weight_memory_step),
     "a later fast_weight_memory_step": (lambda: good_step(5), step_cases(), fast_weight_memory_step),
