@@ -501,7 +501,7 @@ FAULTS = [
     Fault(
         "rows-of-all-documents-decay",
         "packed.py",
-        "decays=is_written.to(document.device)[document]",
+        "decays=is_written.to(document.device, non_blocking=True)[document]",
         "decays=None",
         "rows of a document that is not written decay when another one is",
         "varlen",

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reference
@@ -294,3 +296,39 @@ def test_cu_seqlens_may_be_int32():
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
     found, expected = (fast_weight_memory_varlen(**x, chunk_size=CHUNK, top_k=2) for x in (narrow, inputs))
     testing.assert_bitwise_equal(found.output, expected.output)
+
+
+@st.composite
+def cases(draw):
+    """Documents around a chunk's length, and options that change what is read, written or counted."""
+    chunk = draw(st.integers(1, 4))
+    length = st.sampled_from(sorted({0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk, 3 * chunk + 1}))
+    options = {
+        "chunk_size": chunk,
+        "top_k": draw(st.integers(1, 3)),
+        "lookahead": draw(st.integers(0, chunk)),
+        "boundary": draw(st.sampled_from(["carry", "drop"])),
+        "step": draw(st.sampled_from(["paper", "gradient", "normalized"])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "clip": draw(st.sampled_from([None, 0.05])),
+        "addressing_weight": draw(st.sampled_from([1.0, 0.0])),
+    }
+    how = {
+        "own_keys": draw(st.booleans()),
+        "heads": draw(st.integers(1, 2)),
+        "num_keys": draw(st.integers(3, 5)),
+        "gates": draw(st.booleans()),
+        "mask": draw(st.sampled_from([None, "bool", "real"])),
+        "seed": draw(st.integers(0, 9)),
+    }
+    lengths = draw(st.lists(length, min_size=1, max_size=5))
+    places = st.tuples(st.integers(0, len(lengths) - 1), st.integers(-1, how["num_keys"] ** 2 - 1))
+    used = draw(st.lists(places, max_size=4, unique_by=lambda place: place if place[1] >= 0 else object()))
+    return lengths, how, used, options
+
+
+@given(cases())
+def test_drawn_documents_are_those_of_the_loop(case):
+    lengths, how, places, options = case
+    inputs = make_packed(lengths, **how)
+    check(inputs, PLACES[0], make_rows(inputs, places) if places else None, **options)
