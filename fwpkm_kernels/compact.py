@@ -165,6 +165,11 @@ def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor
     if document.is_cpu and bool(document.any()):
         numbers = document.unique().tolist()
         raise ValueError(f"`rows` must be those of one table, whose `document` is 0, got rows of documents {numbers}")
+    if slot.is_cpu:
+        ordered = slot[slot >= 0].sort().values
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice) > 0:
+            raise ValueError(f"`rows.slot` must name no slot twice, got {int(twice[0])} more than once")
     put_rows(values, slot.contiguous(), value, backend)
 
 
@@ -177,8 +182,8 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     Args:
         values: [N, D], any float dtype.
         rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
-            other slot occurs twice (which is not checked); value [R, D], in the dtype of `values`. Documents and the
-            range of slots are checked on CPU tensors.
+            other slot occurs twice; value [R, D], in the dtype of `values`. Documents and slots are checked on CPU
+            tensors.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Raises:
@@ -206,5 +211,5 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
         raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
     checks.check_together(values=values, **names)
     checks.check_choice("backend", backend, checks.BACKENDS)
-    checks.check_writable("values", values, "`Rows.value` or index_put")
+    checks.check_writable("values", values, "values.index_put")
     _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)
