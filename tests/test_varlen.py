@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import reference
 from fwpkm_kernels import Rows, fast_weight_memory_varlen, testing
 from fwpkm_kernels.compact import count_compact_rows
+from fwpkm_kernels.packing import MOST_LENGTHS
 from tests.conftest import PLACES
 from tests.helpers.memory import PLACES_SLOW, assert_close, assert_same_bits
 from tests.helpers.varlen import CHUNK, LENGTHS, bounds, make_packed, make_rows, run, tables_of
@@ -69,6 +70,14 @@ def test_documents_in_triton():
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
 def test_lengths_of_documents(lengths, boundary):
     check(make_packed(lengths, mask=None), PLACES[0], boundary=boundary)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_tails_that_are_filled_up(own):
+    """To one length, in chunks of more tokens than tails may have lengths."""
+    chunk = 2 * MOST_LENGTHS + 1
+    lengths = (chunk + 5, 4, 2 * chunk + 6, 0, chunk + 4, 1)
+    check(make_packed(lengths, own_keys=own), PLACES[0], chunk_size=chunk)
 
 
 @pytest.mark.parametrize("missing", ["gates", "mask"])
@@ -301,7 +310,7 @@ def test_cu_seqlens_may_be_int32():
 @st.composite
 def cases(draw):
     """Documents around a chunk's length, and options that change what is read, written or counted."""
-    chunk = draw(st.integers(1, 4))
+    chunk = draw(st.sampled_from([1, 2, 3, 4, 2 * MOST_LENGTHS + 1]))
     length = st.sampled_from(sorted({0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk, 3 * chunk + 1}))
     options = {
         "chunk_size": chunk,
