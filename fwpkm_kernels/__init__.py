@@ -1,5 +1,6 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
+from . import reading  # noqa: F401  whose operators must be there before code is traced
 from .compact import apply_rows_
 from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph, PoolGraph
@@ -8,6 +9,7 @@ from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
 from .pool import MemoryPool
 from .records import Carry, MemoryOutput, Rows, VarlenOutput
+from .sessions import PoolFullError
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
@@ -23,6 +25,7 @@ __all__ = [
     "MemoryOutput",
     "MemoryPool",
     "MemoryState",
+    "PoolFullError",
     "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",

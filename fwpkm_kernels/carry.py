@@ -21,7 +21,9 @@ def check_carry(carry: Carry | None, inputs: Inputs, o: Options) -> None:
         return
     if not isinstance(carry, Carry):
         raise TypeError(f"`carry` must be a Carry, as return_carry=True gives it, got {type(carry).__name__}")
-    position = checks.check_int("carry.position", carry.position, minimum=0)
+    position = carry.position
+    if not torch.compiler.is_compiling():  # it would make a constant of the position, and compile again for each
+        position = checks.check_int("carry.position", position, minimum=0)
     batch, heads, width = inputs.queries.shape[0], *inputs.queries.shape[2:]
     checks.check_tensor("carry.queries", carry.queries, 4, "[B, c, H, Dk]")
     size = count_carried(position, o) + position % o.chunk_size
@@ -75,3 +77,20 @@ def leave(inputs: Inputs, position: int, o: Options) -> Carry:
     first = inputs.queries.shape[1] - count_carried(position, o) - position % o.chunk_size
     tokens = (inputs.queries, inputs.targets, inputs.gates, inputs.mask)
     return Carry._make((*each(lambda x: x[:, first:], *tokens), position))
+
+
+def carries_of(carry: Carry | None, count: int, o: Options) -> list[Carry | None]:
+    """The carry of each of `count` documents, from one with as many tokens of each: see `layers.continuation`.
+
+    Their positions are read on the host, which waits for them.
+    """
+    if carry is None:
+        return [None] * count
+    parts = [[None] * count if x is None else x.split(1) for x in carry[:3]]
+    positions: list[int] = carry.position.tolist()  # type: ignore[attr-defined]
+
+    def of(number: int, position: int) -> Carry:
+        first = carry.queries.shape[1] - count_carried(position, o) - position % o.chunk_size
+        return Carry._make((*each(lambda x: x[:, first:], *(x[number] for x in parts)), None, position))
+
+    return [of(number, position) for number, position in enumerate(positions)]

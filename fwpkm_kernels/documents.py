@@ -10,16 +10,18 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from . import _checks as checks
 from ._operators import operator
+from .carry import carries_of, count_carried, prepend
 from .kernels import compute_dtype
 from .memory import fast_weight_memory
 from .options import Options, schema_of
-from .records import Inputs
+from .records import Carry, Inputs
 from .sequence import run_backward, run_forward
 
 
@@ -221,6 +223,7 @@ def memory_by_document(
     *,
     gates: Tensor | None = None,
     mask: Tensor | None = None,
+    carry: Carry | None = None,
     return_memory: bool = False,
     options: Options,
 ) -> DocumentsOutput:
@@ -236,16 +239,18 @@ def memory_by_document(
         values: [N, D], likewise, or [S, N, D].
         gates: [B, T] or None.
         mask: [B, T] or None: that of `fast_weight_memory`; not in compiled code, unless key_gradient is "all".
+        carry: what each document goes on from, as `carry_documents` makes it.
         return_memory: whether the final memories are returned: S tables.
     """
     tensors = (queries, targets, keys, values, gates)
     if torch.compiler.is_compiling() and not documents.is_one:
         if options.key_gradient == "all":
-            return _untraced_loop(*tensors, mask, documents, return_memory, options)
+            return _untraced_loop(*tensors, mask, carry, documents, return_memory, options)
         cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
-        results = _MemoryByDocument.apply(*tensors, documents.mask, cu_seqlens, return_memory, *options)
+        carried = (None,) * 4 if carry is None else (*carry[:3], carry.position)
+        results = _MemoryByDocument.apply(*tensors, *carried, documents.mask, cu_seqlens, return_memory, *options)
         return DocumentsOutput(*results[:3], *(results[3:] or (None, None)))
-    return _loop(*tensors, mask, documents, return_memory, options)
+    return _loop(*tensors, mask, carry, documents, return_memory, options)
 
 
 def _loop(
@@ -255,6 +260,7 @@ def _loop(
     values: Tensor,
     gates: Tensor | None,
     mask: Tensor | None,
+    carry: Carry | None,
     documents: Documents,
     return_memory: bool,
     o: Options,
@@ -267,8 +273,8 @@ def _loop(
     outputs, slots, weights, final_keys, final_values = [], [], [], [], []
     initial = (_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)))
     tokens = (take(x, pieces) for x in (queries, targets, gates, mask))
-    for q, y, g, m, k, v in zip(*tokens, *initial, strict=True):
-        result = fast_weight_memory(q, y, k, v, gates=g, mask=m, **o._asdict())
+    for q, y, g, m, k, v, c in zip(*tokens, *initial, carries_of(carry, len(pieces), o), strict=True):
+        result = fast_weight_memory(q, y, k, v, gates=g, mask=m, carry=c, **o._asdict())
         outputs.append(result.output)
         slots.append(result.slots)
         weights.append(result.weights)
@@ -302,21 +308,31 @@ def _together(tables: list[Tensor]) -> Tensor:
 
 _untraced_loop = _disable_dynamo(_loop)
 
-_INPUTS = "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, Tensor? mask, Tensor? cu_seqlens"
+_INPUTS = (
+    "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, "
+    "Tensor? carry_queries, Tensor? carry_targets, Tensor? carry_gates, Tensor? carry_position, "
+    "Tensor? mask, Tensor? cu_seqlens"
+)
+_TENSORS = 11  #: so many are these
 _OPTIONS = schema_of(Options)
 
 
 @operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {_OPTIONS}) -> Tensor[]")
 def _documents_op(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
-) -> list[Tensor]:
+    queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
+    *options,
+) -> list[Tensor]:  # fmt: skip
+    carry = None if position is None else Carry(c_queries, c_targets, c_gates, None, position)
     documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    results = _loop(queries, targets, keys, values, gates, None, documents, return_memory, Options(*options))
+    results = _loop(queries, targets, keys, values, gates, None, carry, documents, return_memory, Options(*options))
     return [x for x in results if x is not None]
 
 
 @_documents_op.register_fake
-def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
+    *options,
+):  # fmt: skip
     o = Options(*options)
     count = queries.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size = (*queries.shape[:2], queries.shape[2] * o.top_k)
@@ -335,36 +351,54 @@ def _(queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *o
     schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {_OPTIONS}) -> Tensor[]",
 )
 def _documents_backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
-) -> list[Tensor]:
+    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position,
+    mask, cu_seqlens, *options,
+) -> list[Tensor]:  # fmt: skip
     o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    inputs = {"queries": queries, "targets": targets, "keys": keys, "values": values, "gates": gates}
-    layout = torch.contiguous_format
-    totals = {name: torch.zeros_like(x, memory_format=layout) for name, x in inputs.items() if x is not None}
+    carry = None if position is None else Carry(c_queries, c_targets, c_gates, None, position)
+    of_carry = {"queries": c_queries, "targets": c_targets, "gates": c_gates}
+    totals, carry_totals = (
+        {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in given.items() if x is not None}
+        for given in (
+            {"queries": queries, "targets": targets, "keys": keys, "values": values, "gates": gates},
+            of_carry,
+        )
+    )
     pieces = documents.pieces()
     tokens = (take(x, pieces) for x in (queries, targets, gates, grad_output))
-    for number, (piece, q, y, g, grad_y) in enumerate(zip(pieces, *tokens, strict=True)):
+    carries = carries_of(carry, len(pieces), o)
+    for number, (piece, one, q, y, g, grad_y) in enumerate(zip(pieces, carries, *tokens, strict=True)):
         k, v, grad_k, grad_v = (
             x if x is None or x.dim() == rank else x[number]
             for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
         )
+        inputs, carried, before = Inputs(q, y, k, v, g, None), 0, 0
+        if one is not None:
+            inputs, carried, before = prepend(one, inputs), count_carried(one.position, o), one.queries.shape[1]
+            if grad_y is not None:  # the tokens of the carry have no output here
+                grad_y = F.pad(grad_y, (0, 0, before - carried, 0))
+        inputs = inputs._replace(targets=inputs.targets[:, carried:])
+        _, kept = run_forward(inputs, True, o, carried)
         grads = (grad_y, grad_k, grad_v)
-        _, kept = run_forward(Inputs(q, y, k, v, g, None), True, o)
-        found = run_backward(q, y, g, None, grads, k.shape[2], True, kept, o)
-        for (name, total), x in zip(totals.items(), found, strict=True):
+        found = run_backward(*inputs[:2], *inputs[4:], grads, k.shape[2], True, kept, o, carried)
+        for name, x in zip(("queries", "targets", "keys", "values", "gates"), found, strict=False):
             if name in ("keys", "values"):  # documents that share a memory add their gradients
-                total = total if total.shape == x.shape else total[number]
+                total = totals[name] if totals[name].shape == x.shape else totals[name][number]
                 total += x
-            else:
-                total.flatten(0, 1)[piece] = x[0]
-    return list(totals.values())
+                continue
+            count = before - (carried if name == "targets" else 0)
+            if name in totals:
+                totals[name].flatten(0, 1)[piece] = x[0, count:]
+            if name in carry_totals:
+                carry_totals[name][number, carry_totals[name].shape[1] - count :] = x[0, :count]
+    return [*totals.values(), *carry_totals.values()]
 
 
 @_documents_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, mask, cu_seqlens, *options
+    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, c_queries, c_targets, c_gates, *rest
 ):
-    inputs = (queries, targets, keys, values, gates)
+    inputs = (queries, targets, keys, values, gates, c_queries, c_targets, c_gates)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
 
 
@@ -372,14 +406,12 @@ class _MemoryByDocument(Function):
     """The loop as one operator, and its backward as another, which computes each document's forward again."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, queries, targets, keys, values, gates, mask, cu_seqlens, return_memory, *options
-    ):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        """The arguments are those of the operator."""
         ctx.set_materialize_grads(False)
-        inputs = (queries, targets, keys, values, gates, mask, cu_seqlens)
-        ctx.save_for_backward(*inputs)
-        ctx.options = options
-        output, slots, weights, *memory = _documents_op(*inputs, return_memory, *options)
+        ctx.save_for_backward(*args[:_TENSORS])
+        ctx.options = args[_TENSORS + 1 :]
+        output, slots, weights, *memory = _documents_op(*args)
         ctx.mark_non_differentiable(slots, weights)
         return (output, slots, weights, *memory)
 
@@ -389,5 +421,7 @@ class _MemoryByDocument(Function):
         none = (None,) * len(ctx.needs_input_grad)
         if all(x is None for x in grads):
             return none
-        results = _documents_backward_op(*grads, *ctx.saved_tensors, *ctx.options)
-        return (*results, *none[len(results) :])  # `results` are those of the first inputs
+        given = ctx.saved_tensors
+        results = iter(_documents_backward_op(*grads, *given, *ctx.options))
+        found = [None if x is None else next(results) for x in given[:8]]  # of all tensors before the position
+        return (*found, *none[len(found) :])

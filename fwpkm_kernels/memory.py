@@ -400,8 +400,9 @@ def fast_weight_memory(
         position, carried = carry.position, count_carried(carry.position, o)
         waiting = carry.queries.shape[1] - carried
         inputs = prepend(carry, inputs)
+        targets = inputs.targets[:, carried:]
     call = Call(carried, final, sparse_grad)
-    result = _run(inputs._replace(targets=inputs.targets[:, carried:]), o, call)
+    result = _run(inputs._replace(targets=targets), o, call)
     if carry is not None:  # the waiting tokens' results were those of earlier segments
         output, slots, weights = (x[:, waiting:] for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)

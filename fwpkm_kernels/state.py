@@ -10,39 +10,15 @@ from torch import Tensor
 
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_recomputation
-from ._operators import operator
 from .binding import Binding, check_binding, check_initial_memory, check_step_inputs, make_queue
 from .options import Options
-from .records import Inputs, Queue
-from .saving import load, pickled, reduce_for_processes, saved, unpickle
+from .private import leaf, private_copy, rollback, shares_storage, writable
+from .records import Carry, Inputs, MemoryOutput, Queue
+from .saving import load, pickled, reduce_for_processes, saved, trust_newest, unpickle
 
 #: Attributes that a copy of a state has for itself, and those that it shares; other attributes belong to subclasses.
 _COPIED = ("_keys", "_values", "_touched", "_position", "_binding", "_queue")
 _KEPT = ("_initial_keys", "_initial_values", "_device", "_made_in_export", "_binding", "_queue")
-
-
-@operator("private_copy")
-def _private_copy(x: Tensor, device: torch.device) -> Tensor:
-    """A contiguous copy on a device, which a step may write in and out of inference mode.
-
-    It is an operator, since a tensor that compiled code makes in inference mode can be written in inference mode only.
-    """
-    with torch.inference_mode(False):
-        return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-@_private_copy.register_fake
-def _(x, device):  # type: ignore[no-untyped-def]
-    return torch.empty(x.shape, dtype=x.dtype, device=device)
-
-
-@operator("rollback", mutates_args=("position",))
-def _rollback(position: Tensor, tokens: int, chunk_size: int) -> None:
-    """Take back the last tokens of the present chunk; an operator, since compiled code cannot read the position."""
-    read = int(position) % chunk_size
-    if tokens > read:
-        raise ValueError(f"`tokens` must be at most {read}, as many as the present chunk has read, got {tokens}")
-    position -= tokens
 
 
 class MemoryState:
@@ -82,15 +58,78 @@ class MemoryState:
         """Make private copies of these, with nothing read and nothing bound."""
         device = self._device or values.device
         with torch.no_grad():
-            self._keys, self._values = _private_copy(keys, device), _private_copy(values, device)
+            self._take_over(private_copy(keys, device), private_copy(values, device))
+
+    def _take_over(self, keys: Tensor, values: Tensor) -> None:
+        """Make these the private tensors, with nothing read and nothing bound."""
+        self._keys, self._values = keys, values
         # The position is on the CPU, so that reading it never waits for a GPU, and a tensor, so that torch.compile does
         # not compile again for each value.
         cpu = torch.device("cpu")
-        self._position = _private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)
-        self._touched = _private_copy(torch.zeros(self._values.shape[0], dtype=torch.uint8, device=device), device)
+        self._position = private_copy(torch.zeros((), dtype=torch.int64, device=cpu), cpu)
+        touched = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
+        self._touched = private_copy(touched, values.device)
         self._binding: Binding | None = None
         self._queue: Queue | None = None
         self._made_in_export = is_exporting()  # a state made in an export is part of the program
+
+    @classmethod
+    def from_output(cls, output: MemoryOutput, carry: Carry, *, keys: Tensor, values: Tensor, **options: Any) -> Any:
+        """A state that goes on in streaming where a call of `fast_weight_memory` has ended, without a copy of a table.
+
+        The final keys and values become the state's own, which steps write in place: nobody may use them any more. A
+        backward pass that still needs them raises. The tokens of the carry are looked up and read again.
+
+        Args:
+            output, carry: what `fast_weight_memory` gave with return_carry=True.
+            keys, values: the initial memory, to which `reset` returns; the state is tied to it as any other.
+            options: all that a first step would bind, as in that call.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        from .reading import queue_of
+
+        binding, queue = queue_of(output, carry, Options(**options))
+        self = cls.__new__(cls)
+        self._device = None
+        own = [x.detach() for x in (output.keys, output.values)]
+        self._take_over(*(own if torch.compiler.is_compiling() else map(writable, own)))
+        self.rebind(keys, values)
+        self._position.fill_(carry.position)
+        self._binding, self._queue = binding, queue
+        return self
+
+    def read(
+        self,
+        queries: Tensor,
+        *,
+        top_k: int | None = None,
+        score: str | None = None,
+        eps: float | None = None,
+        weighting: str | None = None,
+        temperature: float | None = None,
+        precision: str | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Read without writing: what the present keys and values give, as a step without a write would read them.
+
+        Neither queue nor position changes, and as a step it has no gradients. Of an option None is what is bound, or
+        the default of `fast_weight_memory_step` where nothing is.
+
+        Args:
+            queries: [B, t, H, Dk], any B and t.
+
+        Returns:
+            output [B, t, D], in the dtype of the bound targets, or of `values` where nothing is bound.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        from .reading import read_state
+
+        how = {"top_k": top_k, "score": score, "eps": eps, "weighting": weighting, "temperature": temperature}
+        return read_state(self, queries, **how, precision=precision, backend=backend)
 
     @property
     def keys(self) -> Tensor:
@@ -154,7 +193,7 @@ class MemoryState:
         # its graph. A tensor that shares memory with the state's own is copied, since steps write that memory.
         own = [self.__dict__[name] for name in ("_keys", "_values") if name in self.__dict__]
         self._initial_keys, self._initial_values = (
-            _private_copy(x, x.device) if any(_shares_storage(x, y) for y in own) else _leaf(x) for x in (keys, values)
+            private_copy(x, x.device) if any(shares_storage(x, y) for y in own) else leaf(x) for x in (keys, values)
         )
 
     def _all_touched(self) -> None:
@@ -177,9 +216,9 @@ class MemoryState:
         Compiled code may have made one in inference mode, or a caller may have set the `.data` of one.
         """
         for name in ("_keys", "_values", "_touched", "_position"):
-            setattr(self, name, _writable(getattr(self, name)))
+            setattr(self, name, writable(getattr(self, name)))
         if self._queue is not None:
-            self._queue = Queue(*map(_writable, self._queue))
+            self._queue = Queue(*map(writable, self._queue))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -210,8 +249,8 @@ class MemoryState:
             self._set_up(self._initial_keys, self._initial_values)
             return
         for name, x in (("_keys", self._initial_keys), ("_values", self._initial_values)):
-            if _shares_storage(getattr(self, name), x):
-                setattr(self, name, _private_copy(x, device))
+            if shares_storage(getattr(self, name), x):
+                setattr(self, name, private_copy(x, device))
         self._keys.copy_(self._initial_keys)
         if not touched_rows_only or self._initial_values.device != device:
             self._values.copy_(self._initial_values)
@@ -242,7 +281,7 @@ class MemoryState:
         """
         tokens = checks.check_int("tokens", tokens, minimum=0)
         self._prepare("rollback")
-        _rollback(self._position, tokens, 1 if self._binding is None else self._binding.options.chunk_size)
+        rollback(self._position, tokens, 1 if self._binding is None else self._binding.options.chunk_size)
 
     def clone(self) -> "MemoryState":
         """An independent copy that shares the initial memory."""
@@ -272,10 +311,10 @@ class MemoryState:
             setattr(other, name, getattr(self, name))
         with torch.no_grad():
             for name in ("_keys", "_values", "_touched"):
-                setattr(other, name, _private_copy(getattr(self, name), device))
-            other._position = _private_copy(self._position, self._position.device)
+                setattr(other, name, private_copy(getattr(self, name), device))
+            other._position = private_copy(self._position, self._position.device)
             if self._queue is not None:
-                other._queue = Queue(*(_private_copy(x, device) for x in self._queue))
+                other._queue = Queue(*(private_copy(x, device) for x in self._queue))
         return other
 
     def select(self, indices: Tensor | Sequence[int]) -> "MemoryState":
@@ -306,7 +345,7 @@ class MemoryState:
         batch = self._binding.batch
         with torch.no_grad():
             rows = checks.check_indices(indices, batch).to(self._values.device)
-            selected = Queue(*(_private_copy(x.index_select(1, rows), x.device) for x in self._queue))
+            selected = Queue(*(private_copy(x.index_select(1, rows), x.device) for x in self._queue))
             if len(rows) == batch:  # the same tensors, so that captured graphs stay valid
                 for x, new in zip(self._queue, selected, strict=True):
                     x.copy_(new)
@@ -321,7 +360,7 @@ class MemoryState:
         for name, x in self.named_tensors().items():
             memo.setdefault(id(x), other.named_tensors()[name])
         other._replace({name: memo[id(x)] for name, x in self.named_tensors().items()})
-        self._initial_keys, self._initial_values = _leaf(self._initial_keys), _leaf(self._initial_values)
+        self._initial_keys, self._initial_values = leaf(self._initial_keys), leaf(self._initial_values)
         for name in set(self.__dict__) - set(_COPIED):
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
@@ -333,7 +372,7 @@ class MemoryState:
 
     def __getstate__(self) -> dict[str, Any]:
         others = {name: x for name, x in self.__dict__.items() if name not in {*_COPIED, "_made_in_export"}}
-        tied = {name: _leaf(others[name]) for name in ("_initial_keys", "_initial_values")}
+        tied = {name: leaf(others[name]) for name in ("_initial_keys", "_initial_values")}
         return others | tied | pickled(self)
 
     @torch.inference_mode(False)  # so that the state can be stepped outside of inference mode too
@@ -391,24 +430,6 @@ class MemoryState:
         return self._queue
 
 
-def _writable(x: Tensor) -> Tensor:
-    """The tensor itself, without a graph, or a copy where a step outside of inference mode could not write it."""
-    if x.requires_grad:
-        x.detach_()
-    return _private_copy(x, x.device) if x.is_inference() or x.is_neg() or not x.is_contiguous() else x
-
-
-def _shares_storage(x: Tensor, y: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # tensors have no addresses there
-        return False
-    return bool(torch._C._is_alias_of(x, y))  # type: ignore[attr-defined]
-
-
-def _leaf(x: Tensor) -> Tensor:
-    """The tensor itself if it is a leaf, otherwise the same data without its graph."""
-    return x if x.is_leaf else x.detach()
-
-
 def _is_state(x: object) -> bool:
     """Whether `x` is a MemoryState, also one that was made before this module was reloaded."""
     name = (MemoryState.__module__, MemoryState.__qualname__)
@@ -425,15 +446,5 @@ def check_step(
     return check_step_inputs(Inputs(queries, targets, state.keys, state.values, gates, mask), o)
 
 
-def _trust_newest() -> None:
-    """Let torch.load(weights_only=True) make states, but none of the class before a reload of this module."""
-    name = (MemoryState.__module__, MemoryState.__qualname__)
-    trusted = torch.serialization.get_safe_globals()
-    others = [x for x in trusted if (getattr(x, "__module__", None), getattr(x, "__qualname__", None)) != name]
-    if len(others) != len(trusted):
-        torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([*others, MemoryState])
-
-
 ForkingPickler.register(MemoryState, reduce_for_processes)
-_trust_newest()
+trust_newest(MemoryState)

@@ -15,7 +15,7 @@ from .kernels import compute_dtype
 from .memory import check_memory
 from .options import Options, schema_of
 from .packed import PackedKept, count_sizes, empty_kept, run_packed, run_packed_grad
-from .records import Inputs, Rows, VarlenOutput, each
+from .records import Carry, Inputs, Rows, VarlenOutput, each
 
 _INPUTS = (
     "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor? gates, Tensor? mask, "
@@ -228,17 +228,18 @@ def memory_of_documents(
     documents: Documents,
     *,
     gates: Tensor | None = None,
+    carry: Carry | None = None,
     return_memory: bool = False,
     options: Options,
 ) -> DocumentsOutput:
     """What `memory_by_document` gives, without a loop where `fast_weight_memory_varlen` can do it.
 
-    It cannot where a table for each document is given or asked for, where keys depend on values, and in compiled code
+    It cannot where a table or a carry for each document is given or asked for, where keys depend on values, and in compiled code
     with padding, whose number is data.
     """
     loops = return_memory or values.dim() == 3 or options.key_gradient == "all" or documents.number == 0
-    if loops or (documents.mask is not None and torch.compiler.is_compiling()):
-        how: dict[str, Any] = {"gates": gates, "return_memory": return_memory, "options": options}
+    if carry is not None or loops or (documents.mask is not None and torch.compiler.is_compiling()):
+        how: dict[str, Any] = {"gates": gates, "carry": carry, "return_memory": return_memory, "options": options}
         return memory_by_document(queries, targets, keys, values, documents, **how)
     if documents.mask is None:
         pieces: list[Any] = [slice(0, documents.batch * documents.length)]

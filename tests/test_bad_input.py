@@ -338,6 +338,19 @@ def sequence_cases() -> Cases:
     }
 
 
+def whole_cases() -> Cases:
+    """What `fast_weight_memory` refuses besides: rows, where they cannot be."""
+    rows = {"final": "rows"}
+    return {
+        **sequence_cases(),
+        **choice_cases("final"),
+        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
+        "a sparse gradient beside a table": Case(ValueError, ("sparse_grad", "final"), {"sparse_grad": True}),
+        "rows that decay": Case(ValueError, ("final", "weight_decay"), rows | {"weight_decay": 0.1}, "", ("0.1",)),
+        "rows of coupled keys": Case(ValueError, ("final", "key_gradient"), rows | {"key_gradient": "all"}),
+    }
+
+
 def varlen_cases() -> Cases:
     """Of packed tokens: queries [8, 1, 4], and what goes with them."""
     of_a_batch = {f"{what} of {name}" for what in ("length", "batch") for name in ("targets", "gates", "mask")}
@@ -350,19 +363,6 @@ def varlen_cases() -> Cases:
         **tensor_cases("cu_seqlens", "slots"),
         "no documents": Case(ValueError, ("cu_seqlens",), {"cu_seqlens": torch.tensor([0])}, "shape"),
         **{f"rows: {name}": Case(TypeError, ("rows",), {"rows": x}, "type") for name, x in no_rows.items()},
-    }
-
-
-def whole_cases() -> Cases:
-    """What `fast_weight_memory` refuses besides: rows, where they cannot be."""
-    rows = {"final": "rows"}
-    return {
-        **sequence_cases(),
-        **choice_cases("final"),
-        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
-        "a sparse gradient beside a table": Case(ValueError, ("sparse_grad", "final"), {"sparse_grad": True}),
-        "rows that decay": Case(ValueError, ("final", "weight_decay"), rows | {"weight_decay": 0.1}, "", ("0.1",)),
-        "rows of coupled keys": Case(ValueError, ("final", "key_gradient"), rows | {"key_gradient": "all"}),
     }
 
 

@@ -216,4 +216,6 @@ def test_layer_memory_holds_what_the_next_segment_needs():
     _, memory = layer(torch.cat(make_documents_of((5, 5))), return_memory=True)
     assert isinstance(memory, LayerMemory)
     assert memory.hidden_states.shape == (2, 2, WIDTH)
-    assert all(x is None or not x.requires_grad for x in memory.detach())
+    *tensors, carry = memory.detach()
+    assert all(x is None or not x.requires_grad for x in (*tensors, *carry[:4]))
+    assert memory.carry.queries.requires_grad

@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as checks
 from ..documents import Documents
-from ..records import each
+from ..options import Options
+from ..records import Carry, each
 from ..state import MemoryState
 from .streamed import StreamedMemory
 
@@ -35,10 +37,66 @@ class LayerMemory(NamedTuple):
     #: at a time. Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
     slots: Tensor | None = None
     weights: Tensor | None = None
+    #: What was read and not written yet: of the batch as `fast_weight_memory` leaves it, of documents as
+    #: `carry_documents` does. None begins with a new chunk.
+    carry: Carry | None = None
 
     def detach(self) -> "LayerMemory":
         """The same without its graph: gradients of the next segment end here."""
-        return LayerMemory(*each(Tensor.detach, *self))  # type: ignore[arg-type]
+        *tensors, carry = self
+        return LayerMemory._make((*each(Tensor.detach, *tensors), None if carry is None else carry.detach()))
+
+
+def last_tokens(x: Tensor, before: Tensor, documents: Documents) -> Tensor:
+    """The last tokens of each document, as many as `before` [S, W, ...] has, which are those before x [B, T, ...].
+
+    Nothing waits for the device.
+    """
+    count, size = before.shape[:2]
+    if documents.are_rows:
+        return torch.cat((before, x), dim=1)[:, x.shape[1] :]
+    lengths, order = _real_tokens(documents, x.device)
+    wanted = lengths.unsqueeze(1) + torch.arange(size, device=x.device)  # among `before` and the document's tokens
+    first = (lengths.cumsum(0) - lengths).unsqueeze(1)
+    own = F.pad(order, (0, 1))[(first + wanted - size).clamp(min=0)]  # of no meaning where `before` is meant
+    earlier = size * torch.arange(count, device=x.device).unsqueeze(1) + wanted
+    index = torch.where(wanted < size, earlier, count * size + own)
+    both = torch.cat((before.flatten(0, 1), x.flatten(0, 1)))
+    return both.index_select(0, index.flatten()).view(before.shape)
+
+
+def _real_tokens(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many tokens each document has, int64 [S], and where these lie among the B·T, document by document."""
+    batch, length = documents.batch, documents.length
+    real = torch.ones(batch, length, device=device) if documents.mask is None else documents.mask
+    real = (real > 0).flatten()
+    running = F.pad(real.cumsum(0), (1, 0))
+    if documents.cu_seqlens is None:
+        bounds = length * torch.arange(batch + 1, device=device)
+    else:
+        bounds = documents.bounds(device)
+    return running[bounds].diff(), real.logical_not().sort(stable=True).indices
+
+
+def carry_documents(
+    carry: Carry | None, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents, o: Options
+) -> Carry:
+    """The carry that documents leave, which begin with `carry`; None begins them all.
+
+    It has the same W = C - 1 + L tokens of every document, the last ones, of which each goes on with those that it
+    needs; what was before a document is 0. Its position is a tensor, int64 [S].
+    """
+    window = (documents.number, o.chunk_size - 1 + o.lookahead)
+
+    def left(x: Tensor | None, before: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return last_tokens(x, x.new_zeros(*window, *x.shape[2:]) if before is None else before.to(x.dtype), documents)
+
+    lengths = _real_tokens(documents, targets.device)[0]
+    q, y, g, position = (None,) * 4 if carry is None else (carry.queries, carry.targets, carry.gates, carry.position)
+    left_position = lengths if position is None else position + lengths
+    return Carry(left(queries, q), left(targets, y), left(gates, g), None, left_position)  # type: ignore[arg-type]
 
 
 def find_memory(

@@ -14,7 +14,7 @@ from ..options import Options, why_no_rows
 from ..records import Inputs, Rows
 from ..state import MemoryState
 from ..varlen import memory_of_documents
-from .continuation import DROPS, LayerMemory, find_memory
+from .continuation import DROPS, LayerMemory, carry_documents, find_memory
 from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
 from .streamed import StreamedMemory
@@ -367,7 +367,7 @@ class FastWeightProductKeyMemory(nn.Module):
         if isinstance(memory, StreamedMemory):
             read = memory.step(queries, targets, write_gates, documents)
         else:
-            result = self._remember(queries, targets, write_gates, documents, memory, return_memory)
+            result, carry = self._remember(queries, targets, write_gates, documents, memory, return_memory)
             read = result.output
         if self.gate and gates is not None:
             y = torch.lerp(targets, read, gates.unsqueeze(-1))  # g·p + (1 - g)·v
@@ -379,10 +379,8 @@ class FastWeightProductKeyMemory(nn.Module):
         output = output.to(hidden_states.dtype)  # autocast may have changed it
         if not return_memory:
             return (output, mean_gate(gates, attention_mask)) if return_gate_mean else output
-        left = LayerMemory(
-            result.keys, result.values, tail, mean_gate(gates, attention_mask), result.slots, result.weights
-        )
-        return output, left
+        mean = mean_gate(gates, attention_mask)
+        return output, LayerMemory(result.keys, result.values, tail, mean, result.slots, result.weights, carry)
 
     def _queries(
         self, x: Tensor, documents: Documents, memory: LayerMemory | StreamedMemory | None
@@ -410,27 +408,32 @@ class FastWeightProductKeyMemory(nn.Module):
         memory: LayerMemory | None,
         return_memory: bool,
     ) -> Any:
-        """Run the memory, differentiably. The result is a MemoryOutput or a DocumentsOutput."""
+        """Run the memory, differentiably: a MemoryOutput or a DocumentsOutput, and the carry for a next segment."""
+        before = None if memory is None else memory.carry
+        leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
             initial = (self.keys, weight) if memory is None else (memory.keys, memory.values)
             keys, values = self._in_memory_dtype(*initial)
-            how: dict[str, Any]
+            how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
-                how = {"gates": gates, "return_memory": return_memory, "options": self.options}
+                how |= {"return_memory": return_memory, "options": self.options}
                 return memory_of_documents(queries, targets, keys, values, documents, **how)
-            mask = documents.pair_mask(self.options.lookahead, queries.device)
-            how = {"gates": gates, "mask": mask, **self.options._asdict()}
+            how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
             # Rows are all that is wanted of the final table, unless it is returned, or every row of it moves.
             how["final"] = "table" if return_memory or why_no_rows(self.options) else "rows"
-            return fast_weight_memory(queries, targets, keys, values, **how)
+            return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
 
-        result = self.table(run)
+        result, carry = self.table(run), None
+        if leaves_carry and self.scope == "batch":
+            result, carry = result
+        elif leaves_carry:
+            carry = carry_documents(before, queries, targets, gates, documents, self.options)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
         is_again = not torch.compiler.is_compiling() and in_backward()
         if self.initial_memory == "persistent" and self.training and not is_again:
             self._pending = (result.keys.detach(), result.values.detach())
-        return result
+        return result, carry
 
 
 def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:

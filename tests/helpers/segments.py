@@ -1,0 +1,38 @@
+"""A sequence in segments, each of which takes the memory and the carry that the one before has left."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwpkm_kernels import MemoryOutput, fast_weight_memory
+
+BY_TOKEN = ("queries", "targets", "gates", "mask")
+
+
+def segments_of(tokens: dict[str, Tensor], lengths: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The tokens of each segment."""
+    parts = {name: tokens[name].split(list(lengths), dim=1) for name in BY_TOKEN if tokens.get(name) is not None}
+    return [{name: x[i] for name, x in parts.items()} for i in range(len(lengths))]
+
+
+def in_segments(lengths: Sequence[int]) -> Callable[..., MemoryOutput]:
+    """`fast_weight_memory` of a sequence that is cut into segments of these lengths; what is left is a last one."""
+
+    def call(keys: Tensor, values: Tensor, **given: Any) -> MemoryOutput:
+        tokens = {name: given.pop(name) for name in BY_TOKEN if name in given}
+        cuts = [*lengths, tokens["queries"].shape[1] - sum(lengths)]
+        results, carry = [], None
+        for segment in segments_of(tokens, cuts):
+            result, carry = fast_weight_memory(
+                **segment, keys=keys, values=values, carry=carry, return_carry=True, **given
+            )
+            keys, values = result.keys, result.values
+            results.append(result)
+        output, slots, weights = (
+            torch.cat([getattr(x, name) for x in results], dim=1) for name in ("output", "slots", "weights")
+        )
+        return MemoryOutput(output, keys, values, slots, weights)
+
+    return call
