@@ -501,7 +501,7 @@ FAULTS = [
     Fault(
         "rows-of-all-documents-decay",
         "packed.py",
-        "decays=is_written.to(document.device)[document]",
+        "decays=is_written.to(document.device, non_blocking=True)[document]",
         "decays=None",
         "rows of a document that is not written decay when another one is",
         "varlen",
@@ -532,7 +532,7 @@ FAULTS = [
         "fold(grad_scores)",
         "the last token of a tail counts again and again in backward",
         "varlen",
-        "loop and not triton",
+        "filled_up",
     ),
     Fault(
         "tail-of-the-longest",
@@ -541,7 +541,7 @@ FAULTS = [
         "torch.minimum(row, lengths.max() - 1)",
         "a tail is filled up with tokens of the document behind it",
         "varlen",
-        "loop and not triton",
+        "filled_up",
     ),
     Fault(
         "given-rows-in-the-gradient-of-values",
