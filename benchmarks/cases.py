@@ -21,7 +21,11 @@ from fwpkm_kernels import (
     product_key_update,
     sparse_value_gather,
 )
+from fwpkm_kernels.binding import Binding, make_queue
 from fwpkm_kernels.kernels import picks
+from fwpkm_kernels.kernels.pool import read_sessions
+from fwpkm_kernels.options import Options
+from fwpkm_kernels.records import Addresses, Queue, Tokens
 
 from .record import CHUNK, NUM_KEYS, NUM_SLOTS, PICKS, QUERY, WIDTH, meta, on_meta, step, training
 
@@ -163,6 +167,26 @@ def _train(**sizes: Any) -> None:
 )
 def _stream(tokens: int, position: int, dtype: torch.dtype = F32) -> None:
     step(tokens, position, dtype)()
+
+
+@_cases("pool", {"decode": {}, "decode-bf16": {"dtype": BF16}, "decode-heads": {"heads": 4}})
+def _read_sessions(sessions: int = 16, heads: int = 1, dtype: torch.dtype = F32) -> None:
+    """A token of each session, and a read without writing."""
+    queue = make_queue(
+        meta(heads, 2, NUM_KEYS, QUERY // 2),
+        meta(NUM_SLOTS, WIDTH),
+        Binding(sessions, dtype, dtype, Options()),
+        torch.device("meta"),
+    )
+    queue = Queue(*(x.transpose(0, 1).contiguous() for x in queue))
+    queries, targets = meta(1, sessions, heads, QUERY, dtype=dtype), meta(1, sessions, WIDTH, dtype=dtype)
+    found = Addresses.empty(queries.flatten(0, 1), PICKS, F32)
+    where, index = meta(sessions, dtype=torch.int64), meta(sessions, NUM_SLOTS, dtype=torch.int32)
+    tables = (meta(16 * CHUNK, WIDTH), meta(NUM_SLOTS, WIDTH), index)
+    weights, output = meta(sessions, heads * PICKS), torch.empty_like(targets)
+    tokens = Tokens(queries, targets, None, None)
+    read_sessions(*tables, where, found, weights, output)
+    read_sessions(*tables, where, found, weights, output, tokens=tokens, queue=queue, places=where, lookahead=1)
 
 
 @_cases("reset", {name: given for name, given in TABLES_OF_VALUES.items() if "j" not in given})

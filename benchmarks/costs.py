@@ -127,6 +127,34 @@ def _errors(c: Configuration) -> int:
     return 4 * c.tokens * c.width
 
 
+def _sequence_rows(c: Configuration, inputs: Inputs) -> int:
+    """Bytes of the distinct rows that the sequence addresses in all, as `_chunk_rows` finds them."""
+    with torch.no_grad():
+        rows = inputs["queries"].flatten(0, 1).split(c.chunk)
+        slots = torch.cat([torch_lookup(part, inputs["keys"], c.picks, c.score)[1].flatten() for part in rows])
+    return int(torch.unique(slots).numel()) * _row_bytes(c)
+
+
+def sequence_rows(c: Configuration, direction: str, inputs: Inputs) -> Cost:
+    """`sequence`, but that no table is copied and none filled with a gradient: forward gathers the rows that it
+    addresses, 2·U·D·s for U in all, and backward leaves as many rows of a gradient, U·D·s."""
+    if direction == "both":
+        return sequence_rows(c, "forward", inputs) + sequence_rows(c, "backward", inputs)
+    whole, times = sequence(c, direction, inputs), 2 if direction == "forward" else 1
+    moved = whole.bytes + times * (_sequence_rows(c, inputs) - c.table_bytes)
+    return dataclasses.replace(whole, bytes=moved)
+
+
+def documents(c: Configuration, direction: str, inputs: Inputs) -> Cost:
+    """`sequence_rows` of each document; backward sums the gradients of their rows into one of the whole table, N·D·s,
+    and reads them for that."""
+    own, total = dataclasses.replace(c, tokens=c.length, batch=1), Cost(0, 0)
+    for item in range(c.batch):
+        given = {**inputs, **{name: inputs[name][item : item + 1] for name in ("queries", "targets")}}
+        total += sequence_rows(own, direction, given)
+    return total if direction == "forward" else total + Cost(c.table_bytes, 0)
+
+
 def sequence(c: Configuration, direction: str, inputs: Inputs) -> Cost:
     """Forward, as in training: queries, targets, outputs, slots and weights once; the table copied, 2·N·D·s; for each
     chunk, U rows read, written and logged, 3·U·D·s, its errors, and the keys read and written (once in all if they

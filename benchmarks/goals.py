@@ -45,6 +45,7 @@ NUMBERS: dict[str, Callable[[Sequence[float], Sequence[Result]], float]] = {
     "chunk of 7": lambda us, results: (us[0] - us[1]) / 7,  # one more, of those by which the two sequences differ
     "chunk of 8": lambda us, results: (us[0] - us[1]) / 8e3,  # in milliseconds
     "ratio": lambda us, results: sum(us[: len(us) // 2]) / sum(us[len(us) // 2 :]),  # the first half over the second
+    "ratio of memory": lambda us, results: (results[0].peak_bytes or 0) / (results[1].peak_bytes or 1),
     "floor share": lambda us, results: 100 * results[0].floor_us / us[0],
     "over 8 floors": lambda us, results: us[0] / (8 * results[1].floor_us),
 }
@@ -66,6 +67,18 @@ def _layer(name: str, row: str) -> Goal:
     return _on_cpu(f"layer over {COMPOSED}, {name}", 1.1, "x", (row, f"{row} {COMPOSED}"), "ratio")
 
 
+def _tables(size: str) -> list[Goal]:
+    rows = tuple(f"sequence-rows/both/{size}{table}" for table in ("-n1024", ""))
+    name = f"rows alone: {size}, forward + backward, a million slots over 262 144"
+    return [_on_cpu(name, 1.2, "x", rows, "ratio"), _on_cpu(f"{name}: memory", 1.1, "x", rows, "ratio of memory")]
+
+
+def _rows(provider: str, name: str) -> Goal:
+    row = "sequence-rows/both/1x1024"
+    return _on_cpu(f"{name} over rows alone: 1024 tokens", 4, "x", (f"{row} {provider}", row), "ratio", at_least=True)
+
+
+_DOCUMENTS = ("documents/both/8x4096", "sequence-rows/both/8x4096")
 _TRAINING, _STEP, _STILL = "sequence/both/8x4096", "step/forward/inference", "step/forward/inference-still-keys"
 _CPU_LENGTHS = ("sequence/both/1x4608", "sequence/both/1x512")
 _LOOKUPS = ("lookup/forward/training-n4096", "lookup/forward/training")
@@ -88,6 +101,11 @@ GOALS = (
     _on_cpu("dense write over that step", 20, "x", ("update/forward/inference dense", _STILL), "ratio", at_least=True),
     _on_cpu("step at 512 sub-keys over 128", 2, "x", (_STEP, "step/forward/inference-n128"), "ratio"),
     _on_cpu("forward + backward, one chunk more", 80, "ms", _CPU_LENGTHS, "chunk of 8"),
+    *_tables("8x512"),
+    *_tables("1x4096"),
+    _rows("fwpkm_kernels-table", "a table copied and one filled"),
+    _rows("pytorch", "eager PyTorch, sparse,"),
+    _on_cpu("8 documents of 4096 tokens over one memory", 1.15, "x", _DOCUMENTS, "ratio"),
     _layer("forward + backward of 1024 tokens", "layer/both/1x1024"),
     _layer("one token", "layer-decode/forward/token"),
 )

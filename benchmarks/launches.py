@@ -59,7 +59,7 @@ STAGES = {
     "lookup": ("lookup_halves", "look_up"),
     "queue": ("_enqueue", "_carry"),
     "plan": ("_plan_pairs", "number_reads", "plan_reads", "plan_segments", "count_accesses", "plan_writes"),
-    "read": ("read_to_queue", "read", "gather_rows"),
+    "read": ("read_to_queue", "read_sessions", "read", "gather_rows"),
     "key step": ("step_keys",),
     "weights": (
         *("weigh", "fold", "weigh_again", "fold_grad", "step_ratio", "write_scale", "fold_write_weights"),

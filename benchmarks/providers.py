@@ -176,6 +176,36 @@ def composed_layer_step(*, hidden_states: Tensor, memory: Any, scope: str, **inp
     return mix(read, projected, inputs)
 
 
+def without_values(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The output and the keys that a sequence leaves behind: what stands for the table differs."""
+
+    def output_and_keys(**inputs: Any) -> tuple[Tensor, Tensor]:
+        output, keys, *_ = run(**inputs)
+        return output, keys
+
+    return output_and_keys
+
+
+def by_document(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A memory for each item of the batch: outputs [B, T, D] and keys [B, H, 2, n, Dk/2]."""
+
+    def output_and_keys(*, queries: Tensor, targets: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        items = zip(queries.split(1), targets.split(1), strict=True)
+        outputs, keys = zip(*(run(queries=q, targets=y, **inputs)[:2] for q, y in items), strict=True)
+        return torch.cat(outputs), torch.stack(keys)
+
+    return output_and_keys
+
+
+def package_documents(*, queries: Tensor, targets: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """`by_document` in one call, of items that are packed one behind the other."""
+    batch, length = queries.shape[:2]
+    bounds = torch.arange(0, (batch + 1) * length, length, device="cpu")
+    tokens = {"queries": queries.flatten(0, 1), "targets": targets.flatten(0, 1), "cu_seqlens": bounds}
+    result = fwpkm.fast_weight_memory_varlen(**tokens, **inputs)
+    return result.output.view(targets.shape), result.keys
+
+
 def own_written(inputs: Inputs) -> Inputs:
     """A state whose rows in `slots` have been written; its keys have no width, so that the table is what is moved."""
     values = inputs["values"]

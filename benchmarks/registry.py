@@ -58,7 +58,7 @@ class Row:
     def wrt(self) -> tuple[str, ...]:
         """What backward differentiates with respect to: no output of a single chunk depends on the targets."""
         c, wrt = self.configuration, self.operation.wrt
-        is_one_chunk = self.operation.name == "sequence" and c.length <= c.chunk
+        is_one_chunk = "targets" in wrt and self.operation.name != "update" and c.length <= c.chunk
         return tuple(x for x in wrt if not (is_one_chunk and x == "targets"))
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
@@ -69,7 +69,8 @@ class Row:
         c, name = self.configuration, self.operation.name
         if name == "update":
             return table(c.slots, c.width, c.dtype, given["values"].device.type, seed=1)
-        likes = {"sequence": "targets", "layer": "hidden_states", "layer-batch": "hidden_states", "key-step": "keys"}
+        likes = {"layer": "hidden_states", "layer-batch": "hidden_states", "key-step": "keys"}
+        likes |= dict.fromkeys(("sequence", "sequence-rows", "documents"), "targets")
         shape = (c.tokens, c.heads, c.picks) if name == "lookup" else (c.tokens, c.width)
         if name in likes:
             shape = tuple(given[likes[name]].shape)
@@ -160,15 +161,25 @@ def _layer(name: str, scope: str) -> Operation:
     """A layer around the memory, beside the mathematics of its projections and the memory's operator."""
     around = functools.partial(functools.partial, providers.composed_layer)
     make_inputs = functools.partial(inputs.of_layer_training, scope=scope)
+    memory = functools.partial(fwpkm.fast_weight_memory, final="rows" if scope == "batch" else "table")
     return Operation(
         name, ("both", "forward"), providers.reference_layer, make_inputs, costs.layer,
         (
             _package(providers.package_layer),
-            _composed(around(fwpkm.fast_weight_memory)),
+            _composed(around(memory)),
             _torch(around(eager.torch_memory), _autograd_applies),
         ),
         wrt=("hidden_states", *inputs.PARAMETERS, "values"), sparse=around(eager.torch_memory),
     )
+
+
+_OF_SEQUENCE = ("queries", "targets", "keys", "values")
+_with_rows = functools.partial(fwpkm.fast_weight_memory, final="rows", sparse_grad=True)
+
+
+def _is_small(c: Configuration) -> bool:
+    """What copies the table, and fills one with a gradient, is measured beside it where that takes no seconds."""
+    return c.table_bytes <= 2**29 and c.tokens <= 2**13
 
 
 # What matters most comes first: a run that is stopped keeps that.
@@ -180,7 +191,26 @@ OPERATIONS = (
             _torch(eager.torch_memory, _autograd_applies),
             _dense(functools.partial(eager.torch_memory, dense=True)),
         ),
-        wrt=("queries", "targets", "keys", "values"), sparse=eager.torch_memory,
+        wrt=_OF_SEQUENCE, sparse=eager.torch_memory,
+    ),
+    Operation(
+        "sequence-rows", ("both", "forward", "backward"), providers.without_values(reference.fast_weight_memory),
+        inputs.of_sequence, costs.sequence_rows,
+        (
+            _package(providers.without_values(_with_rows)),
+            Provider(f"{PACKAGE}-table", providers.without_values(fwpkm.fast_weight_memory), _is_small),
+            _torch(providers.without_values(eager.torch_memory), _is_small),
+        ),
+        wrt=_OF_SEQUENCE, sparse=providers.without_values(eager.torch_memory),
+    ),
+    Operation(
+        "documents", ("both", "forward", "backward"), providers.by_document(reference.fast_weight_memory),
+        inputs.of_sequence, costs.documents,
+        (
+            _package(providers.package_documents),
+            _torch(providers.by_document(eager.torch_memory), lambda c: c.tokens <= 2**13),
+        ),
+        wrt=_OF_SEQUENCE, sparse=providers.by_document(eager.torch_memory),
     ),
     _stream("step"),
     _stream("prefill"),
@@ -267,6 +297,14 @@ _GPU, _CPU, _BOTH = ("cuda",), ("cpu",), ("cuda", "cpu")
 _FORWARD = ("forward",)
 _BF16 = {"dtype": torch.bfloat16}
 _STILL = {"key_weight": 0.0}
+_TRAINING = ("both",)
+#: Tables of 16 384 to 16.7 million rows, the last ones narrow.
+_TABLES: dict[str, dict[str, Any]] = {
+    "-n128": {"sub_keys": 128},
+    "": {},
+    "-n1024": {"sub_keys": 1024},
+    "-n4096-d16": {"sub_keys": 4096, "width": 16},
+}
 _STATIC = {"heads": 4, "picks": 32, "score": "dot"}
 
 CONFIGURATIONS = (
@@ -283,6 +321,15 @@ CONFIGURATIONS = (
     Configuration("1x4608", 4608, ("sequence",), _CPU, directions=("both", "forward", "backward")),
     Configuration("1x4608-still-keys", 4608, ("sequence",), _CPU, directions=_FORWARD, **_STILL),
     Configuration("1x1024-drop", 1024, ("sequence",), _BOTH, boundary="drop"),
+    # At the price of the rows that are touched, whatever the table; and a memory for each of several documents.
+    Configuration("1x1024", 1024, ("sequence-rows",), _BOTH, directions=_TRAINING),
+    *(
+        Configuration(f"{name}{size}", 4096, ("sequence-rows",), _BOTH, batch, directions=_TRAINING, **sizes)
+        for name, batch in (("8x512", 8), ("1x4096", 1))
+        for size, sizes in _TABLES.items()
+    ),
+    Configuration("8x1024", 8192, ("documents", "sequence-rows"), _BOTH, batch=8, directions=_TRAINING),
+    Configuration("8x4096", 32768, ("documents", "sequence-rows"), _BOTH, batch=8, directions=_TRAINING),
     # Streams: chunks, a prompt, single tokens.
     Configuration("inference", 512, ("step", *_OPERATIONS, "reset"), _BOTH),
     Configuration("inference-still-keys", 512, ("step",), _BOTH, **_STILL),

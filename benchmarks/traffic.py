@@ -143,6 +143,17 @@ def _read_to_queue(x: Any) -> Traffic:
     return _values(x) + reads(*waits) + writes(*waits, x.output_ptr) + predictions
 
 
+def _read_sessions(x: Any) -> Traffic:
+    """Rows are taken to be those of the initial table, and none of two sessions the same."""
+    waits = (x.queries_ptr, x.targets_ptr, x.slots_ptr, x.weights_ptr, x.half_scores_ptr, x.sub_keys_ptr)
+    predictions = Traffic(written=x.grid[0] * x.D * x.queue_predictions_ptr.itemsize)
+    queued = reads(*waits) + writes(*waits) + predictions
+    indices = Traffic(read=x.slots_ptr.numel() * x.index_ptr.itemsize)
+    values = reads_rows(x.slots_ptr.numel(), len(x.initial_ptr), x.D * x.initial_ptr.itemsize)
+    read = values + indices + reads(x.slots_ptr, x.weights_ptr) + writes(x.output_ptr)
+    return read + x.ENQUEUE * (queued + (-1.0) * reads(x.slots_ptr, x.weights_ptr))
+
+
 def _plan_chunk(x: Any) -> Traffic:
     read = reads(x.slots_ptr, x.weights_ptr, x.gates_ptr, x.mask_ptr)
     again = Traffic(written=x.A, again=(x.grid[0] - 1) * size(x.slots_ptr, x.mask_ptr))
@@ -223,7 +234,7 @@ KERNELS = {
         stores=lambda x: _bytes(x.HALF, x.grad_queries_ptr),
     ),
     "count_kernel": Kernel(lambda x: reads(x.sub_keys_ptr) + writes(x.words_ptr)),
-    "usage_kernel": Kernel(_usage, trips=lambda x: max(1.0, x.tokens_ptr.numel() / (2 * x.NUM_KEYS * x.H) / x.BLOCK_A)),
+    "usage_kernel": Kernel(_usage, trips=lambda x: max(1.0, x.tokens_ptr.numel() / (x.slope_ptr.numel() * x.H) / x.BLOCK_A)),
     "step_kernel": Kernel(lambda x: reads(x.half_scores_ptr, x.sub_keys_ptr, x.slope_ptr) + writes(x.factor_ptr)),
     "key_sum_kernel": Kernel(
         _key_sum,
@@ -248,6 +259,11 @@ KERNELS = {
         _read_to_queue,
         loads=lambda x: min(x.BLOCK_J, x.J) * _bytes(x.D, x.values_ptr),
         stores=lambda x: _bytes(x.D, x.queue_predictions_ptr, x.output_ptr),
+    ),
+    "read_sessions_kernel": Kernel(
+        _read_sessions,
+        loads=lambda x: 2 * min(x.BLOCK_J, x.J) * _bytes(x.D, x.initial_ptr),
+        stores=lambda x: _bytes(x.D, x.output_ptr) + x.ENQUEUE * _bytes(x.D, x.queue_predictions_ptr),
     ),
     "plan_chunk_kernel": Kernel(_plan_chunk, trips=lambda x: math.ceil(x.A / x.BLOCK_B)),
     "weigh_kernel": Kernel(),

@@ -228,6 +228,7 @@ def _found(
     found = _run(shared.row, provider, case)
     for key, exact in case.exact.items():
         x, rows, of = found[key].detach(), ..., key.removeprefix("gradient of ")
+        x = x.to_dense() if x.is_sparse else x
         if of in ("output", *_tokens(inputs)):
             x = x[:, : exact.shape[1]]
         if of in ("output", "targets"):

@@ -9,6 +9,7 @@ from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
 from .pool import MemoryPool
 from .records import Carry, MemoryOutput, Rows, VarlenOutput
+from .sessions import PoolFullError
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
 from .update import ChunkValueUpdate, chunk_value_update, chunk_value_update_
@@ -24,6 +25,7 @@ __all__ = [
     "MemoryOutput",
     "MemoryPool",
     "MemoryState",
+    "PoolFullError",
     "PoolGraph",
     "ProductKeyLookup",
     "ProductKeyUpdate",

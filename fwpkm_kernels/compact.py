@@ -81,16 +81,15 @@ def compact(
 
 def take_rows(table: Tensor, slot: Tensor, backend: str) -> Tensor:
     """table[slot], [R, D]; 0 where the slot is -1."""
-    out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     if checks.use_triton(backend, table):
         from .kernels.compact import copy_rows
 
+        out = torch.empty(slot.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
         copy_rows(table, slot, out, put=False)
         return out
-    used = slot >= 0
-    out[used] = table[slot[used]]
-    out[~used] = 0.0
-    return out
+    # Whole rows by their numbers: several times as fast on a CPU as an index or a mask.
+    rows = table.index_select(0, slot.clamp(min=0))
+    return rows.index_fill_(0, (slot < 0).nonzero().flatten(), 0.0)
 
 
 def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
@@ -100,8 +99,8 @@ def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
 
         copy_rows(rows, slot, table, put=True)
         return
-    used = slot >= 0
-    table[slot[used]] = rows[used]
+    used = (slot >= 0).nonzero().flatten()
+    table.index_copy_(0, slot.index_select(0, used), rows if len(used) == len(rows) else rows.index_select(0, used))
 
 
 def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend: str) -> Tensor:
@@ -126,7 +125,8 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
         if grads.is_cuda:
             return sum_at(slot[used], grads[used], num_slots).to(dtype)
         total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
-        return total.index_add_(0, slot[used], grads[used]).to(dtype)
+        rows = used.nonzero().flatten()
+        return total.index_add_(0, slot.index_select(0, rows), grads.index_select(0, rows)).to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
@@ -165,6 +165,11 @@ def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor
     if document.is_cpu and bool(document.any()):
         numbers = document.unique().tolist()
         raise ValueError(f"`rows` must be those of one table, whose `document` is 0, got rows of documents {numbers}")
+    if slot.is_cpu:
+        ordered = slot[slot >= 0].sort().values
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice) > 0:
+            raise ValueError(f"`rows.slot` must name no slot twice, got {int(twice[0])} more than once")
     put_rows(values, slot.contiguous(), value, backend)
 
 
@@ -177,8 +182,8 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     Args:
         values: [N, D], any float dtype.
         rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
-            other slot occurs twice (which is not checked); value [R, D], in the dtype of `values`. Documents and the
-            range of slots are checked on CPU tensors.
+            other slot occurs twice; value [R, D], in the dtype of `values`. Documents and slots are checked on CPU
+            tensors.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Raises:
@@ -206,5 +211,5 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
         raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
     checks.check_together(values=values, **names)
     checks.check_choice("backend", backend, checks.BACKENDS)
-    checks.check_writable("values", values, "`Rows.value` or index_put")
+    checks.check_writable("values", values, "values.index_put")
     _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)

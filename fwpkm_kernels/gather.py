@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -12,8 +11,8 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
-from .lookup import BLOCK_ELEMENTS, row_blocks
-from .plan import plan_segments, segment_totals
+from .lookup import pick_blocks, pick_rows, sum_rows
+from .plan import compact_totals, plan_segments, segment_totals
 from .records import PLAN_SCHEMA, Plan
 
 
@@ -26,12 +25,12 @@ def _rows(x: Tensor) -> Tensor:
 def gather_torch(values: Tensor, slots: Tensor, weights: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Weighted sums of rows in plain PyTorch: [M, D]."""
     dtype = compute_dtype(values.dtype)
-    if values.dtype == out_dtype == dtype and slots.numel() > 0 and values.shape[1] > 0:
-        return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(dtype).contiguous())
+    if values.dtype == out_dtype == dtype:
+        return sum_rows(values, slots, weights.to(dtype))
     out = torch.empty(slots.shape[0], values.shape[1], dtype=out_dtype, device=values.device)
-    for block in row_blocks(slots.shape[0], slots.shape[1] * values.shape[1], BLOCK_ELEMENTS):
-        rows = values[slots[block]].to(dtype)  # [block, J, D]
-        out[block] = torch.einsum("mj,mjd->md", weights[block].to(dtype), rows).to(out_dtype)
+    for block in pick_blocks(slots, values.shape[1]):
+        rows = pick_rows(values, slots[block]).to(dtype)  # [block, J, D]
+        out[block] = torch.bmm(weights[block].to(dtype).unsqueeze(1), rows).squeeze(1)
     return out
 
 
@@ -75,8 +74,9 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
     dtype = compute_dtype(values.dtype)
     out = torch.empty(slots.shape, dtype=dtype, device=values.device)
-    for block in row_blocks(slots.shape[0], slots.shape[1] * values.shape[1], BLOCK_ELEMENTS):
-        out[block] = torch.einsum("mjd,md->mj", values[slots[block]].to(dtype), vectors[block].to(dtype))
+    for block in pick_blocks(slots, values.shape[1]):
+        rows = pick_rows(values, slots[block]).to(dtype)  # [block, J, D], a copy
+        torch.sum(rows.mul_(vectors[block].to(dtype).unsqueeze(1)), -1, out=out[block])
     return out
 
 
@@ -90,15 +90,18 @@ def _values_grad_op(  # type: ignore[no-untyped-def]
 ) -> Tensor:
     """Σ weights·grad_out over each segment, in a table of zeros: [N, D], or [accesses, D] if compact."""
     plan, size = Plan(order, rows, start, end), order.numel() if compact else num_slots
-    out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
     weights = weights.to(compute_dtype(dtype)).contiguous()
-    if checks.use_triton(backend, grad_out):
+    uses_triton = checks.use_triton(backend, grad_out)
+    if compact and not uses_triton:
+        return compact_totals(plan, grad_out.to(weights.dtype), weights).to(dtype)
+    out = torch.zeros(size, grad_out.shape[1], dtype=dtype, device=grad_out.device)
+    if uses_triton:
         from .kernels.segments import segment_rows
 
         segment_rows(out, grad_out, weights, plan, compact=compact)
     else:
-        positions, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
-        out[positions if compact else touched] = totals.to(dtype)
+        _, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
+        out[touched] = totals.to(dtype)
     return out
 
 

@@ -13,7 +13,7 @@ from .lanes import Lanes
 from .options import Options
 from .pool import MemoryPool
 from .records import Tokens, each
-from .serving import Readers, read_sessions
+from .serving import Readers, read_tokens
 from .state import MemoryState, check_step
 from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
@@ -326,7 +326,7 @@ class PoolGraph:
         """Read the tokens, each session from its place on."""
         with torch.autocast(self._pool.device.type, enabled=False):
             store = self._pool._store
-            read_sessions(store, self._readers, self._tokens.queries, self._output, self._tokens, self._options)
+            read_tokens(store, self._readers, self._tokens.queries, self._output, self._tokens, self._options)
 
     def __call__(
         self,

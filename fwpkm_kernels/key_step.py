@@ -27,7 +27,7 @@ def _sum_picks(coefficients: Tensor, plan: Plan, num_keys: int) -> Tensor:
 
 
 def _pool_picks(coefficients: Tensor, sub_keys: Tensor, plan: Plan, num_keys: int, memories: int) -> Tensor:
-    """For each pick, the sum of `coefficients` over all picks of its sub-key, heads of a memory pooled: [M, H, 2, K]."""
+    """For each pick, the sum of `coefficients` over all of its sub-key, heads of a memory pooled: [M, H, 2, K]."""
     if memories == 1:
         return _sum_picks(coefficients, plan, num_keys).sum(0)[sub_keys % (2 * num_keys)]
     pooled = _sum_picks(coefficients, plan, num_keys).unflatten(0, (memories, -1)).sum(1)  # [memories, 2·n]

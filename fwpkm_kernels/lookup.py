@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -21,6 +22,9 @@ BLOCK_ELEMENTS = 2**24
 # Picked sub-keys that it holds at a time, in elements: 8 MiB, which the allocator keeps from one block to the next.
 _PICK_ELEMENTS = 2**21
 
+# Up to so many columns are sorted in the time in which torch.topk finds the best ones and equals are looked for.
+_FEW_COLUMNS = 32
+
 
 def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slice]:
     """Slices of the rows, with at most `elements` where every row has `row_elements`."""
@@ -29,56 +33,56 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of the last dimension in the order of their columns; the lowest among equals, NaN counts as largest.
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of the last dimension and their columns, in order: the lower of equals first, NaN is the largest.
 
-    torch.topk promises nothing about equals, and a stable sort of everything costs many times more: so only rows whose
-    k-th score has equals that were left out, or is NaN, are sorted whole. What is left in `scores` is of no use.
-
-    Returns:
-        The scores and the columns.
+    torch.topk promises nothing about equals, and a stable sort of many columns costs many times more: so of those only
+    rows in which one of the k has an equal, or is NaN, are sorted whole. What is left in `scores` is of no use.
     """
+    if scores.shape[-1] <= _FEW_COLUMNS:
+        ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+        return ordered[..., :k], order[..., :k]
     best, columns = torch.topk(scores, k)
     scores.scatter_(-1, columns, -math.inf)
-    incomplete = ~(scores.amax(-1) < best[..., -1])
-    if incomplete.any():
-        rows = scores[incomplete].scatter_(-1, columns[incomplete], best[incomplete])
+    is_clear = torch.cat((best[..., 1:], scores.amax(-1, keepdim=True)), -1) < best
+    if not is_clear.all():
+        tied = ~is_clear.all(-1)
+        rows = scores[tied].scatter_(-1, columns[tied], best[tied])
         ordered, order = torch.sort(rows, dim=-1, descending=True, stable=True)
-        best[incomplete], columns[incomplete] = ordered[..., :k], order[..., :k]
-    columns, order = torch.sort(columns, dim=-1)
-    return best.gather(-1, order), columns
+        best[tied], columns[tied] = ordered[..., :k], order[..., :k]
+    return best, columns
 
 
 def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
-    """The K best sub-keys of queries [2·H, M, Dk/2] in keys [2·H, n, Dk/2]: scores and columns [2·H, M, K], ascending
-    in the columns.
+    """The K best sub-keys of queries [2·H, M, Dk/2] among keys [2·H, n, Dk/2], in order: scores, columns [2·H, M, K].
 
     Under "idw" they are found by q·k - |k|²/2. |q - k|² is |q|² less twice that, which is as good as the square of the
-    difference unless it is much less than |q|² + |k|², that is, has cancelled.
+    difference where it is no less than |q|²/2: then |q|² + |k|² is at most 8 times as much.
     """
     if o.score == "dot":
-        return _best_columns(torch.bmm(queries, keys.mT), o.top_k)
-    query_norms, key_norms = queries.square().sum(-1, keepdim=True), keys.square().sum(-1).unsqueeze(1)
-    best, columns = _best_columns(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
-    if not best.isfinite().all():
-        # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
-        sums = query_norms + key_norms
-        ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
-        best, columns = _best_columns(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+        return _best(torch.bmm(queries, keys.mT), o.top_k)
+    query_norms = torch.linalg.vector_norm(queries, dim=-1, keepdim=True).square_()
+    key_norms = keys.square().sum(-1).unsqueeze(1)  # those of equal sub-keys are equal, unlike a vector_norm's
+    best, columns = _best(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
     distances = torch.add(query_norms, best, alpha=-2.0)
-    norms = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).add_(query_norms)
-    has_cancelled = (distances < 0.5 * norms).any(-1)  # of one of the K; then all are formed in one way
-    if has_cancelled.any():
+    least = 0.5 * query_norms
+    if not (distances >= least).all():
+        if not best.isfinite().all():
+            # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
+            sums = query_norms + key_norms
+            ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
+            best, columns = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+            distances = torch.add(query_norms, best, alpha=-2.0)
+        has_cancelled = (distances < least).any(-1)  # of one of the K: then all are formed in the same way
         halves, _ = has_cancelled.nonzero(as_tuple=True)
         sub_keys = columns[has_cancelled] + keys.shape[1] * halves.unsqueeze(1)
         distances[has_cancelled] = _exact_distances(queries[has_cancelled], keys.flatten(0, 1), sub_keys)
-    return distances.add_(o.eps).log_().neg_(), columns
-
-
-def _descending(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the order of the scores, the best first; equals stay in their order."""
-    scores, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-    return scores, columns.gather(-1, order)
+    scores = distances.add_(o.eps).log_().neg_()
+    if not (scores[..., 1:] < scores[..., :-1]).all():  # by other roundings than those of the ranks
+        columns, order = torch.sort(columns, dim=-1)
+        scores, order = torch.sort(scores.gather(-1, order), dim=-1, descending=True, stable=True)
+        columns = columns.gather(-1, order)
+    return scores, columns
 
 
 @checks.without_autocast
@@ -88,19 +92,20 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     num_keys, half = keys.shape[2:]
     top_k, dtype = o.top_k, compute_dtype(keys.dtype)
     tables = keys.flatten(0, 1).to(dtype)
-    pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
-    first, second = torch.tensor(pairs, device=queries.device).unbind(1)  # in flat order i·K + j
+    pairs = [(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]
+    first, second = torch.tensor([*zip(*pairs, strict=True)], device=queries.device)  # in flat order i·K + j
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
     for block in row_blocks(num_rows, 2 * heads * num_keys, BLOCK_ELEMENTS):
         rows = queries[block].to(dtype).unflatten(-1, (2, half)).permute(1, 2, 0, 3).flatten(0, 1)
-        best, found = (x.unflatten(0, (heads, 2)) for x in _descending(*_half_winners(rows, tables, o)))
-        half_scores[block], sub_keys[block] = best.permute(2, 0, 1, 3), found.permute(2, 0, 1, 3) + first_rows
+        best, found = (x.unflatten(0, (heads, 2)) for x in _half_winners(rows, tables, o))
+        half_scores[block] = best.permute(2, 0, 1, 3)
+        torch.add(found.permute(2, 0, 1, 3), first_rows, out=sub_keys[block])
         sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
-        best_sums, pair = _descending(*_best_columns(sums, top_k))
-        won = found[:, 0].gather(-1, first[pair]) * num_keys + found[:, 1].gather(-1, second[pair])
-        scores[block], slots[block] = best_sums.transpose(0, 1), won.transpose(0, 1)
+        best_sums, pair = _best(sums, top_k)
+        of_pairs = found[:, 1].index_select(-1, second).add_(found[:, 0].index_select(-1, first), alpha=num_keys)
+        scores[block], slots[block] = best_sums.transpose(0, 1), of_pairs.gather(-1, pair).transpose(0, 1)
     return result
 
 
@@ -192,6 +197,16 @@ def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.reshape(-1)).view(*rows.shape, table.shape[1])
 
 
+def sum_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k weights[..., k]·table[rows[..., k]], of a table [N, D] in the dtype of the weights: [..., D]."""
+    picks, width = rows.shape[-1], table.shape[1]
+    if rows.numel() == 0 or width == 0:
+        return weights.new_zeros(*rows.shape[:-1], width)
+    weights = weights.reshape(-1, picks).contiguous()
+    sums = F.embedding_bag(rows.reshape(-1, picks), table, mode="sum", per_sample_weights=weights)
+    return sums.view(*rows.shape[:-1], width)
+
+
 @checks.without_autocast
 def half_grad_torch(
     grad_halves: Tensor,
@@ -219,29 +234,32 @@ def half_grad_torch(
     table = keys.flatten(0, 2).to(dtype)
     grad_queries = torch.empty(queries.shape if with_queries else 0, dtype=dtype, device=queries.device)
     grad_keys = torch.zeros(keys.shape if with_keys else 0, dtype=dtype, device=keys.device)
-    for block in pick_blocks(sub_keys, half):
-        picked = sub_keys[block]
-        vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
-        factors = grad_halves[block].to(dtype)
-        if distances is not None:
-            factors = 2.0 * factors / distances
+
+    def add_keys(plan: Plan, vectors: Tensor, factors: Tensor) -> None:
+        _, touched, totals = segment_totals(plan, vectors, factors)
+        grad_keys.flatten(0, 2).index_add_(0, touched, totals)
+
+    if score == "dot":
+        factors = grad_halves.to(dtype)
         if with_queries:
-            if distances is not None:
-                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_()
-            else:
-                grad_rows = torch.einsum("mhak,mhakd->mhad", factors, pick_rows(table, picked))
-            if step is not None:
-                step_factors, grad_totals = step
-                directions = pick_rows(grad_totals.flatten(0, 2), picked)
-                grad_rows += torch.einsum("mhak,mhakd->mhad", step_factors[block], directions)
-            grad_queries[block] = grad_rows.flatten(-2)
+            grad_queries.copy_(sum_rows(table, sub_keys, factors).flatten(-2))
         if with_keys:
-            if score == "dot":
-                vectors = vectors[..., 0, :]  # the same for all picks
-            if plan is None or len(picked) < len(sub_keys):
-                plan = plan_segments(picked, table.shape[0])
-            _, touched, totals = segment_totals(plan, vectors.flatten(0, -2), factors)
-            grad_keys.flatten(0, 2).index_add_(0, touched, totals)
+            halves = queries.to(dtype).reshape(-1, half)  # the same for all picks
+            add_keys(plan or plan_segments(sub_keys, table.shape[0]), halves, factors)
+    else:
+        for block in pick_blocks(sub_keys, half):
+            picked = sub_keys[block]
+            vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            factors = 2.0 * grad_halves[block].to(dtype) / distances
+            if with_queries:
+                grad_queries[block] = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_().flatten(-2)
+            if with_keys:
+                if plan is None or len(picked) < len(sub_keys):
+                    plan = plan_segments(picked, table.shape[0])
+                add_keys(plan, vectors.flatten(0, -2), factors)
+    if with_queries and step is not None:
+        step_factors, grad_totals = step
+        grad_queries += sum_rows(grad_totals.flatten(0, 2), sub_keys, step_factors).flatten(-2)
     return grad_queries, grad_keys
 
 

@@ -1,5 +1,6 @@
 """The whole memory over a sequence: operators, the autograd Function, checks, and the public function."""
 
+import math
 from typing import Any
 
 import torch
@@ -214,32 +215,34 @@ def _train_coupled(*args: Any) -> Any:
 
 def count_most_accesses(queries: Tensor, chunk_size: int, lookahead: int, top_k: int) -> int:
     """How many accesses a sequence can make, with those of tokens that are read again."""
-    batch, length, heads = queries.shape[:3]
-    return batch * (length + length // chunk_size * lookahead) * heads * top_k
+    *batch, length, heads, _ = queries.shape
+    return math.prod(batch) * (length + length // chunk_size * lookahead) * heads * top_k
 
 
-def check_memory(inputs: Inputs, o: Options, carried: int = 0) -> Options:
+def check_memory(inputs: Inputs, o: Options, carried: int = 0, tokens: str = "B, T") -> Options:
     """Validate the arguments of the whole memory; returns the options with their numbers as ints and floats.
 
-    `carried` says how many tokens queries, gates and mask have before those of the targets.
+    `carried` says how many tokens queries, gates and mask have before those of the targets. `tokens` names the
+    dimensions of the tokens: "B, T", or "T".
     """
     queries, targets, keys, values, gates, mask = inputs
-    checks.check_tensor("queries", queries, 4, "[B, T, H, Dk]")
-    checks.check_tensor("targets", targets, 3, "[B, T, D]")
+    rank = len(tokens.split())
+    checks.check_tensor("queries", queries, rank + 2, f"[{tokens}, H, Dk]")
+    checks.check_tensor("targets", targets, rank + 1, f"[{tokens}, D]")
     checks.check_tensor("values", values, 2, "[N, D]")
     lookup = check_lookup(queries, keys, o.lookup)
-    rule = "`queries` [B, T, H, Dk] and `targets` [B, T, D] must agree in B and T"
-    batch, length = targets.shape[:2]
-    checks.check_shapes(queries.shape[0] == batch and queries.shape[1] == carried + length, rule, queries, targets)
+    rule = f"`queries` [{tokens}, H, Dk] and `targets` [{tokens}, D] must agree in {' and '.join(tokens.split(', '))}"
+    *batch, length = targets.shape[:rank]
+    checks.check_shapes(list(queries.shape[:rank]) == [*batch, carried + length], rule, queries, targets)
     rule = "`targets` must have the width of `values`"
-    checks.check_shapes(targets.shape[2] == values.shape[1], rule, targets, values)
+    checks.check_shapes(targets.shape[-1] == values.shape[1], rule, targets, values)
     checks.check_table(values, keys)
     floats = {"queries": queries, "targets": targets, "keys": keys, "values": values}
     for name, x in (("gates", gates), ("mask", mask)):
         if x is not None:
-            checks.check_tensor(name, x, 2, "[B, T]")
-            rule = f"`{name}` must be [B, T] like `queries` [B, T, H, Dk]"
-            checks.check_shapes(x.shape == queries.shape[:2], rule, x, queries)
+            checks.check_tensor(name, x, rank, f"[{tokens}]")
+            rule = f"`{name}` must be [{tokens}] like `queries` [{tokens}, H, Dk]"
+            checks.check_shapes(x.shape == queries.shape[:rank], rule, x, queries)
     if gates is not None:
         floats["gates"] = gates
     for name, x in floats.items():
@@ -397,8 +400,9 @@ def fast_weight_memory(
         position, carried = carry.position, count_carried(carry.position, o)
         waiting = carry.queries.shape[1] - carried
         inputs = prepend(carry, inputs)
+        targets = inputs.targets[:, carried:]
     call = Call(carried, final, sparse_grad)
-    result = _run(inputs._replace(targets=inputs.targets[:, carried:]), o, call)
+    result = _run(inputs._replace(targets=targets), o, call)
     if carry is not None:  # the waiting tokens' results were those of earlier segments
         output, slots, weights = (x[:, waiting:] for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)

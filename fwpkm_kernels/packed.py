@@ -12,14 +12,14 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Reads, Span, count_read_positions
-from .compact import Compact, compact, count_compact_rows, gather_compact, sum_rows, take_rows
+from .compact import compact, count_compact_rows, gather_compact, sum_rows, take_rows
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
 from .options import Options
-from .packing import PackedReads, Packing, number_packed_reads, pack
+from .packing import PackedReads, Packing, Part, number_packed_reads, pack
 from .plan import row_dtype, sum_at
-from .records import Addresses, Inputs, Picks, Plan, Rows, VarlenOutput, Writes, each
+from .records import Addresses, Inputs, Plan, Rows, VarlenOutput, Writes, each
 from .scans import value_scan, value_scan_grad
 from .weights import (
     fold_write_weights,
@@ -48,6 +48,11 @@ class PackedKept(NamedTuple):
     end: Tensor
     log: Tensor  #: [A, D]
     earlier: Tensor  #: where the given rows stand in the compact table, [Q]; [0] without any
+
+    def cut(self, reads: int, accesses: int) -> "PackedKept":
+        """That of so many reads and accesses as there really are."""
+        sizes = {"part_keys": None, "earlier": None, "log": accesses, **dict.fromkeys(Plan._fields, accesses)}
+        return PackedKept._make(x[: sizes.get(name, reads)] for name, x in self._asdict().items())
 
     @property
     def found(self) -> Addresses:
@@ -81,16 +86,17 @@ def empty_kept(queries: Tensor, keys: Tensor, values: Tensor, documents: int, ea
     def empty(kind: torch.dtype, *size: int) -> Tensor:
         return torch.empty(size, dtype=kind, device=queries.device)
 
-    return PackedKept(
-        *found,
-        empty(keys.dtype, *of_keys),
-        empty(dtype, reads, picks),
-        empty(torch.int32, reads, picks),
-        empty(torch.int64, reads * picks),
-        empty(row_dtype(num_rows), reads * picks),
-        *(empty(torch.int32, reads * picks) for _ in range(2)),
-        empty(values.dtype, reads * picks, values.shape[1]),
-        empty(torch.int64, earlier),
+    of_plan = (torch.int64, row_dtype(num_rows), torch.int32, torch.int32)  # order, rows, start, end
+    return PackedKept._make(
+        (
+            *found,
+            empty(keys.dtype, *of_keys),
+            empty(dtype, reads, picks),
+            empty(torch.int32, reads, picks),
+            *(empty(kind, reads * picks) for kind in of_plan),
+            empty(values.dtype, reads * picks, values.shape[1]),
+            empty(torch.int64, earlier),
+        )
     )
 
 
@@ -98,12 +104,41 @@ def _initial_keys(keys: Tensor, packing: Packing) -> Tensor:
     """The keys that each moving document begins with: a copy, [moving, H, 2, n, Dk/2]."""
     if keys.dim() == 4:
         return keys.repeat(len(packing.moving), 1, 1, 1, 1)
-    return keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)]
+    return keys.index_select(0, _index(packing.moving, keys.device))
 
 
-def _keys_of(part_keys: Tensor, keys: Tensor) -> Tensor:
-    """The keys of some memories with their heads side by side, [memories·H, 2, n, Dk/2]; the initial ones of none."""
-    return part_keys.flatten(0, 1) if len(part_keys) > 0 else keys
+def _take(moved: Tensor, part: Part) -> Tensor:
+    """The keys of the part's memories: a view where they are the first ones, as in a step, else a copy."""
+    if part.lengths is None and part.memories == list(range(len(part.memories))):
+        return moved[: len(part.memories)]
+    return moved.index_select(0, _index(part.memories, moved.device))
+
+
+def _index(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+
+
+class _Fold:
+    """Rows of reads with the heads of the part's memories side by side, [rows, memories·H, ...], and back."""
+
+    def __init__(self, part: Part, heads: int, device: torch.device) -> None:
+        self.reads, self.memories = part.reads, max(1, len(part.memories))
+        self.heads = heads
+        self.filled = part.fill_up(device) if part.lengths is not None and part.memories else None
+
+    def __call__(self, x: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """x [R, H, ...] of the part's reads, folded; where tails are filled up a read again, or 0 for a gradient."""
+        x = x[self.reads]
+        if self.filled is not None:
+            taken, places = self.filled
+            zeros = x.new_zeros(len(taken), *x.shape[1:]) if is_gradient else None
+            x = x.index_select(0, taken) if zeros is None else zeros.index_copy_(0, places, x)
+        return x.view(-1, self.memories * self.heads, *x.shape[2:])
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse: those of the part's reads."""
+        x = x.reshape(-1, self.heads, *x.shape[2:])
+        return x if self.filled is None else x.index_select(0, self.filled[1])
 
 
 def _scan_addresses(
@@ -111,26 +146,28 @@ def _scan_addresses(
 ) -> tuple[Addresses, Tensor]:
     """Look up every read, part by part, and move the keys after each: the addresses of `queries` [R, H, Dk], and the
     final keys [S, H, 2, n, Dk/2]."""
-    heads, width = queries.shape[1:]
+    heads = queries.shape[1]
     moved = _initial_keys(keys, packing)
     parts = [Addresses.empty(queries[:0], o.top_k, compute_dtype(keys.dtype))]  # there may be no tokens
     copied = 0
     for part in packing.parts:
-        part_keys = moved[part.memories]
-        memories = max(1, len(part_keys))
-        now = _keys_of(part_keys, keys)
-        rows = queries[part.reads].view(-1, memories * heads, width)
+        part_keys, fold = _take(moved, part), _Fold(part, heads, keys.device)
+        now = part_keys.flatten(0, 1) if part.memories else keys
+        rows = fold(queries)
         found = lookup_halves(rows, now, o.lookup)
         if kept is not None and o.keys_move:
             kept.part_keys[copied : copied + len(part_keys)] = part_keys
             copied += len(part_keys)
         if part.is_written and o.keys_move:
-            step_keys(now, rows[part.rereads :], found.picks.since(part.rereads), o.key_step, out=now, memories=memories)
-        parts.append(Addresses(*(x.reshape(-1, heads, *x.shape[2:]) for x in found)))
-    shape = (len(packing.bounds) - 1, *keys.shape[-4:])
-    new_keys = keys.expand(shape).clone(memory_format=torch.contiguous_format)
-    if packing.moving:
-        new_keys[torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)] = moved
+            picks = found.picks.since(part.rereads)
+            step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
+            if part_keys.data_ptr() != moved.data_ptr():
+                moved[part.memories] = part_keys
+        parts.append(Addresses(*(fold.back(x) for x in found)))
+    if kept is not None:
+        kept.part_keys[copied:] = 0.0
+    new_keys = keys.expand(len(packing.bounds) - 1, *keys.shape[-4:]).clone(memory_format=torch.contiguous_format)
+    new_keys.index_copy_(0, _index(packing.moving, keys.device), moved)
     return Addresses(*(torch.cat(columns) for columns in zip(*parts, strict=True))), new_keys
 
 
@@ -144,43 +181,39 @@ def _scan_addresses_grad(
     o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan, in the compute dtype: the gradients of `queries` [R, H, Dk] and of `keys`."""
-    heads, width = queries.shape[1:]
+    heads = queries.shape[1]
     dtype, documents = grad_scores.dtype, len(packing.bounds) - 1
     shape = (documents, *keys.shape[-4:])
     total = torch.zeros(shape, dtype=dtype, device=keys.device) if grad_keys is None else grad_keys.to(dtype).clone()
-    members = torch.tensor(packing.moving, dtype=torch.int64, device="cpu").to(keys.device)
-    moved = total[members]
+    members = _index(packing.moving, keys.device)
+    moved = total.index_select(0, members)
     shared = torch.zeros(keys.shape[-4:], dtype=dtype, device=keys.device)
     grad_queries = torch.empty(queries.shape, dtype=dtype, device=queries.device)
     no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
-    copied = sum(part.memories.stop - part.memories.start for part in packing.parts)
+    copied = sum(len(part.memories) for part in packing.parts)
     constant = None if o.keys_move else _initial_keys(keys, packing)
     for part in reversed(packing.parts):
-        count = part.memories.stop - part.memories.start
+        fold, count = _Fold(part, heads, keys.device), len(part.memories)
         copied -= count
-        part_keys = kept.part_keys[copied : copied + count] if constant is None else constant[part.memories]
-        memories = max(1, count)
-        found, scores = (
-            [x[part.reads].view(-1, memories * heads, *x.shape[2:]) for x in xs] for xs in (kept.found, [grad_scores])
-        )
-        before = moved[part.memories].flatten(0, 1) if count > 0 else shared
-        _, after = address_grad(
-            before,
-            _keys_of(part_keys, keys),
-            queries[part.reads].view(-1, memories * heads, width),
-            *scores,
-            found[1],
-            Picks(*found[2:]),
+        part_keys = kept.part_keys[copied : copied + count] if constant is None else _take(constant, part)
+        found = Addresses(*(fold(x) for x in kept.found))
+        by_row, after = address_grad(
+            _take(moved, part).flatten(0, 1) if count > 0 else shared,
+            part_keys.flatten(0, 1) if count > 0 else keys,
+            fold(queries),
+            fold(grad_scores, is_gradient=True),
+            found.slots,
+            found.picks,
             o.key_step if part.is_written and o.keys_move else no_step,
             first_row=part.rereads,
-            out=grad_queries[part.reads].view(-1, memories * heads, width),
-            memories=memories,
+            memories=fold.memories,
         )
+        grad_queries[part.reads] = fold.back(by_row)
         if count > 0:
-            moved[part.memories] = after.view(count, *shared.shape)
+            moved[_index(part.memories, keys.device)] = after.view(count, *shared.shape)
         else:
             shared = after
-    total[members] = moved
+    total.index_copy_(0, members, moved)
     return grad_queries, total if keys.dim() == 5 else total.sum(0) + shared
 
 
@@ -244,7 +277,7 @@ def run_packed(
     _, num_rows, _ = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
     kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
     keys = keys.contiguous()
-    found, new_keys = _scan_addresses(queries[reads.token], keys, packing, kept, o)
+    found, new_keys = _scan_addresses(queries.index_select(0, reads.token), keys, packing, kept, o)
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
 
     at = compact(slots, len(values), document=packed.document, num_documents=documents, earlier=earlier)
@@ -261,19 +294,25 @@ def run_packed(
     write_weights = fold_write_weights(weights, counts, scale, multiplied, reads.written)
 
     size = packing.num_reads * picks
-    log = None if kept is None else kept.log[:size]
+    log = None
+    if kept is not None:
+        log = kept.log[:size]
+        kept.log[size:] = 0.0
     output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
     spans = _spans(packing, at.document, o)
-    value_scan(table, targets[packed.pairs].unsqueeze(0), at.ids, writes, output, log, spans, o)
+    value_scan(table, targets.index_select(0, packed.pairs).unsqueeze(0), at.ids, writes, output, log, spans, o)
     by_token = torch.empty_like(output[0])
-    by_token[packed.outputs] = output[0]
+    by_token.index_copy_(0, packed.outputs, output[0])
     rows = Rows(at.document, at.slot, table)
     if kept is not None:
-        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log)
-        flat = tuple(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=False))
-        kept = PackedKept(*flat, kept.earlier if at.earlier is None else at.earlier)
-    return VarlenOutput(by_token, new_keys, rows, slots[reads.output], weights[reads.output]), kept
+        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
+        if at.earlier is not None:
+            flat = (*flat[:-1], at.earlier)
+        kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
+    return VarlenOutput(
+        by_token, new_keys, rows, slots.index_select(0, reads.output), weights.index_select(0, reads.output)
+    ), kept
 
 
 @checks.without_autocast
@@ -300,11 +339,7 @@ def run_packed_grad(
     reads, num_reads = packed.reads, packing.num_reads
     size = num_reads * picks
     earlier = kept.earlier
-    kept = PackedKept(
-        *(x[: size if name in Plan._fields or name == "log" else num_reads] if name != "part_keys" else x
-          for name, x in zip(kept._fields[:-1], kept, strict=False)),
-        earlier,
-    )  # fmt: skip
+    kept = kept.cut(num_reads, size)
     plan, scores = kept.plan, kept.scores.flatten(1)
     first_access = (reads.first * picks).repeat_interleave(picks)
     order = plan.order + first_access
@@ -317,15 +352,16 @@ def run_packed_grad(
     table_grad.zero_() if grad_rows is None else table_grad.copy_(grad_rows)
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=targets.device).expand(targets.shape)
-    by_output = grad_output[packed.outputs].unsqueeze(0)
-    pair_targets, spans = targets[packed.pairs].unsqueeze(0), _spans(packing, rows.document, o)
+    by_output = grad_output.index_select(0, packed.outputs).unsqueeze(0)
+    pair_targets, spans = targets.index_select(0, packed.pairs).unsqueeze(0), _spans(packing, rows.document, o)
     grad_pairs, grad_weights, grad_write_weights = value_scan_grad(
         table_grad, by_output, pair_targets, ids, writes, kept.log, log_rows, spans, o
     )
     grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
-    grad_targets[packed.pairs] = grad_pairs[0]
+    grad_targets.index_copy_(0, packed.pairs, grad_pairs[0])
 
-    factors = _factors(*each(lambda x: x.to(dtype), gates, mask), packed, packing, dtype, o)
+    gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
+    factors = _factors(gates_now, mask_now, packed, packing, dtype, o)
     through_write, per_read = fold_write_weights_grad(
         grad_write_weights, weights, kept.counts, factors.ratio, o.step, factors.gates, factors.mask, reads.written
     )
@@ -335,10 +371,18 @@ def run_packed_grad(
     grad_queries, grad_initial = queries.new_empty(0), keys.new_empty(0)
     if with_addresses:
         by_read, grad_initial = _scan_addresses_grad(
-            grad_keys, grad_scores.view(kept.scores.shape), queries[reads.token], keys.contiguous(), packing, kept, o
+            grad_keys,
+            grad_scores.view(kept.scores.shape),
+            queries.index_select(0, reads.token),
+            keys.contiguous(),
+            packing,
+            kept,
+            o,
         )
-        by_token = by_read[reads.output]
-        by_token.index_add_(0, reads.token[packed.again], by_read[packed.again])  # of a token at most one
+        by_token = by_read.index_select(0, reads.output)
+        by_token.index_add_(
+            0, reads.token[packed.again], by_read.index_select(0, packed.again)
+        )  # of a token at most one
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
     slot = rows.slot

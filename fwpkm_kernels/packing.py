@@ -14,14 +14,28 @@ from torch import Tensor
 from .chunks import Reads, Span
 from .options import Options
 
+#: Tails are filled up to so many different lengths.
+MOST_LENGTHS = 8
+
 
 class Part(NamedTuple):
     """Reads that are looked up together, and before they are written."""
 
     reads: slice  #: among those of all documents
-    memories: slice  #: whose keys they read, among `Packing.moving`; empty where it is the keys that all begin with
-    rereads: int  #: how many of their positions are read again
-    is_written: bool  #: whether a key step happens after them
+    memories: list[int]  #: whose keys they read, among `Packing.moving`; empty for the keys that all begin with
+    rereads: int = 0  #: how many of their positions are read again
+    is_written: bool = False  #: whether a key step happens after them
+    lengths: list[int] | None = None  #: of tails, document by document; None where the reads are those of a step
+    rows: int = 0  #: to which tails are filled up, so that the heads of their memories are looked up side by side
+
+    def fill_up(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of tails: which of the part's reads stands in each of rows·memories places, the last one of a document again
+        behind it; and in which place each read stands."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+        first, row = lengths.cumsum(0) - lengths, torch.arange(self.rows, device="cpu").unsqueeze(1)
+        owner = torch.repeat_interleave(lengths)
+        place = (torch.arange(len(owner), device="cpu") - first[owner]) * len(lengths) + owner
+        return (first + torch.minimum(row, lengths - 1)).flatten().to(device), place.to(device)
 
 
 class Packing(NamedTuple):
@@ -77,11 +91,17 @@ def pack(bounds: list[int], o: Options, shares_keys: bool) -> Packing:
         count, rereads = len(documents), o.lookahead if is_carried and step > 0 else 0
         written = count * (rereads + o.chunk_size - o.lookahead)
         reads = add_span(documents, count * rereads, written, count * o.chunk_size, True)
-        parts.append(Part(reads, slice(0, count if moving else 0), rereads, True))
+        parts.append(Part(reads, list(range(count if moving else 0)), rereads, True))
     tails = [document for document, length in enumerate(lengths) if length % o.chunk_size > 0]
     number = {document: index for index, document in enumerate(moving)}
-    # Those that read the keys that all begin with come first, and are looked up together.
-    tails.sort(key=lambda document: number.get(document, -1))
+    # Those that read the keys that all begin with come first, and are looked up together; the others with those that
+    # are filled up to as many rows. That depends on a document alone, as bits of sums over the rows do on their number.
+    unit = -(-o.chunk_size // MOST_LENGTHS)
+
+    def rows_of_tail(document: int) -> int:
+        return -(-(lengths[document] % o.chunk_size) // unit) * unit if document in number else 0
+
+    tails.sort(key=lambda document: (rows_of_tail(document), number.get(document, -1)))
     first = read
     if is_carried and tails:
         add_span(tails, 0, 0, sum(lengths[document] % o.chunk_size for document in tails), False)
@@ -91,14 +111,17 @@ def pack(bounds: list[int], o: Options, shares_keys: bool) -> Packing:
         if not is_carried:
             reads = add_span([document], 0, max(left - o.lookahead, 0), left, True)
         first = reads.stop
-        index = number.get(document)
-        if index is None and parts and parts[-1].memories == slice(0, 0):
-            parts[-1] = parts[-1]._replace(reads=slice(parts[-1].reads.start, reads.stop), rereads=0)
+        rows = rows_of_tail(document)
+        if not is_carried:
+            parts.append(Part(reads, [number[document]] if rows > 0 else [], 0, True))
+        elif parts and parts[-1].lengths is not None and parts[-1].rows == rows:
+            parts[-1] = parts[-1]._replace(reads=slice(parts[-1].reads.start, reads.stop))
+            parts[-1].memories.extend([number[document]] if rows > 0 else [])
+            parts[-1].lengths.append(left)
         else:
-            memories = slice(0, 0) if index is None else slice(index, index + 1)
-            parts.append(Part(reads, memories, 0, not is_carried))
+            parts.append(Part(reads, [number[document]] if rows > 0 else [], lengths=[left], rows=rows))
     if not moving and parts:  # all read the same keys, which never move
-        parts = [Part(slice(0, read), slice(0, 0), 0, False)]
+        parts = [Part(slice(0, read), [])]
     return Packing(bounds, moving, parts, spans, span_documents)
 
 

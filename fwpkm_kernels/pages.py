@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks as checks
+from .compact import put_rows, take_rows
 from .records import Plan
 
 #: What an index says of a slot whose value is that of the initial table.
@@ -19,9 +19,9 @@ INITIAL = -1
 
 
 class Shelf:
-    """Tensors [seats, ...], of which seats are lent out; they double when more are asked for than there are.
+    """Tensors [seats, ...], of which seats are lent out; they grow by an eighth when more are asked for than there are.
 
-    Growing makes other tensors, so captured graphs end there.
+    Then they are other tensors, so captured graphs end there.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -36,10 +36,11 @@ class Shelf:
         """A seat, whose tensors hold anything."""
         if not self._free:
             seats = len(self.tensors[0])
-            grown = [x.new_zeros(2 * seats, *x.shape[1:]) for x in self.tensors]
+            more = max(1, seats // 8)
+            grown = [x.new_zeros(seats + more, *x.shape[1:]) for x in self.tensors]
             for new, x in zip(grown, self.tensors, strict=True):
                 new[:seats] = x
-            self.tensors, self._free = grown, list(range(2 * seats - 1, seats - 1, -1))
+            self.tensors, self._free = grown, list(range(seats + more - 1, seats - 1, -1))
         return self._free.pop()
 
     def give(self, seat: int) -> None:
@@ -123,13 +124,13 @@ class Pages:
         """
         if len(slots) == 0:
             return
-        old, taken = index[slots], self.take(len(slots))
-        if checks.use_triton(backend, self.buffer):
-            from .kernels.pool import own_rows
-
-            own_rows(self.buffer, initial, slots, old, taken)
-        else:
-            self.buffer[taken.long()] = self.look_up(slots, old, initial)
+        old, taken = index[slots].long(), self.take(len(slots))
+        sources = [(initial, torch.where(old == INITIAL, slots, -1))]
+        if num_shared > 0:
+            sources.append((self.buffer, old))
+        for source, rows in sources:
+            copied = take_rows(source, rows, backend)
+            put_rows(self.buffer, torch.where(rows < 0, -1, taken.long()), copied, backend)
         index[slots] = taken
         if num_shared > 0:
             self.release(old[old != INITIAL])

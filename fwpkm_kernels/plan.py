@@ -122,18 +122,27 @@ def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[T
     totals[u] = Σ_a coefficients[a]·vectors[a // PER_VECTOR], in order. Its shapes depend on the data: for CPUs.
     """
     positions = torch.nonzero(plan.start == torch.arange(plan.start.numel(), device=plan.start.device)).flatten()
-    rows = plan.rows[positions].long()
-    if positions.numel() == 0 or vectors.shape[1] == 0:
-        return positions, rows, vectors.new_empty(positions.numel(), vectors.shape[1])
-    per_vector = plan.order.numel() // vectors.shape[0]
-    totals = F.embedding_bag(
-        plan.order // per_vector,
+    return positions, plan.rows[positions].long(), _sum_bags(plan, vectors, coefficients, positions)
+
+
+def compact_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """The same sums, [A, D]: each where its segment starts, and 0 elsewhere."""
+    is_start = plan.start == torch.arange(plan.start.numel(), device=plan.start.device)
+    return _sum_bags(plan, vectors, coefficients, torch.where(is_start, plan.start, plan.end))
+
+
+def _sum_bags(plan: Plan, vectors: Tensor, coefficients: Tensor, first: Tensor) -> Tensor:
+    """Σ coefficients[a]·vectors[a // PER_VECTOR] over the sorted accesses from first[i] up to first[i + 1]: [I, D]."""
+    if first.numel() == 0 or vectors.shape[1] == 0:
+        return vectors.new_empty(first.numel(), vectors.shape[1])
+    order = plan.order
+    return F.embedding_bag(
+        order // (order.numel() // vectors.shape[0]),
         vectors.contiguous(),
-        positions,
+        first.to(order.dtype),
         mode="sum",
-        per_sample_weights=coefficients.reshape(-1)[plan.order],
+        per_sample_weights=coefficients.reshape(-1)[order],
     )
-    return positions, rows, totals
 
 
 def sum_at(index: Tensor, x: Tensor, size: int) -> Tensor:

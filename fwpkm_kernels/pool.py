@@ -12,7 +12,7 @@ from ._autograd import refuse_recomputation, refuse_transforms
 from .binding import Binding, check_binding, check_initial_memory, check_step_inputs
 from .options import Options
 from .records import Inputs, Tokens
-from .serving import Readers, read_sessions, write_chunks
+from .serving import Readers, read_tokens, write_chunks
 from .sessions import Session, SessionStore
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -225,7 +225,7 @@ class MemoryPool:
 
         Raises:
             TypeError, ValueError: for an id that is not open.
-            RuntimeError: there are too few free rows. The session stays evicted then.
+            PoolFullError: there are too few free rows. The session stays evicted then.
         """
         one = self._get(session)
         if one.stored is not None:
@@ -251,7 +251,7 @@ class MemoryPool:
             TypeError: for what is no mapping, or no id.
             ValueError: for an id that is not open, names, shapes or dtypes that do not fit, or bound options other than
                 those of this pool. Nothing has been changed by then.
-            RuntimeError: there are too few free rows, with those that the session alone holds. Nothing has changed.
+            PoolFullError: there are too few free rows, with those that the session alone holds. Nothing has changed.
         """
         self._sessions[session] = self._store.load(state_dict, self._get(session))
 
@@ -297,7 +297,7 @@ class MemoryPool:
         ones = self._named(sessions, len(queries), once=False)
         if output.numel() > 0:
             readers = Readers.of(ones, self._store)
-            read_sessions(self._store, readers, queries.detach().transpose(0, 1), output.transpose(0, 1), None, o)
+            read_tokens(self._store, readers, queries.detach().transpose(0, 1), output.transpose(0, 1), None, o)
         return output
 
     @_alone
@@ -360,7 +360,7 @@ class MemoryPool:
         """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
 
         Raises:
-            RuntimeError: there are too few free rows. No position has moved then, and nothing has been written.
+            PoolFullError: there are too few free rows. No position has moved then, and nothing has been written.
         """
         full = [one for one, count in read if (one.position + count) % o.chunk_size == 0]
         if full:
@@ -375,11 +375,11 @@ class MemoryPool:
         readers, (_, first) = Readers.of(ones, self._store), where[0]
         if len(where) == len(output) and all(part == first for _, part in where):  # no copies are needed
             part = tokens.map(lambda x: x[:, first].transpose(0, 1))
-            read_sessions(self._store, readers, part.queries, output[:, first].transpose(0, 1), part, o)
+            read_tokens(self._store, readers, part.queries, output[:, first].transpose(0, 1), part, o)
             return
         part = tokens.map(lambda x: torch.stack([x[place] for place in where], dim=1))
         read = torch.empty_like(part.targets)
-        read_sessions(self._store, readers, part.queries, read, part, o)
+        read_tokens(self._store, readers, part.queries, read, part, o)
         for i, place in enumerate(where):
             output[place] = read[:, i]
 

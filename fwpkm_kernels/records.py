@@ -181,6 +181,10 @@ class Rows(NamedTuple):
     slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
     value: Tensor  #: [R, D]; 0 in unused places
 
+    def detach(self) -> "Rows":
+        """The same without autograd."""
+        return self._replace(value=self.value.detach())
+
 
 class Writes(NamedTuple):
     """What the reads of a sequence weigh, and what they write, chunk by chunk."""

@@ -60,19 +60,19 @@ def look_up_each(store: SessionStore, readers: Readers, queries: Tensor, o: Opti
     return weights, found
 
 
-def read_sessions(
+def read_tokens(
     store: SessionStore, readers: Readers, queries: Tensor, output: Tensor, tokens: Tokens | None, o: Options
 ) -> None:
     """Read queries [t, S, H, Dk] to output [t, S, D]; with `tokens`, put them and what was found into the queues."""
     weights, found = look_up_each(store, readers, queries, o)
     buffer, initial, indices, (seats, _, places, _) = store.pages.buffer, store.initial, store.indices, readers
     if checks.use_triton(o.backend, initial):
-        from .kernels.pool import read_sessions as launch
+        from .kernels.pool import read_sessions
 
         how: dict[str, Any] = {}
         if tokens is not None:
             how = {"tokens": tokens, "queue": store.queue, "places": places, "lookahead": o.lookahead}
-        launch(buffer, initial, indices, seats, found, weights, output, **how)
+        read_sessions(buffer, initial, indices, seats, found, weights, output, **how)
         return
     length, sessions = queries.shape[:2]
     slots = found.slots.flatten(1)
@@ -109,7 +109,7 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     All chunks are planned, then the room for their rows is checked, and then they are written, one after the other.
 
     Raises:
-        RuntimeError: there are too few free rows. Nothing has been written then.
+        PoolFullError: there are too few free rows. Nothing has been written then.
     """
     closings = [_plan(store, one, keep_past, o) for one in ones]
     counts = torch.stack([closing.missing.counts for closing in closings]).tolist()  # the one wait for a GPU

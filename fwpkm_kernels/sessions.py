@@ -13,6 +13,17 @@ from .records import Queue
 from .saving import check_saved, saved_memory
 
 
+class PoolFullError(RuntimeError):
+    """A pool has too few free rows for what a call would write; nothing has been written."""
+
+    def __init__(self, wanted: int, free: int, capacity: int, what: str) -> None:
+        self.missing = wanted - free  #: how many rows more would be enough
+        super().__init__(
+            f"the pool is full: {self.missing} rows are missing, since {what} would take {wanted} new rows and {free} "
+            f"of `capacity`={capacity} are free. Close or evict a session, or make a larger pool"
+        )
+
+
 @dataclass
 class Session:
     """What is known on the host of a session."""
@@ -112,14 +123,9 @@ class SessionStore:
         return int((self.pages.references[rows] == 1).sum()) if own else len(rows)
 
     def check_room(self, wanted: int, what: str) -> None:
-        """Raise RuntimeError unless there are so many free rows."""
-        free = self.pages.num_free
-        if wanted > free:
-            raise RuntimeError(
-                f"the pool is full: {wanted - free} rows are missing, since {what} would take {wanted} new rows and "
-                f"{free} of `capacity`={len(self.pages.buffer)} are free. Close or evict a session, or make a larger"
-                " pool"
-            )
+        """Raise PoolFullError unless there are so many free rows."""
+        if wanted > self.pages.num_free:
+            raise PoolFullError(wanted, self.pages.num_free, len(self.pages.buffer), what)
 
     def save(self, one: Session) -> dict[str, Tensor]:
         """Copies of all that a session is but the initial memory."""

@@ -406,6 +406,8 @@ def fast_weight_memory_step(
             (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform of torch.func. The state is
             unchanged then. Where torch.export or make_fx traces a state that is not bound, or make_fx one of real
             tensors with fake tokens.
+        PoolFullError: a pool has too few free rows for the chunks that are full. None of them is written then, and no
+            session has read anything. Only where some read more tokens than a chunk has, those before stay read.
     """
     o = Options(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,

@@ -27,12 +27,13 @@ def write(
 ) -> None:
     """Write a chunk in place: values = (1 - lr·wd)·values - lr·clamp(Σ write_weights·errors).
 
-    `decays` [N], bool, says which rows decay, all that the plan names among them; None is all. With a `log` [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
+    `decays` [N], bool, says which rows decay, all that the plan names among them; None is all. With a `log`
+    [accesses, D], every row that the plan names is kept there as it was, where its segment starts.
     """
     if checks.use_triton(o.backend, values):
         from .kernels.update import update
 
-        how = {"lr": o.lr, "weight_decay": o.weight_decay, "clip": o.clip}
+        how: dict[str, Any] = {"lr": o.lr, "weight_decay": o.weight_decay, "clip": o.clip}
         update(values, values, errors, write_weights, plan, log=log, decays=decays, **how)
         return
     decay = 1.0 - o.lr * o.weight_decay

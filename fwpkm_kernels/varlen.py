@@ -157,32 +157,24 @@ def _check_rows(rows: Rows | None, documents: int, values: Tensor) -> None:
 
 def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options) -> Options:
     """Validate the arguments; returns the options with their numbers as ints and floats."""
-    queries, targets, keys, values, gates, mask = inputs
-    checks.check_tensor("queries", queries, 3, "[T, H, Dk]")
-    checks.check_tensor("targets", targets, 2, "[T, D]")
-    checks.check_tensor("keys", keys)
-    if keys.dim() not in (4, 5):
-        raise ValueError(f"`keys` must be [H, 2, n, Dk/2] or [S, H, 2, n, Dk/2], got shape {checks.shape(keys)}")
-    for name, x in (("gates", gates), ("mask", mask)):
-        if x is not None:
-            checks.check_tensor(name, x, 1, "[T]")
+    queries, keys, values = inputs.queries, inputs.keys, inputs.values
     checks.check_tensor("cu_seqlens", cu_seqlens, 1, "[S + 1]")
     checks.check_slots("cu_seqlens", cu_seqlens)
+    if cu_seqlens.is_meta:
+        raise ValueError("`cu_seqlens` must have data, on the cpu, got a tensor on meta")
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"`cu_seqlens` [S + 1] must hold the bounds of at least one document, got {checks.shape(cu_seqlens)}"
+            f"`cu_seqlens` [S + 1] must hold the bounds of at least one document, got shape {checks.shape(cu_seqlens)}"
         )
     documents = cu_seqlens.shape[0] - 1
+    checks.check_tensor("keys", keys)
     if keys.dim() == 5:
         rule = "`keys` [S, H, 2, n, Dk/2] must have keys for each of the S documents of `cu_seqlens` [S + 1]"
         checks.check_shapes(keys.shape[0] == documents, rule, keys, cu_seqlens)
+        inputs = inputs._replace(keys=keys.flatten(0, 1)[: keys.shape[1]])  # as if all had those of the first
+    o = check_memory(inputs, o, tokens="T")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         check_bounds(cu_seqlens.tolist(), queries.shape[0])
-    # Those of a batch of one item, whose keys are those of any document.
-    shared = keys if keys.dim() == 4 else keys.flatten(0, 1)[: keys.shape[1]]
-    batch = (x if x is None else x.unsqueeze(0) for x in (queries, targets, gates, mask))
-    q, y, g, m = batch
-    o = check_memory(Inputs(q, y, shared, values, g, m), o)  # type: ignore[arg-type]
     if documents * keys.shape[-4] > checks.MOST_HEADS:
         raise ValueError(
             f"`cu_seqlens` must hold at most {checks.MOST_HEADS} documents (times heads), got {documents} documents"
@@ -221,7 +213,8 @@ def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Optio
     documents = Documents(1, queries.shape[0], None, cu_seqlens, None)
     q, y, g, m = each(lambda x: x.unsqueeze(0), queries, targets, gates, mask)
     result = memory_by_document(q, y, keys, tables, documents, gates=g, mask=m, return_memory=True, options=o)  # type: ignore[arg-type]
-    assert result.keys is not None and result.values is not None
+    assert result.keys is not None
+    assert result.values is not None
     names = torch.arange(num_documents * num_slots, device=values.device)
     left = Rows(names // num_slots, names % num_slots, result.values.flatten(0, 1))
     return VarlenOutput(result.output[0], result.keys, left, result.slots[0], result.weights[0])

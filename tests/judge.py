@@ -43,7 +43,7 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels import MemoryOutput, MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
 from tests.helpers.layer_judge import check_layer
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
@@ -52,7 +52,7 @@ Tensors = dict[str, Tensor]
 #: What was needed beside the budget to judge a case.
 Reasons = set[str]
 #: Options that say how to compute; the reference has none of them.
-HOW = ("precision", "sparse_grad", "backend")
+HOW = ("precision", "final", "sparse_grad", "backend")
 TRIES = 16
 UNIT = {"ieee": 2.0**-24, "tf32x3": 2.0**-22}
 #: Results that nothing but the inputs can make NaN or infinite, unlike dense gradients, in which 0·∞ may be.
@@ -114,7 +114,8 @@ class Run:
             # Gradients pass where G is exactly 0 and nowhere else, which is a matter of rounding.
             self.signature = self.signature._replace(inputs=())
         name = case.op.removesuffix("_step").removesuffix("update_") + "update" * case.op.endswith("update_")
-        self.package = functools.partial(getattr(fwpkm_kernels, name), **case.options, backend=backend)
+        package = with_a_table if case.options.get("final") == "rows" else getattr(fwpkm_kernels, name)
+        self.package = functools.partial(package, **case.options, backend=backend)
         options = {key: value for key, value in case.options.items() if key not in HOW}
         self.reference = functools.partial(getattr(reference, name), **options)
         self.incoming: list[Tensor] | None = None
@@ -252,6 +253,16 @@ class Run:
                 changed[name] = x + torch.where(step.isfinite(), step, 0.0).to(x.device)
         options = {"eps": self.case.options["eps"] * (1 + float(noise()))} if "eps" in self.case.options else {}
         return changed, options
+
+
+def with_a_table(**given: Any) -> MemoryOutput:
+    """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
+    outputs = fwpkm_kernels.fast_weight_memory(**given)
+    document, slot, value = outputs.values
+    assert not document.any()
+    assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
+    used = slot >= 0
+    return outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
 
 
 def as_tf32(x: Tensor) -> Tensor:

@@ -333,6 +333,8 @@ def memory_options(draw: st.DrawFn, small: bool) -> tuple[int, dict[str, Any]]:
 def memories(draw: st.DrawFn, op: str, small: bool) -> Case:
     num_keys, options = draw(memory_options(small))
     options["boundary"] = draw(choose("carry", "drop"))
+    if options["weight_decay"] == 0.0 and options["key_gradient"] == "addressing" and draw(st.booleans()):
+        options |= {"final": "rows", "sparse_grad": draw(st.booleans())}
     chunk_size = options["chunk_size"]
     several = st.integers(chunk_size + 1, min(3 * chunk_size + 2, 7 if small else 17))
     length = draw(several) if draw(mostly(True, seldom=[False])) else draw(st.integers(0, chunk_size))

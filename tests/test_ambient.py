@@ -24,6 +24,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers.graphs import graph_maker, replayed
 from tests.helpers.memory import make_inputs
 from tests.helpers.streaming import DEVICE, OPTIONS, contents, copies, make_state, saved_and_loaded, stream
+from tests.helpers.varlen import make_packed
 
 
 @contextlib.contextmanager
@@ -161,6 +162,18 @@ def write_in_place(backend: str) -> Call:
     return call
 
 
+def apply_rows(backend: str) -> Call:
+    x, slot = testing.make_update_inputs(), torch.tensor([3, -1, 0], device="cpu")
+    rows = fk.Rows(torch.zeros_like(slot), slot, x.targets[:3])
+
+    def call(f: Callable[..., Any]) -> list[Tensor]:
+        values = x.values.clone()
+        f(values, rows, backend=backend)
+        return [values]
+
+    return call
+
+
 def key_step(backend: str) -> Call:
     queries, keys = testing.make_lookup_inputs(4, 2, 9, 8)
     tensors = leaves(keys, queries)
@@ -170,8 +183,28 @@ def key_step(backend: str) -> Call:
 def memory(backend: str) -> Call:
     inputs = make_inputs(2, 6, mask="bool", dtype=torch.float32)
     tensors = leaves(*(inputs[name] for name in ("queries", "targets", "keys", "values", "gates")))
+    options = {"chunk_size": 4, "top_k": 2, "mask": inputs["mask"], "backend": backend}
+
+    def read(f: Callable[..., Any], q: Tensor, y: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
+        rows = f(q, y, k, v, gates=g, final="rows", **options)
+        return [*f(q, y, k, v, gates=g, weight_decay=0.1, **options), *rows[:2], *rows.values, *rows[3:]]
+
+    return lambda f: run(lambda *x: read(f, *x), tensors)
+
+
+def varlen(backend: str) -> Call:
+    inputs = make_packed((5, 0, 2), heads=1, num_keys=4, dtype=torch.float32)
+    tensors = leaves(*(inputs[name] for name in ("queries", "targets", "keys", "values", "gates")))
     options = {"chunk_size": 4, "top_k": 2, "weight_decay": 0.1, "mask": inputs["mask"], "backend": backend}
-    return lambda f: run(lambda q, y, k, v, g: f(q, y, k, v, gates=g, **options), tensors)
+
+    def call(f: Callable[..., Any]) -> list[Tensor]:
+        def flat(q: Tensor, y: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
+            result = f(q, y, k, v, inputs["cu_seqlens"], gates=g, **options)
+            return [result.output, result.keys, *result.rows, result.slots, result.weights]
+
+        return run(flat, tensors)
+
+    return call
 
 
 def steps(backend: str) -> Call:
@@ -189,6 +222,7 @@ def steps(backend: str) -> Call:
 
 #: Every public function: given a backend, makes its inputs.
 CALLS: dict[Callable[..., Any], Callable[[str], Call]] = {
+    fk.apply_rows_: apply_rows,
     fk.product_key_lookup: lookup,
     fk.sparse_value_gather: gather,
     fk.chunk_value_update: write,
@@ -196,6 +230,7 @@ CALLS: dict[Callable[..., Any], Callable[[str], Call]] = {
     fk.product_key_update: key_step,
     fk.fast_weight_memory: memory,
     fk.fast_weight_memory_step: steps,
+    fk.fast_weight_memory_varlen: varlen,
 }
 
 

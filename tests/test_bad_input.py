@@ -22,11 +22,14 @@ from fwpkm_kernels import (
     MemoryState,
     ProductKeyLookup,
     ProductKeyUpdate,
+    Rows,
     SparseValueGather,
+    apply_rows_,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
     fast_weight_memory_step,
+    fast_weight_memory_varlen,
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
@@ -35,6 +38,7 @@ from fwpkm_kernels import (
 from fwpkm_kernels.options import Options
 from tests.helpers.memory import assert_same_bits, make_inputs
 from tests.helpers.streaming import OPTIONS, contents, make_state, stream, tokens_of
+from tests.helpers.varlen import make_packed
 
 Arguments = dict[str, Any]
 
@@ -210,16 +214,16 @@ def update_cases() -> Cases:
     }
 
 
-def table_cases() -> Cases:
-    """Tables that cannot be written in place."""
+def table_cases(instead: str = "chunk_value_update") -> Cases:
+    """Tables that cannot be written in place; `instead` is what can be used."""
 
     def table(make: Callable[[Tensor], Any], *says: str) -> Case:
         return Case(ValueError, ("values",), {"values": lambda a: make(a["values"])}, "", says)
 
     return {
-        "a table that requires grad": table(lambda x: x.clone().requires_grad_(), "chunk_value_update"),
-        "a part of what requires grad": table(lambda x: x.clone().requires_grad_()[:], "chunk_value_update"),
-        "a parameter": table(torch.nn.Parameter, "chunk_value_update"),
+        "a table that requires grad": table(lambda x: x.clone().requires_grad_(), instead),
+        "a part of what requires grad": table(lambda x: x.clone().requires_grad_()[:], instead),
+        "a parameter": table(torch.nn.Parameter, instead),
         "an expanded row": table(lambda x: x[:1].clone().expand(64, 16), "[0, 1]", "[64, 16]"),
         "an expanded column": table(lambda x: x[:, :1].clone().expand(64, 16), "[1, 0]"),
         "one number": table(lambda x: x[0, 0].clone().expand(64, 16), "[0, 0]"),
@@ -233,6 +237,37 @@ def table_cases() -> Cases:
         ),
         "an inference tensor": table(torch.inference_mode()(Tensor.clone), "inference"),
         "a negated view": table(lambda x: torch.complex(x, x).conj().imag, "resolve_neg"),
+    }
+
+
+def rows_cases() -> Cases:
+    """Of rows of a table [64, 16]: document and slot [5], value [5, 16]."""
+
+    def rows(field: str, make: Callable[[Tensor], Any], error: type[Exception], name: str, *says: str) -> Case:
+        def change(arguments: Arguments) -> Rows:
+            given = arguments["rows"]
+            return given._replace(**{field: make(getattr(given, field))})
+
+        return Case(error, (name,), {"rows": change}, "", says)
+
+    return {
+        **tensor_cases("values"),
+        "a tuple": Case(TypeError, ("rows",), {"rows": lambda a: tuple(a["rows"])}, "type"),
+        "None": Case(TypeError, ("rows",), {"rows": None}, "type"),
+        "no slots": rows("slot", lambda x: None, TypeError, "rows.slot", "NoneType"),
+        "slots of int32": rows("slot", Tensor.int, TypeError, "rows.slot", "torch.int32"),
+        "documents of bool": rows("document", Tensor.bool, TypeError, "rows.document", "torch.bool"),
+        "values of bfloat16": rows("value", Tensor.bfloat16, TypeError, "rows.value", "torch.bfloat16", "float32"),
+        "slots of rank 2": rows("slot", lambda x: x[None], ValueError, "rows.slot", "[1, 5]"),
+        "a slot too many": rows("slot", lambda x: x.repeat(2), ValueError, "rows", "[10]"),
+        "a document less": rows("document", lambda x: x[1:], ValueError, "rows", "[4]"),
+        "narrow values": rows("value", lambda x: x[:, :3], ValueError, "rows", "[5, 3]"),
+        "a slot behind the table": rows("slot", lambda x: x + 60, ValueError, "rows.slot", "[-1, 64)", "to 64"),
+        "a slot before -1": rows("slot", lambda x: x - 1, ValueError, "rows.slot", "[-1, 64)", "from -2"),
+        "on another device": rows("slot", lambda x: x.to("meta"), ValueError, "rows.slot", "meta", "cpu"),
+        "a slot twice": rows("slot", lambda x: x.clamp(min=0), ValueError, "rows.slot", "0 more than once"),
+        "another document": rows("document", lambda x: x + 1, ValueError, "rows", "documents [1]"),
+        **choice_cases("backend"),
     }
 
 
@@ -303,6 +338,34 @@ def sequence_cases() -> Cases:
     }
 
 
+def whole_cases() -> Cases:
+    """What `fast_weight_memory` refuses besides: rows, where they cannot be."""
+    rows = {"final": "rows"}
+    return {
+        **sequence_cases(),
+        **choice_cases("final"),
+        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
+        "a sparse gradient beside a table": Case(ValueError, ("sparse_grad", "final"), {"sparse_grad": True}),
+        "rows that decay": Case(ValueError, ("final", "weight_decay"), rows | {"weight_decay": 0.1}, "", ("0.1",)),
+        "rows of coupled keys": Case(ValueError, ("final", "key_gradient"), rows | {"key_gradient": "all"}),
+    }
+
+
+def varlen_cases() -> Cases:
+    """Of packed tokens: queries [8, 1, 4], and what goes with them."""
+    of_a_batch = {f"{what} of {name}" for what in ("length", "batch") for name in ("targets", "gates", "mask")}
+    cases = {name: case for name, case in sequence_cases().items() if name not in {*of_a_batch, "heads of queries"}}
+    no_rows = {"a tuple": (1, 2, 3), "a dict": {"slot": 1}, "a tensor": torch.ones(3)}
+    return {
+        **cases,
+        "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 1)),
+        **{f"length of {name}": mismatch(name, "queries", lambda x: x[:2]) for name in ("targets", "gates", "mask")},
+        **tensor_cases("cu_seqlens", "slots"),
+        "no documents": Case(ValueError, ("cu_seqlens",), {"cu_seqlens": torch.tensor([0])}, "shape"),
+        **{f"rows: {name}": Case(TypeError, ("rows",), {"rows": x}, "type") for name, x in no_rows.items()},
+    }
+
+
 def step_cases() -> Cases:
     no_states = {"a tensor": torch.ones(16, 3), "None": None, "a str": "state", "a state dict": {"keys": 1}}
     drop = option_cases("boundary", ValueError, "value", "drop")
@@ -322,8 +385,19 @@ def good_update() -> Arguments:
     return inputs | {"count_slots": inputs["slots"].clone(), "scale": torch.ones(8)}
 
 
+def good_rows() -> Arguments:
+    inputs = testing.make_update_inputs()
+    slot = torch.tensor([4, 2, -1, 0, 1])
+    return {"values": inputs.values, "rows": Rows(torch.zeros_like(slot), slot, inputs.targets[:5])}
+
+
 def good_sequence() -> Arguments:
     return make_inputs(mask="real", dtype=torch.float32) | {"chunk_size": 3, "top_k": 2}
+
+
+def good_varlen() -> Arguments:
+    inputs = make_packed((5, 0, 3), heads=1, num_keys=4, dtype=torch.float32)
+    return inputs | {"rows": None, "chunk_size": 3, "top_k": 2}
 
 
 def good_memory() -> Arguments:
@@ -346,7 +420,11 @@ def parameters_of_apply(function: type[torch.autograd.Function]) -> list[inspect
         ProductKeyUpdate: product_key_update,
     }
     if function in public:
-        return list(inspect.signature(public[function]).parameters.values())
+        parameters = inspect.signature(public[function]).parameters
+        # A Function takes tokens that are put together already, and how many of them are carried.
+        carried = parameters["return_carry"].replace(name="carried", default=0) if "carry" in parameters else None
+        given = {name: x if name != "return_carry" else carried for name, x in parameters.items() if name != "carry"}
+        return list(given.values())
     return list(inspect.signature(function.forward).parameters.values())[1:]
 
 
@@ -365,10 +443,12 @@ TABLE: dict[str, tuple[Callable[[], Arguments], Cases, Callable[..., Any]]] = {
     "chunk_value_update": (good_update, update_cases(), chunk_value_update),
     "ChunkValueUpdate": (good_update, update_cases(), apply(ChunkValueUpdate)),
     "chunk_value_update_": (good_update, update_cases() | table_cases(), chunk_value_update_),
+    "apply_rows_": (good_rows, rows_cases() | table_cases("index_put"), apply_rows_),
     "product_key_update": (good_lookup, key_step_cases(), product_key_update),
     "ProductKeyUpdate": (good_lookup, key_step_cases(), apply(ProductKeyUpdate)),
-    "fast_weight_memory": (good_sequence, sequence_cases(), fast_weight_memory),
-    "FastWeightMemory": (good_sequence, sequence_cases(), apply(FastWeightMemory)),
+    "fast_weight_memory": (good_sequence, whole_cases(), fast_weight_memory),
+    "fast_weight_memory_varlen": (good_varlen, varlen_cases(), fast_weight_memory_varlen),
+    "FastWeightMemory": (good_sequence, whole_cases(), apply(FastWeightMemory)),
     "fast_weight_memory_step": (good_step, step_cases(), fast_weight_memory_step),
     "a later fast_weight_memory_step": (lambda: good_step(5), step_cases(), fast_weight_memory_step),
     "MemoryState": (good_memory, memory_cases(), MemoryState),
@@ -441,7 +521,7 @@ def parameters_of(function: Any) -> set[str]:
 
 
 def test_every_argument_of_every_public_function_is_in_the_table():
-    functions = set(fwpkm_kernels.__all__) - {"MemoryOutput"}  # which is only returned
+    functions = set(fwpkm_kernels.__all__) - {"Carry", "MemoryOutput", "Rows", "VarlenOutput"}  # records
     assert functions == set(TABLE) - {"a later fast_weight_memory_step"}
     for function in functions:
         _, cases, _ = TABLE[function]

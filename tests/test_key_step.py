@@ -9,7 +9,8 @@ from torch.autograd import gradcheck
 
 import reference
 from fwpkm_kernels import ProductKeyUpdate, product_key_update, testing
-from fwpkm_kernels.kernels.key_step import KeySumConfig, pick_sums, sum_picks
+from fwpkm_kernels.kernels.key_step import KeySumConfig, sum_picks
+from fwpkm_kernels.kernels.picks import pick_sums
 from fwpkm_kernels.key_step import address_grad, step_keys
 from fwpkm_kernels.lookup import lookup_halves
 from fwpkm_kernels.options import KeyStep, Lookup
@@ -424,3 +425,34 @@ def test_sums_of_rows_of_picks(epilogue, all_rows, idw, triton_place):
         with testing.poisoned_memory():
             sum_picks(out, keys, queries, factors, plan, config=config, **options)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [None, 0.001])
+def test_memories_side_by_side_are_those_of_each_alone(clip, place):
+    """The same bits, with rows that are only looked up before those that step."""
+    memories, heads, n, half, rows, top_k, first_row = 3, 2, 5, 3, 7, 2, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator).to(place.device)
+
+    keys, grad_keys = draw(memories * heads, 2, n, half), draw(memories * heads, 2, n, half)
+    queries, grad_scores = draw(rows, memories * heads, 2 * half), draw(rows, memories * heads, top_k)
+    o = KeyStep(top_k, weight_decay=0.1, clip=clip, backend=place.backend)
+
+    def run(part: slice, memories: int):
+        x, k = queries[:, part], keys[part]
+        found = lookup_halves(x, k, o.lookup)
+        new = step_keys(k, x[first_row:], found.picks.since(first_row), o, memories=memories)
+        grads = (grad_keys[part], k, x, grad_scores[:, part], found.slots, found.picks)
+        by_row, by_key = address_grad(*grads, o, first_row=first_row, memories=memories)
+        return found.scores, new, by_row, by_key
+
+    together = run(slice(None), memories)
+    for memory in range(memories):
+        part = slice(memory * heads, (memory + 1) * heads)
+        scores, new, by_row, by_key = run(part, 1)
+        testing.assert_bitwise_equal(together[0][:, part], scores)
+        testing.assert_bitwise_equal(together[1][part], new)
+        testing.assert_bitwise_equal(together[2][:, part], by_row)
+        testing.assert_bitwise_equal(together[3][part], by_key)

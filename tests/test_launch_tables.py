@@ -33,6 +33,7 @@ from tests.helpers.determinism import (
     update,
 )
 from tests.helpers.picks import make_picks
+from tests.helpers.pool import Pair
 from tests.helpers.scans import make_chunk, run_read, run_read_grad
 
 
@@ -236,7 +237,7 @@ def sub_key_launches(place: Place) -> Function:
         factors, dots, shares = key_step.step_grad(
             queries, table, picks, plan, grad_totals, out, direction=1.0, **numbers
         )
-        sums = key_step.pick_sums(shares, plan)
+        sums = pick_plan.pick_sums(shares, plan)
         grad_scores = picks.half_scores[:, :, 0]
         grad_halves = key_step.score_grad(grad_scores, where.slots, picks, plan, (sums, dots), **numbers)
         return (
@@ -273,6 +274,19 @@ def small_stream(place: Place) -> Function:
     return call
 
 
+def served(place: Place) -> Function:
+    """Two sessions of a pool at different places, of which one has written a chunk; and a read of both."""
+
+    def call() -> Any:
+        pair = Pair(place)
+        sessions = [pair.open(), pair.open()]
+        output = pair.pool_step(sessions, 7, [5, 6])
+        read = pair.pool.read(sessions, pair.tokens(2, 1)["queries"], top_k=2, backend=place.backend)
+        return output, read, [pair.pool.state_dict(session) for session in sessions]
+
+    return call
+
+
 class Launched(NamedTuple):
     """A kernel: something that launches it, and what it may be launched with instead of what it is."""
 
@@ -293,6 +307,7 @@ LAUNCHED = {
     "gather_kernel": Launched(sums_and_dots, TILES_OF_PICKS, ("BLOCK_D",)),
     "read_kernel": Launched(read, TILES_OF_PICKS, ("BLOCK_D",)),
     "read_to_queue_kernel": Launched(small_stream, TILES_OF_PICKS, ("BLOCK_P", "BLOCK_D", "BLOCK_W")),
+    "read_sessions_kernel": Launched(served, TILES_OF_PICKS, ("BLOCK_P", "BLOCK_D", "BLOCK_W")),
     "enqueue_kernel": Launched(small_stream, ({"num_warps": 8},), ("BLOCK_W",), exact=True),
     "plan_chunk_kernel": Launched(
         chunk_plan,

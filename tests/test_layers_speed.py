@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import registry
 from benchmarks.measure import allocations_cpu, prepare
 from fwpkm_kernels import MemoryState, fast_weight_memory, fast_weight_memory_step
-from fwpkm_kernels.layers import FastWeightProductKeyMemory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
 
 HIDDEN, SUB_KEYS, WIDTH, CHUNK, LENGTH = 12, 40, 16, 4, 11
 SIZES = {"num_keys": SUB_KEYS, "top_k": 3, "key_dim": 6, "value_dim": WIDTH, "chunk_size": CHUNK}
@@ -27,14 +27,15 @@ def tokens(batch):
     return torch.randn(batch, LENGTH, HIDDEN, requires_grad=True)
 
 
-def tables_of_operator(layer, batch, trains):
+def tables_of_operator(layer, batch, trains, final="table"):
     """Of the operator alone, forward and backward, on the layer's own memory."""
     queries = torch.randn(batch, LENGTH, 1, layer.key_dim, requires_grad=True)
     targets, gates = torch.randn(batch, LENGTH, WIDTH, requires_grad=True), torch.rand(batch, LENGTH)
     keys, values = (x.detach().float().requires_grad_(trains) for x in (layer.keys, layer.table.weight))
 
     def call():
-        result = fast_weight_memory(queries, targets, keys, values, gates=gates, **layer.options._asdict())
+        how = layer.options._asdict() | {"final": final}
+        result = fast_weight_memory(queries, targets, keys, values, gates=gates, **how)
         result.output.sum().backward()
         return result
 
@@ -67,10 +68,28 @@ def test_a_training_call_copies_no_table_besides_the_operators(scope, initial_me
         assert tables(call) == trains  # the gradient alone: documents read and write rows that were gathered
         return
     documents = batch if scope == "sequence" else 1
-    wanted = tables_of_operator(layer, batch // documents, trains)
-    assert wanted >= 2  # the private copy, and the gradient
+    final = "table" if scope == "sequence" or return_memory else "rows"
+    wanted = tables_of_operator(layer, batch // documents, trains, final)
+    # With a final table the private copy, and the gradient; else the gradient, if it is wanted.
+    assert wanted == (2 if final == "table" else trains)
     stacked = return_memory and documents > 1  # the final tables of several documents become one tensor
     assert tables(call) == documents * wanted + stacked
+
+
+@pytest.mark.parametrize("initial_memory", ["frozen", "persistent"])
+def test_training_steps_without_a_table(initial_memory):
+    """Forward, backward, the optimizer's step and the advance make no array of N rows."""
+    layer = FastWeightProductKeyMemory(HIDDEN, scope="batch", initial_memory=initial_memory, **SIZES)
+    optimizer, x = torch.optim.AdamW(layer.parameters()), tokens(2)
+    before = layer.table.weight.clone()
+
+    def step():
+        layer(x).square().sum().backward()
+        optimizer.step()
+        advance_memory(layer)
+
+    assert tables(step) == 0
+    assert torch.equal(layer.table.weight, before) == (initial_memory == "frozen")
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
@@ -83,7 +102,8 @@ def test_segments_of_one_document_copy_no_table(scope):
         _, memory = layer(x, return_memory=True)
         layer(x, memory=memory).sum().backward()
 
-    assert tables(call) == 2 * tables_of_operator(layer, 1, True)
+    finals = ("table", "table" if scope == "sequence" else "rows")
+    assert tables(call) == sum(tables_of_operator(layer, 1, True, final) for final in finals)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])

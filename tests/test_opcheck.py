@@ -15,6 +15,7 @@ from fwpkm_kernels.records import Queue, Tokens
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.memory import make_inputs
 from tests.helpers.streaming import make_state, stream
+from tests.helpers.varlen import make_packed, make_rows
 
 OPS = torch.ops.fwpkm_kernels
 
@@ -234,6 +235,33 @@ def rollback_samples(place: Place) -> Samples:
     yield "none", (torch.tensor(8), 0, 4)
 
 
+def varlen_samples(place: Place) -> Samples:
+    """Where forward keeps less than it could, what is behind is 0; so only rows of the log may be left unwritten."""
+    inputs = make_packed((4, 0, 8, 1), num_keys=60, dtype=torch.float32, device=place.device)
+    tensors = [inputs[name] for name in ("queries", "targets", "keys", "values", "cu_seqlens", "gates", "mask")]
+    rows = make_rows(inputs, ((0, 3), (2, -1), (3, 5)))
+    o = Options(chunk_size=3, top_k=2, backend=place.backend)
+    own = inputs["keys"].expand(4, *inputs["keys"].shape)
+    for keep in (True, False):
+        for boundary in ("carry", "drop"):
+            yield f"{boundary}, keeping {keep}", (*tensors, *rows, keep, *o._replace(boundary=boundary))
+        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 5, keep, *o._replace(clip=0.1))
+        yield f"own keys, keeping {keep}", (*tensors[:2], own, *tensors[3:], *rows, keep, *o)
+        still = o._replace(addressing_weight=0.0, weight_decay=0.0)
+        yield f"still keys, keeping {keep}", (*tensors, *rows, keep, *still)
+
+
+def varlen_grad_samples(place: Place) -> Samples:
+    for name, arguments in varlen_samples(place):
+        *inputs, _, _, value, keep = arguments[:11]
+        if keep:
+            output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
+            grads = [testing.random_cotangent(x) for x in (output, keys, value)]
+            for needed in (True, False):
+                flags, kept_options = (needed, needed), arguments[11:]
+                yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
+
+
 def documents_samples(place: Place) -> Samples:
     inputs = make_inputs(2, 7, num_keys=8, dtype=torch.float32, device=place.device)
     rows = [inputs[name] for name in ("queries", "targets", "keys", "values")]
@@ -278,6 +306,8 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
     "fast_weight_memory_backward": memory_grad_samples,
+    "fast_weight_memory_varlen": varlen_samples,
+    "fast_weight_memory_varlen_backward": varlen_grad_samples,
     "fast_weight_memory_documents": documents_samples,
     "fast_weight_memory_documents_backward": documents_grad_samples,
     "fast_weight_memory_step": step_samples,

@@ -21,7 +21,8 @@ from fwpkm_kernels import testing
 from fwpkm_kernels.compact import put_rows, take_rows
 from fwpkm_kernels.kernels import gather, segments, streaming, update
 from tests import judge
-from tests.conftest import HAS_GPU
+from tests.conftest import HAS_GPU, PLACES
+from tests.helpers.pool import Pair
 from tests.sanitizer import KINDS, Fault, Sanitizer, full_name, sanitized
 from tests.strategies import OPERATIONS, Case, cases, make_tensors
 
@@ -59,8 +60,8 @@ WRITE: dict[str, Any] = {
     "pattern": "one_slot",
     "options": {"lr": 1.0, "weight_decay": 0.1, "clip": 0.5},
 }
-#: Together they launch every kernel but two that are called below: `restore_kernel`, which CPU tensors have no use
-#: for, and `copy_rows_kernel`.
+#: Together they launch every kernel but three that are called below: `restore_kernel`, which CPU tensors have no use
+#: for, `copy_rows_kernel`, and `read_sessions_kernel`.
 EVERY_KERNEL = [
     Case("fast_weight_memory", **MEMORY),
     Case("fast_weight_memory_step", **MEMORY, actions=(2, 1, "no gates", 2)),
@@ -87,9 +88,23 @@ def test_every_kernel():
         update.restore_rows(values, torch.ones(7, 5), torch.arange(7) % 2 == 1)
         rows = take_rows(values, torch.tensor([6, -1, 1]), "triton")
         put_rows(values, torch.tensor([4, -1, 2]), rows, "triton")
+    with sanitized(MARKS) as seen_of_pool:
+        serve()
+    assert not seen_of_pool.faults
+    ran |= seen_of_pool.launched | seen_of_pool.called
     assert not seen.faults
     assert values.sum() == 20
     assert functions() - ran - seen.launched == set(), "launch it in EVERY_KERNEL"
+
+
+def serve() -> None:
+    """Two sessions of a pool that read together, in and beyond a chunk, go apart, and are read."""
+    pair = Pair(PLACES[1], heads=2)
+    first, second = pair.open(), pair.open()
+    for lengths in ([5, 2], [1, 2]):
+        pair.step([first, second], 5, lengths)
+    pair.step([pair.fork(first), first], 3)
+    pair.pool.read([second, first], pair.tokens(2, 1)["queries"], top_k=2, backend="triton")
 
 
 def check_cases(op: str, share: float) -> None:

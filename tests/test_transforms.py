@@ -19,6 +19,7 @@ from fwpkm_kernels import (
     chunk_value_update_,
     fast_weight_memory,
     fast_weight_memory_step,
+    fast_weight_memory_varlen,
     product_key_lookup,
     product_key_update,
     sparse_value_gather,
@@ -44,6 +45,13 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     def memory(queries: Tensor) -> Tensor:
         return fast_weight_memory(**{**tokens, "queries": queries}, keys=keys, values=update.values, **options).output
 
+    def varlen(queries: Tensor) -> Tensor:
+        packed = {name: x[0] for name, x in tokens.items()} | {
+            "queries": queries,
+            "cu_seqlens": torch.tensor([0, 3, 5]),
+        }
+        return fast_weight_memory_varlen(**packed, keys=keys, values=update.values, **options).output
+
     state = MemoryState(keys, update.values)
 
     def step(queries: Tensor) -> Tensor:
@@ -57,6 +65,7 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "chunk_value_update_": (write_in_place, update.weights),
         "product_key_update": (lambda queries: product_key_update(keys, queries, top_k=2), queries),
         "fast_weight_memory": (memory, tokens["queries"]),
+        "fast_weight_memory_varlen": (varlen, tokens["queries"][0]),
         "fast_weight_memory_step": (step, tokens["queries"]),
     }
 
@@ -130,8 +139,8 @@ def test_jacobians_and_vjps_of_autograd(name):
     cotangent = testing.random_cotangent(function(x))
     _, product = torch.autograd.functional.vjp(function, x, cotangent)
     torch.testing.assert_close(product, torch.einsum("i,i...->...", cotangent.flatten(), expected))
-    if name == "fast_weight_memory":
-        with pytest.raises(RuntimeError, match="fast_weight_memory_backward"):
+    if name in ("fast_weight_memory", "fast_weight_memory_varlen"):
+        with pytest.raises(RuntimeError, match=f"{name}_backward"):
             torch.autograd.functional.jacobian(function, x, vectorize=True)
     else:
         vectorized = torch.autograd.functional.jacobian(function, x, vectorize=True)

@@ -201,8 +201,8 @@ def test_gradcheck(options):
         return result.output, result.keys, result.rows.value
 
     torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    once = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        once = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves, create_graph=True)
         torch.autograd.grad(once[0].sum(), leaves[0])
 
 
@@ -233,7 +233,9 @@ def test_autocast_changes_nothing(place):
     expected = call(**inputs)
     with torch.autocast(place.device, torch.bfloat16):
         found = call(**inputs)
-    for one, other in zip((*found[:2], *found.rows, *found[3:]), (*expected[:2], *expected.rows, *expected[3:]), strict=True):
+    for one, other in zip(
+        (*found[:2], *found.rows, *found[3:]), (*expected[:2], *expected.rows, *expected[3:]), strict=True
+    ):
         testing.assert_bitwise_equal(one, other)
 
 
@@ -264,7 +266,11 @@ BAD = {
     "of floats": (bad(cu_seqlens=torch.tensor([0.0, 26.0])), TypeError, "`cu_seqlens` must be int64 or int32"),
     "a list": (bad(cu_seqlens=[0, 26]), TypeError, "`cu_seqlens` must be a torch.Tensor"),
     "a batch": (lambda x: {**x, "queries": x["queries"].unsqueeze(0)}, ValueError, r"\[T, H, Dk\]"),
-    "keys of too few": (lambda x: {**x, "keys": x["keys"].repeat(2, 1, 1, 1, 1)}, ValueError, "each of the S documents"),
+    "keys of too few": (
+        lambda x: {**x, "keys": x["keys"].repeat(2, 1, 1, 1, 1)},
+        ValueError,
+        "each of the S documents",
+    ),
     "gates of a batch": (lambda x: {**x, "gates": x["gates"].unsqueeze(0)}, ValueError, r"`gates` must have 1 dim"),
     "no record": (lambda x: {**x, "rows": tuple(make_rows(x, ((0, 1),)))}, TypeError, "`rows` must be Rows"),
     "no such document": (rows_of(((5, 1),)), ValueError, r"`rows.document` must lie in \[0, 5\)"),
@@ -288,4 +294,3 @@ def test_cu_seqlens_may_be_int32():
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
     found, expected = (fast_weight_memory_varlen(**x, chunk_size=CHUNK, top_k=2) for x in (narrow, inputs))
     testing.assert_bitwise_equal(found.output, expected.output)
-

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..records import PickPlan, Picks
 from ._common import cdiv, launch, next_power_of_2, wait_for_inputs
 from .lookup import half_grad
-from .picks import probabilities
+from .picks import pick_sums, probabilities
 from .segments import finish_row
 
 
@@ -50,9 +50,9 @@ def step_kernel(
 ):
     """Factors f = c·2/E of q - k (or c, of q, for dot), with c = weight·share·P·(u - Σ P·u); 0 before `first_row`.
 
-    2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the totals
-    that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each, whose
-    slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
+    2/E = 2·exp(half score), where E = eps + |q - k|². The sums of f·(q - k) over the picks of a sub-key are the
+    totals that it steps by. `share` is 1 / rows. With SEVERAL the heads are those of memories of POOLED heads each,
+    whose slopes lie one after the other. A program owns BLOCK_R of the R halves of these. Grid: (tiles of halves,).
     """
     wait_for_inputs(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -157,33 +157,6 @@ def key_sum_kernel(
         tl.store(out_ptr + base_row, result.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit
-def pick_sums_kernel(
-    coefficient_ptr, order_ptr, first_ptr, sums_ptr,
-    H,
-    NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
-):
-    """Sums of `coefficient` over the picks of each sub-key, the H heads of a memory pooled, [memories, 2, n].
-
-    A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
-    """
-    i_key = tl.program_id(0)
-    i_memory = tl.program_id(1)
-    total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
-    i_head = i_memory * H
-    while i_head < (i_memory + 1) * H:
-        row = i_head * (2 * NUM_KEYS) + i_key
-        position = tl.load(first_ptr + row)
-        end = tl.load(first_ptr + row + 1)
-        while position < end:
-            offs_a = position + tl.arange(0, BLOCK_A)
-            pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
-            total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
-            position += BLOCK_A
-        i_head += 1
-    tl.store(sums_ptr + i_memory * (2 * NUM_KEYS) + i_key, tl.sum(total, axis=0))
-
-
 @triton.jit(do_not_specialize=["first_row"])
 def step_grad_kernel(
     half_scores_ptr, sub_keys_ptr, slope_ptr, queries_ptr, keys_ptr, grad_totals_ptr, grad_queries_ptr, factor_ptr,
@@ -196,9 +169,9 @@ def step_grad_kernel(
     """With V, the gradient of the totals: a = <V, ds/dk> = 2·<V, q - k>/E (or <V, q>), and P·(a - Σ P·a), the parts of
     the gradient of u; the factors f of `step_kernel`; and Σ f·V over the picks, the gradient of q in f·(q - k).
 
-    The heads are those of `step_kernel`. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the factors are those of that table. All are 0 in
-    rows before `first_row`. A program owns one half of one (token, head) row. It reads V once if it fits one tile, else
-    twice. Grid: (rows, 2).
+    The heads are those of `step_kernel`. V is `direction` times the table `grad_totals` [H·2·n, Dk/2], and the
+    factors are those of that table. All are 0 in rows before `first_row`. A program owns one half of one (token,
+    head) row. It reads V once if it fits one tile, else twice. Grid: (rows, 2).
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_half = tl.program_id(1).to(tl.int64)
@@ -368,19 +341,6 @@ def step_keys(
     )
 
 
-def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
-    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, as the slopes are pooled."""
-    sums = torch.empty_like(plan.slope)
-    num_keys, pooled = plan.sizes(coefficients.shape[1])
-    launch(
-        pick_sums_kernel, (2 * num_keys, coefficients.shape[1] // pooled),
-        coefficients, plan.order, plan.first, sums,
-        pooled,
-        NUM_KEYS=num_keys, BLOCK_A=512, num_warps=4, on=coefficients,
-    )
-    return sums
-
-
 def step_grad(
     queries: Tensor, keys: Tensor, picks: Picks, plan: PickPlan, grad_totals: Tensor, grad_queries: Tensor,
     *, direction: float, idw: bool, weight: float, first_row: int,
@@ -425,7 +385,8 @@ def score_grad(
         *((0, 0, 0) if grad_scores is None else grad_scores.stride()),
         heads, pooled, first_row, 1.0 / max(1, (num_rows - first_row) * pooled), weight,
         NUM_KEYS=num_keys, TOP_K=top_k, IDW=idw, LOOKUP=grad_scores is not None, STEP=step is not None,
-        SEVERAL=pooled < heads, BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1, on=grad_halves,
+        SEVERAL=pooled < heads, BLOCK_K=block_k, BLOCK_P=max(1, min(block_k, 1024 // block_k)), num_warps=1,
+        on=grad_halves,
     )
     return grad_halves
 

@@ -120,11 +120,10 @@ def usage_kernel(
 ):
     """The slope u = log(P̄ + 1e-8) + P̄/(P̄ + 1e-8) of P̄·log(P̄ + 1e-8), and u', for each sub-key: [memories, 2, n].
 
-    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, the H heads of a memory
-    pooled. With WORDS
-    a program first lists the tokens that picked it, in order, from the words of `count_kernel`, and where they begin;
-    then which of all picks [M, H, 2, K] these are. Without WORDS these lists are given. A program owns one sub-key of
-    one half, of all heads of a memory. Grid: (2·n, memories).
+    P̄ is `share` times the sum of P over the picks of the sub-key in rows from `first_row` on, the H heads of a
+    memory pooled. With WORDS a program first lists the tokens that picked it, in order, from the words of
+    `count_kernel`, and where they begin; then which of all picks [M, H, 2, K] these are. Without WORDS these lists
+    are given. A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
     """
     wait_for_inputs(PDL)
     i_key = tl.program_id(0)
@@ -176,7 +175,8 @@ def usage_kernel(
             offs_a = position + tl.arange(0, BLOCK_A)
             mask_a = offs_a < end
             token = tl.load(tokens_ptr + offs_a, mask=mask_a, other=-1)  # [BLOCK_A]
-            picks = (token.to(tl.int64) * (2 * all_heads) + i_group)[:, None] * TOP_K + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
+            first_pick = (token.to(tl.int64) * (2 * all_heads) + i_group) * TOP_K
+            picks = first_pick[:, None] + offs_k[None, :]  # [BLOCK_A, BLOCK_K]
             mask = mask_a[:, None] & mask_k
             scores = tl.load(half_scores_ptr + picks, mask=mask, other=float("-inf"))
             is_own = tl.load(sub_keys_ptr + picks, mask=mask, other=-1) == row
@@ -206,10 +206,10 @@ def plan_picks(
 ) -> PickPlan:
     """Launch the plan of the sub-keys, and the slopes from their half scores, of M > 0 rows, both contiguous.
 
-    The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as those
-    of a lookup do: of others the plan is undefined. The usage is that of rows from `first_row` on, in each of `memories`
-    that the heads belong to, one after the other. `listed` are the
-    tokens, order and first of the plan, where these are known already; else they are int32.
+    The K picks of a half of a token and head differ, and name sub-keys of that half in a table [H·2·n, Dk/2], as
+    those of a lookup do: of others the plan is undefined. The usage is that of rows from `first_row` on, in each of
+    `memories` that the heads belong to, one after the other. `listed` are the tokens, order and first of the plan,
+    where these are known already; else they are int32.
     """
     num_rows, heads, _, top_k = picks.sub_keys.shape
     groups, device = 2 * heads, picks.sub_keys.device
@@ -241,3 +241,43 @@ def plan_picks(
         on=words,
     )
     return PickPlan(tokens, order, first, slope, bend)
+
+
+@triton.jit
+def pick_sums_kernel(
+    coefficient_ptr, order_ptr, first_ptr, sums_ptr,
+    H,
+    NUM_KEYS: tl.constexpr, BLOCK_A: tl.constexpr,
+):
+    """Sums of `coefficient` over the picks of each sub-key, the H heads of a memory pooled, [memories, 2, n].
+
+    A program owns one sub-key of one half, of all heads of a memory. Grid: (2·n, memories).
+    """
+    i_key = tl.program_id(0)
+    i_memory = tl.program_id(1)
+    total = tl.zeros([BLOCK_A], sums_ptr.dtype.element_ty)
+    i_head = i_memory * H
+    while i_head < (i_memory + 1) * H:
+        row = i_head * (2 * NUM_KEYS) + i_key
+        position = tl.load(first_ptr + row)
+        end = tl.load(first_ptr + row + 1)
+        while position < end:
+            offs_a = position + tl.arange(0, BLOCK_A)
+            pick = tl.load(order_ptr + offs_a, mask=offs_a < end, other=0)
+            total += tl.load(coefficient_ptr + pick, mask=offs_a < end, other=0.0)  # [BLOCK_A]
+            position += BLOCK_A
+        i_head += 1
+    tl.store(sums_ptr + i_memory * (2 * NUM_KEYS) + i_key, tl.sum(total, axis=0))
+
+
+def pick_sums(coefficients: Tensor, plan: PickPlan) -> Tensor:
+    """Launch the sums of `coefficients` [M, H, 2, K] over the picks of each sub-key, as the slopes are pooled."""
+    sums = torch.empty_like(plan.slope)
+    num_keys, pooled = plan.sizes(coefficients.shape[1])
+    launch(
+        pick_sums_kernel, (2 * num_keys, coefficients.shape[1] // pooled),
+        coefficients, plan.order, plan.first, sums,
+        pooled,
+        NUM_KEYS=num_keys, BLOCK_A=512, num_warps=4, on=coefficients,
+    )
+    return sums

@@ -1,4 +1,4 @@
-"""What the sessions of a pool read and own: rows of a buffer, or of the initial table where they have written none.
+"""What the sessions of a pool read: rows of a buffer, or of the initial table where they have written none.
 
 A session's index [N], int32, says which row of the buffer holds the value of a slot, or -1 where the session has not
 written it. Rows of tokens are time-major: row i is position i // S of session i % S.
@@ -127,38 +127,4 @@ def read_sessions(
         J=picks, D=width, WIDTH=heads * head, HEAD=max(1, head),
         BLOCK_J=max(1, min(block_p, 8, 8192 // block_d)), BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_W=block_w,
         num_warps=row_warps(block_d, initial.dtype), on=initial,
-    )
-
-
-@triton.jit
-def own_rows_kernel(
-    buffer_ptr, initial_ptr, slots_ptr, old_ptr, taken_ptr,
-    stride_un, stride_in, stride_id,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """buffer[taken[i]] = buffer[old[i]], or initial[slots[i]] where old[i] < 0. A program owns one row. Grid: (rows,).
-
-    No row is both taken and old: rows are taken from those that no index names.
-    """
-    i_m = tl.program_id(0)
-    slot = tl.load(slots_ptr + i_m)
-    old = tl.load(old_ptr + i_m).to(tl.int64)
-    taken = tl.load(taken_ptr + i_m).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < D
-    own = tl.load(buffer_ptr + old * stride_un + offs_d, mask=offs_d < tl.where(old >= 0, D, 0), other=0.0)
-    initial_d = offs_d < tl.where(old >= 0, 0, D)
-    initial = tl.load(initial_ptr + slot * stride_in + offs_d * stride_id, mask=initial_d, other=0.0)
-    tl.store(buffer_ptr + taken * stride_un + offs_d, tl.where(old >= 0, own, initial), mask=mask_d)
-
-
-def own_rows(buffer: Tensor, initial: Tensor, slots: Tensor, old: Tensor, taken: Tensor) -> None:
-    """Launch the copies of rows that a session will write: of slots [A], int64, from `old` to `taken` [A], int32."""
-    width = buffer.shape[1]
-    block_d = next_power_of_2(max(1, width))
-    launch(
-        own_rows_kernel, (slots.numel(),),
-        buffer, initial, slots, old, taken,
-        buffer.stride(0), *initial.stride(),
-        D=width, BLOCK_D=block_d, num_warps=row_warps(block_d, buffer.dtype), on=buffer,
     )

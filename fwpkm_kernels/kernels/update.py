@@ -52,9 +52,9 @@ def update(
 ) -> None:
     """Launch out[s] = decay·values[s] - lr·clamp(Σ write_weights·errors) for the rows that the plan names.
 
-    `errors` is [M, D]; `write_weights` is [M, J], contiguous. `out` is `values` itself (the write in place: all other
-    rows decay too, or those where `decays` [N], bool, is True) or a table whose other rows are already what they should be. `log` [accesses, D] keeps each row as
-    it was, where its segment starts.
+    `errors` is [M, D]; `write_weights` is [M, J], contiguous. `out` is `values` itself (the write in place: all
+    other rows decay too, or those where `decays` [N], bool, is True) or a table whose other rows are already what
+    they should be. `log` [accesses, D] keeps each row as it was, where its segment starts.
     """
     decay = 1.0 - lr * weight_decay
     segment_rows(

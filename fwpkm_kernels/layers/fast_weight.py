@@ -10,8 +10,8 @@ from .. import _checks as checks
 from .._autograd import in_backward
 from ..documents import Documents, make_documents, mean_gate
 from ..memory import check_memory, fast_weight_memory
-from ..options import Options
-from ..records import Inputs
+from ..options import Options, why_no_rows
+from ..records import Inputs, Rows
 from ..state import MemoryState
 from ..varlen import memory_of_documents
 from .continuation import DROPS, LayerMemory, carry_documents, find_memory
@@ -202,7 +202,7 @@ class FastWeightProductKeyMemory(nn.Module):
             check_table(table, num_keys, value_dim)
             check_table_kind(table, initial_memory, memory_dtype)
         self.table = table
-        self._pending: tuple[Tensor, Tensor] | None = None  #: the memory that `advance_memory` will commit
+        self._pending: tuple[Tensor, Tensor | Rows] | None = None  #: the memory that `advance_memory` will commit
         self.reset_parameters(table=False)
 
     @classmethod
@@ -415,12 +415,13 @@ class FastWeightProductKeyMemory(nn.Module):
         def run(weight: Tensor) -> Any:
             initial = (self.keys, weight) if memory is None else (memory.keys, memory.values)
             keys, values = self._in_memory_dtype(*initial)
+            how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
-                how: dict[str, Any] = {"gates": gates, "carry": before, "return_memory": return_memory}
-                how["options"] = self.options
+                how |= {"return_memory": return_memory, "options": self.options}
                 return memory_of_documents(queries, targets, keys, values, documents, **how)
-            mask = documents.pair_mask(self.options.lookahead, queries.device)
-            how = {"gates": gates, "mask": mask, "carry": before, "return_carry": leaves_carry}
+            how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
+            # Rows are all that is wanted of the final table, unless it is returned, or every row of it moves.
+            how["final"] = "table" if return_memory or why_no_rows(self.options) else "rows"
             return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
 
         result, carry = self.table(run), None

@@ -52,11 +52,7 @@ class Pair:
         of a state are weighed by another kernel.
         """
         tokens = self.tokens(len(sessions), length)
-        if run is None:
-            given = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device="cpu")
-            output = fast_weight_memory_step(self.pool, **tokens, sessions=sessions, lengths=given, **self.options)
-        else:
-            output = run(**tokens, sessions=sessions)
+        output = self._run(tokens, sessions, lengths) if run is None else run(**tokens, sessions=sessions)
         for row, session in enumerate(sessions):
             begin = length - (length if lengths is None else lengths[row])
             testing.assert_bitwise_equal(output[row, :begin], torch.zeros_like(output[row, :begin]))
@@ -68,6 +64,14 @@ class Pair:
                 testing.assert_bitwise_equal(output[row : row + 1, begin:end], wanted)
                 begin = end
         return output
+
+    def pool_step(self, sessions: list[int], length: int, lengths: list[int] | None = None) -> Tensor:
+        """One call of the pool alone."""
+        return self._run(self.tokens(len(sessions), length), sessions, lengths)
+
+    def _run(self, tokens: dict[str, Tensor], sessions: list[int], lengths: list[int] | None) -> Tensor:
+        given = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        return fast_weight_memory_step(self.pool, **tokens, sessions=sessions, lengths=given, **self.options)
 
     def check(self, session: int) -> None:
         """The session is bitwise the state."""
