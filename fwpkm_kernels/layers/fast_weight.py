@@ -328,8 +328,8 @@ class FastWeightProductKeyMemory(nn.Module):
             cu_seqlens: [S + 1], int32 or int64, non-decreasing from 0 to T: the borders of documents that are packed
                 into one row; then B = 1. `cu_seq_lens_q` is another name of it.
             cu_seqlens_cpu: the same on the CPU, which saves a copy that the host waits for.
-            memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable,
-                from whose segment it goes on exactly. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
+            memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable:
+                its segment goes on. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
             return_memory: whether to return a `LayerMemory` too; under scope="sequence" with a table for each document.
             return_gate_mean: whether to return the mean gate of all tokens too, 0-d and differentiable.
             kwargs: what models pass to all their layers; everything but `cu_seq_lens_q` is ignored.
