@@ -418,17 +418,16 @@ class FastWeightProductKeyMemory(nn.Module):
             how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
                 how |= {"return_memory": return_memory, "options": self.options}
-                return memory_of_documents(queries, targets, keys, values, documents, **how)
+                result = memory_of_documents(queries, targets, keys, values, documents, **how)
+                if leaves_carry:
+                    return result, carry_documents(before, queries, targets, gates, documents, self.options)
+                return result
             how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
             # Rows are all that is wanted of the final table, unless it is returned, or every row of it moves.
             how["final"] = "table" if return_memory or why_no_rows(self.options) else "rows"
             return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
 
-        result, carry = self.table(run), None
-        if leaves_carry and self.scope == "batch":
-            result, carry = result
-        elif leaves_carry:
-            carry = carry_documents(before, queries, targets, gates, documents, self.options)
+        result, carry = self.table(run) if leaves_carry else (self.table(run), None)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
         is_again = not torch.compiler.is_compiling() and in_backward()
         if self.initial_memory == "persistent" and self.training and not is_again:
