@@ -205,15 +205,6 @@ FAULTS = [
         "infinit",
     ),
     Fault(
-        "sums-of-sparse-gradient-start-anywhere",
-        "plan.py",
-        "torch.where(is_start, plan.start, plan.end)",
-        "plan.start",
-        "every access of a sparse gradient starts where its segment does",
-        "gather",
-        "sparse_gradient",
-    ),
-    Fault(
         "score-slope-without-2",
         "lookup.py",
         "factors = 2.0 * grad_halves[block].to(dtype) / distances",
