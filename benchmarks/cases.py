@@ -143,6 +143,8 @@ def _update(**sizes: Any) -> None:
         "masked-float64": {"dtype": F64, "keys": F64, "table": F64, "masked": True},
         "drop": {"masked": True, "step": "normalized", "boundary": "drop"},
         "paper-dot": {"score": "dot"},
+        "rows": {"final": "rows"},
+        "rows-bf16": {"final": "rows", "table": BF16},
         "inference": {"batch": 1},
         "J128": {"batch": 1, "heads": 4, "top_k": 32},
         "J128-drop": {"batch": 1, "heads": 4, "top_k": 32, "masked": True, "step": "normalized", "boundary": "drop"},

@@ -59,6 +59,7 @@ STAGES = {
     "lookup": ("lookup_halves", "look_up"),
     "queue": ("_enqueue", "_carry"),
     "plan": ("_plan_pairs", "number_reads", "plan_reads", "plan_segments", "count_accesses", "plan_writes"),
+    "compact table": ("compact", "take_rows", "put_rows"),
     "read": ("read_to_queue", "read_sessions", "read", "gather_rows"),
     "key step": ("step_keys",),
     "weights": (

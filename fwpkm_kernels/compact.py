@@ -135,23 +135,20 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     return out
 
 
-def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int, *, is_unique: bool) -> Tensor:
-    """The gradient of a table as a sparse COO tensor [N, D], from those of its rows [R, D].
+def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """`spread_rows` as a sparse COO tensor [N, D]; slots are those of a compact table: ascending, unused ones last.
 
     On CPUs it is coalesced, with an entry for each slot that is used. On a GPU, whose number of those would have to be
     waited for, unused rows are entries of 0 at the first slot, so that it is not coalesced.
-
-    Args:
-        is_unique: whether no slot occurs twice, and they ascend, as in one document.
     """
     size = (num_slots, grads.shape[1])
     if grads.is_cuda:
-        indices = torch.where(slot < 0, slot[:1], slot)
-        return torch.sparse_coo_tensor(indices.unsqueeze(0), grads, size, check_invariants=False)
-    used = slot >= 0
-    indices, rows = slot[used].unsqueeze(0), grads[used]
-    found = torch.sparse_coo_tensor(indices, rows, size, check_invariants=False, is_coalesced=is_unique)
-    return found if is_unique else found.coalesce()
+        unused = slot < 0
+        indices, rows = torch.where(unused, slot[:1], slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
+        return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
+    used = int((slot >= 0).sum())
+    entries = (slot[:used].unsqueeze(0), grads[:used])
+    return torch.sparse_coo_tensor(*entries, size, check_invariants=False, is_coalesced=True)
 
 
 @operator(

@@ -174,7 +174,7 @@ def half_differences(
 
 
 def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
-    """q - k, [..., K, Dk/2], of queries [..., Dk/2] and of the rows of keys [H·2·n, Dk/2] that sub_keys [..., K] name."""
+    """q - k, [..., K, Dk/2], of queries [..., Dk/2] and the rows of keys [H·2·n, Dk/2] that sub_keys [..., K] name."""
     vectors = pick_rows(keys, sub_keys)
     return torch.sub(queries.unsqueeze(-2), vectors, out=vectors)
 

@@ -139,7 +139,7 @@ class _FastWeightMemoryBackward(Function):
             how = (num_keys, with_addresses, with_values and not call.sparse_grad, call.carried)
             results = _backward_op(*grads, *inputs, *how, saved, *o)
             if with_values and call.sparse_grad:
-                results[3] = sparse_rows(results[3], saved[-1], num_keys**2, is_unique=True)
+                results[3] = sparse_rows(results[3], saved[-1], num_keys**2)
         return tuple(results)
 
     @staticmethod

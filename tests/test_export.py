@@ -57,6 +57,11 @@ def memory(queries, targets, keys, values, gates=None, mask=None, **options):
     return tuple(fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **SMALL, **options))
 
 
+def memory_rows(*tensors, **given):
+    output, new_keys, left, *found = memory(*tensors, **given, final="rows")
+    return output, new_keys, *left, *found
+
+
 class Case(NamedTuple):
     function: Callable[..., Any]
     tokens: str  #: names of arguments [B, T, ...]
@@ -72,6 +77,7 @@ CASES = {
     "key step": Case(lambda queries, keys: product_key_update(keys, rows(queries), top_k=3), "queries", "keys"),
     "memory": Case(memory, WHOLE, "keys values"),
     "no gates": Case(functools.partial(memory, step="normalized"), "queries targets", "keys values"),
+    "rows": Case(memory_rows, WHOLE, "keys values"),
     "drop": Case(functools.partial(memory, boundary="drop", weight_decay=0.1), WHOLE, "keys values"),
     "coupled keys": Case(functools.partial(memory, key_gradient="all"), WHOLE, "keys values"),
 }

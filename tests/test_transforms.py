@@ -14,7 +14,9 @@ from fwpkm_kernels import (
     MemoryState,
     ProductKeyLookup,
     ProductKeyUpdate,
+    Rows,
     SparseValueGather,
+    apply_rows_,
     chunk_value_update,
     chunk_value_update_,
     fast_weight_memory,
@@ -42,6 +44,11 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         chunk_value_update_(**{**update._asdict(), "weights": weights})
         return update.values
 
+    def apply_rows(value: Tensor) -> Tensor:
+        slot = torch.tensor([4, -1, 0])
+        apply_rows_(update.values, Rows(torch.zeros_like(slot), slot, value))
+        return update.values
+
     def memory(queries: Tensor) -> Tensor:
         return fast_weight_memory(**{**tokens, "queries": queries}, keys=keys, values=update.values, **options).output
 
@@ -63,6 +70,7 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "sparse_value_gather": (lambda w: sparse_value_gather(update.values, update.slots, w), update.weights),
         "chunk_value_update": (write, update.weights),
         "chunk_value_update_": (write_in_place, update.weights),
+        "apply_rows_": (apply_rows, update.targets),
         "product_key_update": (lambda queries: product_key_update(keys, queries, top_k=2), queries),
         "fast_weight_memory": (memory, tokens["queries"]),
         "fast_weight_memory_varlen": (varlen, tokens["queries"][0]),
