@@ -275,6 +275,23 @@ def test_how_many_rows_are_missing():
     assert exact.pool.num_free_rows == 0
 
 
+def test_pasts_make_room_for_each_other():
+    """Each chunk replaces the past of its session, so a pool that has held one round of them holds the next ones."""
+    wide = Pair(CPU, keep_past=True, addressing_weight=0.0)
+    sessions = [wide.open() for _ in range(3)]
+    wide.stream["queries"] = wide.stream["queries"][:1, :1].expand_as(wide.stream["queries"])  # always the same slots
+    for _ in range(3):
+        wide.step(sessions, 4)
+    used = wide.pool.capacity - wide.pool.num_free_rows
+    tight = Pair(CPU, keep_past=True, capacity=used, addressing_weight=0.0)
+    tight.stream = wide.stream
+    assert [tight.open() for _ in range(3)] == sessions
+    for _ in range(6):
+        tight.step(sessions, 4)
+        tight.check_all()
+    assert tight.pool.num_free_rows == 0 == used - tight.count_rows()
+
+
 def test_a_fork_takes_rows_only_for_what_it_writes():
     pair = Pair(CPU)
     session = pair.open()
@@ -459,3 +476,21 @@ def test_strides_of_the_initial_memory(layout, place):
     for one in (pair, plain):
         one.open()
     testing.assert_bitwise_equal(pair.step([0], 11), plain.step([0], 11))
+
+
+@pytest.mark.slow
+def test_a_session_at_the_papers_size():
+    """4 096 tokens take at most 70 MiB, and 16 sessions at most what two states take."""
+    n, width, mebi = 512, 512, 2**20
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.rand(1, 2, n, width // 2, generator=generator) * 2 - 1
+    values = torch.randn(n * n, width, generator=generator)
+    pool, state = MemoryPool(keys, values, capacity="80 MiB"), MemoryState(keys, values)
+    session = pool.open()
+    for _ in range(8):
+        queries, targets = (torch.randn(1, 512, *shape, generator=generator) for shape in ((1, width), (width,)))
+        fast_weight_memory_step(pool, queries, targets, sessions=[session])
+    assert pool.position(session) == 4096
+    assert pool.num_bytes(session) <= 70 * mebi
+    fast_weight_memory_step(state, queries[:, :0], targets[:, :0])
+    assert 16 * pool.num_bytes(session) <= 2 * sum(x.nbytes for x in state.named_tensors().values())
