@@ -275,21 +275,28 @@ def test_how_many_rows_are_missing():
     assert exact.pool.num_free_rows == 0
 
 
-def test_pasts_make_room_for_each_other():
-    """Each chunk replaces the past of its session, so a pool that has held one round of them holds the next ones."""
-    wide = Pair(CPU, keep_past=True, addressing_weight=0.0)
-    sessions = [wide.open() for _ in range(3)]
-    wide.stream["queries"] = wide.stream["queries"][:1, :1].expand_as(wide.stream["queries"])  # always the same slots
-    for _ in range(3):
-        wide.step(sessions, 4)
-    used = wide.pool.capacity - wide.pool.num_free_rows
-    tight = Pair(CPU, keep_past=True, capacity=used, addressing_weight=0.0)
-    tight.stream = wide.stream
-    assert [tight.open() for _ in range(3)] == sessions
-    for _ in range(6):
-        tight.step(sessions, 4)
-        tight.check_all()
-    assert tight.pool.num_free_rows == 0 == used - tight.count_rows()
+def run_with_pasts(capacity: int) -> tuple[MemoryPool, list[int]]:
+    """A session without a past writes many rows, together with one that writes few and whose past had many."""
+    pair = Pair(CPU, heads=3, keep_past=True, capacity=capacity, addressing_weight=0.0, lookahead=0)
+    old, new = pair.open(), pair.open()
+    used = []
+    for sessions in ([old], [old], [new, old]):
+        pair.drawn = len(sessions)  # so that the second call writes what the first one has written
+        tokens = pair.tokens(len(sessions), 4)
+        tokens["queries"][1:] = tokens["queries"][1:, :1]  # all to the same slots
+        fast_weight_memory_step(pair.pool, **tokens, sessions=sessions, **pair.options)
+        used.append(pair.pool.capacity - pair.pool.num_free_rows)
+        assert used[-1] == pair.count_rows()
+    return pair.pool, used
+
+
+def test_a_past_that_is_dropped_makes_room_for_others():
+    wide, used = run_with_pasts(400)
+    tight, again = run_with_pasts(max(used))
+    assert again == used
+    for session in wide.sessions:
+        for name, x in wide.state_dict(session).items():
+            testing.assert_bitwise_equal(tight.state_dict(session)[name], x, name)
 
 
 def test_a_fork_takes_rows_only_for_what_it_writes():
