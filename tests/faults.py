@@ -969,8 +969,8 @@ FAULTS = [
     Fault(
         "input-table-written",
         "sequence.py",
-        "new_values = values.clone(memory_format=torch.contiguous_format)",
-        "new_values = values.contiguous()",
+        "        values = values.clone(memory_format=torch.contiguous_format)",
+        "        values = values.contiguous()",
         "the memory writes into the table that it was given",
         "memory properties",
         "edges or golden or (in_torch and fast_weight_memory) or rows_that",
@@ -987,8 +987,8 @@ FAULTS = [
     Fault(
         "weights-seem-differentiable",
         "memory.py",
-        "ctx.mark_non_differentiable(slots, weights)",
-        "ctx.mark_non_differentiable(slots)",
+        "ctx.mark_non_differentiable(slots, weights, *slot)",
+        "ctx.mark_non_differentiable(slots, *slot)",
         "a loss of the weights that are given back has a gradient of 0 and no error",
         "autograd",
         "differentiable",
@@ -1406,7 +1406,7 @@ FAULTS = [
     Fault(
         "advance-by-the-sum",
         "layers/advance.py",
-        "memory.add_(moved, alpha=1.0 / torch.distributed.get_world_size(group))",
+        "memory.add_(moved, alpha=1.0 / ranks)",
         "memory.add_(moved)",
         "memories move by the sum over ranks",
         "layers_training",
