@@ -234,7 +234,9 @@ KERNELS = {
         stores=lambda x: _bytes(x.HALF, x.grad_queries_ptr),
     ),
     "count_kernel": Kernel(lambda x: reads(x.sub_keys_ptr) + writes(x.words_ptr)),
-    "usage_kernel": Kernel(_usage, trips=lambda x: max(1.0, x.tokens_ptr.numel() / (x.slope_ptr.numel() * x.H) / x.BLOCK_A)),
+    "usage_kernel": Kernel(
+        _usage, trips=lambda x: max(1.0, x.tokens_ptr.numel() / (x.slope_ptr.numel() * x.H) / x.BLOCK_A)
+    ),
     "step_kernel": Kernel(lambda x: reads(x.half_scores_ptr, x.sub_keys_ptr, x.slope_ptr) + writes(x.factor_ptr)),
     "key_sum_kernel": Kernel(
         _key_sum,

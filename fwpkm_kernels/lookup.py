@@ -174,7 +174,7 @@ def half_differences(
 
 
 def _differences(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
-    """q - k, [..., K, Dk/2], of queries [..., Dk/2] and of the rows of keys [H·2·n, Dk/2] that sub_keys [..., K] name."""
+    """q - k, [..., K, Dk/2], of queries [..., Dk/2] and the rows of keys [H·2·n, Dk/2] that sub_keys [..., K] name."""
     vectors = pick_rows(keys, sub_keys)
     return torch.sub(queries.unsqueeze(-2), vectors, out=vectors)
 
@@ -250,6 +250,7 @@ def half_grad_torch(
         for block in pick_blocks(sub_keys, half):
             picked = sub_keys[block]
             vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            assert distances is not None
             factors = 2.0 * grad_halves[block].to(dtype) / distances
             if with_queries:
                 grad_queries[block] = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_().flatten(-2)

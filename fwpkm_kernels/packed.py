@@ -115,7 +115,7 @@ def _take(moved: Tensor, part: Part) -> Tensor:
 
 
 def _index(numbers: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 class _Fold:
@@ -231,7 +231,7 @@ def _factors(
     """S/E, gates and mask of each read; S and E are those of a chunk of one document."""
     reads, ratio = packed.reads, None
     if o.has_ratio:  # here every token is one read, and the tokens of a document's chunk lie side by side
-        bounds = torch.tensor(packing.bounds, dtype=torch.int64, device="cpu").to(reads.token.device)
+        bounds = torch.tensor(packing.bounds, dtype=torch.int64, device="cpu").to(reads.token.device, non_blocking=True)
         tokens = torch.arange(packing.bounds[-1], device=bounds.device)
         document = torch.bucketize(tokens, bounds[1:], right=True)
         first = bounds[document] + (tokens - bounds[document]) // o.chunk_size * o.chunk_size
@@ -250,7 +250,7 @@ def _spans(packing: Packing, document: Tensor, o: Options) -> list[Span]:
     for span, documents in zip(packing.spans, packing.span_documents, strict=True):
         is_written = torch.zeros(len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
         is_written[documents] = True
-        spans.append(span._replace(decays=is_written.to(document.device)[document]))
+        spans.append(span._replace(decays=is_written.to(document.device, non_blocking=True)[document]))
     return spans
 
 

@@ -35,7 +35,8 @@ class Part(NamedTuple):
         first, row = lengths.cumsum(0) - lengths, torch.arange(self.rows, device="cpu").unsqueeze(1)
         owner = torch.repeat_interleave(lengths)
         place = (torch.arange(len(owner), device="cpu") - first[owner]) * len(lengths) + owner
-        return (first + torch.minimum(row, lengths - 1)).flatten().to(device), place.to(device)
+        taken = (first + torch.minimum(row, lengths - 1)).flatten()
+        return taken.to(device, non_blocking=True), place.to(device, non_blocking=True)
 
 
 class Packing(NamedTuple):

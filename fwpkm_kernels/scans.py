@@ -102,10 +102,15 @@ def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan,
     write(grad_values, vectors, weights, plan, how, decays=span.decays)
 
 
+def _that_are_read(x: Tensor, chunks: list[Chunk], batch: int, carried: int) -> Tensor:
+    """The rows of the positions that a chunk reads: only a first chunk that is written reads carried ones."""
+    return x if chunks and chunks[0].first < chunks[0].start else x[carried * batch :]
+
+
 def _by_read(x: Tensor, chunks: list[Chunk], batch: int, carried: int) -> Tensor:
-    """The rows x [positions·B, ...] of all positions, the carried ones first, in the order of the reads: [R, ...]."""
+    """The rows of the positions that are read, the carried ones first, in the order of the reads: [R, ...]."""
     if all(chunk.first == chunk.start for chunk in chunks):
-        return x[carried * batch :]  # carried positions are read by a chunk that is written, and by no other
+        return x
     return torch.cat([x[(chunk.first + carried) * batch : (chunk.stop + carried) * batch] for chunk in chunks])
 
 
@@ -129,6 +134,7 @@ def address_scan(
     """
     chunk_keys = keys.new_empty(0)
     if not o.keys_move:
+        queries = _that_are_read(queries, chunks, batch, carried)
         found = Addresses(*(_by_read(x, chunks, batch, carried) for x in lookup_halves(queries, keys, o.lookup)))
         return found, keys.clone(), keys.unsqueeze(0).clone() if keep else chunk_keys
     keeps_picks = o.keeps_picks(batch, keys.shape[2])
@@ -177,7 +183,7 @@ def address_scan_grad(
     """
     no_step = o.key_step._replace(weight=0.0, weight_decay=0.0)
     if not o.keys_move:
-        queries = _by_read(queries, chunks, batch, carried)
+        queries = _by_read(_that_are_read(queries, chunks, batch, carried), chunks, batch, carried)
         return address_grad(grad_keys, chunk_keys[0], queries, grad_scores, found.slots, found.picks, no_step)
     grad_queries = grad_keys.new_empty(len(found.scores), *queries.shape[1:])
     keeps_picks = o.keeps_picks(batch, grad_keys.shape[2])

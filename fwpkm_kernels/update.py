@@ -38,13 +38,13 @@ def write(
         return
     decay = 1.0 - o.lr * o.weight_decay
     if o.clip is None:  # multiply the smaller tensor by the step size
-        positions, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
+        _, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
     else:
-        positions, touched, totals = segment_totals(plan, errors, write_weights)
+        _, touched, totals = segment_totals(plan, errors, write_weights)
         steps = totals.clamp_(-o.clip, o.clip).mul_(-o.lr)
-    rows = values[touched] if log is not None or values.dtype != steps.dtype else None
-    if rows is not None and log is not None:
-        log[positions] = rows
+    if log is not None:  # every access its row, of which the first of a segment is read
+        torch.index_select(values, 0, plan.rows, out=log)
+    rows = values.index_select(0, touched) if values.dtype != steps.dtype else None
     if o.weight_decay != 0.0:
         factors: float | Tensor = decay
         if decays is not None:

@@ -43,9 +43,10 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from fwpkm_kernels import MemoryOutput, MemoryState, testing
+from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
 from tests.helpers.layer_judge import check_layer
+from tests.helpers.segments import in_segments
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
@@ -115,6 +116,8 @@ class Run:
             self.signature = self.signature._replace(inputs=())
         name = case.op.removesuffix("_step").removesuffix("update_") + "update" * case.op.endswith("update_")
         package = with_a_table if case.options.get("final") == "rows" else getattr(fwpkm_kernels, name)
+        if case.op == "fast_weight_memory" and case.actions:
+            package = in_segments([x for x in case.actions if isinstance(x, int)], package)
         self.package = functools.partial(package, **case.options, backend=backend)
         options = {key: value for key, value in case.options.items() if key not in HOW}
         self.reference = functools.partial(getattr(reference, name), **options)
@@ -255,14 +258,16 @@ class Run:
         return changed, options
 
 
-def with_a_table(**given: Any) -> MemoryOutput:
+def with_a_table(**given: Any) -> Any:
     """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
-    outputs = fwpkm_kernels.fast_weight_memory(**given)
+    result = fwpkm_kernels.fast_weight_memory(**given)
+    outputs, *carry = result if given.get("return_carry") else (result,)
     document, slot, value = outputs.values
     assert not document.any()
     assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
     used = slot >= 0
-    return outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
+    outputs = outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
+    return (outputs, *carry) if carry else outputs
 
 
 def as_tf32(x: Tensor) -> Tensor:

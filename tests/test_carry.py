@@ -206,14 +206,14 @@ def test_compiled_segments():
     counter = CompileCounterWithBackend("aot_eager")
 
     def segment(tokens: dict[str, Tensor], keys: Tensor, values: Tensor, carry: Carry) -> Any:
-        return fast_weight_memory(**tokens, keys=keys, values=values, carry=carry, return_carry=True, **SMALL)
+        return fast_weight_memory(**tokens, keys=keys, values=values, carry=carry, return_carry=True, chunk_size=20)
 
     compiled = torch.compile(segment, fullgraph=True, backend=counter, dynamic=True)
 
     def chained(function: Any) -> dict[str, Tensor]:
-        inputs = make_inputs(2, 50, dtype=torch.float32)
+        inputs = make_inputs(2, 204, 1, 8, 12, 7, dtype=torch.float32)  # no two sizes are the same
         leaves = leaves_of(inputs)
-        first, *rest = segments_of(leaves, [5, 4, 7, 6, 8, 5, 7, 8])
+        first, *rest = segments_of(leaves, [25, 30, 33, 27, 29, 31, 29])
         result, carry = segment(first, leaves["keys"], leaves["values"], None)
         outputs = [result.output]
         for tokens in rest:
@@ -223,7 +223,7 @@ def test_compiled_segments():
         return named(joined, gradients_of(joined, leaves))
 
     assert_close(chained(compiled), chained(segment), 1e-4)
-    assert counter.frame_count <= 4
+    assert counter.frame_count <= 3  # of six calls; offsets of views may agree by chance
 
 
 #: Lengths that a training call has read before a stream goes on.

@@ -22,6 +22,7 @@ from fwpkm_kernels import (
     MemoryGraph,
     MemoryState,
     fast_weight_memory_step,
+    fast_weight_memory_varlen,
     product_key_lookup,
     product_key_update,
     testing,
@@ -40,6 +41,8 @@ from tests.helpers.determinism import (
     whole_memory,
 )
 from tests.helpers.streaming import contents, make_state, stream, tokens_of
+from tests.helpers.varlen import make_packed
+from tests.helpers.varlen import run as run_packed
 
 
 def stream_steps(place: Place, **options: Any) -> Function:
@@ -59,6 +62,15 @@ def stream_steps(place: Place, **options: Any) -> Function:
     return call
 
 
+def packed_documents(place: Place, **options: Any) -> Function:
+    """Two that step together and have tails, beside one that only reads."""
+    factor = 100 if place.device == "cuda" else 1
+    lengths = [length * factor for length in (5, 3, 1)]
+    inputs = make_packed(lengths, heads=1, num_keys=4, dtype=torch.float32, device=place.device)
+    options |= {"chunk_size": 2 * factor, "top_k": 2, "backend": place.backend}
+    return lambda: run_packed(fast_weight_memory_varlen, inputs, **options)
+
+
 #: By name; those that the interpreter runs in `make test-all`.
 OPERATIONS: dict[str, Callable[[Place], Function]] = {
     "lookup": lambda place: of_keys(place, product_key_lookup),
@@ -73,10 +85,17 @@ OPERATIONS: dict[str, Callable[[Place], Function]] = {
     "stream": stream_steps,
     "stream, normalized": lambda place: stream_steps(place, step="normalized", clip=0.1, weight_decay=0.1),
     "memory": whole_memory,
+    "packed documents": packed_documents,
     "memory, drop": lambda place: whole_memory(place, boundary="drop", step="normalized", clip=0.1, weight_decay=0.1),
     "memory, all key gradients": lambda place: whole_memory(place, boundary="drop", key_gradient="all"),
 }
-SLOW = ("stream, normalized", "memory, drop", "memory, all key gradients", "key step, clip and decay")
+SLOW = (
+    "packed documents",
+    "stream, normalized",
+    "memory, drop",
+    "memory, all key gradients",
+    "key step, clip and decay",
+)
 ON_PLACES = pytest.mark.parametrize(
     "name, place",
     [

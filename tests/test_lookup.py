@@ -94,6 +94,17 @@ def test_near_keys(place):
     testing.assert_lookup_matches(scores, slots, *inputs, exact, precision="tf32x3")
 
 
+def test_scores_beside_a_sub_key(place):
+    """By the difference q - k: |q|² - 2 q·k + |k|² would have lost every digit of most distances."""
+    queries, keys = testing.make_lookup_inputs(8, 1, 40, 32, device=place.device)
+    queries[::2] = keys[0, :, :4].transpose(0, 1).flatten(1).unsqueeze(1) + 1e-4 * queries[::2]  # the others are far
+    options = {"top_k": 3, "eps": 1e-6}
+    scores, slots = product_key_lookup(queries, keys, backend=place.backend, **options)
+    exact, exact_slots = reference.product_key_lookup(*testing.as_float64((queries, keys)), **options)
+    testing.assert_bitwise_equal(slots, exact_slots, "slots")
+    torch.testing.assert_close(scores.double(), exact, rtol=3e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("score", ["idw", "dot"])
 @pytest.mark.parametrize(
     "shape, precision",

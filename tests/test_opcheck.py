@@ -214,6 +214,23 @@ def apply_samples(place: Place) -> Samples:
     yield "nothing", (table, slot[:0], slot[:0], rows[:0], place.backend)
 
 
+def read_samples(place: Place) -> Samples:
+    inputs = make_inputs(2, 5, dtype=torch.float32, device=place.device)
+    tensors, o = [inputs[name] for name in ("queries", "keys", "values")], Options(top_k=2, backend=place.backend)
+    yield "plain", (*tensors, torch.float32, *o)
+    yield "half precision", (tensors[0].bfloat16(), *tensors[1:], torch.float16, *o)
+    yield "no tokens", (tensors[0][:, :0], *tensors[1:], torch.float32, *o)
+
+
+def queue_samples(place: Place) -> Samples:
+    inputs = make_inputs(2, 4, mask="bool", dtype=torch.float32, device=place.device)
+    tensors = [inputs[name] for name in ("keys", "values", "queries", "targets")]
+    o = Options(chunk_size=4, top_k=2, backend=place.backend)
+    yield "carried", (*tensors, inputs["gates"], inputs["mask"], 1, *o)
+    yield "first chunk", (*tensors[:2], *(x[:, 1:] for x in tensors[2:]), None, None, 0, *o)
+    yield "no tokens", (*tensors[:2], *(x[:, :0] for x in tensors[2:]), None, None, 0, *o)
+
+
 def rollback_samples(place: Place) -> Samples:
     yield "some", (torch.tensor(7), 2, 4)
     yield "none", (torch.tensor(8), 0, 4)
@@ -254,19 +271,24 @@ def documents_samples(place: Place) -> Samples:
     mask = torch.ones(2, 7, device=place.device).tril(3)
     bounds = torch.tensor([0, 5, 5, 14])
     o = Options(chunk_size=3, top_k=2, backend=place.backend)
-    yield "masked", (*rows, inputs["gates"], mask, None, False, *o)
-    yield "packed", (*packed, None, None, bounds, True, *o)
-    yield "packed and padded", (*packed, None, mask.view(1, 14).bool(), bounds.int(), False, *o)
-    yield "goes on", (*of_each, inputs["gates"].view(1, 14), None, bounds, True, *o._replace(boundary="drop"))
-    yield "no tokens", (*(x[:, :0] for x in rows[:2]), *rows[2:], None, mask[:, :0], None, True, *o)
+    none = (None,) * 4
+    yield "masked", (*rows, inputs["gates"], *none, mask, None, False, *o)
+    yield "packed", (*packed, None, *none, None, bounds, True, *o)
+    yield "packed and padded", (*packed, None, *none, mask.view(1, 14).bool(), bounds.int(), False, *o)
+    gates = inputs["gates"].view(1, 14)
+    yield "goes on", (*of_each, gates, *none, None, bounds, True, *o._replace(boundary="drop"))
+    yield "no tokens", (*(x[:, :0] for x in rows[:2]), *rows[2:], None, *none, mask[:, :0], None, True, *o)
+    carried = make_inputs(3, 3, num_keys=8, dtype=torch.float32, device=place.device, seed=1)
+    carry = (*(carried[name] for name in ("queries", "targets", "gates")), torch.tensor([1, 4, 5], device=place.device))
+    yield "carried", (*of_each, gates, *carry, None, bounds, True, *o)
 
 
 def documents_grad_samples(place: Place) -> Samples:
     for name, arguments in documents_samples(place):
         results = OPS.fast_weight_memory_documents(*arguments)
         of_memory = [testing.random_cotangent(x) for x in results[3:]] or [None, None]
-        yield name, (testing.random_cotangent(results[0]), *of_memory, *arguments[:7], *arguments[8:])
-    yield "of the memory alone", (None, *of_memory, *arguments[:7], *arguments[8:])
+        yield name, (testing.random_cotangent(results[0]), *of_memory, *arguments[:11], *arguments[12:])
+    yield "of the memory alone", (None, *of_memory, *arguments[:11], *arguments[12:])
 
 
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
@@ -291,6 +313,8 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "fast_weight_memory_documents_backward": documents_grad_samples,
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
+    "fast_weight_memory_read": read_samples,
+    "fast_weight_memory_queue": queue_samples,
     "private_copy": copy_samples,
     "rollback": rollback_samples,
 }

@@ -23,6 +23,7 @@ from fwpkm_kernels.kernels import gather, segments, streaming, update
 from tests import judge
 from tests.conftest import HAS_GPU, PLACES
 from tests.helpers.pool import Pair
+from tests.helpers.varlen import make_packed
 from tests.sanitizer import KINDS, Fault, Sanitizer, full_name, sanitized
 from tests.strategies import OPERATIONS, Case, cases, make_tensors
 
@@ -95,6 +96,17 @@ def test_every_kernel():
     assert not seen.faults
     assert values.sum() == 20
     assert functions() - ran - seen.launched == set(), "launch it in EVERY_KERNEL"
+
+
+def test_packed_documents():
+    """Whose heads lie side by side in a key step; one of them has a tail, and keys of its own."""
+    inputs = make_packed((3, 2), heads=1, num_keys=3, key_width=2, dtype=torch.float32)
+    inputs["queries"].requires_grad_()
+    with sanitized(MARKS) as seen:
+        result = fwpkm_kernels.fast_weight_memory_varlen(**inputs, chunk_size=2, top_k=1, backend="triton")
+        (result.output.sum() + result.keys.square().sum()).backward()
+    assert not seen.faults
+    assert {"usage_kernel", "step_grad_kernel"} <= {name.split(".")[-1] for name in seen.launched}
 
 
 def serve() -> None:

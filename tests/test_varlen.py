@@ -5,11 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reference
 from fwpkm_kernels import Rows, fast_weight_memory_varlen, testing
 from fwpkm_kernels.compact import count_compact_rows
+from fwpkm_kernels.packing import MOST_LENGTHS
 from tests.conftest import PLACES
 from tests.helpers.memory import PLACES_SLOW, assert_close, assert_same_bits
 from tests.helpers.varlen import CHUNK, LENGTHS, bounds, make_packed, make_rows, run, tables_of
@@ -67,6 +70,14 @@ def test_documents_in_triton():
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
 def test_lengths_of_documents(lengths, boundary):
     check(make_packed(lengths, mask=None), PLACES[0], boundary=boundary)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_tails_that_are_filled_up(own):
+    """To one length, in chunks of more tokens than tails may have lengths."""
+    chunk = 2 * MOST_LENGTHS + 1
+    lengths = (chunk + 5, 4, 2 * chunk + 6, 0, chunk + 4, 1)
+    check(make_packed(lengths, own_keys=own), PLACES[0], chunk_size=chunk)
 
 
 @pytest.mark.parametrize("missing", ["gates", "mask"])
@@ -294,3 +305,39 @@ def test_cu_seqlens_may_be_int32():
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
     found, expected = (fast_weight_memory_varlen(**x, chunk_size=CHUNK, top_k=2) for x in (narrow, inputs))
     testing.assert_bitwise_equal(found.output, expected.output)
+
+
+@st.composite
+def cases(draw):
+    """Documents around a chunk's length, and options that change what is read, written or counted."""
+    chunk = draw(st.sampled_from([1, 2, 3, 4, 2 * MOST_LENGTHS + 1]))
+    length = st.sampled_from(sorted({0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk, 3 * chunk + 1}))
+    options = {
+        "chunk_size": chunk,
+        "top_k": draw(st.integers(1, 3)),
+        "lookahead": draw(st.integers(0, chunk)),
+        "boundary": draw(st.sampled_from(["carry", "drop"])),
+        "step": draw(st.sampled_from(["paper", "gradient", "normalized"])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "clip": draw(st.sampled_from([None, 0.05])),
+        "addressing_weight": draw(st.sampled_from([1.0, 0.0])),
+    }
+    how = {
+        "own_keys": draw(st.booleans()),
+        "heads": draw(st.integers(1, 2)),
+        "num_keys": draw(st.integers(3, 5)),
+        "gates": draw(st.booleans()),
+        "mask": draw(st.sampled_from([None, "bool", "real"])),
+        "seed": draw(st.integers(0, 9)),
+    }
+    lengths = draw(st.lists(length, min_size=1, max_size=5))
+    places = st.tuples(st.integers(0, len(lengths) - 1), st.integers(-1, how["num_keys"] ** 2 - 1))
+    used = draw(st.lists(places, max_size=4, unique_by=lambda place: place if place[1] >= 0 else object()))
+    return lengths, how, used, options
+
+
+@given(cases())
+def test_drawn_documents_are_those_of_the_loop(case):
+    lengths, how, places, options = case
+    inputs = make_packed(lengths, **how)
+    check(inputs, PLACES[0], make_rows(inputs, places) if places else None, **options)

@@ -172,7 +172,30 @@ def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, doc
                 f"`memory.{name}` must be {list(size)} for this layer and input, "
                 f"got {checks.shape(getattr(memory, name))}"
             )
+    if memory.carry is not None:
+        _check_carry(layer, memory.carry, documents)
     tail, size = memory.hidden_states, (documents.number, layer._conv_width - 1, layer.hidden_size)
     if layer.q_conv is not None and tail is not None and tail.shape != size:
         raise ValueError(f"`memory.hidden_states` must be {list(size)}, got {checks.shape(tail)}")
     return memory
+
+
+def _check_carry(layer: "FastWeightProductKeyMemory", carry: Carry, documents: Documents) -> None:
+    """Refuse the carry of other documents; that of a batch is checked by the memory."""
+    if not isinstance(carry, Carry):
+        raise TypeError(f"`memory.carry` must be a Carry, got {type(carry).__name__}")
+    if layer.scope == "batch":
+        return
+    o, count = layer.options, documents.number
+    window = (count, o.chunk_size - 1 + o.lookahead)
+    sizes = {"queries": (layer.heads, layer.key_dim), "targets": (layer.value_dim,), "gates": ()}
+    for name, size in sizes.items():
+        x, wanted = getattr(carry, name), (*window, *size)
+        if x is None and name == "gates":
+            continue
+        checks.check_tensor(f"memory.carry.{name}", x)
+        if x.shape != wanted:
+            raise ValueError(f"`memory.carry.{name}` must be {list(wanted)}, got {checks.shape(x)}")
+    checks.check_tensor("memory.carry.position", carry.position, 1, "[S]")
+    if carry.position.shape[0] != count:  # type: ignore[attr-defined]
+        raise ValueError(f"`memory.carry.position` must be [{count}], got {checks.shape(carry.position)}")  # type: ignore[arg-type]

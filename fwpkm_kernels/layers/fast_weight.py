@@ -327,8 +327,8 @@ class FastWeightProductKeyMemory(nn.Module):
             cu_seqlens: [S + 1], int32 or int64, non-decreasing from 0 to T: the borders of documents that are packed
                 into one row; then B = 1. `cu_seq_lens_q` is another name of it.
             cu_seqlens_cpu: the same on the CPU, which saves a copy that the host waits for.
-            memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable
-                and with an empty queue. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
+            memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable:
+                its segment goes on. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
             return_memory: whether to return a `LayerMemory` too; under scope="sequence" with a table for each document.
             return_gate_mean: whether to return the mean gate of all tokens too, 0-d and differentiable.
             kwargs: what models pass to all their layers; everything but `cu_seq_lens_q` is ignored.
@@ -417,17 +417,16 @@ class FastWeightProductKeyMemory(nn.Module):
             how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
                 how |= {"return_memory": return_memory, "options": self.options}
-                return memory_of_documents(queries, targets, keys, values, documents, **how)
+                result = memory_of_documents(queries, targets, keys, values, documents, **how)
+                if leaves_carry:
+                    return result, carry_documents(before, queries, targets, gates, documents, self.options)
+                return result
             how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
             # Rows are all that is wanted of the final table, unless it is returned, or every row of it moves.
             how["final"] = "table" if return_memory or why_no_rows(self.options) else "rows"
             return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
 
-        result, carry = self.table(run), None
-        if leaves_carry and self.scope == "batch":
-            result, carry = result
-        elif leaves_carry:
-            carry = carry_documents(before, queries, targets, gates, documents, self.options)
+        result, carry = self.table(run) if leaves_carry else (self.table(run), None)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
         is_again = not torch.compiler.is_compiling() and in_backward()
         if self.initial_memory == "persistent" and self.training and not is_again:

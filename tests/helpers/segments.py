@@ -17,17 +17,22 @@ def segments_of(tokens: dict[str, Tensor], lengths: Sequence[int]) -> list[dict[
     return [{name: x[i] for name, x in parts.items()} for i in range(len(lengths))]
 
 
-def in_segments(lengths: Sequence[int]) -> Callable[..., MemoryOutput]:
-    """`fast_weight_memory` of a sequence that is cut into segments of these lengths; what is left is a last one."""
+def in_segments(lengths: Sequence[int], memory: Callable[..., Any] = fast_weight_memory) -> Callable[..., MemoryOutput]:
+    """`fast_weight_memory` of a sequence that is cut into segments of these lengths; what is left is a last one.
+
+    In a shorter sequence the last segments are cut off.
+    """
 
     def call(keys: Tensor, values: Tensor, **given: Any) -> MemoryOutput:
         tokens = {name: given.pop(name) for name in BY_TOKEN if name in given}
-        cuts = [*lengths, tokens["queries"].shape[1] - sum(lengths)]
+        left, cuts = tokens["queries"].shape[1], []
+        for length in lengths:
+            cuts.append(min(length, left))
+            left -= cuts[-1]
+        cuts.append(left)
         results, carry = [], None
         for segment in segments_of(tokens, cuts):
-            result, carry = fast_weight_memory(
-                **segment, keys=keys, values=values, carry=carry, return_carry=True, **given
-            )
+            result, carry = memory(**segment, keys=keys, values=values, carry=carry, return_carry=True, **given)
             keys, values = result.keys, result.values
             results.append(result)
         output, slots, weights = (

@@ -1,0 +1,142 @@
+"""Segments of a layer in training: of any lengths they are one sequence, in values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory
+
+WIDTH = 7
+f64 = torch.float64
+
+
+def make_layer(**options) -> FastWeightProductKeyMemory:
+    torch.manual_seed(0)
+    options = {"num_keys": 6, "heads": 2, "top_k": 2, "key_dim": 6, "value_dim": 5, "chunk_size": 4} | options
+    return FastWeightProductKeyMemory(WIDTH, lookahead=2, dtype=f64, memory_dtype=f64, **options)
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(*size, WIDTH, generator=torch.Generator().manual_seed(1), dtype=f64)
+
+
+def in_segments(layer, parts) -> tuple[list[Tensor], LayerMemory]:
+    """Outputs and the last memory of calls, each of hidden states and what else it is given."""
+    memory, outputs = None, []
+    for x, how in parts:
+        output, memory = layer(x, memory=memory, return_memory=True, **how)
+        outputs.append(output)
+    return outputs, memory
+
+
+@pytest.mark.parametrize("cuts", [[3, 1, 6, 0, 3], [4, 9], [1] * 13], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "sequence", "query_conv": 3},
+        {"scope": "batch", "query_conv": 3},
+        {"scope": "sequence", "key_gradient": "all", "write_gate": False},
+        {"scope": "batch", "key_gradient": "all"},
+        {"scope": "sequence", "initial_memory": "frozen", "addressing_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_rows_in_segments(options, cuts):
+    layer = make_layer(**options)
+    x = draw(3, 13).requires_grad_()
+
+    def run(cuts) -> list[Tensor]:
+        outputs, memory = in_segments(layer, [(part, {}) for part in x.split(cuts, dim=1)])
+        output = torch.cat(outputs, dim=1)
+        loss = output.square().sum() + memory.values.sum() + memory.keys.square().sum()
+        return [output, memory.keys, memory.values, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+    for ours, theirs in zip(run(cuts), run([13]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+#: How many tokens each document has in each of three segments.
+LENGTHS = [(5, 0, 9), (4, 6, 1), (0, 3, 2)]
+
+
+@pytest.mark.parametrize("arrangements", [("packed", "left", "packed"), ("inside", "packed", "left")], ids=str)
+def test_documents_in_segments(arrangements):
+    """Packed or padded, each document goes on where its own last segment ended."""
+    layer = make_layer(query_conv=3)
+    documents = [x.clone().requires_grad_() for x in draw(3, 20).unbind()]
+    documents = [x[: sum(row[i] for row in LENGTHS)] for i, x in enumerate(documents)]
+    parts = list(zip(*(x.split([row[i] for row in LENGTHS]) for i, x in enumerate(documents)), strict=True))
+    outputs, memory, taken = [[] for _ in documents], None, torch.Generator().manual_seed(3)
+    for segment, arrangement in zip(parts, arrangements, strict=True):
+        lengths = [len(x) for x in segment]
+        if arrangement == "packed":
+            bounds = torch.tensor([0, *lengths]).cumsum(0)
+            output, memory = layer(torch.cat(segment)[None], cu_seqlens=bounds, memory=memory, return_memory=True)
+            found = output[0].split(lengths)
+        else:
+            size = max(lengths) + 2
+            mask = torch.zeros(3, size, dtype=torch.bool)
+            for row, count in enumerate(lengths):
+                places = (
+                    torch.randperm(size, generator=taken) if arrangement == "inside" else torch.arange(size).flip(0)
+                )
+                mask[row, places[:count]] = True
+            padded = torch.full((3, size, WIDTH), torch.nan, dtype=f64).index_put((mask,), torch.cat(segment))
+            output, memory = layer(padded, attention_mask=mask, memory=memory, return_memory=True)
+            found = output[mask].split(lengths)
+        for all_of, one in zip(outputs, found, strict=True):
+            all_of.append(one)
+    joined = [torch.cat(x) for x in outputs]
+    expected = [layer(x[None])[0] for x in documents]
+    assert memory.carry.position.tolist() == [len(x) for x in documents]
+    wanted = [*documents, *layer.parameters()]
+    gradients = (torch.autograd.grad(sum(x.square().sum() for x in y), wanted) for y in (joined, expected))
+    for ours, theirs in zip([*joined, *next(gradients)], [*expected, *next(gradients)], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_compiled_segments_with_padding():
+    """The operator of compiled code takes the carry too, with its gradients."""
+    layer, x = make_layer(), draw(2, 14).requires_grad_()
+    mask = torch.ones(2, 14)
+    mask[0, :3] = mask[1, 9:] = 0
+
+    def call(x: Tensor, mask: Tensor) -> Tensor:
+        first, memory = layer(x[:, :7], attention_mask=mask[:, :7], return_memory=True)
+        return torch.cat((first, layer(x[:, 7:], attention_mask=mask[:, 7:], memory=memory)), dim=1)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (call, compiled):
+        output = function(x, mask)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_detach_ends_gradients_and_no_carry_begins_a_chunk():
+    layer, x = make_layer(), draw(2, 9).requires_grad_()
+    _, memory = layer(x[:, :6], return_memory=True)
+    detached = layer(x[:, 6:], memory=memory.detach())
+    assert (torch.autograd.grad(detached.square().sum(), x)[0][:, :6] == 0).all()
+    begins = layer(x[:, 6:], memory=memory._replace(carry=None))
+    torch.testing.assert_close(begins[:, :2], detached[:, :2])  # both read the same memory until a chunk is full
+    assert not torch.allclose(begins[:, 2], detached[:, 2])
+    assert make_layer(boundary="drop")(x, return_memory=True)[1].carry is None
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"queries": torch.zeros(2, 3)}, ValueError, "`memory.carry.queries` must be"),
+        ({"gates": torch.zeros(1, 5)}, ValueError, "`memory.carry.gates` must be"),
+        ({"position": 3}, TypeError, "`memory.carry.position`"),
+        (None, TypeError, "`memory.carry` must be a Carry"),
+    ],
+)
+def test_a_carry_that_does_not_fit_is_named(change, error, message):
+    layer, x = make_layer(), draw(2, 9)
+    _, memory = layer(x, return_memory=True)
+    carry = tuple(memory.carry) if change is None else memory.carry._replace(**change)
+    with pytest.raises(error, match=message):
+        layer(x, memory=memory._replace(carry=carry))
