@@ -55,6 +55,7 @@ echo "the fuzzer ended with status $status"; seed=$((seed + 1)); [ $seed -lt 9 ]
 KERNEL_TESTS = [
     *(f"tests/test_{name}.py" for name in ("scans", "chunks", "lookup", "gather", "update", "key_step")),
     *(f"tests/test_{name}.py" for name in ("plan", "memory", "graphs", "streaming_kernels", "streaming")),
+    *(f"tests/test_{name}.py" for name in ("compact", "rows", "varlen", "pool", "pool_graph")),
     *(f"tests/test_{name}.py" for name in ("determinism", "launch_tables", "threads", "debug", "golden_chunk")),
     *(f"tests/test_{name}.py" for name in ("autograd", "compile", "checkpoint", "layers_documents")),
 ]

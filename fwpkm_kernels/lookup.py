@@ -250,6 +250,7 @@ def half_grad_torch(
         for block in pick_blocks(sub_keys, half):
             picked = sub_keys[block]
             vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
+            assert distances is not None
             factors = 2.0 * grad_halves[block].to(dtype) / distances
             if with_queries:
                 grad_queries[block] = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_().flatten(-2)

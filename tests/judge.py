@@ -43,7 +43,7 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from fwpkm_kernels import MemoryOutput, MemoryState, testing
+from fwpkm_kernels import MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
 from tests.helpers.layer_judge import check_layer
 from tests.helpers.segments import in_segments
