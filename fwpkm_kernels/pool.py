@@ -11,6 +11,7 @@ from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
 from .binding import Binding, check_binding, check_initial_memory, check_step_inputs
 from .options import Options
+from .reading import read_options
 from .records import Inputs, Tokens
 from .serving import Readers, read_tokens, write_chunks
 from .sessions import Session, SessionStore
@@ -110,6 +111,16 @@ class MemoryPool:
     def __repr__(self) -> str:
         free, capacity = self.num_free_rows, self.capacity
         return f"MemoryPool(sessions={len(self._sessions)}, capacity={capacity}, free={free}, device={self.device})"
+
+    @property
+    def keys(self) -> Tensor:
+        """The initial sub-keys, [H, 2, n, Dk/2], as they were given."""
+        return self._keys
+
+    @property
+    def values(self) -> Tensor:
+        """The initial table, [N, D], as it was given."""
+        return self._values
 
     @property
     def device(self) -> torch.device:
@@ -261,13 +272,13 @@ class MemoryPool:
         sessions: Sequence[int] | Tensor,
         queries: Tensor,
         *,
-        top_k: int = 8,
-        score: str = "idw",
-        eps: float = 1e-3,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
-        precision: str = "tf32x3",
-        backend: str = "auto",
+        top_k: int | None = None,
+        score: str | None = None,
+        eps: float | None = None,
+        weighting: str | None = None,
+        temperature: float | None = None,
+        precision: str | None = None,
+        backend: str | None = None,
     ) -> Tensor:
         """Read without writing: what the sessions' present keys and values give; neither queue nor position changes.
 
@@ -275,7 +286,7 @@ class MemoryPool:
             sessions: S ids; one may come several times.
             queries: [S, t, H, Dk].
 
-        The options are those of `fast_weight_memory_step`.
+        Of an option None is what is bound, or the default of `fast_weight_memory_step` where nothing is.
 
         Returns:
             output [S, t, D], in the dtype of the bound targets, or of `values` in a pool that is not bound.
@@ -285,12 +296,10 @@ class MemoryPool:
             RuntimeError: under a transform of torch.func, or in a backward pass.
         """
         refuse_transforms("MemoryPool.read", (queries,))
-        o = Options(
-            top_k=top_k, score=score, eps=eps, weighting=weighting, temperature=temperature, precision=precision,
-            backend=backend,
-        )  # fmt: skip
-        checks.check_tensor("queries", queries, 4, "[S, t, H, Dk]")
         binding = self._store.binding
+        how = {"top_k": top_k, "score": score, "eps": eps, "weighting": weighting, "temperature": temperature}
+        o = read_options(None if binding is None else binding.options, **how, precision=precision, backend=backend)
+        checks.check_tensor("queries", queries, 4, "[S, t, H, Dk]")
         dtype = self._values.dtype if binding is None else binding.targets_dtype
         output = torch.empty(*queries.shape[:2], self._values.shape[1], dtype=dtype, device=self.device)
         o = check_step_inputs(Inputs(queries, output, self._keys, self._values, None, None), o)

@@ -17,7 +17,9 @@ from fwpkm_kernels import (
     ChunkValueUpdate,
     FastWeightMemory,
     MemoryGraph,
+    MemoryPool,
     MemoryState,
+    PoolGraph,
     ProductKeyLookup,
     ProductKeyUpdate,
     Rows,
@@ -298,6 +300,45 @@ def step_cases() -> Cases:
     )
 
 
+def step_of_a_state_cases() -> Cases:
+    of_pools = {"sessions": [0, 1], "lengths": [8, 8]}
+    given = {f"{name} of a state": Case(TypeError, (name, "state"), {name: x}) for name, x in of_pools.items()}
+    return step_cases() | given
+
+
+def tokens_of_a_pool_cases() -> Cases:
+    drop = option_cases("boundary", ValueError, "value", "drop")
+    return token_cases() | drop | option_cases("weight_decay", ValueError, "value", 0.1)
+
+
+def step_of_a_pool_cases() -> Cases:
+    sessions = {"closed": [0, 7], "negative": [0, -1], "too few": [0], "twice": [1, 1]}
+    lengths = {"too long": [9, 0], "negative": [-1, 0], "too few": [3], "of too many": torch.tensor([1, 2, 3])}
+    return (
+        tokens_of_a_pool_cases()
+        | {f"sessions {name}": Case(ValueError, ("sessions",), {"sessions": x}) for name, x in sessions.items()}
+        | {f"lengths {name}": Case(ValueError, ("lengths",), {"lengths": x}) for name, x in lengths.items()}
+        | {"no sessions": Case(TypeError, ("sessions",), {"sessions": None}, "type")}
+        | {"sessions by name": Case(TypeError, ("sessions",), {"sessions": ["a", "b"]})}
+        | {"lengths of floats": Case(TypeError, ("lengths",), {"lengths": torch.ones(2)})}
+    )
+
+
+def pool_cases() -> Cases:
+    return {
+        **memory_cases(),
+        **{name: case for name, case in int_cases("capacity", -1, 2**31).items() if name != "capacity='2'"},
+        "capacity in no bytes": Case(ValueError, ("capacity",), {"capacity": "2 GB"}, "value"),
+        **option_cases("keep_past", TypeError, "type", 1, None, "yes"),
+    }
+
+
+def graph_of_a_pool_cases() -> Cases:
+    no_pools = {"a tensor": torch.ones(16, 3), "None": None}
+    given = {f"pool: {name}": Case(TypeError, ("pool",), {"pool": x}, "type") for name, x in no_pools.items()}
+    return tokens_of_a_pool_cases() | given
+
+
 def good_lookup() -> Arguments:
     return testing.make_lookup_inputs(5, 1, 9, 8)._asdict() | {"top_k": 3}
 
@@ -332,6 +373,27 @@ def good_step(read: int = 0) -> Arguments:
     if read:
         stream(state, inputs, [read], **OPTIONS)
     return {"state": state, **tokens_of(inputs, read, read + 8), **OPTIONS}
+
+
+def good_pool() -> Arguments:
+    return good_memory() | {"capacity": 10}
+
+
+def good_step_of_a_pool() -> Arguments:
+    inputs = make_inputs(2, 8, mask="real", dtype=torch.float32)
+    pool = MemoryPool(inputs["keys"], inputs["values"], capacity=100)
+    return {
+        "state": pool,
+        **tokens_of(inputs, 0, 8),
+        **OPTIONS,
+        "sessions": [pool.open(), pool.open()],
+        "lengths": [8, 3],
+    }
+
+
+def good_graph_of_a_pool() -> Arguments:
+    tokens = {name: x for name, x in good_step_of_a_pool().items() if name not in ("state", "sessions", "lengths")}
+    return {"pool": MemoryPool(**good_pool()), **tokens}
 
 
 def parameters_of_apply(function: type[torch.autograd.Function]) -> list[inspect.Parameter]:
@@ -371,16 +433,26 @@ TABLE: dict[str, tuple[Callable[[], Arguments], Cases, Callable[..., Any]]] = {
     "fast_weight_memory": (good_sequence, whole_cases(), fast_weight_memory),
     "fast_weight_memory_varlen": (good_varlen, varlen_cases(), fast_weight_memory_varlen),
     "FastWeightMemory": (good_sequence, whole_cases(), apply(FastWeightMemory)),
-    "fast_weight_memory_step": (good_step, step_cases(), fast_weight_memory_step),
+    "fast_weight_memory_step": (good_step, step_of_a_state_cases(), fast_weight_memory_step),
     "a later fast_weight_memory_step": (lambda: good_step(5), step_cases(), fast_weight_memory_step),
+    "fast_weight_memory_step of a pool": (good_step_of_a_pool, step_of_a_pool_cases(), fast_weight_memory_step),
     "MemoryState": (good_memory, memory_cases(), MemoryState),
     "MemoryGraph": (good_step, step_cases(), MemoryGraph),
+    "MemoryPool": (good_pool, pool_cases(), MemoryPool),
+    "PoolGraph": (good_graph_of_a_pool, graph_of_a_pool_cases(), PoolGraph),
 }
 
 
 def of(arguments: Arguments, name: str) -> Any:
-    """An argument; what a step is not given is the state's."""
-    return arguments[name] if name in arguments else getattr(arguments["state"], name)
+    """An argument; what a step is not given is the state's, or the pool's."""
+    return arguments[name] if name in arguments else getattr(arguments.get("state", arguments.get("pool")), name)
+
+
+def left(state: MemoryState | MemoryPool) -> dict[str, Tensor]:
+    """Copies of all that a state is, or that the sessions of a pool are."""
+    if isinstance(state, MemoryState):
+        return contents(state)
+    return {f"{one}.{name}": x for one in state.sessions for name, x in state.state_dict(one).items()}
 
 
 def shown(x: Any, shows: str) -> str:
@@ -395,7 +467,7 @@ def test_it_is_named_and_nothing_changes(function, name):
     case, good = cases[name], make()
     bad = good | {key: x(good) if callable(x) else x for key, x in case.changes.items()}
     state = good.get("state")
-    before = None if state is None else contents(state)
+    before = None if state is None else left(state)
     tensors = [x for x in (*good.values(), *bad.values()) if type(x) is Tensor and not x.is_meta and not x.is_nested]
     tensors = [x.detach() for x in tensors if x.layout == torch.strided and x.dtype != torch.float8_e5m2]
     with testing.assert_unchanged(tensors), pytest.raises(case.error) as caught:
@@ -407,10 +479,10 @@ def test_it_is_named_and_nothing_changes(function, name):
         assert case.shows == "" or shown(of(bad, argument), case.shows) in message, message
     assert all(words in message for words in case.says), message
     if state is not None:
-        assert_same_bits(contents(state), before)
+        assert_same_bits(left(state), before)
 
 
-@pytest.mark.parametrize("function", [name for name in TABLE if name != "MemoryGraph"])
+@pytest.mark.parametrize("function", [name for name in TABLE if name not in ("MemoryGraph", "PoolGraph")])
 def test_the_good_call_is_good(function):
     make, _, call = TABLE[function]
     call(**make())
@@ -443,8 +515,8 @@ def parameters_of(function: Any) -> set[str]:
 
 
 def test_every_argument_of_every_public_function_is_in_the_table():
-    functions = set(fwpkm_kernels.__all__) - {"Carry", "MemoryOutput", "Rows", "VarlenOutput"}  # records
-    assert functions == set(TABLE) - {"a later fast_weight_memory_step"}
+    functions = set(fwpkm_kernels.__all__) - {"Carry", "MemoryOutput", "PoolFullError", "Rows", "VarlenOutput"}
+    assert functions == set(TABLE) - {"a later fast_weight_memory_step", "fast_weight_memory_step of a pool"}
     for function in functions:
         _, cases, _ = TABLE[function]
         changed = {name for case in cases.values() for name in case.changes}

@@ -16,7 +16,7 @@ from fwpkm_kernels import (
     sparse_value_gather,
     testing,
 )
-from fwpkm_kernels.kernels import scans, segments, streaming, update
+from fwpkm_kernels.kernels import pool, scans, segments, streaming, update
 from fwpkm_kernels.kernels.compact import copy_rows
 from fwpkm_kernels.kernels.lookup import half_grad
 from fwpkm_kernels.options import Options
@@ -255,6 +255,44 @@ def test_far_tensors_of_a_streaming_step(name, dim, triton_place):
         carried = Queue(*(x.clone() for x in queue))
         streaming.enqueue(queries, gates, mask, carried, 1)
         return queue, output.contiguous(), carried
+
+    assert_far(call, near, name, dim)
+
+
+FAR_OF_A_POOL = [("initial", 0), ("initial", 1), ("queries", 0), ("queries", 3), ("targets", 0), ("targets", 2)]
+FAR_OF_A_POOL += [("gates", 0), ("mask", 1)]
+
+
+@pytest.mark.parametrize("name, dim", FAR_OF_A_POOL, ids=str)
+def test_far_tensors_of_a_pools_read(name, dim, triton_place):
+    """Tokens of two sessions on their way to the queues; some of their rows are their own."""
+    length, sessions, heads, width, picks, device = 2, 2, 2, 4, 2, triton_place.device
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"initial": (9, width), "queries": (length, sessions, heads, 6), "targets": (length, sessions, width)}
+    shapes |= {"gates": (length, sessions), "mask": (length, sessions)}
+    near = {key: torch.randn(*shape, generator=generator).to(device, HALF) for key, shape in shapes.items()}
+    buffer = torch.randn(5, width, generator=generator).to(device, HALF)
+    indices = (torch.arange(27, dtype=torch.int32) % 6 - 1).view(3, 9).to(device)
+    seats, places = torch.tensor([2, 0], device=device), torch.tensor([1, 0], device=device)
+    rows, all_picks = length * sessions, heads * picks
+    slots = testing.make_slots((rows, heads, picks), 9).to(device)
+    weights = torch.rand(rows, all_picks, generator=generator).to(device)
+    half_scores, sub_keys = make_picks(rows, heads, 3, picks, device=device)
+    found = Addresses(half_scores[:, :, 0], slots, half_scores, sub_keys)
+
+    def call(initial, queries, targets, gates, mask):
+        def empty(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(3, count, *shape, dtype=dtype, device=device)
+
+        of_tokens = (empty(4, heads, 6, dtype=HALF), empty(4), empty(4), empty(3, width, dtype=HALF), empty(3, width))
+        of_picks = (empty(3, heads, picks, dtype=torch.int64), empty(3, all_picks), empty(3, heads, 2, picks))
+        queue = Queue(*of_tokens, *of_picks, empty(3, heads, 2, picks, dtype=torch.int32))
+        output = torch.zeros_like(targets)
+        if name == "targets" and targets.stride(dim) > 2**29:
+            output = far(output, dim)
+        how = {"tokens": Tokens(queries, targets, gates, mask), "queue": queue, "places": places, "lookahead": 1}
+        pool.read_sessions(buffer, initial, indices, seats, found, weights, output, **how)
+        return queue, output.contiguous()
 
     assert_far(call, near, name, dim)
 
