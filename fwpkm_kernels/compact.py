@@ -124,9 +124,9 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     if not checks.use_triton(backend, grads):
         if grads.is_cuda:
             return sum_at(slot[used], grads[used], num_slots).to(dtype)
-        total = torch.zeros(num_slots, grads.shape[1], dtype=grads.dtype, device=grads.device)
-        rows = used.nonzero().flatten()
-        return total.index_add_(0, slot.index_select(0, rows), grads.index_select(0, rows)).to(dtype)
+        # Unused rows go to one more, since to leave them out would take a copy of all others.
+        total = torch.zeros(num_slots + 1, grads.shape[1], dtype=grads.dtype, device=grads.device)
+        return total.index_add_(0, torch.where(used, slot, num_slots), grads)[:-1].to(dtype)
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)

@@ -77,6 +77,22 @@ def take_top(bits, columns, COUNT, BLOCK_K: tl.constexpr):
     return best, best_columns, bits
 
 
+@triton.jit
+def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first TOP_K of `bits` and their `columns`, [BLOCK_R], largest first, the lower column among equals."""
+    offs_r = tl.arange(0, BLOCK_R)
+    bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
+    columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
+    if BLOCK_R > 64:  # a comparison of all with all would fill the registers
+        best, best_columns, _ = take_top(bits, columns, TOP_K, BLOCK_R)
+        return best, best_columns
+    is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]
+    is_before = is_larger | ((bits[None, :] == bits[:, None]) & (columns[None, :] < columns[:, None]))
+    rank = tl.sum(is_before.to(tl.int32), axis=1)  # [BLOCK_R]
+    source = tl.sum(tl.where(rank[:, None] == offs_r[None, :], offs_r[:, None], 0), axis=0)  # [BLOCK_R]
+    return tl.gather(bits, source, 0), tl.gather(columns, source, 0)
+
+
 def row_warps(block_d: int, dtype: torch.dtype) -> int:
     """Warps for a kernel whose tiles are whole rows of `dtype`: as many as keep 128 bits of a row for every lane."""
     lanes = 64 if torch.version.hip is not None else 32

@@ -22,6 +22,7 @@ from . import compute_dtype
 from ._common import (
     cdiv,
     from_ordered,
+    in_order,
     launch,
     lowest,
     next_power_of_2,
@@ -192,22 +193,6 @@ def half_topk_kernel(
         mask = mask_m[:, None] & (offs_k < TOP_K)[None, :]
         tl.store(candidate_ptr + at, best, mask=mask)
         tl.store(column_ptr + at, columns, mask=mask)
-
-
-@triton.jit
-def in_order(bits, columns, NUM_KEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The first TOP_K of `bits` and their `columns`, [BLOCK_R], largest first, the lower column among equals."""
-    offs_r = tl.arange(0, BLOCK_R)
-    bits = tl.where(offs_r < TOP_K, bits, lowest(bits))
-    columns = tl.where(offs_r < TOP_K, columns, NUM_KEYS + offs_r)
-    if BLOCK_R > 64:  # a comparison of all with all would fill the registers
-        best, best_columns, _ = take_top(bits, columns, TOP_K, BLOCK_R)
-        return best, best_columns
-    is_larger = bits[None, :] > bits[:, None]  # [BLOCK_R, BLOCK_R]
-    is_before = is_larger | ((bits[None, :] == bits[:, None]) & (columns[None, :] < columns[:, None]))
-    rank = tl.sum(is_before.to(tl.int32), axis=1)  # [BLOCK_R]
-    source = tl.sum(tl.where(rank[:, None] == offs_r[None, :], offs_r[:, None], 0), axis=0)  # [BLOCK_R]
-    return tl.gather(bits, source, 0), tl.gather(columns, source, 0)
 
 
 @triton.jit

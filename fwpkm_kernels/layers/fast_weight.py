@@ -57,9 +57,9 @@ class FastWeightProductKeyMemory(nn.Module):
     `module.to(dtype)` may cast Parameters, but it never rounds buffers, and the fast memory runs in `memory_dtype` or
     wider all the same. A float64 layer has a float64 memory. The output is in the dtype of the input.
 
-    **torch.compile.** Training compiles with fullgraph=True; with several documents its backward computes each
-    document's forward again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are validated in eager code,
-    and in compiled code under scope="sequence".
+    **torch.compile.** Training compiles with fullgraph=True; where documents are padded or have a `LayerMemory`, its
+    backward computes each one's forward again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are
+    validated in eager code, and in compiled code under scope="sequence".
 
     **Data parallelism.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch"
     the memory is of the rank's batch, so they do.
