@@ -216,7 +216,7 @@ class MemoryPool:
             raise ValueError(
                 f"`tokens` must be at most {most}, as many as the session has read in {what}, got {tokens}"
             )
-        one.position -= tokens
+        self._store.move(one, one.position - tokens)
         if past is not None and tokens > place:
             past.position, one.past = one.position, None
             self._store.drop(one)
