@@ -449,6 +449,9 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": (lambda p: p.pool.position(7), ValueError, r"`session` must be open, among \[0, 1\], got 7"),
     "no id": (lambda p: p.pool.fork("0"), TypeError, "`session` must be an int, got str"),
     "no sessions": (lambda p: step(p), TypeError, "`sessions` must be the ids of a pool's sessions, got NoneType"),
+    "one id": (lambda p: step(p, sessions=torch.tensor(0)), ValueError, "`sessions` must have 1 dimension"),
+    "float ids": (lambda p: step(p, sessions=torch.ones(2)), TypeError, "`sessions` must be int64 or int32"),
+    "one length": (lambda p: step(p, sessions=[0, 1], lengths=1), TypeError, "`lengths` must be a number for each"),
     "twice": (lambda p: step(p, sessions=[0, 0]), ValueError, r"`sessions` must name each session once, got \[0, 0\]"),
     "too few": (lambda p: step(p, sessions=[0]), ValueError, "`sessions` must name one for each row .* 2, got 1"),
     "lengths": (lambda p: step(p, sessions=[0, 1], lengths=[1, 3]), ValueError, r"from 0 to 2 .* got \[1, 3\]"),
@@ -511,7 +514,15 @@ def test_what_is_refused(name):
 
 @pytest.mark.parametrize(
     "capacity, error",
-    [(-1, ValueError), (1.5, TypeError), ("2 GB", ValueError), ("GiB", ValueError), (2**31, ValueError)],
+    [
+        (-1, ValueError),
+        (1.5, TypeError),
+        ("2 GB", ValueError),
+        ("-3 GiB", ValueError),
+        ("nan GiB", ValueError),
+        ("GiB", ValueError),
+        (2**31, ValueError),
+    ],
 )
 def test_capacities_that_are_none(capacity, error):
     with pytest.raises(error, match="`capacity` must be"):
