@@ -124,23 +124,20 @@ class Pages:
             references.index_add_(0, index.clamp(min=0).long(), (index != INITIAL).to(references.dtype), alpha=-1)
         return references, ((self.references > 0) & (references == 0)).sum()
 
-    def release(self, rows: Tensor) -> None:
-        """Count one index less of each of these rows, which are different; those that none names are free again."""
-        rows = rows.long()
+    def release_all(self, index: Tensor) -> None:
+        """Let an index [N] name no rows any more; those that none names are free then. This waits for a GPU."""
+        rows = index[index != INITIAL].long()
         self.references[rows] -= 1
         freed = rows[self.references[rows] == 0]
         self._free[self.num_free : self.num_free + len(freed)] = freed.to(torch.int32)
         self.num_free += len(freed)
-
-    def release_all(self, index: Tensor) -> None:
-        """Let an index [N] name no rows any more."""
-        self.release(index[index != INITIAL])
         index.fill_(INITIAL)
 
     def own(self, index: Tensor, slots: Tensor, num_shared: int, initial: Tensor, backend: str) -> None:
         """Give an index rows of its own at these slots, with the values that it reads there now.
 
-        `num_shared` is how many of them it shares by now, since it is known; nothing waits for it.
+        `num_shared` is how many of them it shares by now. It is known, and no shared row can be free afterwards, since
+        others name it: so nothing here waits for a GPU.
         """
         if len(slots) == 0:
             return
@@ -153,7 +150,8 @@ class Pages:
             put_rows(self.buffer, torch.where(rows < 0, -1, taken.long()), copied, backend)
         index[slots] = taken
         if num_shared > 0:
-            self.release(old[old != INITIAL])
+            is_shared = (old != INITIAL).to(self.references.dtype)
+            self.references.index_add_(0, old.clamp(min=0), is_shared, alpha=-1)
 
     def look_up(self, slots: Tensor, rows: Tensor, initial: Tensor) -> Tensor:
         """The values [A, D] of slots [A] whose index says `rows` [A]: of the buffer, or of the initial table."""
