@@ -19,8 +19,9 @@ from .records import Addresses, Plan
 
 # Half scores, or gathered rows, that the PyTorch path holds at a time, in elements: 64 MiB of float32.
 BLOCK_ELEMENTS = 2**24
-# Picked sub-keys that it holds at a time, in elements: 8 MiB, which the allocator keeps from one block to the next.
-_PICK_ELEMENTS = 2**21
+# Picked rows that it holds at a time, in elements: 2 MiB, which the allocator keeps from one block to the next, so that
+# the system need not map and clear their pages again.
+_PICK_ELEMENTS = 2**19
 
 # Up to so many columns are sorted in the time in which torch.topk finds the best ones and equals are looked for.
 _FEW_COLUMNS = 32
@@ -169,6 +170,11 @@ def half_differences(
     """
     if score == "dot":
         return queries.unflatten(-1, (2, 1, keys.shape[1])).expand(*sub_keys.shape, -1), None
+    return _differences_and_distances(queries, keys, sub_keys, eps)
+
+
+def _differences_and_distances(queries: Tensor, keys: Tensor, sub_keys: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`half_differences` under "idw"."""
     vectors = _differences(queries.unflatten(-1, (2, keys.shape[1])), keys, sub_keys)
     return vectors, torch.linalg.vector_norm(vectors, dim=-1).square_().add_(eps)
 
@@ -187,9 +193,11 @@ def _exact_distances(queries: Tensor, keys: Tensor, sub_keys: Tensor) -> Tensor:
     return distances.square_()
 
 
-def pick_blocks(picks: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the rows of `picks` [M, ...] for which the picked rows, of `width`, may be held at a time."""
-    return row_blocks(picks.shape[0], picks.shape[1:].numel() * width, _PICK_ELEMENTS)
+def pick_blocks(picks: Tensor, width: int, times: int = 1) -> Iterator[slice]:
+    """Slices of the rows of `picks` [M, ...] for which the picked rows, of `width`, may be held at a time, or
+    `times` as many.
+    """
+    return row_blocks(picks.shape[0], picks.shape[1:].numel() * width, times * _PICK_ELEMENTS)
 
 
 def pick_rows(table: Tensor, rows: Tensor) -> Tensor:
@@ -247,10 +255,10 @@ def half_grad_torch(
             halves = queries.to(dtype).reshape(-1, half)  # the same for all picks
             add_keys(plan or plan_segments(sub_keys, table.shape[0]), halves, factors)
     else:
-        for block in pick_blocks(sub_keys, half):
+        # A key step comes with the plan of all picks: to sort each block anew would cost it more than a longer block.
+        for block in pick_blocks(sub_keys, half, 1 if with_queries else 8):
             picked = sub_keys[block]
-            vectors, distances = half_differences(queries[block].to(dtype), table, picked, score, eps)
-            assert distances is not None
+            vectors, distances = _differences_and_distances(queries[block].to(dtype), table, picked, eps)
             factors = 2.0 * grad_halves[block].to(dtype) / distances
             if with_queries:
                 grad_queries[block] = torch.einsum("mhak,mhakd->mhad", factors, vectors).neg_().flatten(-2)

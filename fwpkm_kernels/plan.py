@@ -135,13 +135,13 @@ def _sum_bags(plan: Plan, vectors: Tensor, coefficients: Tensor, first: Tensor) 
     """Σ coefficients[a]·vectors[a // PER_VECTOR] over the sorted accesses from first[i] up to first[i + 1]: [I, D]."""
     if first.numel() == 0 or vectors.shape[1] == 0:
         return vectors.new_empty(first.numel(), vectors.shape[1])
-    order = plan.order
+    per_vector = plan.order.numel() // vectors.shape[0]
     return F.embedding_bag(
-        order // (order.numel() // vectors.shape[0]),
+        plan.order // per_vector,
         vectors.contiguous(),
-        first.to(order.dtype),
+        first.to(plan.order.dtype),
         mode="sum",
-        per_sample_weights=coefficients.reshape(-1)[order],
+        per_sample_weights=coefficients.reshape(-1)[plan.order],
     )
 
 

@@ -56,7 +56,7 @@ def test_rows_in_segments(options, cuts):
 
 
 #: How many tokens each document has in each of three segments.
-LENGTHS = [(5, 0, 9), (4, 6, 1), (0, 3, 2)]
+LENGTHS = [(5, 0, 9), (4, 6, 1), (0, 3, 6)]
 
 
 @pytest.mark.parametrize("arrangements", [("packed", "left", "packed"), ("inside", "packed", "left")], ids=str)

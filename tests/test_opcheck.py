@@ -144,6 +144,7 @@ def memory_samples(place: Place) -> Samples:
         yield f"transposed, keeping {keep}", memory_arguments(place, 7, keep, "transposed", weight_decay=0.1)
         yield f"no tokens, keeping {keep}", memory_arguments(place, 0, keep)
         yield f"rows, keeping {keep}", memory_arguments(place, 4, keep, as_rows=True)
+        yield f"rows with a carry, keeping {keep}", memory_arguments(place, 3, keep, carried=1, as_rows=True)
         yield f"rows of no tokens, keeping {keep}", memory_arguments(place, 0, keep, as_rows=True)
     for length in (9, 3):
         for options in ({}, {"addressing_weight": 0.0}, {"key_gradient": "all"}):

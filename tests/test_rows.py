@@ -70,6 +70,20 @@ def test_rows_are_the_rows_of_the_table(case, boundary, place):
         assert_same_bits(other, table)
 
 
+def test_segments_leave_the_rows_of_the_table(place):
+    """The second of two segments, which writes what the first one has carried over."""
+    inputs = make_inputs(2, 11, mask="bool", dtype=torch.float32, device=place.device)
+    options = {"chunk_size": 3, "top_k": 2, "backend": place.backend}
+    first, second = ({name: x if name in ("keys", "values") else x[:, part] for name, x in inputs.items()}
+                     for part in (slice(5), slice(5, None)))  # fmt: skip
+    before, carry = fast_weight_memory(**first, **options, return_carry=True)
+    second |= {"keys": before.keys, "values": before.values}
+    table = fast_weight_memory(**second, **options, carry=carry)
+    rows = fast_weight_memory(**second, **options, carry=carry, final="rows")
+    rows = rows._replace(values=expanded(before.values, rows.values))
+    assert_same_bits(rows._asdict(), table._asdict())
+
+
 def test_which_rows_there_are(place):
     """Those that are read, re-reads too, in ascending order; unused places stand last."""
     inputs = make_inputs(2, 7, num_keys=30, device=place.device)
