@@ -143,7 +143,7 @@ FAULTS = [
     ),
     Fault(
         "winners-in-the-order-of-candidates",
-        "kernels/lookup.py",
+        "kernels/_common.py",
         "(columns[None, :] < columns[:, None])",
         "(columns[None, :] > columns[:, None])",
         "of winners with equal scores the higher sub-key comes first",

@@ -1,6 +1,5 @@
 """Shared by all kernel files: order-preserving integers for top-k, and launches on the device of a tensor."""
 
-import functools
 import math
 from typing import Any
 
@@ -127,7 +126,6 @@ def wait_for_inputs(PDL: tl.constexpr):
 FEW_WARPS = 132 * 32
 
 
-@functools.cache
 def has_pdl(device: int) -> bool:
     """Whether a GPU can start a launch before those that it depends on have ended: sm_90 and newer."""
     is_nvidia = torch.version.hip is None and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
