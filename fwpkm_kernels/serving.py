@@ -113,13 +113,14 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     """
     closings = [_plan(store, one, keep_past, o) for one in ones]
     counts = torch.stack([closing.missing.counts for closing in closings]).tolist()  # the one wait for a GPU
-    pasts = [one.past for one in ones if keep_past and one.past is not None]
+    pasts = [one.past for one in ones if one.past is not None]
     freed = sum(store.count_rows(past, own=True) for past in pasts)
     store.check_room(sum(missing for missing, _ in counts) - freed, f"writing {len(ones)} full chunks")
+    for past in pasts:  # before any row is taken, since their rows were counted as free
+        store.drop(past)
+    for one in ones:
+        one.past = None
     for one, closing, (missing, shared) in zip(ones, closings, counts, strict=True):
-        if one.past is not None:
-            store.drop(one.past)
-            one.past = None
         if keep_past:
             one.past = store.copy(one)
         if one.keys == 0 and (o.keys_move or o.key_gradient == "all"):

@@ -275,6 +275,30 @@ def test_how_many_rows_are_missing():
     assert exact.pool.num_free_rows == 0
 
 
+def run_with_pasts(capacity: int) -> tuple[MemoryPool, list[int]]:
+    """A session without a past writes many rows, together with one that writes few and whose past had many."""
+    pair = Pair(CPU, heads=3, keep_past=True, capacity=capacity, addressing_weight=0.0, lookahead=0)
+    old, new = pair.open(), pair.open()
+    used = []
+    for sessions in ([old], [old], [new, old]):
+        pair.drawn = len(sessions)  # so that the second call writes what the first one has written
+        tokens = pair.tokens(len(sessions), 4)
+        tokens["queries"][1:] = tokens["queries"][1:, :1]  # all to the same slots
+        fast_weight_memory_step(pair.pool, **tokens, sessions=sessions, **pair.options)
+        used.append(pair.pool.capacity - pair.pool.num_free_rows)
+        assert used[-1] == pair.count_rows()
+    return pair.pool, used
+
+
+def test_a_past_that_is_dropped_makes_room_for_others():
+    wide, used = run_with_pasts(400)
+    tight, again = run_with_pasts(max(used))
+    assert again == used
+    for session in wide.sessions:
+        for name, x in wide.state_dict(session).items():
+            testing.assert_bitwise_equal(tight.state_dict(session)[name], x, name)
+
+
 def test_a_fork_takes_rows_only_for_what_it_writes():
     pair = Pair(CPU)
     session = pair.open()
@@ -459,3 +483,21 @@ def test_strides_of_the_initial_memory(layout, place):
     for one in (pair, plain):
         one.open()
     testing.assert_bitwise_equal(pair.step([0], 11), plain.step([0], 11))
+
+
+@pytest.mark.slow
+def test_a_session_at_the_papers_size():
+    """4 096 tokens take at most 70 MiB, and 16 sessions at most what two states take."""
+    n, width, mebi = 512, 512, 2**20
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.rand(1, 2, n, width // 2, generator=generator) * 2 - 1
+    values = torch.randn(n * n, width, generator=generator)
+    pool, state = MemoryPool(keys, values, capacity="80 MiB"), MemoryState(keys, values)
+    session = pool.open()
+    for _ in range(8):
+        queries, targets = (torch.randn(1, 512, *shape, generator=generator) for shape in ((1, width), (width,)))
+        fast_weight_memory_step(pool, queries, targets, sessions=[session])
+    assert pool.position(session) == 4096
+    assert pool.num_bytes(session) <= 70 * mebi
+    fast_weight_memory_step(state, queries[:, :0], targets[:, :0])
+    assert 16 * pool.num_bytes(session) <= 2 * sum(x.nbytes for x in state.named_tensors().values())
