@@ -304,14 +304,17 @@ class PoolGraph:
     def _capture(self) -> None:
         """Capture the reads of the tensors that the pool has now; a seat of its own is there for the warm-up alone."""
         pool = self._pool
+        self._captured: list[int] = []  # until the capture has succeeded: the next call then captures again
         spare = pool.open()
-        self._readers = Readers.of([pool._sessions[spare]] * self._output.shape[1], pool._store)._replace(
-            shared_keys=None
-        )
-        self._captured = self._tensors()
-        with torch.cuda.device(_index(pool.device)):
-            self._graph = capture(self._run, self._run)
-        pool.close(spare)
+        try:
+            self._readers = Readers.of([pool._sessions[spare]] * self._output.shape[1], pool._store)._replace(
+                shared_keys=None
+            )
+            with torch.cuda.device(_index(pool.device)):
+                self._graph = capture(self._run, self._run)
+            self._captured = self._tensors()
+        finally:
+            pool.close(spare)
 
     def _tensors(self) -> list[int]:
         """Where the pool's tensors lie."""
@@ -374,7 +377,8 @@ class PoolGraph:
                 raise ValueError(
                     f"`sessions` must have {length} tokens left in their chunks, got position {one.position}"
                 )
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(_index(pool.device)):
+        without_autocast = torch.autocast(pool.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), without_autocast, torch.cuda.device(_index(pool.device)):
             if self._tensors() != self._captured:
                 self._capture()
             for static, x in zip(self._tokens, (queries, targets, gates, mask), strict=True):

@@ -66,18 +66,23 @@ class Shelf:
 class Missing:
     """Which rows of a chunk's plan a session must get before it may write them: counted without waiting for a GPU.
 
-    Those are the ones that it has never written, and those that it shares; with `keep_past`, all.
+    Those are the ones that it has never written, and those that it shares; with `keep_past`, all. `references` says how
+    many indices will name each row when the chunk is written. Without `keep_past` the session lets the shared rows go
+    then, so they are counted off for the chunks that are written after it.
     """
 
-    def __init__(self, pages: "Pages", index: Tensor, plan: Plan, keep_past: bool) -> None:
+    def __init__(self, references: Tensor, index: Tensor, plan: Plan, keep_past: bool) -> None:
         self._rows, positions = plan.rows, torch.arange(len(plan.start), device=plan.start.device)
         rows = index[plan.rows.long()]
         is_written = rows != INITIAL
-        is_shared = is_written if keep_past else is_written & (pages.references[rows.clamp(min=0).long()] > 1)
+        is_shared = is_written if keep_past else is_written & (references[rows.clamp(min=0).long()] > 1)
         is_first = positions == plan.start  # of its row
         self._is_missing = is_first & (is_shared | ~is_written)
         #: int64 [2]: how many rows are missing, and how many of these are shared.
         self.counts = torch.stack((self._is_missing.sum(), (is_first & is_shared).sum()))
+        if not keep_past:
+            let_go = (is_first & is_shared).to(references.dtype)
+            references.index_add_(0, rows.clamp(min=0).long(), let_go, alpha=-1)
 
     def slots(self, count: int) -> Tensor:
         """The slots whose rows are missing, int64 [count]; `count` is known, so nothing waits for it."""
@@ -96,7 +101,9 @@ class Pages:
         self.num_free = capacity
 
     def take(self, count: int) -> Tensor:
-        """Rows that were free, int32 [count], each with one reference."""
+        """Rows that were free, int32 [count], each with one reference; the caller has seen that there are as many."""
+        if count > self.num_free:
+            raise RuntimeError(f"`count` must be at most the {self.num_free} rows that are free, got {count}")
         self.num_free -= count
         taken = self._free[self.num_free : self.num_free + count].clone()
         self.references[taken.long()] = 1
@@ -107,23 +114,30 @@ class Pages:
         rows = index[index != INITIAL].long()
         self.references[rows] += 1
 
-    def release(self, rows: Tensor) -> None:
-        """Count one index less of each of these rows, which are different; those that none names are free again."""
-        rows = rows.long()
+    def without(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """How many indices name each row when these [N] no longer do, int32, and how many rows are free by that, [].
+
+        Both are known without waiting for a GPU.
+        """
+        references = self.references.clone()
+        for index in indices:
+            references.index_add_(0, index.clamp(min=0).long(), (index != INITIAL).to(references.dtype), alpha=-1)
+        return references, ((self.references > 0) & (references == 0)).sum()
+
+    def release_all(self, index: Tensor) -> None:
+        """Let an index [N] name no rows any more; those that none names are free then. This waits for a GPU."""
+        rows = index[index != INITIAL].long()
         self.references[rows] -= 1
         freed = rows[self.references[rows] == 0]
         self._free[self.num_free : self.num_free + len(freed)] = freed.to(torch.int32)
         self.num_free += len(freed)
-
-    def release_all(self, index: Tensor) -> None:
-        """Let an index [N] name no rows any more."""
-        self.release(index[index != INITIAL])
         index.fill_(INITIAL)
 
     def own(self, index: Tensor, slots: Tensor, num_shared: int, initial: Tensor, backend: str) -> None:
         """Give an index rows of its own at these slots, with the values that it reads there now.
 
-        `num_shared` is how many of them it shares by now, since it is known; nothing waits for it.
+        `num_shared` is how many of them it shares by now. It is known, and no shared row can be free afterwards, since
+        others name it: so nothing here waits for a GPU.
         """
         if len(slots) == 0:
             return
@@ -136,7 +150,8 @@ class Pages:
             put_rows(self.buffer, torch.where(rows < 0, -1, taken.long()), copied, backend)
         index[slots] = taken
         if num_shared > 0:
-            self.release(old[old != INITIAL])
+            is_shared = (old != INITIAL).to(self.references.dtype)
+            self.references.index_add_(0, old.clamp(min=0), is_shared, alpha=-1)
 
     def look_up(self, slots: Tensor, rows: Tensor, initial: Tensor) -> Tensor:
         """The values [A, D] of slots [A] whose index says `rows` [A]: of the buffer, or of the initial table."""

@@ -41,11 +41,14 @@ def _count_rows(capacity: object, row_bytes: int) -> int:
         return checks.check_int("capacity", capacity, minimum=0)
     number, unit = capacity.strip()[:-3], capacity.strip()[-3:]
     try:
-        size = float(number) * _UNITS[unit]
-        return max(0, int(size)) // max(1, row_bytes)
+        size = int(float(number) * _UNITS[unit])
+        if size < 0:
+            raise ValueError
+        return size // max(1, row_bytes)
     except (KeyError, ValueError, OverflowError):
         raise ValueError(
-            f"`capacity` must be a number of rows, or bytes as '2 GiB' (KiB, MiB, GiB, TiB), got {capacity!r}"
+            f"`capacity` must be a number of rows, or bytes as '2 GiB' (KiB, MiB, GiB, TiB) and not negative, "
+            f"got {capacity!r}"
         ) from None
 
 
@@ -59,6 +62,8 @@ def _check_lengths(lengths: Sequence[int] | Tensor | None, sessions: int, length
         if not lengths.is_cpu:
             raise ValueError(f"`lengths` must be on the CPU, got {lengths.device}")
         lengths = lengths.tolist()
+    elif not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"`lengths` must be a number for each session, got {type(lengths).__name__}")
     counts = [checks.check_int("lengths", count, minimum=0) for count in lengths]
     if len(counts) != sessions or max(counts, default=0) > length:
         raise ValueError(
@@ -217,7 +222,7 @@ class MemoryPool:
             raise ValueError(
                 f"`tokens` must be at most {most}, as many as the session has read in {what}, got {tokens}"
             )
-        one.position -= tokens
+        self._store.move(one, one.position - tokens)
         if past is not None and tokens > place:
             past.position, one.past = one.position, None
             self._store.drop(one)
@@ -411,6 +416,9 @@ class MemoryPool:
         """The sessions of a call with `count` rows."""
         if not isinstance(sessions, Tensor | Sequence) or isinstance(sessions, str):
             raise TypeError(f"`sessions` must be the ids of a pool's sessions, got {type(sessions).__name__}")
+        if isinstance(sessions, Tensor):
+            checks.check_tensor("sessions", sessions, 1, "[S]")
+            checks.check_slots("sessions", sessions)
         ids = sessions.tolist() if isinstance(sessions, Tensor) else list(sessions)
         ones = [self._present(session, "sessions") for session in ids]
         if len(ones) != count:

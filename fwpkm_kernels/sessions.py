@@ -114,13 +114,23 @@ class SessionStore:
             if one.keys:
                 self.keys.give(one.keys)
 
-    def count_rows(self, one: Session, *, own: bool = False) -> int:
-        """How many rows a session holds, or holds alone; its past is another holder. This waits for a GPU."""
-        if one.stored is not None:
-            return 0
-        index = self.indices[one.seat]
-        rows = index[index != INITIAL].long()
-        return int((self.pages.references[rows] == 1).sum()) if own else len(rows)
+    def move(self, one: Session, position: int) -> None:
+        """Take a session back to a position in its present chunk; an evicted one is saved again as it is there."""
+        one.position = position
+        if one.stored is not None and self.binding is not None and "binding" in one.stored:
+            queue = Queue(*(one.stored[f"queue.{name}"] for name in Queue._fields))
+            tensors = {name: one.stored[name] for name in ("slots", "rows", "keys")}
+            tensors["position"] = torch.tensor(position, dtype=torch.int64, device="cpu")
+            one.stored = saved_memory(tensors, self.binding, queue)
+
+    def count_rows(self, one: Session) -> int:
+        """How many rows a session holds, its past not included. This waits for a GPU."""
+        return 0 if one.stored is not None else int((self.indices[one.seat] != INITIAL).sum())
+
+    def _count_own(self, one: Session) -> int:
+        """How many rows are free when a session and its past are dropped. This waits for a GPU."""
+        held = [x for x in (one, one.past) if x is not None and x.stored is None]
+        return int(self.pages.without([self.indices[x.seat] for x in held])[1])
 
     def check_room(self, wanted: int, what: str) -> None:
         """Raise PoolFullError unless there are so many free rows."""
@@ -156,7 +166,7 @@ class SessionStore:
         checks.check_slot_range("state_dict['slots']", on_host, len(self.initial))
         if len(on_host.unique()) < count:
             raise ValueError("`state_dict` must name each slot once in 'slots'")
-        self.check_room(count - self.count_rows(replaced, own=True), "the saved session")
+        self.check_room(count - self._count_own(replaced), "the saved session")
         self.drop(replaced)
         if binding is not None and self.binding is None:
             self.bind(binding)

@@ -375,10 +375,13 @@ def fast_weight_memory_step(
 
     A token is looked up and read when it comes; only the `lookahead` tokens that are carried from one chunk into the
     next are read again. When the last token of a chunk has been read, the chunk is written, with the options of that
-    call. A step never waits for the GPU, and is one operator that mutates the state. torch.compile(fullgraph=True)
-    compiles it once for all numbers of tokens if their dimension is marked (torch._dynamo.mark_dynamic), once more for
-    a single token, and once more if its first call binds; numbers among the options are constants to it, as in
-    `fast_weight_memory`. `MemoryGraph` captures steps as CUDA graphs.
+    call. A step of a state never waits for the GPU, and is one operator that mutates the state.
+    torch.compile(fullgraph=True) compiles it once for all numbers of tokens if their dimension is marked
+    (torch._dynamo.mark_dynamic), once more for a single token, and once more if its first call binds; numbers among the
+    options are constants to it, as in `fast_weight_memory`. `MemoryGraph` captures steps as CUDA graphs.
+
+    A step of a pool is no operator: compiled code breaks its graph there, and fullgraph=True refuses it. It waits for
+    the GPU only where chunks are full, whose rows the host must count. `PoolGraph` captures what comes before that.
 
     Args:
         state: the memory; its first step binds batch size, dtypes and all options but lr, weight_decay, clip and

@@ -275,28 +275,113 @@ def test_how_many_rows_are_missing():
     assert exact.pool.num_free_rows == 0
 
 
-def run_with_pasts(capacity: int) -> tuple[MemoryPool, list[int]]:
-    """A session without a past writes many rows, together with one that writes few and whose past had many."""
+def run_with_pasts(capacity: int, others: int, keep_past: bool, turned: bool) -> tuple[MemoryPool, list[int]]:
+    """A session without a past writes many rows, together with one that writes few and whose past had many.
+
+    The latter is there with so many forks; the last call writes pasts or not.
+    """
     pair = Pair(CPU, heads=3, keep_past=True, capacity=capacity, addressing_weight=0.0, lookahead=0)
     old, new = pair.open(), pair.open()
     used = []
-    for sessions in ([old], [old], [new, old]):
+    for turn in range(3):
+        sessions = [old]
+        if turn == 2:
+            sessions = [new, old, *(pair.pool.fork(old) for _ in range(others))]
+            sessions = sessions[::-1] if turned else sessions
+            pair.pool.keep_past = keep_past
         pair.drawn = len(sessions)  # so that the second call writes what the first one has written
         tokens = pair.tokens(len(sessions), 4)
-        tokens["queries"][1:] = tokens["queries"][1:, :1]  # all to the same slots
+        few = [row for row, session in enumerate(sessions) if session != new]
+        if turn == 2:
+            tokens["queries"][few] = tokens["queries"][few, :1]  # all to the same slots
         fast_weight_memory_step(pair.pool, **tokens, sessions=sessions, **pair.options)
         used.append(pair.pool.capacity - pair.pool.num_free_rows)
         assert used[-1] == pair.count_rows()
     return pair.pool, used
 
 
-def test_a_past_that_is_dropped_makes_room_for_others():
-    wide, used = run_with_pasts(400)
-    tight, again = run_with_pasts(max(used))
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("keep_past", [False, True])
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_room_is_counted_exactly(others, keep_past, turned):
+    """With pasts that make room for others, and with forks, of which the last one keeps the rows that they shared."""
+    wide, used = run_with_pasts(400, others, keep_past, turned)
+    tight, again = run_with_pasts(max(used), others, keep_past, turned)
     assert again == used
     for session in wide.sessions:
         for name, x in wide.state_dict(session).items():
             testing.assert_bitwise_equal(tight.state_dict(session)[name], x, name)
+    with pytest.raises(PoolFullError) as error:
+        run_with_pasts(max(used) - 1, others, keep_past, turned)
+    assert error.value.missing == 1
+
+
+def run_twice(capacity: int, turned: bool) -> Pair:
+    """A session has written the same rows twice, keeping its past, when it writes together with a new one."""
+    pair = Pair(CPU, keep_past=True, capacity=capacity, top_k=4, lookahead=0, addressing_weight=0.0)
+    new, old = pair.open(), pair.open()
+    for _ in range(2):
+        pair.drawn = 0
+        pair.pool_step([old], 4)
+    pair.pool_step([old, new] if turned else [new, old], 4)
+    return pair
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_pool_of_any_capacity_is_full_or_right(turned):
+    wide = run_twice(400, turned)
+    results = []
+    for capacity in range(20, 60):
+        try:
+            pair = run_twice(capacity, turned)
+        except PoolFullError:
+            results.append(False)
+            continue
+        results.append(True)
+        assert capacity - pair.pool.num_free_rows == pair.count_rows()
+        for session in (0, 1):
+            for name, x in wide.pool.state_dict(session).items():
+                testing.assert_bitwise_equal(pair.pool.state_dict(session)[name], x, name)
+    assert results == sorted(results)
+    assert len(set(results)) == 2
+
+
+def test_rows_that_are_not_free_are_not_taken():
+    pages = Pair(CPU, capacity=3).pool._store.pages
+    with pytest.raises(RuntimeError, match="`count` must be at most the 3 rows that are free, got 4"):
+        pages.take(4)
+    assert len(pages.take(3).unique()) == 3
+
+
+def test_a_load_has_the_room_of_what_it_replaces():
+    """The rows of the past as well, which the session shares with it."""
+    pair = Pair(CPU, keep_past=True)
+    session = pair.open()
+    pair.step([session], 8)
+    saved = pair.pool.state_dict(session)
+    held = pair.pool.capacity - pair.pool.num_free_rows
+    assert held > pair.pool.num_rows(session)
+    tight = Pair(CPU, keep_past=True, capacity=held)
+    tight.open()
+    tight.step([0], 8)
+    tight.pool.load_state_dict(0, saved)
+    tight.check(0)
+
+
+@BOTH
+def test_rollback_of_an_evicted_session(place):
+    """It is saved and comes back as one that has been rolled back while it was there."""
+    pair = Pair(place, lookahead=2)
+    session = pair.open()
+    pair.step([session], 7)
+    pair.pool.evict(session)
+    pair.pool.rollback(session, 2)
+    pair.states[session].rollback(2)
+    pair.check(session)
+    pair.pool.restore(session)
+    pair.check(session)
+    pair.step([session], 5)
+    pair.check(session)
 
 
 def test_a_fork_takes_rows_only_for_what_it_writes():
@@ -364,6 +449,9 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": (lambda p: p.pool.position(7), ValueError, r"`session` must be open, among \[0, 1\], got 7"),
     "no id": (lambda p: p.pool.fork("0"), TypeError, "`session` must be an int, got str"),
     "no sessions": (lambda p: step(p), TypeError, "`sessions` must be the ids of a pool's sessions, got NoneType"),
+    "one id": (lambda p: step(p, sessions=torch.tensor(0)), ValueError, "`sessions` must have 1 dimension"),
+    "float ids": (lambda p: step(p, sessions=torch.ones(2)), TypeError, "`sessions` must be int64 or int32"),
+    "one length": (lambda p: step(p, sessions=[0, 1], lengths=1), TypeError, "`lengths` must be a number for each"),
     "twice": (lambda p: step(p, sessions=[0, 0]), ValueError, r"`sessions` must name each session once, got \[0, 0\]"),
     "too few": (lambda p: step(p, sessions=[0]), ValueError, "`sessions` must name one for each row .* 2, got 1"),
     "lengths": (lambda p: step(p, sessions=[0, 1], lengths=[1, 3]), ValueError, r"from 0 to 2 .* got \[1, 3\]"),
@@ -426,7 +514,15 @@ def test_what_is_refused(name):
 
 @pytest.mark.parametrize(
     "capacity, error",
-    [(-1, ValueError), (1.5, TypeError), ("2 GB", ValueError), ("GiB", ValueError), (2**31, ValueError)],
+    [
+        (-1, ValueError),
+        (1.5, TypeError),
+        ("2 GB", ValueError),
+        ("-3 GiB", ValueError),
+        ("nan GiB", ValueError),
+        ("GiB", ValueError),
+        (2**31, ValueError),
+    ],
 )
 def test_capacities_that_are_none(capacity, error):
     with pytest.raises(error, match="`capacity` must be"):

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 
 from fwpkm_kernels import PoolGraph, graphs
 from tests.conftest import HAS_GPU, PLACES
@@ -49,6 +50,44 @@ def test_a_full_pool_has_written_nothing(monkeypatch):
         pair.step([session], 1, run=graph)
     with pytest.raises(RuntimeError, match="the pool is full"):
         pair.step([session], 1, run=graph)
+    pair.check(session)
+
+
+def test_a_capture_that_fails_is_made_again(monkeypatch):
+    """By the next call; no session is left over from the one that failed."""
+    pair = Pair(PLACE)
+    session = pair.open()
+    graph = capture(monkeypatch, pair, 1, 1)
+    pair.open()  # in the seat that the capture has given back
+    other = pair.open()  # for which the pool's tensors grow
+    works = graphs.capture
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graph(**pair.tokens(1, 1), sessions=[session])
+    assert pair.pool.sessions == list(pair.states)
+    pair.check_all()
+    monkeypatch.setattr(graphs, "capture", works)
+    for turn in range(9):
+        pair.step([other if turn % 2 else session], 1, run=graph)
+    pair.check_all()
+
+
+def test_autocast_changes_nothing(monkeypatch):
+    """Also not of the chunks that a call writes, whose key step multiplies matrices."""
+    pair = Pair(PLACE, heads=2, key_gradient="all")
+    session = pair.open()
+    graph = capture(monkeypatch, pair, 1, 1)
+
+    def run(**tokens: Any) -> torch.Tensor:
+        with torch.autocast(torch.device(PLACE.device).type, torch.bfloat16):
+            return graph(**tokens)
+
+    for _ in range(9):
+        pair.step([session], 1, run=run)
     pair.check(session)
 
 
