@@ -121,9 +121,9 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-#: Warps of a launch up to which it starts early: half of those that an H100 holds. With all launches early, graphs of one
-#: and of eight chunks of 512 tokens took 14 and 12 % less time on an H200, but backward of 8×512 6 % more: where launches
-#: fill the GPU, programs that wait take the place of those that they wait for.
+#: Warps of a launch up to which it starts early: half of those that an H100 holds. With all launches early, graphs of
+#: one and of eight chunks of 512 tokens took 14 and 12 % less time on an H200, but backward of 8×512 6 % more: where
+#: launches fill the GPU, programs that wait take the place of those that they wait for.
 FEW_WARPS = 132 * 32
 
 
