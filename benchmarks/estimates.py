@@ -45,8 +45,8 @@ gradient of their totals, in `half_grad_kernel` and, as queries, in `key_sum_ker
 two of them plan picks that forward has planned.""",
     INFERENCE: """\
 Every launch waits for another, and most only for memory: seven of them make the lane of addresses, the longest one.
-Launches that start before the last one has ended (programmatic dependent launch) would hide most of the gaps; whether
-they do is for a GPU to say. `plan_chunk_kernel` compares all accesses with all.""",
+Launches that start before the last one has ended (programmatic dependent launch) hide a part of the gaps on an H200.
+`plan_chunk_kernel` compares all accesses with all.""",
 }
 
 

@@ -194,7 +194,7 @@ OPERATIONS = (
         wrt=_OF_SEQUENCE, sparse=eager.torch_memory,
     ),
     Operation(
-        "sequence-rows", ("both", "forward", "backward"), providers.without_values(reference.fast_weight_memory),
+        "sequence-rows", ("both",), providers.without_values(reference.fast_weight_memory),
         inputs.of_sequence, costs.sequence_rows,
         (
             _package(providers.without_values(_with_rows)),
@@ -204,7 +204,7 @@ OPERATIONS = (
         wrt=_OF_SEQUENCE, sparse=providers.without_values(eager.torch_memory),
     ),
     Operation(
-        "documents", ("both", "forward", "backward"), providers.by_document(reference.fast_weight_memory),
+        "documents", ("both",), providers.by_document(reference.fast_weight_memory),
         inputs.of_sequence, costs.documents,
         (
             _package(providers.package_documents),

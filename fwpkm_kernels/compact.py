@@ -119,7 +119,10 @@ def spread_rows(grads: Tensor, slot: Tensor, num_slots: int, backend: str) -> Te
 
 
 def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order."""
+    """`spread_rows` of rows of several documents, which share the table: rows of a slot are summed in their order.
+
+    Rows without a slot may hold anything.
+    """
     used = slot >= 0
     if not checks.use_triton(backend, grads):
         if grads.is_cuda:
@@ -130,8 +133,11 @@ def sum_rows(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, ba
     from .kernels.segments import segment_rows
 
     out = torch.zeros(num_slots, grads.shape[1], dtype=dtype, device=grads.device)
-    # Unused rows have gradients of 0, and any slot will do.
-    segment_rows(out, grads, used.to(compute_dtype(grads.dtype)), plan_segments(slot.clamp(min=0), num_slots))
+    plan = plan_segments(torch.where(used, slot, num_slots), num_slots + 1)
+    # A segment that starts nowhere is summed by no program, so that nothing of an unused row is read.
+    is_unused = plan.rows == num_slots
+    plan = plan._replace(start=plan.start.masked_fill(is_unused, -1), end=plan.end.masked_fill(is_unused, -1))
+    segment_rows(out, grads, torch.ones(len(grads), dtype=compute_dtype(grads.dtype), device=grads.device), plan)
     return out
 
 

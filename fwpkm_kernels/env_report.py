@@ -61,14 +61,15 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that the package runs from, with "-dirty" after it if tracked files differ.
-
-    A copy without git's folder has the commit that the environment variable FWPKM_COMMIT names, or None.
+    """The commit that the environment variable FWPKM_COMMIT names, for copies of a checkout; else the git commit of the
+    checkout that the package runs from, with "-dirty" after it if tracked files differ; else None.
     """
+    if commit := os.environ.get("FWPKM_COMMIT"):
+        return commit
     root = Path(__file__).resolve().parent.parent
     # Without this check a copy installed inside another project's checkout would report that project's commit.
     if not (root / ".git").exists():
-        return os.environ.get("FWPKM_COMMIT")
+        return None
     return _run("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 

@@ -252,7 +252,7 @@ def half_grad_torch(
         if with_queries:
             grad_queries.copy_(sum_rows(table, sub_keys, factors).flatten(-2))
         if with_keys:
-            halves = queries.to(dtype).reshape(-1, half)  # the same for all picks
+            halves = queries.to(dtype).reshape(sub_keys.shape[:3].numel(), half)  # the same for all picks
             add_keys(plan or plan_segments(sub_keys, table.shape[0]), halves, factors)
     else:
         # A key step comes with the plan of all picks: to sort each block anew would cost it more than a longer block.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from .sessions import Session, SessionStore
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 #: Bytes of the units in which a capacity may be given.
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = MappingProxyType({"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40})
 
 
 def _alone(method: _Method) -> _Method:

@@ -143,7 +143,7 @@ FAULTS = [
     ),
     Fault(
         "winners-in-the-order-of-candidates",
-        "kernels/lookup.py",
+        "kernels/_common.py",
         "(columns[None, :] < columns[:, None])",
         "(columns[None, :] > columns[:, None])",
         "of winners with equal scores the higher sub-key comes first",
@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "columns-at-a-time-by-the-number-of-rows",
         "kernels/lookup.py",
-        "min(32, width)), 32, 4)",
-        "min(32, width)), 16, 4)",
+        "min(32 if num_rows <= FEW_ROWS // 4 else 64, width)), 32, 4)",
+        "min(32 if num_rows <= FEW_ROWS // 4 else 64, width)), 16, 4)",
         "a few tokens add up their products in another order than many",
         "lookup",
         "few_rows",

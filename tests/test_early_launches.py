@@ -87,11 +87,7 @@ def test_which_launches_start_early(programs, capability, hip, starts_early, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(_direct, "launch_compiled", lambda kernel, grid, device, args, options: given.append(options))
-    _common.has_pdl.cache_clear()
-    try:
-        _common.launch(kernel, (programs, 1), on=on, num_warps=4)
-    finally:
-        _common.has_pdl.cache_clear()
+    _common.launch(kernel, (programs, 1), on=on, num_warps=4)
     assert given == [{"num_warps": 4, "PDL": starts_early}]
 
 

@@ -278,11 +278,14 @@ def test_env_report_commit(monkeypatch, tmp_path):
     assert env_report._commit() is None
     monkeypatch.setenv("FWPKM_COMMIT", "a copy's")
     assert env_report._commit() == "a copy's"
+    monkeypatch.delenv("FWPKM_COMMIT")
     monkeypatch.setattr(env_report, "__file__", str(tmp_path / "fwpkm_kernels" / "env_report.py"))
     commit = env_report._commit()
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "file").write_text("2")
     assert env_report._commit() == f"{commit}-dirty"
+    monkeypatch.setenv("FWPKM_COMMIT", "that of a copy which is built in place")
+    assert env_report._commit() == "that of a copy which is built in place"
 
 
 def test_setup_installs_only_the_package(tmp_path):

@@ -155,6 +155,28 @@ def test_a_load_forgets_what_is_pending():
     assert_equal(memory_of(layer), [before["keys"], before["table.weight"]])
 
 
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_rows_of_earlier_segments_are_kept(boundary):
+    """The second segment reads few of the rows that the first one has moved."""
+    layer = make_layer("persistent", "batch", num_keys=8, top_k=2, query_conv=1, boundary=boundary)
+    one, two = make_input(), make_input(batch=2, seed=2)[:, :3]
+    _, memory = layer(one, return_memory=True)
+    _, expected = layer(two, memory=memory, return_memory=True)
+    layer(two, memory=memory)
+    advance_memory(layer)
+    assert_equal(memory_of(layer), [x.detach() for x in expected[:2]])
+
+
+def test_advance_in_a_backward_pass():
+    """From a gradient hook, say: keys and values advance together."""
+    layer, x = make_layer("persistent", "batch"), make_input().requires_grad_()
+    _, final = layer(x, return_memory=True)
+    expected = [x.detach() for x in final[:2]]
+    x.register_hook(lambda _: advance_memory(layer))
+    layer(x).sum().backward()
+    assert_equal(memory_of(layer), expected)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_call_is_not_the_last_one(reentrant):
     """Two calls, then one backward, which computes the first one again after the second: that one counts."""
@@ -195,6 +217,10 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     layer(make_input(batch=4)[2 * rank : 2 * rank + 2])
     advance_memory(layer, reduce="none")
     left["none"] = layer.state_dict()
+    layer = make_layer("persistent", "batch")
+    layer(make_input(), return_memory=rank == 0)  # one rank has a whole table, the other one rows of it
+    advance_memory(layer)
+    left["table and rows"] = layer.state_dict()
     torch.save(left, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -230,6 +256,12 @@ def test_two_ranks(tmp_path):
         for key, x in layer.state_dict().items():
             torch.testing.assert_close(one[name][key], x, rtol=1e-10, atol=1e-12)
     assert not torch.equal(one["none"]["table.weight"], two["none"]["table.weight"])
+    layer = make_layer("persistent", "batch")
+    layer(make_input())
+    advance_memory(layer)
+    for left in (one, two):
+        for key, x in layer.state_dict().items():
+            torch.testing.assert_close(left["table and rows"][key], x, rtol=1e-10, atol=1e-12)
 
 
 def test_resized_memories():

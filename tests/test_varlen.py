@@ -196,6 +196,18 @@ def test_what_requires_no_gradient_costs_none():
         testing.assert_bitwise_equal(found, expected[f"gradient of {name}"], name)
 
 
+def test_a_nan_at_an_unused_place_reaches_no_gradient(place):
+    """As the gradient of a row's norm is, where the row is 0."""
+    inputs = make_packed((2, 1), heads=1, num_keys=8, dtype=torch.float32, device=place.device)
+    leaves = [inputs[name].requires_grad_() for name in ("queries", "targets", "keys", "values", "gates")]
+    options = {"chunk_size": 2, "top_k": 2, "lookahead": 0, "backend": place.backend}
+    rows = fast_weight_memory_varlen(**inputs, **options).rows
+    rows = fast_weight_memory_varlen(**inputs, **options, rows=rows).rows
+    assert (rows.slot < 0).any()
+    found = torch.autograd.grad(rows.value.square().sum(1).sqrt().sum(), leaves)
+    assert all(x.isfinite().all() for x in found)
+
+
 @pytest.mark.parametrize("options", [{}, {"boundary": "drop", "clip": 0.1, "weight_decay": 0.1}], ids=str)
 def test_gradcheck(options):
     inputs = make_packed((2 * CHUNK + 1, CHUNK, 2), heads=1, num_keys=4, width=2)

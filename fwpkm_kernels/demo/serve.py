@@ -8,11 +8,11 @@ each request gets the same bytes as if it were alone.
 """
 
 import argparse
+import dataclasses
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .. import MemoryPool, PoolFullError, fast_weight_memory_step
 from .._commands import CommandError, command
 
 
-@dataclass
+@dataclasses.dataclass
 class Request:
     """What somebody wants, and what has come of it."""
 
@@ -30,7 +30,7 @@ class Request:
     wanted: int  #: how many bytes after the prompt
     session: int = -1
     read: int = 0  #: how many tokens the session has read
-    said: list[int] = field(default_factory=list)
+    said: list[int] = dataclasses.field(default_factory=list)
 
     def coming(self, most: int) -> list[int]:
         """What the session reads next: at most so much of the prompt, or what was said last."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as checks
-from ..compact import apply_rows_, take_rows
+from ..compact import put_rows, spread_rows, take_rows
 from ..records import Rows
 from .fast_weight import FastWeightProductKeyMemory
 
@@ -43,28 +43,37 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
         assert layer._pending is not None
         for memory, new in zip((layer.keys, layer.table.weight), layer._pending, strict=True):
             with torch.no_grad():
-                if isinstance(new, Rows):
-                    _advance_rows(memory, new, group, ranks)
-                elif ranks > 1:
-                    moved = new.to(memory.device) - memory
-                    torch.distributed.all_reduce(moved, group=group)
-                    memory.add_(moved, alpha=1.0 / ranks)
+                if ranks > 1:
+                    _advance_by_mean(memory, new, group, ranks)
+                elif isinstance(new, Rows):
+                    put_rows(memory, new.slot.to(memory.device), new.value.to(memory), "auto")
                 else:
                     memory.copy_(new)
         layer._pending = None
 
 
-def _advance_rows(table: Tensor, rows: Rows, group: Any, ranks: int) -> None:
-    """Write the rows that a call has left into the table; of several ranks the mean of what each has moved."""
-    slot, value = rows.slot.to(table.device), rows.value.to(table)
-    if ranks == 1:
-        apply_rows_(table, Rows(torch.zeros_like(slot), slot, value))
-        return
-    moved = value - take_rows(table, slot, "auto")
-    count = torch.tensor([len(slot)], device=table.device)
+def _advance_by_mean(memory: Tensor, new: Tensor | Rows, group: Any, ranks: int) -> None:
+    """Move the memory by the mean over ranks of what each has moved: rows, or all of it where one has no rows."""
+    count = torch.tensor([len(new.slot) if isinstance(new, Rows) else -1], device=memory.device)
     counts = [torch.empty_like(count) for _ in range(ranks)]
     torch.distributed.all_gather(counts, count, group=group)
-    missing = int(torch.cat(counts).max()) - len(slot)  # ranks may have read different numbers of tokens
+    least, most = torch.cat(counts).aminmax()
+    if isinstance(new, Rows):
+        slot = new.slot.to(memory.device)
+        moved = new.value.to(memory) - take_rows(memory, slot, "auto")
+        if least >= 0:
+            _add_rows(memory, slot, moved, int(most), group, ranks)
+            return
+        moved = spread_rows(moved, slot, len(memory), "auto")
+    else:
+        moved = new.to(memory) - memory
+    torch.distributed.all_reduce(moved, group=group)
+    memory.add_(moved, alpha=1.0 / ranks)
+
+
+def _add_rows(table: Tensor, slot: Tensor, moved: Tensor, most: int, group: Any, ranks: int) -> None:
+    """Add the mean over ranks of rows `moved` [R, D] at `slot` [R] to the table; no rank has more than `most`."""
+    missing = most - len(slot)  # ranks may have read different numbers of tokens
     of_ranks = []
     for x in (F.pad(slot, (0, missing), value=-1), F.pad(moved, (0, 0, 0, missing))):
         of_ranks.append([torch.empty_like(x) for _ in range(ranks)])

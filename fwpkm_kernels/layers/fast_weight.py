@@ -412,8 +412,7 @@ class FastWeightProductKeyMemory(nn.Module):
         leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
-            initial = (self.keys, weight) if memory is None else (memory.keys, memory.values)
-            keys, values = self._in_memory_dtype(*initial)
+            keys, values = self._in_memory_dtype(*((self.keys, weight) if memory is None else memory[:2]))
             how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
                 how |= {"return_memory": return_memory, "options": self.options}
@@ -422,8 +421,10 @@ class FastWeightProductKeyMemory(nn.Module):
                     return result, carry_documents(before, queries, targets, gates, documents, self.options)
                 return result
             how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
-            # Rows are all that is wanted of the final table, unless it is returned, or every row of it moves.
-            how["final"] = "table" if return_memory or why_no_rows(self.options) else "rows"
+            # Of a table that is not returned the rows that are read will do, unless decay or segments before move more.
+            moved_before = memory is not None and self.initial_memory == "persistent"
+            needs_table = return_memory or moved_before or why_no_rows(self.options)
+            how["final"] = "table" if needs_table else "rows"
             return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
 
         result, carry = self.table(run) if leaves_carry else (self.table(run), None)
