@@ -222,6 +222,7 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     advance_memory(layer)
     left["table and rows"] = layer.state_dict()
     torch.save(left, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that is gone has been seen to keep the other from ending
     dist.destroy_process_group()
 
 
