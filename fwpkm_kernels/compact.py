@@ -18,6 +18,7 @@ from ._autograd import refuse_recomputation, refuse_transforms
 from ._operators import operator
 from .kernels import compute_dtype
 from .plan import plan_segments, sort_slots, sum_at
+from .private import shares_storage
 from .records import Rows
 
 
@@ -191,7 +192,7 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; ValueError for a table that
-            requires grad or that `chunk_value_update_` would refuse too.
+            requires grad, that shares memory with `rows`, or that `chunk_value_update_` would refuse too.
         RuntimeError: in a backward pass and under transforms of torch.func, as from `chunk_value_update_`.
 
     Nothing has been written by then.
@@ -215,4 +216,7 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     checks.check_together(values=values, **names)
     checks.check_choice("backend", backend, checks.BACKENDS)
     checks.check_writable("values", values, "values.index_put")
+    for name, x in names.items():
+        if shares_storage(values, x):
+            raise ValueError(f"`{name}` must share no memory with `values`, which is written: clone it")
     _apply_rows_op(values, rows.document, rows.slot, rows.value.detach(), backend)

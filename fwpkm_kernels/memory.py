@@ -391,10 +391,10 @@ def fast_weight_memory(
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
     refuse_transforms("fast_weight_memory", (*inputs, *(carry if isinstance(carry, Carry) else ())))
+    checks.check_flag("return_carry", return_carry)
     position, carried, waiting = 0, 0, 0
     if carry is not None or return_carry:
         o = check_memory(inputs, o)
-        checks.check_flag("return_carry", return_carry)
         check_carry(carry, inputs, o)
     if carry is not None:
         position, carried = carry.position, count_carried(carry.position, o)

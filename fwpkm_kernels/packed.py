@@ -184,7 +184,8 @@ def _scan_addresses_grad(
     heads = queries.shape[1]
     dtype, documents = grad_scores.dtype, len(packing.bounds) - 1
     shape = (documents, *keys.shape[-4:])
-    total = torch.zeros(shape, dtype=dtype, device=keys.device) if grad_keys is None else grad_keys.to(dtype).clone()
+    total = torch.empty(shape, dtype=dtype, device=keys.device)
+    total.zero_() if grad_keys is None else total.copy_(grad_keys)
     members = _index(packing.moving, keys.device)
     moved = total.index_select(0, members)
     shared = torch.zeros(keys.shape[-4:], dtype=dtype, device=keys.device)

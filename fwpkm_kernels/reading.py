@@ -12,7 +12,7 @@ from .binding import Binding, check_step_inputs, make_queue
 from .carry import check_carry, count_carried
 from .gather import gather_rows
 from .options import Options, schema_of
-from .records import Carry, Inputs, MemoryOutput, Queue, Tokens, each
+from .records import Carry, Inputs, MemoryOutput, Queue, Rows, Tokens, each
 from .state import MemoryState
 from .streaming import Memory, _enqueue, look_up, read_piece
 
@@ -95,6 +95,8 @@ def queue_of(output: MemoryOutput, carry: Carry, o: Options) -> tuple[Binding, Q
         raise TypeError(f"`carry` must be a Carry, as return_carry=True gives it, got {type(carry).__name__}")
     if not isinstance(output, MemoryOutput):
         raise TypeError(f"`output` must be a MemoryOutput, got {type(output).__name__}")
+    if isinstance(output.values, Rows):
+        raise TypeError('`output.values` must be a table, as final="table" gives it, got Rows')
     queries, targets, gates, mask, position = carry
     inputs = Inputs(queries, targets, output.keys, output.values, gates, mask)
     refuse_transforms("MemoryState.from_output", inputs)

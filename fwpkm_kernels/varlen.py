@@ -234,10 +234,11 @@ def memory_of_documents(
 ) -> DocumentsOutput:
     """What `memory_by_document` gives, without a loop where `fast_weight_memory_varlen` can do it.
 
-    It cannot where a table or a carry for each document is given or asked for, where keys depend on values, and in
-    compiled code with padding, whose number is data.
+    It cannot where a table or a carry for each document is given or asked for, where keys depend on values, with more
+    documents than its kernels number, and in compiled code with padding, whose number is data.
     """
     loops = return_memory or values.dim() == 3 or options.key_gradient == "all" or documents.number == 0
+    loops = loops or documents.number * keys.shape[-4] > checks.MOST_HEADS
     if carry is not None or loops or (documents.mask is not None and torch.compiler.is_compiling()):
         how: dict[str, Any] = {"gates": gates, "carry": carry, "return_memory": return_memory, "options": options}
         return memory_by_document(queries, targets, keys, values, documents, **how)

@@ -170,6 +170,8 @@ def test_a_carry_that_does_not_fit_is_named(name):
     [
         ({"carry": tuple}, {}, TypeError, "`carry` must be a Carry"),
         ({"return_carry": 1}, {}, TypeError, "`return_carry` must be a bool"),
+        ({"return_carry": 0}, {}, TypeError, "`return_carry` must be a bool"),
+        ({"return_carry": None}, {}, TypeError, "`return_carry` must be a bool"),
         ({"return_carry": True}, {"boundary": "drop"}, ValueError, '`boundary` must be "carry"'),
         ({"carry": Carry}, {"boundary": "drop"}, ValueError, '`boundary` must be "carry"'),
         ({"carry": Carry}, {"chunk_size": 2}, ValueError, "`carry.queries`.*`chunk_size` 2"),

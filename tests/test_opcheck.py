@@ -258,6 +258,8 @@ def varlen_grad_samples(place: Place) -> Samples:
         if keep:
             output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
             grads = [testing.random_cotangent(x) for x in (output, keys, value)]
+            if name.startswith(("own keys", "drop")):
+                grads = [testing.with_layout(x, "transposed") for x in grads]
             for needed in (True, False):
                 flags, kept_options = (needed, needed), arguments[11:]
                 yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
