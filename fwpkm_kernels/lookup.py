@@ -34,10 +34,10 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _best_and_next(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best k of the last dimension and their columns, in order: the lower of equals first, NaN is the largest.
 
-    And the best of the others, with one column; without others -inf or no column.
+    Third comes the best of the others, with one column; without others -inf or no column.
 
     torch.topk promises nothing about equals, and a stable sort of many columns costs many times more: so of those only
     rows in which one of the k has an equal, or is NaN, are sorted whole. What is left in `scores` is of no use.
@@ -57,11 +57,6 @@ def _best_and_next(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return best, columns, others
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first two of `_best_and_next`."""
-    return _best_and_next(scores, k)[:2]
-
-
 def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
     """The K best sub-keys of queries [2·H, M, Dk/2] among keys [2·H, n, Dk/2], in order: scores, columns [2·H, M, K].
 
@@ -71,17 +66,17 @@ def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Ten
     and where the K-th and the next do, all sub-keys are.
     """
     if o.score == "dot":
-        return _best(torch.bmm(queries, keys.mT), o.top_k)
+        return _best(torch.bmm(queries, keys.mT), o.top_k)[:2]
     num_keys, half = keys.shape[1:]
     lengths = torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
     query_norms = lengths.square()
     key_norms = keys.square().sum(-1).unsqueeze(1)  # those of equal sub-keys are equal, unlike a vector_norm's
-    best, columns, others = _best_and_next(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
+    best, columns, others = _best(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
     if not best.isfinite().all():
         # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
         sums = query_norms + key_norms
         ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
-        best, columns, others = _best_and_next(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+        best, columns, others = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
     gaps = torch.cat((best, others), -1).diff().neg_()
     largest = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).amax(-1, keepdim=True)
     rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps
@@ -89,16 +84,16 @@ def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Ten
     distances = torch.add(query_norms, best, alpha=-2.0)
     is_good = (distances >= 0.5 * query_norms) & distances.isfinite()  # inf may be NaN: inf - inf, by the difference
     if is_near.any() or not is_good.all():
-        tables = keys.flatten(0, 1)
         by_difference = is_near.any(-1) | ~is_good.all(-1)  # if one of the K is, all are
         halves, _ = by_difference.nonzero(as_tuple=True)
         sub_keys = columns[by_difference] + num_keys * halves.unsqueeze(1)
-        distances[by_difference] = _exact_distances(queries[by_difference], tables, sub_keys)
+        distances[by_difference] = _exact_distances(queries[by_difference], keys.flatten(0, 1), sub_keys)
         is_open = is_near[..., o.top_k - 1 :].any(-1)  # which ones are the K; no row is where K = n
         if is_open.any():
             halves, _ = is_open.nonzero(as_tuple=True)
             sub_keys = torch.arange(num_keys, device=keys.device) + num_keys * halves.unsqueeze(1)
-            nearest, columns[is_open] = _best(-_exact_distances(queries[is_open], tables, sub_keys), o.top_k)
+            ranks = -_exact_distances(queries[is_open], keys.flatten(0, 1), sub_keys)
+            nearest, columns[is_open], _ = _best(ranks, o.top_k)
             distances[is_open] = -nearest
     scores = distances.add_(o.eps).log_().neg_()
     if not (scores[..., 1:] < scores[..., :-1]).all():  # by other roundings than those of the ranks
@@ -126,7 +121,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
         half_scores[block] = best.permute(2, 0, 1, 3)
         torch.add(found.permute(2, 0, 1, 3), first_rows, out=sub_keys[block])
         sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
-        best_sums, pair = _best(sums, top_k)
+        best_sums, pair, _ = _best(sums, top_k)
         of_pairs = found[:, 1].index_select(-1, second).add_(found[:, 0].index_select(-1, first), alpha=num_keys)
         scores[block], slots[block] = best_sums.transpose(0, 1), of_pairs.gather(-1, pair).transpose(0, 1)
     return result
