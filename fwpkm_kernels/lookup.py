@@ -38,7 +38,6 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best k of the last dimension and their columns, in order: the lower of equals first, NaN is the largest.
 
     Third comes the best of the others, with one column; without others -inf or no column.
-
     torch.topk promises nothing about equals, and a stable sort of many columns costs many times more: so of those only
     rows in which one of the k has an equal, or is NaN, are sorted whole. What is left in `scores` is of no use.
     """
@@ -77,21 +76,18 @@ def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Ten
         sums = query_norms + key_norms
         ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
         best, columns, others = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
-    gaps = torch.cat((best, others), -1).diff().neg_()
     largest = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).amax(-1, keepdim=True)
-    rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps
-    is_near = gaps <= rounding * (lengths * largest.sqrt() + largest)
+    rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps * (lengths * largest.sqrt() + largest)
+    is_near = -torch.cat((best, others), -1).diff() <= rounding
     distances = torch.add(query_norms, best, alpha=-2.0)
     is_good = (distances >= 0.5 * query_norms) & distances.isfinite()  # inf may be NaN: inf - inf, by the difference
     if is_near.any() or not is_good.all():
         by_difference = is_near.any(-1) | ~is_good.all(-1)  # if one of the K is, all are
-        halves, _ = by_difference.nonzero(as_tuple=True)
-        sub_keys = columns[by_difference] + num_keys * halves.unsqueeze(1)
+        sub_keys = columns[by_difference] + num_keys * by_difference.nonzero()[:, :1]
         distances[by_difference] = _exact_distances(queries[by_difference], keys.flatten(0, 1), sub_keys)
         is_open = is_near[..., o.top_k - 1 :].any(-1)  # which ones are the K; no row is where K = n
         if is_open.any():
-            halves, _ = is_open.nonzero(as_tuple=True)
-            sub_keys = torch.arange(num_keys, device=keys.device) + num_keys * halves.unsqueeze(1)
+            sub_keys = torch.arange(num_keys, device=keys.device) + num_keys * is_open.nonzero()[:, :1]
             ranks = -_exact_distances(queries[is_open], keys.flatten(0, 1), sub_keys)
             nearest, columns[is_open], _ = _best(ranks, o.top_k)
             distances[is_open] = -nearest
