@@ -34,50 +34,63 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best k of the last dimension and their columns, in order: the lower of equals first, NaN is the largest.
 
+    Third comes the best of the others, with one column; without others -inf or no column.
     torch.topk promises nothing about equals, and a stable sort of many columns costs many times more: so of those only
     rows in which one of the k has an equal, or is NaN, are sorted whole. What is left in `scores` is of no use.
     """
     if scores.shape[-1] <= _FEW_COLUMNS:
         ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-        return ordered[..., :k], order[..., :k]
+        return ordered[..., :k], order[..., :k], ordered[..., k : k + 1]
     best, columns = torch.topk(scores, k)
     scores.scatter_(-1, columns, -math.inf)
-    is_clear = torch.cat((best[..., 1:], scores.amax(-1, keepdim=True)), -1) < best
+    others = scores.amax(-1, keepdim=True)
+    is_clear = torch.cat((best[..., 1:], others), -1) < best
     if not is_clear.all():
         tied = ~is_clear.all(-1)
         rows = scores[tied].scatter_(-1, columns[tied], best[tied])
         ordered, order = torch.sort(rows, dim=-1, descending=True, stable=True)
         best[tied], columns[tied] = ordered[..., :k], order[..., :k]
-    return best, columns
+    return best, columns, others
 
 
 def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
     """The K best sub-keys of queries [2·H, M, Dk/2] among keys [2·H, n, Dk/2], in order: scores, columns [2·H, M, K].
 
     Under "idw" they are found by q·k - |k|²/2. |q - k|² is |q|² less twice that, which is as good as the square of the
-    difference where it is no less than |q|²/2: then |q|² + |k|² is at most 8 times as much.
+    difference where it is no less than |q|²/2: then |q|² + |k|² is at most 8 times as much. A matrix product may round
+    equal sub-keys differently: so where two of the K lie within its roundings, the K are scored by their differences,
+    and where the K-th and the next do, all sub-keys are.
     """
     if o.score == "dot":
-        return _best(torch.bmm(queries, keys.mT), o.top_k)
-    query_norms = torch.linalg.vector_norm(queries, dim=-1, keepdim=True).square_()
+        return _best(torch.bmm(queries, keys.mT), o.top_k)[:2]
+    num_keys, half = keys.shape[1:]
+    lengths = torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
+    query_norms = lengths.square()
     key_norms = keys.square().sum(-1).unsqueeze(1)  # those of equal sub-keys are equal, unlike a vector_norm's
-    best, columns = _best(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
+    best, columns, others = _best(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
+    if not best.isfinite().all():
+        # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
+        sums = query_norms + key_norms
+        ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
+        best, columns, others = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+    largest = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).amax(-1, keepdim=True)
+    rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps * (lengths * largest.sqrt() + largest)
+    is_near = -torch.cat((best, others), -1).diff() <= rounding
     distances = torch.add(query_norms, best, alpha=-2.0)
-    least = 0.5 * query_norms
-    if not (distances >= least).all():
-        if not best.isfinite().all():
-            # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
-            sums = query_norms + key_norms
-            ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
-            best, columns = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
-            distances = torch.add(query_norms, best, alpha=-2.0)
-        has_cancelled = (distances < least).any(-1)  # of one of the K: then all are formed in the same way
-        halves, _ = has_cancelled.nonzero(as_tuple=True)
-        sub_keys = columns[has_cancelled] + keys.shape[1] * halves.unsqueeze(1)
-        distances[has_cancelled] = _exact_distances(queries[has_cancelled], keys.flatten(0, 1), sub_keys)
+    is_good = (distances >= 0.5 * query_norms) & distances.isfinite()  # inf may be NaN: inf - inf, by the difference
+    if is_near.any() or not is_good.all():
+        by_difference = is_near.any(-1) | ~is_good.all(-1)  # if one of the K is, all are
+        sub_keys = columns[by_difference] + num_keys * by_difference.nonzero()[:, :1]
+        distances[by_difference] = _exact_distances(queries[by_difference], keys.flatten(0, 1), sub_keys)
+        is_open = is_near[..., o.top_k - 1 :].any(-1)  # which ones are the K; no row is where K = n
+        if is_open.any():
+            sub_keys = torch.arange(num_keys, device=keys.device) + num_keys * is_open.nonzero()[:, :1]
+            ranks = -_exact_distances(queries[is_open], keys.flatten(0, 1), sub_keys)
+            nearest, columns[is_open], _ = _best(ranks, o.top_k)
+            distances[is_open] = -nearest
     scores = distances.add_(o.eps).log_().neg_()
     if not (scores[..., 1:] < scores[..., :-1]).all():  # by other roundings than those of the ranks
         columns, order = torch.sort(columns, dim=-1)
@@ -104,7 +117,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
         half_scores[block] = best.permute(2, 0, 1, 3)
         torch.add(found.permute(2, 0, 1, 3), first_rows, out=sub_keys[block])
         sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
-        best_sums, pair = _best(sums, top_k)
+        best_sums, pair, _ = _best(sums, top_k)
         of_pairs = found[:, 1].index_select(-1, second).add_(found[:, 0].index_select(-1, first), alpha=num_keys)
         scores[block], slots[block] = best_sums.transpose(0, 1), of_pairs.gather(-1, pair).transpose(0, 1)
     return result
@@ -403,8 +416,9 @@ def product_key_lookup(
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
     as the largest: a half of a query with NaN picks the sub-keys 0 to K - 1 with scores of NaN, and leaves its other
     half and other queries alone; a sub-key with NaN is picked by every query, on GPUs before others by one with NaN.
-    Under "idw" the scores of an infinite half of a query are all -inf, so it picks 0 to K - 1 too; so are those of an
-    infinite sub-key, or of one whose square overflows, which is picked only where the others are fewer than K. A finite
+    Under "idw" an infinite half of a query picks 0 to K - 1 too, with scores of -inf, or NaN, which comes first, where
+    the sub-key has the same infinity in the same column. For other queries -inf is the score of an
+    infinite sub-key, or of one whose square overflows: it is picked only where the others are fewer than K. A finite
     half of a query whose square overflows (in float32 from 1.8e19 on) scores -inf at sub-keys of ordinary size too, and
     its gradient is 0. It picks K different ones, so its slots are valid; which ones is not promised and differs between
     backends. Its other half and other queries are left alone.

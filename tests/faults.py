@@ -81,8 +81,8 @@ FAULTS = [
     Fault(
         "ties-left-to-topk",
         "lookup.py",
-        "scores.amax(-1, keepdim=True)), -1) < best",
-        "scores.amax(-1, keepdim=True)), -1) <= best",
+        "others), -1) < best",
+        "others), -1) <= best",
         "rows with equals that were left out are not sorted again",
         "lookup",
         "ties or equal",
@@ -189,8 +189,8 @@ FAULTS = [
     Fault(
         "cancelled-distance-kept",
         "lookup.py",
-        "(distances < least).any(-1)",
-        "(distances < 0.0 * least).any(-1)",
+        "(distances >= 0.5 * query_norms)",
+        "(distances >= 0.0 * query_norms)",
         "a distance that has cancelled, but is not negative, is scored as it is",
         "lookup",
         "beside_a_sub_key",

@@ -123,6 +123,22 @@ def test_exact_ties_go_to_the_lowest_index(shape, precision, score, place):
     testing.assert_bitwise_equal(slots, expected, "slots")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("half", [1, 5, 16, 64])
+def test_equal_sub_keys_at_any_columns(half, dtype):
+    """Those that a matrix product rounds differently, at the edge of a tile, tie too."""
+    generator = torch.Generator().manual_seed(0)
+    for n in range(5, 49):
+        queries, keys = testing.make_lookup_inputs(33, 1, n, 2 * half, dtype=dtype, keys_dtype=dtype)
+        lower, higher = torch.randperm(n, generator=generator)[: n // 2 * 2].view(2, -1).sort(0).values
+        keys[:, :, higher] = keys[:, :, lower]
+        twin = torch.arange(n)
+        twin[higher] = lower
+        _, slots = product_key_lookup(queries, keys, 1, backend="torch")
+        for winner in (slots // n, slots % n):
+            testing.assert_bitwise_equal(twin[winner], winner, f"winners of {n}, the lower of equals")
+
+
 def test_all_keys_equal(place):
     queries = torch.ones(2, 1, 4, device=place.device)
     _, slots = product_key_lookup(queries, torch.ones(1, 2, 200, 2, device=place.device), 5, backend=place.backend)
@@ -245,6 +261,18 @@ def test_nan_stays_in_its_row(place):
     assert scores[2].isnan().all()
     reference_slots = reference.product_key_lookup(queries, keys, 4)[1]
     testing.assert_bitwise_equal(slots[2], reference_slots[2], "slots of the NaN row")
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_infinite_queries_beside_infinite_sub_keys(value, sign, place):
+    """Of equal infinities the difference is NaN, which is the largest; of others it is infinite."""
+    queries, keys = testing.make_lookup_inputs(3, 1, 7, 8, device=place.device)
+    queries[1, 0, 1], keys[0, 0, 2, 1] = value, sign * value
+    scores, slots = product_key_lookup(queries, keys, 3, backend=place.backend)
+    expected_scores, expected = reference.product_key_lookup(queries, keys, 3)
+    testing.assert_bitwise_equal(slots, expected, "slots")
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
