@@ -225,6 +225,8 @@ def check_memory(inputs: Inputs, o: Options, carried: int = 0, tokens: str = "B,
     `carried` says how many tokens queries, gates and mask have before those of the targets. `tokens` names the
     dimensions of the tokens: "B, T", or "T".
     """
+    if checks.check_int("carried", carried, minimum=0) not in (0, o.lookahead):
+        raise ValueError(f"`carried` must be 0 or `lookahead`, {o.lookahead}, got {carried}")
     queries, targets, keys, values, gates, mask = inputs
     rank = len(tokens.split())
     checks.check_tensor("queries", queries, rank + 2, f"[{tokens}, H, Dk]")

@@ -275,6 +275,12 @@ def whole_cases() -> Cases:
     }
 
 
+def carry_cases() -> Cases:
+    """What goes on from a segment before, or is left for the next one: `tests/test_carry.py` has what they hold."""
+    flags = option_cases("return_carry", TypeError, "type", 1, None, "yes", np.bool_(True))
+    return flags | option_cases("carry", TypeError, "type", 1, "x", (torch.ones(1),), {})
+
+
 def varlen_cases() -> Cases:
     """Of packed tokens: queries [8, 1, 4], and what goes with them."""
     of_a_batch = {f"{what} of {name}" for what in ("length", "batch") for name in ("targets", "gates", "mask")}
@@ -430,9 +436,9 @@ TABLE: dict[str, tuple[Callable[[], Arguments], Cases, Callable[..., Any]]] = {
     "apply_rows_": (good_rows, rows_cases() | table_cases("index_put"), apply_rows_),
     "product_key_update": (good_lookup, key_step_cases(), product_key_update),
     "ProductKeyUpdate": (good_lookup, key_step_cases(), apply(ProductKeyUpdate)),
-    "fast_weight_memory": (good_sequence, whole_cases(), fast_weight_memory),
+    "fast_weight_memory": (good_sequence, whole_cases() | carry_cases(), fast_weight_memory),
     "fast_weight_memory_varlen": (good_varlen, varlen_cases(), fast_weight_memory_varlen),
-    "FastWeightMemory": (good_sequence, whole_cases(), apply(FastWeightMemory)),
+    "FastWeightMemory": (good_sequence, whole_cases() | int_cases("carried", -1, 2), apply(FastWeightMemory)),
     "fast_weight_memory_step": (good_step, step_of_a_state_cases(), fast_weight_memory_step),
     "a later fast_weight_memory_step": (lambda: good_step(5), step_cases(), fast_weight_memory_step),
     "fast_weight_memory_step of a pool": (good_step_of_a_pool, step_of_a_pool_cases(), fast_weight_memory_step),
