@@ -225,8 +225,8 @@ def check_memory(inputs: Inputs, o: Options, carried: int = 0, tokens: str = "B,
     `carried` says how many tokens queries, gates and mask have before those of the targets. `tokens` names the
     dimensions of the tokens: "B, T", or "T".
     """
-    if checks.check_int("carried", carried, minimum=0) not in (0, o.lookahead):
-        raise ValueError(f"`carried` must be 0 or `lookahead`, {o.lookahead}, got {carried}")
+    if checks.check_int("carried", carried, minimum=0) not in (0, o.lookahead if o.boundary == "carry" else 0):
+        raise ValueError(f'`carried` must be 0, or `lookahead` with `boundary`="carry", got {carried}')
     queries, targets, keys, values, gates, mask = inputs
     rank = len(tokens.split())
     checks.check_tensor("queries", queries, rank + 2, f"[{tokens}, H, Dk]")
@@ -255,8 +255,6 @@ def check_memory(inputs: Inputs, o: Options, carried: int = 0, tokens: str = "B,
         checks.check_device("mask", mask, "values", values)
     o = check_options(o._replace(top_k=lookup.top_k, eps=lookup.eps), compute_dtype(values.dtype))
     checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
-    if carried not in (0, o.lookahead if o.boundary == "carry" else 0):
-        raise ValueError(f'`carried` must be 0, or `lookahead` with `boundary`="carry", got {carried}')
     return o
 
 

@@ -35,7 +35,8 @@ def reports(request, tmp_path_factory):
 
 
 #: By target: all cases on sm_90, elsewhere a few.
-ALL_KERNELS = [(name, "" if name == "sm_90" else "^chunk/|/(paper|paper-bf16-table|static-pkm)$") for name in TARGETS]
+FEW = "^chunk/|^memory/rows$|^pool/decode$|/(paper|paper-bf16-table|static-pkm)$"
+ALL_KERNELS = [(name, "" if name == "sm_90" else FEW) for name in TARGETS]
 
 
 @pytest.mark.parametrize("reports", [("sm_90", "^chunk/training$")], ids=["sm_90"], indirect=True)
