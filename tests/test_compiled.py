@@ -62,8 +62,10 @@ def test_no_spills_and_wide_moves_of_rows(reports):
         of_rows = {
             name for name, kernel in KERNELS.items() if getattr(kernel, moves) is not Kernel._field_defaults[moves]
         }
-        if moves == "stores" and reports[0]["target"] == "gfx942":  # whose waves are wider than these programs' rows
-            of_rows -= {"key_sum_kernel", "step_grad_kernel"}
+        if moves == "stores":  # of a program that writes 64 columns, so that several share a popular sub-key
+            of_rows -= {"key_sum_kernel"}
+            if reports[0]["target"] == "gfx942":  # whose waves are wider than these programs' rows
+                of_rows -= {"step_grad_kernel"}
         assert {report["kernel"] for report in reports if report[f"expected_wide_{moves}"] > 0} == of_rows
     # It stores rows only, on either of two paths.
     segments = [report for report in reports if report["kernel"] == "segment_kernel"]
