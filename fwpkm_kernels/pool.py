@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
@@ -32,7 +33,7 @@ def _alone(method: _Method) -> _Method:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(pool.device.type, enabled=False):
             return method(pool, *args, **options)
 
-    return cast(_Method, torch.compiler.disable(wrapper))
+    return cast(_Method, _disable_dynamo(wrapper))  # torch.compiler.disable would import Dynamo with the package
 
 
 def _count_rows(capacity: object, row_bytes: int) -> int:
