@@ -98,7 +98,7 @@ def report_cases(pattern: str, target: str, pool: ProcessPoolExecutor) -> list[R
 
 TABLE = Path(__file__).parent / "COMPILED.md"
 #: Cases of the committed table: chunks of the paper, and what these do not launch.
-TABLE_CASES = r"^chunk/|/(paper|paper-bf16-table|paper-bf16-queries|static-pkm)$"
+TABLE_CASES = r"^chunk/|^memory/rows$|^pool/decode$|/(paper|paper-bf16-table|paper-bf16-queries|static-pkm)$"
 
 INTRODUCTION = """\
 # What the compiler makes of the kernels
