@@ -1,6 +1,5 @@
 """Triton kernels for Fast-weight Product Key Memory (FwPKM, arXiv 2601.00671)."""
 
-from . import reading  # noqa: F401  whose operators must be there before code is traced
 from .compact import apply_rows_
 from .gather import SparseValueGather, sparse_value_gather
 from .graphs import MemoryGraph, PoolGraph

@@ -1628,6 +1628,15 @@ FAULTS = [
         "ragged",
     ),
     Fault(
+        "sub-keys-of-all-sessions",
+        "serving.py",
+        "    found.sub_keys.view(length, sessions, -1).sub_(own.view(1, sessions, 1))\n",
+        "",
+        "the key step of a session takes its picks for those of another",
+        "pool",
+        "ragged and triton",
+    ),
+    Fault(
         "second-chunk-of-a-session-taken-for-the-first",
         "serving.py",
         "0 if one.position < o.chunk_size",

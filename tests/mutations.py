@@ -133,8 +133,10 @@ def check(fault: Fault, root: Path) -> Result:
     path = root / "fwpkm_kernels" / fault.file
     original = path.read_text("utf-8")
     files = [f"tests/test_{name}.py" for name in fault.tests.split()]
-    # Kernels do not run in cases of the other backend, and PyTorch's cases are the faster ones for all else.
-    select = f"not {'[torch' if fault.file.startswith('kernels/') else '[triton'}"
+    # Kernels do not run in cases of the other backend, and PyTorch's cases are the faster ones for all else, but for
+    # code that serves kernels alone, whose tests are selected by that name.
+    of_kernels = fault.file.startswith("kernels/") or "triton" in fault.select
+    select = f"not {'[torch' if of_kernels else '[triton'}"
     select += f" and ({fault.select})" if fault.select else ""
     few = ["-m", "not slow", *files, "-k", select]
     everything = ["-m", "not slow", *(f"--ignore={name}" for name in IGNORED), "tests"]

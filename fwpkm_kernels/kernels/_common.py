@@ -127,10 +127,18 @@ def wait_for_inputs(PDL: tl.constexpr):
 FEW_WARPS = 132 * 32
 
 
-def has_pdl(device: int) -> bool:
-    """Whether a GPU can start a launch before those that it depends on have ended: sm_90 and newer."""
-    is_nvidia = torch.version.hip is None and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+def has_pdl(kernel: Any, device: int) -> bool:
+    """Whether a GPU can start a launch before those that it depends on have ended: sm_90 and newer.
+
+    A kernel keeps the answers as its own attribute, since torch takes microseconds for each.
+    """
+    known: dict[int, bool] | None = getattr(kernel, "fwpkm_has_pdl", None)
+    if known is None:
+        known = kernel.fwpkm_has_pdl = {}
+    if device not in known:
+        is_nvidia = torch.version.hip is None and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
+        known[device] = is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return known[device]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
@@ -144,7 +152,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options
     device = on.get_device()  # -1 of a CPU tensor
     if "PDL" in kernel.arg_names:
         is_small = math.prod(grid) * options["num_warps"] <= FEW_WARPS
-        options["PDL"] = is_small and on.is_cuda and device >= 0 and has_pdl(device)
+        options["PDL"] = is_small and on.is_cuda and device >= 0 and has_pdl(kernel, device)
     if on.is_cuda and device != torch.cuda.current_device():  # entering its context takes several microseconds
         with torch.cuda.device(device):
             _direct.launch_compiled(kernel, grid, device, args, options)

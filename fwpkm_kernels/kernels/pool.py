@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..records import Addresses, Queue, Tokens
 from ._common import launch, next_power_of_2, row_warps
-from .streaming import enqueue_row
+from .streaming import enqueue_picks, enqueue_row
 from .weights import gates_and_mask
 
 
@@ -84,18 +84,11 @@ def read_sessions_kernel(
         tl.store(queue_predictions_ptr + row * D + offs_d, total, mask=mask_d)
         target_ptrs = targets_ptr + position * stride_yp + item * stride_yb + offs_d * stride_yd
         tl.store(queue_targets_ptr + row * D + offs_d, tl.load(target_ptrs, mask=mask_d, other=0.0), mask=mask_d)
-        offs_p = tl.arange(0, BLOCK_P)
-        mask_p = offs_p < J
-        slot = tl.load(slots_ptr + picks + offs_p, mask=mask_p, other=0)
-        tl.store(queue_slots_ptr + row * J + offs_p, slot, mask=mask_p)
-        weight = tl.load(weights_ptr + picks + offs_p, mask=mask_p, other=0.0)
-        tl.store(queue_weights_ptr + row * J + offs_p, weight, mask=mask_p)
-        offs_h = tl.arange(0, 2 * BLOCK_P)
-        mask_h = offs_h < 2 * J
-        half_score = tl.load(half_scores_ptr + 2 * picks + offs_h, mask=mask_h, other=0.0)
-        tl.store(queue_half_scores_ptr + 2 * row * J + offs_h, half_score, mask=mask_h)
-        sub_key = tl.load(sub_keys_ptr + 2 * picks + offs_h, mask=mask_h, other=0)
-        tl.store(queue_sub_keys_ptr + 2 * row * J + offs_h, sub_key, mask=mask_h)
+        enqueue_picks(
+            slots_ptr, weights_ptr, half_scores_ptr, sub_keys_ptr,
+            queue_slots_ptr, queue_weights_ptr, queue_half_scores_ptr, queue_sub_keys_ptr,
+            picks, row, J, BLOCK_P,
+        )
 
 
 def read_sessions(

@@ -41,6 +41,28 @@ def enqueue_row(
     tl.store(queue_mask_ptr + row, mask)
 
 
+@triton.jit
+def enqueue_picks(
+    slots_ptr, weights_ptr, half_scores_ptr, sub_keys_ptr,
+    queue_slots_ptr, queue_weights_ptr, queue_half_scores_ptr, queue_sub_keys_ptr,
+    picks, row,
+    J: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    """Copy what one token has picked, from the picks that begin at `picks`, to `row` of the queue."""
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_p = offs_p < J
+    slot = tl.load(slots_ptr + picks + offs_p, mask=mask_p, other=0)
+    tl.store(queue_slots_ptr + row * J + offs_p, slot, mask=mask_p)
+    weight = tl.load(weights_ptr + picks + offs_p, mask=mask_p, other=0.0)
+    tl.store(queue_weights_ptr + row * J + offs_p, weight, mask=mask_p)
+    offs_h = tl.arange(0, 2 * BLOCK_P)
+    mask_h = offs_h < 2 * J
+    half_score = tl.load(half_scores_ptr + 2 * picks + offs_h, mask=mask_h, other=0.0)
+    tl.store(queue_half_scores_ptr + 2 * row * J + offs_h, half_score, mask=mask_h)
+    sub_key = tl.load(sub_keys_ptr + 2 * picks + offs_h, mask=mask_h, other=0)
+    tl.store(queue_sub_keys_ptr + 2 * row * J + offs_h, sub_key, mask=mask_h)
+
+
 @triton.jit(do_not_specialize=["B", "first"])
 def enqueue_kernel(
     queries_ptr, gates_ptr, mask_ptr, queue_queries_ptr, queue_gates_ptr, queue_mask_ptr,
@@ -93,18 +115,11 @@ def read_to_queue_kernel(
         HAS_GATES, HAS_MASK, WIDTH, HEAD, BLOCK_W,
     )
     picks = i_m.to(tl.int64) * J
-    offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < J
-    slot = tl.load(slots_ptr + picks + offs_p, mask=mask_p, other=0)
-    tl.store(queue_slots_ptr + row * J + offs_p, slot, mask=mask_p)
-    weight = tl.load(weights_ptr + picks + offs_p, mask=mask_p, other=0.0)
-    tl.store(queue_weights_ptr + row * J + offs_p, weight, mask=mask_p)
-    offs_h = tl.arange(0, 2 * BLOCK_P)
-    mask_h = offs_h < 2 * J
-    half_score = tl.load(half_scores_ptr + 2 * picks + offs_h, mask=mask_h, other=0.0)
-    tl.store(queue_half_scores_ptr + 2 * row * J + offs_h, half_score, mask=mask_h)
-    sub_key = tl.load(sub_keys_ptr + 2 * picks + offs_h, mask=mask_h, other=0)
-    tl.store(queue_sub_keys_ptr + 2 * row * J + offs_h, sub_key, mask=mask_h)
+    enqueue_picks(
+        slots_ptr, weights_ptr, half_scores_ptr, sub_keys_ptr,
+        queue_slots_ptr, queue_weights_ptr, queue_half_scores_ptr, queue_sub_keys_ptr,
+        picks, row, J, BLOCK_P,
+    )
 
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < D
