@@ -65,20 +65,27 @@ class PackedKept(NamedTuple):
         return Plan(self.order, self.rows, self.start, self.end)
 
 
-def count_sizes(
-    length: int, documents: int, picks: int, num_slots: int, earlier: int, o: Options
-) -> tuple[int, int, int]:
-    """(The most reads, rows of the compact table, copies of keys), for sizes that may be symbolic."""
+def count_sizes(length: int, documents: int, picks: int, num_slots: int, earlier: int, o: Options) -> tuple[int, int]:
+    """(The most reads, rows of the compact table), for sizes that may be symbolic."""
     reads = count_read_positions(length, o.chunk_size, o.lookahead, o.boundary)
-    rows = count_compact_rows(reads * picks, num_slots, documents, earlier)
-    return reads, rows, length // o.chunk_size + documents
+    return reads, count_compact_rows(reads * picks, num_slots, documents, earlier)
+
+
+def count_copies(length: int, documents: int, shares_keys: bool, o: Options) -> int:
+    """The most copies of keys that backward reads: one for each chunk of a document whose keys move, or are its own.
+
+    Under "carry" a document that shares the initial keys and has no full chunk reads those, and has no copy.
+    """
+    full = length // o.chunk_size
+    return full + (torch.sym_min(documents, full) if shares_keys and o.boundary == "carry" else documents)
 
 
 def empty_kept(queries: Tensor, keys: Tensor, values: Tensor, documents: int, earlier: int, o: Options) -> PackedKept:
     """What backward reads, to be filled in; of sizes that may be symbolic."""
     heads, dtype = queries.shape[1], compute_dtype(values.dtype)
     picks = heads * o.top_k
-    reads, num_rows, copies = count_sizes(queries.shape[0], documents, picks, values.shape[0], earlier, o)
+    reads, num_rows = count_sizes(queries.shape[0], documents, picks, values.shape[0], earlier, o)
+    copies = count_copies(queries.shape[0], documents, keys.dim() == 4, o)
     found = Addresses.empty(queries.new_empty(reads, heads), o.top_k, dtype)
     # Keys that do not move are an input of backward.
     of_keys = (copies if o.keys_move else 0, *keys.shape[-4:])
@@ -275,7 +282,7 @@ def run_packed(
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
-    _, num_rows, _ = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
+    _, num_rows = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
     kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
     keys = keys.contiguous()
     found, new_keys = _scan_addresses(queries.index_select(0, reads.token), keys, packing, kept, o)
@@ -318,10 +325,16 @@ def run_packed(
 
 @checks.without_autocast
 def run_packed_grad(
-    inputs: Inputs,
+    queries: Tensor,
+    targets: Tensor,
+    keys: Tensor,
+    num_slots: int,
+    gates: Tensor | None,
+    mask: Tensor | None,
     bounds: list[int],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    rows: Rows,
+    document: Tensor,
+    slot: Tensor,
     kept: PackedKept,
     with_addresses: bool,
     with_values: bool,
@@ -329,12 +342,12 @@ def run_packed_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of queries, targets, keys, values, gates and of the given rows' values.
 
-    `grads` are those of output, final keys and final rows; of `rows` only document and slot are read. Those of queries
-    and keys are empty unless `with_addresses`, that of values unless `with_values`.
+    `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are. Those of
+    queries and keys are empty unless `with_addresses`, that of values [num_slots, D] unless `with_values`.
     """
-    queries, targets, keys, values, gates, mask = inputs
     grad_output, grad_keys, grad_rows = grads
-    dtype, picks = compute_dtype(values.dtype), queries.shape[1] * o.top_k
+    table_dtype, width = kept.log.dtype, targets.shape[1]
+    dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
     packing = pack(bounds, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads, num_reads = packed.reads, packing.num_reads
@@ -349,12 +362,12 @@ def run_packed_grad(
     weights = weigh(scores, o.weighting, o.temperature)
     writes = Writes(weights, kept.write_weights, kept.counts, plan)
 
-    table_grad = torch.empty(len(rows.slot), values.shape[1], dtype=dtype, device=values.device)
+    table_grad = torch.empty(len(slot), width, dtype=dtype, device=queries.device)
     table_grad.zero_() if grad_rows is None else table_grad.copy_(grad_rows)
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=targets.device).expand(targets.shape)
     by_output = grad_output.index_select(0, packed.outputs).unsqueeze(0)
-    pair_targets, spans = targets.index_select(0, packed.pairs).unsqueeze(0), _spans(packing, rows.document, o)
+    pair_targets, spans = targets.index_select(0, packed.pairs).unsqueeze(0), _spans(packing, document, o)
     grad_pairs, grad_weights, grad_write_weights = value_scan_grad(
         table_grad, by_output, pair_targets, ids, writes, kept.log, log_rows, spans, o
     )
@@ -386,11 +399,10 @@ def run_packed_grad(
         )  # of a token at most one
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
-    slot = rows.slot
-    grad_earlier = take_rows(table_grad, earlier, o.backend).to(values.dtype)
-    grad_values = values.new_empty(0)
+    grad_earlier = take_rows(table_grad, earlier, o.backend).to(table_dtype)
+    grad_values = kept.log.new_empty(0)
     if with_values:
-        if len(earlier) > 0:  # those rows were not read from `values`
+        if len(earlier) > 0:  # those rows were not read from the values
             slot = F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
-        grad_values = sum_rows(table_grad, slot, len(values), values.dtype, o.backend)
+        grad_values = sum_rows(table_grad, slot, num_slots, table_dtype, o.backend)
     return grad_queries, grad_targets, grad_initial, grad_values, grad_gates, grad_earlier

@@ -42,7 +42,7 @@ def _(  # type: ignore[no-untyped-def]
     o, documents = Options(*options), cu_seqlens.shape[0] - 1
     picks, earlier = queries.shape[1] * o.top_k, 0 if slot is None else slot.shape[0]
     size = (queries.shape[0], picks)
-    _, num_rows, _ = count_sizes(size[0], documents, picks, values.shape[0], earlier, o)
+    _, num_rows = count_sizes(size[0], documents, picks, values.shape[0], earlier, o)
     results = [
         queries.new_empty(targets.shape, dtype=targets.dtype),
         keys.new_empty(documents, *keys.shape[-4:]),
@@ -60,24 +60,24 @@ _KEPT = ", ".join(f"Tensor {name}" for name in PackedKept._fields)
 @operator(
     "fast_weight_memory_varlen_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_rows, Tensor queries, Tensor targets, Tensor keys, "
-    "Tensor values, Tensor cu_seqlens, Tensor? gates, Tensor? mask, Tensor row_document, Tensor row_slot, "
+    "SymInt num_slots, Tensor cu_seqlens, Tensor? gates, Tensor? mask, Tensor row_document, Tensor row_slot, "
     f"bool with_addresses, bool with_values, {_KEPT}, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, values, cu_seqlens, gates, mask, document, slot,
+    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
     with_addresses, with_values, *rest,
 ) -> list[Tensor]:  # fmt: skip
     kept, o = PackedKept(*rest[: len(PackedKept._fields)]), Options(*rest[len(PackedKept._fields) :])
-    inputs = Inputs(queries, targets, keys, values, gates, mask)
-    grads = (grad_output, grad_keys, grad_rows)
-    rows = Rows(document, slot, values)
-    results = run_packed_grad(inputs, cu_seqlens.tolist(), grads, rows, kept, with_addresses, with_values, o)
+    bounds, grads, flags = cu_seqlens.tolist(), (grad_output, grad_keys, grad_rows), (with_addresses, with_values)
+    results = run_packed_grad(
+        queries, targets, keys, num_slots, gates, mask, bounds, grads, document, slot, kept, *flags, o
+    )
     return [x for x in results if x is not None]
 
 
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, values, cu_seqlens, gates, mask, document, slot,
+    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
     with_addresses, with_values, *rest,
 ):  # fmt: skip
     kept = PackedKept(*rest[: len(PackedKept._fields)])
@@ -85,9 +85,9 @@ def _(  # type: ignore[no-untyped-def]
         queries.new_empty(queries.shape if with_addresses else 0),
         targets.new_empty(targets.shape),
         keys.new_empty(keys.shape if with_addresses else 0),
-        values.new_empty(values.shape if with_values else 0),
+        kept.log.new_empty((num_slots, targets.shape[1]) if with_values else 0),
         *(() if gates is None else (gates.new_empty(gates.shape),)),
-        values.new_empty(kept.earlier.shape[0], values.shape[1]),
+        kept.log.new_empty(kept.earlier.shape[0], targets.shape[1]),
     ]
     return results
 
@@ -114,9 +114,9 @@ class _Varlen(Function):
         tensors, options = args[:10], args[10:]
         results = _forward_op(*tensors, True, *options)
         output, keys, document, slot, value, slots, weights, *kept = results
-        ctx.save_for_backward(*tensors[:7], document, slot, *kept)
+        ctx.save_for_backward(*tensors[:3], *tensors[4:7], document, slot, *kept)  # the table is not needed again
         ctx.mark_non_differentiable(document, slot, slots, weights)
-        ctx.options = options
+        ctx.options, ctx.num_slots = options, tensors[3].shape[0]
         return output, keys, document, slot, value, slots, weights
 
     @staticmethod
@@ -125,12 +125,12 @@ class _Varlen(Function):
         if all(grad is None for grad in grads):
             return (None,) * 10 + none
         saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
-        *inputs, document, slot = saved[:9]
-        refuse_transforms("fast_weight_memory_varlen", (*grads, *inputs))
+        queries, targets, keys, *others = saved[:8]
+        refuse_transforms("fast_weight_memory_varlen", (*grads, *saved[:8]))
         needs = ctx.needs_input_grad
         flags = (needs[0] or needs[2], needs[3])
         grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, *inputs, document, slot, *flags, *saved[9:], *ctx.options
+            *grads, queries, targets, keys, ctx.num_slots, *others, *flags, *saved[8:], *ctx.options
         )
         found = (grad_queries, grad_targets, grad_keys, grad_values, None, *(grad_gates or (None,)), None, None, None)
         found = (*found, grad_value)

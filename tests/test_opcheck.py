@@ -254,7 +254,8 @@ def varlen_samples(place: Place) -> Samples:
 
 def varlen_grad_samples(place: Place) -> Samples:
     for name, arguments in varlen_samples(place):
-        *inputs, _, _, value, keep = arguments[:11]
+        queries, targets, keys, values, *others, _, _, value, keep = arguments[:11]
+        inputs = (queries, targets, keys, values.shape[0], *others)
         if keep:
             output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
             grads = [testing.random_cotangent(x) for x in (output, keys, value)]

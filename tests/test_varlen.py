@@ -353,3 +353,27 @@ def test_drawn_documents_are_those_of_the_loop(case):
     lengths, how, places, options = case
     inputs = make_packed(lengths, **how)
     check(inputs, PLACES[0], make_rows(inputs, places) if places else None, **options)
+
+
+def test_backward_keeps_no_table():
+    """Nor waits for the values to stay: they may be written before it runs."""
+    inputs = make_packed((5, 3), num_keys=9)
+    values = inputs["values"].detach().clone().requires_grad_()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
+        result = fast_weight_memory_varlen(**{**inputs, "values": values}, chunk_size=2, top_k=2)
+    assert values.shape not in shapes
+    with torch.no_grad():
+        values.add_(1)
+    result.output.sum().backward()
+
+
+def test_documents_that_write_nothing_have_no_copies_of_the_keys():
+    """Which would be larger than all else that a batch of many short documents keeps."""
+    inputs = make_packed([2] * 6)
+    inputs["queries"].requires_grad_()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.shape) or x, lambda x: x):
+        fast_weight_memory_varlen(**inputs, chunk_size=5, top_k=2)
+    copies = [size[0] for size in sizes if size[1:] == inputs["keys"].shape]
+    assert copies == [4]  # T // C = 2 chunks at most, and as many documents that have one
