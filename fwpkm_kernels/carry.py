@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from .options import Options
-from .records import Carry, Inputs, each
+from .records import Carry, DocumentsCarry, Inputs, each
 
 
 def count_carried(position: int, o: Options) -> int:
@@ -79,18 +79,14 @@ def leave(inputs: Inputs, position: int, o: Options) -> Carry:
     return Carry._make((*each(lambda x: x[:, first:], *tokens), position))
 
 
-def carries_of(carry: Carry | None, count: int, o: Options) -> list[Carry | None]:
-    """The carry of each of `count` documents, from one with as many tokens of each: see `layers.continuation`.
-
-    Their positions are read on the host, which waits for them.
-    """
+def carries_of(carry: DocumentsCarry | None, count: int, o: Options) -> list[Carry | None]:
+    """The carry of each of `count` documents. Their positions are read on the host, which waits for them."""
     if carry is None:
         return [None] * count
     parts = [[None] * count if x is None else x.split(1) for x in carry[:3]]
-    positions: list[int] = carry.position.tolist()  # type: ignore[attr-defined]
 
     def of(number: int, position: int) -> Carry:
         first = carry.queries.shape[1] - count_carried(position, o) - position % o.chunk_size
         return Carry._make((*each(lambda x: x[:, first:], *(x[number] for x in parts)), None, position))
 
-    return [of(number, position) for number, position in enumerate(positions)]
+    return [of(number, position) for number, position in enumerate(carry.position.tolist())]

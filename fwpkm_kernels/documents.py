@@ -21,7 +21,7 @@ from .carry import carries_of, count_carried, prepend
 from .kernels import compute_dtype
 from .memory import fast_weight_memory
 from .options import Options, schema_of
-from .records import Carry, Inputs
+from .records import DocumentsCarry, Inputs
 from .sequence import run_backward, run_forward
 
 
@@ -223,7 +223,7 @@ def memory_by_document(
     *,
     gates: Tensor | None = None,
     mask: Tensor | None = None,
-    carry: Carry | None = None,
+    carry: DocumentsCarry | None = None,
     return_memory: bool = False,
     options: Options,
 ) -> DocumentsOutput:
@@ -239,7 +239,7 @@ def memory_by_document(
         values: [N, D], likewise, or [S, N, D].
         gates: [B, T] or None.
         mask: [B, T] or None: that of `fast_weight_memory`; not in compiled code, unless key_gradient is "all".
-        carry: what each document goes on from, as `carry_documents` makes it.
+        carry: what each document goes on from; None begins them all.
         return_memory: whether the final memories are returned: S tables.
     """
     tensors = (queries, targets, keys, values, gates)
@@ -247,8 +247,9 @@ def memory_by_document(
         if options.key_gradient == "all":
             return _untraced_loop(*tensors, mask, carry, documents, return_memory, options)
         cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
-        carried = (None,) * 4 if carry is None else (*carry[:3], carry.position)
-        results = _MemoryByDocument.apply(*tensors, *carried, documents.mask, cu_seqlens, return_memory, *options)
+        results = _MemoryByDocument.apply(
+            *tensors, *(carry or (None,) * 4), documents.mask, cu_seqlens, return_memory, *options
+        )
         return DocumentsOutput(*results[:3], *(results[3:] or (None, None)))
     return _loop(*tensors, mask, carry, documents, return_memory, options)
 
@@ -260,7 +261,7 @@ def _loop(
     values: Tensor,
     gates: Tensor | None,
     mask: Tensor | None,
-    carry: Carry | None,
+    carry: DocumentsCarry | None,
     documents: Documents,
     return_memory: bool,
     o: Options,
@@ -322,7 +323,7 @@ def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
     *options,
 ) -> list[Tensor]:  # fmt: skip
-    carry = None if position is None else Carry(c_queries, c_targets, c_gates, None, position)
+    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
     documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
     results = _loop(queries, targets, keys, values, gates, None, carry, documents, return_memory, Options(*options))
     return [x for x in results if x is not None]
@@ -355,7 +356,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
     mask, cu_seqlens, *options,
 ) -> list[Tensor]:  # fmt: skip
     o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    carry = None if position is None else Carry(c_queries, c_targets, c_gates, None, position)
+    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
     of_carry = {"queries": c_queries, "targets": c_targets, "gates": c_gates}
     totals, carry_totals = (
         {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in given.items() if x is not None}

@@ -48,6 +48,22 @@ class Carry(NamedTuple):
         return Carry._make((*each(Tensor.detach, *self[:4]), self.position))
 
 
+class DocumentsCarry(NamedTuple):
+    """What segments of S documents have read and not written yet, in shapes that do not depend on how much that is.
+
+    Of every document these are its last W = C - 1 + L tokens, of which it goes on with those that `Carry` would have.
+    """
+
+    queries: Tensor  #: [S, W, H, Dk]; what was before a document is 0
+    targets: Tensor  #: [S, W, D]
+    gates: Tensor | None  #: [S, W]
+    position: Tensor  #: int64 [S]: how many tokens each document has had so far
+
+    def detach(self) -> "DocumentsCarry":
+        """The same without its graph: gradients of the next segments end here."""
+        return DocumentsCarry._make(each(Tensor.detach, *self))
+
+
 class Plan(NamedTuple):
     """Accesses sorted by the table row that they touch; every field is [A], one entry per sorted position."""
 

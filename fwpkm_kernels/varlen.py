@@ -15,7 +15,7 @@ from .kernels import compute_dtype
 from .memory import check_memory
 from .options import Options, schema_of
 from .packed import PackedKept, count_sizes, empty_kept, run_packed, run_packed_grad
-from .records import Carry, Inputs, Rows, VarlenOutput, each
+from .records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
 
 _INPUTS = (
     "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor? gates, Tensor? mask, "
@@ -228,7 +228,7 @@ def memory_of_documents(
     documents: Documents,
     *,
     gates: Tensor | None = None,
-    carry: Carry | None = None,
+    carry: DocumentsCarry | None = None,
     return_memory: bool = False,
     options: Options,
 ) -> DocumentsOutput:

@@ -131,7 +131,7 @@ def test_detach_ends_gradients_and_no_carry_begins_a_chunk():
         ({"queries": torch.zeros(2, 3)}, ValueError, "`memory.carry.queries` must be"),
         ({"gates": torch.zeros(1, 5)}, ValueError, "`memory.carry.gates` must be"),
         ({"position": 3}, TypeError, "`memory.carry.position`"),
-        (None, TypeError, "`memory.carry` must be a Carry"),
+        (None, TypeError, "`memory.carry` must be a DocumentsCarry"),
     ],
 )
 def test_a_carry_that_does_not_fit_is_named(change, error, message):
@@ -140,3 +140,15 @@ def test_a_carry_that_does_not_fit_is_named(change, error, message):
     carry = tuple(memory.carry) if change is None else memory.carry._replace(**change)
     with pytest.raises(error, match=message):
         layer(x, memory=memory._replace(carry=carry))
+
+
+def test_a_carry_of_the_other_scope_is_refused():
+    of_batch, of_documents = make_layer(scope="batch"), make_layer()
+    x = draw(2, 9)
+    carries = [layer(x, return_memory=True)[1].carry for layer in (of_batch, of_documents)]
+    for layer, carry in ((of_batch, carries[1]), (of_documents, carries[0])):
+        _, memory = layer(x, return_memory=True)
+        with pytest.raises(
+            TypeError, match="`memory.carry` must be a (Documents)?Carry for this layer, got (Documents)?Carry"
+        ):
+            layer(x, memory=memory._replace(carry=carry))

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks as checks
 from ..documents import Documents
 from ..options import Options
-from ..records import Carry, each
+from ..records import Carry, DocumentsCarry, each
 from ..state import MemoryState
 from .streamed import StreamedMemory
 
@@ -37,9 +37,9 @@ class LayerMemory(NamedTuple):
     #: at a time. Neither is differentiable. Where scope="sequence" has removed padding, slots are -1 and weights 0.
     slots: Tensor | None = None
     weights: Tensor | None = None
-    #: What was read and not written yet: of the batch as `fast_weight_memory` leaves it, of documents as
-    #: `carry_documents` does. None begins with a new chunk.
-    carry: Carry | None = None
+    #: What was read and not written yet: of the batch under scope="batch", of each document under "sequence". None
+    #: begins with a new chunk.
+    carry: Carry | DocumentsCarry | None = None
 
     def detach(self) -> "LayerMemory":
         """The same without its graph: gradients of the next segment end here."""
@@ -79,13 +79,14 @@ def _real_tokens(documents: Documents, device: torch.device) -> tuple[Tensor, Te
 
 
 def carry_documents(
-    carry: Carry | None, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents, o: Options
-) -> Carry:
-    """The carry that documents leave, which begin with `carry`; None begins them all.
-
-    It has the same W = C - 1 + L tokens of every document, the last ones, of which each goes on with those that it
-    needs; what was before a document is 0. Its position is a tensor, int64 [S].
-    """
+    carry: DocumentsCarry | None,
+    queries: Tensor,
+    targets: Tensor,
+    gates: Tensor | None,
+    documents: Documents,
+    o: Options,
+) -> DocumentsCarry:
+    """The carry that documents leave, which begin with `carry`; None begins them all."""
     window = (documents.number, o.chunk_size - 1 + o.lookahead)
 
     def left(x: Tensor | None, before: Tensor | None) -> Tensor | None:
@@ -94,9 +95,9 @@ def carry_documents(
         return last_tokens(x, x.new_zeros(*window, *x.shape[2:]) if before is None else before.to(x.dtype), documents)
 
     lengths = _real_tokens(documents, targets.device)[0]
-    q, y, g, position = (None,) * 4 if carry is None else (carry.queries, carry.targets, carry.gates, carry.position)
-    left_position = lengths if position is None else position + lengths
-    return Carry(left(queries, q), left(targets, y), left(gates, g), None, left_position)  # type: ignore[arg-type]
+    q, y, g, position = carry or (None,) * 4
+    position = lengths if position is None else position + lengths
+    return DocumentsCarry(left(queries, q), left(targets, y), left(gates, g), position)  # type: ignore[arg-type]
 
 
 def find_memory(
@@ -180,11 +181,12 @@ def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, doc
     return memory
 
 
-def _check_carry(layer: "FastWeightProductKeyMemory", carry: Carry, documents: Documents) -> None:
+def _check_carry(layer: "FastWeightProductKeyMemory", carry: Carry | DocumentsCarry, documents: Documents) -> None:
     """Refuse the carry of other documents; that of a batch is checked by the memory."""
-    if not isinstance(carry, Carry):
-        raise TypeError(f"`memory.carry` must be a Carry, got {type(carry).__name__}")
-    if layer.scope == "batch":
+    kind: type = Carry if layer.scope == "batch" else DocumentsCarry
+    if not isinstance(carry, kind):
+        raise TypeError(f"`memory.carry` must be a {kind.__name__} for this layer, got {type(carry).__name__}")
+    if isinstance(carry, Carry):
         return
     o, count = layer.options, documents.number
     window = (count, o.chunk_size - 1 + o.lookahead)
@@ -197,5 +199,5 @@ def _check_carry(layer: "FastWeightProductKeyMemory", carry: Carry, documents: D
         if x.shape != wanted:
             raise ValueError(f"`memory.carry.{name}` must be {list(wanted)}, got {checks.shape(x)}")
     checks.check_tensor("memory.carry.position", carry.position, 1, "[S]")
-    if carry.position.shape[0] != count:  # type: ignore[attr-defined]
-        raise ValueError(f"`memory.carry.position` must be [{count}], got {checks.shape(carry.position)}")  # type: ignore[arg-type]
+    if carry.position.shape[0] != count:
+        raise ValueError(f"`memory.carry.position` must be [{count}], got {checks.shape(carry.position)}")

@@ -408,7 +408,7 @@ class FastWeightProductKeyMemory(nn.Module):
         return_memory: bool,
     ) -> Any:
         """Run the memory, differentiably: a MemoryOutput or a DocumentsOutput, and the carry for a next segment."""
-        before = None if memory is None else memory.carry
+        before: Any = None if memory is None else memory.carry  # of the kind that this scope has
         leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
