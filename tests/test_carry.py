@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fwpkm_kernels import Carry, MemoryOutput, MemoryState, fast_weight_memory, fast_weight_memory_step, testing
+from fwpkm_kernels import Carry, MemoryOutput, MemoryState, Rows, fast_weight_memory, fast_weight_memory_step, testing
 from tests.conftest import PLACES, Place
 from tests.helpers.memory import (
     KEY_GRADIENTS,
@@ -288,6 +288,7 @@ def test_a_backward_pass_that_needs_what_a_state_took_over_raises():
     "change, error, message",
     [
         ({"output": tuple}, TypeError, "`output` must be a MemoryOutput"),
+        ({"output": Rows}, TypeError, "`output.values` must be a table"),
         ({"carry": None}, TypeError, "`carry` must be a Carry"),
         ({"chunk_size": 2}, ValueError, "`carry.queries`.*`chunk_size` 2"),
         ({"boundary": "drop"}, ValueError, "`boundary` must be"),
@@ -301,6 +302,8 @@ def test_what_from_output_refuses(change, error, message):
     given = {"output": output, "carry": carry, "keys": inputs["keys"], "values": inputs["values"]} | SMALL | change
     if change.get("output") is tuple:
         given["output"] = tuple(output)
+    if change.get("output") is Rows:
+        given["output"] = fast_weight_memory(**inputs, **SMALL | {"weight_decay": 0.0}, final="rows")
     with pytest.raises(error, match=message):
         MemoryState.from_output(**given)
 
@@ -311,7 +314,8 @@ def test_a_read_writes_nothing(position, place):
     inputs = {name: x.to(place.device) for name, x in make_inputs(3, 8, 2, dtype=torch.float32).items()}
     options = OPTIONS | {"backend": place.backend}
     state = make_state(inputs)
-    stream(state, inputs, [position] if position else [], **options) if position else None
+    if position:
+        stream(state, inputs, [position], **options)
     before = contents(state)
     how = {} if position else {"top_k": 2, "backend": place.backend}
     queries = inputs["queries"][:2, :5].requires_grad_()

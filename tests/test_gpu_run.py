@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, logs, run, smoke
+from benchmarks import gpu, logs, run, sanitize, smoke
 from benchmarks.goals import goals_table
 from benchmarks.measure import NO_GRAPH
 from benchmarks.providers import GRAPHED
@@ -445,3 +445,27 @@ def test_smoke_finds_what_is_wrong(function, monkeypatch, capsys):
     with pytest.raises(AssertionError, match="rows are off by more than"):
         smoke.main(["--device", "cpu"])
     assert capsys.readouterr().out.count("right") == names.index(function)
+
+
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at gather_kernel+0x830 in gather.py:49
+=========     and {other} [2 hazards]
+=========
+========= Error: Race reported between Write access at gather_kernel+0x1050 in gather.py:50
+=========     and Read access at gather_kernel+0x1090 in gather.py:51 [3 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    "other, errors",
+    [
+        ("Write access at gather_kernel+0x830 in gather.py:49", 1),
+        ("Write access at gather_kernel+0x8a0 in gather.py:52", 2),
+        ("Read access at gather_kernel+0x830 in gather.py:49", 2),
+    ],
+    ids=["lanes that store one element", "stores of two places", "a read"],
+)
+def test_lanes_that_store_the_same_element_are_no_race(other, errors):
+    assert sanitize.errors_found("racecheck", RACE.format(other=other)) == (errors, True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fwpkm_kernels import _checks as checks
 from fwpkm_kernels.documents import make_documents, memory_by_document
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory
 from fwpkm_kernels.layers.convolution import convolve
@@ -219,3 +220,13 @@ def test_layer_memory_holds_what_the_next_segment_needs():
     *tensors, carry = memory.detach()
     assert all(x is None or not x.requires_grad for x in (*tensors, *carry[:4]))
     assert memory.carry.queries.requires_grad
+
+
+def test_more_documents_than_kernels_number_are_read_one_by_one(monkeypatch):
+    """With the results that they have together; no argument that the user has not given is named."""
+    layer = make_layer()
+    x = torch.cat(make_documents_of((3, 5, 1, 6)), dim=1)
+    where = {"cu_seqlens": torch.tensor([0, 3, 8, 9, 15])}
+    expected = layer(x, **where)
+    monkeypatch.setattr(checks, "MOST_HEADS", 3)
+    torch.testing.assert_close(layer(x, **where), expected)

@@ -262,3 +262,20 @@ def test_nothing_waits_for_a_gpu(errors_on_synchronisation):
         torch.autograd.grad((outputs.output, outputs.values.value), list(leaves.values()),
                             (torch.ones_like(outputs.output), torch.ones_like(outputs.values.value)))  # fmt: skip
         apply_rows_(inputs["values"].detach(), outputs.values)
+
+
+@pytest.mark.parametrize("name", ["value", "slot", "document"])
+def test_rows_that_share_memory_with_the_table_are_refused(name):
+    """They would be read while the table is written."""
+    if name == "value":
+        values = torch.zeros(9, 3)
+        rows = Rows(torch.zeros(2, dtype=torch.int64), torch.tensor([4, 0]), values[2:4])
+    else:
+        storage = torch.zeros(27, dtype=torch.int64)
+        values = storage.view(torch.float64).view(9, 3)
+        others = {"document": torch.zeros(2, dtype=torch.int64), "slot": torch.tensor([4, 0])}
+        rows = Rows(**others | {name: storage[:2]}, value=torch.ones(2, 3, dtype=torch.float64))
+    before = values.clone()
+    with pytest.raises(ValueError, match=f"`rows.{name}`.*share"):
+        apply_rows_(values, rows)
+    assert torch.equal(values, before)
