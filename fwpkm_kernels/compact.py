@@ -5,7 +5,8 @@ stable sort of document·N + slot numbers them. Gathered once, they are a small 
 on a large one, with these numbers for slots.
 
 How many rows there are depends on the data. So a compact table has as many as there can be, min(accesses, S·N) for S
-documents; those that are not used stand last, and have slot -1 and the value 0. Nothing waits for a GPU.
+documents; those that are not used stand last, and have slot -1 and the value 0. Triton's path never waits for a GPU;
+PyTorch's, which is there to compare with on one, does.
 """
 
 from typing import NamedTuple
@@ -180,8 +181,8 @@ def _apply_rows_op(values: Tensor, document: Tensor, slot: Tensor, value: Tensor
 def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     """Write rows into a table: values[slot] = value, in place, for all places in use.
 
-    With the `Rows` that `fast_weight_memory(final="rows")` gives, the table becomes the final one. Nothing waits for a
-    GPU, and shapes depend on no data. No autograd: nothing here is differentiable, and rows are read as if detached.
+    With the `Rows` that `fast_weight_memory(final="rows")` gives, the table becomes the final one. Triton's path never
+    waits for a GPU. No autograd: nothing here is differentiable, and rows are read as if detached.
 
     Args:
         values: [N, D], any float dtype.
