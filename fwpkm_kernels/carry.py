@@ -56,12 +56,11 @@ def prepend(carry: Carry, inputs: Inputs) -> Inputs:
     """The tokens of the carry and those that come; gates or mask that only one of both has are ones in the other."""
 
     def factor(before: Tensor | None, coming: Tensor | None) -> Tensor | None:
-        if before is None and coming is None:
+        given = coming if before is None else before
+        if given is None:
             return None
-        if before is None:
-            before = coming.new_ones(carry.queries.shape[:2])  # type: ignore[union-attr]
-        if coming is None:
-            coming = before.new_ones(inputs.queries.shape[:2])
+        before = given.new_ones(carry.queries.shape[:2]) if before is None else before
+        coming = given.new_ones(inputs.queries.shape[:2]) if coming is None else coming
         return torch.cat((before, coming), dim=1)
 
     return inputs._replace(

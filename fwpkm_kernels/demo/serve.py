@@ -58,7 +58,7 @@ class Model:
             return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device)
 
         self.embedding, self.to_query, self.to_target = randn(256, width), randn(width, width), randn(width, width)
-        self.to_gate, self.options = randn(width), {"chunk_size": chunk_size}
+        self.to_gate, self.chunk_size = randn(width), chunk_size
         self.pool = MemoryPool(randn(1, 2, num_keys, width // 2), randn(num_keys**2, width), capacity=capacity)
 
     @torch.inference_mode()
@@ -69,8 +69,9 @@ class Model:
         x = self.embedding[ids.to(self.embedding.device)]
         queries, targets, gates = (x @ self.to_query).unsqueeze(2), x @ self.to_target, (x @ self.to_gate).sigmoid()
         lengths = torch.tensor([len(row) for row in tokens])
-        given = {"gates": gates, "sessions": sessions, "lengths": lengths, **self.options}
-        read = fast_weight_memory_step(self.pool, queries, targets, **given)  # type: ignore[arg-type]
+        read = fast_weight_memory_step(
+            self.pool, queries, targets, gates=gates, sessions=sessions, lengths=lengths, chunk_size=self.chunk_size
+        )
         return (x[:, -1] + read[:, -1]).mm(self.embedding.mT).argmax(-1).tolist()
 
 
@@ -97,7 +98,7 @@ def serve(model: Model, requests: list[Request], most: int, every: int) -> Repor
         if not active:
             continue
         # No more than a chunk, so that a step of a full pool has read nothing and can be made again.
-        coming = [request.coming(model.options["chunk_size"]) for request in active]
+        coming = [request.coming(model.chunk_size) for request in active]
         try:
             said = model.step([request.session for request in active], coming)
         except PoolFullError as error:
