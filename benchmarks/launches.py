@@ -57,7 +57,7 @@ class Count(NamedTuple):
 #: The functions that make a stage: the outermost of them that is running counts.
 STAGES = {
     "lookup": ("lookup_halves", "look_up"),
-    "queue": ("_enqueue", "_carry"),
+    "queue": ("enqueue", "_carry"),
     "plan": ("_plan_pairs", "number_reads", "plan_reads", "plan_segments", "count_accesses", "plan_writes"),
     "compact table": ("compact", "take_rows", "put_rows"),
     "read": ("read_to_queue", "read_sessions", "read", "gather_rows"),

@@ -14,7 +14,7 @@ from .gather import gather_rows
 from .options import Options, schema_of
 from .records import Carry, Inputs, MemoryOutput, Queue, Rows, Tokens, each
 from .state import MemoryState
-from .streaming import Memory, _enqueue, look_up, read_piece
+from .streaming import Memory, enqueue, look_up, read_piece
 
 
 def read_options(bound: Options | None, **given: Any) -> Options:
@@ -76,7 +76,7 @@ def _queue_op(  # type: ignore[no-untyped-def]
     queue = make_queue(keys, values, Binding.of(queries, targets, o), values.device)
     tokens = Tokens(*each(lambda x: x.transpose(0, 1), queries, targets, gates, mask))  # type: ignore[arg-type]
     before, present = tokens.part(0, carried), tokens.part(carried, queries.shape[1])
-    _enqueue(queue, before.queries, before.gates, before.mask, o.lookahead - carried, o)
+    enqueue(queue, before.queries, before.gates, before.mask, o.lookahead - carried, o)
     if queries.shape[1] > carried:
         touched = torch.empty(0, dtype=torch.uint8, device=values.device)
         memory = Memory(keys, values, touched, queue)

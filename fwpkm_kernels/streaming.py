@@ -77,7 +77,7 @@ def read_piece(memory: Memory, tokens: Tokens, output: Tensor, place: int | Tens
     predictions = gather_torch(values, found.slots.flatten(1), weights, weights.dtype)
     output.copy_(predictions.view(output.shape))
     where = slice(int(place), int(place) + tokens.queries.shape[0])
-    _enqueue(queue, tokens.queries, tokens.gates, tokens.mask, where.start + o.lookahead, o)
+    enqueue(queue, tokens.queries, tokens.gates, tokens.mask, where.start + o.lookahead, o)
     queue.targets[where] = tokens.targets
     read = {"predictions": predictions, "weights": weights, **found._asdict()}
     del read["scores"]
@@ -86,7 +86,7 @@ def read_piece(memory: Memory, tokens: Tokens, output: Tensor, place: int | Tens
         buffer.copy_(x.view(buffer.shape))
 
 
-def _enqueue(queue: Queue, queries: Tensor, gates: Tensor | None, mask: Tensor | None, first: int, o: Options) -> None:
+def enqueue(queue: Queue, queries: Tensor, gates: Tensor | None, mask: Tensor | None, first: int, o: Options) -> None:
     """Put queries, gates and mask into the queue from `first` on, where the carried tokens are the first L."""
     if checks.use_triton(o.backend, queries):
         from .kernels import streaming
@@ -128,7 +128,7 @@ def read_and_close_chunk(
 ) -> None:
     """Read and write a whole chunk at once, by one lookup and one read of the carried tokens and the chunk."""
     queue, carried, batch = memory.queue, 0 if is_first else o.lookahead, tokens.queries.shape[1]
-    _enqueue(queue, tokens.queries, tokens.gates, tokens.mask, o.lookahead, o)
+    enqueue(queue, tokens.queries, tokens.gates, tokens.mask, o.lookahead, o)
     weights, found = look_up(queue.queries[o.lookahead - carried :].flatten(0, 1), memory.keys, o)
     pair_targets = tokens.targets[o.lookahead - carried :]
     writes = plan_chunk_writes(memory, carried, found.slots, weights, lanes, o)
@@ -167,7 +167,7 @@ def _carry(queue: Queue, o: Options) -> None:
     """Carry the last L tokens of a chunk into the next one."""
     if o.lookahead > 0:
         queries, gates, mask = (buffer[o.chunk_size :] for buffer in (queue.queries, queue.gates, queue.mask))
-        _enqueue(queue, queries, gates, mask, 0, o)
+        enqueue(queue, queries, gates, mask, 0, o)
 
 
 def _touch(touched: Tensor, slots: Tensor, o: Options) -> None:

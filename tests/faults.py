@@ -564,8 +564,8 @@ FAULTS = [
     Fault(
         "given-rows-in-the-gradient-of-values",
         "packed.py",
-        "        if len(earlier) > 0:  # those rows were not read from `values`",
-        "        if len(earlier) < 0:  # those rows were not read from `values`",
+        "        if len(earlier) > 0:  # those rows were not read from the values",
+        "        if len(earlier) < 0:  # those rows were not read from the values",
         "rows that were given count in the gradient of values too",
         "varlen",
         "loop and not triton",
