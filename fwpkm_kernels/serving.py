@@ -5,6 +5,7 @@ read as many share one launch. Then the chunks that are full are planned, the ro
 are written.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,26 @@ from .pages import Missing, rows_of
 from .records import Addresses, Picks, Tokens
 from .sessions import Session, SessionStore
 from .streaming import ChunkWrites, Memory, apply_chunk_writes, look_up, plan_chunk_writes
+
+
+def check_lengths(lengths: Sequence[int] | Tensor | None, sessions: int, length: int) -> list[int]:
+    """How many tokens each session reads."""
+    if lengths is None:
+        return [length] * sessions
+    if isinstance(lengths, Tensor):
+        checks.check_tensor("lengths", lengths, 1, "[S]")
+        checks.check_slots("lengths", lengths)
+        if not lengths.is_cpu:
+            raise ValueError(f"`lengths` must be on the CPU, got {lengths.device}")
+        lengths = lengths.tolist()
+    elif not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"`lengths` must be a number for each session, got {type(lengths).__name__}")
+    counts = [checks.check_int("lengths", count, minimum=0) for count in lengths]
+    if len(counts) != sessions or max(counts, default=0) > length:
+        raise ValueError(
+            f"`lengths` must have a number from 0 to {length} for each of {sessions} sessions, got {counts}"
+        )
+    return counts
 
 
 class Readers(NamedTuple):
@@ -117,7 +138,7 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     # The host waits for a GPU here, and below for each past that is dropped; nowhere else.
     freed_rows, *numbers = torch.cat((freed.view(1), *(closing.missing.counts for closing in closings))).tolist()
     counts = list(zip(numbers[::2], numbers[1::2], strict=True))
-    store.check_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")
+    store.make_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")
     for past in pasts:  # before any row is taken, since their rows were counted as free
         store.drop(past)
     for one in ones:
