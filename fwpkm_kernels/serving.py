@@ -47,7 +47,7 @@ class Readers(NamedTuple):
     seats: Tensor
     keys: Tensor  #: seats of their keys
     places: Tensor  #: of their first tokens among those of the present chunks
-    shared_keys: int | None  #: the seat of keys that all read, if they do
+    keys_at: int | slice | None  #: the seat of keys that all read; or consecutive ones, one for each; None otherwise
 
     @classmethod
     def of(cls, ones: list[Session], store: SessionStore) -> "Readers":
@@ -56,7 +56,12 @@ class Readers(NamedTuple):
         columns = ([one.seat for one in ones], keys, [one.position % store.chunk_size for one in ones])
         numbers = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         seats, of_keys, places = numbers.to(device, non_blocking=True)
-        return cls(seats, of_keys, places, keys[0] if len(set(keys)) == 1 else None)
+        at: int | slice | None = None
+        if len(set(keys)) == 1:
+            at = keys[0]
+        elif keys == list(range(keys[0], keys[0] + len(keys))):
+            at = slice(keys[0], keys[0] + len(keys))
+        return cls(seats, of_keys, places, at)
 
 
 def look_up_each(store: SessionStore, readers: Readers, queries: Tensor, o: Options) -> tuple[Tensor, Addresses]:
@@ -66,14 +71,15 @@ def look_up_each(store: SessionStore, readers: Readers, queries: Tensor, o: Opti
     """
     length, sessions, heads, _ = queries.shape
     (keys,) = store.keys.tensors
-    if readers.shared_keys is not None:
-        return look_up(queries.flatten(0, 1), keys[readers.shared_keys], o)
+    if isinstance(readers.keys_at, int):
+        return look_up(queries.flatten(0, 1), keys[readers.keys_at], o)
     if not checks.use_triton(o.backend, queries):
         parts = [look_up(queries[:, i], keys[seat], o) for i, seat in enumerate(readers.keys.tolist())]
         columns = zip(*((x, *y) for x, y in parts), strict=True)
         each, *each_found = (torch.stack(column, 1).flatten(0, 1) for column in columns)
         return each, Addresses(*each_found)
-    weights, together = look_up(queries.flatten(1, 2), keys.index_select(0, readers.keys).flatten(0, 1), o, sessions)
+    own_keys = keys.index_select(0, readers.keys) if readers.keys_at is None else keys[readers.keys_at]  # no copy
+    weights, together = look_up(queries.flatten(1, 2), own_keys.flatten(0, 1), o, sessions)
     found = Addresses(*(x.view(length * sessions, heads, *x.shape[2:]) for x in together))
     # Sub-keys are numbered as rows of all keys together, and are wanted as those of each session's.
     own = torch.arange(sessions, dtype=torch.int32, device=keys.device) * (2 * heads * keys.shape[3])

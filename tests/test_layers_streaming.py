@@ -13,6 +13,7 @@ from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
 WIDTH, CHUNK, LENGTH = 7, 4, 14
 CUTS = ([LENGTH], [1] * LENGTH, [3, 5, 6], [CHUNK, 2 * CHUNK, 2], [0, 1, 12, 0, 1])
 OPTIONS = [{}, {"query_conv": 3}, {"query_conv": 6, "lookahead": CHUNK}, {"lookahead": 0, "gate": False}]
+OPTIONS += [{"weight_decay": 0.1, "query_conv": 3}]  # for which rows have a table each
 
 
 def make_layer(scope: str, **options) -> FastWeightProductKeyMemory:

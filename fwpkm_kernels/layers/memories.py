@@ -53,6 +53,10 @@ class Pooled:
         """How many of its last tokens each sequence can take back."""
         return [self.pool.reach(session) for session in self.sessions]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(self.pool.num_bytes, self.sessions))
+
     @_disable_dynamo
     def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
@@ -197,6 +201,10 @@ class States:
             for state, past in zip(self.states, self._pasts, strict=True)
         ]
         return [position - begin + begin % chunk_size for position, begin in zip(self.positions, begins, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for state in self.states for x in state.named_tensors().values())
 
     def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; or [B, t, ...] where one state has all."""

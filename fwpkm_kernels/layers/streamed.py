@@ -143,6 +143,12 @@ class StreamedMemory:
         """That of the memory."""
         return self._memories.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what the sequences hold: rows, index, queue and keys in a pool, `MemoryPool.num_bytes` of each, or
+        tables and queues; and what the convolution needs. Pasts do not count. This waits for a GPU."""
+        return self._memories.num_bytes + self.window.num_bytes
+
     def _layout(self, documents: Documents) -> Layout:
         return Layout.of(documents) if self.scope == "sequence" else Layout(None, None)
 

@@ -50,6 +50,10 @@ class Window:
                 end = kept
             self._end = end
 
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._rows is None else self._rows.nbytes
+
     def rollback(self, tokens: int) -> None:
         """Forget the last tokens of all sequences."""
         if self._rows is not None:
