@@ -8,31 +8,16 @@ import pytest
 import torch
 
 from fwpkm_kernels import MemoryState
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
+from fwpkm_kernels.layers import StreamedMemory
+from tests.helpers.layer_streams import CHUNK, LENGTH, WIDTH, assert_close, make_input, make_layer
 
-WIDTH, CHUNK, LENGTH = 7, 4, 14
 CUTS = ([LENGTH], [1] * LENGTH, [3, 5, 6], [CHUNK, 2 * CHUNK, 2], [0, 1, 12, 0, 1])
 OPTIONS = [{}, {"query_conv": 3}, {"query_conv": 6, "lookahead": CHUNK}, {"lookahead": 0, "gate": False}]
 OPTIONS += [{"weight_decay": 0.1, "query_conv": 3}]  # for which rows have a table each
 
 
-def make_layer(scope: str, **options) -> FastWeightProductKeyMemory:
-    torch.manual_seed(0)
-    options = {"num_keys": 6, "heads": 2, "top_k": 3, "key_dim": 6, "value_dim": 5, "chunk_size": CHUNK} | options
-    layer = FastWeightProductKeyMemory(WIDTH, scope=scope, dtype=torch.float64, memory_dtype=torch.float64, **options)
-    return layer.requires_grad_(False)
-
-
-def make_input(batch: int = 3, length: int = LENGTH):
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
 def parts(lengths):
     return [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(lengths)])]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
