@@ -1517,8 +1517,8 @@ FAULTS = [
         "torch.where(column < width + gaps,",
         "torch.where(column < width,",
         "the convolution of a row with fewer tokens does not see those before them",
-        "layers_pool",
-        "any_calls",
+        "layers_streaming",
+        "padding_anywhere",
     ),
     Fault(
         "beams-share-a-session",

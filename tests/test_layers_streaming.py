@@ -51,6 +51,18 @@ def test_padding_on_the_left(scope, cut):
             assert_close(output[row : row + 1, mask[row]], layer(x[row : row + 1, mask[row]]))
 
 
+@pytest.mark.parametrize("cut", CUTS[:3], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[1:3] + OPTIONS[4:], ids=lambda options: "-".join(options))
+def test_padding_anywhere(options, cut):
+    """Rows have read differently many tokens at each cut, and the convolution goes on with the last of each."""
+    layer, x = make_layer("sequence", **options), make_input(4)
+    mask = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(2)) > 0.4
+    memory = layer.new_memory(4)
+    output = torch.cat([layer(x[:, part], attention_mask=mask[:, part], memory=memory) for part in parts(cut)], dim=1)
+    assert_close(output, layer(x, attention_mask=mask))
+    assert memory.positions == mask.sum(1).tolist()
+
+
 def test_packed_documents_go_on_in_sessions_of_their_own():
     layer, x = make_layer("sequence", query_conv=3), make_input(1)
     memory = layer.new_memory(2)
