@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory
+from tests.helpers.varlen import tables_of
 
 WIDTH = 7
 f64 = torch.float64
@@ -48,8 +49,11 @@ def test_rows_in_segments(options, cuts):
     def run(cuts) -> list[Tensor]:
         outputs, memory = in_segments(layer, [(part, {}) for part in x.split(cuts, dim=1)])
         output = torch.cat(outputs, dim=1)
-        loss = output.square().sum() + memory.values.sum() + memory.keys.square().sum()
-        return [output, memory.keys, memory.values, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+        values = memory.values
+        if layer.scope == "sequence":
+            values = tables_of(values, layer.table.weight, len(x))
+        loss = output.square().sum() + values.sum() + memory.keys.square().sum()
+        return [output, memory.keys, values, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
     for ours, theirs in zip(run(cuts), run([13]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
