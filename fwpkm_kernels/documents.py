@@ -93,16 +93,7 @@ class Documents(NamedTuple):
             raise ValueError(f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, got {on_cpu.tolist()}, {x.tolist()}")
         on_cpu = x if on_cpu is None else on_cpu
         if on_cpu.is_cpu:
-            check_bounds(on_cpu.tolist(), self.length)
-
-
-def check_bounds(bounds: list[int], length: int) -> None:
-    """`cu_seqlens`, here `bounds`, cuts `length` tokens into documents."""
-    if bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
-    for index, (before, after) in enumerate(pairwise(bounds)):
-        if after < before:
-            raise ValueError(f"`cu_seqlens` must not decrease, got {before}, {after} at {index}, {index + 1}")
+            checks.check_bounds(on_cpu.tolist(), self.length)
 
 
 def _as_slice(positions: Tensor) -> slice | Tensor:
@@ -238,7 +229,8 @@ def memory_by_document(
         keys: [H, 2, n, Dk/2], from which all documents start, or [S, H, 2, n, Dk/2], one for each.
         values: [N, D], likewise, or [S, N, D].
         gates: [B, T] or None.
-        mask: [B, T] or None: that of `fast_weight_memory`; not in compiled code, unless key_gradient is "all".
+        mask: [B, T] or None: that of `fast_weight_memory`; neither it nor that of the carry is known in compiled code,
+            unless key_gradient is "all".
         carry: what each document goes on from; None begins them all.
         return_memory: whether the final memories are returned: S tables.
     """
@@ -247,9 +239,8 @@ def memory_by_document(
         if options.key_gradient == "all":
             return _untraced_loop(*tensors, mask, carry, documents, return_memory, options)
         cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
-        results = _MemoryByDocument.apply(
-            *tensors, *(carry or (None,) * 4), documents.mask, cu_seqlens, return_memory, *options
-        )
+        carried = (None,) * 4 if carry is None else (*carry[:3], carry.position)
+        results = _MemoryByDocument.apply(*tensors, *carried, documents.mask, cu_seqlens, return_memory, *options)
         return DocumentsOutput(*results[:3], *(results[3:] or (None, None)))
     return _loop(*tensors, mask, carry, documents, return_memory, options)
 
@@ -323,7 +314,7 @@ def _documents_op(  # type: ignore[no-untyped-def]
     queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
     *options,
 ) -> list[Tensor]:  # fmt: skip
-    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
+    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, None, position)
     documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
     results = _loop(queries, targets, keys, values, gates, None, carry, documents, return_memory, Options(*options))
     return [x for x in results if x is not None]
@@ -356,7 +347,7 @@ def _documents_backward_op(  # type: ignore[no-untyped-def]
     mask, cu_seqlens, *options,
 ) -> list[Tensor]:  # fmt: skip
     o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
+    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, None, position)
     of_carry = {"queries": c_queries, "targets": c_targets, "gates": c_gates}
     totals, carry_totals = (
         {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in given.items() if x is not None}

@@ -1,158 +1,19 @@
-"""A memory for each of several packed documents: operators, the autograd Function, checks, and the public function."""
+"""A memory for each of several packed documents: checks, the loop where it must be, and the public function."""
 
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import _checks as checks
-from ._autograd import is_exporting, refuse_transforms
-from ._operators import operator
-from .documents import Documents, DocumentsOutput, check_bounds, memory_by_document, put_back, take
-from .kernels import compute_dtype
+from ._autograd import refuse_transforms
+from .carry import check_documents_carry, continue_documents, empty_carry, prepend_windows, take_tokens
+from .documents import Documents, DocumentsOutput, memory_by_document, put_back, take
 from .memory import check_memory
-from .options import Options, schema_of
-from .packed import PackedKept, count_sizes, empty_kept, run_packed, run_packed_grad
+from .options import Options
+from .packed_function import check_rows, run_documents
 from .records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
-
-_INPUTS = (
-    "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor? gates, Tensor? mask, "
-    "Tensor? document, Tensor? slot, Tensor? value"
-)
-
-
-@operator("fast_weight_memory_varlen", schema=f"({_INPUTS}, bool keep, {schema_of(Options)}) -> Tensor[]")
-def _forward_op(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, keep, *options
-) -> list[Tensor]:
-    bounds, rows = cu_seqlens.tolist(), None if value is None else Rows(document, slot, value)
-    check_bounds(bounds, len(queries))
-    _check_rows(rows, len(bounds) - 1, values)
-    inputs = Inputs(queries, targets, keys, values, gates, mask)
-    (output, new_keys, left, slots, weights), kept = run_packed(inputs, bounds, rows, keep, Options(*options))
-    return [output, new_keys, *left, slots, weights, *(kept or ())]
-
-
-@_forward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, keep, *options
-):
-    o, documents = Options(*options), cu_seqlens.shape[0] - 1
-    picks, earlier = queries.shape[1] * o.top_k, 0 if slot is None else slot.shape[0]
-    size = (queries.shape[0], picks)
-    _, num_rows = count_sizes(size[0], documents, picks, values.shape[0], earlier, o)
-    results = [
-        queries.new_empty(targets.shape, dtype=targets.dtype),
-        keys.new_empty(documents, *keys.shape[-4:]),
-        *(queries.new_empty(num_rows, dtype=torch.int64) for _ in range(2)),
-        values.new_empty(num_rows, values.shape[1]),
-        queries.new_empty(size, dtype=torch.int64),
-        queries.new_empty(size, dtype=compute_dtype(values.dtype)),
-    ]
-    return [*results, *(empty_kept(queries, keys, values, documents, earlier, o) if keep else ())]
-
-
-_KEPT = ", ".join(f"Tensor {name}" for name in PackedKept._fields)
-
-
-@operator(
-    "fast_weight_memory_varlen_backward",
-    schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_rows, Tensor queries, Tensor targets, Tensor keys, "
-    "SymInt num_slots, Tensor cu_seqlens, Tensor? gates, Tensor? mask, Tensor row_document, Tensor row_slot, "
-    f"bool with_addresses, bool with_values, {_KEPT}, {schema_of(Options)}) -> Tensor[]",
-)
-def _backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
-    with_addresses, with_values, *rest,
-) -> list[Tensor]:  # fmt: skip
-    kept, o = PackedKept(*rest[: len(PackedKept._fields)]), Options(*rest[len(PackedKept._fields) :])
-    bounds, grads, flags = cu_seqlens.tolist(), (grad_output, grad_keys, grad_rows), (with_addresses, with_values)
-    results = run_packed_grad(
-        queries, targets, keys, num_slots, gates, mask, bounds, grads, document, slot, kept, *flags, o
-    )
-    return [x for x in results if x is not None]
-
-
-@_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
-    with_addresses, with_values, *rest,
-):  # fmt: skip
-    kept = PackedKept(*rest[: len(PackedKept._fields)])
-    results = [
-        queries.new_empty(queries.shape if with_addresses else 0),
-        targets.new_empty(targets.shape),
-        keys.new_empty(keys.shape if with_addresses else 0),
-        kept.log.new_empty((num_slots, targets.shape[1]) if with_values else 0),
-        *(() if gates is None else (gates.new_empty(gates.shape),)),
-        kept.log.new_empty(kept.earlier.shape[0], targets.shape[1]),
-    ]
-    return results
-
-
-class _VarlenBackward(Function):
-    """First derivatives; differentiating them again raises."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return tuple(_backward_op(*args))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("fast_weight_memory_varlen cannot be differentiated twice")
-
-
-class _Varlen(Function):
-    """apply(queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, *options) gives output,
-    keys, document, slot, value, slots and weights."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        tensors, options = args[:10], args[10:]
-        results = _forward_op(*tensors, True, *options)
-        output, keys, document, slot, value, slots, weights, *kept = results
-        ctx.save_for_backward(*tensors[:3], *tensors[4:7], document, slot, *kept)  # the table is not needed again
-        ctx.mark_non_differentiable(document, slot, slots, weights)
-        ctx.options, ctx.num_slots = options, tensors[3].shape[0]
-        return output, keys, document, slot, value, slots, weights
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, grad_keys: Any, _d: Any, _s: Any, grad_rows: Any, *_: Any) -> Any:
-        grads, none = (grad_output, grad_keys, grad_rows), (None,) * len(ctx.options)
-        if all(grad is None for grad in grads):
-            return (None,) * 10 + none
-        saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
-        queries, targets, keys, *others = saved[:8]
-        refuse_transforms("fast_weight_memory_varlen", (*grads, *saved[:8]))
-        needs = ctx.needs_input_grad
-        flags = (needs[0] or needs[2], needs[3])
-        grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, queries, targets, keys, ctx.num_slots, *others, *flags, *saved[8:], *ctx.options
-        )
-        found = (grad_queries, grad_targets, grad_keys, grad_values, None, *(grad_gates or (None,)), None, None, None)
-        found = (*found, grad_value)
-        return (*(x if is_needed else None for x, is_needed in zip(found, needs, strict=False)), *none)
-
-
-def _check_rows(rows: Rows | None, documents: int, values: Tensor) -> None:
-    """On CPU tensors: rows name documents and slots that there are, none of them twice."""
-    if rows is None or not rows.slot.is_cpu:
-        return
-    checks.check_slot_range("rows.slot", rows.slot, len(values), minimum=-1)
-    used = rows.slot >= 0
-    document = rows.document[used]
-    checks.check_slot_range("rows.document", document, documents)
-    names = (document.long() * len(values) + rows.slot[used]).sort().values
-    twice = (names[1:] == names[:-1]).nonzero()
-    if len(twice) > 0:
-        name = int(names[twice[0, 0]])
-        raise ValueError(
-            "`rows` must hold no slot of a document twice, got document "
-            f"{name // len(values)}, slot {name % len(values)} more than once"
-        )
 
 
 def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options) -> Options:
@@ -174,7 +35,7 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
         inputs = inputs._replace(keys=keys.flatten(0, 1)[: keys.shape[1]])  # as if all had those of the first
     o = check_memory(inputs, o, tokens="T")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        check_bounds(cu_seqlens.tolist(), queries.shape[0])
+        checks.check_bounds(cu_seqlens.tolist(), queries.shape[0])
     if documents * keys.shape[-4] > checks.MOST_HEADS:
         raise ValueError(
             f"`cu_seqlens` must hold at most {checks.MOST_HEADS} documents (times heads), got {documents} documents"
@@ -196,11 +57,13 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
             raise TypeError(f"`rows.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
         checks.check_device("rows.value", rows.value, "values", values)
         if not torch.compiler.is_compiling():
-            _check_rows(rows, documents, values)
+            check_rows(rows, documents, values)
     return o
 
 
-def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options) -> VarlenOutput:
+def _by_document(
+    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, o: Options
+) -> VarlenOutput:
     """The loop over documents, each with a table of its own, all of whose rows are handed out."""
     queries, targets, keys, values, gates, mask = inputs
     num_documents, num_slots = cu_seqlens.shape[0] - 1, values.shape[0]
@@ -212,7 +75,8 @@ def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Optio
         tables = padded.index_put((place,), rows.value)[:-1].unflatten(0, (num_documents, num_slots))
     documents = Documents(1, queries.shape[0], None, cu_seqlens, None)
     q, y, g, m = each(lambda x: x.unsqueeze(0), queries, targets, gates, mask)
-    result = memory_by_document(q, y, keys, tables, documents, gates=g, mask=m, return_memory=True, options=o)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"gates": g, "mask": m, "carry": carry, "return_memory": True, "options": o}
+    result = memory_by_document(q, y, keys, tables, documents, **how)  # type: ignore[arg-type]
     assert result.keys is not None
     assert result.values is not None
     names = torch.arange(num_documents * num_slots, device=values.device)
@@ -262,6 +126,32 @@ def memory_of_documents(
     return DocumentsOutput(output, slots, weights, None, None)
 
 
+def _go_on(
+    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, o: Options
+) -> tuple[VarlenOutput, DocumentsCarry]:
+    """What segments of documents leave behind, with the carry that the next ones begin with."""
+    before = empty_carry(inputs, cu_seqlens.shape[0] - 1, o) if carry is None else carry
+    places = continue_documents(before, cu_seqlens, len(inputs.targets), o)
+    both = prepend_windows(before, inputs)
+    outputs, last = (x.to(both.targets.device, non_blocking=True) for x in (places.outputs, places.last))
+    if o.key_gradient == "all":
+        result = _by_document(inputs, cu_seqlens, carry, rows, o)
+    elif carry is None:
+        result = run_documents(inputs, cu_seqlens, None, rows, o)
+    else:
+        packed = places.packed
+        if not torch.compiler.is_compiling():  # where its size must not depend on the data
+            packed = packed[: int(places.bounds[-1])]
+        packed = packed.to(both.targets.device, non_blocking=True)
+        result = run_documents(take_tokens(both, packed), places.bounds, places.carried, rows, o)
+        output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
+        result = result._replace(output=output, slots=slots, weights=weights)
+    left = take_tokens(both, last)
+    tokens = (left.queries, left.targets, left.gates, left.mask)
+    window = before.queries.shape[:2]
+    return result, DocumentsCarry._make((*each(lambda x: x.unflatten(0, window), *tokens), places.position))
+
+
 def fast_weight_memory_varlen(
     queries: Tensor,
     targets: Tensor,
@@ -288,7 +178,9 @@ def fast_weight_memory_varlen(
     boundary: str = "carry",
     precision: str = "tf32x3",
     backend: str = "auto",
-) -> VarlenOutput:
+    carry: DocumentsCarry | None = None,
+    return_carry: bool = False,
+) -> Any:
     """`fast_weight_memory` for each of several documents that are packed one behind the other, all in one call.
 
     Document s is the tokens from cu_seqlens[s] to cu_seqlens[s + 1]. Its results are those of::
@@ -301,8 +193,10 @@ def fast_weight_memory_varlen(
 
     A table for each document is never made. The rows that a document addresses are known before the first value is
     read; they are gathered once, from `rows` or else from `values`, read and written there, and handed out as `rows`:
-    the next segments of the documents go on from these, and from the final keys, differentiably. (As each call starts
-    with an empty queue, that is one sequence only if segments end where chunks do, with lookahead 0.)
+    the next segments of the documents go on from these, and from the final keys, differentiably. What a document has
+    read and not written yet is its part of the carry. With `carry`, `rows` and the final keys segments of any lengths,
+    0 too, are one sequence of each document, in values and gradients, as those of `fast_weight_memory`; without a carry
+    they are that only if they end where chunks do, with lookahead 0.
 
     Args:
         queries: [T, H, Dk]: the tokens of all documents.
@@ -316,6 +210,9 @@ def fast_weight_memory_varlen(
             all are in range, which is checked on the CPU; on a GPU one of the two is read.
         gates: [T], write gates; None is all ones.
         mask: [T], bool, integer or real, >= 0, as in `fast_weight_memory`; None is all ones.
+        carry: what the segments before have left of each document; None begins them all. Its position lies best on the
+            CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
+        return_carry: whether to return what these segments leave, likewise.
         others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
 
     Returns:
@@ -325,7 +222,10 @@ def fast_weight_memory_varlen(
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
         under key_gradient="all". With weight_decay all other rows of a document have decayed too, to
         (1 - lr · weight_decay) for each chunk that it wrote, times those of `values`: `rows` does not hold them.
-        Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value. What is
+        With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
+        copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
+        Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in
+        the tensors of the carry, whose gradients flow into the segments that its tokens came from. What is
         kept for that is as in `fast_weight_memory`, with a copy of a document's keys for each of its chunks; a dense
         gradient [N, D] is filled only if `values` requires one.
 
@@ -338,18 +238,16 @@ def fast_weight_memory_varlen(
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
     value = rows.value if isinstance(rows, Rows) else None
-    refuse_transforms("fast_weight_memory_varlen", (*inputs, value))
+    of_carry = carry if isinstance(carry, DocumentsCarry) else ()
+    refuse_transforms("fast_weight_memory_varlen", (*inputs, value, *of_carry))
     o = _check_varlen(inputs, cu_seqlens, rows, o)
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
+    checks.check_flag("return_carry", return_carry)
+    if carry is not None or return_carry:
+        check_documents_carry(carry, inputs, cu_seqlens.shape[0] - 1, o)
+        result, left = _go_on(inputs, cu_seqlens, carry, rows, o)
+        return (result, left) if return_carry else result
     if o.key_gradient == "all":
-        return _by_document(inputs, cu_seqlens, rows, o)
-    tensors = (*inputs[:4], cu_seqlens, gates, mask, *(rows or (None,) * 3))
-    # A program of torch.export has no gradients, so it keeps nothing for them.
-    differentiable = torch.is_grad_enabled() and not is_exporting()
-    if differentiable and any(x is not None and x.requires_grad for x in (*inputs[:-1], value)):
-        output, new_keys, document, slot, value, slots, weights = _Varlen.apply(*tensors, *o)
-    else:
-        detached = each(Tensor.detach, *tensors)
-        output, new_keys, document, slot, value, slots, weights = _forward_op(*detached, False, *o)
-    return VarlenOutput(output, new_keys, Rows(document, slot, value), slots, weights)
+        return _by_document(inputs, cu_seqlens, None, rows, o)
+    return run_documents(inputs, cu_seqlens, None, rows, o)

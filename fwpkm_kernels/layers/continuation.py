@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as checks
+from ..carry import last_places
 from ..documents import Documents
 from ..options import Options
 from ..records import Carry, DocumentsCarry, each
@@ -52,17 +53,11 @@ def last_tokens(x: Tensor, before: Tensor, documents: Documents) -> Tensor:
 
     Nothing waits for the device.
     """
-    count, size = before.shape[:2]
     if documents.are_rows:
         return torch.cat((before, x), dim=1)[:, x.shape[1] :]
     lengths, order = _real_tokens(documents, x.device)
-    wanted = lengths.unsqueeze(1) + torch.arange(size, device=x.device)  # among `before` and the document's tokens
-    first = (lengths.cumsum(0) - lengths).unsqueeze(1)
-    own = F.pad(order, (0, 1))[(first + wanted - size).clamp(min=0)]  # of no meaning where `before` is meant
-    earlier = size * torch.arange(count, device=x.device).unsqueeze(1) + wanted
-    index = torch.where(wanted < size, earlier, count * size + own)
     both = torch.cat((before.flatten(0, 1), x.flatten(0, 1)))
-    return both.index_select(0, index.flatten()).view(before.shape)
+    return both.index_select(0, last_places(lengths, order, before.shape[1])).view(before.shape)
 
 
 def _real_tokens(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -95,9 +90,9 @@ def carry_documents(
         return last_tokens(x, x.new_zeros(*window, *x.shape[2:]) if before is None else before.to(x.dtype), documents)
 
     lengths = _real_tokens(documents, targets.device)[0]
-    q, y, g, position = carry or (None,) * 4
+    q, y, g, _, position = carry or (None,) * 5
     position = lengths if position is None else position + lengths
-    return DocumentsCarry(left(queries, q), left(targets, y), left(gates, g), position)  # type: ignore[arg-type]
+    return DocumentsCarry(left(queries, q), left(targets, y), left(gates, g), None, position)  # type: ignore[arg-type]
 
 
 def find_memory(
