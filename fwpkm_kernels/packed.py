@@ -169,7 +169,7 @@ def _scan_addresses(
             picks = found.picks.since(part.rereads)
             step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
             if part_keys.data_ptr() != moved.data_ptr():
-                moved[part.memories] = part_keys
+                moved.index_copy_(0, _index(part.memories, moved.device), part_keys)
         parts.append(Addresses(*(fold.back(x) for x in found)))
     if kept is not None:
         kept.part_keys[copied:] = 0.0
@@ -245,7 +245,8 @@ def _factors(
         first = bounds[document] + (tokens - bounds[document]) // o.chunk_size * o.chunk_size
         end = torch.minimum(first + o.chunk_size, bounds[document + 1])
         by_token = Reads(tokens, document, first, end, tokens < end - o.lookahead, tokens)
-        ratio = step_ratio(by_token, mask, o.lookahead, o.boundary, dtype)
+        mask_now = None if mask is None else mask[: len(tokens)]
+        ratio = step_ratio(by_token, mask_now, o.lookahead, o.boundary, dtype)
     by_read = each(lambda x: x[reads.token], ratio, gates, mask)
     return _Weighed(*by_read)
 
@@ -267,18 +268,27 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat((x, x.new_zeros(size - len(x), *x.shape[1:])))
 
 
+def _by_token(x: Tensor, packed: PackedReads, tokens: int, fill: float) -> Tensor:
+    """x [P, ...] of the output reads as [T, ...] of the tokens; `fill` where a token has none."""
+    size = (tokens, *x.shape[1:])
+    out = x.new_empty(size) if len(x) == tokens else x.new_full(size, fill)
+    return out.index_copy_(0, packed.outputs, x)
+
+
 @checks.without_autocast
 def run_packed(
-    inputs: Inputs, bounds: list[int], earlier: Rows | None, keep: bool, o: Options
+    inputs: Inputs, bounds: list[int], carried: list[int] | None, earlier: Rows | None, keep: bool, o: Options
 ) -> tuple[VarlenOutput, PackedKept | None]:
     """What packed documents leave behind, and with `keep` what backward reads.
 
     `inputs` are those of one batch item without its dimension: queries [T, H, Dk], keys [H, 2, n, Dk/2] or
-    [S, H, 2, n, Dk/2], ...; `bounds` [S + 1] those of the documents.
+    [S, H, 2, n, Dk/2], ...; `bounds` [S + 1] and `carried` [S] those of `pack`. Carried tokens, and tokens behind the
+    last bound, have output and weights 0 and slots -1.
     """
     queries, targets, keys, values, gates, mask = inputs
     documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, o, keys.dim() == 4)
+    width = values.shape[1]
+    packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
@@ -306,21 +316,23 @@ def run_packed(
     if kept is not None:
         log = kept.log[:size]
         kept.log[size:] = 0.0
-    output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
+    output = torch.empty(1, len(packed.outputs), width, dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
     spans = _spans(packing, at.document, o)
     value_scan(table, targets.index_select(0, packed.pairs).unsqueeze(0), at.ids, writes, output, log, spans, o)
-    by_token = torch.empty_like(output[0])
-    by_token.index_copy_(0, packed.outputs, output[0])
     rows = Rows(at.document, at.slot, table)
     if kept is not None:
         flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
         if at.earlier is not None:
             flat = (*flat[:-1], at.earlier)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
-    return VarlenOutput(
-        by_token, new_keys, rows, slots.index_select(0, reads.output), weights.index_select(0, reads.output)
-    ), kept
+    read_slots, read_weights = (x.index_select(0, reads.output) for x in (slots, weights))
+    by_token = (
+        _by_token(x, packed, len(targets), fill)
+        for x, fill in ((output[0], 0.0), (read_slots, -1), (read_weights, 0.0))
+    )
+    output, slots, weights = by_token
+    return VarlenOutput(output, new_keys, rows, slots, weights), kept
 
 
 @checks.without_autocast
@@ -332,6 +344,7 @@ def run_packed_grad(
     gates: Tensor | None,
     mask: Tensor | None,
     bounds: list[int],
+    carried: list[int] | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     document: Tensor,
     slot: Tensor,
@@ -348,7 +361,7 @@ def run_packed_grad(
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
     dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, o, keys.dim() == 4)
+    packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads, num_reads = packed.reads, packing.num_reads
     size = num_reads * picks
@@ -393,7 +406,7 @@ def run_packed_grad(
             kept,
             o,
         )
-        by_token = by_read.index_select(0, reads.output)
+        by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
         by_token.index_add_(
             0, reads.token[packed.again], by_read.index_select(0, packed.again)
         )  # of a token at most one

@@ -57,7 +57,8 @@ class DocumentsCarry(NamedTuple):
     queries: Tensor  #: [S, W, H, Dk]; what was before a document is 0
     targets: Tensor  #: [S, W, D]
     gates: Tensor | None  #: [S, W]
-    position: Tensor  #: int64 [S]: how many tokens each document has had so far
+    mask: Tensor | None  #: [S, W]
+    position: Tensor  #: int64 [S]: how many tokens each document has had so far; best on the CPU, as `cu_seqlens`
 
     def detach(self) -> "DocumentsCarry":
         """The same without its graph: gradients of the next segments end here."""

@@ -288,6 +288,7 @@ def varlen_cases() -> Cases:
     no_rows = {"a tuple": (1, 2, 3), "a dict": {"slot": 1}, "a tensor": torch.ones(3)}
     return {
         **cases,
+        **carry_cases(),
         "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 1)),
         **{f"length of {name}": mismatch(name, "queries", lambda x: x[:2]) for name in ("targets", "gates", "mask")},
         **tensor_cases("cu_seqlens", "slots"),

@@ -239,22 +239,26 @@ def rollback_samples(place: Place) -> Samples:
 def varlen_samples(place: Place) -> Samples:
     """Where forward keeps less than it could, what is behind is 0; so only rows of the log may be left unwritten."""
     inputs = make_packed((4, 0, 8, 1), num_keys=60, dtype=torch.float32, device=place.device)
-    tensors = [inputs[name] for name in ("queries", "targets", "keys", "values", "cu_seqlens", "gates", "mask")]
+    names = ("queries", "targets", "keys", "values", "cu_seqlens", "carried", "gates", "mask")
+    tensors = [inputs.get(name) for name in names]
     rows = make_rows(inputs, ((0, 3), (2, -1), (3, 5)))
     o = Options(chunk_size=3, top_k=2, backend=place.backend)
     own = inputs["keys"].expand(4, *inputs["keys"].shape)
     for keep in (True, False):
         for boundary in ("carry", "drop"):
             yield f"{boundary}, keeping {keep}", (*tensors, *rows, keep, *o._replace(boundary=boundary))
-        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 5, keep, *o._replace(clip=0.1))
+        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 6, keep, *o._replace(clip=0.1))
         yield f"own keys, keeping {keep}", (*tensors[:2], own, *tensors[3:], *rows, keep, *o)
+        # The second document goes on behind a chunk, and three tokens are surplus.
+        cuts = (torch.tensor([0, 4, 9, 9, 10]), torch.tensor([0, 1, 0, 0]))
+        yield f"carried, keeping {keep}", (*tensors[:4], *cuts, *tensors[6:], *rows, keep, *o)
         still = o._replace(addressing_weight=0.0, weight_decay=0.0)
         yield f"still keys, keeping {keep}", (*tensors, *rows, keep, *still)
 
 
 def varlen_grad_samples(place: Place) -> Samples:
     for name, arguments in varlen_samples(place):
-        queries, targets, keys, values, *others, _, _, value, keep = arguments[:11]
+        queries, targets, keys, values, *others, _, _, value, keep = arguments[:12]
         inputs = (queries, targets, keys, values.shape[0], *others)
         if keep:
             output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
@@ -262,8 +266,14 @@ def varlen_grad_samples(place: Place) -> Samples:
             if name.startswith(("own keys", "drop")):
                 grads = [testing.with_layout(x, "transposed") for x in grads]
             for needed in (True, False):
-                flags, kept_options = (needed, needed), arguments[11:]
+                flags, kept_options = (needed, needed), arguments[12:]
                 yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
+
+
+def continue_samples(place: Place) -> Samples:
+    yield "of any lengths", (torch.tensor([0, 2, 2, 7]), torch.tensor([5, 0, 3]), 7, 3, 2)
+    yield "chunks of a token", (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([5]), 2, 1, 0)
+    yield "no tokens", (torch.tensor([0, 0]), torch.tensor([4]), 0, 3, 1)
 
 
 def documents_samples(place: Place) -> Samples:
@@ -310,6 +320,7 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
     "fast_weight_memory_backward": memory_grad_samples,
+    "continue_documents": continue_samples,
     "fast_weight_memory_varlen": varlen_samples,
     "fast_weight_memory_varlen_backward": varlen_grad_samples,
     "fast_weight_memory_documents": documents_samples,

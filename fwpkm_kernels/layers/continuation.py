@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as checks
 from ..documents import Documents
-from ..records import Carry, DocumentsCarry, Rows, each
+from ..records import Carry, DocumentsCarry, Rows
 from ..state import MemoryState
 from .streamed import StreamedMemory
 
@@ -29,7 +29,7 @@ class LayerMemory(NamedTuple):
     keys: Tensor  #: [H, 2, n, Dk/2] under scope="batch", [S, H, 2, n, Dk/2] under "sequence"
     #: Under scope="batch" the table, [N, D]. Under "sequence" the rows in which each document's table differs from the
     #: layer's, as `fast_weight_memory_varlen` gives them: all others are read from the layer's table as it is then.
-    values: Tensor | Rows
+    values: Any
     #: The last w - 1 normed hidden states, which the next segment's `query_conv` sees: [S, w - 1, d]. None is zeros.
     hidden_states: Tensor | None = None
     gate_mean: Tensor | None = None  #: 0-d: the mean gate of the tokens of the segment; differentiable
@@ -105,7 +105,7 @@ def _as_streamed(layer: "FastWeightProductKeyMemory", memory: Any, batch: int) -
 
 def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, documents: Documents) -> LayerMemory:
     """Refuse a segment's memory whose shapes are not those of this layer and these documents."""
-    size = (layer.heads, 2, layer.num_keys, layer.key_dim // 2)
+    size: tuple[int, ...] = (layer.heads, 2, layer.num_keys, layer.key_dim // 2)
     is_packed = layer.scope == "sequence"
     wanted: dict[str, tuple[int, ...]] = {"keys": (documents.number, *size) if is_packed else size}
     if not is_packed:
@@ -117,7 +117,7 @@ def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, doc
         if x.shape != size:
             raise ValueError(f"`memory.{name}` must be {list(size)} for this layer and input, got {checks.shape(x)}")
     if is_packed and not isinstance(memory.values, Rows):
-        raise TypeError(f"`memory.values` must be Rows under scope=\"sequence\", got {type(memory.values).__name__}")
+        raise TypeError(f'`memory.values` must be Rows under scope="sequence", got {type(memory.values).__name__}')
     if memory.carry is not None:
         _check_carry(layer, memory.carry, documents)
     tail, size = memory.hidden_states, (documents.number, layer._conv_width - 1, layer.hidden_size)

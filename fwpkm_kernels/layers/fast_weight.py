@@ -412,14 +412,15 @@ class FastWeightProductKeyMemory(nn.Module):
         leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
-            how: dict[str, Any] = {"gates": gates, "carry": before, "return_carry": leaves_carry}
+            how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
+                how |= {"return_memory": return_memory, "options": self.options}
                 keys, values = self._in_memory_dtype(self.keys if memory is None else memory.keys, weight)
                 if memory is not None:
                     how["rows"] = memory.values._replace(value=memory.values.value.to(values.dtype))
-                return memory_of_documents(queries, targets, keys, values, documents, **how, options=self.options)
+                return memory_of_documents(queries, targets, keys, values, documents, **how)
             keys, values = self._in_memory_dtype(*((self.keys, weight) if memory is None else memory[:2]))
-            how["mask"] = documents.pair_mask(self.options.lookahead, queries.device)
+            how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
             # Of a table that is not returned the rows that are read will do, unless decay or segments before move more.
             moved_before = memory is not None and self.initial_memory == "persistent"
             needs_table = return_memory or moved_before or why_no_rows(self.options)

@@ -1,6 +1,4 @@
-"""The documents of a layer's batch: packed for `fast_weight_memory_varlen`, and what they read put back."""
-
-from typing import Any
+"""The documents of a layer's batch: packed for `run_varlen`, and what they read put back."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +6,8 @@ from torch import Tensor
 
 from ..documents import Documents
 from ..options import Options
-from ..records import DocumentsCarry, Rows, VarlenOutput, each
-from ..varlen import fast_weight_memory_varlen
+from ..records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
+from ..varlen import run_varlen
 
 
 def memory_of_documents(
@@ -22,7 +20,7 @@ def memory_of_documents(
     gates: Tensor | None = None,
     rows: Rows | None = None,
     carry: DocumentsCarry | None = None,
-    return_carry: bool = False,
+    return_memory: bool = False,
     options: Options,
 ) -> tuple[VarlenOutput, DocumentsCarry | None]:
     """`fast_weight_memory_varlen` of the documents in a batch [B, T], without their padding.
@@ -32,10 +30,10 @@ def memory_of_documents(
         targets: [B, T, D].
         gates: [B, T] or None.
         keys, values, rows, carry: as `fast_weight_memory_varlen` takes them.
+        return_memory: whether there is a next segment, which needs rows and, under boundary="carry", the carry.
 
     Returns:
-        VarlenOutput, whose output, slots and weights are [B, T, ...], at padding 0, -1 and 0; and the carry with
-        `return_carry`.
+        VarlenOutput, whose output, slots and weights are [B, T, ...], at padding 0, -1 and 0; and the carry, or None.
     """
     places, cu_seqlens = _pack(documents, targets.device)
 
@@ -48,19 +46,26 @@ def memory_of_documents(
         return x.view(documents.batch, documents.length, *x.shape[1:])
 
     q, y, g = each(pack, queries, targets, gates)
-    how: dict[str, Any] = {"gates": g, "rows": rows, "return_carry": return_carry, **options._asdict()}
-    is_empty = documents.number == 0  # which is packed as one document of no tokens
-    carry = None if is_empty else carry
+    is_empty = documents.number == 0
     if is_empty:
-        keys, how["rows"] = keys.new_zeros(keys.shape[-4:]), None
-    result: Any = fast_weight_memory_varlen(q, y, keys, values, cu_seqlens, carry=carry, **how)  # type: ignore[arg-type]
-    result, carry = result if return_carry else (result, None)
-    fills = {"output": 0, "slots": -1, "weights": 0}
-    result = result._replace(**{name: put_back(getattr(result, name), fill) for name, fill in fills.items()})
+        keys, rows, carry = keys.new_zeros(keys.shape[-4:]), None, None
+    result, left = run_varlen(
+        Inputs(q, y, keys, values, g, None),  # type: ignore[arg-type]
+        cu_seqlens,
+        rows,
+        carry,
+        return_memory and options.boundary == "carry",
+        options,
+        may_end_before=documents.mask is not None,
+        with_rows=return_memory,
+    )
+    fills = ((result.output, 0), (result.slots, -1), (result.weights, 0))
+    output, slots, weights = (put_back(x, fill) for x, fill in fills)
+    result = result._replace(output=output, slots=slots, weights=weights)
     if is_empty:
         result = result._replace(keys=result.keys[:0])
-        carry = None if carry is None else DocumentsCarry._make(each(lambda x: x[:0], *carry))
-    return result, carry
+        left = None if left is None else DocumentsCarry._make(each(lambda x: x[:0], *left))
+    return result, left
 
 
 def _pack(documents: Documents, device: torch.device) -> tuple[Tensor | None, Tensor]:
@@ -69,6 +74,8 @@ def _pack(documents: Documents, device: torch.device) -> tuple[Tensor | None, Te
 
     In compiled code, where the number of tokens is data, padding follows them. A mask on a GPU is copied, which waits.
     """
+    if documents.number == 0:  # packed as one document of no tokens
+        return None, torch.zeros(2, dtype=torch.int64, device="cpu")
     if documents.mask is not None:
         lengths, places = _real_tokens(documents, device)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).cpu()
@@ -76,7 +83,7 @@ def _pack(documents: Documents, device: torch.device) -> tuple[Tensor | None, Te
             places = places[: int(cu_seqlens[-1])]
         return places, cu_seqlens
     if documents.cu_seqlens is None:
-        return None, torch.arange(max(documents.batch, 1) + 1, device="cpu") * documents.length
+        return None, torch.arange(documents.batch + 1, device="cpu") * documents.length
     return None, documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
 
 
