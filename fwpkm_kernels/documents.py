@@ -1,4 +1,4 @@
-"""Documents in a batch of tokens: which tokens belong to which document, and a memory for each document.
+"""Documents in a batch of tokens: which tokens belong to which document.
 
 Each row of a batch [B, T] is a document, or `cu_seqlens` packs several documents into one row, one behind the other.
 Tokens that a mask marks as padding belong to no document. No document's results depend on another document.

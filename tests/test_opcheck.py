@@ -271,37 +271,10 @@ def varlen_grad_samples(place: Place) -> Samples:
 
 
 def continue_samples(place: Place) -> Samples:
-    yield "of any lengths", (torch.tensor([0, 2, 2, 7]), torch.tensor([5, 0, 3]), 7, 3, 2)
-    yield "chunks of a token", (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([5]), 2, 1, 0)
-    yield "no tokens", (torch.tensor([0, 0]), torch.tensor([4]), 0, 3, 1)
-
-
-def documents_samples(place: Place) -> Samples:
-    inputs = make_inputs(2, 7, num_keys=8, dtype=torch.float32, device=place.device)
-    rows = [inputs[name] for name in ("queries", "targets", "keys", "values")]
-    packed = [*(x.flatten(0, 1).unsqueeze(0) for x in rows[:2]), *rows[2:]]
-    of_each = [*packed[:2], *(x.expand(3, *x.shape) for x in rows[2:])]
-    mask = torch.ones(2, 7, device=place.device).tril(3)
-    bounds = torch.tensor([0, 5, 5, 14])
-    o = Options(chunk_size=3, top_k=2, backend=place.backend)
-    none = (None,) * 4
-    yield "masked", (*rows, inputs["gates"], *none, mask, None, False, *o)
-    yield "packed", (*packed, None, *none, None, bounds, True, *o)
-    yield "packed and padded", (*packed, None, *none, mask.view(1, 14).bool(), bounds.int(), False, *o)
-    gates = inputs["gates"].view(1, 14)
-    yield "goes on", (*of_each, gates, *none, None, bounds, True, *o._replace(boundary="drop"))
-    yield "no tokens", (*(x[:, :0] for x in rows[:2]), *rows[2:], None, *none, mask[:, :0], None, True, *o)
-    carried = make_inputs(3, 3, num_keys=8, dtype=torch.float32, device=place.device, seed=1)
-    carry = (*(carried[name] for name in ("queries", "targets", "gates")), torch.tensor([1, 4, 5], device=place.device))
-    yield "carried", (*of_each, gates, *carry, None, bounds, True, *o)
-
-
-def documents_grad_samples(place: Place) -> Samples:
-    for name, arguments in documents_samples(place):
-        results = OPS.fast_weight_memory_documents(*arguments)
-        of_memory = [testing.random_cotangent(x) for x in results[3:]] or [None, None]
-        yield name, (testing.random_cotangent(results[0]), *of_memory, *arguments[:11], *arguments[12:])
-    yield "of the memory alone", (None, *of_memory, *arguments[:11], *arguments[12:])
+    yield "of any lengths", (torch.tensor([0, 2, 2, 7]), torch.tensor([5, 0, 3]), 7, False, 3, 2)
+    yield "chunks of a token", (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([5]), 2, False, 1, 0)
+    yield "no tokens", (torch.tensor([0, 0]), torch.tensor([4]), 0, False, 3, 1)
+    yield "padding behind", (torch.tensor([0, 2, 5]), torch.tensor([1, 4]), 7, True, 3, 1)
 
 
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
@@ -323,8 +296,6 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "continue_documents": continue_samples,
     "fast_weight_memory_varlen": varlen_samples,
     "fast_weight_memory_varlen_backward": varlen_grad_samples,
-    "fast_weight_memory_documents": documents_samples,
-    "fast_weight_memory_documents_backward": documents_grad_samples,
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
     "fast_weight_memory_read": read_samples,
