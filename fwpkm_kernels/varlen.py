@@ -10,6 +10,7 @@ from . import _checks as checks
 from ._autograd import refuse_transforms
 from .carry import check_documents_carry, continue_documents, empty_carry, prepend_windows, take_tokens
 from .documents import Documents, DocumentsOutput, memory_by_document, put_back, take
+from .kernels import compute_dtype
 from .memory import check_memory
 from .options import Options
 from .packed_function import check_rows, run_documents
@@ -53,6 +54,13 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
             if x.dtype != torch.int64:
                 raise TypeError(f"`{name}` must be int64, got {x.dtype}")
             checks.check_device(name, x, "values", values)
+        if rows.decay is not None:
+            checks.check_tensor("rows.decay", rows.decay, 1, "[S]")
+            if rows.decay.shape[0] != documents:
+                raise ValueError(f"`rows.decay` must be [{documents}], got {checks.shape(rows.decay)}")
+            if rows.decay.dtype != compute_dtype(values.dtype):
+                raise TypeError(f"`rows.decay` must be {compute_dtype(values.dtype)}, got {rows.decay.dtype}")
+            checks.check_device("rows.decay", rows.decay, "values", values)
         if rows.value.dtype != values.dtype:
             raise TypeError(f"`rows.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
         checks.check_device("rows.value", rows.value, "values", values)
@@ -69,7 +77,10 @@ def _by_document(
     num_documents, num_slots = cu_seqlens.shape[0] - 1, values.shape[0]
     tables = values
     if rows is not None:
-        tables = values.expand(num_documents, *values.shape).flatten(0, 1)
+        tables = values.expand(num_documents, *values.shape)
+        if rows.decay is not None:
+            tables = (tables * rows.decay.view(-1, 1, 1)).to(values.dtype)
+        tables = tables.flatten(0, 1)
         place = torch.where(rows.slot < 0, len(tables), rows.document * num_slots + rows.slot)
         padded = torch.cat((tables, tables.new_zeros(1, values.shape[1])))
         tables = padded.index_put((place,), rows.value)[:-1].unflatten(0, (num_documents, num_slots))
@@ -127,7 +138,12 @@ def memory_of_documents(
 
 
 def _go_on(
-    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, o: Options
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    carry: DocumentsCarry | None,
+    rows: Rows | None,
+    sparse_grad: bool,
+    o: Options,
 ) -> tuple[VarlenOutput, DocumentsCarry]:
     """What segments of documents leave behind, with the carry that the next ones begin with."""
     before = empty_carry(inputs, cu_seqlens.shape[0] - 1, o) if carry is None else carry
@@ -137,13 +153,13 @@ def _go_on(
     if o.key_gradient == "all":
         result = _by_document(inputs, cu_seqlens, carry, rows, o)
     elif carry is None:
-        result = run_documents(inputs, cu_seqlens, None, rows, o)
+        result = run_documents(inputs, cu_seqlens, None, rows, sparse_grad, o)
     else:
         packed = places.packed
         if not torch.compiler.is_compiling():  # where its size must not depend on the data
             packed = packed[: int(places.bounds[-1])]
         packed = packed.to(both.targets.device, non_blocking=True)
-        result = run_documents(take_tokens(both, packed), places.bounds, places.carried, rows, o)
+        result = run_documents(take_tokens(both, packed), places.bounds, places.carried, rows, sparse_grad, o)
         output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)
     left = take_tokens(both, last)
@@ -180,6 +196,7 @@ def fast_weight_memory_varlen(
     backend: str = "auto",
     carry: DocumentsCarry | None = None,
     return_carry: bool = False,
+    sparse_grad: bool = False,
 ) -> Any:
     """`fast_weight_memory` for each of several documents that are packed one behind the other, all in one call.
 
@@ -207,12 +224,17 @@ def fast_weight_memory_varlen(
             waits for the device. Values are checked where they are known: on the CPU, and in the operator.
         rows: Rows(document, slot, value), int64 [Q], int64 [Q], [Q, D], in the dtype of `values`: rows that a document
             reads instead of those of `values`. A place with slot -1 is unused. No slot of a document occurs twice, and
-            all are in range, which is checked on the CPU; on a GPU one of the two is read.
+            all are in range, which is checked on the CPU; on a GPU one of the two is read. Where there is a fourth
+            field `decay` [S], in the compute dtype, a document's other rows are those of `values` times its decay.
         gates: [T], write gates; None is all ones.
         mask: [T], bool, integer or real, >= 0, as in `fast_weight_memory`; None is all ones.
         carry: what the segments before have left of each document; None begins them all. Its position lies best on the
             CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
         return_carry: whether to return what these segments leave, likewise.
+        sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
+            those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
+            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
+            with key_gradient="all", nor with torch.compile, which has no sparse gradients.
         others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
 
     Returns:
@@ -220,8 +242,9 @@ def fast_weight_memory_varlen(
         [S, H, 2, n, Dk/2]; rows, those that each document has read, and those given, after its last write, in the order
         of documents and slots, then unused places; slots (int64) and weights of the output reads, [T, J]. R, how many
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
-        under key_gradient="all". With weight_decay all other rows of a document have decayed too, to
-        (1 - lr · weight_decay) for each chunk that it wrote, times those of `values`: `rows` does not hold them.
+        under key_gradient="all". With a weight decay all other rows of a document have decayed too: `rows.decay` says
+        to what part of those of `values`, (1 - lr · weight_decay) for each chunk that the document has written, those
+        before the rows that were given included. It is a constant for gradients.
         With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
         copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
         Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in
@@ -244,10 +267,13 @@ def fast_weight_memory_varlen(
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     checks.check_flag("return_carry", return_carry)
+    checks.check_flag("sparse_grad", sparse_grad)
+    if sparse_grad and o.key_gradient == "all":
+        raise ValueError('`sparse_grad`=True needs `key_gradient`="addressing", got "all"')
     if carry is not None or return_carry:
         check_documents_carry(carry, inputs, cu_seqlens.shape[0] - 1, o)
-        result, left = _go_on(inputs, cu_seqlens, carry, rows, o)
+        result, left = _go_on(inputs, cu_seqlens, carry, rows, sparse_grad, o)
         return (result, left) if return_carry else result
     if o.key_gradient == "all":
         return _by_document(inputs, cu_seqlens, None, rows, o)
-    return run_documents(inputs, cu_seqlens, None, rows, o)
+    return run_documents(inputs, cu_seqlens, None, rows, sparse_grad, o)
