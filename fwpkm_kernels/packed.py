@@ -4,7 +4,8 @@ The rows that each document touches are a compact table (`compact.py`), on which
 one memory. A step moves on all documents together; what one document reads and writes depends on no other.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -255,12 +256,33 @@ def _spans(packing: Packing, document: Tensor, o: Options) -> list[Span]:
     """The spans, and which rows of the compact table [R] decay after each."""
     if o.weight_decay == 0.0 or o.lr == 0.0:
         return packing.spans
-    spans = []
-    for span, documents in zip(packing.spans, packing.span_documents, strict=True):
-        is_written = torch.zeros(len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
-        is_written[documents] = True
-        spans.append(span._replace(decays=is_written.to(document.device, non_blocking=True)[document]))
-    return spans
+    is_written = torch.zeros(len(packing.spans), len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
+    for number, documents in enumerate(packing.span_documents):
+        is_written[number, documents] = True
+    of_spans = is_written.to(document.device, non_blocking=True).unbind()
+    return [
+        span._replace(decays=functools.partial(of_span.__getitem__, document)) if span.is_written else span
+        for span, of_span in zip(packing.spans, of_spans, strict=True)
+    ]
+
+
+def final_decay(cu_seqlens: Tensor, carried: Tensor | None, decay: Tensor | None, like: Tensor, o: Options) -> Any:
+    """What rows that a document has not addressed have been multiplied by after its last write, [S], in the compute
+    dtype of `like`, where `decay` is that before its first; None is 1. Nothing waits for the device."""
+    factor = 1.0 - o.lr * o.weight_decay
+    if factor == 1.0:
+        return decay
+    lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried
+    writes = lengths // o.chunk_size if o.boundary == "carry" else (lengths + o.chunk_size - 1) // o.chunk_size
+    powers = torch.pow(factor, writes.double()).to(like.device, compute_dtype(like.dtype), non_blocking=True)
+    return powers if decay is None else decay * powers
+
+
+def slots_of_values(slot: Tensor, earlier: Tensor) -> Tensor:
+    """The slots of a compact table, with -1 for rows that were given, at `earlier` [Q], and so not read from values."""
+    if len(earlier) == 0:
+        return slot
+    return F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -349,14 +371,17 @@ def run_packed_grad(
     document: Tensor,
     slot: Tensor,
     kept: PackedKept,
+    decay: Tensor | None,
     with_addresses: bool,
     with_values: bool,
+    spread: bool,
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of queries, targets, keys, values, gates and of the given rows' values.
 
-    `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are. Those of
-    queries and keys are empty unless `with_addresses`, that of values [num_slots, D] unless `with_values`.
+    `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are; `decay`
+    is that of the given rows. The gradients of queries and keys are empty unless `with_addresses`, and that of values
+    is, unless `with_values`: it is [num_slots, D], or with `spread` False that of the rows that were read, [R, D].
     """
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
@@ -415,7 +440,10 @@ def run_packed_grad(
     grad_earlier = take_rows(table_grad, earlier, o.backend).to(table_dtype)
     grad_values = kept.log.new_empty(0)
     if with_values:
-        if len(earlier) > 0:  # those rows were not read from the values
-            slot = F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
-        grad_values = sum_rows(table_grad, slot, num_slots, table_dtype, o.backend)
+        if decay is not None:
+            table_grad.mul_(decay[document].unsqueeze(1))
+        if spread:
+            grad_values = sum_rows(table_grad, slots_of_values(slot, earlier), num_slots, table_dtype, o.backend)
+        else:
+            grad_values = table_grad.to(table_dtype)
     return grad_queries, grad_targets, grad_initial, grad_values, grad_gates, grad_earlier

@@ -10,14 +10,23 @@ from torch.autograd import Function
 from . import _checks as checks
 from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
+from .compact import sparse_sums
 from .kernels import compute_dtype
 from .options import Options, schema_of
-from .packed import PackedKept, count_sizes, empty_kept, run_packed, run_packed_grad
+from .packed import (
+    PackedKept,
+    count_sizes,
+    empty_kept,
+    final_decay,
+    run_packed,
+    run_packed_grad,
+    slots_of_values,
+)
 from .records import Inputs, Rows, VarlenOutput, each
 
 _INPUTS = (
     "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor? carried, Tensor? gates, "
-    "Tensor? mask, Tensor? document, Tensor? slot, Tensor? value"
+    "Tensor? mask, Tensor? document, Tensor? slot, Tensor? value, Tensor? decay"
 )
 
 
@@ -40,24 +49,24 @@ def _cuts(cu_seqlens: Tensor, carried: Tensor | None, length: int, o: Options) -
 
 @operator("fast_weight_memory_varlen", schema=f"({_INPUTS}, bool keep, {schema_of(Options)}) -> Tensor[]")
 def _forward_op(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, keep, *options
+    queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, decay, keep, *options
 ) -> list[Tensor]:
     """`carried` [S], int64, on the CPU: how many of its first tokens each document has read before, 0 or `lookahead`.
 
     They have no output: it and the weights are 0 there, and slots -1. With `carried` all that holds for tokens behind
     the last of `cu_seqlens` too, which then may be less than T.
     """
-    o, rows = Options(*options), None if value is None else Rows(document, slot, value)
+    o, rows = Options(*options), None if value is None else Rows(document, slot, value, decay)
     bounds, before = _cuts(cu_seqlens, carried, len(queries), o)
     check_rows(rows, len(bounds) - 1, values)
     inputs = Inputs(queries, targets, keys, values, gates, mask)
     (output, new_keys, left, slots, weights), kept = run_packed(inputs, bounds, before, rows, keep, o)
-    return [output, new_keys, *left, slots, weights, *(kept or ())]
+    return [output, new_keys, *left[:3], slots, weights, *(kept or ())]
 
 
 @_forward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, keep, *options
+    queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, decay, keep, *options
 ):
     o, documents = Options(*options), cu_seqlens.shape[0] - 1
     picks, earlier = queries.shape[1] * o.top_k, 0 if slot is None else slot.shape[0]
@@ -81,18 +90,18 @@ _KEPT = ", ".join(f"Tensor {name}" for name in PackedKept._fields)
     "fast_weight_memory_varlen_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_rows, Tensor queries, Tensor targets, Tensor keys, "
     "SymInt num_slots, Tensor cu_seqlens, Tensor? carried, Tensor? gates, Tensor? mask, "
-    "Tensor row_document, Tensor row_slot, bool with_addresses, bool with_values, "
+    "Tensor row_document, Tensor row_slot, Tensor? decay, bool with_addresses, bool with_values, bool spread, "
     f"{_KEPT}, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, carried, gates, mask, document,
-    slot, with_addresses, with_values, *rest,
+    slot, decay, with_addresses, with_values, spread, *rest,
 ) -> list[Tensor]:  # fmt: skip
     kept, o = PackedKept(*rest[: len(PackedKept._fields)]), Options(*rest[len(PackedKept._fields) :])
-    grads, flags = (grad_output, grad_keys, grad_rows), (with_addresses, with_values)
+    grads, how = (grad_output, grad_keys, grad_rows), (decay, with_addresses, with_values, spread)
     cuts = _cuts(cu_seqlens, carried, len(queries), o)
     results = run_packed_grad(
-        queries, targets, keys, num_slots, gates, mask, *cuts, grads, document, slot, kept, *flags, o
+        queries, targets, keys, num_slots, gates, mask, *cuts, grads, document, slot, kept, *how, o
     )
     return [x for x in results if x is not None]
 
@@ -100,14 +109,14 @@ def _backward_op(  # type: ignore[no-untyped-def]
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, carried, gates, mask, document,
-    slot, with_addresses, with_values, *rest,
+    slot, decay, with_addresses, with_values, spread, *rest,
 ):  # fmt: skip
     kept = PackedKept(*rest[: len(PackedKept._fields)])
     results = [
         queries.new_empty(queries.shape if with_addresses else 0),
         targets.new_empty(targets.shape),
         keys.new_empty(keys.shape if with_addresses else 0),
-        kept.log.new_empty((num_slots, targets.shape[1]) if with_values else 0),
+        kept.log.new_empty((num_slots if spread else slot.shape[0], targets.shape[1]) if with_values else 0),
         *(() if gates is None else (gates.new_empty(gates.shape),)),
         kept.log.new_empty(kept.earlier.shape[0], targets.shape[1]),
     ]
@@ -127,52 +136,57 @@ class _VarlenBackward(Function):
 
 
 class _Varlen(Function):
-    """apply(queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, *options) gives
-    output, keys, document, slot, value, slots and weights."""
+    """apply(queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, decay,
+    sparse_grad, *options) gives output, keys, document, slot, value, slots and weights."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        tensors, options = args[:11], args[11:]
+        tensors, sparse_grad, options = args[:12], args[12], args[13:]
         results = _forward_op(*tensors, True, *options)
         output, keys, document, slot, value, slots, weights, *kept = results
-        ctx.save_for_backward(*tensors[:3], *tensors[4:8], document, slot, *kept)  # the table is not needed again
+        # The table is not needed again.
+        ctx.save_for_backward(*tensors[:3], *tensors[4:8], document, slot, tensors[11], *kept)
         ctx.mark_non_differentiable(document, slot, slots, weights)
-        ctx.options, ctx.num_slots = options, tensors[3].shape[0]
+        ctx.options, ctx.num_slots, ctx.sparse_grad = options, tensors[3].shape[0], sparse_grad
         return output, keys, document, slot, value, slots, weights
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, grad_keys: Any, _d: Any, _s: Any, grad_rows: Any, *_: Any) -> Any:
-        grads, none = (grad_output, grad_keys, grad_rows), (None,) * len(ctx.options)
+        grads, needs = (grad_output, grad_keys, grad_rows), ctx.needs_input_grad
         if all(grad is None for grad in grads):
-            return (None,) * 11 + none
+            return (None,) * len(needs)
         saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
-        queries, targets, keys, *others = saved[:9]
-        refuse_transforms("fast_weight_memory_varlen", (*grads, *saved[:9]))
-        needs = ctx.needs_input_grad
-        flags = (needs[0] or needs[2], needs[3])
+        inputs, kept = saved[:10], saved[10:]
+        refuse_transforms("fast_weight_memory_varlen", (*grads, *inputs))
+        flags = (needs[0] or needs[2], needs[3], not ctx.sparse_grad)
         grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, queries, targets, keys, ctx.num_slots, *others, *flags, *saved[9:], *ctx.options
+            *grads, *inputs[:3], ctx.num_slots, *inputs[3:], *flags, *kept, *ctx.options
         )
+        if needs[3] and ctx.sparse_grad:
+            own = slots_of_values(inputs[8], kept[PackedKept._fields.index("earlier")])
+            grad_values = sparse_sums(grad_values, own, ctx.num_slots)
         of_tokens = (grad_queries, grad_targets, grad_keys, grad_values, None, None, *(grad_gates or (None,)), None)
         found = (*of_tokens, None, None, grad_value)
-        return (*(x if is_needed else None for x, is_needed in zip(found, needs, strict=False)), *none)
+        wanted = (x if is_needed else None for x, is_needed in zip(found, needs, strict=False))
+        return (*wanted, *(None,) * (len(needs) - len(found)))
 
 
 def run_documents(
-    inputs: Inputs, cu_seqlens: Tensor, carried: Tensor | None, rows: Rows | None, o: Options
+    inputs: Inputs, cu_seqlens: Tensor, carried: Tensor | None, rows: Rows | None, sparse_grad: bool, o: Options
 ) -> VarlenOutput:
     """The memories with or without gradients, by the operator, whose `carried` this is."""
-    value = None if rows is None else rows.value
-    tensors = (*inputs[:4], cu_seqlens, carried, *inputs[4:], *(rows or (None,) * 3))
+    given = (None,) * 4 if rows is None else rows
+    tensors = (*inputs[:4], cu_seqlens, carried, *inputs[4:], *given)
     # A program of torch.export has no gradients, so it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
-    if differentiable and any(x is not None and x.requires_grad for x in (*inputs[:-1], value)):
-        output, new_keys, document, slot, value, slots, weights = _Varlen.apply(*tensors, *o)
+    if differentiable and any(x is not None and x.requires_grad for x in (*inputs[:-1], given[2])):
+        results = _Varlen.apply(*tensors, sparse_grad, *o)
     else:
-        detached = each(Tensor.detach, *tensors)
-        output, new_keys, document, slot, value, slots, weights = _forward_op(*detached, False, *o)
-    return VarlenOutput(output, new_keys, Rows(document, slot, value), slots, weights)
+        results = _forward_op(*each(Tensor.detach, *tensors), False, *o)
+    output, new_keys, document, slot, value, slots, weights = results
+    decay = final_decay(cu_seqlens, carried, given[3], inputs.values, o)
+    return VarlenOutput(output, new_keys, Rows(document, slot, value, decay), slots, weights)
 
 
 def check_rows(rows: Rows | None, documents: int, values: Tensor) -> None:

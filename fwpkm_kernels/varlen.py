@@ -19,6 +19,7 @@ from .carry import (
     prepend_windows,
     take_tokens,
 )
+from .kernels import compute_dtype
 from .memory import check_memory, fast_weight_memory
 from .options import Options
 from .packed_function import check_rows, run_documents
@@ -58,6 +59,13 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
             if x.dtype != torch.int64:
                 raise TypeError(f"`{name}` must be int64, got {x.dtype}")
             checks.check_device(name, x, "values", values)
+        if rows.decay is not None:
+            checks.check_tensor("rows.decay", rows.decay, 1, "[S]")
+            if rows.decay.shape[0] != documents:
+                raise ValueError(f"`rows.decay` must be [{documents}], got {checks.shape(rows.decay)}")
+            if rows.decay.dtype != compute_dtype(values.dtype):
+                raise TypeError(f"`rows.decay` must be {compute_dtype(values.dtype)}, got {rows.decay.dtype}")
+            checks.check_device("rows.decay", rows.decay, "values", values)
         if rows.value.dtype != values.dtype:
             raise TypeError(f"`rows.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
         checks.check_device("rows.value", rows.value, "values", values)
@@ -84,7 +92,10 @@ def _by_document(
     if rows is not None:
         used = rows.slot >= 0
         places = (rows.document[used], rows.slot[used])
-        tables = values.expand(count, *values.shape).index_put(places, rows.value[used]).unbind()
+        start = values.expand(count, *values.shape)
+        if rows.decay is not None:
+            start = (start * rows.decay.view(-1, 1, 1)).to(values.dtype)
+        tables = start.index_put(places, rows.value[used]).unbind()
     results = []
     for *of_document, k, v, c in zip(*tokens, of_each, tables, carries_of(carry, count, o), strict=True):
         q, y, g, m = each(lambda x: x.unsqueeze(0), *of_document)
@@ -108,6 +119,7 @@ def run_varlen(
     rows: Rows | None,
     carry: DocumentsCarry | None,
     return_carry: bool,
+    sparse_grad: bool,
     o: Options,
     *,
     may_end_before: bool = False,
@@ -123,27 +135,34 @@ def run_varlen(
     refuse_transforms("fast_weight_memory_varlen", (*inputs, value, *of_carry))
     o = _check_varlen(inputs, cu_seqlens, rows, o, may_end_before)
     checks.check_flag("return_carry", return_carry)
+    checks.check_flag("sparse_grad", sparse_grad)
     documents = cu_seqlens.shape[0] - 1
     if carry is not None or return_carry:
         check_documents_carry(carry, inputs, documents, o)
+    loops = o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS
+    if sparse_grad and loops:
+        raise ValueError(
+            f'`sparse_grad`=True needs `key_gradient`="addressing" and at most {checks.MOST_HEADS} documents (times '
+            f"heads), got {o.key_gradient!r} and {documents} documents"
+        )
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     before = empty_carry(inputs, documents, o) if carry is None else carry
     places = None
     if carry is not None or return_carry:
         places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
-    if o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS:
+    if loops:
         result = _by_document(inputs, cu_seqlens, carry, rows, with_rows, o)
     elif carry is None or places is None:
         none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
-        result = run_documents(inputs, cu_seqlens, none, rows, o)
+        result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)
     else:
         packed = places.packed
         if not torch.compiler.is_compiling():  # where its size must not depend on the data
             packed = packed[: int(places.bounds[-1])]
         packed, outputs = (x.to(inputs.targets.device, non_blocking=True) for x in (packed, places.outputs))
         both = take_tokens(prepend_windows(before, inputs), packed)
-        result = run_documents(both, places.bounds, places.carried, rows, o)
+        result = run_documents(both, places.bounds, places.carried, rows, sparse_grad, o)
         output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)
     return result, leave_documents(before, inputs, places) if return_carry and places is not None else None
@@ -177,6 +196,7 @@ def fast_weight_memory_varlen(
     backend: str = "auto",
     carry: DocumentsCarry | None = None,
     return_carry: bool = False,
+    sparse_grad: bool = False,
 ) -> Any:
     """`fast_weight_memory` for each of several documents that are packed one behind the other, all in one call.
 
@@ -204,21 +224,28 @@ def fast_weight_memory_varlen(
             waits for the device. Values are checked where they are known: on the CPU, and in the operator.
         rows: Rows(document, slot, value), int64 [Q], int64 [Q], [Q, D], in the dtype of `values`: rows that a document
             reads instead of those of `values`. A place with slot -1 is unused. No slot of a document occurs twice, and
-            all are in range, which is checked on the CPU; on a GPU one of the two is read.
+            all are in range, which is checked on the CPU; on a GPU one of the two is read. Where there is a fourth
+            field `decay` [S], in the compute dtype, a document's other rows are those of `values` times its decay.
         gates: [T], write gates; None is all ones.
         mask: [T], bool, integer or real, >= 0, as in `fast_weight_memory`; None is all ones.
         carry: what the segments before have left of each document; None begins them all. Its position lies best on the
             CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
         return_carry: whether to return what these segments leave, likewise.
-        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
+        sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
+            those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
+            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
+            with key_gradient="all", nor with torch.compile, which has no sparse gradients.
+        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each; so
+            does a call of more documents, times heads, than a launch can number (16 384).
 
     Returns:
         VarlenOutput(output, keys, rows, slots, weights): output [T, D] in the targets' dtype; final keys
         [S, H, 2, n, Dk/2]; rows, those that each document has read, and those given, after its last write, in the order
         of documents and slots, then unused places; slots (int64) and weights of the output reads, [T, J]. R, how many
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
-        under key_gradient="all". With weight_decay all other rows of a document have decayed too, to
-        (1 - lr · weight_decay) for each chunk that it wrote, times those of `values`: `rows` does not hold them.
+        under key_gradient="all". With a weight decay all other rows of a document have decayed too: `rows.decay` says
+        to what part of those of `values`, (1 - lr · weight_decay) for each chunk that the document has written, those
+        before the rows that were given included. It is a constant for gradients.
         With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
         copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
         Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in
@@ -234,5 +261,5 @@ def fast_weight_memory_varlen(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
-    result, left = run_varlen(inputs, cu_seqlens, rows, carry, return_carry, o)
+    result, left = run_varlen(inputs, cu_seqlens, rows, carry, return_carry, sparse_grad, o)
     return (result, left) if return_carry else result

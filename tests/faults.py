@@ -519,8 +519,8 @@ FAULTS = [
     Fault(
         "rows-of-all-documents-decay",
         "packed.py",
-        "decays=is_written.to(document.device, non_blocking=True)[document]",
-        "decays=None",
+        "span._replace(decays=functools.partial(of_span.__getitem__, document)) if span.is_written else span",
+        "span",
         "rows of a document that is not written decay when another one is",
         "varlen",
         "loop and not triton",
@@ -600,8 +600,8 @@ FAULTS = [
     Fault(
         "given-rows-in-the-gradient-of-values",
         "packed.py",
-        "        if len(earlier) > 0:  # those rows were not read from the values",
-        "        if len(earlier) < 0:  # those rows were not read from the values",
+        "    if len(earlier) == 0:\n",
+        "    if len(earlier) >= 0:\n",
         "rows that were given count in the gradient of values too",
         "varlen",
         "loop and not triton",

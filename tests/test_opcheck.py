@@ -242,12 +242,13 @@ def varlen_samples(place: Place) -> Samples:
     names = ("queries", "targets", "keys", "values", "cu_seqlens", "carried", "gates", "mask")
     tensors = [inputs.get(name) for name in names]
     rows = make_rows(inputs, ((0, 3), (2, -1), (3, 5)))
+    rows = rows._replace(decay=torch.tensor([1.0, 0.5, 0.9, 1.0], device=place.device))
     o = Options(chunk_size=3, top_k=2, backend=place.backend)
     own = inputs["keys"].expand(4, *inputs["keys"].shape)
     for keep in (True, False):
         for boundary in ("carry", "drop"):
             yield f"{boundary}, keeping {keep}", (*tensors, *rows, keep, *o._replace(boundary=boundary))
-        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 6, keep, *o._replace(clip=0.1))
+        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 7, keep, *o._replace(clip=0.1))
         yield f"own keys, keeping {keep}", (*tensors[:2], own, *tensors[3:], *rows, keep, *o)
         # The second document goes on behind a chunk, and three tokens are surplus.
         cuts = (torch.tensor([0, 4, 9, 9, 10]), torch.tensor([0, 1, 0, 0]))
@@ -258,7 +259,7 @@ def varlen_samples(place: Place) -> Samples:
 
 def varlen_grad_samples(place: Place) -> Samples:
     for name, arguments in varlen_samples(place):
-        queries, targets, keys, values, *others, _, _, value, keep = arguments[:12]
+        queries, targets, keys, values, *others, _, _, value, decay, keep = arguments[:13]
         inputs = (queries, targets, keys, values.shape[0], *others)
         if keep:
             output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
@@ -266,7 +267,7 @@ def varlen_grad_samples(place: Place) -> Samples:
             if name.startswith(("own keys", "drop")):
                 grads = [testing.with_layout(x, "transposed") for x in grads]
             for needed in (True, False):
-                flags, kept_options = (needed, needed), arguments[12:]
+                flags, kept_options = (decay, needed, needed, not name.startswith("own")), arguments[13:]
                 yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
 
 

@@ -27,12 +27,7 @@ def check(inputs, place, rows=None, **options) -> Rows:
     options = {"chunk_size": CHUNK, "top_k": 2, **options}
     with testing.poisoned_memory(), testing.assert_unchanged(inputs):
         actual, gradients, left = run(fast_weight_memory_varlen, inputs, rows, backend=place.backend, **options)
-    expected, wanted, every_row = run(reference.fast_weight_memory_varlen, inputs, rows, **options)
-    if options.get("weight_decay"):  # `rows` leaves out rows that have only decayed
-        used, num_slots = left.slot >= 0, len(inputs["values"])
-        actual["tables"] = left.value[used]
-        expected["tables"] = every_row.value[left.document[used] * num_slots + left.slot[used]]
-        del gradients["gradient of values"], wanted["gradient of values"]
+    expected, wanted, _ = run(reference.fast_weight_memory_varlen, inputs, rows, **options)
     assert_close(actual | gradients, expected | wanted)
     return left
 
@@ -57,7 +52,7 @@ def test_documents_are_those_of_the_loop(options, own, place):
     inputs = make_packed(own_keys=own)
     rows = None
     if own:
-        rows = Rows(*(x.to(place.device) for x in make_rows(inputs, PLACES_OF_ROWS)))
+        rows = make_rows(inputs, PLACES_OF_ROWS)
     check(inputs, place, rows, **options)
 
 
@@ -257,7 +252,7 @@ def test_autocast_changes_nothing(place):
     with torch.autocast(place.device, torch.bfloat16):
         found = call(**inputs)
     for one, other in zip(
-        (*found[:2], *found.rows, *found[3:]), (*expected[:2], *expected.rows, *expected[3:]), strict=True
+        (*found[:2], *found.rows[:3], *found[3:]), (*expected[:2], *expected.rows[:3], *expected[3:]), strict=True
     ):
         testing.assert_bitwise_equal(one, other)
 

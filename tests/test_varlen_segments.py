@@ -56,7 +56,8 @@ def check(cuts, place, rows=None, *, own_keys=False, **options):
     rows = None if rows is None else make_rows(inputs, rows)
     options = {"chunk_size": CHUNK, "top_k": 2, **options}
     carries = []
-    actual, gradients, _ = run(in_segments(cuts, carries), inputs, rows, backend=place.backend, **options)
+    sparse = {"sparse_grad": options.pop("sparse_grad", False)}
+    actual, gradients, _ = run(in_segments(cuts, carries), inputs, rows, backend=place.backend, **sparse, **options)
     expected, wanted, _ = run(reference.fast_weight_memory_varlen, inputs, rows, **options)
     assert_close(actual | gradients, expected | wanted, 1e-11)
     return inputs, carries
@@ -76,6 +77,9 @@ CUTS = ((CHUNK + 1, 0, 0, 1), (CHUNK - 1, 2 * CHUNK + 2, 0, 0), (2, 3 * CHUNK, 0
         {"addressing_weight": 0.0, "own_keys": True},
         {"own_keys": True, "rows": ((0, 3), (3, -1), (3, 7), (0, 0), (1, 2))},
         {"key_gradient": "all"},
+        {"key_gradient": "all", "weight_decay": 0.1, "rows": ((0, 3), (3, -1), (3, 7))},
+        {"weight_decay": 0.1, "rows": ((0, 3), (3, -1), (3, 7), (0, 0), (1, 2))},
+        {"weight_decay": 0.1, "sparse_grad": True, "rows": ((0, 3), (3, -1), (3, 7))},
     ],
     ids=lambda options: "-".join(options) or "defaults",
 )
@@ -84,8 +88,38 @@ def test_segments_are_one_sequence(options):
 
 
 def test_segments_in_triton():
-    """A document that goes on behind its first chunk, beside one that begins."""
-    check(((CHUNK + 1, 0), (CHUNK, CHUNK)), PLACES[1], heads=1, num_keys=4)
+    """A document that goes on behind its first chunk, beside one that begins; other rows than are read decay too."""
+    check(((CHUNK + 1, 0), (CHUNK, CHUNK)), PLACES[1], heads=1, num_keys=4, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_rows_that_no_segment_has_addressed_decay(boundary):
+    """Segments that end where chunks do, without a carry: a row may be addressed in the last one first."""
+    cuts, decayed = ((CHUNK, 0), (0, CHUNK), (CHUNK, 3 * CHUNK)), []
+    inputs = make_packed((2 * CHUNK, 4 * CHUNK), num_keys=9)
+
+    def call(queries, targets, keys, values, cu_seqlens, *, rows, gates, mask, **options):
+        outputs, done = ([], []), cu_seqlens[:-1].tolist()
+        for lengths in cuts:
+            index = torch.cat([torch.arange(start, start + count) for start, count in zip(done, lengths, strict=True)])
+            tokens = (x[index] for x in (queries, targets))
+            factors = {"gates": gates[index], "mask": mask[index]}
+            result = fast_weight_memory_varlen(*tokens, keys, values, bounds(lengths), rows=rows, **factors, **options)
+            keys, rows = result.keys, result.rows
+            decayed.append(rows.decay.tolist())
+            for of_document, *found in zip(
+                outputs, *(x.split(list(lengths)) for x in (result.output, result.slots, result.weights)), strict=True
+            ):
+                of_document.append(found)
+            done = [start + count for start, count in zip(done, lengths, strict=True)]
+        joined = [torch.cat(x) for x in zip(*(found for part in outputs for found in part), strict=True)]
+        return result._replace(output=joined[0], slots=joined[1], weights=joined[2])
+
+    options = {"chunk_size": CHUNK, "top_k": 2, "lookahead": 0, "weight_decay": 0.1, "boundary": boundary}
+    actual, gradients, _ = run(call, inputs, **options)
+    expected, wanted, _ = run(reference.fast_weight_memory_varlen, inputs, **options)
+    assert_close(actual | gradients, expected | wanted, 1e-11)
+    assert decayed == [pytest.approx([0.9**one, 0.9**other]) for one, other in ((1, 0), (1, 1), (2, 4))]
 
 
 @st.composite
@@ -99,6 +133,8 @@ def segments(draw):
         "chunk_size": chunk,
         "lookahead": draw(st.integers(0, chunk)),
         "clip": draw(st.sampled_from([None, 0.05])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "sparse_grad": draw(st.booleans()),
         "addressing_weight": draw(st.sampled_from([1.0, 0.0])),
         "own_keys": draw(st.booleans()),
         "heads": draw(st.integers(1, 2)),
@@ -221,36 +257,16 @@ def test_surplus_tokens_of_the_operator(boundary):
     def call(given):
         tensors = [given[name] for name in names]
         output, keys, document, slot, value, slots, weights, *kept = OPS.fast_weight_memory_varlen(
-            *tensors, None, None, None, True, *o
+            *tensors, *(None,) * 4, True, *o
         )
-        grad_output = torch.cat((grads[0], torch.full_like(output[length:], torch.nan)))
+        incoming = (torch.cat((grads[0], torch.full_like(output[length:], torch.nan))), grads[1], None)
+        how = (document, slot, None, True, True, True)
         found = OPS.fast_weight_memory_varlen_backward(
-            grad_output,
-            grads[1],
-            None,
-            *tensors[:3],
-            len(tensors[3]),
-            *tensors[4:],
-            document,
-            slot,
-            True,
-            True,
-            *kept,
-            *o,
+            *incoming, *tensors[:3], len(tensors[3]), *tensors[4:], *how, *kept, *o
         )
         used = slot >= 0
-        return [
-            output,
-            slots,
-            weights,
-            *found[:2],
-            found[4],
-            keys,
-            *found[2:4],
-            document[used],
-            slot[used],
-            value[used],
-        ]
+        by_token = [output, slots, weights, *found[:2], found[4]]
+        return [*by_token, keys, *found[2:4], document[used], slot[used], value[used]]
 
     whole = call(given)
     first = call(given | {name: inputs[name][:length] for name in ("queries", "targets", "gates", "mask")})
@@ -265,7 +281,7 @@ def carried(cu_seqlens, counts, **options):
     inputs = make_packed((3, 2))
     tensors = [inputs[name] for name in ("queries", "targets", "keys", "values")]
     o = Options(**{"chunk_size": CHUNK, "top_k": 2, "lookahead": 2} | options)
-    none = (None,) * 5
+    none = (None,) * 6
     return OPS.fast_weight_memory_varlen(*tensors, torch.tensor(cu_seqlens), torch.tensor(counts), *none, False, *o)
 
 

@@ -55,6 +55,7 @@ def memory_of_documents(
         rows,
         carry,
         return_memory and options.boundary == "carry",
+        False,
         options,
         may_end_before=documents.mask is not None,
         with_rows=return_memory,
