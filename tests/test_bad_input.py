@@ -289,6 +289,7 @@ def varlen_cases() -> Cases:
     return {
         **cases,
         **carry_cases(),
+        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
         "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 1)),
         **{f"length of {name}": mismatch(name, "queries", lambda x: x[:2]) for name in ("targets", "gates", "mask")},
         **tensor_cases("cu_seqlens", "slots"),
