@@ -1811,7 +1811,7 @@ FAULTS = [
         "seats-taken-for-consecutive",
         "serving.py",
         "        elif keys == list(range(keys[0], keys[0] + len(keys))):\n",
-        "        elif len(keys) == 2:\n",
+        "        elif len(keys) > 1:\n",
         "sessions are looked up in the keys that stand behind those of the first",
         "pool",
         "ragged and triton",
