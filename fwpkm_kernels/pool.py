@@ -72,6 +72,7 @@ class MemoryPool:
         self.keep_past = keep_past
         self._keys, self._values = keys, values
         self._sessions: dict[int, Session] = {}
+        self._ended: list[int] = []  # sessions that are closed as soon as room is wanted: finalizers name them
         self._next = 0
         with torch.inference_mode(False), torch.no_grad():
             self._store = SessionStore(keys, values, rows, grows=capacity is None)
@@ -145,6 +146,12 @@ class MemoryPool:
         """How many of the last tokens `rollback` can take back."""
         return self._store.reach(self._get(session))
 
+    def most_missing(self, session: int, chunks: int, accesses: int) -> int:
+        """How many free rows a session needs at most to write so many chunks, at least one, of so many accesses each,
+        whatever they address. This waits for a GPU."""
+        self._close_ended()
+        return self._store.most_missing(self._get(session), chunks, accesses, self.keep_past)
+
     @_alone
     def grow(self, rows: int) -> None:
         """Make the buffer larger by so many rows; sessions stay as they are.
@@ -171,6 +178,7 @@ class MemoryPool:
         """End a session; what it alone has held is free."""
         self._store.drop(self._get(session))
         del self._sessions[session]
+        self._close_ended()
 
     @_alone
     def reset(self, session: int) -> None:
@@ -320,6 +328,7 @@ class MemoryPool:
             raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the positions; use PoolGraph")
         o = self._check(queries, targets, gates, mask, o)
         ones = self._named(sessions, len(queries))
+        self._close_ended()
         length = queries.shape[1]
         counts = check_lengths(lengths, len(ones), length)
         self._bind(queries, targets, o)
@@ -387,6 +396,12 @@ class MemoryPool:
         for i, place in enumerate(where):
             output[place] = read[:, i]
 
+    def _close_ended(self) -> None:
+        while self._ended:
+            one = self._sessions.pop(self._ended.pop(), None)
+            if one is not None:  # somebody may have closed it by its number
+                self._store.drop(one)
+
     def _get(self, session: int, name: str = "session") -> Session:
         """The session with an id."""
         number = checks.check_int(name, session, minimum=0)
@@ -418,6 +433,7 @@ class MemoryPool:
 
     def _add(self, one: Session) -> int:
         """Give a session an id."""
+        self._close_ended()
         self._sessions[self._next] = one
         self._next += 1
         return self._next - 1
