@@ -146,12 +146,6 @@ class MemoryPool:
         """How many of the last tokens `rollback` can take back."""
         return self._store.reach(self._get(session))
 
-    def most_missing(self, session: int, chunks: int, accesses: int) -> int:
-        """How many free rows a session needs at most to write so many chunks, at least one, of so many accesses each,
-        whatever they address. This waits for a GPU."""
-        self._close_ended()
-        return self._store.most_missing(self._get(session), chunks, accesses, self.keep_past)
-
     @_alone
     def grow(self, rows: int) -> None:
         """Make the buffer larger by so many rows; sessions stay as they are.
@@ -395,6 +389,15 @@ class MemoryPool:
         read_tokens(self._store, readers, part.queries, read, part, o)
         for i, place in enumerate(where):
             output[place] = read[:, i]
+
+    @_alone
+    def _most_missing(self, sessions: Sequence[int], chunks: Sequence[int], accesses: int) -> int:
+        """How many free rows there must be more, at most, for sessions to write so many chunks, at least one of each,
+        of so many accesses, whatever they address. This waits for a GPU."""
+        self._close_ended()
+        pairs = zip(map(self._get, sessions), chunks, strict=True)
+        wanted = sum(self._store.most_wanted(one, count, accesses, self.keep_past) for one, count in pairs)
+        return max(0, wanted - self.num_free_rows)
 
     def _close_ended(self) -> None:
         while self._ended:

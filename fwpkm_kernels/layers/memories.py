@@ -87,11 +87,10 @@ class Pooled:
         chunks = [(position % chunk_size + length) // chunk_size for position, length in pairs]
         if pool.grows or max(chunks) < 2:  # one chunk of each is written at once or not at all
             return self.sessions
-        writes = list(zip(self.sessions, chunks, strict=True))
-        missing = (pool.most_missing(session, count, chunk_size * picks) for session, count in writes if count > 0)
-        if sum(missing) <= pool.num_free_rows:
+        writing = {session: count for session, count in zip(self.sessions, chunks, strict=True) if count > 0}
+        if pool._most_missing([*writing], [*writing.values()], chunk_size * picks) == 0:
             return self.sessions
-        return [pool.fork(session) if count > 0 else session for session, count in writes]
+        return [pool.fork(session) if session in writing else session for session in self.sessions]
 
     def _check_unwritten(self) -> None:
         if _versions_of(self.pool) != self._versions:
