@@ -1,6 +1,7 @@
 """Sparse value gather: weighted sums of a few rows of a large table."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
-from ._operators import operator
+from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .lookup import pick_blocks, pick_rows, sum_rows
 from .plan import compact_totals, plan_segments, segment_totals
@@ -110,6 +111,14 @@ def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, bac
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
+def _gather(
+    run: Callable[..., Tensor], values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool, backend: str
+) -> Tensor:
+    """Validate, and gather by `run`, the operator or its function."""
+    _check_gather(values, slots, weights, sparse_grad, backend)
+    return run(values, _rows(slots), _rows(weights), backend).view(*slots.shape[:-1], values.shape[1])
+
+
 class _SparseValueGatherBackward(Function):
     """First derivatives; differentiating them again raises."""
 
@@ -146,11 +155,10 @@ class SparseValueGather(Function):
     ) -> Tensor:
         """Validate, gather, and keep the three inputs for backward."""
         refuse_transforms("sparse_value_gather", (values, slots, weights))
-        _check_gather(values, slots, weights, sparse_grad, backend)
-        out = _gather_op(values, _rows(slots), _rows(weights), backend)
+        out = _gather(_gather_op, values, slots, weights, sparse_grad, backend)
         ctx.save_for_backward(values, slots, weights)
         ctx.options = (sparse_grad, backend)
-        return out.view(*slots.shape[:-1], values.shape[1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
@@ -210,5 +218,7 @@ def sparse_value_gather(
     """
     instead_of_vmap = "put the batch into the leading dimensions of `slots` and `weights`"
     refuse_transforms("sparse_value_gather", (values, slots, weights), instead_of_vmap)
+    if is_plain(values, slots, weights):
+        return _gather(function_of(_gather_op), values, slots, weights, sparse_grad, backend)
     out: Tensor = SparseValueGather.apply(values, slots, weights, sparse_grad, backend)
     return out

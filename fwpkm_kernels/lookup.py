@@ -1,7 +1,7 @@
 """Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
-from ._operators import operator
+from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .options import Lookup, schema_of
 from .plan import plan_segments, segment_totals
@@ -307,6 +307,13 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
+def _look_up(run: Callable[..., Any], queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
+    """Scores and slots [..., H, K] by `run`, the operator or its function."""
+    scores, slots = run(_flat(queries), keys, *o)
+    size = (*queries.shape[:-1], o.top_k)
+    return scores.view(size), slots.view(size)
+
+
 class _ProductKeyLookupBackward(Function):
     """First derivatives; differentiating them again raises."""
 
@@ -328,9 +335,7 @@ class ProductKeyLookup(Function):
         queries, keys, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_lookup", (queries, keys))
         o = check_lookup(queries, keys, Lookup(*options))
-        scores, slots = _lookup_op(_flat(queries), keys, *o)
-        size = (*queries.shape[:-1], o.top_k)
-        scores, slots = scores.view(size), slots.view(size)
+        scores, slots = _look_up(_lookup_op, queries, keys, o)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
         ctx.options = o
@@ -429,5 +434,8 @@ def product_key_lookup(
     """
     instead_of_vmap = "put the batch into the leading dimensions of `queries`"
     refuse_transforms("product_key_lookup", (queries, keys), instead_of_vmap)
-    result: tuple[Tensor, Tensor] = ProductKeyLookup.apply(queries, keys, top_k, score, eps, precision, backend)
+    options = (top_k, score, eps, precision, backend)
+    if is_plain(queries, keys):
+        return _look_up(function_of(_lookup_op), queries, keys, check_lookup(queries, keys, Lookup(*options)))
+    result: tuple[Tensor, Tensor] = ProductKeyLookup.apply(queries, keys, *options)
     return result
