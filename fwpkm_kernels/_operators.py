@@ -57,8 +57,15 @@ def is_plain(*tensors: object) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
-    grad = torch.is_grad_enabled()
-    return all(type(x) in (Tensor, Parameter) and x.is_cpu and not (grad and x.requires_grad) for x in tensors)  # type: ignore[attr-defined]
+    grad, is_batched = torch.is_grad_enabled(), torch._C._functorch.is_legacy_batchedtensor
+    return all(
+        isinstance(x, Tensor)
+        and (type(x) is Tensor or type(x) is Parameter)
+        and x.is_cpu
+        and not (grad and x.requires_grad)
+        and not is_batched(x)
+        for x in tensors
+    )
 
 
 def function_of(op: CustomOpDef) -> Callable[..., Any]:
