@@ -146,13 +146,12 @@ def sequence_rows(c: Configuration, direction: str, inputs: Inputs) -> Cost:
 
 
 def documents(c: Configuration, direction: str, inputs: Inputs) -> Cost:
-    """`sequence_rows` of each document; backward sums the gradients of their rows into one of the whole table, N·D·s,
-    and reads them for that."""
+    """`sequence_rows` of each document, with a gradient of the rows of each: which slots they share is not counted."""
     own, total = dataclasses.replace(c, tokens=c.length, batch=1), Cost(0, 0)
     for item in range(c.batch):
         given = {**inputs, **{name: inputs[name][item : item + 1] for name in ("queries", "targets")}}
         total += sequence_rows(own, direction, given)
-    return total if direction == "forward" else total + Cost(c.table_bytes, 0)
+    return total
 
 
 def sequence(c: Configuration, direction: str, inputs: Inputs) -> Cost:

@@ -198,11 +198,11 @@ def by_document(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]
 
 
 def package_documents(*, queries: Tensor, targets: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """`by_document` in one call, of items that are packed one behind the other."""
+    """`by_document` in one call, of items that are packed one behind the other, with a sparse gradient of the table."""
     batch, length = queries.shape[:2]
     bounds = torch.arange(0, (batch + 1) * length, length, device="cpu")
     tokens = {"queries": queries.flatten(0, 1), "targets": targets.flatten(0, 1), "cu_seqlens": bounds}
-    result = fwpkm.fast_weight_memory_varlen(**tokens, **inputs)
+    result = fwpkm.fast_weight_memory_varlen(**tokens, **inputs, sparse_grad=True)
     return result.output.view(targets.shape), result.keys
 
 

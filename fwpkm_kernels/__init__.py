@@ -7,7 +7,7 @@ from .key_step import ProductKeyUpdate, product_key_update
 from .lookup import ProductKeyLookup, product_key_lookup
 from .memory import FastWeightMemory, fast_weight_memory
 from .pool import MemoryPool
-from .records import Carry, MemoryOutput, Rows, VarlenOutput
+from .records import Carry, DocumentsCarry, MemoryOutput, Rows, VarlenOutput
 from .sessions import PoolFullError
 from .state import MemoryState
 from .streaming import fast_weight_memory_step
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Carry",
     "ChunkValueUpdate",
+    "DocumentsCarry",
     "FastWeightMemory",
     "MemoryGraph",
     "MemoryOutput",

@@ -8,6 +8,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -321,3 +322,13 @@ def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
     if not torch.compiler.is_compiling():  # indices in a trace have no values
         check_slot_range("indices", indices, batch)
     return indices.long()
+
+
+def check_bounds(bounds: list[int], length: int, *, may_end_before: bool = False) -> None:
+    """`cu_seqlens`, here `bounds`, cuts `length` tokens into documents, or the first ones of them."""
+    is_short = may_end_before and bounds[-1] < length
+    if bounds[0] != 0 or (bounds[-1] != length and not is_short):
+        raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
+    for index, (before, after) in enumerate(pairwise(bounds)):
+        if after < before:
+            raise ValueError(f"`cu_seqlens` must not decrease, got {before}, {after} at {index}, {index + 1}")

@@ -8,6 +8,7 @@ The reads of a sequence are numbered chunk by chunk, position by position, batch
 chunk's reads, those it writes, and those it outputs are slices.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ class Span(NamedTuple):
     pairs: slice  #: of the targets: those of its first reads
     outputs: slice  #: of the output: where its last reads go
     is_written: bool  #: whether decay happens after it
-    decays: Tensor | None = None  #: bool [N]: which rows of the table then decay; None is all
+    #: Makes bool [N], which rows of the table then decay, when it is asked for: all spans' together would need N bytes
+    #: for each. None is all rows.
+    decays: Callable[[], Tensor] | None = None
 
 
 class Chunk(NamedTuple):

@@ -108,6 +108,8 @@ def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
 def gather_compact(values: Tensor, found: Compact, earlier: Rows | None, backend: str) -> Tensor:
     """The compact table [R, D]: rows of `values`, or what an earlier call has left of them."""
     table = take_rows(values, found.slot, backend)
+    if earlier is not None and earlier.decay is not None:
+        table.mul_(earlier.decay[found.document].unsqueeze(1))
     if earlier is not None and found.earlier is not None:
         put_rows(table, found.earlier, earlier.value, backend)
     return table
@@ -151,12 +153,31 @@ def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     """
     size = (num_slots, grads.shape[1])
     if grads.is_cuda:
-        unused = slot < 0
-        indices, rows = torch.where(unused, slot[:1], slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
-        return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
+        return _sparse_with_zeros(grads, slot, slot[:1], size)
     used = int((slot >= 0).sum())
     entries = (slot[:used].unsqueeze(0), grads[:used])
     return torch.sparse_coo_tensor(*entries, size, check_invariants=False, is_coalesced=True)
+
+
+def sparse_sums(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """`sum_rows` as a sparse COO tensor [N, D].
+
+    On CPUs it is coalesced, with an entry for each slot that is used. On a GPU every row is an entry, those without a
+    slot are 0 at the last slot that is used.
+    """
+    size = (num_slots, grads.shape[1])
+    if grads.is_cuda and len(slot) > 0:
+        return _sparse_with_zeros(grads, slot, slot.max().clamp(min=0), size)
+    used = (slot >= 0).nonzero().flatten()
+    entries = (slot.index_select(0, used).unsqueeze(0), grads.index_select(0, used))
+    return torch.sparse_coo_tensor(*entries, size, check_invariants=False).coalesce()
+
+
+def _sparse_with_zeros(grads: Tensor, slot: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    """An entry for each row, of 0 at `place` where it has no slot; not coalesced."""
+    unused = slot < 0
+    indices, rows = torch.where(unused, place, slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
+    return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
 
 
 @operator(
@@ -187,8 +208,8 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     Args:
         values: [N, D], any float dtype.
         rows: document [R], int64, 0 in each place; slot [R], int64, in [-1, N), where -1 marks an unused place and no
-            other slot occurs twice; value [R, D], in the dtype of `values`. Documents and slots are checked on CPU
-            tensors.
+            other slot occurs twice; value [R, D], in the dtype of `values`; decay None, since no other row is written.
+            Documents and slots are checked on CPU tensors.
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".
 
     Raises:
@@ -203,7 +224,11 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
     refuse_transforms("apply_rows_", (values, *rows))
     checks.check_tensor("values", values, 2, "[N, D]")
     checks.check_float("values", values)
-    names = {f"rows.{name}": x for name, x in rows._asdict().items()}
+    if rows.decay is not None:
+        raise ValueError(
+            "`rows.decay` must be None, since rows that are not named are not written, got a decay of each document"
+        )
+    names = {f"rows.{name}": x for name, x in zip(Rows._fields, rows[:3], strict=False)}
     for (name, x), (rank, layout) in zip(names.items(), ((1, "[R]"), (1, "[R]"), (2, "[R, D]")), strict=True):
         checks.check_tensor(name, x, rank, layout)
         if rank == 1 and x.dtype != torch.int64:
@@ -212,7 +237,7 @@ def apply_rows_(values: Tensor, rows: Rows, *, backend: str = "auto") -> None:
         raise TypeError(f"`rows.value` must have the dtype of `values`, got {rows.value.dtype} against {values.dtype}")
     size = (rows.slot.shape[0], values.shape[1])
     if rows.value.shape != size or rows.document.shape != rows.slot.shape:
-        shapes = ", ".join(str(checks.shape(x)) for x in rows)
+        shapes = ", ".join(str(checks.shape(x)) for x in rows[:3])
         raise ValueError(f"`rows` must be document [R], slot [R] and value [R, D], D = {size[1]}, got {shapes}")
     checks.check_together(values=values, **names)
     checks.check_choice("backend", backend, checks.BACKENDS)

@@ -1,28 +1,18 @@
-"""Documents in a batch of tokens: which tokens belong to which document, and a memory for each document.
+"""Documents in a batch of tokens: which tokens belong to which document.
 
 Each row of a batch [B, T] is a document, or `cu_seqlens` packs several documents into one row, one behind the other.
 Tokens that a mask marks as padding belong to no document. No document's results depend on another document.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.autograd import Function
 
 from . import _checks as checks
-from ._operators import operator
-from .carry import carries_of, count_carried, prepend
 from .kernels import compute_dtype
-from .memory import fast_weight_memory
-from .options import Options, schema_of
-from .records import DocumentsCarry, Inputs
-from .sequence import run_backward, run_forward
 
 
 class Documents(NamedTuple):
@@ -93,16 +83,7 @@ class Documents(NamedTuple):
             raise ValueError(f"`cu_seqlens_cpu` must be `cu_seqlens` on the CPU, got {on_cpu.tolist()}, {x.tolist()}")
         on_cpu = x if on_cpu is None else on_cpu
         if on_cpu.is_cpu:
-            check_bounds(on_cpu.tolist(), self.length)
-
-
-def check_bounds(bounds: list[int], length: int) -> None:
-    """`cu_seqlens`, here `bounds`, cuts `length` tokens into documents."""
-    if bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"`cu_seqlens` must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
-    for index, (before, after) in enumerate(pairwise(bounds)):
-        if after < before:
-            raise ValueError(f"`cu_seqlens` must not decrease, got {before}, {after} at {index}, {index + 1}")
+            checks.check_bounds(on_cpu.tolist(), self.length)
 
 
 def _as_slice(positions: Tensor) -> slice | Tensor:
@@ -202,227 +183,3 @@ def mean_gate(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | N
         return gates.sum() / max(1, math.prod(gates.shape))  # 0 without tokens, so that a penalty on gates is 0 too
     real = attention_mask > 0
     return torch.where(real, gates, 0.0).sum() / real.sum().clamp(min=1)
-
-
-class DocumentsOutput(NamedTuple):
-    """What a memory for each document has read, and the memories after it if they are asked for."""
-
-    output: Tensor  #: [B, T, D], in the targets' dtype; 0 at padding
-    slots: Tensor  #: [B, T, J], int64; -1 at padding
-    weights: Tensor  #: [B, T, J]; 0 at padding
-    keys: Tensor | None  #: [S, H, 2, n, Dk/2], after each document's last write
-    values: Tensor | None  #: [S, N, D], likewise
-
-
-def memory_by_document(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    documents: Documents,
-    *,
-    gates: Tensor | None = None,
-    mask: Tensor | None = None,
-    carry: DocumentsCarry | None = None,
-    return_memory: bool = False,
-    options: Options,
-) -> DocumentsOutput:
-    """`fast_weight_memory` for each document by itself, in a loop; each starts from the initial memory.
-
-    Compiled code cannot loop over documents whose number and lengths are data. There an operator runs the loop, and its
-    backward computes each document's forward again; under key_gradient="all" the loop is a break of the graph instead.
-
-    Args:
-        queries: [B, T, H, Dk].
-        targets: [B, T, D].
-        keys: [H, 2, n, Dk/2], from which all documents start, or [S, H, 2, n, Dk/2], one for each.
-        values: [N, D], likewise, or [S, N, D].
-        gates: [B, T] or None.
-        mask: [B, T] or None: that of `fast_weight_memory`; not in compiled code, unless key_gradient is "all".
-        carry: what each document goes on from; None begins them all.
-        return_memory: whether the final memories are returned: S tables.
-    """
-    tensors = (queries, targets, keys, values, gates)
-    if torch.compiler.is_compiling() and not documents.is_one:
-        if options.key_gradient == "all":
-            return _untraced_loop(*tensors, mask, carry, documents, return_memory, options)
-        cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
-        results = _MemoryByDocument.apply(
-            *tensors, *(carry or (None,) * 4), documents.mask, cu_seqlens, return_memory, *options
-        )
-        return DocumentsOutput(*results[:3], *(results[3:] or (None, None)))
-    return _loop(*tensors, mask, carry, documents, return_memory, options)
-
-
-def _loop(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor | None,
-    mask: Tensor | None,
-    carry: DocumentsCarry | None,
-    documents: Documents,
-    return_memory: bool,
-    o: Options,
-) -> DocumentsOutput:
-    if documents.number == 0:  # one call makes the empty results, and there are no memories
-        empty = fast_weight_memory(queries, targets, keys, values, gates=gates, mask=mask, **o._asdict())
-        memories = (x.new_empty(0, *x.shape) if return_memory else None for x in (keys, values))
-        return DocumentsOutput(empty.output, empty.slots, empty.weights, *memories)
-    pieces = documents.pieces()
-    outputs, slots, weights, final_keys, final_values = [], [], [], [], []
-    initial = (_of_each(keys, 4, len(pieces)), _of_each(values, 2, len(pieces)))
-    tokens = (take(x, pieces) for x in (queries, targets, gates, mask))
-    for q, y, g, m, k, v, c in zip(*tokens, *initial, carries_of(carry, len(pieces), o), strict=True):
-        result = fast_weight_memory(q, y, k, v, gates=g, mask=m, carry=c, **o._asdict())
-        outputs.append(result.output)
-        slots.append(result.slots)
-        weights.append(result.weights)
-        if return_memory:  # otherwise this table is freed before the next document makes one
-            final_keys.append(result.keys)
-            final_values.append(result.values)
-        del result
-    return DocumentsOutput(
-        put_back(outputs, pieces, targets),
-        put_back(slots, pieces, targets, -1),
-        put_back(weights, pieces, targets),
-        _together(final_keys) if return_memory else None,
-        _together(final_values) if return_memory else None,
-    )
-
-
-def _of_each(x: Tensor, rank: int, count: int) -> Sequence[Tensor]:
-    """The tensor of each document: x itself where all share it, else the views that x [S, ...] is unbound into.
-
-    Unbinding has one gradient as large as x, whereas x[number] would have one for every document.
-    """
-    if x.dim() == rank:
-        return [x] * count
-    return [x.squeeze(0)] if count == 1 else x.unbind()
-
-
-def _together(tables: list[Tensor]) -> Tensor:
-    """All documents' tables as one tensor [S, ...]; a single table is not copied."""
-    return tables[0].unsqueeze(0) if len(tables) == 1 else torch.stack(tables)
-
-
-_untraced_loop = _disable_dynamo(_loop)
-
-_INPUTS = (
-    "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor? gates, "
-    "Tensor? carry_queries, Tensor? carry_targets, Tensor? carry_gates, Tensor? carry_position, "
-    "Tensor? mask, Tensor? cu_seqlens"
-)
-_TENSORS = 11  #: so many are these
-_OPTIONS = schema_of(Options)
-
-
-@operator("fast_weight_memory_documents", schema=f"({_INPUTS}, bool return_memory, {_OPTIONS}) -> Tensor[]")
-def _documents_op(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
-    *options,
-) -> list[Tensor]:  # fmt: skip
-    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
-    documents = make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    results = _loop(queries, targets, keys, values, gates, None, carry, documents, return_memory, Options(*options))
-    return [x for x in results if x is not None]
-
-
-@_documents_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position, mask, cu_seqlens, return_memory,
-    *options,
-):  # fmt: skip
-    o = Options(*options)
-    count = queries.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    size = (*queries.shape[:2], queries.shape[2] * o.top_k)
-    results = [
-        torch.empty_like(targets, memory_format=torch.contiguous_format),
-        queries.new_empty(size, dtype=torch.int64),
-        queries.new_empty(size, dtype=compute_dtype(values.dtype)),
-    ]
-    if return_memory:
-        results += [x.new_empty(count, *x.shape[-rank:]) for x, rank in ((keys, 4), (values, 2))]
-    return results
-
-
-@operator(
-    "fast_weight_memory_documents_backward",
-    schema=f"(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, {_INPUTS}, {_OPTIONS}) -> Tensor[]",
-)
-def _documents_backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, c_queries, c_targets, c_gates, position,
-    mask, cu_seqlens, *options,
-) -> list[Tensor]:  # fmt: skip
-    o, documents = Options(*options), make_documents(targets, mask, cu_seqlens, None, are_cut=True)
-    carry = None if position is None else DocumentsCarry(c_queries, c_targets, c_gates, position)
-    of_carry = {"queries": c_queries, "targets": c_targets, "gates": c_gates}
-    totals, carry_totals = (
-        {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in given.items() if x is not None}
-        for given in (
-            {"queries": queries, "targets": targets, "keys": keys, "values": values, "gates": gates},
-            of_carry,
-        )
-    )
-    pieces = documents.pieces()
-    tokens = (take(x, pieces) for x in (queries, targets, gates, grad_output))
-    carries = carries_of(carry, len(pieces), o)
-    for number, (piece, one, q, y, g, grad_y) in enumerate(zip(pieces, carries, *tokens, strict=True)):
-        k, v, grad_k, grad_v = (
-            x if x is None or x.dim() == rank else x[number]
-            for x, rank in ((keys, 4), (values, 2), (grad_keys, 4), (grad_values, 2))
-        )
-        inputs, carried, before = Inputs(q, y, k, v, g, None), 0, 0
-        if one is not None:
-            inputs, carried, before = prepend(one, inputs), count_carried(one.position, o), one.queries.shape[1]
-            if grad_y is not None:  # the tokens of the carry have no output here
-                grad_y = F.pad(grad_y, (0, 0, before - carried, 0))
-        inputs = inputs._replace(targets=inputs.targets[:, carried:])
-        _, kept = run_forward(inputs, True, o, carried)
-        grads = (grad_y, grad_k, grad_v)
-        found = run_backward(*inputs[:2], *inputs[4:], grads, k.shape[2], True, kept, o, carried)
-        for name, x in zip(("queries", "targets", "keys", "values", "gates"), found, strict=False):
-            if name in ("keys", "values"):  # documents that share a memory add their gradients
-                total = totals[name] if totals[name].shape == x.shape else totals[name][number]
-                total += x
-                continue
-            count = before - (carried if name == "targets" else 0)
-            if name in totals:
-                totals[name].flatten(0, 1)[piece] = x[0, count:]
-            if name in carry_totals:
-                carry_totals[name][number, carry_totals[name].shape[1] - count :] = x[0, :count]
-    return [*totals.values(), *carry_totals.values()]
-
-
-@_documents_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, keys, values, gates, c_queries, c_targets, c_gates, *rest
-):
-    inputs = (queries, targets, keys, values, gates, c_queries, c_targets, c_gates)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
-
-
-class _MemoryByDocument(Function):
-    """The loop as one operator, and its backward as another, which computes each document's forward again."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        """The arguments are those of the operator."""
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:_TENSORS])
-        ctx.options = args[_TENSORS + 1 :]
-        output, slots, weights, *memory = _documents_op(*args)
-        ctx.mark_non_differentiable(slots, weights)
-        return (output, slots, weights, *memory)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, _slots: Any, _weights: Any, *grads: Any) -> Any:
-        grads = (grad_output, *(grads or (None, None)))
-        none = (None,) * len(ctx.needs_input_grad)
-        if all(x is None for x in grads):
-            return none
-        given = ctx.saved_tensors
-        results = iter(_documents_backward_op(*grads, *given, *ctx.options))
-        found = [None if x is None else next(results) for x in given[:8]]  # of all tensors before the position
-        return (*found, *none[len(found) :])

@@ -4,7 +4,8 @@ The rows that each document touches are a compact table (`compact.py`), on which
 one memory. A step moves on all documents together; what one document reads and writes depends on no other.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,7 @@ def _scan_addresses(
             picks = found.picks.since(part.rereads)
             step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
             if part_keys.data_ptr() != moved.data_ptr():
-                moved[part.memories] = part_keys
+                moved.index_copy_(0, _index(part.memories, moved.device), part_keys)
         parts.append(Addresses(*(fold.back(x) for x in found)))
     if kept is not None:
         kept.part_keys[copied:] = 0.0
@@ -245,7 +246,8 @@ def _factors(
         first = bounds[document] + (tokens - bounds[document]) // o.chunk_size * o.chunk_size
         end = torch.minimum(first + o.chunk_size, bounds[document + 1])
         by_token = Reads(tokens, document, first, end, tokens < end - o.lookahead, tokens)
-        ratio = step_ratio(by_token, mask, o.lookahead, o.boundary, dtype)
+        mask_now = None if mask is None else mask[: len(tokens)]
+        ratio = step_ratio(by_token, mask_now, o.lookahead, o.boundary, dtype)
     by_read = each(lambda x: x[reads.token], ratio, gates, mask)
     return _Weighed(*by_read)
 
@@ -254,12 +256,33 @@ def _spans(packing: Packing, document: Tensor, o: Options) -> list[Span]:
     """The spans, and which rows of the compact table [R] decay after each."""
     if o.weight_decay == 0.0 or o.lr == 0.0:
         return packing.spans
-    spans = []
-    for span, documents in zip(packing.spans, packing.span_documents, strict=True):
-        is_written = torch.zeros(len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
-        is_written[documents] = True
-        spans.append(span._replace(decays=is_written.to(document.device, non_blocking=True)[document]))
-    return spans
+    is_written = torch.zeros(len(packing.spans), len(packing.bounds) - 1, dtype=torch.bool, device="cpu")
+    for number, documents in enumerate(packing.span_documents):
+        is_written[number, documents] = True
+    of_spans = is_written.to(document.device, non_blocking=True).unbind()
+    return [
+        span._replace(decays=functools.partial(of_span.__getitem__, document)) if span.is_written else span
+        for span, of_span in zip(packing.spans, of_spans, strict=True)
+    ]
+
+
+def final_decay(cu_seqlens: Tensor, carried: Tensor | None, decay: Tensor | None, like: Tensor, o: Options) -> Any:
+    """What rows that a document has not addressed have been multiplied by after its last write, [S], in the compute
+    dtype of `like`, where `decay` is that before its first; None is 1. Nothing waits for the device."""
+    factor = 1.0 - o.lr * o.weight_decay
+    if factor == 1.0:
+        return decay
+    lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried
+    writes = lengths // o.chunk_size if o.boundary == "carry" else (lengths + o.chunk_size - 1) // o.chunk_size
+    powers = torch.pow(factor, writes.double()).to(like.device, compute_dtype(like.dtype), non_blocking=True)
+    return powers if decay is None else decay * powers
+
+
+def slots_of_values(slot: Tensor, earlier: Tensor) -> Tensor:
+    """The slots of a compact table, with -1 for rows that were given, at `earlier` [Q], and so not read from values."""
+    if len(earlier) == 0:
+        return slot
+    return F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -267,18 +290,27 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat((x, x.new_zeros(size - len(x), *x.shape[1:])))
 
 
+def _by_token(x: Tensor, packed: PackedReads, tokens: int, fill: float) -> Tensor:
+    """x [P, ...] of the output reads as [T, ...] of the tokens; `fill` where a token has none."""
+    size = (tokens, *x.shape[1:])
+    out = x.new_empty(size) if len(x) == tokens else x.new_full(size, fill)
+    return out.index_copy_(0, packed.outputs, x)
+
+
 @checks.without_autocast
 def run_packed(
-    inputs: Inputs, bounds: list[int], earlier: Rows | None, keep: bool, o: Options
+    inputs: Inputs, bounds: list[int], carried: list[int] | None, earlier: Rows | None, keep: bool, o: Options
 ) -> tuple[VarlenOutput, PackedKept | None]:
     """What packed documents leave behind, and with `keep` what backward reads.
 
     `inputs` are those of one batch item without its dimension: queries [T, H, Dk], keys [H, 2, n, Dk/2] or
-    [S, H, 2, n, Dk/2], ...; `bounds` [S + 1] those of the documents.
+    [S, H, 2, n, Dk/2], ...; `bounds` [S + 1] and `carried` [S] those of `pack`. Carried tokens, and tokens behind the
+    last bound, have output and weights 0 and slots -1.
     """
     queries, targets, keys, values, gates, mask = inputs
     documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, o, keys.dim() == 4)
+    width = values.shape[1]
+    packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
@@ -306,21 +338,23 @@ def run_packed(
     if kept is not None:
         log = kept.log[:size]
         kept.log[size:] = 0.0
-    output = torch.empty(1, *targets.shape, dtype=targets.dtype, device=targets.device)
+    output = torch.empty(1, len(packed.outputs), width, dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
     spans = _spans(packing, at.document, o)
     value_scan(table, targets.index_select(0, packed.pairs).unsqueeze(0), at.ids, writes, output, log, spans, o)
-    by_token = torch.empty_like(output[0])
-    by_token.index_copy_(0, packed.outputs, output[0])
     rows = Rows(at.document, at.slot, table)
     if kept is not None:
         flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
         if at.earlier is not None:
             flat = (*flat[:-1], at.earlier)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
-    return VarlenOutput(
-        by_token, new_keys, rows, slots.index_select(0, reads.output), weights.index_select(0, reads.output)
-    ), kept
+    read_slots, read_weights = (x.index_select(0, reads.output) for x in (slots, weights))
+    by_token = (
+        _by_token(x, packed, len(targets), fill)
+        for x, fill in ((output[0], 0.0), (read_slots, -1), (read_weights, 0.0))
+    )
+    output, slots, weights = by_token
+    return VarlenOutput(output, new_keys, rows, slots, weights), kept
 
 
 @checks.without_autocast
@@ -332,23 +366,27 @@ def run_packed_grad(
     gates: Tensor | None,
     mask: Tensor | None,
     bounds: list[int],
+    carried: list[int] | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     document: Tensor,
     slot: Tensor,
     kept: PackedKept,
+    decay: Tensor | None,
     with_addresses: bool,
     with_values: bool,
+    spread: bool,
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of queries, targets, keys, values, gates and of the given rows' values.
 
-    `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are. Those of
-    queries and keys are empty unless `with_addresses`, that of values [num_slots, D] unless `with_values`.
+    `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are; `decay`
+    is that of the given rows. The gradients of queries and keys are empty unless `with_addresses`, and that of values
+    is, unless `with_values`: it is [num_slots, D], or with `spread` False that of the rows that were read, [R, D].
     """
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
     dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, o, keys.dim() == 4)
+    packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads, num_reads = packed.reads, packing.num_reads
     size = num_reads * picks
@@ -393,7 +431,7 @@ def run_packed_grad(
             kept,
             o,
         )
-        by_token = by_read.index_select(0, reads.output)
+        by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
         by_token.index_add_(
             0, reads.token[packed.again], by_read.index_select(0, packed.again)
         )  # of a token at most one
@@ -402,7 +440,10 @@ def run_packed_grad(
     grad_earlier = take_rows(table_grad, earlier, o.backend).to(table_dtype)
     grad_values = kept.log.new_empty(0)
     if with_values:
-        if len(earlier) > 0:  # those rows were not read from the values
-            slot = F.pad(slot, (0, 1)).scatter(0, torch.where(earlier < 0, len(slot), earlier), -1)[:-1]
-        grad_values = sum_rows(table_grad, slot, num_slots, table_dtype, o.backend)
+        if decay is not None:
+            table_grad.mul_(decay[document].unsqueeze(1))
+        if spread:
+            grad_values = sum_rows(table_grad, slots_of_values(slot, earlier), num_slots, table_dtype, o.backend)
+        else:
+            grad_values = table_grad.to(table_dtype)
     return grad_queries, grad_targets, grad_initial, grad_values, grad_gates, grad_earlier

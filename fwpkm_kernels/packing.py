@@ -1,8 +1,11 @@
 """How packed documents are cut into chunks, and how the reads of all of them are numbered.
 
 Step s is chunk s of every document that has a full one. Its reads are numbered as those of a chunk of a batch whose
-items are these documents: position by position, document by document, those with more chunks first, so that the
+items are these documents: position by position, document by document, those that step longer first, so that the
 documents of a step are the first ones of the step before. What is left of the documents, their tails, comes last.
+
+A document may begin with carried tokens: they belong to its chunk before, are read again and written with its first
+chunk, and have no output. Such documents take part from step 1 on, which is the first that reads tokens again.
 """
 
 from itertools import pairwise
@@ -43,10 +46,12 @@ class Packing(NamedTuple):
     """The chunks of packed documents."""
 
     bounds: list[int]  #: [S + 1]: where the tokens of each document begin, and where those of the last one end
-    moving: list[int]  #: documents with keys of their own, those with more chunks first
+    origins: list[int]  #: [S]: the token with which the chunk of step 0 of each document begins, or would begin
+    moving: list[int]  #: documents with keys of their own, those that step longer first
     parts: list[Part]
     spans: list[Span]  #: of the values, whose targets and outputs are in the order of the reads; without `decays`
     span_documents: list[list[int]]  #: of each span: its documents
+    span_steps: list[int | None]  #: of each span: its step; None of tails
 
     @property
     def num_reads(self) -> int:
@@ -57,44 +62,57 @@ class Packing(NamedTuple):
 class PackedReads(NamedTuple):
     """Where each read of a packing comes from."""
 
-    reads: Reads  #: their chunks are spans
+    reads: Reads  #: their chunks are spans; `output` [P] says which of them are output, in their order
     document: Tensor  #: int64 [R]
     pairs: Tensor  #: int64: of each read that is written, the token whose target it is written with
-    outputs: Tensor  #: int64 [T]: the tokens in the order of their output reads
+    outputs: Tensor  #: int64 [P]: the token of each output read; carried and surplus tokens have none
     again: Tensor  #: int64: which reads are re-reads
 
 
-def pack(bounds: list[int], o: Options, shares_keys: bool) -> Packing:
-    """Cut documents into chunks; `shares_keys` says whether all of them begin with the same keys."""
-    lengths = [stop - start for start, stop in pairwise(bounds)]
+def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: bool) -> Packing:
+    """Cut documents into chunks.
+
+    Args:
+        bounds: [S + 1]; tokens behind the last one belong to no document.
+        carried: [S]: how many of its first tokens each document has read before, 0 or `lookahead`; None is 0.
+        shares_keys: whether all of them begin with the same keys.
+    """
+    carried = [0] * (len(bounds) - 1) if carried is None else carried
+    lengths = [stop - start - before for (start, stop), before in zip(pairwise(bounds), carried, strict=True)]
     is_carried = o.boundary == "carry"
     full = [length // o.chunk_size for length in lengths]
     writes = full if is_carried else [-(-length // o.chunk_size) for length in lengths]
-    moving = sorted(range(len(lengths)), key=lambda document: -full[document])
+    first_step = [min(before, 1) for before in carried]
+    last_step = [count + first if count > 0 else 0 for count, first in zip(full, first_step, strict=True)]
+    stepping = sorted(range(len(lengths)), key=lambda document: -last_step[document])
+    moving = stepping
     if shares_keys:  # the other documents never write
         moving = [document for document in moving if writes[document] > 0 and o.keys_move]
-    stepping = sorted((s for s in range(len(lengths)) if full[s] > 0), key=lambda document: -full[document])
+    number = {document: index for index, document in enumerate(moving)}
     parts: list[Part] = []
     spans: list[Span] = []
     span_documents: list[list[int]] = []
+    span_steps: list[int | None] = []
     read = pair = output = 0
 
-    def add_span(documents: list[int], rereads: int, written: int, outputs: int, is_written: bool) -> slice:
+    def add_span(documents: list[int], rereads: int, written: int, outputs: int, step: int | None = None) -> slice:
         nonlocal read, pair, output
-        count = rereads + outputs
+        count, is_written = rereads + outputs, step is not None or not is_carried
         spans.append(Span(count, slice(pair, pair + written), slice(output, output + outputs), is_written))
         span_documents.append(documents)
+        span_steps.append(step)
         read, pair, output = read + count, pair + written, output + outputs
         return slice(read - count, read)
 
-    for step in range(max(full, default=0)):
-        documents = [document for document in stepping if full[document] > step]
+    for step in range(max(last_step, default=0)):
+        documents = [document for document in stepping if first_step[document] <= step < last_step[document]]
+        if not documents:  # all begin with carried tokens
+            continue
         count, rereads = len(documents), o.lookahead if is_carried and step > 0 else 0
         written = count * (rereads + o.chunk_size - o.lookahead)
-        reads = add_span(documents, count * rereads, written, count * o.chunk_size, True)
-        parts.append(Part(reads, list(range(count if moving else 0)), rereads, True))
+        reads = add_span(documents, count * rereads, written, count * o.chunk_size, step)
+        parts.append(Part(reads, [number[document] for document in documents] if moving else [], rereads, True))
     tails = [document for document, length in enumerate(lengths) if length % o.chunk_size > 0]
-    number = {document: index for index, document in enumerate(moving)}
     # Those that read the keys that all begin with come first, and are looked up together; the others with those that
     # are filled up to as many rows. That depends on a document alone, as bits of sums over the rows do on their number.
     unit = -(-o.chunk_size // MOST_LENGTHS)
@@ -105,12 +123,12 @@ def pack(bounds: list[int], o: Options, shares_keys: bool) -> Packing:
     tails.sort(key=lambda document: (rows_of_tail(document), number.get(document, -1)))
     first = read
     if is_carried and tails:
-        add_span(tails, 0, 0, sum(lengths[document] % o.chunk_size for document in tails), False)
+        add_span(tails, 0, 0, sum(lengths[document] % o.chunk_size for document in tails))
     for document in tails:
         left = lengths[document] % o.chunk_size
         reads = slice(first, first + left)
         if not is_carried:
-            reads = add_span([document], 0, max(left - o.lookahead, 0), left, True)
+            reads = add_span([document], 0, max(left - o.lookahead, 0), left)
         first = reads.stop
         rows = rows_of_tail(document)
         if not is_carried:
@@ -123,58 +141,52 @@ def pack(bounds: list[int], o: Options, shares_keys: bool) -> Packing:
             parts.append(Part(reads, [number[document]] if rows > 0 else [], lengths=[left], rows=rows))
     if not moving and parts:  # all read the same keys, which never move
         parts = [Part(slice(0, read), [])]
-    return Packing(bounds, moving, parts, spans, span_documents)
+    origins = [
+        start + before - first * o.chunk_size
+        for start, before, first in zip(bounds[:-1], carried, first_step, strict=True)
+    ]
+    return Packing(bounds, origins, moving, parts, spans, span_documents, span_steps)
 
 
 def number_packed_reads(packing: Packing, o: Options, device: torch.device) -> PackedReads:
-    """Number the reads of all documents. Computed on the CPU, and copied."""
-    starts = torch.tensor(packing.bounds[:-1], dtype=torch.int64, device="cpu")
-    token, document, written, pairs, outputs, again = [], [], [], [], [], []
-    first, step = 0, 0
-    for span, documents in zip(packing.spans, packing.span_documents, strict=True):
+    """Number the reads of all documents. Computed on the CPU, and copied at once."""
+    origins = torch.tensor(packing.origins, dtype=torch.int64, device="cpu")
+    ends = torch.tensor(packing.bounds[1:], dtype=torch.int64, device="cpu")
+    parts: list[list[Tensor]] = []
+    first = 0
+    of_spans = zip(packing.spans, packing.span_documents, packing.span_steps, strict=True)
+    for chunk, (span, documents, step) in enumerate(of_spans):
         count = span.outputs.stop - span.outputs.start
         members = torch.tensor(documents, dtype=torch.int64, device="cpu")
-        if count == len(documents) * o.chunk_size and span.is_written:  # a step
+        if step is not None:
             rereads = span.reads // len(documents) - o.chunk_size
             position = torch.arange(step * o.chunk_size - rereads, (step + 1) * o.chunk_size, device="cpu")
-            token.append((position.unsqueeze(1) + starts[members]).flatten())
-            document.append(members.repeat(len(position)))
-            step += 1
+            token = (position.unsqueeze(1) + origins[members]).flatten()
+            document = members.repeat(len(position))
         else:
-            ends = torch.tensor([packing.bounds[s + 1] for s in documents], dtype=torch.int64, device="cpu")
-            left = (ends - starts[members]) % o.chunk_size
+            left = (ends - origins)[members] % o.chunk_size
             owner = torch.repeat_interleave(left)
             before = (left.cumsum(0) - left)[owner]
-            token.append((ends - left)[owner] + torch.arange(count, device="cpu") - before)
-            document.append(members[owner])
-        reads = token[-1]
-        num_written = span.pairs.stop - span.pairs.start
-        pairs.append(reads[:num_written] + o.lookahead)
-        outputs.append(reads[span.reads - count :])
-        again.append(torch.arange(first, first + span.reads - count, device="cpu"))
-        written.append(torch.arange(span.reads, device="cpu") < num_written)
-        first += span.reads
-    empty = torch.empty(0, dtype=torch.int64, device="cpu")
-    sizes = torch.tensor([span.reads for span in packing.spans], dtype=torch.int64, device="cpu")
-    ends = sizes.cumsum(0)
-    chunk = torch.repeat_interleave(sizes)
-    tokens, output_tokens = torch.cat([empty, *token]), torch.cat([empty, *outputs])
-    is_output = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
-    reread = torch.cat([empty, *again])
-    is_output[reread] = False
-    output = torch.empty_like(output_tokens)
-    output[output_tokens] = is_output.nonzero().flatten()
-    fields = (
-        tokens,
-        chunk,
-        (ends - sizes)[chunk],
-        ends[chunk],
-        torch.cat([empty.bool(), *written]),
-        output,
-        torch.cat([empty, *document]),
-        torch.cat([empty, *pairs]),
-        output_tokens,
-        reread,
-    )
-    on_device = [x.to(device, non_blocking=True) for x in fields]
+            token = (ends[members] - left)[owner] + torch.arange(count, device="cpu") - before
+            document = members[owner]
+        written = span.pairs.stop - span.pairs.start
+        read = torch.arange(first, first + span.reads, device="cpu")
+        stop = first + span.reads
+        parts.append(
+            [
+                token,
+                *(torch.full_like(token, x) for x in (chunk, first, stop)),
+                (read < first + written).long(),
+                read[span.reads - count :],
+                document,
+                token[:written] + o.lookahead,
+                token[span.reads - count :],
+                read[: span.reads - count],
+            ]
+        )
+        first = stop
+    empty = [torch.empty(0, dtype=torch.int64, device="cpu")]
+    fields = [torch.cat(x) for x in zip(*parts, strict=True)] or empty * 10
+    on_device = list(torch.cat(fields).to(device, non_blocking=True).split([len(x) for x in fields]))
+    on_device[4] = on_device[4].bool()  # whether a read is written
     return PackedReads(Reads(*on_device[:6]), *on_device[6:])

@@ -57,7 +57,8 @@ class DocumentsCarry(NamedTuple):
     queries: Tensor  #: [S, W, H, Dk]; what was before a document is 0
     targets: Tensor  #: [S, W, D]
     gates: Tensor | None  #: [S, W]
-    position: Tensor  #: int64 [S]: how many tokens each document has had so far
+    mask: Tensor | None  #: [S, W]
+    position: Tensor  #: int64 [S]: how many tokens each document has had so far; best on the CPU, as `cu_seqlens`
 
     def detach(self) -> "DocumentsCarry":
         """The same without its graph: gradients of the next segments end here."""
@@ -196,6 +197,9 @@ class Rows(NamedTuple):
     document: Tensor  #: int64 [R]: in whose table; 0 where there is one table, and in unused places
     slot: Tensor  #: int64 [R]: which row of that table; no row occurs twice
     value: Tensor  #: [R, D]; 0 in unused places
+    #: [S], in the compute dtype: what all other rows of each table have been multiplied by, as weight decay does; None
+    #: is 1. Not differentiable.
+    decay: Tensor | None = None
 
     def detach(self) -> "Rows":
         """The same without autograd."""

@@ -99,7 +99,7 @@ def _add_rows(grad_values: Tensor, vectors: Tensor, weights: Tensor, plan: Plan,
     """grad_values = decay·grad_values + Σ weights·vectors, in place: a write with lr = -1 and 1 - lr·wd = decay."""
     decay = 1.0 - o.lr * o.weight_decay if span.is_written else 1.0
     how = Write(lr=-1.0, weight_decay=decay - 1.0, backend=o.backend)
-    write(grad_values, vectors, weights, plan, how, decays=span.decays)
+    write(grad_values, vectors, weights, plan, how, decays=None if span.decays is None else span.decays())
 
 
 def _that_are_read(x: Tensor, chunks: list[Chunk], batch: int, carried: int) -> Tensor:
@@ -232,7 +232,8 @@ def value_scan(
         errors = read(values, span_slots, weights, targets[span.pairs], output[span.outputs], o.backend)
         if span.is_written or log is not None:
             how = o.write if span.is_written else o.write._replace(weight_decay=0.0)
-            write(values, errors, write_weights, plan, how, span_log, span.decays)
+            decays = None if span.decays is None else span.decays()
+            write(values, errors, write_weights, plan, how, span_log, decays)
 
 
 def value_scan_grad(

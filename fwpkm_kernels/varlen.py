@@ -1,161 +1,32 @@
-"""A memory for each of several packed documents: operators, the autograd Function, checks, and the public function."""
+"""A memory for each of several packed documents: checks, the loop where it must be, and the public function."""
 
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch._compile import _disable_dynamo
 
 from . import _checks as checks
-from ._autograd import is_exporting, refuse_transforms
-from ._operators import operator
-from .documents import Documents, DocumentsOutput, check_bounds, memory_by_document, put_back, take
+from ._autograd import refuse_transforms
+from .carry import (
+    carries_of,
+    check_documents_carry,
+    continue_documents,
+    empty_carry,
+    leave_documents,
+    prepend_windows,
+    take_tokens,
+)
 from .kernels import compute_dtype
-from .memory import check_memory
-from .options import Options, schema_of
-from .packed import PackedKept, count_sizes, empty_kept, run_packed, run_packed_grad
+from .memory import check_memory, fast_weight_memory
+from .options import Options
+from .packed_function import check_rows, run_documents
 from .records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
 
-_INPUTS = (
-    "Tensor queries, Tensor targets, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor? gates, Tensor? mask, "
-    "Tensor? document, Tensor? slot, Tensor? value"
-)
 
-
-@operator("fast_weight_memory_varlen", schema=f"({_INPUTS}, bool keep, {schema_of(Options)}) -> Tensor[]")
-def _forward_op(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, keep, *options
-) -> list[Tensor]:
-    bounds, rows = cu_seqlens.tolist(), None if value is None else Rows(document, slot, value)
-    check_bounds(bounds, len(queries))
-    _check_rows(rows, len(bounds) - 1, values)
-    inputs = Inputs(queries, targets, keys, values, gates, mask)
-    (output, new_keys, left, slots, weights), kept = run_packed(inputs, bounds, rows, keep, Options(*options))
-    return [output, new_keys, *left, slots, weights, *(kept or ())]
-
-
-@_forward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, keep, *options
-):
-    o, documents = Options(*options), cu_seqlens.shape[0] - 1
-    picks, earlier = queries.shape[1] * o.top_k, 0 if slot is None else slot.shape[0]
-    size = (queries.shape[0], picks)
-    _, num_rows = count_sizes(size[0], documents, picks, values.shape[0], earlier, o)
-    results = [
-        queries.new_empty(targets.shape, dtype=targets.dtype),
-        keys.new_empty(documents, *keys.shape[-4:]),
-        *(queries.new_empty(num_rows, dtype=torch.int64) for _ in range(2)),
-        values.new_empty(num_rows, values.shape[1]),
-        queries.new_empty(size, dtype=torch.int64),
-        queries.new_empty(size, dtype=compute_dtype(values.dtype)),
-    ]
-    return [*results, *(empty_kept(queries, keys, values, documents, earlier, o) if keep else ())]
-
-
-_KEPT = ", ".join(f"Tensor {name}" for name in PackedKept._fields)
-
-
-@operator(
-    "fast_weight_memory_varlen_backward",
-    schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_rows, Tensor queries, Tensor targets, Tensor keys, "
-    "SymInt num_slots, Tensor cu_seqlens, Tensor? gates, Tensor? mask, Tensor row_document, Tensor row_slot, "
-    f"bool with_addresses, bool with_values, {_KEPT}, {schema_of(Options)}) -> Tensor[]",
-)
-def _backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
-    with_addresses, with_values, *rest,
-) -> list[Tensor]:  # fmt: skip
-    kept, o = PackedKept(*rest[: len(PackedKept._fields)]), Options(*rest[len(PackedKept._fields) :])
-    bounds, grads, flags = cu_seqlens.tolist(), (grad_output, grad_keys, grad_rows), (with_addresses, with_values)
-    results = run_packed_grad(
-        queries, targets, keys, num_slots, gates, mask, bounds, grads, document, slot, kept, *flags, o
-    )
-    return [x for x in results if x is not None]
-
-
-@_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, gates, mask, document, slot,
-    with_addresses, with_values, *rest,
-):  # fmt: skip
-    kept = PackedKept(*rest[: len(PackedKept._fields)])
-    results = [
-        queries.new_empty(queries.shape if with_addresses else 0),
-        targets.new_empty(targets.shape),
-        keys.new_empty(keys.shape if with_addresses else 0),
-        kept.log.new_empty((num_slots, targets.shape[1]) if with_values else 0),
-        *(() if gates is None else (gates.new_empty(gates.shape),)),
-        kept.log.new_empty(kept.earlier.shape[0], targets.shape[1]),
-    ]
-    return results
-
-
-class _VarlenBackward(Function):
-    """First derivatives; differentiating them again raises."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return tuple(_backward_op(*args))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("fast_weight_memory_varlen cannot be differentiated twice")
-
-
-class _Varlen(Function):
-    """apply(queries, targets, keys, values, cu_seqlens, gates, mask, document, slot, value, *options) gives output,
-    keys, document, slot, value, slots and weights."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        tensors, options = args[:10], args[10:]
-        results = _forward_op(*tensors, True, *options)
-        output, keys, document, slot, value, slots, weights, *kept = results
-        ctx.save_for_backward(*tensors[:3], *tensors[4:7], document, slot, *kept)  # the table is not needed again
-        ctx.mark_non_differentiable(document, slot, slots, weights)
-        ctx.options, ctx.num_slots = options, tensors[3].shape[0]
-        return output, keys, document, slot, value, slots, weights
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, grad_keys: Any, _d: Any, _s: Any, grad_rows: Any, *_: Any) -> Any:
-        grads, none = (grad_output, grad_keys, grad_rows), (None,) * len(ctx.options)
-        if all(grad is None for grad in grads):
-            return (None,) * 10 + none
-        saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
-        queries, targets, keys, *others = saved[:8]
-        refuse_transforms("fast_weight_memory_varlen", (*grads, *saved[:8]))
-        needs = ctx.needs_input_grad
-        flags = (needs[0] or needs[2], needs[3])
-        grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, queries, targets, keys, ctx.num_slots, *others, *flags, *saved[8:], *ctx.options
-        )
-        found = (grad_queries, grad_targets, grad_keys, grad_values, None, *(grad_gates or (None,)), None, None, None)
-        found = (*found, grad_value)
-        return (*(x if is_needed else None for x, is_needed in zip(found, needs, strict=False)), *none)
-
-
-def _check_rows(rows: Rows | None, documents: int, values: Tensor) -> None:
-    """On CPU tensors: rows name documents and slots that there are, none of them twice."""
-    if rows is None or not rows.slot.is_cpu:
-        return
-    checks.check_slot_range("rows.slot", rows.slot, len(values), minimum=-1)
-    used = rows.slot >= 0
-    document = rows.document[used]
-    checks.check_slot_range("rows.document", document, documents)
-    names = (document.long() * len(values) + rows.slot[used]).sort().values
-    twice = (names[1:] == names[:-1]).nonzero()
-    if len(twice) > 0:
-        name = int(names[twice[0, 0]])
-        raise ValueError(
-            "`rows` must hold no slot of a document twice, got document "
-            f"{name // len(values)}, slot {name % len(values)} more than once"
-        )
-
-
-def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options) -> Options:
+def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options, may_end_before: bool) -> Options:
     """Validate the arguments; returns the options with their numbers as ints and floats."""
     queries, keys, values = inputs.queries, inputs.keys, inputs.values
     checks.check_tensor("cu_seqlens", cu_seqlens, 1, "[S + 1]")
@@ -174,11 +45,7 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
         inputs = inputs._replace(keys=keys.flatten(0, 1)[: keys.shape[1]])  # as if all had those of the first
     o = check_memory(inputs, o, tokens="T")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        check_bounds(cu_seqlens.tolist(), queries.shape[0])
-    if documents * keys.shape[-4] > checks.MOST_HEADS:
-        raise ValueError(
-            f"`cu_seqlens` must hold at most {checks.MOST_HEADS} documents (times heads), got {documents} documents"
-        )
+        checks.check_bounds(cu_seqlens.tolist(), queries.shape[0], may_end_before=may_end_before)
     if rows is not None:
         if not isinstance(rows, Rows):
             raise TypeError(f"`rows` must be Rows(document, slot, value), got {type(rows).__name__}")
@@ -192,74 +59,113 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
             if x.dtype != torch.int64:
                 raise TypeError(f"`{name}` must be int64, got {x.dtype}")
             checks.check_device(name, x, "values", values)
+        if rows.decay is not None:
+            checks.check_tensor("rows.decay", rows.decay, 1, "[S]")
+            if rows.decay.shape[0] != documents:
+                raise ValueError(f"`rows.decay` must be [{documents}], got {checks.shape(rows.decay)}")
+            if rows.decay.dtype != compute_dtype(values.dtype):
+                raise TypeError(f"`rows.decay` must be {compute_dtype(values.dtype)}, got {rows.decay.dtype}")
+            checks.check_device("rows.decay", rows.decay, "values", values)
         if rows.value.dtype != values.dtype:
             raise TypeError(f"`rows.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
         checks.check_device("rows.value", rows.value, "values", values)
         if not torch.compiler.is_compiling():
-            _check_rows(rows, documents, values)
+            check_rows(rows, documents, values)
     return o
 
 
-def _by_document(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options) -> VarlenOutput:
-    """The loop over documents, each with a table of its own, all of whose rows are handed out."""
-    queries, targets, keys, values, gates, mask = inputs
-    num_documents, num_slots = cu_seqlens.shape[0] - 1, values.shape[0]
-    tables = values
-    if rows is not None:
-        tables = values.expand(num_documents, *values.shape).flatten(0, 1)
-        place = torch.where(rows.slot < 0, len(tables), rows.document * num_slots + rows.slot)
-        padded = torch.cat((tables, tables.new_zeros(1, values.shape[1])))
-        tables = padded.index_put((place,), rows.value)[:-1].unflatten(0, (num_documents, num_slots))
-    documents = Documents(1, queries.shape[0], None, cu_seqlens, None)
-    q, y, g, m = each(lambda x: x.unsqueeze(0), queries, targets, gates, mask)
-    result = memory_by_document(q, y, keys, tables, documents, gates=g, mask=m, return_memory=True, options=o)  # type: ignore[arg-type]
-    assert result.keys is not None
-    assert result.values is not None
-    names = torch.arange(num_documents * num_slots, device=values.device)
-    left = Rows(names // num_slots, names % num_slots, result.values.flatten(0, 1))
-    return VarlenOutput(result.output[0], result.keys, left, result.slots[0], result.weights[0])
+@_disable_dynamo
+def _by_document(
+    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, with_rows: bool, o: Options
+) -> VarlenOutput:
+    """The loop over documents, each with a table of its own, all of whose rows are handed out if `with_rows`.
 
-
-def memory_of_documents(
-    queries: Tensor,
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    documents: Documents,
-    *,
-    gates: Tensor | None = None,
-    carry: DocumentsCarry | None = None,
-    return_memory: bool = False,
-    options: Options,
-) -> DocumentsOutput:
-    """What `memory_by_document` gives, without a loop where `fast_weight_memory_varlen` can do it.
-
-    It cannot where a table or a carry for each document is given or asked for, where keys depend on values, with more
-    documents than its kernels number, and in compiled code with padding, whose number is data.
+    Compiled code breaks here, since it cannot loop over documents whose number and lengths are data.
     """
-    loops = return_memory or values.dim() == 3 or options.key_gradient == "all" or documents.number == 0
-    loops = loops or documents.number * keys.shape[-4] > checks.MOST_HEADS
-    if carry is not None or loops or (documents.mask is not None and torch.compiler.is_compiling()):
-        how: dict[str, Any] = {"gates": gates, "carry": carry, "return_memory": return_memory, "options": options}
-        return memory_by_document(queries, targets, keys, values, documents, **how)
-    if documents.mask is None:
-        pieces: list[Any] = [slice(0, documents.batch * documents.length)]
-        cu_seqlens = documents.cu_seqlens if documents.cu_seqlens_cpu is None else documents.cu_seqlens_cpu
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(documents.batch + 1, device="cpu") * documents.length
+    queries, targets, keys, values, gates, mask = inputs
+    lengths, num_slots = cu_seqlens.cpu().diff().tolist(), len(values)
+    count, total = len(lengths), sum(lengths)
+    # One split has one gradient as large as its input, whereas slices would have one for every document.
+    tokens: Any = ([None] * count if x is None else x[:total].split(lengths) for x in (queries, targets, gates, mask))
+    of_each = keys.unbind() if keys.dim() == 5 else [keys] * count
+    tables: Sequence[Tensor] = [values] * count
+    if rows is not None:
+        used = rows.slot >= 0
+        places = (rows.document[used], rows.slot[used])
+        start = values.expand(count, *values.shape)
+        if rows.decay is not None:
+            start = (start * rows.decay.view(-1, 1, 1)).to(values.dtype)
+        tables = start.index_put(places, rows.value[used]).unbind()
+    results = []
+    for *of_document, k, v, c in zip(*tokens, of_each, tables, carries_of(carry, count, o), strict=True):
+        q, y, g, m = each(lambda x: x.unsqueeze(0), *of_document)
+        result = fast_weight_memory(q, y, k, v, gates=g, mask=m, carry=c, **o._asdict())  # type: ignore[arg-type]
+        # Without rows this table is freed before the next document makes one.
+        results.append(result if with_rows else result._replace(values=values[:0]))
+        del result
+    surplus = (0, 0, 0, len(queries) - total)
+    output, slots, weights = (
+        F.pad(torch.cat([getattr(x, name)[0] for x in results]), surplus, value=fill)
+        for name, fill in (("output", 0), ("slots", -1), ("weights", 0))
+    )
+    names = torch.arange(count * num_slots if with_rows else 0, device=values.device)
+    left = Rows(names // num_slots, names % num_slots, torch.cat([x.values for x in results]))
+    return VarlenOutput(output, torch.stack([x.keys for x in results]), left, slots, weights)
+
+
+def run_varlen(
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    rows: Rows | None,
+    carry: DocumentsCarry | None,
+    return_carry: bool,
+    sparse_grad: bool,
+    o: Options,
+    *,
+    may_end_before: bool = False,
+    with_rows: bool = True,
+) -> tuple[VarlenOutput, DocumentsCarry | None]:
+    """`fast_weight_memory_varlen`, and the carry with `return_carry`.
+
+    With `may_end_before` there may be tokens behind the last document, which belong to none: their output and weights
+    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out.
+    """
+    value = rows.value if isinstance(rows, Rows) else None
+    of_carry = carry if isinstance(carry, DocumentsCarry) else ()
+    refuse_transforms("fast_weight_memory_varlen", (*inputs, value, *of_carry))
+    o = _check_varlen(inputs, cu_seqlens, rows, o, may_end_before)
+    checks.check_flag("return_carry", return_carry)
+    checks.check_flag("sparse_grad", sparse_grad)
+    documents = cu_seqlens.shape[0] - 1
+    if carry is not None or return_carry:
+        check_documents_carry(carry, inputs, documents, o)
+    loops = o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS
+    if sparse_grad and loops:
+        raise ValueError(
+            f'`sparse_grad`=True needs `key_gradient`="addressing" and at most {checks.MOST_HEADS} documents (times '
+            f"heads), got {o.key_gradient!r} and {documents} documents"
+        )
+    if not torch.compiler.is_compiling():
+        cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
+    before = empty_carry(inputs, documents, o) if carry is None else carry
+    places = None
+    if carry is not None or return_carry:
+        places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
+    if loops:
+        result = _by_document(inputs, cu_seqlens, carry, rows, with_rows, o)
+    elif carry is None or places is None:
+        none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
+        result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)
     else:
-        pieces = documents.pieces()
-        lengths = [len(x) if isinstance(x, Tensor) else x.stop - x.start for x in pieces]
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], device="cpu")
-
-    def pack(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.flatten(0, 1) if documents.mask is None else torch.cat(take(x, pieces), 1)[0]
-
-    q, y, g = (pack(x) for x in (queries, targets, gates))
-    result = fast_weight_memory_varlen(q, y, keys, values, cu_seqlens, gates=g, **options._asdict())  # type: ignore[arg-type]
-    fills = ((result.output, 0), (result.slots, -1), (result.weights, 0))
-    output, slots, weights = (put_back([x.unsqueeze(0)], pieces, targets, fill) for x, fill in fills)
-    return DocumentsOutput(output, slots, weights, None, None)
+        packed = places.packed
+        if not torch.compiler.is_compiling():  # where its size must not depend on the data
+            packed = packed[: int(places.bounds[-1])]
+        packed, outputs = (x.to(inputs.targets.device, non_blocking=True) for x in (packed, places.outputs))
+        both = take_tokens(prepend_windows(before, inputs), packed)
+        result = run_documents(both, places.bounds, places.carried, rows, sparse_grad, o)
+        output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
+        result = result._replace(output=output, slots=slots, weights=weights)
+    return result, leave_documents(before, inputs, places) if return_carry and places is not None else None
 
 
 def fast_weight_memory_varlen(
@@ -288,7 +194,10 @@ def fast_weight_memory_varlen(
     boundary: str = "carry",
     precision: str = "tf32x3",
     backend: str = "auto",
-) -> VarlenOutput:
+    carry: DocumentsCarry | None = None,
+    return_carry: bool = False,
+    sparse_grad: bool = False,
+) -> Any:
     """`fast_weight_memory` for each of several documents that are packed one behind the other, all in one call.
 
     Document s is the tokens from cu_seqlens[s] to cu_seqlens[s + 1]. Its results are those of::
@@ -301,8 +210,10 @@ def fast_weight_memory_varlen(
 
     A table for each document is never made. The rows that a document addresses are known before the first value is
     read; they are gathered once, from `rows` or else from `values`, read and written there, and handed out as `rows`:
-    the next segments of the documents go on from these, and from the final keys, differentiably. (As each call starts
-    with an empty queue, that is one sequence only if segments end where chunks do, with lookahead 0.)
+    the next segments of the documents go on from these, and from the final keys, differentiably. What a document has
+    read and not written yet is its part of the carry. With `carry`, `rows` and the final keys segments of any lengths,
+    0 too, are one sequence of each document, in values and gradients, as those of `fast_weight_memory`; without a carry
+    they are that only if they end where chunks do, with lookahead 0.
 
     Args:
         queries: [T, H, Dk]: the tokens of all documents.
@@ -313,19 +224,32 @@ def fast_weight_memory_varlen(
             waits for the device. Values are checked where they are known: on the CPU, and in the operator.
         rows: Rows(document, slot, value), int64 [Q], int64 [Q], [Q, D], in the dtype of `values`: rows that a document
             reads instead of those of `values`. A place with slot -1 is unused. No slot of a document occurs twice, and
-            all are in range, which is checked on the CPU; on a GPU one of the two is read.
+            all are in range, which is checked on the CPU; on a GPU one of the two is read. Where there is a fourth
+            field `decay` [S], in the compute dtype, a document's other rows are those of `values` times its decay.
         gates: [T], write gates; None is all ones.
         mask: [T], bool, integer or real, >= 0, as in `fast_weight_memory`; None is all ones.
-        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
+        carry: what the segments before have left of each document; None begins them all. Its position lies best on the
+            CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
+        return_carry: whether to return what these segments leave, likewise.
+        sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
+            those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
+            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
+            with key_gradient="all", nor with torch.compile, which has no sparse gradients.
+        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each; so
+            does a call of more documents, times heads, than a launch can number (16 384).
 
     Returns:
         VarlenOutput(output, keys, rows, slots, weights): output [T, D] in the targets' dtype; final keys
         [S, H, 2, n, Dk/2]; rows, those that each document has read, and those given, after its last write, in the order
         of documents and slots, then unused places; slots (int64) and weights of the output reads, [T, J]. R, how many
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
-        under key_gradient="all". With weight_decay all other rows of a document have decayed too, to
-        (1 - lr · weight_decay) for each chunk that it wrote, times those of `values`: `rows` does not hold them.
-        Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value. What is
+        under key_gradient="all". With a weight decay all other rows of a document have decayed too: `rows.decay` says
+        to what part of those of `values`, (1 - lr · weight_decay) for each chunk that the document has written, those
+        before the rows that were given included. It is a constant for gradients.
+        With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
+        copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
+        Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in
+        the tensors of the carry, whose gradients flow into the segments that its tokens came from. What is
         kept for that is as in `fast_weight_memory`, with a copy of a document's keys for each of its chunks; a dense
         gradient [N, D] is filled only if `values` requires one.
 
@@ -337,19 +261,5 @@ def fast_weight_memory_varlen(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
-    value = rows.value if isinstance(rows, Rows) else None
-    refuse_transforms("fast_weight_memory_varlen", (*inputs, value))
-    o = _check_varlen(inputs, cu_seqlens, rows, o)
-    if not torch.compiler.is_compiling():
-        cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
-    if o.key_gradient == "all":
-        return _by_document(inputs, cu_seqlens, rows, o)
-    tensors = (*inputs[:4], cu_seqlens, gates, mask, *(rows or (None,) * 3))
-    # A program of torch.export has no gradients, so it keeps nothing for them.
-    differentiable = torch.is_grad_enabled() and not is_exporting()
-    if differentiable and any(x is not None and x.requires_grad for x in (*inputs[:-1], value)):
-        output, new_keys, document, slot, value, slots, weights = _Varlen.apply(*tensors, *o)
-    else:
-        detached = each(Tensor.detach, *tensors)
-        output, new_keys, document, slot, value, slots, weights = _forward_op(*detached, False, *o)
-    return VarlenOutput(output, new_keys, Rows(document, slot, value), slots, weights)
+    result, left = run_varlen(inputs, cu_seqlens, rows, carry, return_carry, sparse_grad, o)
+    return (result, left) if return_carry else result

@@ -288,6 +288,8 @@ def varlen_cases() -> Cases:
     no_rows = {"a tuple": (1, 2, 3), "a dict": {"slot": 1}, "a tensor": torch.ones(3)}
     return {
         **cases,
+        **carry_cases(),
+        **option_cases("sparse_grad", TypeError, "type", 1, None, "yes", np.bool_(True)),
         "heads of queries": mismatch("queries", "keys", lambda x: torch.cat((x, x), 1)),
         **{f"length of {name}": mismatch(name, "queries", lambda x: x[:2]) for name in ("targets", "gates", "mask")},
         **tensor_cases("cu_seqlens", "slots"),
@@ -521,7 +523,8 @@ def parameters_of(function: Any) -> set[str]:
 
 
 def test_every_argument_of_every_public_function_is_in_the_table():
-    functions = set(fwpkm_kernels.__all__) - {"Carry", "MemoryOutput", "PoolFullError", "Rows", "VarlenOutput"}
+    records = {"Carry", "DocumentsCarry", "MemoryOutput", "PoolFullError", "Rows", "VarlenOutput"}
+    functions = set(fwpkm_kernels.__all__) - records
     assert functions == set(TABLE) - {"a later fast_weight_memory_step", "fast_weight_memory_step of a pool"}
     for function in functions:
         _, cases, _ = TABLE[function]

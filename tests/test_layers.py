@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import reference
+from fwpkm_kernels import Rows
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory, ValueTable
 from tests.conftest import PLACES, SLOW_IN_INTERPRETER, Place
 from tests.helpers.layers import GOLDEN_LAYERS, check_golden_layer, draw
 from tests.helpers.memory import assert_close
+from tests.helpers.varlen import tables_of
 
 f64 = torch.float64
 BOUND = 1e-12
@@ -87,21 +89,34 @@ def copies(x: Tensor, memory: LayerMemory | None) -> dict[str, Tensor]:
     """Input and memory of a call as leaves."""
     given = {"x": x}
     if memory is not None:
-        given |= {f"memory.{name}": getattr(memory, name) for name in ("keys", "values", "hidden_states")}
+        values = memory.values.value if isinstance(memory.values, Rows) else memory.values
+        given |= {"memory.keys": memory.keys, "memory.values": values, "memory.hidden_states": memory.hidden_states}
     return {name: y.detach().clone().requires_grad_() for name, y in given.items() if y is not None}
 
 
-def memory_of(leaves: dict[str, Tensor]) -> LayerMemory | None:
-    names = ("keys", "values", "hidden_states")
-    return LayerMemory(*(leaves.get(f"memory.{name}") for name in names)) if "memory.keys" in leaves else None
+def memory_of(leaves: dict[str, Tensor], memory: LayerMemory | None) -> LayerMemory | None:
+    """The memory with the leaves in it."""
+    if memory is None:
+        return None
+    values = leaves["memory.values"]
+    if isinstance(memory.values, Rows):
+        values = memory.values._replace(value=values)
+    return LayerMemory(leaves["memory.keys"], values, leaves.get("memory.hidden_states"))
+
+
+def with_tables(memory: LayerMemory, table: Tensor) -> LayerMemory:
+    """With a table for each document in the place of its rows."""
+    if not isinstance(memory.values, Rows):
+        return memory
+    return memory._replace(values=tables_of(memory.values, table, len(memory.keys)))
 
 
 def of_layer(
     layer: FastWeightProductKeyMemory, x: Tensor, memory: LayerMemory | None = None, **where: Any
 ) -> dict[str, Tensor]:
     leaves = copies(x, memory)
-    output, left = layer(leaves["x"], **where, memory=memory_of(leaves), return_memory=True)
-    found = Found(output, *left[:6])
+    output, left = layer(leaves["x"], **where, memory=memory_of(leaves, memory), return_memory=True)
+    found = Found(output, *with_tables(left, layer.table.weight)[:6])
     if memory is None:
         leaves |= dict(layer.named_parameters())
     return with_gradients(found, leaves)
@@ -119,7 +134,9 @@ def of_reference(
     parameters = {name: y.detach().clone() for name, y in layer.state_dict().items()}
     learned = {name: parameters[name].requires_grad_() for name, _ in layer.named_parameters()}
     options = {name: value for name, value in options.items() if name not in NOT_IN_REFERENCE}
-    found = reference.fast_weight_layer(leaves["x"], parameters, **options, **where, memory=memory_of(leaves))
+    given = memory_of(leaves, memory)
+    given = None if given is None else with_tables(given, parameters["table.weight"])
+    found = reference.fast_weight_layer(leaves["x"], parameters, **options, **where, memory=given)
     return with_gradients(found, leaves if memory is not None else leaves | learned)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, LayerMemory
+from tests.helpers.varlen import tables_of
 
 WIDTH = 7
 f64 = torch.float64
@@ -48,8 +49,11 @@ def test_rows_in_segments(options, cuts):
     def run(cuts) -> list[Tensor]:
         outputs, memory = in_segments(layer, [(part, {}) for part in x.split(cuts, dim=1)])
         output = torch.cat(outputs, dim=1)
-        loss = output.square().sum() + memory.values.sum() + memory.keys.square().sum()
-        return [output, memory.keys, memory.values, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+        values = memory.values
+        if layer.scope == "sequence":
+            values = tables_of(values, layer.table.weight, len(x))
+        loss = output.square().sum() + values.sum() + memory.keys.square().sum()
+        return [output, memory.keys, values, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
     for ours, theirs in zip(run(cuts), run([13]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -96,20 +100,21 @@ def test_documents_in_segments(arrangements):
 
 
 def test_compiled_segments_with_padding():
-    """The operator of compiled code takes the carry too, with its gradients."""
+    """There the number of tokens is data, and padding follows the documents; with a carry and its gradients too."""
     layer, x = make_layer(), draw(2, 14).requires_grad_()
     mask = torch.ones(2, 14)
     mask[0, :3] = mask[1, 9:] = 0
 
-    def call(x: Tensor, mask: Tensor) -> Tensor:
+    def call(x: Tensor, mask: Tensor) -> list[Tensor]:
         first, memory = layer(x[:, :7], attention_mask=mask[:, :7], return_memory=True)
-        return torch.cat((first, layer(x[:, 7:], attention_mask=mask[:, 7:], memory=memory)), dim=1)
+        second, end = layer(x[:, 7:], attention_mask=mask[:, 7:], memory=memory, return_memory=True)
+        return [torch.cat((first, second), dim=1), memory.slots, end.slots, end.weights, end.carry.position, end.keys]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     results = []
     for function in (call, compiled):
-        output = function(x, mask)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+        output, *others = function(x, mask)
+        results.append([output, *others, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 

@@ -64,16 +64,14 @@ def test_a_training_call_copies_no_table_besides_the_operators(scope, initial_me
         output.sum().backward()
         return result
 
-    if scope == "sequence" and not return_memory:
+    if scope == "sequence":
         assert tables(call) == trains  # the gradient alone: documents read and write rows that were gathered
         return
-    documents = batch if scope == "sequence" else 1
-    final = "table" if scope == "sequence" or return_memory else "rows"
-    wanted = tables_of_operator(layer, batch // documents, trains, final)
+    final = "table" if return_memory else "rows"
+    wanted = tables_of_operator(layer, batch, trains, final)
     # With a final table the private copy, and the gradient; else the gradient, if it is wanted.
     assert wanted == (2 if final == "table" else trains)
-    stacked = return_memory and documents > 1  # the final tables of several documents become one tensor
-    assert tables(call) == documents * wanted + stacked
+    assert tables(call) == wanted
 
 
 @pytest.mark.parametrize("initial_memory", ["frozen", "persistent"])
@@ -93,17 +91,19 @@ def test_training_steps_without_a_table(initial_memory):
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
-def test_segments_of_one_document_copy_no_table(scope):
-    """Gradients reach the first memory through two segments, each an operator's call."""
+def test_segments_copy_no_table_besides_the_operators(scope):
+    """Gradients reach the first memory through two segments, each an operator's call; of documents as one gradient."""
     layer = FastWeightProductKeyMemory(HIDDEN, scope=scope, **SIZES)
-    x = tokens(1)
+    x = tokens(1 if scope == "batch" else 3)
 
     def call():
         _, memory = layer(x, return_memory=True)
         layer(x, memory=memory).sum().backward()
 
-    finals = ("table", "table" if scope == "sequence" else "rows")
-    assert tables(call) == sum(tables_of_operator(layer, 1, True, final) for final in finals)
+    if scope == "sequence":
+        assert tables(call) == 3  # a gradient for each segment, and their sum
+    else:
+        assert tables(call) == sum(tables_of_operator(layer, 1, True, final) for final in ("table", "rows"))
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])

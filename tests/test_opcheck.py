@@ -239,22 +239,27 @@ def rollback_samples(place: Place) -> Samples:
 def varlen_samples(place: Place) -> Samples:
     """Where forward keeps less than it could, what is behind is 0; so only rows of the log may be left unwritten."""
     inputs = make_packed((4, 0, 8, 1), num_keys=60, dtype=torch.float32, device=place.device)
-    tensors = [inputs[name] for name in ("queries", "targets", "keys", "values", "cu_seqlens", "gates", "mask")]
+    names = ("queries", "targets", "keys", "values", "cu_seqlens", "carried", "gates", "mask")
+    tensors = [inputs.get(name) for name in names]
     rows = make_rows(inputs, ((0, 3), (2, -1), (3, 5)))
+    rows = rows._replace(decay=torch.tensor([1.0, 0.5, 0.9, 1.0], device=place.device))
     o = Options(chunk_size=3, top_k=2, backend=place.backend)
     own = inputs["keys"].expand(4, *inputs["keys"].shape)
     for keep in (True, False):
         for boundary in ("carry", "drop"):
             yield f"{boundary}, keeping {keep}", (*tensors, *rows, keep, *o._replace(boundary=boundary))
-        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 5, keep, *o._replace(clip=0.1))
+        yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 7, keep, *o._replace(clip=0.1))
         yield f"own keys, keeping {keep}", (*tensors[:2], own, *tensors[3:], *rows, keep, *o)
+        # The second document goes on behind a chunk, and three tokens are surplus.
+        cuts = (torch.tensor([0, 4, 9, 9, 10]), torch.tensor([0, 1, 0, 0]))
+        yield f"carried, keeping {keep}", (*tensors[:4], *cuts, *tensors[6:], *rows, keep, *o)
         still = o._replace(addressing_weight=0.0, weight_decay=0.0)
         yield f"still keys, keeping {keep}", (*tensors, *rows, keep, *still)
 
 
 def varlen_grad_samples(place: Place) -> Samples:
     for name, arguments in varlen_samples(place):
-        queries, targets, keys, values, *others, _, _, value, keep = arguments[:11]
+        queries, targets, keys, values, *others, _, _, value, decay, keep = arguments[:13]
         inputs = (queries, targets, keys, values.shape[0], *others)
         if keep:
             output, keys, document, slot, value, _, _, *kept = OPS.fast_weight_memory_varlen(*arguments)
@@ -262,36 +267,15 @@ def varlen_grad_samples(place: Place) -> Samples:
             if name.startswith(("own keys", "drop")):
                 grads = [testing.with_layout(x, "transposed") for x in grads]
             for needed in (True, False):
-                flags, kept_options = (needed, needed), arguments[11:]
+                flags, kept_options = (decay, needed, needed, not name.startswith("own")), arguments[13:]
                 yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
 
 
-def documents_samples(place: Place) -> Samples:
-    inputs = make_inputs(2, 7, num_keys=8, dtype=torch.float32, device=place.device)
-    rows = [inputs[name] for name in ("queries", "targets", "keys", "values")]
-    packed = [*(x.flatten(0, 1).unsqueeze(0) for x in rows[:2]), *rows[2:]]
-    of_each = [*packed[:2], *(x.expand(3, *x.shape) for x in rows[2:])]
-    mask = torch.ones(2, 7, device=place.device).tril(3)
-    bounds = torch.tensor([0, 5, 5, 14])
-    o = Options(chunk_size=3, top_k=2, backend=place.backend)
-    none = (None,) * 4
-    yield "masked", (*rows, inputs["gates"], *none, mask, None, False, *o)
-    yield "packed", (*packed, None, *none, None, bounds, True, *o)
-    yield "packed and padded", (*packed, None, *none, mask.view(1, 14).bool(), bounds.int(), False, *o)
-    gates = inputs["gates"].view(1, 14)
-    yield "goes on", (*of_each, gates, *none, None, bounds, True, *o._replace(boundary="drop"))
-    yield "no tokens", (*(x[:, :0] for x in rows[:2]), *rows[2:], None, *none, mask[:, :0], None, True, *o)
-    carried = make_inputs(3, 3, num_keys=8, dtype=torch.float32, device=place.device, seed=1)
-    carry = (*(carried[name] for name in ("queries", "targets", "gates")), torch.tensor([1, 4, 5], device=place.device))
-    yield "carried", (*of_each, gates, *carry, None, bounds, True, *o)
-
-
-def documents_grad_samples(place: Place) -> Samples:
-    for name, arguments in documents_samples(place):
-        results = OPS.fast_weight_memory_documents(*arguments)
-        of_memory = [testing.random_cotangent(x) for x in results[3:]] or [None, None]
-        yield name, (testing.random_cotangent(results[0]), *of_memory, *arguments[:11], *arguments[12:])
-    yield "of the memory alone", (None, *of_memory, *arguments[:11], *arguments[12:])
+def continue_samples(place: Place) -> Samples:
+    yield "of any lengths", (torch.tensor([0, 2, 2, 7]), torch.tensor([5, 0, 3]), 7, False, 3, 2)
+    yield "chunks of a token", (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([5]), 2, False, 1, 0)
+    yield "no tokens", (torch.tensor([0, 0]), torch.tensor([4]), 0, False, 3, 1)
+    yield "padding behind", (torch.tensor([0, 2, 5]), torch.tensor([1, 4]), 7, True, 3, 1)
 
 
 SAMPLES: dict[str, Callable[[Place], Samples]] = {
@@ -310,10 +294,9 @@ SAMPLES: dict[str, Callable[[Place], Samples]] = {
     "product_key_update_backward": key_step_grad_samples,
     "fast_weight_memory": memory_samples,
     "fast_weight_memory_backward": memory_grad_samples,
+    "continue_documents": continue_samples,
     "fast_weight_memory_varlen": varlen_samples,
     "fast_weight_memory_varlen_backward": varlen_grad_samples,
-    "fast_weight_memory_documents": documents_samples,
-    "fast_weight_memory_documents_backward": documents_grad_samples,
     "fast_weight_memory_step": step_samples,
     "fast_weight_memory_first_step": first_step_samples,
     "fast_weight_memory_read": read_samples,

@@ -264,6 +264,15 @@ def test_nothing_waits_for_a_gpu(errors_on_synchronisation):
         apply_rows_(inputs["values"].detach(), outputs.values)
 
 
+def test_rows_of_a_table_that_has_decayed_are_refused():
+    """The rows that are not named would have to be written too."""
+    values = torch.zeros(9, 3)
+    rows = Rows(torch.zeros(1, dtype=torch.int64), torch.tensor([4]), torch.ones(1, 3), torch.tensor([0.9]))
+    with pytest.raises(ValueError, match="`rows.decay` must be None"):
+        apply_rows_(values, rows)
+    assert not values.any()
+
+
 @pytest.mark.parametrize("name", ["value", "slot", "document"])
 def test_rows_that_share_memory_with_the_table_are_refused(name):
     """They would be read while the table is written."""

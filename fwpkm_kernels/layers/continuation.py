@@ -3,13 +3,11 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as checks
 from ..documents import Documents
-from ..options import Options
-from ..records import Carry, DocumentsCarry, each
+from ..records import Carry, DocumentsCarry, Rows
 from ..state import MemoryState
 from .streamed import StreamedMemory
 
@@ -29,7 +27,9 @@ class LayerMemory(NamedTuple):
     """The memory after a segment, from which the next one starts, differentiably: of S documents, or of the batch."""
 
     keys: Tensor  #: [H, 2, n, Dk/2] under scope="batch", [S, H, 2, n, Dk/2] under "sequence"
-    values: Tensor  #: [N, D] or [S, N, D]
+    #: Under scope="batch" the table, [N, D]. Under "sequence" the rows in which each document's table differs from the
+    #: layer's, as `fast_weight_memory_varlen` gives them: all others are read from the layer's table as it is then.
+    values: Any
     #: The last w - 1 normed hidden states, which the next segment's `query_conv` sees: [S, w - 1, d]. None is zeros.
     hidden_states: Tensor | None = None
     gate_mean: Tensor | None = None  #: 0-d: the mean gate of the tokens of the segment; differentiable
@@ -43,61 +43,7 @@ class LayerMemory(NamedTuple):
 
     def detach(self) -> "LayerMemory":
         """The same without its graph: gradients of the next segment end here."""
-        *tensors, carry = self
-        return LayerMemory._make((*each(Tensor.detach, *tensors), None if carry is None else carry.detach()))
-
-
-def last_tokens(x: Tensor, before: Tensor, documents: Documents) -> Tensor:
-    """The last tokens of each document, as many as `before` [S, W, ...] has, which are those before x [B, T, ...].
-
-    Nothing waits for the device.
-    """
-    count, size = before.shape[:2]
-    if documents.are_rows:
-        return torch.cat((before, x), dim=1)[:, x.shape[1] :]
-    lengths, order = _real_tokens(documents, x.device)
-    wanted = lengths.unsqueeze(1) + torch.arange(size, device=x.device)  # among `before` and the document's tokens
-    first = (lengths.cumsum(0) - lengths).unsqueeze(1)
-    own = F.pad(order, (0, 1))[(first + wanted - size).clamp(min=0)]  # of no meaning where `before` is meant
-    earlier = size * torch.arange(count, device=x.device).unsqueeze(1) + wanted
-    index = torch.where(wanted < size, earlier, count * size + own)
-    both = torch.cat((before.flatten(0, 1), x.flatten(0, 1)))
-    return both.index_select(0, index.flatten()).view(before.shape)
-
-
-def _real_tokens(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many tokens each document has, int64 [S], and where these lie among the B·T, document by document."""
-    batch, length = documents.batch, documents.length
-    real = torch.ones(batch, length, device=device) if documents.mask is None else documents.mask
-    real = (real > 0).flatten()
-    running = F.pad(real.cumsum(0), (1, 0))
-    if documents.cu_seqlens is None:
-        bounds = length * torch.arange(batch + 1, device=device)
-    else:
-        bounds = documents.bounds(device)
-    return running[bounds].diff(), real.logical_not().sort(stable=True).indices
-
-
-def carry_documents(
-    carry: DocumentsCarry | None,
-    queries: Tensor,
-    targets: Tensor,
-    gates: Tensor | None,
-    documents: Documents,
-    o: Options,
-) -> DocumentsCarry:
-    """The carry that documents leave, which begin with `carry`; None begins them all."""
-    window = (documents.number, o.chunk_size - 1 + o.lookahead)
-
-    def left(x: Tensor | None, before: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return last_tokens(x, x.new_zeros(*window, *x.shape[2:]) if before is None else before.to(x.dtype), documents)
-
-    lengths = _real_tokens(documents, targets.device)[0]
-    q, y, g, position = carry or (None,) * 4
-    position = lengths if position is None else position + lengths
-    return DocumentsCarry(left(queries, q), left(targets, y), left(gates, g), position)  # type: ignore[arg-type]
+        return LayerMemory._make(None if x is None else x.detach() for x in self)
 
 
 def find_memory(
@@ -159,20 +105,19 @@ def _as_streamed(layer: "FastWeightProductKeyMemory", memory: Any, batch: int) -
 
 def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, documents: Documents) -> LayerMemory:
     """Refuse a segment's memory whose shapes are not those of this layer and these documents."""
-    count = documents.number if layer.scope == "sequence" else None
-    wanted = {
-        "keys": (layer.heads, 2, layer.num_keys, layer.key_dim // 2),
-        "values": (layer.num_keys**2, layer.value_dim),
-    }
+    size: tuple[int, ...] = (layer.heads, 2, layer.num_keys, layer.key_dim // 2)
+    is_packed = layer.scope == "sequence"
+    wanted: dict[str, tuple[int, ...]] = {"keys": (documents.number, *size) if is_packed else size}
+    if not is_packed:
+        wanted["values"] = (layer.num_keys**2, layer.value_dim)
     for name, size in wanted.items():
-        size = size if count is None else (count, *size)
-        checks.check_tensor(f"memory.{name}", getattr(memory, name))
-        checks.check_float(f"memory.{name}", getattr(memory, name))
-        if getattr(memory, name).shape != size:
-            raise ValueError(
-                f"`memory.{name}` must be {list(size)} for this layer and input, "
-                f"got {checks.shape(getattr(memory, name))}"
-            )
+        x = getattr(memory, name)
+        checks.check_tensor(f"memory.{name}", x)
+        checks.check_float(f"memory.{name}", x)
+        if x.shape != size:
+            raise ValueError(f"`memory.{name}` must be {list(size)} for this layer and input, got {checks.shape(x)}")
+    if is_packed and not isinstance(memory.values, Rows):
+        raise TypeError(f'`memory.values` must be Rows under scope="sequence", got {type(memory.values).__name__}')
     if memory.carry is not None:
         _check_carry(layer, memory.carry, documents)
     tail, size = memory.hidden_states, (documents.number, layer._conv_width - 1, layer.hidden_size)

@@ -13,10 +13,10 @@ from ..memory import check_memory, fast_weight_memory
 from ..options import Options, why_no_rows
 from ..records import Inputs, Rows
 from ..state import MemoryState
-from ..varlen import memory_of_documents
-from .continuation import DROPS, LayerMemory, carry_documents, find_memory
+from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
 from .norm import NORMS, RMSNorm, normalize
+from .packed import memory_of_documents
 from .streamed import StreamedMemory
 from .table import ValueTable, apply_but_round_no_buffer, check_memory_dtype, check_table, check_table_kind, keep
 
@@ -57,9 +57,8 @@ class FastWeightProductKeyMemory(nn.Module):
     `module.to(dtype)` may cast Parameters, but it never rounds buffers, and the fast memory runs in `memory_dtype` or
     wider all the same. A float64 layer has a float64 memory. The output is in the dtype of the input.
 
-    **torch.compile.** Training compiles with fullgraph=True; where documents are padded or have a `LayerMemory`, its
-    backward computes each one's forward again. key_gradient="all" breaks the graph. Values of `cu_seqlens` are
-    validated in eager code, and in compiled code under scope="sequence".
+    **torch.compile.** Training compiles with fullgraph=True, padded documents and segments too; only key_gradient="all"
+    breaks the graph. Values of `cu_seqlens` are validated in eager code, and in compiled code under scope="sequence".
 
     **Data parallelism.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch"
     the memory is of the rank's batch, so they do.
@@ -329,7 +328,7 @@ class FastWeightProductKeyMemory(nn.Module):
             cu_seqlens_cpu: the same on the CPU, which saves a copy that the host waits for.
             memory: the memory to start from: a `StreamedMemory`, written in place, or a `LayerMemory`, differentiable:
                 its segment goes on. A layer with scope="batch" and no `query_conv` takes a `MemoryState` too.
-            return_memory: whether to return a `LayerMemory` too; under scope="sequence" with a table for each document.
+            return_memory: whether to return a `LayerMemory` too; under scope="sequence" with the rows of each document.
             return_gate_mean: whether to return the mean gate of all tokens too, 0-d and differentiable.
             kwargs: what models pass to all their layers; everything but `cu_seq_lens_q` is ignored.
 
@@ -379,7 +378,8 @@ class FastWeightProductKeyMemory(nn.Module):
         if not return_memory:
             return (output, mean_gate(gates, attention_mask)) if return_gate_mean else output
         mean = mean_gate(gates, attention_mask)
-        return output, LayerMemory(result.keys, result.values, tail, mean, result.slots, result.weights, carry)
+        values = result.rows if self.scope == "sequence" else result.values
+        return output, LayerMemory(result.keys, values, tail, mean, result.slots, result.weights, carry)
 
     def _queries(
         self, x: Tensor, documents: Documents, memory: LayerMemory | StreamedMemory | None
@@ -407,27 +407,28 @@ class FastWeightProductKeyMemory(nn.Module):
         memory: LayerMemory | None,
         return_memory: bool,
     ) -> Any:
-        """Run the memory, differentiably: a MemoryOutput or a DocumentsOutput, and the carry for a next segment."""
+        """Run the memory, differentiably: a MemoryOutput or a VarlenOutput, and the carry for a next segment."""
         before: Any = None if memory is None else memory.carry  # of the kind that this scope has
         leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
-            keys, values = self._in_memory_dtype(*((self.keys, weight) if memory is None else memory[:2]))
             how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
                 how |= {"return_memory": return_memory, "options": self.options}
-                result = memory_of_documents(queries, targets, keys, values, documents, **how)
-                if leaves_carry:
-                    return result, carry_documents(before, queries, targets, gates, documents, self.options)
-                return result
+                keys, values = self._in_memory_dtype(self.keys if memory is None else memory.keys, weight)
+                if memory is not None:
+                    how["rows"] = memory.values._replace(value=memory.values.value.to(values.dtype))
+                return memory_of_documents(queries, targets, keys, values, documents, **how)
+            keys, values = self._in_memory_dtype(*((self.keys, weight) if memory is None else memory[:2]))
             how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
             # Of a table that is not returned the rows that are read will do, unless decay or segments before move more.
             moved_before = memory is not None and self.initial_memory == "persistent"
             needs_table = return_memory or moved_before or why_no_rows(self.options)
             how["final"] = "table" if needs_table else "rows"
-            return fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
+            result = fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
+            return result if leaves_carry else (result, None)
 
-        result, carry = self.table(run) if leaves_carry else (self.table(run), None)
+        result, carry = self.table(run)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
         is_again = not torch.compiler.is_compiling() and in_backward()
         if self.initial_memory == "persistent" and self.training and not is_again:

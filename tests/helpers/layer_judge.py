@@ -14,6 +14,7 @@ from torch import Tensor
 
 import reference
 from fwpkm_kernels.layers import FastWeightProductKeyMemory
+from tests.helpers.varlen import tables_of
 from tests.strategies import Case
 
 TOLERANCE = 1e-7
@@ -38,7 +39,10 @@ def check_layer(case: Case, tensors: dict[str, Tensor], backend: str, device: st
     x = tensors["hidden_states"].detach().requires_grad_()
     parameters = {name: p for name, p in layer.state_dict(keep_vars=True).items() if p.requires_grad}
     output, memory = layer(x, return_memory=True, **where)
-    ours = {"output": output} | {name: getattr(memory, name) for name in ("keys", "values", "gate_mean")}
+    values = memory.values
+    if layer.scope == "sequence":
+        values = tables_of(values, layer.table.weight, len(memory.keys))
+    ours = {"output": output, "keys": memory.keys, "values": values, "gate_mean": memory.gate_mean}
 
     kept = {name: value for name, value in options.items() if name not in HOW}
     copies = {

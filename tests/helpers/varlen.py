@@ -49,6 +49,8 @@ def tables_of(rows: Rows, values: Tensor, documents: int) -> Tensor:
     """The table of each document, [S, N, D]."""
     used = rows.slot >= 0
     tables = values.expand(documents, *values.shape)
+    if getattr(rows, "decay", None) is not None:
+        tables = (tables * rows.decay.view(-1, 1, 1)).to(values.dtype)
     return tables.index_put((rows.document[used], rows.slot[used]), rows.value[used])
 
 
