@@ -52,8 +52,9 @@ def operator(
 def is_plain(*tensors: object) -> bool:
     """Whether an operator of these CPU tensors gives what its function gives, and no more comes of it.
 
-    No gradient is asked for, no tensor is of a class of its own, and nothing traces or watches operators. PyTorch's way
-    to the function, through an autograd Function and the dispatcher, takes up to 0.1 ms, which may then be left out.
+    No gradient is asked for, no tensor is of a class of its own or a view that the dispatcher resolves, and nothing
+    traces or watches operators. PyTorch's way to the function, by an autograd Function and the dispatcher, takes up to
+    0.1 ms, which may then be left out.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
@@ -63,7 +64,7 @@ def is_plain(*tensors: object) -> bool:
         and (type(x) is Tensor or type(x) is Parameter)
         and x.is_cpu
         and not (grad and x.requires_grad)
-        and not is_batched(x)
+        and not (x.is_neg() or x._is_zerotensor() or is_batched(x))
         for x in tensors
     )
 

@@ -32,7 +32,10 @@ def test_what_is_plain():
     assert not is_plain(x, wanted)
     with torch.no_grad():
         assert is_plain(x, wanted)
-    for other in (x.as_subclass(Own), x.to("meta"), None, 1.0):
+    negated, zero = torch.view_as_complex(torch.ones(1, 2)).conj().imag, torch._efficientzerotensor(2)
+    wanted_too = 2 * wanted
+    assert not is_plain(wanted_too)
+    for other in (x.as_subclass(Own), x.to("meta"), negated, zero, None, 1.0):
         assert not is_plain(x, other)
     with Seen():
         assert not is_plain(x)
