@@ -77,10 +77,10 @@ def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     dtype = compute_dtype(values.dtype)
     if values.dtype == dtype and values.is_cpu and slots.numel() > 0:  # without a copy of the rows
         checks.check_slot_range("slots", slots, values.shape[0])  # what is called checks nothing
-        vectors, row = vectors.to(dtype), torch.arange(slots.shape[0], dtype=slots.dtype, device=slots.device)
-        row = row.repeat_interleave(slots.shape[1])
+        row = torch.arange(slots.shape[0], dtype=slots.dtype, device=slots.device)
+        rows = row.repeat_interleave(slots.shape[1])
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors, values, slots.flatten(), row[:: slots.shape[1]], row, 0
+            vectors.to(dtype), values, slots.flatten().contiguous(), row, rows, 0
         ).view(slots.shape)
     out = torch.empty(slots.shape, dtype=dtype, device=values.device)
     for block in pick_blocks(slots, values.shape[1]):

@@ -233,8 +233,8 @@ FAULTS = [
     Fault(
         "dots-with-another-row",
         "gather.py",
-        "row = row.repeat_interleave(slots.shape[1])",
-        "row = row.repeat(slots.shape[1])",
+        "row.repeat_interleave(slots.shape[1])",
+        "row.repeat(slots.shape[1])",
         "weights get the gradients of other tokens",
         "gather",
         "matches_reference",
