@@ -202,7 +202,7 @@ def number_packed_reads(packing: Packing, o: Options, device: torch.device) -> P
         first = stop
     empty = [torch.empty(0, dtype=torch.int64, device="cpu")]
     fields = [torch.cat(x) for x in zip(*parts, strict=True)] or empty * 10
-    fields += empty if lookups is None else [lookups]
+    fields += [] if lookups is None else [lookups]
     on_device = list(torch.cat(fields).to(device, non_blocking=True).split([len(x) for x in fields]))
     on_device[4] = on_device[4].bool()  # whether a read is written
     document, pairs, outputs, again, *by_lookup = on_device[6:]
