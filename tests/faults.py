@@ -577,7 +577,7 @@ FAULTS = [
         'lookups = torch.cat((torch.arange(first, device="cpu"), first + order))',
         "tails of a chunk that is written are looked up in the keys of other documents",
         "varlen",
-        "lengths_of_documents or drawn",
+        "loop and not triton",
     ),
     Fault(
         "tails-in-the-order-of-lookups",
@@ -586,7 +586,7 @@ FAULTS = [
         "x.index_select(0, self.lookups)",
         "what a tail's lookups found goes to other reads",
         "varlen",
-        "lengths_of_documents or drawn",
+        "loop and not triton",
     ),
     Fault(
         "documents-that-go-on-begin-anew",
