@@ -308,7 +308,7 @@ class PoolGraph:
         spare = pool.open()
         try:
             self._readers = Readers.of([pool._sessions[spare]] * self._output.shape[1], pool._store)._replace(
-                shared_keys=None
+                keys_at=None
             )
             with torch.cuda.device(_index(pool.device)):
                 self._graph = capture(self._run, self._run)

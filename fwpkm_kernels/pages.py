@@ -10,15 +10,44 @@ initial table, and a count for each row says how many indices name it.
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from .compact import put_rows, take_rows
 from .records import Plan
 
 #: What an index says of a slot whose value is that of the initial table.
 INITIAL = -1
+
+#: Bytes of the units in which a capacity may be given.
+_UNITS = MappingProxyType({"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40})
+
+
+def count_rows(capacity: object, row_bytes: int) -> int:
+    """How many rows a capacity means: a number of rows, or a text as "2 GiB"."""
+    if not isinstance(capacity, str):
+        return _check_rows(checks.check_int("capacity", capacity, minimum=0))
+    number, unit = capacity.strip()[:-3], capacity.strip()[-3:]
+    try:
+        size = int(float(number) * _UNITS[unit])
+        if size < 0:
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(
+            f"`capacity` must be a number of rows, or bytes as '2 GiB' (KiB, MiB, GiB, TiB) and not negative, "
+            f"got {capacity!r}"
+        ) from None
+    return _check_rows(size // max(1, row_bytes))
+
+
+def _check_rows(rows: int) -> int:
+    """Refuse a buffer whose rows an int32 could not number."""
+    if rows >= checks.NARROW_ROWS:
+        raise ValueError(f"`capacity` must be below {checks.NARROW_ROWS} rows, got {rows}")
+    return rows
 
 
 class Shelf:
@@ -108,6 +137,17 @@ class Pages:
         taken = self._free[self.num_free : self.num_free + count].clone()
         self.references[taken.long()] = 1
         return taken
+
+    def grow(self, rows: int) -> None:
+        """Add free rows, which are taken after those that are free already; the buffer is another tensor then."""
+        before = len(self.buffer)
+        capacity = _check_rows(before + rows)
+        buffer = self.buffer.new_empty(capacity, self.buffer.shape[1])
+        references = self.references.new_zeros(max(1, capacity))
+        buffer[:before], references[:before] = self.buffer, self.references[:before]
+        more = torch.arange(capacity - 1, before - 1, -1, dtype=torch.int32, device=buffer.device)
+        self.buffer, self.references, self._free = buffer, references, torch.cat((more, self._free))
+        self.num_free += rows
 
     def share(self, index: Tensor) -> None:
         """Count another index that names the same rows as this one."""

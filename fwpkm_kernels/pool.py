@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,15 +12,13 @@ from . import _checks as checks
 from ._autograd import refuse_recomputation, refuse_transforms
 from .binding import Binding, check_binding, check_initial_memory, check_step_inputs
 from .options import Options
+from .pages import count_rows
 from .reading import read_options
 from .records import Inputs, Tokens
-from .serving import Readers, read_tokens, write_chunks
+from .serving import Readers, check_lengths, read_tokens, write_chunks
 from .sessions import Session, SessionStore
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-#: Bytes of the units in which a capacity may be given.
-_UNITS = MappingProxyType({"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40})
 
 
 def _alone(method: _Method) -> _Method:
@@ -34,43 +31,6 @@ def _alone(method: _Method) -> _Method:
             return method(pool, *args, **options)
 
     return cast(_Method, _disable_dynamo(wrapper))  # torch.compiler.disable would import Dynamo with the package
-
-
-def _count_rows(capacity: object, row_bytes: int) -> int:
-    """How many rows a capacity means: a number of rows, or a text as "2 GiB"."""
-    if not isinstance(capacity, str):
-        return checks.check_int("capacity", capacity, minimum=0)
-    number, unit = capacity.strip()[:-3], capacity.strip()[-3:]
-    try:
-        size = int(float(number) * _UNITS[unit])
-        if size < 0:
-            raise ValueError
-        return size // max(1, row_bytes)
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError(
-            f"`capacity` must be a number of rows, or bytes as '2 GiB' (KiB, MiB, GiB, TiB) and not negative, "
-            f"got {capacity!r}"
-        ) from None
-
-
-def _check_lengths(lengths: Sequence[int] | Tensor | None, sessions: int, length: int) -> list[int]:
-    """How many tokens each session reads."""
-    if lengths is None:
-        return [length] * sessions
-    if isinstance(lengths, Tensor):
-        checks.check_tensor("lengths", lengths, 1, "[S]")
-        checks.check_slots("lengths", lengths)
-        if not lengths.is_cpu:
-            raise ValueError(f"`lengths` must be on the CPU, got {lengths.device}")
-        lengths = lengths.tolist()
-    elif not isinstance(lengths, Sequence) or isinstance(lengths, str):
-        raise TypeError(f"`lengths` must be a number for each session, got {type(lengths).__name__}")
-    counts = [checks.check_int("lengths", count, minimum=0) for count in lengths]
-    if len(counts) != sessions or max(counts, default=0) > length:
-        raise ValueError(
-            f"`lengths` must have a number from 0 to {length} for each of {sessions} sessions, got {counts}"
-        )
-    return counts
 
 
 class MemoryPool:
@@ -96,6 +56,7 @@ class MemoryPool:
         values: the initial table [N, D], N = n², likewise and on the same device.
         capacity: how many rows [D] the buffer holds for all sessions together; or its bytes, as "2 GiB". A session
             needs a row for every slot that it has written, at most J for each token that it has read, and N in all.
+            None: the buffer begins empty and grows by itself where rows are missing, as `grow` does, by at least half.
         keep_past: whether `rollback` reaches through the last written chunk. A session then holds index, queue, keys
             and the rows that this chunk has changed twice. It may be set at any time, as an attribute, for chunks that
             are written after that.
@@ -104,18 +65,16 @@ class MemoryPool:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, *, capacity: int | str, keep_past: bool = False) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, *, capacity: int | str | None, keep_past: bool = False) -> None:
         check_initial_memory(keys, values)
         checks.check_flag("keep_past", keep_past)
-        rows = _count_rows(capacity, values.shape[1] * values.itemsize)
-        if rows >= checks.NARROW_ROWS:
-            raise ValueError(f"`capacity` must be below {checks.NARROW_ROWS} rows, got {rows}")
+        rows = 0 if capacity is None else count_rows(capacity, values.shape[1] * values.itemsize)
         self.keep_past = keep_past
         self._keys, self._values = keys, values
         self._sessions: dict[int, Session] = {}
         self._next = 0
         with torch.inference_mode(False), torch.no_grad():
-            self._store = SessionStore(keys, values, rows)
+            self._store = SessionStore(keys, values, rows, grows=capacity is None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a MemoryPool cannot be copied or pickled: move its sessions by state_dict and load_state_dict")
@@ -140,6 +99,11 @@ class MemoryPool:
         return self._store.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the rows."""
+        return self._store.pages.buffer.dtype
+
+    @property
     def sessions(self) -> list[int]:
         """The ids of all open sessions, in the order in which they were opened."""
         return list(self._sessions)
@@ -148,6 +112,11 @@ class MemoryPool:
     def capacity(self) -> int:
         """How many rows the buffer holds."""
         return len(self._store.pages.buffer)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the buffer grows by itself: whether `capacity` was None."""
+        return self._store.grows
 
     @property
     def num_free_rows(self) -> int:
@@ -171,6 +140,21 @@ class MemoryPool:
     def position(self, session: int) -> int:
         """How many tokens a session has read."""
         return self._get(session).position
+
+    def reach(self, session: int) -> int:
+        """How many of the last tokens `rollback` can take back."""
+        return self._store.reach(self._get(session))
+
+    @_alone
+    def grow(self, rows: int) -> None:
+        """Make the buffer larger by so many rows; sessions stay as they are.
+
+        It is copied into another tensor, and until then both are there. A `PoolGraph` captures anew at its next call.
+
+        Raises:
+            TypeError, ValueError: `rows` is no int, below 0, or more than a buffer can have. Nothing has changed then.
+        """
+        self._store.pages.grow(checks.check_int("rows", rows, minimum=0))
 
     @_alone
     def open(self) -> int:
@@ -219,10 +203,9 @@ class MemoryPool:
             TypeError, ValueError: for an id that is not open, what is no int, or more tokens than that. Nothing has
                 changed then.
         """
-        one, chunk_size = self._get(session), self._store.chunk_size
+        one = self._get(session)
         tokens = checks.check_int("tokens", tokens, minimum=0)
-        place, past = one.position % chunk_size, one.past
-        most = place if past is None else place + chunk_size
+        place, past, most = one.position % self._store.chunk_size, one.past, self._store.reach(one)
         if tokens > most:
             what = "its present chunk" if past is None else "its present chunk and the last written one"
             raise ValueError(
@@ -338,7 +321,7 @@ class MemoryPool:
         o = self._check(queries, targets, gates, mask, o)
         ones = self._named(sessions, len(queries))
         length = queries.shape[1]
-        counts = _check_lengths(lengths, len(ones), length)
+        counts = check_lengths(lengths, len(ones), length)
         self._bind(queries, targets, o)
         tokens = Tokens(queries, targets, gates, mask).map(Tensor.detach)
         output = torch.zeros(targets.shape, dtype=targets.dtype, device=self.device)

@@ -5,6 +5,7 @@ read as many share one launch. Then the chunks that are full are planned, the ro
 are written.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,33 @@ from .sessions import Session, SessionStore
 from .streaming import ChunkWrites, Memory, apply_chunk_writes, look_up, plan_chunk_writes
 
 
+def check_lengths(lengths: Sequence[int] | Tensor | None, sessions: int, length: int) -> list[int]:
+    """How many tokens each session reads."""
+    if lengths is None:
+        return [length] * sessions
+    if isinstance(lengths, Tensor):
+        checks.check_tensor("lengths", lengths, 1, "[S]")
+        checks.check_slots("lengths", lengths)
+        if not lengths.is_cpu:
+            raise ValueError(f"`lengths` must be on the CPU, got {lengths.device}")
+        lengths = lengths.tolist()
+    elif not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"`lengths` must be a number for each session, got {type(lengths).__name__}")
+    counts = [checks.check_int("lengths", count, minimum=0) for count in lengths]
+    if len(counts) != sessions or max(counts, default=0) > length:
+        raise ValueError(
+            f"`lengths` must have a number from 0 to {length} for each of {sessions} sessions, got {counts}"
+        )
+    return counts
+
+
 class Readers(NamedTuple):
     """The sessions that read together: tensors are [S], int64."""
 
     seats: Tensor
     keys: Tensor  #: seats of their keys
     places: Tensor  #: of their first tokens among those of the present chunks
-    shared_keys: int | None  #: the seat of keys that all read, if they do
+    keys_at: int | slice | None  #: the seat of keys that all read; or consecutive ones, one for each; None otherwise
 
     @classmethod
     def of(cls, ones: list[Session], store: SessionStore) -> "Readers":
@@ -35,7 +56,12 @@ class Readers(NamedTuple):
         columns = ([one.seat for one in ones], keys, [one.position % store.chunk_size for one in ones])
         numbers = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         seats, of_keys, places = numbers.to(device, non_blocking=True)
-        return cls(seats, of_keys, places, keys[0] if len(set(keys)) == 1 else None)
+        at: int | slice | None = None
+        if len(set(keys)) == 1:
+            at = keys[0]
+        elif keys == list(range(keys[0], keys[0] + len(keys))):
+            at = slice(keys[0], keys[0] + len(keys))
+        return cls(seats, of_keys, places, at)
 
 
 def look_up_each(store: SessionStore, readers: Readers, queries: Tensor, o: Options) -> tuple[Tensor, Addresses]:
@@ -45,14 +71,15 @@ def look_up_each(store: SessionStore, readers: Readers, queries: Tensor, o: Opti
     """
     length, sessions, heads, _ = queries.shape
     (keys,) = store.keys.tensors
-    if readers.shared_keys is not None:
-        return look_up(queries.flatten(0, 1), keys[readers.shared_keys], o)
+    if isinstance(readers.keys_at, int):
+        return look_up(queries.flatten(0, 1), keys[readers.keys_at], o)
     if not checks.use_triton(o.backend, queries):
         parts = [look_up(queries[:, i], keys[seat], o) for i, seat in enumerate(readers.keys.tolist())]
         columns = zip(*((x, *y) for x, y in parts), strict=True)
         each, *each_found = (torch.stack(column, 1).flatten(0, 1) for column in columns)
         return each, Addresses(*each_found)
-    weights, together = look_up(queries.flatten(1, 2), keys.index_select(0, readers.keys).flatten(0, 1), o, sessions)
+    own_keys = keys.index_select(0, readers.keys) if readers.keys_at is None else keys[readers.keys_at]  # no copy
+    weights, together = look_up(queries.flatten(1, 2), own_keys.flatten(0, 1), o, sessions)
     found = Addresses(*(x.view(length * sessions, heads, *x.shape[2:]) for x in together))
     # Sub-keys are numbered as rows of all keys together, and are wanted as those of each session's.
     own = torch.arange(sessions, dtype=torch.int32, device=keys.device) * (2 * heads * keys.shape[3])
@@ -117,7 +144,7 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     # The host waits for a GPU here, and below for each past that is dropped; nowhere else.
     freed_rows, *numbers = torch.cat((freed.view(1), *(closing.missing.counts for closing in closings))).tolist()
     counts = list(zip(numbers[::2], numbers[1::2], strict=True))
-    store.check_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")
+    store.make_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")
     for past in pasts:  # before any row is taken, since their rows were counted as free
         store.drop(past)
     for one in ones:

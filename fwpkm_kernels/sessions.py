@@ -20,7 +20,7 @@ class PoolFullError(RuntimeError):
         self.missing = wanted - free  #: how many rows more would be enough
         super().__init__(
             f"the pool is full: {self.missing} rows are missing, since {what} would take {wanted} new rows and {free} "
-            f"of `capacity`={capacity} are free. Close or evict a session, or make a larger pool"
+            f"of `capacity`={capacity} are free. Close or evict a session, or grow the pool"
         )
 
 
@@ -38,10 +38,11 @@ class Session:
 class SessionStore:
     """What the sessions of a pool read and write, over one initial memory."""
 
-    def __init__(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, capacity: int, grows: bool) -> None:
         check_initial_memory(keys, values)
         self._initial_keys, self._initial_values = keys, values
         self.binding: Binding | None = None
+        self.grows = grows  #: whether there is room for as many rows as are wanted
         self.pages = Pages(capacity, values)
         #: Index [seats, N], then the tensors of `Queue`, [seats, L + C or C, ...], once they are bound.
         self.shelf = Shelf([torch.zeros(1, values.shape[0], dtype=torch.int32, device=values.device)])
@@ -123,6 +124,10 @@ class SessionStore:
             tensors["position"] = torch.tensor(position, dtype=torch.int64, device="cpu")
             one.stored = saved_memory(tensors, self.binding, queue)
 
+    def reach(self, one: Session) -> int:
+        """How many of its last tokens a session can take back."""
+        return one.position % self.chunk_size + (0 if one.past is None else self.chunk_size)
+
     def count_rows(self, one: Session) -> int:
         """How many rows a session holds, its past not included. This waits for a GPU."""
         return 0 if one.stored is not None else int((self.indices[one.seat] != INITIAL).sum())
@@ -132,10 +137,20 @@ class SessionStore:
         held = [x for x in (one, one.past) if x is not None and x.stored is None]
         return int(self.pages.without([self.indices[x.seat] for x in held])[1])
 
-    def check_room(self, wanted: int, what: str) -> None:
-        """Raise PoolFullError unless there are so many free rows."""
-        if wanted > self.pages.num_free:
-            raise PoolFullError(wanted, self.pages.num_free, len(self.pages.buffer), what)
+    def make_room(self, wanted: int, what: str) -> None:
+        """Let there be so many free rows.
+
+        A pool that grows does so by half, but not beyond what all its seats can hold, unless more rows are missing.
+
+        Raises:
+            PoolFullError: the pool does not grow. Nothing has changed then.
+        """
+        missing, capacity = wanted - self.pages.num_free, len(self.pages.buffer)
+        if missing <= 0:
+            return
+        if not self.grows:
+            raise PoolFullError(wanted, self.pages.num_free, capacity, what)
+        self.pages.grow(max(missing, min(capacity // 2, self.indices.numel() - capacity)))
 
     def save(self, one: Session) -> dict[str, Tensor]:
         """Copies of all that a session is but the initial memory."""
@@ -166,14 +181,14 @@ class SessionStore:
         checks.check_slot_range("state_dict['slots']", on_host, len(self.initial))
         if len(on_host.unique()) < count:
             raise ValueError("`state_dict` must name each slot once in 'slots'")
-        self.check_room(count - self._count_own(replaced), "the saved session")
+        self.make_room(count - self._count_own(replaced), "the saved session")
         self.drop(replaced)
         if binding is not None and self.binding is None:
             self.bind(binding)
         one = self._new(int(state_dict["position"]))
         taken = self.pages.take(count)
         self.indices[one.seat][on_host.to(self.device)] = taken
-        buffer[taken.long()] = state_dict["rows"].to(self.device)
+        self.pages.buffer[taken.long()] = state_dict["rows"].to(self.device)
         if not torch.equal(state_dict["keys"].to(self.device), own_keys):
             one.keys = self.keys.take()
             self.keys.tensors[0][one.keys] = state_dict["keys"].to(self.device)

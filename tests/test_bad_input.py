@@ -335,7 +335,11 @@ def step_of_a_pool_cases() -> Cases:
 def pool_cases() -> Cases:
     return {
         **memory_cases(),
-        **{name: case for name, case in int_cases("capacity", -1, 2**31).items() if name != "capacity='2'"},
+        **{
+            name: case
+            for name, case in int_cases("capacity", -1, 2**31).items()
+            if name not in ("capacity='2'", "capacity=None")
+        },
         "capacity in no bytes": Case(ValueError, ("capacity",), {"capacity": "2 GB"}, "value"),
         **option_cases("keep_past", TypeError, "type", 1, None, "yes"),
     }

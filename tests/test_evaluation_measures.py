@@ -245,7 +245,7 @@ def test_off_is_the_memory_of_the_beginning(model):
     with torch.no_grad():
         for chunk in data[:-1].split(before.chunk_size):
             logits.append(model(chunk[None], cache=cache, use_cache=True).logits[0])
-            state = cache.layers[-1].memory.sessions[0].state
+            (state,) = cache.layers[-1].memory._memories.states
             state.values.copy_(table)
             state.keys.copy_(memory.keys)
     direct = torch.nn.functional.cross_entropy(torch.cat(logits), data[1:], reduction="none") / math.log(2)

@@ -8,30 +8,16 @@ import pytest
 import torch
 
 from fwpkm_kernels import MemoryState
-from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
+from fwpkm_kernels.layers import StreamedMemory
+from tests.helpers.layer_streams import CHUNK, LENGTH, WIDTH, assert_close, make_input, make_layer
 
-WIDTH, CHUNK, LENGTH = 7, 4, 14
 CUTS = ([LENGTH], [1] * LENGTH, [3, 5, 6], [CHUNK, 2 * CHUNK, 2], [0, 1, 12, 0, 1])
 OPTIONS = [{}, {"query_conv": 3}, {"query_conv": 6, "lookahead": CHUNK}, {"lookahead": 0, "gate": False}]
-
-
-def make_layer(scope: str, **options) -> FastWeightProductKeyMemory:
-    torch.manual_seed(0)
-    options = {"num_keys": 6, "heads": 2, "top_k": 3, "key_dim": 6, "value_dim": 5, "chunk_size": CHUNK} | options
-    layer = FastWeightProductKeyMemory(WIDTH, scope=scope, dtype=torch.float64, memory_dtype=torch.float64, **options)
-    return layer.requires_grad_(False)
-
-
-def make_input(batch: int = 3, length: int = LENGTH):
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+OPTIONS += [{"weight_decay": 0.1, "query_conv": 3}]  # for which rows have a table each
 
 
 def parts(lengths):
     return [slice(*pair) for pair in itertools.pairwise([0, *itertools.accumulate(lengths)])]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
@@ -63,6 +49,18 @@ def test_padding_on_the_left(scope, cut):
         assert memory.positions == [LENGTH - 5, LENGTH, LENGTH - 1]
         for row in range(3):
             assert_close(output[row : row + 1, mask[row]], layer(x[row : row + 1, mask[row]]))
+
+
+@pytest.mark.parametrize("cut", CUTS[:3], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[1:3] + OPTIONS[4:], ids=lambda options: "-".join(options))
+def test_padding_anywhere(options, cut):
+    """Rows have read differently many tokens at each cut, and the convolution goes on with the last of each."""
+    layer, x = make_layer("sequence", **options), make_input(4)
+    mask = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(2)) > 0.4
+    memory = layer.new_memory(4)
+    output = torch.cat([layer(x[:, part], attention_mask=mask[:, part], memory=memory) for part in parts(cut)], dim=1)
+    assert_close(output, layer(x, attention_mask=mask))
+    assert memory.positions == mask.sum(1).tolist()
 
 
 def test_packed_documents_go_on_in_sessions_of_their_own():
@@ -116,7 +114,7 @@ def test_rollback_over_the_beginning_of_a_chunk(scope, drafted, tokens):
     with pytest.raises(ValueError, match="`tokens` must be at most [4-7],"):
         memory.rollback(2 * CHUNK)
     memory.records_past = False
-    layer(x[:, :1], memory=memory)
+    layer(x[:, :CHUNK], memory=memory)  # the chunk that is written now is the first without a record
     with pytest.raises(ValueError, match="`tokens` must be at most [0-3],"):
         memory.rollback(CHUNK)
 
@@ -196,7 +194,9 @@ def test_options_of_the_layer_as_they_are_now():
     memory = layer.new_memory(3)
     layer.options = layer.options._replace(lr=0.0)
     layer(x, memory=memory)
-    assert torch.equal(memory.sessions[0].state.values, layer.table.weight)
+    saved = memory.pool.state_dict(memory.pool.sessions[0])
+    assert torch.equal(saved["rows"], layer.table.weight[saved["slots"]])
+    assert len(saved["rows"]) > 0
     layer.options = layer.options._replace(top_k=2)
     with pytest.raises(ValueError, match="`top_k` must stay as in the state's first step, 3, got 2"):
         layer(x, memory=memory)

@@ -46,13 +46,11 @@ def reset_memories(cache: Any) -> None:
     for layer in cache.layers:
         if not isinstance(layer, MemoryCacheLayer) or layer.memory is None:
             continue
-        windows = [(session.window, session.place) for session in layer.memory.sessions]
-        columns = layer.memory.columns
-        layer.memory.reset()
-        layer.memory.columns = columns  # the model refuses a memory that has read less than attention
-        for session, (window, place) in zip(layer.memory.sessions, windows, strict=True):
-            if window is not None:
-                session.window = window.roll(-place, dims=1)  # a chunk begins now, so what came before it stands first
+        memory = layer.memory
+        columns, window = memory.columns, memory.window
+        memory.reset()
+        memory.columns = columns  # the model refuses a memory that has read less than attention
+        memory.window = window
 
 
 @torch.no_grad()

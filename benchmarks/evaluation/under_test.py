@@ -36,7 +36,7 @@ def read(model: Any, data: torch.Tensor, cache: Any, progress: Callable[[int], o
 
 
 def state_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a cache, those of memories with their tables.
+    """Bytes of the tensors in a cache, and of what memories hold.
 
     A view counts for its own size, since attention's window is a view of all that a piece has brought. Several views of
     one storage count for no more than the storage.
@@ -54,11 +54,12 @@ def state_bytes(cache: Any) -> int:
             for y in x:
                 visit(y)
 
+    of_memories = 0
     for layer in cache.layers:
         visit(vars(layer))
-        for session in getattr(getattr(layer, "memory", None), "sessions", ()):
-            visit([*session.state.named_tensors().values(), session.window])
-    return sum(min(size, sum(shown.values())) for (_, size), shown in views.items())
+        if (memory := getattr(layer, "memory", None)) is not None:
+            of_memories += memory.num_bytes
+    return of_memories + sum(min(size, sum(shown.values())) for (_, size), shown in views.items())
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class MemoryCacheLayer(CacheLayerMixin):
             self._move(layer.keys.device)
 
     def _move(self, device: torch.device) -> None:
-        if self.memory is not None and any(x.state.values.device != device for x in self.memory.sessions):
+        if self.memory is not None and self.memory.batch > 0 and self.memory.device != device:
             self.memory = self.memory.to(device)
 
     def reset(self) -> None:
@@ -161,9 +161,8 @@ def memory_of(cache: Cache, layer: FastWeightProductKeyMemory, batch: int) -> St
         entry.memory = layer.new_memory(batch)
     entry.memory.records_past = entry.record_past
     dtype = torch.promote_types(layer.keys.dtype, layer.memory_dtype)
-    for session in entry.memory.sessions[:1]:
-        if session.state.values.dtype != dtype:
-            raise ValueError(f"`cache` must be of the memory's dtype {dtype}, got {session.state.values.dtype}")
+    if entry.memory.batch > 0 and entry.memory.dtype != dtype:
+        raise ValueError(f"`cache` must be of the memory's dtype {dtype}, got {entry.memory.dtype}")
     if entry.memory.batch != batch:
         raise ValueError(f"`cache` must have a memory for each of the {batch} rows, got {entry.memory.batch} memories")
     return entry.memory

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from .. import _checks as checks
 from .._autograd import in_backward
 from ..documents import Documents, make_documents, mean_gate
-from ..memory import check_memory, fast_weight_memory
+from ..memory import fast_weight_memory
 from ..options import Options, why_no_rows
-from ..records import Inputs, Rows
+from ..pool import MemoryPool
+from ..records import Rows
 from ..state import MemoryState
+from .arguments import check_options, one_of
 from .continuation import DROPS, LayerMemory, find_memory
 from .convolution import convolve
+from .memories import make_memories
 from .norm import NORMS, RMSNorm, normalize
 from .packed import memory_of_documents
 from .streamed import StreamedMemory
@@ -168,7 +171,7 @@ class FastWeightProductKeyMemory(nn.Module):
             chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,
             addressing_weight, key_gradient, step, boundary, precision, backend,
         )  # fmt: skip
-        self.options = _check_options(options, heads, num_keys, key_dim, memory_dtype)
+        self.options = check_options(options, heads, num_keys, key_dim, memory_dtype)
         self.hidden_size, self.num_keys, self.heads = hidden_size, num_keys, heads
         self.key_dim, self.value_dim = key_dim, value_dim
         self.scope, self.initial_memory, self.memory_dtype = scope, initial_memory, memory_dtype
@@ -275,19 +278,30 @@ class FastWeightProductKeyMemory(nn.Module):
         return ", ".join([sizes, *(f"{k}={v!r}" for k, v in self.options._asdict().items() if v != defaults[k])])
 
     @torch.no_grad()
-    def new_memory(self, batch: int = 1) -> StreamedMemory:
+    def new_memory(
+        self, batch: int = 1, *, capacity: int | str | None = None, pool: MemoryPool | None = None
+    ) -> StreamedMemory:
         """A memory to stream with: pass it as `memory=` to calls whose batches have `batch` rows or documents.
 
-        Under scope="sequence" it holds a memory for each of them; under "batch" they all write one.
+        Under scope="sequence" each of them is a session of one `MemoryPool`, which reads the layer's table where it
+        lies: nobody may write this while the memory is in use, and a step that sees that somebody has raises. With
+        `weight_decay` each has a table of its own. Under scope="batch" all write one table.
+
+        Args:
+            capacity: of the pool, as `MemoryPool` takes it. A call that finds it full raises `PoolFullError`, and no
+                sequence has read anything then. None: it grows.
+            pool: the caller's, over this layer's `keys` and `table.weight`, which `close` frees for other memories.
 
         Raises:
-            TypeError, ValueError: for a bad `batch`, and where the layer has boundary="drop", which cannot stream.
+            TypeError, ValueError: for bad arguments, or those of a pool where there is none, and where the layer has
+                boundary="drop", which cannot stream.
         """
         checks.check_int("batch", batch, minimum=0)
         if self.options.boundary != "carry":
             raise ValueError(DROPS)
         keys, values = self._in_memory_dtype(self.keys, self.table.weight)
-        return StreamedMemory(keys, values, batch, self.scope, self.options, self._conv_width)
+        memories = make_memories(keys, values, batch, self.scope, self.options, capacity, pool)
+        return StreamedMemory(memories, batch, self.scope, self.options, self._conv_width)
 
     @property
     def _conv_width(self) -> int:
@@ -346,8 +360,8 @@ class FastWeightProductKeyMemory(nn.Module):
             raise ValueError(f"`hidden_states` must have width d = {self.hidden_size}, got shape {checks.shape(x)}")
         if return_memory and return_gate_mean:
             raise ValueError("`return_gate_mean` must be False with `return_memory`: the LayerMemory holds it")
-        cu_seqlens = _one_of("cu_seqlens", cu_seqlens, "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"))
-        cache = _one_of("cache", cache, "past_key_values", past_key_values)
+        cu_seqlens = one_of("cu_seqlens", cu_seqlens, "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"))
+        cache = one_of("cache", cache, "past_key_values", past_key_values)
         documents = make_documents(x, attention_mask, cu_seqlens, cu_seqlens_cpu, are_cut=self.scope == "sequence")
         memory = find_memory(self, memory, cache, documents, x)
         if return_memory and isinstance(memory, StreamedMemory):
@@ -434,18 +448,3 @@ class FastWeightProductKeyMemory(nn.Module):
         if self.initial_memory == "persistent" and self.training and not is_again:
             self._pending = (result.keys.detach(), result.values.detach())
         return result, carry
-
-
-def _check_options(o: Options, heads: int, num_keys: int, key_dim: int, memory_dtype: torch.dtype) -> Options:
-    """Validate the options by the memory's own check, on meta tensors of these sizes."""
-    meta: dict[str, Any] = {"device": "meta", "dtype": memory_dtype}
-    queries, targets = torch.empty(1, 0, heads, key_dim, **meta), torch.empty(1, 0, 1, **meta)
-    keys, values = torch.empty(heads, 2, num_keys, key_dim // 2, **meta), torch.empty(num_keys**2, 1, **meta)
-    return check_memory(Inputs(queries, targets, keys, values, None, None), o)
-
-
-def _one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
-    """The value of an argument that has two names."""
-    if x is not None and other is not None and x is not other:
-        raise ValueError(f"`{other_name}` is another name of `{name}`, and must not be given with another value")
-    return other if x is None else x

@@ -1,238 +1,195 @@
-"""The memory of a layer that streams: a session for each sequence, or one for the whole batch."""
+"""The memory of a layer that streams: one for each sequence, or one for the whole batch."""
 
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks as checks
-from ..documents import Documents, put_back, take
+from ..documents import Documents
 from ..options import Options
-from ..records import each
+from ..pool import MemoryPool
+from ..records import Tokens
 from ..state import MemoryState
-from ..streaming import fast_weight_memory_step
 from .convolution import slide
+from .memories import Pooled, States, joined
+from .window import Window
 
 
-class Past(NamedTuple):
-    """A session as it was before it read tokens that completed a chunk, and these tokens."""
+class Layout(NamedTuple):
+    """Where the tokens of S sequences, each at the end of a row [t], lie among the B·T."""
 
-    state: MemoryState
-    window: Tensor | None
-    hidden_states: Tensor | None  #: of these tokens and the `skipped` ones before them, which are not in the window
-    skipped: int
-    tokens: tuple[Any, ...]  #: queries, targets, gates, mask
+    lengths: list[int] | None  #: how many tokens each row has; None means t
+    places: Tensor | None  #: int64 [S, t], on the CPU: which token is where; None where rows are those of the batch
 
+    @classmethod
+    def of(cls, documents: Documents) -> "Layout":
+        """Rows of the batch stay where they are if all padding is on the left. A mask on a GPU is waited for."""
+        if documents.are_rows:
+            return cls(None, None)
+        pieces = documents.pieces()
+        lengths = [x.stop - x.start if isinstance(x, slice) else len(x) for x in pieces]
+        ends = [documents.length * (row + 1) for row in range(len(pieces))]
+        if documents.cu_seqlens is None and all(
+            isinstance(x, slice) and x.stop in (x.start, end) for x, end in zip(pieces, ends, strict=True)
+        ):
+            return cls(lengths, None)
+        longest = max(lengths, default=0)
+        places = torch.zeros(len(pieces), longest, dtype=torch.int64, device="cpu")
+        for row, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
+            where = torch.arange(piece.start, piece.stop, device="cpu") if isinstance(piece, slice) else piece
+            places[row, longest - length :] = where
+        return cls(lengths, places)
 
-class Session:
-    """One memory that streams, with the normed hidden states that the layer's convolution still needs."""
+    def take(self, x: Tensor) -> Tensor:
+        """The rows [S, t, ...] of x [B, T, ...]."""
+        if self.places is None:
+            return x
+        return x.flatten(0, 1)[self.places.to(x.device)]
 
-    def __init__(self, state: MemoryState, options: Options, conv_width: int) -> None:
-        self.state, self.options, self.before = state, options, conv_width - 1
-        #: [B, w - 1 + C, d]: hidden states of the w - 1 tokens before the present chunk, then of the chunk's.
-        self.window: Tensor | None = None
-        self.past: Past | None = None
-        self._coming: Tensor | None = None  #: what `convolve` was given; `step` puts it into the window
-
-    @property
-    def place(self) -> int:
-        """How many tokens of the present chunk have been read."""
-        return self.state.position % self.options.chunk_size
-
-    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Convolve the next tokens' x [B, t, d] with what came before; `step` then puts x into the window."""
-        self._coming = x
-        return slide(self._history(x, self.state.position), weight.to(x.dtype))
-
-    def _history(self, x: Tensor, position: int) -> Tensor:
-        """x, whose first token has this position, behind the w - 1 hidden states before it."""
-        if self.window is None:
-            before = x.new_zeros(x.shape[0], self.before, x.shape[2])
-        else:
-            place = position % self.options.chunk_size
-            before = self.window[:, place : place + self.before].to(x.dtype)
-        return torch.cat((before, x), dim=1)
-
-    def _keep(self, x: Tensor, position: int) -> None:
-        """Put x, whose first token has this position, into the window, and drop what it no longer needs."""
-        chunk_size, place, length = self.options.chunk_size, position % self.options.chunk_size, x.shape[1]
-        if self.window is None:
-            with torch.inference_mode(False):  # a later step outside of inference mode writes it
-                size = (x.shape[0], self.before + chunk_size, x.shape[2])
-                self.window = torch.zeros(size, dtype=x.dtype, device=x.device)
-        left = self.before + (place + length) % chunk_size
-        if place + length < chunk_size:
-            self.window[:, self.before + place : left] = x
-        else:
-            history = torch.cat((self.window[:, : self.before + place], x), dim=1)
-            self.window[:, :left] = history[:, history.shape[1] - left :]
-
-    def step(self, *tokens: Any, record: bool) -> Tensor:
-        """Read queries, targets, gates and mask; with `record`, the last C tokens of a full chunk can be taken back."""
-        length, position, coming = tokens[0].shape[1], self.state.position, self._coming
-        if not record:
-            self.past = None
-        if record and self.place + length >= self.options.chunk_size:
-            output = self._step_recorded(tokens, coming)
-        else:
-            output = self._step(*tokens)
-        if coming is not None:  # only now, so that a step that raises has changed nothing
-            self._keep(coming, position)
-        self._coming = None
-        return output
-
-    def _step_recorded(self, tokens: tuple[Any, ...], coming: Tensor | None) -> Tensor:
-        skipped = max(0, tokens[0].shape[1] - self.options.chunk_size)
-        first: Any = each(lambda x: x[:, :skipped], *tokens)
-        rest: Any = each(lambda x: x[:, skipped:], *tokens)
-        outputs = [self._step(*first)] if skipped else []
-        window = None if self.window is None else _copy(self.window)
-        past = Past(self.state.clone(), window, coming, skipped, rest)
-        outputs.append(self._step(*rest))
-        self.past = past
-        return torch.cat(outputs, dim=1)
-
-    def _step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None) -> Tensor:
-        return fast_weight_memory_step(self.state, queries, targets, gates=gates, mask=mask, **self.options._asdict())
-
-    @property
-    def most_undone(self) -> int:
-        """How many of the last tokens can be taken back."""
-        if self.past is None:
-            return self.place
-        position = self.past.state.position
-        return self.state.position - position + position % self.options.chunk_size
-
-    def rollback(self, tokens: int) -> None:
-        """Take back the last tokens, at most `most_undone`."""
-        if tokens <= self.place:
-            self.state.rollback(tokens)
-            return
-        assert self.past is not None
-        kept = self.state.position - tokens - self.past.state.position  # of the recorded tokens
-        self.state, self.window, hidden_states, skipped, given = self.past
-        self.past = None
-        if hidden_states is not None:
-            self._keep(hidden_states[:, : max(0, skipped + kept)], self.state.position - skipped)
-        if kept < 0:
-            self.state.rollback(-kept)
-        else:
-            kept_tokens: Any = each(lambda x: x[:, :kept], *given)
-            self._step(*kept_tokens)
-
-    @torch.inference_mode(False)  # so a copy made in inference mode can be stepped outside of it
-    def clone(self, device: torch.device | str | int | None = None) -> "Session":
-        """An independent copy, on `device` if given, which shares the initial memory and has no recorded past."""
-        other = copy.copy(self)
-        other.state = self.state.clone() if device is None else self.state.to(device)
-        other.window = None if self.window is None else _copy(self.window, other.state.values.device)
-        other.past = None
-        return other
-
-    def select(self, rows: list[int]) -> None:
-        """Keep some of the sequences of one memory."""
-        if self.state._binding is not None:  # a state that is not bound has no rows yet
-            self.state.select_(rows)
-        if self.window is not None:
-            with torch.inference_mode(False):
-                self.window = self.window[rows].clone()
-        self.past = None
-
-
-def _copy(x: Tensor, device: torch.device | None = None) -> Tensor:
-    """A copy that can be written in and out of inference mode."""
-    with torch.inference_mode(False):
-        return x.to(device or x.device, copy=True)
+    def put_back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `take`, [B, T, ...] as `like` has B and T; 0 at padding."""
+        if self.places is None or self.lengths is None:
+            return rows
+        gaps = rows.shape[1] - torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+        is_real = torch.arange(rows.shape[1], device="cpu") >= gaps.unsqueeze(1)
+        source = is_real.flatten().nonzero().flatten()
+        to, source = (x.to(rows.device) for x in (self.places.flatten()[source], source))
+        flat = rows.new_zeros(like.shape[0] * like.shape[1], *rows.shape[2:])
+        return flat.index_copy(0, to, rows.flatten(0, 1)[source]).view(*like.shape[:2], *rows.shape[2:])
 
 
 class StreamedMemory:
     """What a `FastWeightProductKeyMemory` reads and writes in place, call after call: see its `new_memory`.
 
-    Under scope="sequence" it holds a `MemoryState` for each sequence, under "batch" one for all. Attributes: `batch`,
-    how many sequences; `positions`, how many tokens each has read, without padding; `columns`, how many with padding;
-    `records_past`, which lets `rollback` reach further, and may be set at any time.
+    Attributes: `batch`, how many sequences; `positions`, how many tokens each has read, without padding; `columns`, how
+    many with padding; `records_past`, which lets `rollback` reach further, and may be set at any time; `pool`, the
+    `MemoryPool` in which the sequences are sessions, or None.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, batch: int, scope: str, options: Options, conv_width: int) -> None:
-        self.batch, self.scope, self.conv_width, self.records_past = batch, scope, conv_width, False
-        count = batch if scope == "sequence" else 1
-        self.sessions = [Session(MemoryState(keys, values), options, conv_width) for _ in range(count)]
-        self.columns = 0
+    def __init__(
+        self, memories: Pooled | States, batch: int, scope: str, options: Options, conv_width: int, columns: int = 0
+    ) -> None:
+        self._memories, self.batch, self.scope, self.columns = memories, batch, scope, columns
+        self._options, self._conv_width, self.records_past = options, conv_width, False
+        self.window = Window(conv_width, options.chunk_size)
+        self._coming: Tensor | None = None  #: what `convolve` was given; `step` puts it into the window
 
     @classmethod
     def of_state(cls, state: MemoryState, batch: int, options: Options) -> "StreamedMemory":
         """Wrap the caller's own state, which steps write, as one memory of `batch` sequences."""
-        self = cls.__new__(cls)
-        self.batch, self.scope, self.conv_width, self.records_past = batch, "batch", 1, False
-        self.sessions = [Session(state, options, 1)]
-        self.columns = state.position
+        return cls(States([state], options), batch, "batch", options, 1, state.position)
+
+    @classmethod
+    def joined(cls, memories: "Sequence[StreamedMemory]") -> "StreamedMemory":
+        """The sequences of several memories as those of one, one memory's behind the other's.
+
+        They may have read differently many tokens. The memories that are given have none any more, as after `close`.
+
+        Raises:
+            TypeError, ValueError: the memories are not all of one layer and in one `MemoryPool`, or there is none.
+        """
+        for one in memories:
+            if not isinstance(one, StreamedMemory):
+                raise TypeError(f"`memories` must be StreamedMemorys, got {type(one).__name__}")
+        if len({(one._conv_width, one._options.chunk_size) for one in memories}) != 1:
+            raise ValueError(f"`memories` must be of one layer, got {list(memories)}")
+        self = copy.copy(memories[0])
+        self.window = Window.joined([one.window for one in memories], [one.batch for one in memories])
+        self.batch, self.columns = sum(one.batch for one in memories), max(one.columns for one in memories)
+        self._memories = joined([one._memories for one in memories])
+        for one in memories:
+            one.close()
         return self
 
     def take_over(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
         """Use the layer's present options from now on; refuse a layer unlike the one that has made this memory.
 
-        The states themselves refuse a change of options that must be the same in all steps.
+        The memories themselves refuse a change of options that must be the same in all steps.
         """
-        names = ("scope", "query_conv", "keys", "values", "chunk_size")
-        came = (scope, conv_width, keys.shape, values.shape, options.chunk_size)
-        for one in self.sessions[:1]:
-            own = (self.scope, self.conv_width, one.state.keys.shape, one.state.values.shape, one.options.chunk_size)
+        if self.batch > 0:
+            names = ("scope", "query_conv", "keys", "values", "chunk_size")
+            came = (scope, conv_width, keys.shape, values.shape, options.chunk_size)
+            memories = self._memories
+            shapes = (memories.keys.shape, memories.values.shape)
+            own = (self.scope, self._conv_width, *shapes, self._options.chunk_size)
             for name, ours, theirs in zip(names, came, own, strict=True):
                 if ours != theirs:
                     ours, theirs = (list(x) if isinstance(x, torch.Size) else x for x in (ours, theirs))
                     raise ValueError(
                         f"`memory` must have been made by this layer, whose {name} is {ours}, got {theirs}"
                     )
-        for one in self.sessions:
-            one.options = options
+        self._options = options
+
+    @property
+    def pool(self) -> MemoryPool | None:
+        return self._memories.pool if isinstance(self._memories, Pooled) else None
 
     @property
     def positions(self) -> list[int]:
         """How many tokens each sequence has read; under scope="batch" padding counts."""
-        return [x.state.position for x in (self.sessions if self.scope == "sequence" else self.sessions * self.batch)]
+        positions = self._memories.positions
+        return positions if self.scope == "sequence" else positions * self.batch
 
-    def _pieces(self, documents: Documents) -> list[slice | Tensor] | None:
-        """Where each session's tokens lie among the B·T; None where one session reads all of them in place."""
-        return None if self.scope == "batch" or documents.is_one else documents.pieces()
+    @property
+    def device(self) -> torch.device:
+        return self._memories.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the memory."""
+        return self._memories.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what the sequences hold: rows, index, queue and keys in a pool, `MemoryPool.num_bytes` of each, or
+        tables and queues; and what the convolution needs. Pasts do not count. This waits for a GPU."""
+        return self._memories.num_bytes + self.window.num_bytes
+
+    def _layout(self, documents: Documents) -> Layout:
+        return Layout.of(documents) if self.scope == "sequence" else Layout(None, None)
 
     @torch.no_grad()
     def convolve(self, x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
         """The layer's convolution over the next tokens' x [B, T, d]; to be called before `step`."""
-        pieces = self._pieces(documents)
-        if pieces is None:
-            if documents.mask is not None:
-                x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
-            return self.sessions[0].convolve(x, weight)
-        pairs = zip(self.sessions, take(x, pieces), strict=True)
-        parts = [one.convolve(part, weight) for one, part in pairs]
-        return put_back(parts, pieces, x) if parts else x
+        if self.scope == "batch" and documents.mask is not None:
+            x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
+        if self.batch == 0:
+            return x
+        layout = self._layout(documents)
+        self._coming = layout.take(x)
+        rows = slide(self.window.join(self._coming, layout.lengths), weight.to(x.dtype))
+        return layout.put_back(rows, x)
 
+    @torch.no_grad()
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
         """Read the next tokens, [B, T, H, Dk] and [B, T, D]; return the output [B, T, D], 0 at padding."""
-        pieces, record = self._pieces(documents), self.records_past
-        if pieces is None:
-            read = self.sessions[0].step(queries, targets, gates, documents.mask, record=record)
-        else:
-            tokens = (take(x, pieces) for x in (queries, targets, gates))
-            parts = [
-                one.step(q, y, g, None, record=record) for one, q, y, g in zip(self.sessions, *tokens, strict=True)
-            ]
-            read = put_back(parts, pieces, targets) if parts else torch.empty_like(targets)
+        layout, coming = self._layout(documents), self._coming
+        self._coming = None
+        if self.batch == 0:
+            return torch.zeros_like(targets)
+        mask = documents.mask if self.scope == "batch" else None
+        tokens = Tokens(queries, targets, gates, mask).map(layout.take)
+        read = self._memories.step(tokens, layout.lengths, self._options, self.records_past)
+        if coming is not None:  # only now, so that a step that raises has changed nothing
+            self.window.keep(coming, layout.lengths, max(self._memories.reach))
         self.columns += documents.length
-        return read
+        return layout.put_back(read, targets)
 
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now.
 
         A layer whose memory runs in another dtype than its Parameters has copied them when it made this object: there
         the sequences begin with that copy.
+
+        Raises:
+            RuntimeError: the layer has moved to another dtype or device; make another memory then.
         """
-        for one in self.sessions:
-            one.state.reset()
-            one.window = one.past = None
+        self._memories.reset()
+        self.window = self.window.emptied()
         self.columns = 0
 
     def reorder(self, indices: Tensor | Sequence[int]) -> None:
@@ -247,28 +204,25 @@ class StreamedMemory:
         """
         on_cpu = indices.cpu() if isinstance(indices, Tensor) else indices
         rows = checks.check_indices(on_cpu, self.batch).tolist()
-        if self.scope == "batch":
-            if any(after <= before for before, after in pairwise(rows)):
-                raise ValueError(
-                    f'`scope`="batch" has one memory, of which no sequence can be repeated, got rows {rows}'
-                )
-            if len(rows) < self.batch:
-                self.sessions[0].select(rows)
+        if self.scope == "batch" and any(after <= before for before, after in pairwise(rows)):
+            raise ValueError(f'`scope`="batch" has one memory, of which no sequence can be repeated, got rows {rows}')
+        if rows == list(range(self.batch)):
+            return
+        if self.scope == "batch" and isinstance(self._memories, States):
+            self._memories.select_batch(rows)
         else:
-            # The first place that takes a session gets the session itself; each further place gets a copy.
-            self.sessions = [
-                self.sessions[row] if row not in rows[:place] else self.sessions[row].clone()
-                for place, row in enumerate(rows)
-            ]
+            self._memories.select(rows)
+        self.window = self.window.select(rows)
         self.batch = len(rows)
 
     def rollback(self, tokens: int) -> None:
         """Take back the last `tokens` tokens of every sequence, as if they had never been read.
 
-        Within the present chunk that costs nothing. While `records_past` is True, a rollback also reaches over the
-        beginning of the chunk, for at least chunk_size tokens. For that, a session that reads tokens which complete a
-        chunk copies its memory before, with the table, and keeps the tokens; a rollback then restores the copy and
-        reads the tokens that stay again. Clones, and a sequence that `reorder` repeats, have no such record.
+        Within the present chunk that costs nothing. Where a chunk was written while `records_past` was True, a rollback
+        also reaches to its beginning: so over chunk_size tokens or more. In a pool a sequence then holds index, queue,
+        keys and the rows that this chunk has changed twice: `MemoryPool(keep_past=True)`. A memory without a pool
+        copies its table before it reads what completes a chunk, keeps these tokens, and reads those that stay again.
+        Clones, and a sequence that `reorder` repeats, have no such record.
 
         `tokens` counts tokens alone, without padding behind them, on the right.
 
@@ -276,27 +230,35 @@ class StreamedMemory:
             TypeError, ValueError: where a sequence cannot take back so many. Nothing has changed then.
         """
         checks.check_int("tokens", tokens, minimum=0)
-        least = min((x.most_undone for x in self.sessions), default=tokens)
+        least = min(self._memories.reach, default=tokens)
         if tokens > least:
             raise ValueError(
                 f"`tokens` must be at most {least}, what every sequence has read of its present chunk, or with "
-                f"`records_past` since it completed one, got {tokens}"
+                f"`records_past` since the one before began, got {tokens}"
             )
-        for one in self.sessions:
-            one.rollback(tokens)
+        self._memories.rollback(tokens)
+        self.window.rollback(tokens)
         self.columns -= tokens
+
+    def close(self) -> None:
+        """Free what the sequences hold, in the caller's own pool too; this memory is for no sequences then."""
+        self._memories.close()
+        self.window = self.window.emptied()
+        self.batch = 0
 
     def __repr__(self) -> str:
         return f"StreamedMemory(batch={self.batch}, scope={self.scope!r}, positions={self.positions})"
 
     def clone(self) -> "StreamedMemory":
-        """An independent copy, which shares the initial memory."""
-        other = copy.copy(self)
-        other.sessions = [one.clone() for one in self.sessions]
-        return other
+        """An independent copy, which shares the initial memory, and in a pool all rows that neither writes."""
+        return self._copy(None)
 
     def to(self, device: torch.device | str | int) -> "StreamedMemory":
-        """An independent copy on another device."""
+        """An independent copy on another device, in a pool of its own there."""
+        return self._copy(torch.empty(0, device=device).device)
+
+    def _copy(self, device: torch.device | None) -> "StreamedMemory":
         other = copy.copy(self)
-        other.sessions = [one.clone(device) for one in self.sessions]
+        other._memories = self._memories.copy(device)
+        other.window = self.window.select(list(range(self.batch)), device)
         return other

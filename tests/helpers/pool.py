@@ -16,7 +16,7 @@ class Pair:
     """A pool, and a state for each of its sessions, which read the same tokens one after the other."""
 
     def __init__(
-        self, place: Place, *, heads: int = 1, capacity: int | str = 400, keep_past: bool = False, **options: Any
+        self, place: Place, *, heads: int = 1, capacity: int | str | None = 400, keep_past: bool = False, **options: Any
     ) -> None:
         self.options = {"chunk_size": 4, "top_k": 2, "lookahead": 1, "backend": place.backend, **options}
         sizes = {"heads": heads, "num_keys": 5, "key_width": 6, "width": 4}

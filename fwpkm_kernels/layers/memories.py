@@ -1,0 +1,325 @@
+"""What a memory that streams holds for its sequences: sessions of a pool, or states with a table each."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ..options import Options
+from ..pool import MemoryPool
+from ..records import Tokens
+from ..sessions import PoolFullError
+from ..state import MemoryState
+from ..streaming import fast_weight_memory_step
+
+
+class Pooled:
+    """Sessions of one `MemoryPool`, which one call steps: each costs its index and the rows that it has written."""
+
+    def __init__(self, pool: MemoryPool, sessions: list[int], forgotten: list[int] | None = None) -> None:
+        self.pool, self.sessions = pool, sessions
+        #: Sessions of copies that nobody has any more. A device may be busy when they go, so the next call closes them.
+        self._forgotten: list[int] = [] if forgotten is None else forgotten
+        self._version = _version_of(pool.values)
+
+    def __del__(self) -> None:
+        self._forgotten.extend(self.sessions)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.pool.keys
+
+    @property
+    def values(self) -> Tensor:
+        """The initial table."""
+        return self.pool.values
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pool.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def positions(self) -> list[int]:
+        return [self.pool.position(session) for session in self.sessions]
+
+    @property
+    def reach(self) -> list[int]:
+        """How many of its last tokens each sequence can take back."""
+        return [self.pool.reach(session) for session in self.sessions]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(self.pool.num_bytes, self.sessions))
+
+    @_disable_dynamo
+    def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
+        """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
+        pool, targets = self.pool, tokens.targets
+        self._close_forgotten()
+        if _version_of(pool.values) != self._version:
+            raise RuntimeError(
+                "`memory` reads the table of the layer where it lies, and this has been written since: "
+                "let the sequences begin anew by reset(), or make another memory"
+            )
+        before: list[int] = []
+        if not pool.grows and self._fills_chunks(lengths or [targets.shape[1]] * len(self.sessions), o.chunk_size):
+            before = [pool.fork(session) for session in self.sessions]
+        keep_past, pool.keep_past = pool.keep_past, pool.keep_past or record
+        try:
+            how: dict[str, Any] = {"sessions": self.sessions, "lengths": lengths, **o._asdict()}
+            queries, _, gates, _ = tokens
+            return fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
+        except PoolFullError:
+            if before:
+                self.sessions, before = before, self.sessions
+            raise
+        finally:
+            pool.keep_past = keep_past
+            for session in before:
+                pool.close(session)
+
+    def _fills_chunks(self, lengths: list[int], chunk_size: int) -> bool:
+        """Whether a sequence fills several chunks: then the pool may be full when one of them is written already."""
+        pairs = zip(self.positions, lengths, strict=True)
+        return any(position % chunk_size + length >= 2 * chunk_size for position, length in pairs)
+
+    def _close_forgotten(self) -> None:
+        while self._forgotten:
+            self.pool.close(self._forgotten.pop())
+
+    def rollback(self, tokens: int) -> None:
+        for session in self.sessions:
+            self.pool.rollback(session, tokens)
+
+    def select(self, rows: list[int]) -> None:
+        """Let these sequences go on; of one that comes twice the second is a fork."""
+        self._close_forgotten()
+        for row in {*range(len(self.sessions))} - {*rows}:
+            self.pool.close(self.sessions[row])
+        self.sessions = [
+            self.sessions[row] if row not in rows[:place] else self.pool.fork(self.sessions[row])
+            for place, row in enumerate(rows)
+        ]
+
+    def reset(self) -> None:
+        for session in self.sessions:
+            self.pool.reset(session)
+        self._version = _version_of(self.pool.values)
+
+    def close(self) -> None:
+        """Free what the sequences hold."""
+        while self.sessions:
+            self.pool.close(self.sessions.pop())
+
+    def copy(self, device: torch.device | None = None) -> "Pooled":
+        """Forks in the same pool, or the same sessions in a pool on another device."""
+        self._close_forgotten()
+        if device is None or device == self.pool.device:
+            other = Pooled(self.pool, [self.pool.fork(session) for session in self.sessions], self._forgotten)
+            other._version = self._version
+            return other
+        capacity = None if self.pool.grows else self.pool.capacity
+        keys, values = (x.detach().to(device) for x in (self.keys, self.values))
+        return _load(keys, values, capacity, self._saved())
+
+    def _saved(self) -> list[dict[str, Tensor]]:
+        return [self.pool.state_dict(session) for session in self.sessions]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pooled":
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        capacity = None if self.pool.grows else self.pool.capacity
+        return _load, (self.keys, self.values, capacity, self._saved())
+
+
+def _load(keys: Tensor, values: Tensor, capacity: int | None, saved: list[dict[str, Tensor]]) -> Pooled:
+    """Sessions that were saved, in a pool of their own."""
+    pool = MemoryPool(keys, values, capacity=capacity)
+    sessions = [pool.open() for _ in saved]
+    for session, state_dict in zip(sessions, saved, strict=True):
+        pool.load_state_dict(session, state_dict)
+    return Pooled(pool, sessions)
+
+
+def _version_of(x: Tensor) -> int:
+    """How often a tensor has been written in place, as far as that is known."""
+    return 0 if x.is_inference() else x._version
+
+
+class Past(NamedTuple):
+    """A state as it was before it read tokens that completed a chunk, and these tokens."""
+
+    state: MemoryState
+    tokens: Tokens
+
+
+def _cut(tokens: Tokens, part: slice, rows: slice = slice(None)) -> Tokens:
+    """Some of the tokens [S, t, ...] of some rows."""
+    return tokens.map(lambda x: x[rows, part])
+
+
+class States:
+    """A `MemoryState` for each sequence, or one for all of a batch; steps go from one to the next."""
+
+    def __init__(self, states: list[MemoryState], options: Options) -> None:
+        self.states, self._options = states, options
+        self._pasts: list[Past | None] = [None] * len(states)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.states[0].keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.states[0].values
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def positions(self) -> list[int]:
+        return [state.position for state in self.states]
+
+    @property
+    def reach(self) -> list[int]:
+        """How many of its last tokens each state can take back."""
+        chunk_size = self._options.chunk_size
+        begins = [
+            state.position if past is None else past.state.position
+            for state, past in zip(self.states, self._pasts, strict=True)
+        ]
+        return [position - begin + begin % chunk_size for position, begin in zip(self.positions, begins, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for state in self.states for x in state.named_tensors().values())
+
+    def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
+        """Read the next tokens [S, t, ...], the last `lengths` of each row; or [B, t, ...] where one state has all."""
+        self._options = o
+        if len(self.states) == 1 and lengths is None:
+            return self._read(0, tokens, record)
+        length = tokens.targets.shape[1]
+        output = torch.zeros_like(tokens.targets)
+        for row, count in enumerate(lengths or [length] * len(self.states)):
+            part = slice(length - count, length)
+            output[row : row + 1, part] = self._read(row, _cut(tokens, part, slice(row, row + 1)), record)
+        return output
+
+    def _read(self, index: int, tokens: Tokens, record: bool) -> Tensor:
+        """Read with one state; with `record`, the last C tokens of a full chunk can be taken back."""
+        state, length, chunk_size = self.states[index], tokens.targets.shape[1], self._options.chunk_size
+        if not record:
+            self._pasts[index] = None
+        if not record or state.position % chunk_size + length < chunk_size:
+            return self._step(index, tokens)
+        skipped = max(0, length - chunk_size)
+        outputs = [self._step(index, _cut(tokens, slice(skipped)))] if skipped else []
+        past = Past(state.clone(), _cut(tokens, slice(skipped, None)))
+        outputs.append(self._step(index, past.tokens))
+        self._pasts[index] = past
+        return torch.cat(outputs, dim=1)
+
+    def _step(self, index: int, tokens: Tokens) -> Tensor:
+        queries, targets, gates, mask = tokens
+        how: dict[str, Any] = {"gates": gates, "mask": mask, **self._options._asdict()}
+        return fast_weight_memory_step(self.states[index], queries, targets, **how)
+
+    def rollback(self, tokens: int) -> None:
+        for index, (state, past) in enumerate(zip(self.states, self._pasts, strict=True)):
+            if past is None or tokens <= state.position % self._options.chunk_size:
+                state.rollback(tokens)
+                continue
+            kept = state.position - tokens - past.state.position  # of the recorded tokens
+            self.states[index], self._pasts[index] = past.state, None
+            if kept < 0:
+                past.state.rollback(-kept)
+            else:
+                self._step(index, _cut(past.tokens, slice(kept)))
+
+    @torch.inference_mode(False)  # so a copy made in inference mode can be stepped outside of it
+    def select(self, rows: list[int]) -> None:
+        """Let these states go on; of one that comes twice the second is a copy."""
+        taken = [(row, row in rows[:place]) for place, row in enumerate(rows)]
+        self._pasts = [None if is_again else self._pasts[row] for row, is_again in taken]
+        self.states = [self.states[row].clone() if is_again else self.states[row] for row, is_again in taken]
+
+    def select_batch(self, rows: list[int]) -> None:
+        """Let these sequences of the one state of a batch go on."""
+        if self.states[0]._binding is not None:  # a state that is not bound has no rows yet
+            self.states[0].select_(rows)
+        self._pasts = [None]
+
+    def reset(self) -> None:
+        for state in self.states:
+            state.reset()
+        self._pasts = [None] * len(self.states)
+
+    def close(self) -> None:
+        """Free the tables."""
+        self.states, self._pasts = [], []
+
+    @torch.inference_mode(False)
+    def copy(self, device: torch.device | None = None) -> "States":
+        """Independent copies, which share the initial memory and have no past."""
+        states = [state.clone() if device is None else state.to(device) for state in self.states]
+        return States(states, self._options)
+
+
+Memories = Pooled | States
+
+
+def make_memories(
+    keys: Tensor, values: Tensor, count: int, scope: str, o: Options, capacity: int | str | None, pool: Any
+) -> Memories:
+    """Memories for so many sequences of a layer, or under scope="batch" one for all of them.
+
+    Raises:
+        TypeError, ValueError: as `new_memory` of the layer.
+    """
+    if scope == "batch" or o.weight_decay != 0.0:
+        for name, x in (("capacity", capacity), ("pool", pool)):
+            if x is not None:
+                raise ValueError(f'`{name}` must be None with `scope`="batch" and with `weight_decay`, got {x!r}')
+        return States([MemoryState(keys, values) for _ in range(1 if scope == "batch" else count)], o)
+    if pool is None:
+        pool = MemoryPool(keys, values, capacity=capacity)
+    elif not isinstance(pool, MemoryPool):
+        raise TypeError(f"`pool` must be a MemoryPool, got {type(pool).__name__}")
+    elif capacity is not None:
+        raise ValueError(f"`capacity` must be None with `pool`, which has one, got {capacity!r}")
+    elif any(x.data_ptr() != y.data_ptr() or x.shape != y.shape for x, y in ((keys, pool.keys), (values, pool.values))):
+        raise ValueError(
+            "`pool` must be MemoryPool(layer.keys, layer.table.weight, ...) of this layer, whose Parameters must be of "
+            f"its memory's dtype {values.dtype}, got {pool!r} over other tensors"
+        )
+    return Pooled(pool, [pool.open() for _ in range(count)])
+
+
+def joined(memories: Sequence[Memories]) -> Pooled:
+    """The sessions of several of one pool, which these lose.
+
+    Raises:
+        ValueError: they are not of one pool.
+    """
+    pooled = [one for one in memories if isinstance(one, Pooled)]
+    if len(pooled) < len(memories) or len({id(one.pool) for one in pooled}) != 1:
+        raise ValueError("`memories` must all be in one MemoryPool")
+    together = Pooled(pooled[0].pool, [], pooled[0]._forgotten)
+    together._version = min(one._version for one in pooled)
+    for one in pooled:
+        together.sessions += one.sessions
+        one.sessions = []
+    return together

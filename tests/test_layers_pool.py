@@ -1,0 +1,256 @@
+"""A layer that streams in a pool: what a row costs, room, ages, rollbacks, copies, errors, beside states for rows."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from fwpkm_kernels import MemoryPool, MemoryState, PoolFullError, testing
+from fwpkm_kernels.layers import StreamedMemory
+from fwpkm_kernels.layers.memories import States
+from tests.helpers.layer_streams import CHUNK, LENGTH, WIDTH, assert_close, make_input, make_layer
+
+
+def with_states(layer, batch):
+    """The same with a `MemoryState` for each row, as a layer has them with weight_decay."""
+    states = States([MemoryState(layer.keys, layer.table.weight) for _ in range(batch)], layer.options)
+    return StreamedMemory(states, batch, "sequence", layer.options, layer._conv_width)
+
+
+def read(layer, x, memory, cuts):
+    return torch.cat([layer(part, memory=memory) for part in x.split(cuts, dim=1)], dim=1)
+
+
+def test_a_row_costs_what_it_has_written():
+    layer, batch = make_layer("sequence", num_keys=40, query_conv=3), 3
+    table, memory = layer.table.weight.nbytes, layer.new_memory(3)
+    assert memory.num_bytes == batch * layer.num_keys**2 * 4  # an index of 4 bytes a slot
+    layer(make_input(batch), memory=memory)
+    rows = [memory.pool.num_rows(session) for session in memory.pool.sessions]
+    assert all(0 < count <= LENGTH * 6 for count in rows)
+    assert sum(rows) <= memory.pool.capacity <= 1.5 * sum(rows)
+    window = batch * (2 + 2 * CHUNK) * WIDTH * 8
+    assert memory.num_bytes - window == sum(map(memory.pool.num_bytes, memory.pool.sessions))
+    assert memory.num_bytes < table < with_states(layer, batch).num_bytes / 3
+    fork = memory.clone()
+    assert fork.pool is memory.pool
+    assert memory.pool.capacity - memory.pool.num_free_rows == sum(rows)
+
+
+@pytest.mark.parametrize("cuts", [LENGTH, 1, 5])
+@pytest.mark.parametrize("capacity", [400, "64 KiB"])
+def test_a_pool_that_grows_reads_as_one_that_was_large(capacity, cuts):
+    """In the midst of a prompt, and of tokens that come one by one: bit for bit."""
+    layer, x = make_layer("sequence", query_conv=3), make_input(4)
+    small, large = layer.new_memory(4), layer.new_memory(4, capacity=capacity)
+    testing.assert_bitwise_equal(read(layer, x, small, cuts), read(layer, x, large, cuts))
+    assert 0 < small.pool.capacity < large.pool.capacity
+    assert small.pool.grows
+    assert not large.pool.grows
+
+
+@pytest.mark.parametrize("missing", [1, 20])
+@pytest.mark.parametrize("begun", [0, 6])
+def test_a_call_for_which_there_is_no_room_reads_nothing(begun, missing):
+    """Although some chunks of it would have found room; then it goes through as if nothing had been."""
+    layer, x = make_layer("sequence", query_conv=3), make_input(3)
+    grown, whole = layer.new_memory(3), layer(x)
+    read(layer, x, grown, [begun, LENGTH - begun])
+    needed = grown.pool.capacity - grown.pool.num_free_rows
+    memory = layer.new_memory(3, capacity=needed - missing)
+    layer(x[:, :begun], memory=memory)
+    used = needed - missing - memory.pool.num_free_rows
+    for _ in range(2):
+        with pytest.raises(PoolFullError):
+            layer(x[:, begun:], memory=memory)
+        assert memory.positions == [begun] * 3
+        assert memory.columns == begun
+        assert len(memory.pool.sessions) == 3
+        assert needed - missing - memory.pool.num_free_rows == used
+    memory.pool.grow(100)
+    assert_close(layer(x[:, begun:], memory=memory), whole[:, begun:])
+
+
+def test_a_call_of_one_chunk_for_which_there_is_no_room_keeps_the_past():
+    layer, x = make_layer("sequence", query_conv=3), make_input(2)
+    memory = layer.new_memory(2, capacity=60)
+    memory.records_past = True
+    begun, is_full = 0, False
+    while not is_full:
+        try:
+            layer(x[:, begun % LENGTH : begun % LENGTH + 1], memory=memory)
+            begun += 1
+        except PoolFullError:
+            is_full = True
+    assert begun >= 2 * CHUNK - 1
+    memory.rollback(min(memory.pool.reach(session) for session in memory.pool.sessions))
+    assert memory.positions == [begun // CHUNK * CHUNK - CHUNK] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("options", [{}, {"query_conv": 3}, {"query_conv": 6, "lookahead": CHUNK}], ids=str)
+def test_any_calls_are_those_of_a_state_for_each_row(options, seed):
+    """Padding anywhere, rollbacks over the beginning of chunks, beams, copies."""
+    layer, random = make_layer("sequence", **options), torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=random))
+
+    pooled, states = layer.new_memory(3), with_states(layer, 3)
+    pooled.records_past = states.records_past = True
+    reached, rows_of_ages = 0, set()
+    for _ in range(60):
+        batch = pooled.batch
+        match draw(0, 6):
+            case 0 | 1 | 2:
+                x = torch.randn(batch, draw(0, 10), WIDTH, generator=random, dtype=torch.float64)
+                mask = None if draw(0, 2) else torch.rand(x.shape[:2], generator=random) > 0.3
+                pair = [layer(x, attention_mask=mask, memory=memory) for memory in (pooled, states)]
+                assert_close(*pair)
+            case 3:
+                most = min(map(pooled.pool.reach, pooled._memories.sessions))
+                assert most >= min(states._memories.reach)  # never less than a state that is copied
+                most = min(most, *states._memories.reach)
+                tokens = most if draw(0, 2) else draw(0, most + 1)
+                reached = max(reached, tokens)
+                for memory in (pooled, states):
+                    memory.rollback(tokens)
+            case 4:
+                rows = [draw(0, batch) for _ in range(draw(1, 5))]
+                for memory in (pooled, states):
+                    memory.reorder(rows)
+            case 5:
+                pooled, states = pooled.clone(), states.clone()
+        assert pooled.positions == states.positions
+        assert pooled.columns == states.columns
+        rows_of_ages.add(len({position % CHUNK for position in pooled.positions}))
+        assert len(pooled._memories.sessions) == pooled.batch
+    assert reached >= CHUNK
+    assert max(rows_of_ages) > 1
+
+
+def test_rows_that_have_weight_decay_have_tables():
+    layer, x = make_layer("sequence", weight_decay=0.1), make_input()
+    memory = layer.new_memory(3)
+    assert memory.pool is None
+    assert_close(read(layer, x, memory, [3, 11]), layer(x))
+    for name, x in (("capacity", 10), ("pool", MemoryPool(layer.keys, layer.table.weight, capacity=1))):
+        for other in (layer, make_layer("batch")):
+            with pytest.raises(ValueError, match=f'`{name}` must be None with `scope`="batch" and with `weight_decay`'):
+                other.new_memory(**{name: x})
+    plain = make_layer("sequence")
+    memory = plain.new_memory(3)
+    plain.options = layer.options
+    with pytest.raises(ValueError, match="`weight_decay` must be 0 in a pool"):
+        plain(make_input(), memory=memory)
+
+
+def test_requests_of_different_ages_share_a_pool_of_ones_own():
+    """They come one by one, read on together, and go one by one."""
+    layer, x = make_layer("sequence", query_conv=3), make_input(3, 20)
+    whole, pool = layer(x), MemoryPool(layer.keys, layer.table.weight, capacity=400)
+    first, second, third = (layer.new_memory(pool=pool) for _ in range(3))
+    assert_close(layer(x[:1, :9], memory=first), whole[:1, :9])
+    assert_close(layer(x[1:2, :3], memory=second), whole[1:2, :3])
+    both = StreamedMemory.joined([second, third, first])
+    assert both.positions == [3, 0, 9]
+    assert [x.batch for x in (first, second, third)] == [0, 0, 0]
+    starts = {1: 3, 2: 0, 0: 9}
+    for step in range(6):
+        at = torch.stack([x[row, start + step] for row, start in starts.items()]).unsqueeze(1)
+        wanted = torch.stack([whole[row, start + step] for row, start in starts.items()]).unsqueeze(1)
+        assert_close(layer(at, memory=both), wanted)
+    both.rollback(1)
+    both.reorder([2, 1])  # the other one has ended
+    assert both.positions == [14, 5]
+    assert len(pool.sessions) == 2
+    assert_close(
+        layer(torch.stack((x[0, 14:17], x[2, 5:8])), memory=both), torch.stack((whole[0, 14:17], whole[2, 5:8]))
+    )
+    both.close()
+    assert both.batch == 0
+    assert pool.sessions == []
+    assert pool.num_free_rows == 400
+    with pytest.raises(ValueError, match="`memory` is for 0 sequences, got 3"):
+        layer(x, memory=both)
+
+
+def test_what_is_no_pool_of_the_layer():
+    layer, other = make_layer("sequence"), make_layer("sequence")
+    with pytest.raises(TypeError, match="`pool` must be a MemoryPool, got MemoryState"):
+        layer.new_memory(pool=MemoryState(layer.keys, layer.table.weight))
+    for keys, values in ((other.keys, layer.table.weight), (layer.keys, other.table.weight)):
+        with pytest.raises(
+            ValueError, match="`pool` must be MemoryPool.layer.keys, layer.table.weight.* of this layer"
+        ):
+            layer.new_memory(pool=MemoryPool(keys, values, capacity=10))
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=10)
+    with pytest.raises(ValueError, match="`capacity` must be None with `pool`, which has one, got 5"):
+        layer.new_memory(pool=pool, capacity=5)
+    with pytest.raises(ValueError, match="`capacity` must be a number of rows"):
+        layer.new_memory(capacity="5 rows")
+    assert pool.sessions == []
+    for memories, error in (([], ValueError), ([1], TypeError), ([layer.new_memory(), layer.new_memory()], ValueError)):
+        with pytest.raises(error, match="`memories` must"):
+            StreamedMemory.joined(memories)
+    with pytest.raises(ValueError, match="`memories` must be of one layer"):
+        StreamedMemory.joined([layer.new_memory(), make_layer("sequence", query_conv=3).new_memory()])
+
+
+def test_copies_that_are_gone_hold_nothing():
+    """A prompt is read once and continued many times."""
+    layer, x = make_layer("sequence"), make_input()
+    memory = layer.new_memory(3)
+    layer(x[:, :6], memory=memory)
+    pool, used = memory.pool, memory.pool.capacity - memory.pool.num_free_rows
+    whole = layer(x)
+    for _ in range(3):
+        other = copy.deepcopy(memory)
+        assert_close(layer(x[:, 6:], memory=other), whole[:, 6:])
+        assert other.pool is pool
+        assert len(pool.sessions) <= 6
+    del other
+    gc.collect()
+    memory.reorder([0, 1])
+    assert len(pool.sessions) == 2
+    assert pool.capacity - pool.num_free_rows <= used
+
+
+def test_a_table_that_is_written_in_the_meantime_is_noticed():
+    layer, x = make_layer("sequence"), make_input()
+    memory = layer.new_memory(3)
+    layer(x[:, :6], memory=memory)
+    other = memory.clone()
+    with torch.no_grad():
+        layer.table.weight.mul_(0.5)
+    for one in (memory, other):
+        with pytest.raises(RuntimeError, match=r"`memory` reads the table .* written since: .* by reset\(\)"):
+            layer(x[:, 6:], memory=one)
+        one.reset()
+        assert_close(layer(x, memory=one), layer(x))
+
+
+def test_a_layer_that_casts_reads_a_copy():
+    """So its Parameters may be written."""
+    layer, x = make_layer("sequence").to(torch.bfloat16), make_input().bfloat16()
+    layer.memory_dtype = torch.float32
+    memory = layer.new_memory(3)
+    assert (memory.dtype, layer.table.weight.dtype) == (torch.float32, torch.bfloat16)
+    before = layer(x)
+    with torch.no_grad():
+        layer.table.weight.mul_(2.0)
+    torch.testing.assert_close(layer(x, memory=memory), before)
+    with pytest.raises(ValueError, match="whose Parameters must be of its memory's dtype torch.float32"):
+        layer.new_memory(pool=MemoryPool(layer.keys, layer.table.weight, capacity=10))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_pool_keeps_pasts_for_those_who_ask(record):
+    layer, x = make_layer("sequence"), make_input()
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=400, keep_past=not record)
+    memory = layer.new_memory(3, pool=pool)
+    memory.records_past = record
+    layer(x, memory=memory)
+    assert pool.keep_past is not record
+    assert pool.reach(pool.sessions[0]) == LENGTH % CHUNK + CHUNK
