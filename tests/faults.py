@@ -554,7 +554,7 @@ FAULTS = [
     ),
     Fault(
         "decay-of-the-last-segment",
-        "packed.py",
+        "packing.py",
         "return powers if decay is None else decay * powers",
         "return powers",
         "decay in earlier segments is forgotten",
