@@ -598,7 +598,7 @@ FAULTS = [
     ),
     Fault(
         "decay-of-the-last-segment",
-        "packed.py",
+        "packing.py",
         "return powers if decay is None else decay * powers",
         "return powers",
         "decay in earlier segments is forgotten",
@@ -613,6 +613,24 @@ FAULTS = [
         "rows that were given count in a sparse gradient of values",
         "varlen",
         "sparse_gradient_sums",
+    ),
+    Fault(
+        "tails-looked-up-out-of-order",
+        "packing.py",
+        'lookups = torch.cat((torch.arange(first, device="cpu"), first + back))',
+        'lookups = torch.cat((torch.arange(first, device="cpu"), first + order))',
+        "tails of a chunk that is written are looked up in the keys of other documents",
+        "varlen",
+        "loop and not triton",
+    ),
+    Fault(
+        "tails-in-the-order-of-lookups",
+        "packing.py",
+        "torch.empty_like(x).index_copy_(0, self.lookups, x)",
+        "x.index_select(0, self.lookups)",
+        "what a tail's lookups found goes to other reads",
+        "varlen",
+        "loop and not triton",
     ),
     Fault(
         "documents-that-go-on-begin-anew",

@@ -254,3 +254,15 @@ def test_a_pool_keeps_pasts_for_those_who_ask(record):
     layer(x, memory=memory)
     assert pool.keep_past is not record
     assert pool.reach(pool.sessions[0]) == LENGTH % CHUNK + CHUNK
+
+
+@pytest.mark.parametrize("options", [{}, {"query_conv": 3}], ids=str)
+def test_compiled_code_is_not_compiled_again_for_each_token(options):
+    """A step of a pool breaks the graph; positions and windows are none of the compiler's business."""
+    layer, x = make_layer("sequence", **options), make_input(2, 24)
+    whole, memory = layer(x), layer.new_memory(2)
+    compiled = torch.compile(layer, backend="eager")
+    outputs = [compiled(x[:, :7], memory=memory), *(compiled(x[:, at : at + 1], memory=memory) for at in range(7, 12))]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs += [compiled(x[:, at : at + 1], memory=memory) for at in range(12, 24)]
+    assert_close(torch.cat(outputs, dim=1), whole)

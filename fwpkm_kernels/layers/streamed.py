@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .. import _checks as checks
 from ..documents import Documents
@@ -175,9 +176,14 @@ class StreamedMemory:
         tokens = Tokens(queries, targets, gates, mask).map(layout.take)
         read = self._memories.step(tokens, layout.lengths, self._options, self.records_past)
         if coming is not None:  # only now, so that a step that raises has changed nothing
-            self.window.keep(coming, layout.lengths, max(self._memories.reach))
+            self._keep(coming, layout.lengths)
         self.columns += documents.length
         return layout.put_back(read, targets)
+
+    @_disable_dynamo
+    def _keep(self, coming: Tensor, lengths: list[int] | None) -> None:
+        """Put what was convolved into the window, which a rollback may need."""
+        self.window.keep(coming, lengths, max(self._memories.reach))
 
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now.

@@ -31,7 +31,6 @@ class Window:
             before = self._rows[:, self._end - self._before : self._end].to(x.dtype)
         return _behind(before, x, lengths)
 
-    @_disable_dynamo
     def keep(self, x: Tensor, lengths: list[int] | None, reach: int) -> None:
         """Put x [S, t, d] behind what is there; a rollback of as many tokens as `reach` must be possible then."""
         kept = self._before + reach
