@@ -66,8 +66,8 @@ def test_strides_of_inputs_and_of_incoming_gradients(layout, place):
 @pytest.mark.parametrize("layout", ["sliced", "strided"])
 def test_strides_that_flatten_to_strides(layout, place):
     """Slots of one pick, whose flat view is no copy."""
-    values, slots, weights = testing.make_gather_inputs((4,), 1, 30, 9, device=place.device)
-    check((values, testing.with_layout(slots, layout), weights), place)
+    inputs = testing.make_gather_inputs((4,), 1, 30, 9, device=place.device)
+    check(inputs._replace(slots=testing.with_layout(inputs.slots, layout)), place)
 
 
 def test_int32_slots(place):
