@@ -261,8 +261,8 @@ class PoolGraph:
     them: for their rows the host decides. All options are frozen, also lr, clip and addressing_weight.
 
     Args:
-        pool: on a GPU. It may be used by other means between calls. When it has made room for more sessions, or for
-            more keys that have moved, the next call captures the graph again.
+        pool: on a GPU. It may be used by other means between calls. When it has made room for more sessions, rows, or
+            keys that have moved, the next call captures the graph again.
         queries: [S, t, H, Dk]: only the shape and dtype matter; t is at most `chunk_size`.
         targets: [S, t, D], likewise.
         gates, mask: [S, t], likewise; None if calls will have none.

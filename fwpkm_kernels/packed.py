@@ -5,7 +5,7 @@ one memory. A step moves on all documents together; what one document reads and 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,8 @@ def _scan_addresses_grad(
     queries: Tensor,
     keys: Tensor,
     packing: Packing,
-    kept: PackedKept,
+    kept_keys: Tensor,
+    found: Addresses,
     o: Options,
 ) -> tuple[Tensor, Tensor]:
     """Backward of the address scan, in the compute dtype: the gradients of `queries` [R, H, Dk] and of `keys`."""
@@ -204,15 +205,15 @@ def _scan_addresses_grad(
     for part in reversed(packing.parts):
         fold, count = _Fold(part, heads, keys.device), len(part.memories)
         copied -= count
-        part_keys = kept.part_keys[copied : copied + count] if constant is None else _take(constant, part)
-        found = Addresses(*(fold(x) for x in kept.found))
+        part_keys = kept_keys[copied : copied + count] if constant is None else _take(constant, part)
+        part_found = Addresses(*(fold(x) for x in found))
         by_row, after = address_grad(
             _take(moved, part).flatten(0, 1) if count > 0 else shared,
             part_keys.flatten(0, 1) if count > 0 else keys,
             fold(queries),
             fold(grad_scores, is_gradient=True),
-            found.slots,
-            found.picks,
+            part_found.slots,
+            part_found.picks,
             o.key_step if part.is_written and o.keys_move else no_step,
             first_row=part.rereads,
             memories=fold.memories,
@@ -266,18 +267,6 @@ def _spans(packing: Packing, document: Tensor, o: Options) -> list[Span]:
     ]
 
 
-def final_decay(cu_seqlens: Tensor, carried: Tensor | None, decay: Tensor | None, like: Tensor, o: Options) -> Any:
-    """What rows that a document has not addressed have been multiplied by after its last write, [S], in the compute
-    dtype of `like`, where `decay` is that before its first; None is 1. Nothing waits for the device."""
-    factor = 1.0 - o.lr * o.weight_decay
-    if factor == 1.0:
-        return decay
-    lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried
-    writes = lengths // o.chunk_size if o.boundary == "carry" else (lengths + o.chunk_size - 1) // o.chunk_size
-    powers = torch.pow(factor, writes.double()).to(like.device, compute_dtype(like.dtype), non_blocking=True)
-    return powers if decay is None else decay * powers
-
-
 def slots_of_values(slot: Tensor, earlier: Tensor) -> Tensor:
     """The slots of a compact table, with -1 for rows that were given, at `earlier` [Q], and so not read from values."""
     if len(earlier) == 0:
@@ -317,7 +306,9 @@ def run_packed(
     _, num_rows = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
     kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
     keys = keys.contiguous()
-    found, new_keys = _scan_addresses(queries.index_select(0, reads.token), keys, packing, kept, o)
+    by_lookup = queries.index_select(0, packed.in_order_of_lookups(reads.token))
+    found, new_keys = _scan_addresses(by_lookup, keys, packing, kept, o)
+    found = Addresses(*map(packed.in_order_of_reads, found))
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
 
     at = compact(slots, len(values), document=packed.document, num_documents=documents, earlier=earlier)
@@ -422,15 +413,17 @@ def run_packed_grad(
 
     grad_queries, grad_initial = queries.new_empty(0), keys.new_empty(0)
     if with_addresses:
-        by_read, grad_initial = _scan_addresses_grad(
+        by_lookup, grad_initial = _scan_addresses_grad(
             grad_keys,
-            grad_scores.view(kept.scores.shape),
-            queries.index_select(0, reads.token),
+            packed.in_order_of_lookups(grad_scores.view(kept.scores.shape)),
+            queries.index_select(0, packed.in_order_of_lookups(reads.token)),
             keys.contiguous(),
             packing,
-            kept,
+            kept.part_keys,
+            Addresses(*map(packed.in_order_of_lookups, kept.found)),
             o,
         )
+        by_read = packed.in_order_of_reads(by_lookup)
         by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
         by_token.index_add_(
             0, reads.token[packed.again], by_read.index_select(0, packed.again)

@@ -17,11 +17,11 @@ from .packed import (
     PackedKept,
     count_sizes,
     empty_kept,
-    final_decay,
     run_packed,
     run_packed_grad,
     slots_of_values,
 )
+from .packing import final_decay
 from .records import Inputs, Rows, VarlenOutput, each
 
 _INPUTS = (

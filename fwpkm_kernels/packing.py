@@ -2,7 +2,8 @@
 
 Step s is chunk s of every document that has a full one. Its reads are numbered as those of a chunk of a batch whose
 items are these documents: position by position, document by document, those that step longer first, so that the
-documents of a step are the first ones of the step before. What is left of the documents, their tails, comes last.
+documents of a step are the first ones of the step before. What is left of the documents, their tails, comes last; in it
+reads that are written come first, and otherwise all of a document before those of the next.
 
 A document may begin with carried tokens: they belong to its chunk before, are read again and written with its first
 chunk, and have no output. Such documents take part from step 1 on, which is the first that reads tokens again.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .chunks import Reads, Span
+from .kernels import compute_dtype
 from .options import Options
 
 #: Tails are filled up to so many different lengths.
@@ -24,7 +26,7 @@ MOST_LENGTHS = 8
 class Part(NamedTuple):
     """Reads that are looked up together, and before they are written."""
 
-    reads: slice  #: among those of all documents
+    reads: slice  #: among those of all documents, in the order of `PackedReads.lookups`
     memories: list[int]  #: whose keys they read, among `Packing.moving`; empty for the keys that all begin with
     rereads: int = 0  #: how many of their positions are read again
     is_written: bool = False  #: whether a key step happens after them
@@ -67,6 +69,16 @@ class PackedReads(NamedTuple):
     pairs: Tensor  #: int64: of each read that is written, the token whose target it is written with
     outputs: Tensor  #: int64 [P]: the token of each output read; carried and surplus tokens have none
     again: Tensor  #: int64: which reads are re-reads
+    #: int64 [R]: the reads as they are looked up, all of a tail side by side; None if that is their order.
+    lookups: Tensor | None
+
+    def in_order_of_lookups(self, x: Tensor) -> Tensor:
+        """x [R, ...] of the reads, as they are looked up."""
+        return x if self.lookups is None else x.index_select(0, self.lookups)
+
+    def in_order_of_reads(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x if self.lookups is None else torch.empty_like(x).index_copy_(0, self.lookups, x)
 
 
 def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: bool) -> Packing:
@@ -121,17 +133,14 @@ def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: 
         return -(-(lengths[document] % o.chunk_size) // unit) * unit if document in number else 0
 
     tails.sort(key=lambda document: (rows_of_tail(document), number.get(document, -1)))
-    first = read
-    if is_carried and tails:
-        add_span(tails, 0, 0, sum(lengths[document] % o.chunk_size for document in tails))
-    for document in tails:
-        left = lengths[document] % o.chunk_size
+    first, sizes = read, [lengths[document] % o.chunk_size for document in tails]
+    if tails:
+        add_span(tails, 0, 0 if is_carried else sum(max(left - o.lookahead, 0) for left in sizes), sum(sizes))
+    for document, left in zip(tails, sizes, strict=True):
         reads = slice(first, first + left)
-        if not is_carried:
-            reads = add_span([document], 0, max(left - o.lookahead, 0), left)
         first = reads.stop
         rows = rows_of_tail(document)
-        if not is_carried:
+        if not is_carried and o.keys_move:  # a key step is one of as many rows as it has
             parts.append(Part(reads, [number[document]] if rows > 0 else [], 0, True))
         elif parts and parts[-1].lengths is not None and parts[-1].rows == rows:
             parts[-1] = parts[-1]._replace(reads=slice(parts[-1].reads.start, reads.stop))
@@ -153,7 +162,7 @@ def number_packed_reads(packing: Packing, o: Options, device: torch.device) -> P
     origins = torch.tensor(packing.origins, dtype=torch.int64, device="cpu")
     ends = torch.tensor(packing.bounds[1:], dtype=torch.int64, device="cpu")
     parts: list[list[Tensor]] = []
-    first = 0
+    first, lookups = 0, None
     of_spans = zip(packing.spans, packing.span_documents, packing.span_steps, strict=True)
     for chunk, (span, documents, step) in enumerate(of_spans):
         count = span.outputs.stop - span.outputs.start
@@ -169,6 +178,12 @@ def number_packed_reads(packing: Packing, o: Options, device: torch.device) -> P
             before = (left.cumsum(0) - left)[owner]
             token = (ends[members] - left)[owner] + torch.arange(count, device="cpu") - before
             document = members[owner]
+            if span.is_written:
+                order = (ends[document] - token <= o.lookahead).long().sort(stable=True).indices
+                token, document = token[order], document[order]
+                if o.lookahead > 0 and len(documents) > 1:
+                    back = torch.empty_like(order).scatter_(0, order, torch.arange(count, device="cpu"))
+                    lookups = torch.cat((torch.arange(first, device="cpu"), first + back))
         written = span.pairs.stop - span.pairs.start
         read = torch.arange(first, first + span.reads, device="cpu")
         stop = first + span.reads
@@ -187,6 +202,23 @@ def number_packed_reads(packing: Packing, o: Options, device: torch.device) -> P
         first = stop
     empty = [torch.empty(0, dtype=torch.int64, device="cpu")]
     fields = [torch.cat(x) for x in zip(*parts, strict=True)] or empty * 10
+    fields += [] if lookups is None else [lookups]
     on_device = list(torch.cat(fields).to(device, non_blocking=True).split([len(x) for x in fields]))
     on_device[4] = on_device[4].bool()  # whether a read is written
-    return PackedReads(Reads(*on_device[:6]), *on_device[6:])
+    document, pairs, outputs, again, *by_lookup = on_device[6:]
+    of_reads = Reads(*on_device[:6])
+    return PackedReads(of_reads, document, pairs, outputs, again, by_lookup[0] if by_lookup else None)
+
+
+def final_decay(
+    cu_seqlens: Tensor, carried: Tensor | None, decay: Tensor | None, like: Tensor, o: Options
+) -> Tensor | None:
+    """What rows that a document has not addressed have been multiplied by after its last write, [S], in the compute
+    dtype of `like`, where `decay` is that before its first; None is 1. Nothing waits for the device."""
+    factor = 1.0 - o.lr * o.weight_decay
+    if factor == 1.0:
+        return decay
+    lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried
+    writes = lengths // o.chunk_size if o.boundary == "carry" else (lengths + o.chunk_size - 1) // o.chunk_size
+    powers = torch.pow(factor, writes.double()).to(like.device, compute_dtype(like.dtype), non_blocking=True)
+    return powers if decay is None else decay * powers

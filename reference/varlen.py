@@ -1,4 +1,4 @@
-"""A memory for each of several packed documents: the loop over them."""
+"""A memory for each of several packed documents: the loop over them, and sequences that are cut into segments."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,6 +27,14 @@ class VarlenOutput(NamedTuple):
     weights: Tensor  # [T, J]
 
 
+class Past(NamedTuple):
+    """Of each document: the memory that it began with, and all tokens that it has had."""
+
+    keys: list[Tensor]  # [H, 2, n, Dk/2]
+    tables: list[Tensor]  # [N, D]
+    tokens: list[tuple[Tensor | None, ...]]  # queries [t, H, Dk], targets [t, D], gates and mask [t] or None
+
+
 def fast_weight_memory_varlen(
     queries: Tensor,
     targets: Tensor,
@@ -37,12 +45,18 @@ def fast_weight_memory_varlen(
     rows: Any = None,
     gates: Tensor | None = None,
     mask: Tensor | None = None,
+    carry: Past | None = None,
+    return_carry: bool = False,
     **options: Any,
-) -> VarlenOutput:
+) -> Any:
     """:func:`fast_weight_memory` for each document by itself.
 
     Document s is the tokens from cu_seqlens[s] to cu_seqlens[s + 1]. It begins with ``values``, except for the rows
     that ``rows`` names for it, and with ``keys``, or its own of [S, ...].
+
+    With ``carry`` they are the next tokens of documents. Each is one sequence, cut anywhere: so its memory runs over
+    all tokens that it has had, from the one that it began with, and what comes of those that are new is returned. The
+    ``keys`` and ``rows`` that it has left before are not needed for that.
 
     Args:
         queries: [T, H, Dk].
@@ -51,29 +65,34 @@ def fast_weight_memory_varlen(
         values: [N, D].
         cu_seqlens: [S + 1].
         rows: a record like :class:`Rows`, or None.
-        gates, mask: [T] or None.
+        gates, mask: [T] or None, in all segments alike.
+        carry: what the segments before have left; None begins the documents.
+        return_carry: whether to return a pair of the result and a :class:`Past`.
         options: the others of :func:`fast_weight_memory`.
     """
-    results = []
+    results, past = [], Past([], [], [])
     for s, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
-        table = values
-        if rows is not None:
-            own = (rows.document == s) & (rows.slot >= 0)
-            table = values.index_put((rows.slot[own],), rows.value[own])
-        results.append(
-            fast_weight_memory(
-                queries[None, start:stop],
-                targets[None, start:stop],
-                keys if keys.dim() == 4 else keys[s],
-                table,
-                gates=None if gates is None else gates[None, start:stop],
-                mask=None if mask is None else mask[None, start:stop],
-                **options,
-            )
-        )
+        tokens = tuple(x if x is None else x[start:stop] for x in (queries, targets, gates, mask))
+        if carry is None:
+            first, table = keys if keys.dim() == 4 else keys[s], values
+            if rows is not None:
+                own = (rows.document == s) & (rows.slot >= 0)
+                table = values.index_put((rows.slot[own],), rows.value[own])
+        else:
+            first, table = carry.keys[s], carry.tables[s]
+            pairs = zip(carry.tokens[s], tokens, strict=True)
+            tokens = tuple(x if x is None or old is None else torch.cat((old, x)) for old, x in pairs)
+        for old, new in zip(past, (first, table, tokens), strict=True):
+            old.append(new)
+        q, y, g, m = (x if x is None else x.unsqueeze(0) for x in tokens)
+        assert q is not None
+        assert y is not None
+        result = fast_weight_memory(q, y, first, table, gates=g, mask=m, **options)
+        new = slice(y.shape[1] - (stop - start), None)
+        results.append((result[0][:, new], *result[1:3], *(x[:, new] for x in result[3:])))
     output, final_keys, tables, slots, weights = zip(*results, strict=True)
     documents, num_slots = len(results), values.shape[0]
-    return VarlenOutput(
+    left = VarlenOutput(
         torch.cat(output, dim=1)[0],
         torch.stack(final_keys),
         Rows(
@@ -84,3 +103,4 @@ def fast_weight_memory_varlen(
         torch.cat(slots, dim=1)[0],
         torch.cat(weights, dim=1)[0],
     )
+    return (left, past) if return_carry else left

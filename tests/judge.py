@@ -262,7 +262,7 @@ def with_a_table(**given: Any) -> Any:
     """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
     result = fwpkm_kernels.fast_weight_memory(**given)
     outputs, *carry = result if given.get("return_carry") else (result,)
-    document, slot, value = outputs.values
+    document, slot, value, _ = outputs.values
     assert not document.any()
     assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
     used = slot >= 0

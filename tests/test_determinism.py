@@ -71,6 +71,29 @@ def packed_documents(place: Place, **options: Any) -> Function:
     return lambda: run_packed(fast_weight_memory_varlen, inputs, **options)
 
 
+def segments_of_documents(place: Place) -> Function:
+    """With gradients through the carry, the rows and their decay; that of the values is sparse."""
+    factor = 100 if place.device == "cuda" else 1
+    parts = [
+        make_packed([x * factor for x in lengths], heads=1, num_keys=4, dtype=torch.float32, device=place.device)
+        for lengths in ((3, 2), (2, 1))
+    ]
+    leaves = {name: parts[0][name].requires_grad_() for name in ("queries", "targets", "keys", "values", "gates")}
+    options = {"chunk_size": 2 * factor, "top_k": 2, "backend": place.backend, "weight_decay": 0.1}
+
+    def call() -> Any:
+        result, carry, memory = None, None, {"values": leaves["values"]}
+        for part in parts:
+            given = part | memory | {"carry": carry, "return_carry": True, "sparse_grad": True}
+            result, carry = fast_weight_memory_varlen(**given, **options)
+            memory |= {"keys": result.keys, "rows": result.rows}
+        total = result.output.sum() + result.keys.square().sum() + result.rows.value.square().sum()
+        found = torch.autograd.grad(total, list(leaves.values()))
+        return [result.output, result.keys, *result.rows, *(x.to_dense() if x.is_sparse else x for x in found)]
+
+    return call
+
+
 #: By name; those that the interpreter runs in `make test-all`.
 OPERATIONS: dict[str, Callable[[Place], Function]] = {
     "lookup": lambda place: of_keys(place, product_key_lookup),
@@ -86,11 +109,13 @@ OPERATIONS: dict[str, Callable[[Place], Function]] = {
     "stream, normalized": lambda place: stream_steps(place, step="normalized", clip=0.1, weight_decay=0.1),
     "memory": whole_memory,
     "packed documents": packed_documents,
+    "segments of documents": segments_of_documents,
     "memory, drop": lambda place: whole_memory(place, boundary="drop", step="normalized", clip=0.1, weight_decay=0.1),
     "memory, all key gradients": lambda place: whole_memory(place, boundary="drop", key_gradient="all"),
 }
 SLOW = (
     "packed documents",
+    "segments of documents",
     "stream, normalized",
     "memory, drop",
     "memory, all key gradients",

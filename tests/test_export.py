@@ -59,7 +59,7 @@ def memory(queries, targets, keys, values, gates=None, mask=None, **options):
 
 def memory_rows(*tensors, **given):
     output, new_keys, left, *found = memory(*tensors, **given, final="rows")
-    return output, new_keys, *left, *found
+    return output, new_keys, *left[:3], *found
 
 
 class Case(NamedTuple):

@@ -13,7 +13,8 @@ import reference
 from benchmarks.measure import allocations_cpu, peak_cpu
 from fwpkm_kernels import Rows, fast_weight_memory_varlen, testing
 from fwpkm_kernels.compact import count_compact_rows
-from fwpkm_kernels.packing import MOST_LENGTHS
+from fwpkm_kernels.options import Options
+from fwpkm_kernels.packing import MOST_LENGTHS, number_packed_reads, pack
 from tests.conftest import PLACES
 from tests.helpers.memory import PLACES_SLOW, assert_close, assert_same_bits
 from tests.helpers.varlen import CHUNK, LENGTHS, bounds, make_packed, make_rows, run, tables_of
@@ -67,6 +68,22 @@ def test_documents_in_triton():
 @pytest.mark.parametrize("boundary", ["carry", "drop"])
 def test_lengths_of_documents(lengths, boundary):
     check(make_packed(lengths, mask=None), PLACES[0], boundary=boundary)
+
+
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_tails_are_read_and_written_together(boundary):
+    """However many documents there are; under "drop" the tokens that are written come first."""
+    o = Options(chunk_size=CHUNK, lookahead=2, boundary=boundary)
+    cu_seqlens = bounds((CHUNK + 3, 2, 0, 3, CHUNK)).tolist()
+    packing = pack(cu_seqlens, None, o, shares_keys=True)
+    step, tails = packing.spans
+    assert (step.reads, tails.reads) == (2 * CHUNK, 8)
+    reads = number_packed_reads(packing, o, torch.device("cpu"))
+    expected = [7, 8, 9, 10, 11, 4, 5, 6] if boundary == "carry" else [4, 9, 7, 8, 5, 6, 10, 11]
+    assert reads.reads.token[-8:].tolist() == expected
+    assert reads.reads.written[-8:].tolist() == [boundary == "drop"] * 2 + [False] * 6
+    by_lookup = reads.in_order_of_lookups(reads.document)[-8:].tolist()
+    assert by_lookup == ([1, 1, 3, 3, 3, 0, 0, 0] if boundary == "carry" else [1, 1, 0, 0, 0, 3, 3, 3])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

@@ -4,22 +4,22 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reference
 from fwpkm_kernels import fast_weight_memory_varlen, testing
 from fwpkm_kernels.options import Options
-from tests.conftest import PLACES
+from tests.conftest import PLACES, slow_in_interpreter
 from tests.helpers.memory import assert_close
 from tests.helpers.varlen import CHUNK, bounds, make_packed, make_rows, run, tables_of
 
 OPS = torch.ops.fwpkm_kernels
 
 
-def in_segments(cuts, carries=None):
-    """A function like `fast_weight_memory_varlen` of whole documents, which calls it segment by segment.
+def in_segments(cuts, carries=None, function=fast_weight_memory_varlen):
+    """A function like `fast_weight_memory_varlen` of whole documents, which calls `function` segment by segment.
 
     `cuts` says for each segment how many tokens it has of each document; `carries` gets what each leaves.
     """
@@ -31,7 +31,7 @@ def in_segments(cuts, carries=None):
             index = torch.cat([torch.arange(start, start + count) for start, count in zip(done, lengths, strict=True)])
             index = index.to(queries.device)
             factors = {name: x[index] for name, x in (("gates", gates), ("mask", mask)) if x is not None}
-            result, carry = fast_weight_memory_varlen(
+            result, carry = function(
                 queries[index], targets[index], keys, values, bounds(lengths), rows=rows, carry=carry,
                 return_carry=True, **factors, **options,
             )  # fmt: skip
@@ -49,7 +49,7 @@ def in_segments(cuts, carries=None):
 
 
 def check(cuts, place, rows=None, *, own_keys=False, **options):
-    """Segments of these lengths are the reference's whole documents; returns the carries."""
+    """Segments of these lengths are the reference's, which are whole documents; returns the carries."""
     totals = [sum(lengths) for lengths in zip(*cuts, strict=True)]
     how = {name: options.pop(name) for name in ("heads", "num_keys", "gates", "mask", "seed") if name in options}
     inputs = make_packed(totals, own_keys=own_keys, device=place.device, **how)
@@ -58,8 +58,10 @@ def check(cuts, place, rows=None, *, own_keys=False, **options):
     carries = []
     sparse = {"sparse_grad": options.pop("sparse_grad", False)}
     actual, gradients, _ = run(in_segments(cuts, carries), inputs, rows, backend=place.backend, **sparse, **options)
-    expected, wanted, _ = run(reference.fast_weight_memory_varlen, inputs, rows, **options)
-    assert_close(actual | gradients, expected | wanted, 1e-11)
+    segments = in_segments(cuts, function=reference.fast_weight_memory_varlen)
+    for whole in (segments, reference.fast_weight_memory_varlen):
+        expected, wanted, _ = run(whole, inputs, rows, **options)
+        assert_close(actual | gradients, expected | wanted, 1e-11)
     return inputs, carries
 
 
@@ -150,6 +152,14 @@ def segments(draw):
 def test_drawn_segments_are_one_sequence(case):
     cuts, options = case
     check(cuts, PLACES[0], **options)
+
+
+@slow_in_interpreter
+@settings(max_examples=10)
+@given(segments())
+def test_drawn_segments_by_kernels(case):
+    cuts, options = case
+    check(cuts, PLACES[1], **options)
 
 
 def test_what_a_carry_holds():

@@ -348,7 +348,7 @@ class FastWeightProductKeyMemory(nn.Module):
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came. No memory has been written
-                then, nor after an error of a projection that refuses the dtype of `hidden_states`.
+                then, nor after a PoolFullError, or where a projection refuses the dtype of `hidden_states`.
         """
         x = hidden_states
         checks.check_tensor("hidden_states", x, 3, "[B, T, d]")
