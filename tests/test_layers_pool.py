@@ -326,12 +326,16 @@ def test_a_layer_that_casts_reads_a_copy():
 @pytest.mark.parametrize("record", [False, True])
 def test_a_pool_keeps_pasts_for_those_who_ask(record):
     layer, x = make_layer("sequence"), make_input()
-    pool = MemoryPool(layer.keys, layer.table.weight, capacity=400, keep_past=not record)
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=150, keep_past=not record)
     memory = layer.new_memory(3, pool=pool)
     memory.records_past = record
     layer(x, memory=memory)
     assert pool.keep_past is not record
     assert pool.reach(pool.sessions[0]) == LENGTH % CHUNK + CHUNK
+    pool.evict(pool.sessions[0])
+    with pytest.raises(ValueError, match="must not be evicted"):
+        layer(x, memory=memory)
+    assert pool.keep_past is not record
 
 
 @pytest.mark.parametrize("options", [{}, {"query_conv": 3}], ids=str)

@@ -61,10 +61,10 @@ class Pooled:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
         pool, (queries, targets, gates, _) = self.pool, tokens
         self._check_unwritten()
-        keep_past, pool.keep_past = pool.keep_past, pool.keep_past or record
         positions, counts = self.positions, lengths or [targets.shape[1]] * len(self.sessions)
-        stepped = self._safe_to_step(counts, queries.shape[2] * o.top_k, o.chunk_size)
+        keep_past, pool.keep_past, stepped = pool.keep_past, pool.keep_past or record, self.sessions
         try:
+            stepped = self._safe_to_step(counts, queries.shape[2] * o.top_k, o.chunk_size)
             how: dict[str, Any] = {"sessions": stepped, "lengths": lengths, **o._asdict()}
             output = fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
             self.sessions, stepped = stepped, self.sessions
