@@ -33,6 +33,7 @@ tf32 product has operands of 11 bits, and float32 may be off by the smallest nor
 there.
 """
 
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable, Iterable
@@ -43,10 +44,12 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels import MemoryOutput, MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
+from tests.helpers.budget import Budget, compared_rms
 from tests.helpers.layer_judge import check_layer
-from tests.helpers.segments import in_segments
+from tests.helpers.segments import BY_TOKEN, in_segments, with_a_table
+from tests.helpers.varlen import cut_documents, unpack, with_tables
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
@@ -58,7 +61,6 @@ TRIES = 16
 UNIT = {"ieee": 2.0**-24, "tf32x3": 2.0**-22}
 #: Results that nothing but the inputs can make NaN or infinite, unlike dense gradients, in which 0·∞ may be.
 HARD = ("out", "new values", "output", "values")
-BY_TOKEN = ("queries", "targets", "gates", "mask")
 
 
 class Signature(NamedTuple):
@@ -80,6 +82,11 @@ SIGNATURES = {
         ("output", "keys", "values", "slots", "weights"), 3, ("queries", "targets", "keys", "values", "gates")
     ),
     "fast_weight_memory_step": Signature(("output", "keys", "values"), 0, ()),
+    "fast_weight_memory_varlen": Signature(
+        ("output", "keys", "values", "slots", "weights"),
+        3,
+        ("queries", "targets", "keys", "values", "gates", "row_values"),
+    ),
 }
 
 
@@ -95,6 +102,7 @@ def check(case: Case, backend: str = "torch", device: str = "cpu") -> Reasons:
         "product_key_update": check_key_step,
         "fast_weight_memory": check_memory,
         "fast_weight_memory_step": check_stream,
+        "fast_weight_memory_varlen": check_varlen,
     }
     tensors = make_tensors(case, device)
     if case.op == "fast_weight_layer":
@@ -118,9 +126,12 @@ class Run:
         package = with_a_table if case.options.get("final") == "rows" else getattr(fwpkm_kernels, name)
         if case.op == "fast_weight_memory" and case.actions:
             package = in_segments([x for x in case.actions if isinstance(x, int)], package)
+        definition = getattr(reference, name)
+        if case.op == "fast_weight_memory_varlen":
+            package, definition = with_tables(case.segments, package), with_tables((), definition)
         self.package = functools.partial(package, **case.options, backend=backend)
         options = {key: value for key, value in case.options.items() if key not in HOW}
-        self.reference = functools.partial(getattr(reference, name), **options)
+        self.reference = functools.partial(definition, **options)
         self.incoming: list[Tensor] | None = None
         self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
         normal = torch.finfo(torch.float32)
@@ -242,7 +253,7 @@ class Run:
         """The inputs in float64, and eps, each number changed as the rule of the unstable says."""
         generator = torch.Generator().manual_seed(seed)
         info = torch.finfo(self.dtype)
-        kept = ("keys", "values") if self.case.op.startswith("fast_weight") else ()
+        kept = ("keys", "values", "row_values") if self.case.op.startswith("fast_weight") else ()
 
         def noise(*shape: int, unit: float = 4 * info.eps) -> Tensor:
             return unit * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
@@ -258,53 +269,9 @@ class Run:
         return changed, options
 
 
-def with_a_table(**given: Any) -> Any:
-    """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
-    result = fwpkm_kernels.fast_weight_memory(**given)
-    outputs, *carry = result if given.get("return_carry") else (result,)
-    document, slot, value, _ = outputs.values
-    assert not document.any()
-    assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
-    used = slot >= 0
-    outputs = outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
-    return (outputs, *carry) if carry else outputs
-
-
 def as_tf32(x: Tensor) -> Tensor:
     """Float32 with the 13 lowest bits cut off, as one product of tensor cores reads it; other dtypes as they are."""
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
-
-
-def compared_rms(sources: Iterable[Tensor], result: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
-    """The largest RMS of `sources`, and whether that of `result` is at most √ε times as much."""
-    floats = [x.double() for x in sources if x.is_floating_point() and x.numel()]
-    largest = max((float(x[x.isfinite()].square().mean().sqrt()) for x in floats), default=0.0)
-    return largest, float(result[result.isfinite()].square().mean().sqrt()) <= torch.finfo(dtype).eps ** 0.5 * largest
-
-
-class Budget(NamedTuple):
-    """What is asked of a result: about `length` terms are added up for an element; errors are relative to no less than
-    `floor`; with `strict` what is finite in neither result is not finite either; only what is in `stays` is promised.
-    """
-
-    length: int
-    floor: float
-    strict: bool
-    stays: Tensor
-
-    def compare(self, name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 3.0) -> Reasons:
-        rounded = exact.to(actual.dtype)
-        promised = rounded.isfinite() & baseline.isfinite() & self.stays
-        if self.strict:
-            lost = ~rounded.isfinite() & ~baseline.isfinite() & actual.isfinite()
-            assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
-        one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
-        rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
-        # Below the smallest normal number each term has an absolute error.
-        scale = max(rms, self.floor, torch.finfo(actual.dtype).tiny * self.length**0.5)
-        options = {"reduction_length": self.length, "scale": scale, "factor": factor}
-        testing.assert_within_budget(one, other, basis, name=name, **options)
-        return set() if promised.all() else {"overflow"}
 
 
 def check_plain(run: Run, tensors: Tensors) -> Reasons:
@@ -453,6 +420,41 @@ def check_memory(run: Run, tensors: Tensors) -> Reasons:
     reasons |= set() if stop else {"nothing left"}
     run.incoming = None
     return reasons | check_memory(run, {**tensors, **tokens(tensors, 0, stop)})
+
+
+def check_varlen(run: Run, tensors: Tensors) -> Reasons:
+    """As a memory, of which each document is cut off at a chunk of its own."""
+    actual = run.evaluate(run.package, tensors)
+    documents = unpack(tensors)
+    lengths = [x["queries"].shape[1] for x in documents]
+    alone = dataclasses.replace(run.case, op="fast_weight_memory", actions=())
+    stops, reasons = [], set()
+    for s, (document, slots) in enumerate(zip(documents, actual["slots"].split(lengths), strict=True)):
+        one = Run(alone, "torch", run.device)
+        one.package = functools.partial(memory_of, run, tensors, s)
+        stop, why = first_other_slots(one, document, slots.unsqueeze(0))
+        run.exact_ties &= one.exact_ties
+        stops.append(stop)
+        reasons |= why
+    if stops == lengths:
+        try:
+            return reasons | run.judge(actual, tensors, floors=memory_floors(run, tensors))
+        except AssertionError:
+            stops = [first_undecided(Run(alone, "torch", run.device), document) for document in documents]
+            if stops == lengths:
+                raise
+            reasons.add("near ties")
+    reasons |= set() if any(stops) else {"nothing left"}
+    run.incoming = None
+    return reasons | check_varlen(run, cut_documents(tensors, stops))
+
+
+def memory_of(run: Run, tensors: Tensors, document: int, queries: Tensor, **_: Any) -> MemoryOutput:
+    """What the package leaves of a document after so many tokens, in the company of the others."""
+    lengths = tensors["cu_seqlens"].diff().tolist()
+    lengths[document] = queries.shape[1]
+    output, keys, *rest = run.package(**cut_documents(tensors, lengths))
+    return MemoryOutput(output, keys[document], *rest)
 
 
 def memory_floors(run: Run, tensors: Tensors) -> dict[str, float]:

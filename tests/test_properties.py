@@ -12,7 +12,7 @@ from tests.strategies import OPERATIONS, Case, cases
 
 EACH = pytest.mark.parametrize("op", OPERATIONS)
 MEMORIES = ("fast_weight_memory", "fast_weight_memory_step")
-SLOW_OPERATIONS = (*MEMORIES, "fast_weight_layer")
+SLOW_OPERATIONS = (*MEMORIES, "fast_weight_memory_varlen", "fast_weight_layer")
 
 
 def check_cases(op: str, place: Place, share: float = 1.0) -> None:
