@@ -24,8 +24,9 @@ unstable    A number over budget may be as far off as the exact result and the b
             What is 0 stays 0. Queries and keys that tie exactly are not changed; as their few distinct numbers make an
             error of the baseline a matter of luck, 10 times that are allowed there instead of 3. A result that vanishes
             up to rounding, below √ε of the largest input, or a gradient below √ε of the incoming one, may have errors
-            relative to that, where inputs are not tiny themselves; in a key step under "idw" 1/eps times that, and then
-            nothing of integer keys is judged more strictly, since terms as large as that cancel.
+            relative to that, where inputs are not tiny themselves; under "idw" 1/eps times that in a key step and in a
+            memory that is differentiated through its own, and then nothing is judged more strictly of integer keys in a
+            key step, nor where queries and keys are so small that all scores tie, since terms as large as that cancel.
 
 Under clip = 0 a gradient passes a key step where G is exactly 0 and nowhere else: there only results are judged. Where
 no row or token of a case is left to compare numbers of, "nothing left" is counted too. On a GPU the baseline of one
@@ -140,14 +141,17 @@ class Run:
         small = {"tiny", "denormal"} & set(case.fills.values())
         self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
         self.hard = HARD if {"nan", "inf"} & set(case.fills.values()) else ()
-        # The slope of a distance's logarithm, squared, which the gradients of a key step have.
-        key_step = case.op == "product_key_update" and case.options["score"] == "idw"
-        self.steepness = 1 / case.options["eps"] if key_step else 1.0
+        # The slope of a distance's logarithm, squared, which the gradients of a key step have, and those through it.
+        key_step = case.op == "product_key_update"
+        is_steep = case.options.get("score") == "idw" and (key_step or case.options.get("key_gradient") == "all")
+        self.steepness = 1 / case.options["eps"] if is_steep else 1.0
         # Integer keys have exact scores, and exact ties, which no rounding excuses.
         exact = all(case.fills.get(key, "same") in EXACT_FILLS for key in ("queries", "keys"))
         leaves_out = case.options.get("top_k", 0) < case.sizes.get("n", 0)
-        self.integers = case.pattern == "equal" and exact
-        self.exact_ties = self.integers and (leaves_out or case.op == "product_key_lookup")
+        integers = case.pattern == "equal" and exact
+        all_tie = all(case.fills.get(key) in ("tiny", "denormal", "zeros") for key in ("queries", "keys"))
+        self.cancels = is_steep and (all_tie or (integers and key_step))
+        self.exact_ties = integers and (leaves_out or case.op == "product_key_lookup")
         # Rounding of what a memory keeps from chunk to chunk, if that is more than rounding of the computation.
         kept = [getattr(torch, case.dtypes[name]) for name in ("keys", "values") if case.op.startswith("fast_weight")]
         self.kept_eps = max((torch.finfo(x).eps for x in kept if x.itemsize < 4), default=0.0)
@@ -208,7 +212,7 @@ class Run:
                 if self.may_vanish:
                     sources = self.incoming or () if name.startswith("gradient") else tensors.values()
                     largest, vanishes = compared_rms(sources, other, self.dtype)
-                    if vanishes or (self.steepness > 1 and self.integers):
+                    if vanishes or self.cancels:
                         budget = budget._replace(floor=max(budget.floor, self.steepness * largest))
                 try:
                     budget.compare(name, x, other, (other + farthest).to(x.dtype), factor)
