@@ -36,6 +36,8 @@ except ImportError:  # a machine with a GPU may lack it: then there is no bar
 FAILURES = Path("fuzz-failures")
 #: Cases of an operation before it is another one's turn; and where kernels have to be compiled for most of them.
 ROUND, QUICK_ROUND = 50, 3
+#: Tensors that a case may do without.
+OPTIONAL = {"gates", "mask", "scale", "count_slots", "row_values"}
 #: Seconds after which a case of a quick run hangs.
 HANGS = 60.0
 #: Seconds that a failure is shrunk for at most.
@@ -144,9 +146,12 @@ class Fuzzer:
             "layouts": set(case.layouts.values()) or {"all contiguous"},
             "numbers": set(case.fills.values()) or {"normal"},
             "pattern": {case.pattern},
-            "tensors": {name for name in case.dtypes if name in ("gates", "mask", "scale", "count_slots")},
+            "tensors": {
+                name for name in case.dtypes if name in ("gates", "mask", "scale", "count_slots", "row_values")
+            },
             "sizes": {f"{name} = {value}" for name, value in case.sizes.items() if value < 2},
             "actions": {str(x) if isinstance(x, str) else "step" for x in case.actions},
+            "segments": {str(len(case.segments))} if case.op == "fast_weight_memory_varlen" else set(),
             "options": {
                 f"{name}={value}" for name, value in case.options.items() if name not in ("top_k", "chunk_size")
             },

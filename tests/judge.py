@@ -24,8 +24,9 @@ unstable    A number over budget may be as far off as the exact result and the b
             What is 0 stays 0. Queries and keys that tie exactly are not changed; as their few distinct numbers make an
             error of the baseline a matter of luck, 10 times that are allowed there instead of 3. A result that vanishes
             up to rounding, below √ε of the largest input, or a gradient below √ε of the incoming one, may have errors
-            relative to that, where inputs are not tiny themselves; in a key step under "idw" 1/eps times that, and then
-            nothing of integer keys is judged more strictly, since terms as large as that cancel.
+            relative to that, where inputs are not tiny themselves; under "idw" 1/eps times that in a key step and in a
+            memory that is differentiated through its own, and then nothing is judged more strictly of integer keys in a
+            key step, nor where queries and keys are so small that all scores tie, since terms as large as that cancel.
 
 Under clip = 0 a gradient passes a key step where G is exactly 0 and nowhere else: there only results are judged. Where
 no row or token of a case is left to compare numbers of, "nothing left" is counted too. On a GPU the baseline of one
@@ -33,6 +34,7 @@ tf32 product has operands of 11 bits, and float32 may be off by the smallest nor
 there.
 """
 
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable, Iterable
@@ -43,10 +45,12 @@ from torch import Tensor
 
 import fwpkm_kernels
 import reference
-from fwpkm_kernels import MemoryState, testing
+from fwpkm_kernels import MemoryOutput, MemoryState, testing
 from fwpkm_kernels.testing.asserts import half_scores_and_bands
+from tests.helpers.budget import Budget, compared_rms
 from tests.helpers.layer_judge import check_layer
-from tests.helpers.segments import in_segments
+from tests.helpers.segments import BY_TOKEN, in_segments, with_a_table
+from tests.helpers.varlen import cut_documents, unpack, with_tables
 from tests.strategies import EXACT_FILLS, RESETS, Case, make_tensors
 
 Tensors = dict[str, Tensor]
@@ -58,7 +62,6 @@ TRIES = 16
 UNIT = {"ieee": 2.0**-24, "tf32x3": 2.0**-22}
 #: Results that nothing but the inputs can make NaN or infinite, unlike dense gradients, in which 0·∞ may be.
 HARD = ("out", "new values", "output", "values")
-BY_TOKEN = ("queries", "targets", "gates", "mask")
 
 
 class Signature(NamedTuple):
@@ -80,6 +83,11 @@ SIGNATURES = {
         ("output", "keys", "values", "slots", "weights"), 3, ("queries", "targets", "keys", "values", "gates")
     ),
     "fast_weight_memory_step": Signature(("output", "keys", "values"), 0, ()),
+    "fast_weight_memory_varlen": Signature(
+        ("output", "keys", "values", "slots", "weights"),
+        3,
+        ("queries", "targets", "keys", "values", "gates", "row_values"),
+    ),
 }
 
 
@@ -95,6 +103,7 @@ def check(case: Case, backend: str = "torch", device: str = "cpu") -> Reasons:
         "product_key_update": check_key_step,
         "fast_weight_memory": check_memory,
         "fast_weight_memory_step": check_stream,
+        "fast_weight_memory_varlen": check_varlen,
     }
     tensors = make_tensors(case, device)
     if case.op == "fast_weight_layer":
@@ -118,9 +127,12 @@ class Run:
         package = with_a_table if case.options.get("final") == "rows" else getattr(fwpkm_kernels, name)
         if case.op == "fast_weight_memory" and case.actions:
             package = in_segments([x for x in case.actions if isinstance(x, int)], package)
+        definition = getattr(reference, name)
+        if case.op == "fast_weight_memory_varlen":
+            package, definition = with_tables(case.segments, package), with_tables((), definition)
         self.package = functools.partial(package, **case.options, backend=backend)
         options = {key: value for key, value in case.options.items() if key not in HOW}
-        self.reference = functools.partial(getattr(reference, name), **options)
+        self.reference = functools.partial(definition, **options)
         self.incoming: list[Tensor] | None = None
         self.precision = case.options.get("precision", "ieee") if device == "cuda" else "ieee"
         normal = torch.finfo(torch.float32)
@@ -129,14 +141,17 @@ class Run:
         small = {"tiny", "denormal"} & set(case.fills.values())
         self.may_vanish = not small or case.op == "product_key_update" or case.op.startswith("fast_weight")
         self.hard = HARD if {"nan", "inf"} & set(case.fills.values()) else ()
-        # The slope of a distance's logarithm, squared, which the gradients of a key step have.
-        key_step = case.op == "product_key_update" and case.options["score"] == "idw"
-        self.steepness = 1 / case.options["eps"] if key_step else 1.0
+        # The slope of a distance's logarithm, squared, which the gradients of a key step have, and those through it.
+        key_step = case.op == "product_key_update"
+        is_steep = case.options.get("score") == "idw" and (key_step or case.options.get("key_gradient") == "all")
+        self.steepness = 1 / case.options["eps"] if is_steep else 1.0
         # Integer keys have exact scores, and exact ties, which no rounding excuses.
         exact = all(case.fills.get(key, "same") in EXACT_FILLS for key in ("queries", "keys"))
         leaves_out = case.options.get("top_k", 0) < case.sizes.get("n", 0)
-        self.integers = case.pattern == "equal" and exact
-        self.exact_ties = self.integers and (leaves_out or case.op == "product_key_lookup")
+        integers = case.pattern == "equal" and exact
+        all_tie = all(case.fills.get(key) in ("tiny", "denormal", "zeros") for key in ("queries", "keys"))
+        self.cancels = is_steep and (all_tie or (integers and key_step))
+        self.exact_ties = integers and (leaves_out or case.op == "product_key_lookup")
         # Rounding of what a memory keeps from chunk to chunk, if that is more than rounding of the computation.
         kept = [getattr(torch, case.dtypes[name]) for name in ("keys", "values") if case.op.startswith("fast_weight")]
         self.kept_eps = max((torch.finfo(x).eps for x in kept if x.itemsize < 4), default=0.0)
@@ -197,7 +212,7 @@ class Run:
                 if self.may_vanish:
                     sources = self.incoming or () if name.startswith("gradient") else tensors.values()
                     largest, vanishes = compared_rms(sources, other, self.dtype)
-                    if vanishes or (self.steepness > 1 and self.integers):
+                    if vanishes or self.cancels:
                         budget = budget._replace(floor=max(budget.floor, self.steepness * largest))
                 try:
                     budget.compare(name, x, other, (other + farthest).to(x.dtype), factor)
@@ -242,7 +257,7 @@ class Run:
         """The inputs in float64, and eps, each number changed as the rule of the unstable says."""
         generator = torch.Generator().manual_seed(seed)
         info = torch.finfo(self.dtype)
-        kept = ("keys", "values") if self.case.op.startswith("fast_weight") else ()
+        kept = ("keys", "values", "row_values") if self.case.op.startswith("fast_weight") else ()
 
         def noise(*shape: int, unit: float = 4 * info.eps) -> Tensor:
             return unit * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
@@ -258,53 +273,9 @@ class Run:
         return changed, options
 
 
-def with_a_table(**given: Any) -> Any:
-    """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
-    result = fwpkm_kernels.fast_weight_memory(**given)
-    outputs, *carry = result if given.get("return_carry") else (result,)
-    document, slot, value, _ = outputs.values
-    assert not document.any()
-    assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
-    used = slot >= 0
-    outputs = outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
-    return (outputs, *carry) if carry else outputs
-
-
 def as_tf32(x: Tensor) -> Tensor:
     """Float32 with the 13 lowest bits cut off, as one product of tensor cores reads it; other dtypes as they are."""
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
-
-
-def compared_rms(sources: Iterable[Tensor], result: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
-    """The largest RMS of `sources`, and whether that of `result` is at most √ε times as much."""
-    floats = [x.double() for x in sources if x.is_floating_point() and x.numel()]
-    largest = max((float(x[x.isfinite()].square().mean().sqrt()) for x in floats), default=0.0)
-    return largest, float(result[result.isfinite()].square().mean().sqrt()) <= torch.finfo(dtype).eps ** 0.5 * largest
-
-
-class Budget(NamedTuple):
-    """What is asked of a result: about `length` terms are added up for an element; errors are relative to no less than
-    `floor`; with `strict` what is finite in neither result is not finite either; only what is in `stays` is promised.
-    """
-
-    length: int
-    floor: float
-    strict: bool
-    stays: Tensor
-
-    def compare(self, name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 3.0) -> Reasons:
-        rounded = exact.to(actual.dtype)
-        promised = rounded.isfinite() & baseline.isfinite() & self.stays
-        if self.strict:
-            lost = ~rounded.isfinite() & ~baseline.isfinite() & actual.isfinite()
-            assert not lost.any(), f"{name}: {int(lost.sum())} elements are finite which must not be"
-        one, other, basis = (torch.where(promised, x, torch.zeros_like(x)) for x in (actual, exact, baseline))
-        rms = float(other.square().mean().sqrt()) if other.numel() else 0.0
-        # Below the smallest normal number each term has an absolute error.
-        scale = max(rms, self.floor, torch.finfo(actual.dtype).tiny * self.length**0.5)
-        options = {"reduction_length": self.length, "scale": scale, "factor": factor}
-        testing.assert_within_budget(one, other, basis, name=name, **options)
-        return set() if promised.all() else {"overflow"}
 
 
 def check_plain(run: Run, tensors: Tensors) -> Reasons:
@@ -453,6 +424,41 @@ def check_memory(run: Run, tensors: Tensors) -> Reasons:
     reasons |= set() if stop else {"nothing left"}
     run.incoming = None
     return reasons | check_memory(run, {**tensors, **tokens(tensors, 0, stop)})
+
+
+def check_varlen(run: Run, tensors: Tensors) -> Reasons:
+    """As a memory, of which each document is cut off at a chunk of its own."""
+    actual = run.evaluate(run.package, tensors)
+    documents = unpack(tensors)
+    lengths = [x["queries"].shape[1] for x in documents]
+    alone = dataclasses.replace(run.case, op="fast_weight_memory", actions=())
+    stops, reasons = [], set()
+    for s, (document, slots) in enumerate(zip(documents, actual["slots"].split(lengths), strict=True)):
+        one = Run(alone, "torch", run.device)
+        one.package = functools.partial(memory_of, run, tensors, s)
+        stop, why = first_other_slots(one, document, slots.unsqueeze(0))
+        run.exact_ties &= one.exact_ties
+        stops.append(stop)
+        reasons |= why
+    if stops == lengths:
+        try:
+            return reasons | run.judge(actual, tensors, floors=memory_floors(run, tensors))
+        except AssertionError:
+            stops = [first_undecided(Run(alone, "torch", run.device), document) for document in documents]
+            if stops == lengths:
+                raise
+            reasons.add("near ties")
+    reasons |= set() if any(stops) else {"nothing left"}
+    run.incoming = None
+    return reasons | check_varlen(run, cut_documents(tensors, stops))
+
+
+def memory_of(run: Run, tensors: Tensors, document: int, queries: Tensor, **_: Any) -> MemoryOutput:
+    """What the package leaves of a document after so many tokens, in the company of the others."""
+    lengths = tensors["cu_seqlens"].diff().tolist()
+    lengths[document] = queries.shape[1]
+    output, keys, *rest = run.package(**cut_documents(tensors, lengths))
+    return MemoryOutput(output, keys[document], *rest)
 
 
 def memory_floors(run: Run, tensors: Tensors) -> dict[str, float]:

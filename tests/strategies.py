@@ -26,6 +26,7 @@ OPERATIONS = (
     "product_key_update",
     "fast_weight_memory",
     "fast_weight_memory_step",
+    "fast_weight_memory_varlen",
     "fast_weight_layer",
 )
 #: How the tokens of a layer's batch belong together: rows, padded rows, packed documents, and those with padding.
@@ -54,7 +55,8 @@ class Case:
         fills: one of FILLS for each tensor whose numbers are not normal.
         pattern: one of `testing.KEY_PATTERNS`, or of `testing.SLOT_PATTERNS`; of a layer, one of ARRANGEMENTS.
         options: the other arguments.
-        actions: of a stream: numbers of tokens, and ACTIONS; of a memory: how many tokens its segments have.
+        actions: of a stream: numbers of tokens, and ACTIONS; of a memory: how many tokens its segments have; of packed
+            documents: how many each segment has of each, segment by segment.
         seed: of all numbers.
     """
 
@@ -72,12 +74,17 @@ class Case:
     def is_double(self) -> bool:
         return "float64" in self.dtypes.values()
 
+    @property
+    def segments(self) -> list[list[int]]:
+        """Of packed documents: how many tokens each segment has of each document."""
+        count = self.sizes["S"]
+        return [[int(x) for x in self.actions[i : i + count]] for i in range(0, len(self.actions), count)]
+
 
 def make_tensors(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     """The tensor arguments by name, in their dtypes and layouts."""
     generator = torch.Generator().manual_seed(case.seed)
-    make = {"lookup": _lookup, "gather": _gather, "update": _update, "memory": _memory, "layer": _layer}[KINDS[case.op]]
-    numbers = make(case, generator)
+    numbers = MAKERS[KINDS[case.op]](case, generator)
     tensors = {}
     for name, dtype_name in case.dtypes.items():
         dtype = getattr(torch, dtype_name)
@@ -150,6 +157,28 @@ def _memory(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
         s["B"], s["T"], s["H"], s["n"], s["Dk"], s["D"], key_pattern=case.pattern, gates=True, mask="real",
         dtype=torch.float64, seed=generator,
     )._asdict()  # fmt: skip
+
+
+def _varlen(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    """Packed documents: a memory's tensors without a batch, keys for all or for each, bounds and given rows."""
+    s = case.sizes
+    lengths = torch.tensor(case.segments).sum(0)
+    sizes = s | {"B": 1, "T": int(lengths.sum())}
+    memories = [
+        _memory(dataclasses.replace(case, sizes=sizes if i == 0 else sizes | {"T": 0}), generator)
+        for i in range(s["S"] if s["own keys"] else 1)
+    ]
+    numbers = {name: x if name in ("keys", "values") else x[0] for name, x in memories[0].items()}
+    if s["own keys"]:
+        numbers["keys"] = torch.stack([x["keys"] for x in memories])
+    row_slots = torch.randperm(s["S"] * s["n"] ** 2, generator=generator)[: s.get("R", 0)]
+    unused = torch.rand(len(row_slots), generator=generator) < 1 / 8
+    row_values = torch.randn(len(row_slots), s["D"], generator=generator, dtype=torch.float64)
+    return numbers | {
+        "cu_seqlens": torch.cat((torch.zeros(1), lengths.cumsum(0))),
+        "row_slots": row_slots.masked_fill(unused, -1),
+        "row_values": row_values,
+    }
 
 
 def _layer(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -342,9 +371,13 @@ def memories(draw: st.DrawFn, op: str, small: bool) -> Case:
     if options["boundary"] == "carry" and not options.get("sparse_grad") and draw(st.booleans()):
         cuts = draw(st.lists(choose(0, 1, chunk_size - 1, chunk_size, chunk_size + 1), min_size=1, max_size=4))
     case = draw(memory_case(op, small, num_keys, options, length, cuts))
-    # Between segments the gradient of a table is rounded to its dtype, which the budgets of a sequence leave out.
-    is_half = {case.dtypes["keys"], case.dtypes["values"]} & {"float16", "bfloat16"}
-    return dataclasses.replace(case, actions=()) if is_half else case
+    return dataclasses.replace(case, actions=()) if is_half(case) else case
+
+
+def is_half(case: Case) -> bool:
+    """Such a memory is not cut into segments: between them the gradient of a table is rounded to its dtype, which the
+    budgets of a sequence leave out."""
+    return bool({case.dtypes["keys"], case.dtypes["values"]} & {"float16", "bfloat16"})
 
 
 @st.composite
@@ -352,7 +385,10 @@ def memory_case(
     draw: st.DrawFn, op: str, small: bool, num_keys: int, options: dict[str, Any], length: int, cuts=()
 ) -> Case:
     """The rest of a case of the whole memory, or of its streaming."""
-    dtypes = draw(draw_dtypes(("queries", "targets", "keys", "values"), ("gates", "mask")))
+    own_rows = ("row_values",) if op == "fast_weight_memory_varlen" else ()
+    dtypes = draw(draw_dtypes(("queries", "targets", "keys", "values"), ("gates", "mask", *own_rows)))
+    if "row_values" in dtypes:
+        dtypes["row_values"] = dtypes["values"]
     sizes = {
         "B": draw(mostly(*range(1, 3 if small else 4), seldom=[0])) if draw(st.booleans()) else 1,
         "T": length,
@@ -401,6 +437,33 @@ def longest(cuts: Sequence[int | str]) -> int:
 
 
 @st.composite
+def packed_documents(draw: st.DrawFn, op: str, small: bool) -> Case:
+    """Documents around a chunk's length, whole or in segments, with keys and rows of their own or without."""
+    num_keys, options = draw(memory_options(small))
+    chunk_size = options["chunk_size"]
+    options["boundary"] = draw(choose("carry", "drop"))
+    options["sparse_grad"] = options["key_gradient"] == "addressing" and draw(st.booleans())
+    count = draw(mostly(*range(1, 3 if small else 5), seldom=[4 if small else 12]))
+    around = choose(*sorted({chunk_size + 1, 0, 1, chunk_size - 1, chunk_size}))
+    length = around if count > 4 else st.one_of(around, st.integers(0, 5 if small else 3 * chunk_size + 2))
+    segments = 1
+    if options["boundary"] == "carry":
+        segments = draw(choose(1, 2, 2, 3))
+    actions = draw(st.lists(length, min_size=segments * count, max_size=segments * count))
+    case = draw(memory_case(op, small, num_keys, options, 0, actions))
+    sizes = {"S": count, **case.sizes, "own keys": draw(st.integers(0, 1))}
+    dtypes = case.dtypes | {"cu_seqlens": draw(choose("int64", "int32"))}
+    if "row_values" in dtypes:
+        sizes["R"] = draw(st.integers(0, min(count * num_keys**2, 6 if small else 20)))
+        dtypes["row_slots"] = "int64"
+    del sizes["B"], sizes["T"]
+    case = dataclasses.replace(case, sizes=sizes, dtypes=dtypes)
+    if is_half(case):
+        case = dataclasses.replace(case, actions=tuple(map(sum, zip(*case.segments, strict=True))))
+    return case
+
+
+@st.composite
 def layers(draw: st.DrawFn, op: str, small: bool) -> Case:
     """A fast-weight layer: every option, documents and padding; and where it can stream, pieces to cut it into."""
     num_keys, options = draw(memory_options(small))
@@ -444,6 +507,14 @@ def layers(draw: st.DrawFn, op: str, small: bool) -> Case:
     return Case(op, sizes, dtypes, {}, {}, arrangement, options, tuple(cuts), draw(seeds()))
 
 
+MAKERS: dict[str, Callable[[Case, torch.Generator], dict[str, Tensor]]] = {
+    "lookup": _lookup,
+    "gather": _gather,
+    "update": _update,
+    "memory": _memory,
+    "varlen": _varlen,
+    "layer": _layer,
+}
 #: How an operation's tensors are made.
 KINDS = {
     "product_key_lookup": "lookup",
@@ -453,6 +524,7 @@ KINDS = {
     "product_key_update": "lookup",
     "fast_weight_memory": "memory",
     "fast_weight_memory_step": "memory",
+    "fast_weight_memory_varlen": "varlen",
     "fast_weight_layer": "layer",
 }
 
@@ -479,6 +551,7 @@ def cases(op: str, *, small: bool = False) -> st.SearchStrategy[Case]:
         "gather": gathers,
         "update": updates,
         "memory": streams if op == "fast_weight_memory_step" else memories,
+        "varlen": packed_documents,
         "layer": layers,
     }
     return strategies[KINDS[op]](op, small)

@@ -95,7 +95,7 @@ def test_the_summary_counts_what_ran(seen, tmp_path, capsys):
 
 def test_every_operation_has_its_turn_and_a_seed_repeats_the_cases(seen, monkeypatch, tmp_path):
     monkeypatch.setattr(fuzz, "ROUND", 5)
-    arguments = ["--cases", "40", "--failures", str(tmp_path), "--seed"]
+    arguments = ["--cases", str(5 * len(OPERATIONS)), "--failures", str(tmp_path), "--seed"]
     runs = []
     for seed in ("1", "1", "2"):
         assert fuzz.main([*arguments, seed]) == 0

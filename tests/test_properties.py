@@ -12,7 +12,7 @@ from tests.strategies import OPERATIONS, Case, cases
 
 EACH = pytest.mark.parametrize("op", OPERATIONS)
 MEMORIES = ("fast_weight_memory", "fast_weight_memory_step")
-SLOW_OPERATIONS = (*MEMORIES, "fast_weight_layer")
+SLOW_OPERATIONS = (*MEMORIES, "fast_weight_memory_varlen", "fast_weight_layer")
 
 
 def check_cases(op: str, place: Place, share: float = 1.0) -> None:
@@ -62,3 +62,36 @@ def test_reads_of_what_was_written(op, key_gradient, place):
         options=options, actions=(1, 3, "no gates", 1) if op.endswith("step") else (), seed=3,
     )  # fmt: skip
     assert not judge.check(case, place.backend, place.device), "judged in full"
+
+
+def test_packed_documents_in_segments(place):
+    """Two documents with keys and rows of their own, the second with no token at first, go on behind a full chunk."""
+    names = ("queries", "targets", "keys", "values", "gates", "mask", "row_values")
+    options = {
+        "chunk_size": 2, "top_k": 2, "lookahead": 1, "score": "idw", "eps": 0.3, "weighting": "softmax",
+        "temperature": 0.6, "lr": 0.3, "weight_decay": 0.05, "clip": 0.5, "addressing_weight": 1.0,
+        "key_gradient": "addressing", "step": "normalized", "precision": "tf32x3", "boundary": "carry",
+        "sparse_grad": True,
+    }  # fmt: skip
+    case = Case(
+        "fast_weight_memory_varlen", {"S": 2, "H": 1, "n": 3, "Dk": 4, "D": 3, "own keys": 1, "R": 4},
+        dict.fromkeys(names, "float32") | {"cu_seqlens": "int64", "row_slots": "int64"}, pattern="random",
+        options=options, actions=(3, 0, 1, 3), seed=3,
+    )  # fmt: skip
+    assert not judge.check(case, place.backend, place.device), "judged in full"
+
+
+def test_gradients_of_sub_keys_that_all_tie():
+    """Their rounding is multiplied by the slope of a distance's logarithm, 1/eps; exact results cancel otherwise."""
+    options = {
+        "chunk_size": 5, "top_k": 5, "lookahead": 2, "score": "idw", "eps": 1e-3, "weighting": "silu",
+        "temperature": 3.0, "lr": 1.0, "weight_decay": 0.05, "clip": 0.02, "addressing_weight": 1.0,
+        "key_gradient": "all", "step": "gradient", "precision": "tf32x3", "boundary": "carry",
+    }  # fmt: skip
+    names = ("queries", "targets", "keys", "values", "gates")
+    case = Case(
+        "fast_weight_memory", {"B": 1, "T": 20, "H": 1, "n": 5, "Dk": 6, "D": 33},
+        dict.fromkeys((*names, "mask"), "float64"), {"queries": "expanded", "targets": "expanded"},
+        dict.fromkeys(names, "tiny"), "random", options, seed=1665,
+    )  # fmt: skip
+    assert judge.check(case) == {"unstable"}

@@ -13,39 +13,9 @@ from fwpkm_kernels import fast_weight_memory_varlen, testing
 from fwpkm_kernels.options import Options
 from tests.conftest import PLACES, slow_in_interpreter
 from tests.helpers.memory import assert_close
-from tests.helpers.varlen import CHUNK, bounds, make_packed, make_rows, run, tables_of
+from tests.helpers.varlen import CHUNK, bounds, in_segments, make_packed, make_rows, run, tables_of
 
 OPS = torch.ops.fwpkm_kernels
-
-
-def in_segments(cuts, carries=None, function=fast_weight_memory_varlen):
-    """A function like `fast_weight_memory_varlen` of whole documents, which calls `function` segment by segment.
-
-    `cuts` says for each segment how many tokens it has of each document; `carries` gets what each leaves.
-    """
-
-    def call(queries, targets, keys, values, cu_seqlens, *, rows, gates=None, mask=None, **options):
-        done = cu_seqlens[:-1].tolist()
-        parts, carry = [[] for _ in done], None
-        for lengths in cuts:
-            index = torch.cat([torch.arange(start, start + count) for start, count in zip(done, lengths, strict=True)])
-            index = index.to(queries.device)
-            factors = {name: x[index] for name, x in (("gates", gates), ("mask", mask)) if x is not None}
-            result, carry = function(
-                queries[index], targets[index], keys, values, bounds(lengths), rows=rows, carry=carry,
-                return_carry=True, **factors, **options,
-            )  # fmt: skip
-            keys, rows = result.keys, result.rows
-            by_token = (result.output, result.slots, result.weights)
-            for part, *found in zip(parts, *(x.split(list(lengths)) for x in by_token), strict=True):
-                part.append(found)
-            done = [start + count for start, count in zip(done, lengths, strict=True)]
-            if carries is not None:
-                carries.append(carry)
-        joined = (torch.cat(x) for x in zip(*(found for part in parts for found in part), strict=True))
-        return result._replace(**dict(zip(("output", "slots", "weights"), joined, strict=True)))
-
-    return call
 
 
 def check(cuts, place, rows=None, *, own_keys=False, **options):

@@ -41,3 +41,15 @@ def in_segments(lengths: Sequence[int], memory: Callable[..., Any] = fast_weight
         return MemoryOutput(output, keys, values, slots, weights)
 
     return call
+
+
+def with_a_table(**given: Any) -> Any:
+    """`fast_weight_memory` whose final rows are put into the table, as a final table has them; differentiable."""
+    result = fast_weight_memory(**given)
+    outputs, *carry = result if given.get("return_carry") else (result,)
+    document, slot, value, _ = outputs.values
+    assert not document.any()
+    assert (slot.diff() > 0).logical_or(slot[1:] < 0).all()
+    used = slot >= 0
+    outputs = outputs._replace(values=given["values"].index_put((slot[used],), value[used]))
+    return (outputs, *carry) if carry else outputs
