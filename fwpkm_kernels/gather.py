@@ -71,21 +71,30 @@ def _(grad_out, values, slots, dtype, backend):  # type: ignore[no-untyped-def]
     return slots.new_empty(slots.shape, dtype=dtype)
 
 
+def _are_cache_lines(x: Tensor) -> bool:
+    """Whether each row of x [rows, D] begins at the beginning of a cache line, of 64 bytes, and is of whole ones."""
+    bytes_of_row = x.shape[1] * x.itemsize
+    return x.is_contiguous() and x.data_ptr() % 64 == 0 and bytes_of_row % 64 == 0
+
+
 @checks.without_autocast
 def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
     dtype = compute_dtype(values.dtype)
-    if values.dtype == dtype and values.is_cpu and slots.numel() > 0:  # without a copy of the rows
+    vectors = vectors.to(dtype)
+    # BLAS, without a copy of the rows. It sums rows that lie otherwise in their cache lines in another order, and where
+    # a row lies in a compact table depends on other documents.
+    if values.is_cpu and values.dtype == dtype and slots.numel() > 0 and all(map(_are_cache_lines, (values, vectors))):
         checks.check_slot_range("slots", slots, values.shape[0])  # what is called checks nothing
         row = torch.arange(slots.shape[0], dtype=slots.dtype, device=slots.device)
         rows = row.repeat_interleave(slots.shape[1])
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.to(dtype), values, slots.flatten().contiguous(), row, rows, 0
+            vectors, values, slots.flatten().contiguous(), row, rows, 0
         ).view(slots.shape)
     out = torch.empty(slots.shape, dtype=dtype, device=values.device)
     for block in pick_blocks(slots, values.shape[1]):
         rows = pick_rows(values, slots[block]).to(dtype)  # [block, J, D], a copy
-        torch.sum(rows.mul_(vectors[block].to(dtype).unsqueeze(1)), -1, out=out[block])
+        torch.sum(rows.mul_(vectors[block].unsqueeze(1)), -1, out=out[block])
     return out
 
 
