@@ -76,14 +76,25 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
 
 @_disable_dynamo
 def _by_document(
-    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, with_rows: bool, o: Options
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    rows: Rows | None,
+    carry: DocumentsCarry | None,
+    o: Options,
+    *,
+    may_end_before: bool,
+    with_rows: bool,
 ) -> VarlenOutput:
     """The loop over documents, each with a table of its own, all of whose rows are handed out if `with_rows`.
 
-    Compiled code breaks here, since it cannot loop over documents whose number and lengths are data.
+    Compiled code breaks here, since it cannot loop over documents whose number and lengths are data. What it has not
+    checked, since that is data too, is checked now.
     """
     queries, targets, keys, values, gates, mask = inputs
-    lengths, num_slots = cu_seqlens.cpu().diff().tolist(), len(values)
+    cu_seqlens, num_slots = cu_seqlens.cpu(), len(values)
+    checks.check_bounds(cu_seqlens.tolist(), len(queries), may_end_before=may_end_before)
+    lengths = cu_seqlens.diff().tolist()
+    check_rows(rows, len(lengths), values)
     count, total = len(lengths), sum(lengths)
     # One split has one gradient as large as its input, whereas slices would have one for every document.
     tokens: Any = ([None] * count if x is None else x[:total].split(lengths) for x in (queries, targets, gates, mask))
@@ -152,7 +163,7 @@ def run_varlen(
     if carry is not None or return_carry:
         places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
     if loops:
-        result = _by_document(inputs, cu_seqlens, carry, rows, with_rows, o)
+        result = _by_document(inputs, cu_seqlens, rows, carry, o, may_end_before=may_end_before, with_rows=with_rows)
     elif carry is None or places is None:
         none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
         result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)

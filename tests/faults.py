@@ -1521,6 +1521,15 @@ FAULTS = [
         "rows_in_segments",
     ),
     Fault(
+        "bounds-that-the-loop-believes",
+        "varlen.py",
+        "    checks.check_bounds(cu_seqlens.tolist(), len(queries), may_end_before=may_end_before)\n",
+        "",
+        "compiled code loops over documents that do not begin with the first token",
+        "varlen",
+        "bad_data_in_the_loop",
+    ),
+    Fault(
         "slots-of-padding",
         "carry.py",
         "value=len(index))",

@@ -334,6 +334,16 @@ def test_bad_input(name):
         fast_weight_memory_varlen(**change(make_packed()), chunk_size=CHUNK, top_k=2)
 
 
+@pytest.mark.parametrize("name", ["not from 0", "not to T", "decreasing", "no such document", "twice"])
+def test_bad_data_in_the_loop_of_compiled_code(name):
+    """Where it is known there only."""
+    change, error, message = BAD[name]
+    options = {"chunk_size": CHUNK, "top_k": 2, "key_gradient": "all"}
+    compiled = torch.compile(functools.partial(fast_weight_memory_varlen, **options), backend="eager")
+    with pytest.raises(error, match=message):
+        compiled(**change(make_packed()))
+
+
 def test_cu_seqlens_may_be_int32():
     inputs = make_packed()
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
