@@ -116,10 +116,18 @@ def _initial_keys(keys: Tensor, packing: Packing) -> Tensor:
 
 
 def _take(moved: Tensor, part: Part) -> Tensor:
-    """The keys of the part's memories: a view where they are the first ones, as in a step, else a copy."""
-    if part.lengths is None and part.memories == list(range(len(part.memories))):
+    """The keys of the part's memories: a view where they are the first ones, else a copy."""
+    if part.is_leading:
         return moved[: len(part.memories)]
     return moved.index_select(0, _index(part.memories, moved.device))
+
+
+def _put(moved: Tensor, part: Part, keys: Tensor) -> None:
+    """The inverse of `_take`, in place."""
+    if part.is_leading:
+        moved[: len(part.memories)] = keys
+    else:
+        moved.index_copy_(0, _index(part.memories, moved.device), keys)
 
 
 def _index(numbers: list[int], device: torch.device) -> Tensor:
@@ -169,8 +177,8 @@ def _scan_addresses(
         if part.is_written and o.keys_move:
             picks = found.picks.since(part.rereads)
             step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
-            if part_keys.data_ptr() != moved.data_ptr():
-                moved.index_copy_(0, _index(part.memories, moved.device), part_keys)
+            if not part.is_leading:
+                _put(moved, part, part_keys)
         parts.append(Addresses(*(fold.back(x) for x in found)))
     if kept is not None:
         kept.part_keys[copied:] = 0.0
@@ -220,7 +228,7 @@ def _scan_addresses_grad(
         )
         grad_queries[part.reads] = fold.back(by_row)
         if count > 0:
-            moved[_index(part.memories, keys.device)] = after.view(count, *shared.shape)
+            _put(moved, part, after.view(count, *shared.shape))
         else:
             shared = after
     total.index_copy_(0, members, moved)
@@ -340,11 +348,10 @@ def run_packed(
             flat = (*flat[:-1], at.earlier)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
     read_slots, read_weights = (x.index_select(0, reads.output) for x in (slots, weights))
-    by_token = (
+    output, slots, weights = (
         _by_token(x, packed, len(targets), fill)
         for x, fill in ((output[0], 0.0), (read_slots, -1), (read_weights, 0.0))
     )
-    output, slots, weights = by_token
     return VarlenOutput(output, new_keys, rows, slots, weights), kept
 
 
@@ -425,9 +432,8 @@ def run_packed_grad(
         )
         by_read = packed.in_order_of_reads(by_lookup)
         by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
-        by_token.index_add_(
-            0, reads.token[packed.again], by_read.index_select(0, packed.again)
-        )  # of a token at most one
+        # Of each token there is at most one, so that the order of the sums does not matter.
+        by_token.index_add_(0, reads.token[packed.again], by_read.index_select(0, packed.again))
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
     grad_earlier = take_rows(table_grad, earlier, o.backend).to(table_dtype)

@@ -33,6 +33,11 @@ class Part(NamedTuple):
     lengths: list[int] | None = None  #: of tails, document by document; None where the reads are those of a step
     rows: int = 0  #: to which tails are filled up, so that the heads of their memories are looked up side by side
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether its memories are the first ones, as those of a step whose documents are all that still step."""
+        return self.lengths is None and self.memories == list(range(len(self.memories)))
+
     def fill_up(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of tails: which of the part's reads stands in each of rows·memories places, the last one of a document again
         behind it; and in which place each read stands."""

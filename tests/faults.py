@@ -634,6 +634,15 @@ FAULTS = [
         "loop and not triton",
     ),
     Fault(
+        "keys-put-back-at-the-front",
+        "packed.py",
+        "        moved.index_copy_(0, _index(part.memories, moved.device), keys)\n",
+        "        moved[: len(part.memories)] = keys\n",
+        "keys that a step has moved become those of other documents, where some begin with carried tokens",
+        "varlen_segments",
+        "segments_are_one_sequence",
+    ),
+    Fault(
         "tails-filled-up-with-gradients",
         "packed.py",
         "fold(grad_scores, is_gradient=True)",
