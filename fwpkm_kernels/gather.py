@@ -1,15 +1,17 @@
 """Sparse value gather: weighted sums of a few rows of a large table."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
-from ._operators import operator
+from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .lookup import pick_blocks, pick_rows, sum_rows
 from .plan import compact_totals, plan_segments, segment_totals
@@ -73,6 +75,13 @@ def _(grad_out, values, slots, dtype, backend):  # type: ignore[no-untyped-def]
 def row_dots(values: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     """<values[slots[m, j]], vectors[m]> in plain PyTorch: [M, J], in the compute dtype."""
     dtype = compute_dtype(values.dtype)
+    if values.dtype == dtype and values.is_cpu and slots.numel() > 0:  # without a copy of the rows
+        checks.check_slot_range("slots", slots, values.shape[0])  # what is called checks nothing
+        row = torch.arange(slots.shape[0], dtype=slots.dtype, device=slots.device)
+        rows = row.repeat_interleave(slots.shape[1])
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            vectors.to(dtype), values, slots.flatten().contiguous(), row, rows, 0
+        ).view(slots.shape)
     out = torch.empty(slots.shape, dtype=dtype, device=values.device)
     for block in pick_blocks(slots, values.shape[1]):
         rows = pick_rows(values, slots[block]).to(dtype)  # [block, J, D], a copy
@@ -110,27 +119,47 @@ def _(grad_out, weights, order, rows, start, end, num_slots, dtype, compact, bac
     return grad_out.new_empty(order.shape[0] if compact else num_slots, grad_out.shape[1], dtype=dtype)
 
 
+def _gather(
+    run: Callable[..., Tensor], values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool, backend: str
+) -> Tensor:
+    """Validate, and gather by `run`, the operator or its function."""
+    _check_gather(values, slots, weights, sparse_grad, backend)
+    return run(values, _rows(slots), _rows(weights), backend).view(*slots.shape[:-1], values.shape[1])
+
+
+def _gather_grads(
+    function: Callable[[CustomOpDef], Callable[..., Tensor]],
+    grad_out: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    needs_values: bool,
+    needs_weights: bool,
+    sparse_grad: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the table and of the weights; `function` says what is called in the place of an operator."""
+    grad_values = grad_weights = None
+    if needs_weights:
+        grad_weights = function(_weights_grad_op)(grad_out, values, slots, weights.dtype, backend)
+    if needs_values:
+        plan = plan_segments(slots, values.shape[0])
+        of_table = (values.shape[0], values.dtype)
+        grad_values = function(_values_grad_op)(grad_out, weights, *plan, *of_table, sparse_grad, backend)
+        if sparse_grad:
+            # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
+            # of a slot's accesses stands at the first of its entries; the others are zero.
+            rows = plan.rows.long().unsqueeze(0)
+            grad_values = torch.sparse_coo_tensor(rows, grad_values, values.shape, check_invariants=False)
+    return grad_values, grad_weights
+
+
 class _SparseValueGatherBackward(Function):
     """First derivatives; differentiating them again raises."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, grad_out, values, slots, weights, needs_values, needs_weights, sparse_grad, backend
-    ):
-        grad_values = grad_weights = None
-        if needs_weights:
-            grad_weights = _weights_grad_op(grad_out, values, slots, weights.dtype, backend)
-        if needs_values:
-            plan = plan_segments(slots, values.shape[0])
-            of_table = (values.shape[0], values.dtype)
-            grad_values = _values_grad_op(grad_out, weights, *plan, *of_table, sparse_grad, backend)
-            if sparse_grad:
-                # One entry per access, as torch.nn.Embedding gives: an exact count of rows would synchronise. The sum
-                # of a slot's accesses stands at the first of its entries; the others are zero.
-                grad_values = torch.sparse_coo_tensor(
-                    plan.rows.long().unsqueeze(0), grad_values, values.shape, check_invariants=False
-                )
-        return grad_values, grad_weights
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _gather_grads(lambda op: op, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -146,11 +175,10 @@ class SparseValueGather(Function):
     ) -> Tensor:
         """Validate, gather, and keep the three inputs for backward."""
         refuse_transforms("sparse_value_gather", (values, slots, weights))
-        _check_gather(values, slots, weights, sparse_grad, backend)
-        out = _gather_op(values, _rows(slots), _rows(weights), backend)
+        out = _gather(_gather_op, values, slots, weights, sparse_grad, backend)
         ctx.save_for_backward(values, slots, weights)
         ctx.options = (sparse_grad, backend)
-        return out.view(*slots.shape[:-1], values.shape[1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
@@ -159,9 +187,12 @@ class SparseValueGather(Function):
         values, slots, weights = ctx.saved_tensors
         refuse_transforms("sparse_value_gather", (grad_out, values, weights))
         inputs = (_rows(grad_out), values, _rows(slots), _rows(weights))
-        results = _SparseValueGatherBackward.apply(*inputs, needs_values, needs_weights, *ctx.options)
-        grad_values, grad_weights = results
-        return grad_values, None, grad_weights.view(slots.shape) if needs_weights else None, None, None
+        needs = (needs_values, needs_weights)
+        if is_plain(*inputs):
+            grad_values, grad_weights = _gather_grads(function_of, *inputs, *needs, *ctx.options)
+        else:
+            grad_values, grad_weights = _SparseValueGatherBackward.apply(*inputs, *needs, *ctx.options)
+        return grad_values, None, None if grad_weights is None else grad_weights.view(slots.shape), None, None
 
 
 def _check_gather(values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool, backend: str) -> None:
@@ -210,5 +241,7 @@ def sparse_value_gather(
     """
     instead_of_vmap = "put the batch into the leading dimensions of `slots` and `weights`"
     refuse_transforms("sparse_value_gather", (values, slots, weights), instead_of_vmap)
+    if is_plain(values, slots, weights):
+        return _gather(function_of(_gather_op), values, slots, weights, sparse_grad, backend)
     out: Tensor = SparseValueGather.apply(values, slots, weights, sparse_grad, backend)
     return out

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
-from ._operators import operator
+from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .lookup import check_lookup, half_differences, half_grad_torch, lookup_halves, pick_blocks, pick_rows
 from .options import KeyStep, schema_of
@@ -379,7 +379,10 @@ def product_key_update(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     refuse_transforms("product_key_update", (keys, queries))
-    new_keys: Tensor = ProductKeyUpdate.apply(
-        keys, queries, top_k, score, eps, lr, weight, weight_decay, clip, precision, backend
-    )
+    options = (top_k, score, eps, lr, weight, weight_decay, clip, precision, backend)
+    new_keys: Tensor
+    if is_plain(keys, queries):
+        new_keys, _, _ = function_of(_key_step_op)(keys, queries, *_check_key_step(keys, queries, KeyStep(*options)))
+    else:
+        new_keys = ProductKeyUpdate.apply(keys, queries, *options)
     return new_keys

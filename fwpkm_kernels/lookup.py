@@ -1,7 +1,7 @@
 """Product-key lookup: the best K of n² slots from the scores of 2·n sub-keys."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch.autograd import Function
 
 from . import _checks as checks
 from ._autograd import refuse_transforms
-from ._operators import operator
+from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .options import Lookup, schema_of
 from .plan import plan_segments, segment_totals
+from .ranking import best_columns, may_have_equals, order_equals_
 from .records import Addresses, Plan
 
 # Half scores, or gathered rows, that the PyTorch path holds at a time, in elements: 64 MiB of float32.
@@ -22,9 +23,6 @@ BLOCK_ELEMENTS = 2**24
 # Picked rows that it holds at a time, in elements: 2 MiB, which the allocator keeps from one block to the next, so that
 # the system need not map and clear their pages again.
 _PICK_ELEMENTS = 2**19
-
-# Up to so many columns are sorted in the time in which torch.topk finds the best ones and equals are looked for.
-_FEW_COLUMNS = 32
 
 
 def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slice]:
@@ -34,69 +32,54 @@ def row_blocks(num_rows: int, row_elements: int, elements: int) -> Iterator[slic
         yield slice(begin, begin + step)
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best k of the last dimension and their columns, in order: the lower of equals first, NaN is the largest.
-
-    Third comes the best of the others, with one column; without others -inf or no column.
-    torch.topk promises nothing about equals, and a stable sort of many columns costs many times more: so of those only
-    rows in which one of the k has an equal, or is NaN, are sorted whole. What is left in `scores` is of no use.
-    """
-    if scores.shape[-1] <= _FEW_COLUMNS:
-        ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-        return ordered[..., :k], order[..., :k], ordered[..., k : k + 1]
-    best, columns = torch.topk(scores, k)
-    scores.scatter_(-1, columns, -math.inf)
-    others = scores.amax(-1, keepdim=True)
-    is_clear = torch.cat((best[..., 1:], others), -1) < best
-    if not is_clear.all():
-        tied = ~is_clear.all(-1)
-        rows = scores[tied].scatter_(-1, columns[tied], best[tied])
-        ordered, order = torch.sort(rows, dim=-1, descending=True, stable=True)
-        best[tied], columns[tied] = ordered[..., :k], order[..., :k]
-    return best, columns, others
-
-
 def _half_winners(queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
     """The K best sub-keys of queries [2·H, M, Dk/2] among keys [2·H, n, Dk/2], in order: scores, columns [2·H, M, K].
 
     Under "idw" they are found by q·k - |k|²/2. |q - k|² is |q|² less twice that, which is as good as the square of the
-    difference where it is no less than |q|²/2: then |q|² + |k|² is at most 8 times as much. A matrix product may round
-    equal sub-keys differently: so where two of the K lie within its roundings, the K are scored by their differences,
-    and where the K-th and the next do, all sub-keys are.
+    difference where it is no less than |q|²/2: then |q|² + |k|² is at most 8 times as much. Other rows are scored by
+    the differences. A matrix product may round equal sub-keys differently: so in these rows, and in all rows where
+    there may be equal sub-keys, the K are scored by their differences where two of them lie within its roundings, and
+    all sub-keys are where the K-th and the next do.
     """
     if o.score == "dot":
-        return _best(torch.bmm(queries, keys.mT), o.top_k)[:2]
+        return best_columns(torch.bmm(queries, keys.mT), o.top_k)[:2]
     num_keys, half = keys.shape[1:]
     lengths = torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
     query_norms = lengths.square()
     key_norms = keys.square().sum(-1).unsqueeze(1)  # those of equal sub-keys are equal, unlike a vector_norm's
-    best, columns, others = _best(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
-    if not best.isfinite().all():
+    best, columns, others = best_columns(torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5), o.top_k)
+    distances, is_good = _distances(query_norms, best)
+    if not is_good.all() and not best.isfinite().all():
         # An infinite query or sub-key is infinitely far, though q·k may have either sign or be NaN; NaN stays NaN.
         sums = query_norms + key_norms
         ranks = torch.baddbmm(key_norms, queries, keys.mT, beta=-0.5)
-        best, columns, others = _best(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
-    largest = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).amax(-1, keepdim=True)
-    rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps * (lengths * largest.sqrt() + largest)
-    is_near = -torch.cat((best, others), -1).diff() <= rounding
-    distances = torch.add(query_norms, best, alpha=-2.0)
-    is_good = (distances >= 0.5 * query_norms) & distances.isfinite()  # inf may be NaN: inf - inf, by the difference
-    if is_near.any() or not is_good.all():
-        by_difference = is_near.any(-1) | ~is_good.all(-1)  # if one of the K is, all are
+        best, columns, others = best_columns(torch.where(sums.isfinite(), ranks, -sums), o.top_k)
+        distances, is_good = _distances(query_norms, best)
+    has_equals = may_have_equals(keys, key_norms.squeeze(1))
+    if has_equals or not is_good.all():
+        largest = key_norms.expand(-1, queries.shape[1], -1).gather(-1, columns).amax(-1, keepdim=True)
+        rounding = 2.0 * math.sqrt(half) * torch.finfo(keys.dtype).eps * (lengths * largest.sqrt() + largest)
+        is_near = -torch.cat((best, others), -1).diff() <= rounding
+        if not has_equals:
+            is_near &= ~is_good
+        by_difference = is_near.any(-1) | ~is_good.squeeze(-1)
         sub_keys = columns[by_difference] + num_keys * by_difference.nonzero()[:, :1]
         distances[by_difference] = _exact_distances(queries[by_difference], keys.flatten(0, 1), sub_keys)
         is_open = is_near[..., o.top_k - 1 :].any(-1)  # which ones are the K; no row is where K = n
         if is_open.any():
             sub_keys = torch.arange(num_keys, device=keys.device) + num_keys * is_open.nonzero()[:, :1]
             ranks = -_exact_distances(queries[is_open], keys.flatten(0, 1), sub_keys)
-            nearest, columns[is_open], _ = _best(ranks, o.top_k)
+            nearest, columns[is_open], _ = best_columns(ranks, o.top_k)
             distances[is_open] = -nearest
     scores = distances.add_(o.eps).log_().neg_()
-    if not (scores[..., 1:] < scores[..., :-1]).all():  # by other roundings than those of the ranks
-        columns, order = torch.sort(columns, dim=-1)
-        scores, order = torch.sort(scores.gather(-1, order), dim=-1, descending=True, stable=True)
-        columns = columns.gather(-1, order)
+    order_equals_(scores, columns)  # which may come by other roundings than those of the ranks
     return scores, columns
+
+
+def _distances(query_norms: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """|q|² - 2·best, ascending, and whether all K of a row are good: none has cancelled or is infinite, [..., 1]."""
+    distances = torch.add(query_norms, best, alpha=-2.0)
+    return distances, (distances[..., :1] >= 0.5 * query_norms) & (distances[..., -1:] < math.inf)
 
 
 @checks.without_autocast
@@ -106,8 +89,8 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     num_keys, half = keys.shape[2:]
     top_k, dtype = o.top_k, compute_dtype(keys.dtype)
     tables = keys.flatten(0, 1).to(dtype)
-    pairs = [(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]
-    first, second = torch.tensor([*zip(*pairs, strict=True)], device=queries.device)  # in flat order i·K + j
+    ordinals = torch.arange(1, top_k + 1, device=queries.device)
+    first, second = (ordinals.unsqueeze(1) * ordinals <= top_k).nonzero().unbind(1)  # in flat order i·K + j
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
@@ -117,9 +100,9 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
         half_scores[block] = best.permute(2, 0, 1, 3)
         torch.add(found.permute(2, 0, 1, 3), first_rows, out=sub_keys[block])
         sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
-        best_sums, pair, _ = _best(sums, top_k)
-        of_pairs = found[:, 1].index_select(-1, second).add_(found[:, 0].index_select(-1, first), alpha=num_keys)
-        scores[block], slots[block] = best_sums.transpose(0, 1), of_pairs.gather(-1, pair).transpose(0, 1)
+        best_sums, pair, _ = best_columns(sums, top_k)
+        found_slots = found[:, 1].gather(-1, second[pair]).add_(found[:, 0].gather(-1, first[pair]), alpha=num_keys)
+        scores[block], slots[block] = best_sums.transpose(0, 1), found_slots.transpose(0, 1)
     return result
 
 
@@ -324,6 +307,13 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
+def _look_up(run: Callable[..., Any], queries: Tensor, keys: Tensor, o: Lookup) -> tuple[Tensor, Tensor]:
+    """Scores and slots [..., H, K] by `run`, the operator or its function."""
+    scores, slots = run(_flat(queries), keys, *o)
+    size = (*queries.shape[:-1], o.top_k)
+    return scores.view(size), slots.view(size)
+
+
 class _ProductKeyLookupBackward(Function):
     """First derivatives; differentiating them again raises."""
 
@@ -345,9 +335,7 @@ class ProductKeyLookup(Function):
         queries, keys, *options = args  # one parameter, as in `FastWeightMemory.forward`
         refuse_transforms("product_key_lookup", (queries, keys))
         o = check_lookup(queries, keys, Lookup(*options))
-        scores, slots = _lookup_op(_flat(queries), keys, *o)
-        size = (*queries.shape[:-1], o.top_k)
-        scores, slots = scores.view(size), slots.view(size)
+        scores, slots = _look_up(_lookup_op, queries, keys, o)
         ctx.save_for_backward(queries, keys, slots)
         ctx.mark_non_differentiable(slots)
         ctx.options = o
@@ -446,5 +434,8 @@ def product_key_lookup(
     """
     instead_of_vmap = "put the batch into the leading dimensions of `queries`"
     refuse_transforms("product_key_lookup", (queries, keys), instead_of_vmap)
-    result: tuple[Tensor, Tensor] = ProductKeyLookup.apply(queries, keys, top_k, score, eps, precision, backend)
+    options = (top_k, score, eps, precision, backend)
+    if is_plain(queries, keys):
+        return _look_up(function_of(_lookup_op), queries, keys, check_lookup(queries, keys, Lookup(*options)))
+    result: tuple[Tensor, Tensor] = ProductKeyLookup.apply(queries, keys, *options)
     return result

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import NARROW_ACCESSES, NARROW_ROWS, check_sort, exceeds
+from ._operators import is_plain
 from .records import PickPlan, Picks, Plan
 
 #: Whether Triton compiles the kernels' asserts. Slots are then not cut to 32 bits, in which 2³² would pass as slot 0.
@@ -24,7 +25,14 @@ def plan_segments(slots: Tensor, num_slots: int) -> Plan:
     Never synchronises with the host.
     """
     rows, order = sort_slots(slots, num_slots)
-    is_narrow = position_dtype(rows.numel()) == torch.int32
+    dtype = position_dtype(rows.numel())
+    if is_plain(rows):  # a shape that depends on the data costs nothing here, and two searches cost several times more
+        _, counts = torch.unique_consecutive(rows, return_counts=True)
+        end = counts.cumsum(0)
+        bounds = torch.stack((end - counts, end)).to(dtype)
+        start, end = bounds.repeat_interleave(counts, dim=1, output_size=rows.numel()).unbind()
+        return Plan(order, rows, start, end)
+    is_narrow = dtype == torch.int32
     start = torch.searchsorted(rows, rows, out_int32=is_narrow)
     end = torch.searchsorted(rows, rows, right=True, out_int32=is_narrow)
     return Plan(order, rows, start, end)

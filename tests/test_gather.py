@@ -63,6 +63,13 @@ def test_strides_of_inputs_and_of_incoming_gradients(layout, place):
     check(inputs, place, cotangent=layout)
 
 
+@pytest.mark.parametrize("layout", ["sliced", "strided"])
+def test_strides_that_flatten_to_strides(layout, place):
+    """Slots of one pick, whose flat view is no copy."""
+    inputs = testing.make_gather_inputs((4,), 1, 30, 9, device=place.device)
+    check(inputs._replace(slots=testing.with_layout(inputs.slots, layout)), place)
+
+
 def test_int32_slots(place):
     values, slots, weights = testing.make_gather_inputs(device=place.device)
     out = sparse_value_gather(values, slots, weights, backend=place.backend)

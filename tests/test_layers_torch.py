@@ -51,7 +51,7 @@ def test_compiled_training(kind):
         for ours, theirs in zip(run(layer, lambda x, given=given: compiled(x, **given), x), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         if kind == "persistent":
-            for ours, theirs in zip(layer._pending[1], pending[1], strict=True):
+            for ours, theirs in zip(layer._pending[1][:3], pending[1][:3], strict=True):  # decay is None
                 testing.assert_bitwise_equal(ours, theirs)
     assert counter.frame_count == 1
 

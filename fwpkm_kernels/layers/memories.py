@@ -1,5 +1,6 @@
 """What a memory that streams holds for its sequences: sessions of a pool, or states with a table each."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -160,9 +161,9 @@ class Past(NamedTuple):
     tokens: Tokens
 
 
-def _cut(tokens: Tokens, part: slice, rows: slice = slice(None)) -> Tokens:
-    """Some of the tokens [S, t, ...] of some rows."""
-    return tokens.map(lambda x: x[rows, part])
+def _cut(tokens: Tokens, part: slice) -> Tokens:
+    """Some of the tokens [S, t, ...] of each row."""
+    return tokens.map(lambda x: x[:, part])
 
 
 class States:
@@ -215,7 +216,8 @@ class States:
         output = torch.zeros_like(tokens.targets)
         for row, count in enumerate(lengths or [length] * len(self.states)):
             part = slice(length - count, length)
-            output[row : row + 1, part] = self._read(row, _cut(tokens, part, slice(row, row + 1)), record)
+            of_row = tokens.map(operator.itemgetter(slice(row, row + 1)))
+            output[row : row + 1, part] = self._read(row, _cut(of_row, part), record)
         return output
 
     def _read(self, index: int, tokens: Tokens, record: bool) -> Tensor:
