@@ -159,24 +159,29 @@ def run_varlen(
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     before = empty_carry(inputs, documents, o) if carry is None else carry
-    places = None
+    places, left, packed = None, None, inputs
     if carry is not None or return_carry:
         places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
+        joined = prepend_windows(before, inputs)
+        if return_carry:
+            left = leave_documents(joined, places, o)
+        if carry is not None and not loops:
+            index = places.packed
+            if not torch.compiler.is_compiling():  # where its size must not depend on the data
+                index = index[: int(places.bounds[-1])]
+            packed = take_tokens(joined, index)
+        del joined  # which is large, and not needed while the memories run
     if loops:
         result = _by_document(inputs, cu_seqlens, rows, carry, o, may_end_before=may_end_before, with_rows=with_rows)
     elif carry is None or places is None:
         none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
         result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)
     else:
-        packed = places.packed
-        if not torch.compiler.is_compiling():  # where its size must not depend on the data
-            packed = packed[: int(places.bounds[-1])]
-        packed, outputs = (x.to(inputs.targets.device, non_blocking=True) for x in (packed, places.outputs))
-        both = take_tokens(prepend_windows(before, inputs), packed)
-        result = run_documents(both, places.bounds, places.carried, rows, sparse_grad, o)
-        output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
+        result = run_documents(packed, places.bounds, places.carried, rows, sparse_grad, o)
+        index = places.outputs.to(inputs.targets.device, non_blocking=True)
+        output, slots, weights = (x.index_select(0, index) for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)
-    return result, leave_documents(before, inputs, places) if return_carry and places is not None else None
+    return result, left
 
 
 def fast_weight_memory_varlen(

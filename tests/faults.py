@@ -1004,8 +1004,8 @@ FAULTS = [
     Fault(
         "carry-has-no-gradient",
         "carry.py",
-        "    both = prepend_windows(before, inputs)\n    left",
-        "    both = prepend_windows(before, inputs.detach())\n    left",
+        "    left = take_tokens(joined, places.last)\n",
+        "    left = take_tokens(joined.detach(), places.last)\n",
         "gradients of documents end at the segment",
         "layers_segments",
         "documents_in_segments",
