@@ -459,6 +459,17 @@ def test_decay_costs_no_mask_for_each_chunk():
     assert peaks[1] - peaks[0] < 16 * rows  # of a few arrays of the rows, and not of 64
 
 
+def test_what_backward_keeps_is_made_once():
+    """With no memory beside it that is not used."""
+    inputs = make_packed((40, 24, 33), heads=1, num_keys=40, mask=None, gates=False, width=4, dtype=torch.float32)
+    call = functools.partial(fast_weight_memory_varlen, **inputs, chunk_size=8, addressing_weight=0.0)
+    without, kept = peak_cpu(call), []
+    inputs["queries"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        call()
+    assert peak_cpu(call) - without < 0.75 * sum(kept)  # of which a part is needed without gradients too
+
+
 def test_documents_that_write_nothing_have_no_copies_of_the_keys():
     """Which would be larger than all else that a batch of many short documents keeps."""
     inputs = make_packed([2] * 6)
