@@ -346,7 +346,7 @@ def run_packed(
         *(at.ids, writes, output, None if log is None else log[:size], _spans(packing, at.document, o), o),
     )
     rows = Rows(at.document, at.slot, table)
-    if kept is not None:
+    if kept is not None and log is not None:
         given = at.slot.new_empty(0) if at.earlier is None else at.earlier
         flat = (*found, kept.part_keys, write_weights, counts, *plan, log, given)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))

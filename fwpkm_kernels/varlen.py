@@ -259,9 +259,11 @@ def fast_weight_memory_varlen(
         [S, H, 2, n, Dk/2]; rows, those that each document has read, and those given, after its last write, in the order
         of documents and slots, then unused places; slots (int64) and weights of the output reads, [T, J]. R, how many
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
-        under key_gradient="all". With a weight decay all other rows of a document have decayed too: `rows.decay` says
-        to what part of those of `values`, (1 - lr · weight_decay) for each chunk that the document has written, those
-        before the rows that were given included. It is a constant for gradients.
+        under key_gradient="all". With a carry the tokens that are read again count too: those that there are, whose
+        number positions say, but in compiled code all that a carry holds. With a weight decay all other rows of a
+        document have decayed too: `rows.decay` says to what part of those of `values`, (1 - lr · weight_decay) for each
+        chunk that the document has written, those before the rows that were given included. It is a constant for
+        gradients.
         With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
         copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
         Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in
