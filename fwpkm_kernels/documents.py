@@ -6,7 +6,7 @@ Tokens that a mask marks as padding belong to no document. No document's results
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,6 @@ class Documents(NamedTuple):
     def are_rows(self) -> bool:
         """Whether every row is a document, without padding."""
         return self.mask is None and self.cu_seqlens is None
-
-    @property
-    def is_one(self) -> bool:
-        """Whether all tokens belong to one document, so that nothing needs to be cut apart and put back."""
-        return self.batch == 1 and self.are_rows
 
     def bounds(self, device: torch.device) -> Tensor:
         """Where the documents of a row begin, and where the last one ends, int64 [S / B + 1]; without waiting."""
@@ -138,40 +133,6 @@ def make_documents(
     documents = Documents(batch, length, attention_mask, cu_seqlens, cu_seqlens_cpu)
     documents.check()
     return documents
-
-
-def take(x: Tensor | None, pieces: list[slice | Tensor]) -> list[Any]:
-    """Cut x [B, T, ...] into the tokens of each document, [1, t, ...]; None into a None for each.
-
-    One split has one gradient as large as x, whereas slices would have one for every document.
-    """
-    if x is None:
-        return [None] * len(pieces)
-    flat = x.flatten(0, 1)
-    sizes, end = [], 0  # of the gap before a document and of the document, by turns
-    for piece in pieces:
-        start, stop = (piece.start, piece.stop) if isinstance(piece, slice) else (int(piece[0]), int(piece[-1]) + 1)
-        if start == stop:  # the bounds of an empty document mean nothing
-            start = stop = end
-        sizes += [start - end, stop - start]
-        end = stop
-    parts = flat.split([*sizes, len(flat) - end])[1::2]
-    return [
-        (x if isinstance(piece, slice) else x.index_select(0, (piece - piece[0]).to(x.device))).unsqueeze(0)
-        for x, piece in zip(parts, pieces, strict=True)
-    ]
-
-
-def put_back(parts: list[Tensor], pieces: list[slice | Tensor], like: Tensor, fill: float = 0) -> Tensor:
-    """The inverse of `take`: documents' parts [1, t, ...] as one tensor [B, T, ...] like `like`, `fill` at padding."""
-    packed = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).squeeze(0)
-    batch, length = like.shape[:2]
-    rest = packed.shape[1:]
-    if packed.shape[0] != batch * length:
-        index = torch.cat([torch.arange(x.start, x.stop, device="cpu") if isinstance(x, slice) else x for x in pieces])
-        padded = packed.new_full((batch * length, *rest), fill)
-        packed = padded.index_copy(0, index.to(packed.device), packed)
-    return packed.view(batch, length, *rest)
 
 
 def mean_gate(gates: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:

@@ -189,19 +189,18 @@ def run_documents(
     return VarlenOutput(output, new_keys, Rows(document, slot, value, decay), slots, weights)
 
 
-def check_rows(rows: Rows | None, documents: int, values: Tensor) -> None:
+def check_rows(rows: Rows | None, documents: int, values: Tensor, name: str = "rows") -> None:
     """On CPU tensors: rows name documents and slots that there are, none of them twice."""
     if rows is None or not rows.slot.is_cpu:
         return
-    checks.check_slot_range("rows.slot", rows.slot, len(values), minimum=-1)
+    checks.check_slot_range(f"{name}.slot", rows.slot, len(values), minimum=-1)
     used = rows.slot >= 0
     document = rows.document[used]
-    checks.check_slot_range("rows.document", document, documents)
+    checks.check_slot_range(f"{name}.document", document, documents)
     names = (document.long() * len(values) + rows.slot[used]).sort().values
     twice = (names[1:] == names[:-1]).nonzero()
     if len(twice) > 0:
-        name = int(names[twice[0, 0]])
+        number, slot = divmod(int(names[twice[0, 0]]), len(values))
         raise ValueError(
-            "`rows` must hold no slot of a document twice, got document "
-            f"{name // len(values)}, slot {name % len(values)} more than once"
+            f"`{name}` must hold no slot of a document twice, got document {number}, slot {slot} more than once"
         )

@@ -72,6 +72,7 @@ class MemoryPool:
         self.keep_past = keep_past
         self._keys, self._values = keys, values
         self._sessions: dict[int, Session] = {}
+        self._ended: list[int] = []  # sessions that are closed as soon as room is wanted: finalizers name them
         self._next = 0
         with torch.inference_mode(False), torch.no_grad():
             self._store = SessionStore(keys, values, rows, grows=capacity is None)
@@ -171,6 +172,7 @@ class MemoryPool:
         """End a session; what it alone has held is free."""
         self._store.drop(self._get(session))
         del self._sessions[session]
+        self._close_ended()
 
     @_alone
     def reset(self, session: int) -> None:
@@ -320,6 +322,7 @@ class MemoryPool:
             raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the positions; use PoolGraph")
         o = self._check(queries, targets, gates, mask, o)
         ones = self._named(sessions, len(queries))
+        self._close_ended()
         length = queries.shape[1]
         counts = check_lengths(lengths, len(ones), length)
         self._bind(queries, targets, o)
@@ -387,6 +390,21 @@ class MemoryPool:
         for i, place in enumerate(where):
             output[place] = read[:, i]
 
+    @_alone
+    def _most_missing(self, sessions: Sequence[int], chunks: Sequence[int], accesses: int) -> int:
+        """How many free rows there must be more, at most, for sessions to write so many chunks, at least one of each,
+        of so many accesses, whatever they address. This waits for a GPU."""
+        self._close_ended()
+        pairs = zip(map(self._get, sessions), chunks, strict=True)
+        wanted = sum(self._store.most_wanted(one, count, accesses, self.keep_past) for one, count in pairs)
+        return max(0, wanted - self.num_free_rows)
+
+    def _close_ended(self) -> None:
+        while self._ended:
+            one = self._sessions.pop(self._ended.pop(), None)
+            if one is not None:  # somebody may have closed it by its number
+                self._store.drop(one)
+
     def _get(self, session: int, name: str = "session") -> Session:
         """The session with an id."""
         number = checks.check_int(name, session, minimum=0)
@@ -418,6 +436,7 @@ class MemoryPool:
 
     def _add(self, one: Session) -> int:
         """Give a session an id."""
+        self._close_ended()
         self._sessions[self._next] = one
         self._next += 1
         return self._next - 1

@@ -137,6 +137,12 @@ class SessionStore:
         held = [x for x in (one, one.past) if x is not None and x.stored is None]
         return int(self.pages.without([self.indices[x.seat] for x in held])[1])
 
+    def most_wanted(self, one: Session, chunks: int, accesses: int, keep_past: bool) -> int:
+        """How many free rows a session needs at most to write so many chunks of so many accesses. Waits for a GPU."""
+        of_chunk, slots = min(accesses, len(self.initial)), len(self.initial)
+        held = min(self.count_rows(one) + chunks * of_chunk, slots) + (of_chunk if keep_past else 0)
+        return max(0, held - self._count_own(one))
+
     def make_room(self, wanted: int, what: str) -> None:
         """Let there be so many free rows.
 

@@ -26,7 +26,37 @@ from .packed_function import check_rows, run_documents
 from .records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
 
 
-def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options, may_end_before: bool) -> Options:
+def _check_rows_given(name: str, rows: Rows, documents: int, values: Tensor) -> None:
+    """Refuse rows that are not those of so many documents over these values."""
+    if not isinstance(rows, Rows):
+        raise TypeError(f"`{name}` must be Rows(document, slot, value), got {type(rows).__name__}")
+    checks.check_tensor(f"{name}.document", rows.document, 1, "[R]")
+    checks.check_tensor(f"{name}.slot", rows.slot, 1, "[R]")
+    checks.check_tensor(f"{name}.value", rows.value, 2, "[R, D]")
+    checks.check_like(f"{name}.document", rows.document, f"{name}.slot", rows.slot)
+    rule = f"`{name}.value` [R, D] must have a row for each of `{name}.slot` [R], as wide as `values`"
+    checks.check_shapes(rows.value.shape == (*rows.slot.shape, values.shape[1]), rule, rows.value, values)
+    for field, x in ((f"{name}.document", rows.document), (f"{name}.slot", rows.slot)):
+        if x.dtype != torch.int64:
+            raise TypeError(f"`{field}` must be int64, got {x.dtype}")
+        checks.check_device(field, x, "values", values)
+    if rows.decay is not None:
+        checks.check_tensor(f"{name}.decay", rows.decay, 1, "[S]")
+        if rows.decay.shape[0] != documents:
+            raise ValueError(f"`{name}.decay` must be [{documents}], got {checks.shape(rows.decay)}")
+        if rows.decay.dtype != compute_dtype(values.dtype):
+            raise TypeError(f"`{name}.decay` must be {compute_dtype(values.dtype)}, got {rows.decay.dtype}")
+        checks.check_device(f"{name}.decay", rows.decay, "values", values)
+    if rows.value.dtype != values.dtype:
+        raise TypeError(f"`{name}.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
+    checks.check_device(f"{name}.value", rows.value, "values", values)
+    if not torch.compiler.is_compiling():
+        check_rows(rows, documents, values, name)
+
+
+def _check_varlen(
+    inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Options, may_end_before: bool, rows_name: str
+) -> Options:
     """Validate the arguments; returns the options with their numbers as ints and floats."""
     queries, keys, values = inputs.queries, inputs.keys, inputs.values
     checks.check_tensor("cu_seqlens", cu_seqlens, 1, "[S + 1]")
@@ -47,30 +77,7 @@ def _check_varlen(inputs: Inputs, cu_seqlens: Tensor, rows: Rows | None, o: Opti
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         checks.check_bounds(cu_seqlens.tolist(), queries.shape[0], may_end_before=may_end_before)
     if rows is not None:
-        if not isinstance(rows, Rows):
-            raise TypeError(f"`rows` must be Rows(document, slot, value), got {type(rows).__name__}")
-        checks.check_tensor("rows.document", rows.document, 1, "[R]")
-        checks.check_tensor("rows.slot", rows.slot, 1, "[R]")
-        checks.check_tensor("rows.value", rows.value, 2, "[R, D]")
-        checks.check_like("rows.document", rows.document, "rows.slot", rows.slot)
-        rule = "`rows.value` [R, D] must have a row for each of `rows.slot` [R], as wide as `values`"
-        checks.check_shapes(rows.value.shape == (*rows.slot.shape, values.shape[1]), rule, rows.value, values)
-        for name, x in (("rows.document", rows.document), ("rows.slot", rows.slot)):
-            if x.dtype != torch.int64:
-                raise TypeError(f"`{name}` must be int64, got {x.dtype}")
-            checks.check_device(name, x, "values", values)
-        if rows.decay is not None:
-            checks.check_tensor("rows.decay", rows.decay, 1, "[S]")
-            if rows.decay.shape[0] != documents:
-                raise ValueError(f"`rows.decay` must be [{documents}], got {checks.shape(rows.decay)}")
-            if rows.decay.dtype != compute_dtype(values.dtype):
-                raise TypeError(f"`rows.decay` must be {compute_dtype(values.dtype)}, got {rows.decay.dtype}")
-            checks.check_device("rows.decay", rows.decay, "values", values)
-        if rows.value.dtype != values.dtype:
-            raise TypeError(f"`rows.value` must have the dtype of `values`, {values.dtype}, got {rows.value.dtype}")
-        checks.check_device("rows.value", rows.value, "values", values)
-        if not torch.compiler.is_compiling():
-            check_rows(rows, documents, values)
+        _check_rows_given(rows_name, rows, documents, values)
     return o
 
 
@@ -135,16 +142,18 @@ def run_varlen(
     *,
     may_end_before: bool = False,
     with_rows: bool = True,
+    rows_name: str = "rows",
 ) -> tuple[VarlenOutput, DocumentsCarry | None]:
     """`fast_weight_memory_varlen`, and the carry with `return_carry`.
 
     With `may_end_before` there may be tokens behind the last document, which belong to none: their output and weights
-    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out.
+    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out. Errors name the rows by
+    `rows_name`.
     """
     value = rows.value if isinstance(rows, Rows) else None
     of_carry = carry if isinstance(carry, DocumentsCarry) else ()
     refuse_transforms("fast_weight_memory_varlen", (*inputs, value, *of_carry))
-    o = _check_varlen(inputs, cu_seqlens, rows, o, may_end_before)
+    o = _check_varlen(inputs, cu_seqlens, rows, o, may_end_before, rows_name)
     checks.check_flag("return_carry", return_carry)
     checks.check_flag("sparse_grad", sparse_grad)
     documents = cu_seqlens.shape[0] - 1

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -50,15 +51,18 @@ def test_a_pool_that_grows_reads_as_one_that_was_large(capacity, cuts):
     assert not large.pool.grows
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("missing", [1, 20])
 @pytest.mark.parametrize("begun", [0, 6])
-def test_a_call_for_which_there_is_no_room_reads_nothing(begun, missing):
+def test_a_call_for_which_there_is_no_room_reads_nothing(begun, missing, record):
     """Although some chunks of it would have found room; then it goes through as if nothing had been."""
     layer, x = make_layer("sequence", query_conv=3), make_input(3)
     grown, whole = layer.new_memory(3), layer(x)
+    grown.records_past = record
     read(layer, x, grown, [begun, LENGTH - begun])
     needed = grown.pool.capacity - grown.pool.num_free_rows
     memory = layer.new_memory(3, capacity=needed - missing)
+    memory.records_past = record
     layer(x[:, :begun], memory=memory)
     used = needed - missing - memory.pool.num_free_rows
     for _ in range(2):
@@ -86,6 +90,34 @@ def test_a_call_of_one_chunk_for_which_there_is_no_room_keeps_the_past():
     assert begun >= 2 * CHUNK - 1
     memory.rollback(min(memory.pool.reach(session) for session in memory.pool.sessions))
     assert memory.positions == [begun // CHUNK * CHUNK - CHUNK] * 2
+
+
+def test_a_call_of_several_chunks_for_which_there_is_no_room_keeps_pasts():
+    """Those of all rows: of one that fills three chunks, one that fills one and one that fills none."""
+    layer, x = make_layer("sequence", query_conv=3), make_input(3, 30)
+    memory = layer.new_memory(3, capacity=84)
+    memory.records_past = True
+    layer(x[:, :5], memory=memory)
+    sessions, lengths = memory.pool.sessions, torch.tensor([[12], [4], [2]])
+    mask = torch.arange(12) >= 12 - lengths
+    with pytest.raises(PoolFullError):
+        layer(x[:, 5:17], attention_mask=mask, memory=memory)
+    assert memory.pool.sessions == sessions
+    assert memory.positions == [5, 5, 5]
+    memory.rollback(5)
+    memory.pool.grow(100)
+    assert_close(layer(x, memory=memory), layer(x))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_pool_with_a_row_for_every_slot_is_never_full(record):
+    """Whatever calls read: with pasts, with one more for each slot that a chunk can change."""
+    layer, x = make_layer("sequence", num_keys=4), make_input(3, 40)
+    memory = layer.new_memory(3, capacity=3 * 16 * (2 if record else 1))
+    memory.records_past = record
+    assert_close(read(layer, x, memory, 20), layer(x))
+    memory.reset()
+    assert_close(read(layer, x, memory, [3, 14, 1, 22]), layer(x))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -191,7 +223,8 @@ def test_what_is_no_pool_of_the_layer():
     with pytest.raises(ValueError, match="`capacity` must be a number of rows"):
         layer.new_memory(capacity="5 rows")
     assert pool.sessions == []
-    for memories, error in (([], ValueError), ([1], TypeError), ([layer.new_memory(), layer.new_memory()], ValueError)):
+    twice, pairs = [layer.new_memory()] * 2, [layer.new_memory(), layer.new_memory()]
+    for memories, error in (([], ValueError), ([1], TypeError), (twice, ValueError), (pairs, ValueError)):
         with pytest.raises(error, match="`memories` must"):
             StreamedMemory.joined(memories)
     with pytest.raises(ValueError, match="`memories` must be of one layer"):
@@ -217,15 +250,60 @@ def test_copies_that_are_gone_hold_nothing():
     assert pool.capacity - pool.num_free_rows <= used
 
 
-def test_a_table_that_is_written_in_the_meantime_is_noticed():
+def test_memories_that_are_gone_hold_nothing_in_ones_own_pool():
+    """Also those that nobody has closed, after an exception for example."""
+    layer, x = make_layer("sequence"), make_input()
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=108)
+    for _ in range(3):
+        memory = layer.new_memory(3, pool=pool)
+        assert_close(layer(x, memory=memory), layer(x))
+        del memory
+        gc.collect()
+    memory = layer.new_memory(1, pool=pool)
+    assert len(pool.sessions) == 1
+    pool.close(pool.sessions[0])
+    del memory
+    gc.collect()
+    layer.new_memory(2, pool=pool)
+    assert len(pool.sessions) == 2
+    assert pool.num_free_rows == 108
+
+
+def test_copies_elsewhere_have_room_for_rows_that_were_shared():
+    layer, x = make_layer("sequence", query_conv=3), make_input(1)
+    memory, whole = layer.new_memory(1, capacity=60), layer(x)
+    layer(x[:, :9], memory=memory)
+    memory.reorder([0, 0, 0])
+    other = pickle.loads(pickle.dumps(memory))
+    assert other.pool.capacity == 3 * memory.pool.num_rows(0) > 60
+    other.pool.grow(50)
+    assert_close(layer(x[:, 9:].expand(3, -1, -1), memory=other), whole[:, 9:].expand(3, -1, -1))
+    with torch.no_grad():
+        layer.table.weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="these have been written since"):
+        pickle.dumps(memory)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_deep_copy_made_in_inference_mode_goes_on(scope):
+    layer, x = make_layer(scope, query_conv=3), make_input()
+    memory = layer.new_memory(3)
+    with torch.inference_mode():
+        layer(x[:, :6], memory=memory)
+        other = copy.deepcopy(memory)
+    assert_close(layer(x[:, 6:], memory=other), layer(x)[:, 6:])
+
+
+@pytest.mark.parametrize("written", ["keys", "table.weight"])
+def test_a_memory_that_is_written_in_the_meantime_is_noticed(written):
     layer, x = make_layer("sequence"), make_input()
     memory = layer.new_memory(3)
     layer(x[:, :6], memory=memory)
     other = memory.clone()
     with torch.no_grad():
-        layer.table.weight.mul_(0.5)
+        layer.get_parameter(written).mul_(0.5)
     for one in (memory, other):
-        with pytest.raises(RuntimeError, match=r"`memory` reads the table .* written since: .* by reset\(\)"):
+        with pytest.raises(RuntimeError, match=r"`memory` goes on from the layer's keys and table .* by reset\(\)"):
             layer(x[:, 6:], memory=one)
         one.reset()
         assert_close(layer(x, memory=one), layer(x))

@@ -147,6 +147,27 @@ def test_a_carry_that_does_not_fit_is_named(change, error, message):
         layer(x, memory=memory._replace(carry=carry))
 
 
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"document": 2}, ValueError, r"`memory.values.document` must lie in \[0, 2\)"),
+        ({"slot": 40}, ValueError, r"`memory.values.slot` must lie in \[-1, 36\)"),
+        ({"value": None}, TypeError, "`memory.values.value` must be a torch.Tensor, got NoneType"),
+        ({"value": torch.zeros(1, 5, dtype=f64)}, ValueError, "`memory.values.value` .* must have a row for each of"),
+        ({"decay": torch.ones(3, dtype=f64)}, ValueError, r"`memory.values.decay` must be \[2\], got \[3\]"),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fit_are_named(change, error, message):
+    """Those of another number of documents, for example."""
+    layer, x = make_layer(), draw(2, 9)
+    _, memory = layer(x, return_memory=True)
+    rows = memory.values
+    change = {name: torch.full_like(rows.slot, by) if isinstance(by, int) else by for name, by in change.items()}
+    with pytest.raises(error, match=message):
+        layer(x, memory=memory._replace(values=rows._replace(**change)))
+
+
 def test_a_carry_of_the_other_scope_is_refused():
     of_batch, of_documents = make_layer(scope="batch"), make_layer()
     x = draw(2, 9)

@@ -118,6 +118,8 @@ def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, doc
             raise ValueError(f"`memory.{name}` must be {list(size)} for this layer and input, got {checks.shape(x)}")
     if is_packed and not isinstance(memory.values, Rows):
         raise TypeError(f'`memory.values` must be Rows under scope="sequence", got {type(memory.values).__name__}')
+    if is_packed:
+        checks.check_tensor("memory.values.value", memory.values.value)
     if memory.carry is not None:
         _check_carry(layer, memory.carry, documents)
     tail, size = memory.hidden_states, (documents.number, layer._conv_width - 1, layer.hidden_size)

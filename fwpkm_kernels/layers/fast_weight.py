@@ -257,14 +257,8 @@ class FastWeightProductKeyMemory(nn.Module):
                 f"have another `num_keys`, got {num_keys}"
             )
         old = self.table
-        table = ValueTable(
-            num_keys**2,
-            self.value_dim,
-            init=old.init,
-            trainable=False,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
+        like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        table = ValueTable(num_keys**2, self.value_dim, init=old.init, trainable=False, **like)
         other = copy.deepcopy(self, {id(old): table, id(self._pending): None, id(self.keys): None})
         bound = self.key_dim**-0.5
         other.keys = self.keys.new_empty(self.heads, 2, num_keys, self.key_dim // 2).uniform_(-bound, bound)
@@ -284,13 +278,16 @@ class FastWeightProductKeyMemory(nn.Module):
         """A memory to stream with: pass it as `memory=` to calls whose batches have `batch` rows or documents.
 
         Under scope="sequence" each of them is a session of one `MemoryPool`, which reads the layer's table where it
-        lies: nobody may write this while the memory is in use, and a step that sees that somebody has raises. With
-        `weight_decay` each has a table of its own. Under scope="batch" all write one table.
+        lies: nobody may write table or keys while the memory is in use, and a step that sees that somebody has raises.
+        With `weight_decay` each has a table of its own. Under scope="batch" all write one table.
 
         Args:
             capacity: of the pool, as `MemoryPool` takes it. A call that finds it full raises `PoolFullError`, and no
-                sequence has read anything then. None: it grows.
-            pool: the caller's, over this layer's `keys` and `table.weight`, which `close` frees for other memories.
+                sequence has read anything then. For that a call of several chunks, if there is no room for all that it
+                could write, keeps the rows of before until it ends, and may be refused where it would just have fitted.
+                None: it grows.
+            pool: the caller's, over this layer's `keys` and `table.weight`. `close` frees what the sequences hold for
+                other memories; where a memory is gone without it, the next call that uses the pool does.
 
         Raises:
             TypeError, ValueError: for bad arguments, or those of a pool where there is none, and where the layer has

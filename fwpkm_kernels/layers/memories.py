@@ -19,14 +19,12 @@ from ..streaming import fast_weight_memory_step
 class Pooled:
     """Sessions of one `MemoryPool`, which one call steps: each costs its index and the rows that it has written."""
 
-    def __init__(self, pool: MemoryPool, sessions: list[int], forgotten: list[int] | None = None) -> None:
+    def __init__(self, pool: MemoryPool, sessions: list[int]) -> None:
         self.pool, self.sessions = pool, sessions
-        #: Sessions of copies that nobody has any more. A device may be busy when they go, so the next call closes them.
-        self._forgotten: list[int] = [] if forgotten is None else forgotten
-        self._version = _version_of(pool.values)
+        self._versions = _versions_of(pool)
 
     def __del__(self) -> None:
-        self._forgotten.extend(self.sessions)
+        self.pool._ended.extend(self.sessions)  # a device may be busy now
 
     @property
     def keys(self) -> Tensor:
@@ -61,38 +59,46 @@ class Pooled:
     @_disable_dynamo
     def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
-        pool, targets = self.pool, tokens.targets
-        self._close_forgotten()
-        if _version_of(pool.values) != self._version:
-            raise RuntimeError(
-                "`memory` reads the table of the layer where it lies, and this has been written since: "
-                "let the sequences begin anew by reset(), or make another memory"
-            )
-        before: list[int] = []
-        if not pool.grows and self._fills_chunks(lengths or [targets.shape[1]] * len(self.sessions), o.chunk_size):
-            before = [pool.fork(session) for session in self.sessions]
+        pool, (queries, targets, gates, _) = self.pool, tokens
+        self._check_unwritten()
         keep_past, pool.keep_past = pool.keep_past, pool.keep_past or record
+        positions, counts = self.positions, lengths or [targets.shape[1]] * len(self.sessions)
+        stepped = self._safe_to_step(counts, queries.shape[2] * o.top_k, o.chunk_size)
         try:
-            how: dict[str, Any] = {"sessions": self.sessions, "lengths": lengths, **o._asdict()}
-            queries, _, gates, _ = tokens
-            return fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
+            how: dict[str, Any] = {"sessions": stepped, "lengths": lengths, **o._asdict()}
+            output = fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
+            self.sessions, stepped = stepped, self.sessions
         except PoolFullError:
-            if before:
-                self.sessions, before = before, self.sessions
+            for session, position in zip(self.sessions, positions, strict=True):
+                pool.rollback(session, pool.position(session) - position)
             raise
         finally:
             pool.keep_past = keep_past
-            for session in before:
-                pool.close(session)
+            for session in stepped:
+                if session not in self.sessions:
+                    pool.close(session)
+        return output
 
-    def _fills_chunks(self, lengths: list[int], chunk_size: int) -> bool:
-        """Whether a sequence fills several chunks: then the pool may be full when one of them is written already."""
-        pairs = zip(self.positions, lengths, strict=True)
-        return any(position % chunk_size + length >= 2 * chunk_size for position, length in pairs)
+    def _safe_to_step(self, lengths: list[int], picks: int, chunk_size: int) -> list[int]:
+        """The sessions; where the pool may be full when some chunks of a call are written, forks of those that write.
 
-    def _close_forgotten(self) -> None:
-        while self._forgotten:
-            self.pool.close(self._forgotten.pop())
+        Where there is room for whatever the call may write no fork is made, since the rows that it shares count.
+        """
+        pool, pairs = self.pool, zip(self.positions, lengths, strict=True)
+        chunks = [(position % chunk_size + length) // chunk_size for position, length in pairs]
+        if pool.grows or max(chunks) < 2:  # one chunk of each is written at once or not at all
+            return self.sessions
+        writing = {session: count for session, count in zip(self.sessions, chunks, strict=True) if count > 0}
+        if pool._most_missing([*writing], [*writing.values()], chunk_size * picks) == 0:
+            return self.sessions
+        return [pool.fork(session) if session in writing else session for session in self.sessions]
+
+    def _check_unwritten(self) -> None:
+        if _versions_of(self.pool) != self._versions:
+            raise RuntimeError(
+                "`memory` goes on from the layer's keys and table where they lie, and these have been written since: "
+                "let the sequences begin anew by reset(), or make another memory"
+            )
 
     def rollback(self, tokens: int) -> None:
         for session in self.sessions:
@@ -100,7 +106,6 @@ class Pooled:
 
     def select(self, rows: list[int]) -> None:
         """Let these sequences go on; of one that comes twice the second is a fork."""
-        self._close_forgotten()
         for row in {*range(len(self.sessions))} - {*rows}:
             self.pool.close(self.sessions[row])
         self.sessions = [
@@ -111,7 +116,7 @@ class Pooled:
     def reset(self) -> None:
         for session in self.sessions:
             self.pool.reset(session)
-        self._version = _version_of(self.pool.values)
+        self._versions = _versions_of(self.pool)
 
     def close(self) -> None:
         """Free what the sequences hold."""
@@ -120,38 +125,35 @@ class Pooled:
 
     def copy(self, device: torch.device | None = None) -> "Pooled":
         """Forks in the same pool, or the same sessions in a pool on another device."""
-        self._close_forgotten()
         if device is None or device == self.pool.device:
-            other = Pooled(self.pool, [self.pool.fork(session) for session in self.sessions], self._forgotten)
-            other._version = self._version
+            other = Pooled(self.pool, [self.pool.fork(session) for session in self.sessions])
+            other._versions = self._versions
             return other
-        capacity = None if self.pool.grows else self.pool.capacity
         keys, values = (x.detach().to(device) for x in (self.keys, self.values))
-        return _load(keys, values, capacity, self._saved())
+        return _load(keys, values, *self._saved())
 
-    def _saved(self) -> list[dict[str, Tensor]]:
-        return [self.pool.state_dict(session) for session in self.sessions]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Pooled":
-        return self.copy()
+    def _saved(self) -> tuple[int | None, list[dict[str, Tensor]]]:
+        self._check_unwritten()
+        capacity = None if self.pool.grows else self.pool.capacity
+        return capacity, [self.pool.state_dict(session) for session in self.sessions]
 
     def __reduce__(self) -> Any:
-        capacity = None if self.pool.grows else self.pool.capacity
-        return _load, (self.keys, self.values, capacity, self._saved())
+        return _load, (self.keys, self.values, *self._saved())
 
 
 def _load(keys: Tensor, values: Tensor, capacity: int | None, saved: list[dict[str, Tensor]]) -> Pooled:
-    """Sessions that were saved, in a pool of their own."""
+    """Sessions that were saved, in a pool of their own, which has room for them although they share no rows now."""
     pool = MemoryPool(keys, values, capacity=capacity)
+    pool.grow(max(0, sum(len(x["slots"]) for x in saved) - pool.capacity))
     sessions = [pool.open() for _ in saved]
     for session, state_dict in zip(sessions, saved, strict=True):
         pool.load_state_dict(session, state_dict)
     return Pooled(pool, sessions)
 
 
-def _version_of(x: Tensor) -> int:
-    """How often a tensor has been written in place, as far as that is known."""
-    return 0 if x.is_inference() else x._version
+def _versions_of(pool: MemoryPool) -> list[int]:
+    """How often keys and values of a pool have been written in place, as far as that is known."""
+    return [0 if x.is_inference() else x._version for x in (pool.keys, pool.values)]
 
 
 class Past(NamedTuple):
@@ -319,8 +321,8 @@ def joined(memories: Sequence[Memories]) -> Pooled:
     pooled = [one for one in memories if isinstance(one, Pooled)]
     if len(pooled) < len(memories) or len({id(one.pool) for one in pooled}) != 1:
         raise ValueError("`memories` must all be in one MemoryPool")
-    together = Pooled(pooled[0].pool, [], pooled[0]._forgotten)
-    together._version = min(one._version for one in pooled)
+    together = Pooled(pooled[0].pool, [])
+    together._versions = min(one._versions for one in pooled)  # others than the pool's now, if those of any are
     for one in pooled:
         together.sessions += one.sessions
         one.sessions = []

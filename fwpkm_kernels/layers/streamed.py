@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,13 +91,16 @@ class StreamedMemory:
         They may have read differently many tokens. The memories that are given have none any more, as after `close`.
 
         Raises:
-            TypeError, ValueError: the memories are not all of one layer and in one `MemoryPool`, or there is none.
+            TypeError, ValueError: the memories are not all of one layer and in one `MemoryPool`, one comes twice, or
+                there is none.
         """
         for one in memories:
             if not isinstance(one, StreamedMemory):
                 raise TypeError(f"`memories` must be StreamedMemorys, got {type(one).__name__}")
         if len({(one._conv_width, one._options.chunk_size) for one in memories}) != 1:
             raise ValueError(f"`memories` must be of one layer, got {list(memories)}")
+        if len({id(one) for one in memories}) < len(memories):
+            raise ValueError(f"`memories` must name each memory once, got {list(memories)}")
         self = copy.copy(memories[0])
         self.window = Window.joined([one.window for one in memories], [one.batch for one in memories])
         self.batch, self.columns = sum(one.batch for one in memories), max(one.columns for one in memories)
@@ -258,6 +261,9 @@ class StreamedMemory:
     def clone(self) -> "StreamedMemory":
         """An independent copy, which shares the initial memory, and in a pool all rows that neither writes."""
         return self._copy(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StreamedMemory":
+        return self.clone()
 
     def to(self, device: torch.device | str | int) -> "StreamedMemory":
         """An independent copy on another device, in a pool of its own there."""
