@@ -204,16 +204,17 @@ def prepend_windows(carry: DocumentsCarry, inputs: Inputs) -> Inputs:
     return joined._replace(**_tokens(joined, lambda x: x.squeeze(0)))
 
 
-def leave_documents(before: DocumentsCarry, inputs: Inputs, places: Continued) -> DocumentsCarry:
-    """The carry that documents leave, of which `before` and the inputs hold what they have read."""
-    both = prepend_windows(before, inputs)
-    left = take_tokens(both, places.last.to(both.targets.device, non_blocking=True))
-    window, tokens = before.queries.shape[:2], (left.queries, left.targets, left.gates, left.mask)
+def leave_documents(joined: Inputs, places: Continued, o: Options) -> DocumentsCarry:
+    """The carry that documents leave, of which `prepend_windows` has joined what they have read."""
+    left = take_tokens(joined, places.last)
+    window = (places.position.shape[0], count_window(o))
+    tokens = (left.queries, left.targets, left.gates, left.mask)
     return DocumentsCarry._make((*each(lambda x: x.unflatten(0, window), *tokens), places.position))
 
 
 def take_tokens(inputs: Inputs, index: Tensor) -> Inputs:
-    """Those tokens of [T, ...]; keys and values as they are."""
+    """Those tokens of [T, ...], by an index on the CPU; keys and values as they are."""
+    index = index.to(inputs.targets.device, non_blocking=True)
     return inputs._replace(**_tokens(inputs, lambda x: x.index_select(0, index)))
 
 

@@ -82,7 +82,7 @@ def count_copies(length: int, documents: int, shares_keys: bool, o: Options) -> 
 
 
 def empty_kept(queries: Tensor, keys: Tensor, values: Tensor, documents: int, earlier: int, o: Options) -> PackedKept:
-    """What backward reads, to be filled in; of sizes that may be symbolic."""
+    """What backward reads, to be filled in, on the device of the queries; of sizes that may be symbolic."""
     heads, dtype = queries.shape[1], compute_dtype(values.dtype)
     picks = heads * o.top_k
     reads, num_rows = count_sizes(queries.shape[0], documents, picks, values.shape[0], earlier, o)
@@ -116,10 +116,18 @@ def _initial_keys(keys: Tensor, packing: Packing) -> Tensor:
 
 
 def _take(moved: Tensor, part: Part) -> Tensor:
-    """The keys of the part's memories: a view where they are the first ones, as in a step, else a copy."""
-    if part.lengths is None and part.memories == list(range(len(part.memories))):
+    """The keys of the part's memories: a view where they are the first ones, else a copy."""
+    if part.is_leading:
         return moved[: len(part.memories)]
     return moved.index_select(0, _index(part.memories, moved.device))
+
+
+def _put(moved: Tensor, part: Part, keys: Tensor) -> None:
+    """The inverse of `_take`, in place."""
+    if part.is_leading:
+        moved[: len(part.memories)] = keys
+    else:
+        moved.index_copy_(0, _index(part.memories, moved.device), keys)
 
 
 def _index(numbers: list[int], device: torch.device) -> Tensor:
@@ -169,8 +177,8 @@ def _scan_addresses(
         if part.is_written and o.keys_move:
             picks = found.picks.since(part.rereads)
             step_keys(now, rows[part.rereads :], picks, o.key_step, out=now, memories=fold.memories)
-            if part_keys.data_ptr() != moved.data_ptr():
-                moved.index_copy_(0, _index(part.memories, moved.device), part_keys)
+            if not part.is_leading:
+                _put(moved, part, part_keys)
         parts.append(Addresses(*(fold.back(x) for x in found)))
     if kept is not None:
         kept.part_keys[copied:] = 0.0
@@ -220,7 +228,7 @@ def _scan_addresses_grad(
         )
         grad_queries[part.reads] = fold.back(by_row)
         if count > 0:
-            moved[_index(part.memories, keys.device)] = after.view(count, *shared.shape)
+            _put(moved, part, after.view(count, *shared.shape))
         else:
             shared = after
     total.index_copy_(0, members, moved)
@@ -298,16 +306,19 @@ def run_packed(
     """
     queries, targets, keys, values, gates, mask = inputs
     documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
-    width = values.shape[1]
     packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
     _, num_rows = count_sizes(len(queries), documents, picks, len(values), num_earlier, o)
-    kept = empty_kept(queries, keys, values, documents, num_earlier, o) if keep else None
+    kept = log = None
+    if keep:  # what the scans do not fill in has a size and a dtype here, but no memory
+        kept = empty_kept(queries.to("meta"), keys, values, documents, num_earlier, o)
+        part_keys, log = (torch.empty_like(x, device=queries.device) for x in (kept.part_keys, kept.log))
+        kept = kept._replace(part_keys=part_keys)
     keys = keys.contiguous()
-    by_lookup = queries.index_select(0, packed.in_order_of_lookups(reads.token))
-    found, new_keys = _scan_addresses(by_lookup, keys, packing, kept, o)
+    lookups = packed.in_order_of_lookups(reads.token)
+    found, new_keys = _scan_addresses(queries.index_select(0, lookups), keys, packing, kept, o)
     found = Addresses(*map(packed.in_order_of_reads, found))
     scores, slots = found.scores.flatten(1), found.slots.flatten(1)
 
@@ -325,26 +336,25 @@ def run_packed(
     write_weights = fold_write_weights(weights, counts, scale, multiplied, reads.written)
 
     size = packing.num_reads * picks
-    log = None
-    if kept is not None:
-        log = kept.log[:size]
-        kept.log[size:] = 0.0
-    output = torch.empty(1, len(packed.outputs), width, dtype=targets.dtype, device=targets.device)
+    if log is not None:
+        log[size:] = 0.0
+    output = torch.empty(1, len(packed.outputs), values.shape[1], dtype=targets.dtype, device=targets.device)
     writes = Writes(weights, write_weights, counts, plan)
-    spans = _spans(packing, at.document, o)
-    value_scan(table, targets.index_select(0, packed.pairs).unsqueeze(0), at.ids, writes, output, log, spans, o)
+    value_scan(
+        table,
+        targets.index_select(0, packed.pairs).unsqueeze(0),
+        *(at.ids, writes, output, None if log is None else log[:size], _spans(packing, at.document, o), o),
+    )
     rows = Rows(at.document, at.slot, table)
-    if kept is not None:
-        flat = (*found, kept.part_keys, write_weights, counts, *plan, kept.log, kept.earlier)
-        if at.earlier is not None:
-            flat = (*flat[:-1], at.earlier)
+    if kept is not None and log is not None:
+        given = at.slot.new_empty(0) if at.earlier is None else at.earlier
+        flat = (*found, kept.part_keys, write_weights, counts, *plan, log, given)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
     read_slots, read_weights = (x.index_select(0, reads.output) for x in (slots, weights))
-    by_token = (
+    output, slots, weights = (
         _by_token(x, packed, len(targets), fill)
         for x, fill in ((output[0], 0.0), (read_slots, -1), (read_weights, 0.0))
     )
-    output, slots, weights = by_token
     return VarlenOutput(output, new_keys, rows, slots, weights), kept
 
 
@@ -379,13 +389,10 @@ def run_packed_grad(
     dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
     packing = pack(bounds, carried, o, keys.dim() == 4)
     packed = number_packed_reads(packing, o, queries.device)
-    reads, num_reads = packed.reads, packing.num_reads
-    size = num_reads * picks
-    earlier = kept.earlier
-    kept = kept.cut(num_reads, size)
+    reads, earlier = packed.reads, kept.earlier
+    kept = kept.cut(packing.num_reads, packing.num_reads * picks)
     plan, scores = kept.plan, kept.scores.flatten(1)
-    first_access = (reads.first * picks).repeat_interleave(picks)
-    order = plan.order + first_access
+    order = plan.order + (reads.first * picks).repeat_interleave(picks)
     ids = torch.empty_like(order).scatter_(0, order, plan.rows.long()).view(scores.shape)
     log_rows = torch.empty_like(plan.start).scatter_(0, order, plan.start).view(scores.shape)
     weights = weigh(scores, o.weighting, o.temperature)
@@ -395,13 +402,15 @@ def run_packed_grad(
     table_grad.zero_() if grad_rows is None else table_grad.copy_(grad_rows)
     if grad_output is None:
         grad_output = torch.zeros((), dtype=dtype, device=targets.device).expand(targets.shape)
-    by_output = grad_output.index_select(0, packed.outputs).unsqueeze(0)
-    pair_targets, spans = targets.index_select(0, packed.pairs).unsqueeze(0), _spans(packing, document, o)
     grad_pairs, grad_weights, grad_write_weights = value_scan_grad(
-        table_grad, by_output, pair_targets, ids, writes, kept.log, log_rows, spans, o
+        table_grad,
+        grad_output.index_select(0, packed.outputs).unsqueeze(0),
+        targets.index_select(0, packed.pairs).unsqueeze(0),
+        *(ids, writes, kept.log, log_rows, _spans(packing, document, o), o),
     )
     grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
     grad_targets.index_copy_(0, packed.pairs, grad_pairs[0])
+    del grad_pairs
 
     gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
     factors = _factors(gates_now, mask_now, packed, packing, dtype, o)
@@ -425,9 +434,8 @@ def run_packed_grad(
         )
         by_read = packed.in_order_of_reads(by_lookup)
         by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
-        by_token.index_add_(
-            0, reads.token[packed.again], by_read.index_select(0, packed.again)
-        )  # of a token at most one
+        # Of each token there is at most one, so that the order of the sums does not matter.
+        by_token.index_add_(0, reads.token[packed.again], by_read.index_select(0, packed.again))
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)
 
     grad_earlier = take_rows(table_grad, earlier, o.backend).to(table_dtype)

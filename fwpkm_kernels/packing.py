@@ -33,6 +33,11 @@ class Part(NamedTuple):
     lengths: list[int] | None = None  #: of tails, document by document; None where the reads are those of a step
     rows: int = 0  #: to which tails are filled up, so that the heads of their memories are looked up side by side
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether its memories are the first ones, as those of a step whose documents are all that still step."""
+        return self.lengths is None and self.memories == list(range(len(self.memories)))
+
     def fill_up(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of tails: which of the part's reads stands in each of rows·memories places, the last one of a document again
         behind it; and in which place each read stands."""
@@ -97,7 +102,7 @@ def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: 
     first_step = [min(before, 1) for before in carried]
     last_step = [count + first if count > 0 else 0 for count, first in zip(full, first_step, strict=True)]
     stepping = sorted(range(len(lengths)), key=lambda document: -last_step[document])
-    moving = stepping
+    moving = list(stepping)
     if shares_keys:  # the other documents never write
         moving = [document for document in moving if writes[document] > 0 and o.keys_move]
     number = {document: index for index, document in enumerate(moving)}
@@ -117,7 +122,9 @@ def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: 
         return slice(read - count, read)
 
     for step in range(max(last_step, default=0)):
-        documents = [document for document in stepping if first_step[document] <= step < last_step[document]]
+        while last_step[stepping[-1]] <= step:  # those that step longer stand first
+            stepping.pop()
+        documents = [document for document in stepping if first_step[document] <= step]
         if not documents:  # all begin with carried tokens
             continue
         count, rereads = len(documents), o.lookahead if is_carried and step > 0 else 0

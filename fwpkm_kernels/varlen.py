@@ -83,14 +83,25 @@ def _check_varlen(
 
 @_disable_dynamo
 def _by_document(
-    inputs: Inputs, cu_seqlens: Tensor, carry: DocumentsCarry | None, rows: Rows | None, with_rows: bool, o: Options
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    rows: Rows | None,
+    carry: DocumentsCarry | None,
+    o: Options,
+    *,
+    may_end_before: bool,
+    with_rows: bool,
 ) -> VarlenOutput:
     """The loop over documents, each with a table of its own, all of whose rows are handed out if `with_rows`.
 
-    Compiled code breaks here, since it cannot loop over documents whose number and lengths are data.
+    Compiled code breaks here, since it cannot loop over documents whose number and lengths are data. What it has not
+    checked, since that is data too, is checked now.
     """
     queries, targets, keys, values, gates, mask = inputs
-    lengths, num_slots = cu_seqlens.cpu().diff().tolist(), len(values)
+    cu_seqlens, num_slots = cu_seqlens.cpu(), len(values)
+    checks.check_bounds(cu_seqlens.tolist(), len(queries), may_end_before=may_end_before)
+    lengths = cu_seqlens.diff().tolist()
+    check_rows(rows, len(lengths), values)
     count, total = len(lengths), sum(lengths)
     # One split has one gradient as large as its input, whereas slices would have one for every document.
     tokens: Any = ([None] * count if x is None else x[:total].split(lengths) for x in (queries, targets, gates, mask))
@@ -157,24 +168,29 @@ def run_varlen(
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     before = empty_carry(inputs, documents, o) if carry is None else carry
-    places = None
+    places, left, packed = None, None, inputs
     if carry is not None or return_carry:
         places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
+        joined = prepend_windows(before, inputs)
+        if return_carry:
+            left = leave_documents(joined, places, o)
+        if carry is not None and not loops:
+            index = places.packed
+            if not torch.compiler.is_compiling():  # where its size must not depend on the data
+                index = index[: int(places.bounds[-1])]
+            packed = take_tokens(joined, index)
+        del joined  # which is large, and not needed while the memories run
     if loops:
-        result = _by_document(inputs, cu_seqlens, carry, rows, with_rows, o)
+        result = _by_document(inputs, cu_seqlens, rows, carry, o, may_end_before=may_end_before, with_rows=with_rows)
     elif carry is None or places is None:
         none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
         result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)
     else:
-        packed = places.packed
-        if not torch.compiler.is_compiling():  # where its size must not depend on the data
-            packed = packed[: int(places.bounds[-1])]
-        packed, outputs = (x.to(inputs.targets.device, non_blocking=True) for x in (packed, places.outputs))
-        both = take_tokens(prepend_windows(before, inputs), packed)
-        result = run_documents(both, places.bounds, places.carried, rows, sparse_grad, o)
-        output, slots, weights = (x.index_select(0, outputs) for x in (result.output, result.slots, result.weights))
+        result = run_documents(packed, places.bounds, places.carried, rows, sparse_grad, o)
+        index = places.outputs.to(inputs.targets.device, non_blocking=True)
+        output, slots, weights = (x.index_select(0, index) for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)
-    return result, leave_documents(before, inputs, places) if return_carry and places is not None else None
+    return result, left
 
 
 def fast_weight_memory_varlen(
@@ -252,9 +268,11 @@ def fast_weight_memory_varlen(
         [S, H, 2, n, Dk/2]; rows, those that each document has read, and those given, after its last write, in the order
         of documents and slots, then unused places; slots (int64) and weights of the output reads, [T, J]. R, how many
         rows there are, depends on sizes alone: the accesses that T tokens can make, and Q, or S·N if that is less; S·N
-        under key_gradient="all". With a weight decay all other rows of a document have decayed too: `rows.decay` says
-        to what part of those of `values`, (1 - lr · weight_decay) for each chunk that the document has written, those
-        before the rows that were given included. It is a constant for gradients.
+        under key_gradient="all". With a carry the tokens that are read again count too: those that there are, whose
+        number positions say, but in compiled code all that a carry holds. With a weight decay all other rows of a
+        document have decayed too: `rows.decay` says to what part of those of `values`, (1 - lr · weight_decay) for each
+        chunk that the document has written, those before the rows that were given included. It is a constant for
+        gradients.
         With `return_carry` a pair of all that and a `DocumentsCarry`: of every document its last C - 1 + L tokens, a
         copy, so that shapes depend on sizes alone. The tokens of a carry are looked up and read again by the next call.
         Output, keys and rows.value are differentiable in queries, targets, keys, values, gates and rows.value, and in

@@ -678,6 +678,15 @@ FAULTS = [
         "loop and not triton",
     ),
     Fault(
+        "keys-put-back-at-the-front",
+        "packed.py",
+        "        moved.index_copy_(0, _index(part.memories, moved.device), keys)\n",
+        "        moved[: len(part.memories)] = keys\n",
+        "keys that a step has moved become those of other documents, where some begin with carried tokens",
+        "varlen_segments",
+        "segments_are_one_sequence",
+    ),
+    Fault(
         "tails-filled-up-with-gradients",
         "packed.py",
         "fold(grad_scores, is_gradient=True)",
@@ -995,8 +1004,8 @@ FAULTS = [
     Fault(
         "carry-has-no-gradient",
         "carry.py",
-        "    both = prepend_windows(before, inputs)\n    left",
-        "    both = prepend_windows(before, inputs.detach())\n    left",
+        "    left = take_tokens(joined, places.last)\n",
+        "    left = take_tokens(joined.detach(), places.last)\n",
         "gradients of documents end at the segment",
         "layers_segments",
         "documents_in_segments",
@@ -1563,6 +1572,15 @@ FAULTS = [
         "where the loop runs, each document goes on from the first one's keys",
         "layers_segments",
         "rows_in_segments",
+    ),
+    Fault(
+        "bounds-that-the-loop-believes",
+        "varlen.py",
+        "    checks.check_bounds(cu_seqlens.tolist(), len(queries), may_end_before=may_end_before)\n",
+        "",
+        "compiled code loops over documents that do not begin with the first token",
+        "varlen",
+        "bad_data_in_the_loop",
     ),
     Fault(
         "slots-of-padding",

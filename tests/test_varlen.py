@@ -334,6 +334,16 @@ def test_bad_input(name):
         fast_weight_memory_varlen(**change(make_packed()), chunk_size=CHUNK, top_k=2)
 
 
+@pytest.mark.parametrize("name", ["not from 0", "not to T", "decreasing", "no such document", "twice"])
+def test_bad_data_in_the_loop_of_compiled_code(name):
+    """Where it is known there only."""
+    change, error, message = BAD[name]
+    options = {"chunk_size": CHUNK, "top_k": 2, "key_gradient": "all"}
+    compiled = torch.compile(functools.partial(fast_weight_memory_varlen, **options), backend="eager")
+    with pytest.raises(error, match=message):
+        compiled(**change(make_packed()))
+
+
 def test_cu_seqlens_may_be_int32():
     inputs = make_packed()
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
@@ -447,6 +457,17 @@ def test_decay_costs_no_mask_for_each_chunk():
         peaks.append(peak_cpu(call))
     rows = 64 * 8
     assert peaks[1] - peaks[0] < 16 * rows  # of a few arrays of the rows, and not of 64
+
+
+def test_what_backward_keeps_is_made_once():
+    """With no memory beside it that is not used."""
+    inputs = make_packed((40, 24, 33), heads=1, num_keys=40, mask=None, gates=False, width=4, dtype=torch.float32)
+    call = functools.partial(fast_weight_memory_varlen, **inputs, chunk_size=8, addressing_weight=0.0)
+    without, kept = peak_cpu(call), []
+    inputs["queries"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        call()
+    assert peak_cpu(call) - without < 0.75 * sum(kept)  # of which a part is needed without gradients too
 
 
 def test_documents_that_write_nothing_have_no_copies_of_the_keys():
