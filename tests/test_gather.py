@@ -18,6 +18,7 @@ SHAPES = [
     (5, 4, 9, 1),
     (3, 512, 100, 5),
     (40, 8, 3, 20),
+    (9, 4, 30, 32),  # rows of whole cache lines
     (2, 3, 12, 1030),
 ]
 DTYPES = {  # table, weights

@@ -103,7 +103,7 @@ def test_compiled_segments_with_padding():
     """There the number of tokens is data, and padding follows the documents; with a carry and its gradients too."""
     layer, x = make_layer(), draw(2, 14).requires_grad_()
     mask = torch.ones(2, 14)
-    mask[0, :3] = mask[1, 9:] = 0
+    mask[0, :4] = mask[1, 9:] = 0  # the first document begins with tokens that wait for a chunk
 
     def call(x: Tensor, mask: Tensor) -> list[Tensor]:
         first, memory = layer(x[:, :7], attention_mask=mask[:, :7], return_memory=True)
