@@ -39,7 +39,7 @@ def check_carry(carry: Carry | None, inputs: Inputs, o: Options) -> None:
         "mask": ("[B, c]", (batch, size)),
     }
     for name, (layout, wanted) in shapes.items():
-        x, coming = getattr(carry, name), getattr(inputs, name)
+        x = getattr(carry, name)
         if x is None and name in ("gates", "mask"):
             continue
         checks.check_tensor(f"carry.{name}", x)
@@ -48,13 +48,19 @@ def check_carry(carry: Carry | None, inputs: Inputs, o: Options) -> None:
                 f"`carry.{name}` {layout} must be {list(wanted)} at position {position}, with these inputs and "
                 f"`chunk_size` {o.chunk_size} and `lookahead` {o.lookahead}, got {checks.shape(x)}"
             )
-        checks.check_device(f"carry.{name}", x, "queries", inputs.queries)
-        if name == "mask":
-            checks.check_mask("carry.mask", x)
-        elif coming is None:
-            checks.check_float(f"carry.{name}", x)
-        elif x.dtype != coming.dtype:
-            raise TypeError(f"`carry.{name}` must have the dtype of `{name}`, {coming.dtype}, got {x.dtype}")
+        _check_kind(name, x, inputs)
+
+
+def _check_kind(name: str, x: Tensor, inputs: Inputs) -> None:
+    """Refuse tokens of a carry that cannot stand before those of the inputs, for their device or dtype."""
+    coming = getattr(inputs, name)
+    checks.check_device(f"carry.{name}", x, "queries", inputs.queries)
+    if name == "mask":
+        checks.check_mask("carry.mask", x)
+    elif coming is None:
+        checks.check_float(f"carry.{name}", x)
+    elif x.dtype != coming.dtype:
+        raise TypeError(f"`carry.{name}` must have the dtype of `{name}`, {coming.dtype}, got {x.dtype}")
 
 
 def prepend(carry: Carry, inputs: Inputs) -> Inputs:
@@ -109,13 +115,7 @@ def check_documents_carry(carry: DocumentsCarry | None, inputs: Inputs, document
                 f"`carry.{name}` {layout} must be {list(wanted)}, W = `chunk_size` - 1 + `lookahead`, with these "
                 f"inputs and {documents} documents, got {checks.shape(x)}"
             )
-        checks.check_device(f"carry.{name}", x, "queries", inputs.queries)
-        if name == "mask":
-            checks.check_mask("carry.mask", x)
-        elif coming is None:
-            checks.check_float(f"carry.{name}", x)
-        elif x.dtype != coming.dtype:
-            raise TypeError(f"`carry.{name}` must have the dtype of `{name}`, {coming.dtype}, got {x.dtype}")
+        _check_kind(name, x, inputs)
     checks.check_tensor("carry.position", carry.position, 1, "[S]")
     if carry.position.shape[0] != documents:
         raise ValueError(f"`carry.position` must be [{documents}], got {checks.shape(carry.position)}")
