@@ -12,6 +12,7 @@ PyTorch's, which is there to compare with on one, does.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
@@ -169,8 +170,11 @@ def sparse_sums(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     if grads.is_cuda and len(slot) > 0:
         return _sparse_with_zeros(grads, slot, slot.max().clamp(min=0), size)
     used = (slot >= 0).nonzero().flatten()
-    entries = (slot.index_select(0, used).unsqueeze(0), grads.index_select(0, used))
-    return torch.sparse_coo_tensor(*entries, size, check_invariants=False).coalesce()
+    ordered, order = slot.index_select(0, used).sort(stable=True)
+    named, counts = ordered.unique_consecutive(return_counts=True)
+    # Sums straight from the rows: to take those that are used and to coalesce them would copy them twice.
+    sums = F.embedding_bag(used[order], grads, counts.cumsum(0) - counts, mode="sum")
+    return torch.sparse_coo_tensor(named.unsqueeze(0), sums, size, check_invariants=False, is_coalesced=True)
 
 
 def _sparse_with_zeros(grads: Tensor, slot: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:

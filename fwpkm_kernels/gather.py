@@ -14,7 +14,7 @@ from ._autograd import refuse_transforms
 from ._operators import function_of, is_plain, operator
 from .kernels import compute_dtype
 from .lookup import pick_blocks, pick_rows, sum_rows
-from .plan import compact_totals, plan_segments, segment_totals
+from .plan import compact_totals, plan_segments, segment_blocks
 from .records import PLAN_SCHEMA, Plan
 
 
@@ -118,8 +118,9 @@ def _values_grad_op(  # type: ignore[no-untyped-def]
 
         segment_rows(out, grad_out, weights, plan, compact=compact)
     else:
-        _, touched, totals = segment_totals(plan, grad_out.to(weights.dtype), weights)
-        out[touched] = totals.to(dtype)
+        touched, blocks = segment_blocks(plan, grad_out.to(weights.dtype), weights)
+        for block, totals in blocks:
+            out[touched[block]] = totals.to(dtype)
     return out
 
 

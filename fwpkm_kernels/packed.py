@@ -287,11 +287,15 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat((x, x.new_zeros(size - len(x), *x.shape[1:])))
 
 
-def _by_token(x: Tensor, packed: PackedReads, tokens: int, fill: float) -> Tensor:
-    """x [P, ...] of the output reads as [T, ...] of the tokens; `fill` where a token has none."""
-    size = (tokens, *x.shape[1:])
-    out = x.new_empty(size) if len(x) == tokens else x.new_full(size, fill)
-    return out.index_copy_(0, packed.outputs, x)
+def _by_token(x: Tensor, tokens: Tensor, length: int, backend: str, rows: Tensor | None = None) -> Tensor:
+    """x [rows, ...] as [T, ...]: its rows (those numbered `rows` [P], or all P) at as many different `tokens` [P], and 0
+    elsewhere."""
+    if len(tokens) == 0:
+        return x.new_zeros(length, *x.shape[1:])
+    if rows is None:
+        rows = torch.arange(len(tokens), device=tokens.device)
+    at = tokens.new_full((length,), -1).scatter_(0, tokens, rows)
+    return take_rows(x.flatten(1), at, backend).view(length, *x.shape[1:])
 
 
 @checks.without_autocast
@@ -350,10 +354,10 @@ def run_packed(
         given = at.slot.new_empty(0) if at.earlier is None else at.earlier
         flat = (*found, kept.part_keys, write_weights, counts, *plan, log, given)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
-    read_slots, read_weights = (x.index_select(0, reads.output) for x in (slots, weights))
-    output, slots, weights = (
-        _by_token(x, packed, len(targets), fill)
-        for x, fill in ((output[0], 0.0), (read_slots, -1), (read_weights, 0.0))
+    output = _by_token(output[0], packed.outputs, len(targets), o.backend)
+    slots, weights = (
+        x.new_full((len(targets), picks), fill).index_copy_(0, packed.outputs, x.index_select(0, reads.output))
+        for x, fill in ((slots, -1), (weights, 0.0))
     )
     return VarlenOutput(output, new_keys, rows, slots, weights), kept
 
@@ -408,8 +412,7 @@ def run_packed_grad(
         targets.index_select(0, packed.pairs).unsqueeze(0),
         *(ids, writes, kept.log, log_rows, _spans(packing, document, o), o),
     )
-    grad_targets = torch.zeros(targets.shape, dtype=targets.dtype, device=targets.device)
-    grad_targets.index_copy_(0, packed.pairs, grad_pairs[0])
+    grad_targets = _by_token(grad_pairs[0], packed.pairs, len(targets), o.backend)
     del grad_pairs
 
     gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
@@ -433,7 +436,7 @@ def run_packed_grad(
             o,
         )
         by_read = packed.in_order_of_reads(by_lookup)
-        by_token = _by_token(by_read.index_select(0, reads.output), packed, len(queries), 0.0)
+        by_token = _by_token(by_read, packed.outputs, len(queries), o.backend, reads.output)
         # Of each token there is at most one, so that the order of the sums does not matter.
         by_token.index_add_(0, reads.token[packed.again], by_read.index_select(0, packed.again))
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)

@@ -5,7 +5,9 @@ order: one segment, with one owner that adds them up in that order. So sums over
 atomics, and nothing here has the size of the table or a shape that depends on the data.
 """
 
+import itertools
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,9 @@ from .records import PickPlan, Picks, Plan
 
 #: Whether Triton compiles the kernels' asserts. Slots are then not cut to 32 bits, in which 2³² would pass as slot 0.
 ASSERTS = os.environ.get("TRITON_DEBUG", "").lower() in ("1", "on", "true", "yes", "y")
+
+# Sums that `segment_blocks` holds at a time, in elements: 8 MiB of float32.
+_BLOCK_ELEMENTS = 2**21
 
 
 def plan_segments(slots: Tensor, num_slots: int) -> Plan:
@@ -129,28 +134,59 @@ def segment_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[T
 
     totals[u] = Σ_a coefficients[a]·vectors[a // PER_VECTOR], in order. Its shapes depend on the data: for CPUs.
     """
-    positions = torch.nonzero(plan.start == torch.arange(plan.start.numel(), device=plan.start.device)).flatten()
-    return positions, plan.rows[positions].long(), _sum_bags(plan, vectors, coefficients, positions)
+    positions = _starts(plan).nonzero().flatten()
+    return positions, plan.rows[positions].long(), _Bags(plan, vectors, coefficients).sums(positions)
+
+
+def segment_blocks(plan: Plan, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+    """`segment_totals`, as all rows [U], and block by block of these: which ones, and their totals.
+
+    A few MiB at a time, which the allocator keeps from one block to the next: what is larger it takes from the system
+    and gives back, and clearing its pages may take as long as the sums.
+    """
+    positions = _starts(plan).nonzero().flatten()
+    return plan.rows[positions].long(), _Bags(plan, vectors, coefficients).blocks(positions)
 
 
 def compact_totals(plan: Plan, vectors: Tensor, coefficients: Tensor) -> Tensor:
     """The same sums, [A, D]: each where its segment starts, and 0 elsewhere."""
-    is_start = plan.start == torch.arange(plan.start.numel(), device=plan.start.device)
-    return _sum_bags(plan, vectors, coefficients, torch.where(is_start, plan.start, plan.end))
+    return _Bags(plan, vectors, coefficients).sums(torch.where(_starts(plan), plan.start, plan.end))
 
 
-def _sum_bags(plan: Plan, vectors: Tensor, coefficients: Tensor, first: Tensor) -> Tensor:
-    """Σ coefficients[a]·vectors[a // PER_VECTOR] over the sorted accesses from first[i] up to first[i + 1]: [I, D]."""
-    if first.numel() == 0 or vectors.shape[1] == 0:
-        return vectors.new_empty(first.numel(), vectors.shape[1])
-    per_vector = plan.order.numel() // vectors.shape[0]
-    return F.embedding_bag(
-        plan.order // per_vector,
-        vectors.contiguous(),
-        first.to(plan.order.dtype),
-        mode="sum",
-        per_sample_weights=coefficients.reshape(-1)[plan.order],
-    )
+def _starts(plan: Plan) -> Tensor:
+    """Which of the sorted accesses are the first of their segment, [A]."""
+    return plan.start == torch.arange(plan.start.numel(), device=plan.start.device)
+
+
+class _Bags:
+    """The sorted accesses of a plan, each with its vector and coefficient, to be summed in plain PyTorch."""
+
+    def __init__(self, plan: Plan, vectors: Tensor, coefficients: Tensor) -> None:
+        self.plan, self.vectors = plan, vectors.contiguous()
+        if plan.order.numel() > 0:
+            self.vector_of = plan.order // (plan.order.numel() // vectors.shape[0])
+            self.coefficients = coefficients.reshape(-1)[plan.order]
+
+    def sums(self, first: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Σ coefficients[a]·vectors[a // PER_VECTOR] over the accesses from first[i] up to first[i + 1], of those from
+        `begin` up to `end`: [I, D]."""
+        if first.numel() == 0 or self.vectors.shape[1] == 0:
+            return self.vectors.new_empty(first.numel(), self.vectors.shape[1])
+        return F.embedding_bag(
+            self.vector_of[begin:end],
+            self.vectors,
+            first.to(self.vector_of.dtype) - begin,
+            mode="sum",
+            per_sample_weights=self.coefficients[begin:end],
+        )
+
+    def blocks(self, first: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The same, so many at a time that they have `_BLOCK_ELEMENTS`."""
+        step = max(1, _BLOCK_ELEMENTS // max(1, self.vectors.shape[1]))
+        bounds = [*first[::step].tolist(), self.plan.order.numel()]
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            block = slice(number * step, (number + 1) * step)
+            yield block, self.sums(first[block], begin, end)
 
 
 def sum_at(index: Tensor, x: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from ._operators import operator
 from .gather import gather_torch, row_dots
 from .kernels import compute_dtype
 from .options import Write, schema_of
-from .plan import count_accesses, count_among, plan_segments, segment_totals
+from .plan import count_accesses, count_among, plan_segments, segment_blocks, segment_totals
 from .records import PLAN_SCHEMA, Plan
 
 
@@ -37,26 +37,26 @@ def write(
         update(values, values, errors, write_weights, plan, log=log, decays=decays, **how)
         return
     decay = 1.0 - o.lr * o.weight_decay
-    if o.clip is None:  # multiply the smaller tensor by the step size
-        _, touched, steps = segment_totals(plan, errors, -o.lr * write_weights)
-    else:
-        _, touched, totals = segment_totals(plan, errors, write_weights)
-        steps = totals.clamp_(-o.clip, o.clip).mul_(-o.lr)
+    # Without a bound the step size multiplies the smaller tensor.
+    touched, blocks = segment_blocks(plan, errors, write_weights if o.clip is not None else -o.lr * write_weights)
     if log is not None:  # every access its row, of which the first of a segment is read
         torch.index_select(values, 0, plan.rows, out=log)
-    rows = values.index_select(0, touched) if values.dtype != steps.dtype else None
+    rows = values.index_select(0, touched) if values.dtype != errors.dtype else None
     if o.weight_decay != 0.0:
         factors: float | Tensor = decay
         if decays is not None:
             factors = torch.ones(values.shape[0], 1, dtype=compute_dtype(values.dtype), device=values.device)
             factors[decays] = decay
         values.mul_(factors)
-    if rows is not None:  # in half precision each row is rounded once
-        values[touched] = rows.to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
-    elif values.is_cuda:  # there scatter_add_ has no deterministic form
-        values.index_add_(0, touched, steps)
-    else:  # each row once, in any order; with one index per row this is twice as fast as index_add_
-        values.scatter_add_(0, touched.unsqueeze(1).expand_as(steps), steps)
+    for block, steps in blocks:
+        if o.clip is not None:
+            steps.clamp_(-o.clip, o.clip).mul_(-o.lr)
+        if rows is not None:  # in half precision each row is rounded once
+            values[touched[block]] = rows[block].to(steps.dtype).mul_(decay).add_(steps).to(values.dtype)
+        elif values.is_cuda:  # there scatter_add_ has no deterministic form
+            values.index_add_(0, touched[block], steps)
+        else:  # each row once, in any order; with one index per row this is twice as fast as index_add_
+            values.scatter_add_(0, touched[block].unsqueeze(1).expand_as(steps), steps)
 
 
 @operator(
