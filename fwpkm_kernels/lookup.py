@@ -18,10 +18,9 @@ from .plan import plan_segments, segment_totals
 from .ranking import best_columns, may_have_equals, order_equals_
 from .records import Addresses, Plan
 
-# Half scores, or gathered rows, that the PyTorch path holds at a time, in elements: 64 MiB of float32.
-BLOCK_ELEMENTS = 2**24
-# Picked rows that it holds at a time, in elements: 2 MiB, which the allocator keeps from one block to the next, so that
-# the system need not map and clear their pages again.
+# Half scores, and picked rows, that the PyTorch path holds at a time, in elements: 16 and 2 MiB of float32, which the
+# allocator keeps from one block to the next, so that the system need not map and clear their pages again.
+_SCORE_ELEMENTS = 2**22
 _PICK_ELEMENTS = 2**19
 
 
@@ -89,12 +88,12 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
     num_keys, half = keys.shape[2:]
     top_k, dtype = o.top_k, compute_dtype(keys.dtype)
     tables = keys.flatten(0, 1).to(dtype)
-    ordinals = torch.arange(1, top_k + 1, device=queries.device)
-    first, second = (ordinals.unsqueeze(1) * ordinals <= top_k).nonzero().unbind(1)  # in flat order i·K + j
+    pairs = [(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]  # of which the K best are, by i·K + j
+    first, second = torch.tensor(pairs, device=queries.device).unbind(1)
     result = Addresses.empty(queries, top_k, dtype)
     scores, slots, half_scores, sub_keys = result
     first_rows = _first_rows(heads, num_keys, sub_keys)
-    for block in row_blocks(num_rows, 2 * heads * num_keys, BLOCK_ELEMENTS):
+    for block in row_blocks(num_rows, 2 * heads * num_keys, _SCORE_ELEMENTS):
         rows = queries[block].to(dtype).unflatten(-1, (2, half)).permute(1, 2, 0, 3).flatten(0, 1)
         best, found = (x.unflatten(0, (heads, 2)) for x in _half_winners(rows, tables, o))
         half_scores[block] = best.permute(2, 0, 1, 3)

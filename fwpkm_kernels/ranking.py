@@ -16,7 +16,7 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if columns < 4 * groups or columns % groups:
         return torch.topk(scores, k)
     grouped = scores.unflatten(-1, (columns // groups, groups))
-    largest = torch.topk(grouped.amax(-2), k).indices
+    largest = torch.topk(grouped.amax(-2), k, sorted=False).indices
     members = grouped.gather(-1, largest.unsqueeze(-2).expand(*grouped.shape[:-1], k)).flatten(-2)
     best, place = _top(members, k)
     return best, (place // k).mul_(groups).add_(largest.gather(-1, place % k))
