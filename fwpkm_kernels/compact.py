@@ -95,6 +95,14 @@ def take_rows(table: Tensor, slot: Tensor, backend: str) -> Tensor:
     return rows.index_fill_(0, (slot < 0).nonzero().flatten(), 0.0)
 
 
+def rows_at_tokens(x: Tensor, rows: Tensor, tokens: Tensor, length: int, backend: str) -> Tensor:
+    """The `rows` [P] of x [R, ...] at `tokens` [P], none of them twice, and 0 elsewhere: [T, ...]."""
+    if len(tokens) == 0:
+        return x.new_zeros(length, *x.shape[1:])
+    at = tokens.new_full((length,), -1).scatter_(0, tokens, rows)
+    return take_rows(x.flatten(1), at, backend).view(length, *x.shape[1:])
+
+
 def put_rows(table: Tensor, slot: Tensor, rows: Tensor, backend: str) -> None:
     """table[slot] = rows [R, D], of one dtype, in place; but for slots -1, and no other slot occurs twice."""
     if checks.use_triton(backend, table):
@@ -167,7 +175,9 @@ def sparse_sums(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     slot are 0 at the last slot that is used.
     """
     size = (num_slots, grads.shape[1])
-    if grads.is_cuda and len(slot) > 0:
+    if len(slot) == 0:
+        return torch.sparse_coo_tensor(slot.unsqueeze(0), grads, size, check_invariants=False, is_coalesced=True)
+    if grads.is_cuda:
         return _sparse_with_zeros(grads, slot, slot.max().clamp(min=0), size)
     used = (slot >= 0).nonzero().flatten()
     ordered, order = slot.index_select(0, used).sort(stable=True)

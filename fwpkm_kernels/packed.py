@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Reads, Span, count_read_positions
-from .compact import compact, count_compact_rows, gather_compact, sum_rows, take_rows
+from .compact import compact, count_compact_rows, gather_compact, rows_at_tokens, sum_rows, take_rows
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
 from .lookup import lookup_halves
@@ -287,17 +287,6 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat((x, x.new_zeros(size - len(x), *x.shape[1:])))
 
 
-def _by_token(x: Tensor, tokens: Tensor, length: int, backend: str, rows: Tensor | None = None) -> Tensor:
-    """x [rows, ...] as [T, ...]: its rows (those numbered `rows` [P], or all P) at as many different `tokens` [P], and 0
-    elsewhere."""
-    if len(tokens) == 0:
-        return x.new_zeros(length, *x.shape[1:])
-    if rows is None:
-        rows = torch.arange(len(tokens), device=tokens.device)
-    at = tokens.new_full((length,), -1).scatter_(0, tokens, rows)
-    return take_rows(x.flatten(1), at, backend).view(length, *x.shape[1:])
-
-
 @checks.without_autocast
 def run_packed(
     inputs: Inputs, bounds: list[int], carried: list[int] | None, earlier: Rows | None, keep: bool, o: Options
@@ -354,7 +343,8 @@ def run_packed(
         given = at.slot.new_empty(0) if at.earlier is None else at.earlier
         flat = (*found, kept.part_keys, write_weights, counts, *plan, log, given)
         kept = PackedKept._make(_padded(x.to(like.dtype), len(like)) for x, like in zip(flat, kept, strict=True))
-    output = _by_token(output[0], packed.outputs, len(targets), o.backend)
+    number = torch.arange(len(packed.outputs), device=queries.device)
+    output = rows_at_tokens(output[0], number, packed.outputs, len(targets), o.backend)
     slots, weights = (
         x.new_full((len(targets), picks), fill).index_copy_(0, packed.outputs, x.index_select(0, reads.output))
         for x, fill in ((slots, -1), (weights, 0.0))
@@ -412,7 +402,8 @@ def run_packed_grad(
         targets.index_select(0, packed.pairs).unsqueeze(0),
         *(ids, writes, kept.log, log_rows, _spans(packing, document, o), o),
     )
-    grad_targets = _by_token(grad_pairs[0], packed.pairs, len(targets), o.backend)
+    number = torch.arange(len(packed.pairs), device=queries.device)
+    grad_targets = rows_at_tokens(grad_pairs[0], number, packed.pairs, len(targets), o.backend)
     del grad_pairs
 
     gates_now, mask_now = each(lambda x: x.to(dtype), gates, mask)
@@ -436,7 +427,7 @@ def run_packed_grad(
             o,
         )
         by_read = packed.in_order_of_reads(by_lookup)
-        by_token = _by_token(by_read, packed.outputs, len(queries), o.backend, reads.output)
+        by_token = rows_at_tokens(by_read, reads.output, packed.outputs, len(queries), o.backend)
         # Of each token there is at most one, so that the order of the sums does not matter.
         by_token.index_add_(0, reads.token[packed.again], by_read.index_select(0, packed.again))
         grad_queries, grad_initial = by_token.to(queries.dtype), grad_initial.to(keys.dtype)

@@ -129,6 +129,23 @@ def test_gradients_come_back(name, place):
             torch._validate_sparse_coo_tensor_args(sparse.indices(), sparse.values(), sparse.shape, True)
             assert torch.equal(sparse.indices()[0], found.slot[found.slot >= 0])
         testing.assert_bitwise_equal(compact.spread_rows(*given, place.backend), expected)
+    torch.testing.assert_close(compact.sparse_sums(*given).to_dense(), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sparse_sums(dtype, place):
+    """Rows of a slot are summed, and rounded once; those without a slot, anywhere among them, may hold anything."""
+    slot = torch.tensor([3, -1, 0, 3, -1, 7, 0, 3] * 100)
+    grads = 1.0 + torch.randint(4, (800, WIDTH), generator=torch.Generator().manual_seed(0)) / 128.0
+    expected = torch.zeros(9, WIDTH, dtype=torch.float64).index_add_(0, slot[slot >= 0], grads[slot >= 0].double())
+    grads = torch.where(slot.unsqueeze(1) < 0, torch.nan, grads).to(place.device, dtype)
+    sparse = compact.sparse_sums(grads, slot.to(place.device), 9)
+    if place.device == "cpu":
+        assert sparse.is_coalesced()
+        assert sparse.indices().tolist() == [[0, 3, 7]]
+        testing.assert_bitwise_equal(sparse.to_dense(), expected.to(dtype))
+    else:  # what sums its entries is PyTorch
+        torch.testing.assert_close(sparse.double().to_dense().cpu(), expected)
 
 
 @pytest.mark.gpu

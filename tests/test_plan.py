@@ -10,7 +10,7 @@ from fwpkm_kernels import plan as plans
 from fwpkm_kernels import testing
 from fwpkm_kernels._checks import check_rows
 from fwpkm_kernels.kernels import picks as kernels
-from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, segment_totals
+from fwpkm_kernels.plan import count_accesses, count_among, plan_picks, plan_segments, segment_blocks, segment_totals
 from fwpkm_kernels.records import Picks
 from tests.conftest import SLOW_IN_INTERPRETER
 from tests.helpers.picks import make_picks
@@ -56,6 +56,21 @@ def test_totals_are_sums_over_the_accesses(slots, picks):
     assert rows.tolist() == sorted(set(slots.flatten().tolist()))
     assert len(positions) == len(rows)
     torch.testing.assert_close(totals, expected[rows])
+
+
+@pytest.mark.parametrize("elements", [1, 6, 10**6])
+def test_blocks_of_totals_are_the_totals(elements, monkeypatch):
+    monkeypatch.setattr(plans, "_BLOCK_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    vectors, weights = (torch.randn(40, size, generator=generator) for size in (3, 4))
+    plan = plan_segments(testing.make_slots((40, 4), 25, seed=1), 25)
+    _, expected_rows, expected = segment_totals(plan, vectors, weights)
+    rows, blocks = segment_blocks(plan, vectors, weights)
+    numbers, totals = zip(*blocks, strict=True)
+    assert torch.equal(rows, expected_rows)
+    assert [number for block in numbers for number in range(len(rows))[block]] == list(range(len(rows)))
+    assert all(block.numel() <= max(elements, 3) for block in totals)
+    testing.assert_bitwise_equal(torch.cat(totals), expected)
 
 
 def test_a_plan_of_any_shape_and_layout():
