@@ -46,9 +46,9 @@ def order_equals_(scores: Tensor, columns: Tensor) -> None:
 
     Most rows stand so already: only others are sorted.
     """
-    is_clear = (scores[..., 1:] < scores[..., :-1]).all(-1)
+    is_clear = scores[..., 1:] < scores[..., :-1]
     if not is_clear.all():
-        tied = ~is_clear
+        tied = ~is_clear.all(-1)
         found, order = torch.sort(columns[tied], dim=-1)
         scores[tied], places = torch.sort(scores[tied].gather(-1, order), dim=-1, descending=True, stable=True)
         columns[tied] = found.gather(-1, places)
