@@ -18,19 +18,21 @@ def count_carried(position: int, o: Options) -> int:
     return o.lookahead if position >= o.chunk_size else 0
 
 
-def check_carry(carry: Carry | None, inputs: Inputs, o: Options) -> None:
-    """Validate what a segment begins with, against inputs and options that are valid; None begins a sequence."""
+def check_carry(carry: Carry | None, inputs: Inputs, o: Options, carry_name: str = "carry") -> None:
+    """Validate what a segment begins with, against inputs and options that are valid; None begins a sequence.
+
+    Errors name the carry by `carry_name`.
+    """
     if o.boundary != "carry":
         raise ValueError(f'`boundary` must be "carry" with `carry` or `return_carry`, got {o.boundary!r}')
     if carry is None:
         return
     if not isinstance(carry, Carry):
-        raise TypeError(f"`carry` must be a Carry, as return_carry=True gives it, got {type(carry).__name__}")
+        raise TypeError(f"`{carry_name}` must be a Carry, as the segment before leaves it, got {type(carry).__name__}")
     position = carry.position
     if not torch.compiler.is_compiling():  # it would make a constant of the position, and compile again for each
-        position = checks.check_int("carry.position", position, minimum=0)
+        position = checks.check_int(f"{carry_name}.position", position, minimum=0)
     batch, heads, width = inputs.queries.shape[0], *inputs.queries.shape[2:]
-    checks.check_tensor("carry.queries", carry.queries, 4, "[B, c, H, Dk]")
     size = count_carried(position, o) + position % o.chunk_size
     shapes = {
         "queries": ("[B, c, H, Dk]", (batch, size, heads, width)),
@@ -42,25 +44,31 @@ def check_carry(carry: Carry | None, inputs: Inputs, o: Options) -> None:
         x = getattr(carry, name)
         if x is None and name in ("gates", "mask"):
             continue
-        checks.check_tensor(f"carry.{name}", x)
+        checks.check_tensor(f"{carry_name}.{name}", x)
         if x.shape != wanted:
             raise ValueError(
-                f"`carry.{name}` {layout} must be {list(wanted)} at position {position}, with these inputs and "
+                f"`{carry_name}.{name}` {layout} must be {list(wanted)} at position {position}, with these inputs and "
                 f"`chunk_size` {o.chunk_size} and `lookahead` {o.lookahead}, got {checks.shape(x)}"
             )
-        _check_kind(name, x, inputs)
+        _check_kind(carry_name, name, x, inputs)
 
 
-def _check_kind(name: str, x: Tensor, inputs: Inputs) -> None:
+def _check_kind(carry_name: str, name: str, x: Tensor, inputs: Inputs) -> None:
     """Refuse tokens of a carry that cannot stand before those of the inputs, for their device or dtype."""
-    coming = getattr(inputs, name)
-    checks.check_device(f"carry.{name}", x, "queries", inputs.queries)
+    coming, device = getattr(inputs, name), inputs.queries.device
+    if x.device != device:
+        raise ValueError(
+            f"`{carry_name}.{name}` must be on the device of the tokens that come, {device}, got {x.device}"
+        )
     if name == "mask":
-        checks.check_mask("carry.mask", x)
+        checks.check_mask(f"{carry_name}.mask", x)
     elif coming is None:
-        checks.check_float(f"carry.{name}", x)
+        checks.check_float(f"{carry_name}.{name}", x)
     elif x.dtype != coming.dtype:
-        raise TypeError(f"`carry.{name}` must have the dtype of `{name}`, {coming.dtype}, got {x.dtype}")
+        raise TypeError(
+            f"`{carry_name}.{name}` must have the dtype of the {name} that come, {coming.dtype}, got {x.dtype}: all "
+            "segments of a sequence must be of one dtype, and run under the same autocast"
+        )
 
 
 def prepend(carry: Carry, inputs: Inputs) -> Inputs:
@@ -94,40 +102,43 @@ def count_window(o: Options) -> int:
     return o.chunk_size - 1 + o.lookahead
 
 
-def check_documents_carry(carry: DocumentsCarry | None, inputs: Inputs, documents: int, o: Options) -> None:
-    """Validate what segments of documents begin with, against inputs and options that are valid."""
+def check_documents_carry(
+    carry: DocumentsCarry | None, inputs: Inputs, documents: int, o: Options, carry_name: str = "carry"
+) -> None:
+    """Validate what segments of documents begin with, as `check_carry` does."""
     if o.boundary != "carry":
         raise ValueError(f'`boundary` must be "carry" with `carry` or `return_carry`, got {o.boundary!r}')
     if carry is None:
         return
     if not isinstance(carry, DocumentsCarry):
-        raise TypeError(f"`carry` must be a DocumentsCarry, as return_carry=True gives it, got {type(carry).__name__}")
+        kind = type(carry).__name__
+        raise TypeError(f"`{carry_name}` must be a DocumentsCarry, as the segments before leave it, got {kind}")
     window = (documents, count_window(o))
     layouts = {"queries": "[S, W, H, Dk]", "targets": "[S, W, D]", "gates": "[S, W]", "mask": "[S, W]"}
     for name, layout in layouts.items():
         x, coming = getattr(carry, name), getattr(inputs, name)
         if x is None and name in ("gates", "mask"):
             continue
-        checks.check_tensor(f"carry.{name}", x)
+        checks.check_tensor(f"{carry_name}.{name}", x)
         wanted = window if coming is None else (*window, *coming.shape[1:])
         if x.shape != wanted:
             raise ValueError(
-                f"`carry.{name}` {layout} must be {list(wanted)}, W = `chunk_size` - 1 + `lookahead`, with these "
-                f"inputs and {documents} documents, got {checks.shape(x)}"
+                f"`{carry_name}.{name}` {layout} must be {list(wanted)}, W = `chunk_size` - 1 + `lookahead`, with "
+                f"these inputs and {documents} documents, got {checks.shape(x)}"
             )
-        _check_kind(name, x, inputs)
-    checks.check_tensor("carry.position", carry.position, 1, "[S]")
+        _check_kind(carry_name, name, x, inputs)
+    checks.check_tensor(f"{carry_name}.position", carry.position, 1, "[S]")
     if carry.position.shape[0] != documents:
-        raise ValueError(f"`carry.position` must be [{documents}], got {checks.shape(carry.position)}")
+        raise ValueError(f"`{carry_name}.position` must be [{documents}], got {checks.shape(carry.position)}")
     if carry.position.dtype != torch.int64:
-        raise TypeError(f"`carry.position` must be int64, got {carry.position.dtype}")
+        raise TypeError(f"`{carry_name}.position` must be int64, got {carry.position.dtype}")
     if carry.position.is_cpu and not torch.compiler.is_compiling():
-        _check_position(carry.position)
+        _check_position(f"{carry_name}.position", carry.position)
 
 
-def _check_position(position: Tensor) -> None:
+def _check_position(name: str, position: Tensor) -> None:
     if bool((position < 0).any()):
-        raise ValueError(f"`carry.position` must be at least 0, got {position.tolist()}")
+        raise ValueError(f"`{name}` must be at least 0, got {position.tolist()}")
 
 
 def empty_carry(inputs: Inputs, documents: int, o: Options) -> DocumentsCarry:
@@ -160,7 +171,7 @@ def _continue_op(
 ) -> list[Tensor]:
     bounds, position = cu_seqlens.cpu().long(), position.cpu()
     checks.check_bounds(bounds.tolist(), length, may_end_before=may_end_before)
-    _check_position(position)
+    _check_position("carry.position", position)
     o = Options(chunk_size=chunk_size, lookahead=lookahead)
     documents, window = len(position), count_window(o)
     lengths = bounds.diff()

@@ -390,12 +390,27 @@ def fast_weight_memory(
         addressing_weight, key_gradient, step, boundary, precision, backend,
     )  # fmt: skip
     inputs = Inputs(queries, targets, keys, values, gates, mask)
+    result, left = run_memory(inputs, carry, return_carry, final, sparse_grad, o)
+    return (result, left) if return_carry else result
+
+
+def run_memory(
+    inputs: Inputs,
+    carry: Carry | None,
+    return_carry: bool,
+    final: str,
+    sparse_grad: bool,
+    o: Options,
+    *,
+    carry_name: str = "carry",
+) -> tuple[MemoryOutput, Carry | None]:
+    """`fast_weight_memory`, and the carry with `return_carry`. Errors name the carry by `carry_name`."""
     refuse_transforms("fast_weight_memory", (*inputs, *(carry if isinstance(carry, Carry) else ())))
     checks.check_flag("return_carry", return_carry)
-    position, carried, waiting = 0, 0, 0
+    position, carried, waiting, targets = 0, 0, 0, inputs.targets
     if carry is not None or return_carry:
         o = check_memory(inputs, o)
-        check_carry(carry, inputs, o)
+        check_carry(carry, inputs, o, carry_name)
     if carry is not None:
         position, carried = carry.position, count_carried(carry.position, o)
         waiting = carry.queries.shape[1] - carried
@@ -406,7 +421,7 @@ def fast_weight_memory(
     if carry is not None:  # the waiting tokens' results were those of earlier segments
         output, slots, weights = (x[:, waiting:] for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)
-    return (result, leave(inputs, position + queries.shape[1], o)) if return_carry else result
+    return result, leave(inputs, position + result.output.shape[1], o) if return_carry else None
 
 
 def _run(inputs: Inputs, o: Options, call: Call) -> MemoryOutput:

@@ -143,12 +143,13 @@ def run_varlen(
     may_end_before: bool = False,
     with_rows: bool = True,
     rows_name: str = "rows",
+    carry_name: str = "carry",
 ) -> tuple[VarlenOutput, DocumentsCarry | None]:
     """`fast_weight_memory_varlen`, and the carry with `return_carry`.
 
     With `may_end_before` there may be tokens behind the last document, which belong to none: their output and weights
-    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out. Errors name the rows by
-    `rows_name`.
+    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out. Errors name rows and
+    carry by `rows_name` and `carry_name`.
     """
     value = rows.value if isinstance(rows, Rows) else None
     of_carry = carry if isinstance(carry, DocumentsCarry) else ()
@@ -158,7 +159,7 @@ def run_varlen(
     checks.check_flag("sparse_grad", sparse_grad)
     documents = cu_seqlens.shape[0] - 1
     if carry is not None or return_carry:
-        check_documents_carry(carry, inputs, documents, o)
+        check_documents_carry(carry, inputs, documents, o, carry_name)
     loops = o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS
     if sparse_grad and loops:
         raise ValueError(

@@ -188,7 +188,9 @@ def test_what_is_refused(given, options, error, message):
 
 def test_dtypes_of_a_carry():
     inputs, carry = a_carry()
-    with pytest.raises(TypeError, match="`carry.queries` must have the dtype of `queries`"):
+    with pytest.raises(
+        TypeError, match="`carry.queries` must have the dtype of the queries that come, torch.bfloat16, got"
+    ):
         fast_weight_memory(**inputs | {"queries": inputs["queries"].bfloat16()}, **SMALL, carry=carry)
 
 

@@ -13,8 +13,8 @@ f64 = torch.float64
 
 def make_layer(**options) -> FastWeightProductKeyMemory:
     torch.manual_seed(0)
-    options = {"num_keys": 6, "heads": 2, "top_k": 2, "key_dim": 6, "value_dim": 5, "chunk_size": 4} | options
-    return FastWeightProductKeyMemory(WIDTH, lookahead=2, dtype=f64, memory_dtype=f64, **options)
+    sizes = {"num_keys": 6, "heads": 2, "top_k": 2, "key_dim": 6, "value_dim": 5, "chunk_size": 4, "lookahead": 2}
+    return FastWeightProductKeyMemory(WIDTH, **sizes | {"dtype": f64, "memory_dtype": f64} | options)
 
 
 def draw(*size: int) -> Tensor:
@@ -130,21 +130,89 @@ def test_detach_ends_gradients_and_no_carry_begins_a_chunk():
     assert make_layer(boundary="drop")(x, return_memory=True)[1].carry is None
 
 
+def of_one_row(carry):
+    return carry._replace(queries=carry.queries[:1])
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"queries": torch.zeros(2, 3)}, ValueError, "`memory.carry.queries` must be"),
-        ({"gates": torch.zeros(1, 5)}, ValueError, "`memory.carry.gates` must be"),
-        ({"position": 3}, TypeError, "`memory.carry.position`"),
-        (None, TypeError, "`memory.carry` must be a DocumentsCarry"),
+        (of_one_row, ValueError, r"`memory.carry.queries` \[.*\] must be \[2, "),
+        (lambda c: c._replace(gates=c.gates[:, 1:]), ValueError, r"`memory.carry.gates` \[.*\] must be \[2, "),
+        (lambda c: c._replace(mask=torch.ones(2, 9)), ValueError, r"`memory.carry.mask` \[.*\] must be \[2, "),
+        (lambda c: c._replace(targets=None), TypeError, "`memory.carry.targets` must be a torch.Tensor"),
+        (lambda c: c._replace(queries=c.queries.float()), TypeError, "`memory.carry.queries` .* the queries that come"),
+        (
+            lambda c: c._replace(targets=c.targets.to("meta")),
+            ValueError,
+            "`memory.carry.targets` must be on the device",
+        ),
+        (lambda c: c._replace(position=-1 - c.position), ValueError, "`memory.carry.position` must be at least 0"),
+        (lambda c: c._replace(position="3"), TypeError, "`memory.carry.position` must be a"),
+        (tuple, TypeError, "`memory.carry` must be a (Documents)?Carry for this layer, got tuple"),
     ],
 )
-def test_a_carry_that_does_not_fit_is_named(change, error, message):
-    layer, x = make_layer(), draw(2, 9)
+def test_a_carry_that_does_not_fit_is_named(scope, change, error, message):
+    """As the layer's user knows it, whatever finds it."""
+    layer, x = make_layer(scope=scope), draw(2, 9)
     _, memory = layer(x, return_memory=True)
-    carry = tuple(memory.carry) if change is None else memory.carry._replace(**change)
     with pytest.raises(error, match=message):
-        layer(x, memory=memory._replace(carry=carry))
+        layer(x, memory=memory._replace(carry=change(memory.carry)))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_carry_is_of_the_autocast_it_was_left_under(scope):
+    layer, x = make_layer(scope=scope, dtype=torch.float32, memory_dtype=torch.float32), draw(2, 9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, memory = layer(x, return_memory=True)
+        layer(x, memory=memory)
+    with pytest.raises(TypeError, match="^`memory.carry.queries` .*, got torch.bfloat16: .* under the same autocast"):
+        layer(x, memory=memory)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_layer_that_drops_takes_no_carry(scope):
+    _, memory = make_layer(scope=scope)(draw(2, 9), return_memory=True)
+    layer = make_layer(scope=scope, boundary="drop")
+    with pytest.raises(ValueError, match='`memory.carry` must be None for a layer with `boundary`="drop"'):
+        layer(draw(2, 9), memory=memory)
+    layer(draw(2, 9), memory=memory._replace(carry=None))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"hidden_states": 3}, TypeError, "`memory.hidden_states` must be a torch.Tensor, got int"),
+        (
+            {"hidden_states": torch.zeros(2, 2, WIDTH, dtype=torch.int64)},
+            TypeError,
+            "`memory.hidden_states` must be fl",
+        ),
+        (
+            {"hidden_states": torch.zeros(2, 1, WIDTH, dtype=f64)},
+            ValueError,
+            r"`memory.hidden_states` must be \[2, 2, 7",
+        ),
+        (
+            {"hidden_states": torch.zeros(2, 2, WIDTH)},
+            TypeError,
+            "`memory.hidden_states` and `hidden_states` must both",
+        ),
+        (
+            {"hidden_states": torch.zeros(2, 2, WIDTH, dtype=f64, device="meta")},
+            ValueError,
+            "`memory.hidden_states` .* d",
+        ),
+        ({"keys": torch.zeros(2, 2, 2, 6, 3)}, TypeError, "`memory.keys` and `hidden_states` must both be float64"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(change, error, message):
+    layer, x = make_layer(query_conv=3), draw(2, 9)
+    _, memory = layer(x, return_memory=True)
+    with pytest.raises(error, match=message):
+        layer(x, memory=memory._replace(**change))
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ BAD = {
     "of other documents": (lambda c: c._replace(queries=c.queries[:1]), ValueError, r"`carry.queries` \[S, W, H, Dk\]"),
     "of another window": (lambda c: c._replace(targets=c.targets[:, 1:]), ValueError, r"must be \[2, 4, 5\], W ="),
     "gates of another window": (lambda c: c._replace(gates=c.gates[:, 1:]), ValueError, "`carry.gates`"),
-    "of another dtype": (lambda c: c._replace(queries=c.queries.float()), TypeError, "the dtype of `queries`"),
+    "of another dtype": (lambda c: c._replace(queries=c.queries.float()), TypeError, "the dtype of the queries"),
     "a mask of complex numbers": (lambda c: c._replace(mask=c.mask.to(torch.complex64)), TypeError, "`carry.mask`"),
     "no targets": (bad(targets=None), TypeError, "`carry.targets` must be a torch.Tensor"),
     "a number of tokens": (bad(position=3), TypeError, "`carry.position` must be a torch.Tensor"),

@@ -66,7 +66,7 @@ def find_memory(
     elif memory is None:
         return None
     elif isinstance(memory, LayerMemory):
-        return _check_segment(layer, memory, documents)
+        return _check_segment(layer, memory, documents, x)
     else:
         memory, name = _as_streamed(layer, memory, documents.number), "memory"
     if trains:
@@ -103,48 +103,38 @@ def _as_streamed(layer: "FastWeightProductKeyMemory", memory: Any, batch: int) -
     return memory
 
 
-def _check_segment(layer: "FastWeightProductKeyMemory", memory: LayerMemory, documents: Documents) -> LayerMemory:
-    """Refuse a segment's memory whose shapes are not those of this layer and these documents."""
+def _check_segment(
+    layer: "FastWeightProductKeyMemory", memory: LayerMemory, documents: Documents, hidden_states: Tensor
+) -> LayerMemory:
+    """Refuse a segment's memory that is not of this layer and these documents; `run_memory` and `run_varlen` check its
+    rows and its carry, whose dtypes are those that the projections have now."""
     size: tuple[int, ...] = (layer.heads, 2, layer.num_keys, layer.key_dim // 2)
     is_packed = layer.scope == "sequence"
     wanted: dict[str, tuple[int, ...]] = {"keys": (documents.number, *size) if is_packed else size}
     if not is_packed:
         wanted["values"] = (layer.num_keys**2, layer.value_dim)
+    tail = memory.hidden_states if layer.q_conv is not None else None
+    if tail is not None:
+        wanted["hidden_states"] = (documents.number, layer._conv_width - 1, layer.hidden_size)
     for name, size in wanted.items():
         x = getattr(memory, name)
         checks.check_tensor(f"memory.{name}", x)
         checks.check_float(f"memory.{name}", x)
         if x.shape != size:
             raise ValueError(f"`memory.{name}` must be {list(size)} for this layer and input, got {checks.shape(x)}")
+        checks.check_together(**{"hidden_states": hidden_states, f"memory.{name}": x})
     if is_packed and not isinstance(memory.values, Rows):
         raise TypeError(f'`memory.values` must be Rows under scope="sequence", got {type(memory.values).__name__}')
     if is_packed:
         checks.check_tensor("memory.values.value", memory.values.value)
-    if memory.carry is not None:
-        _check_carry(layer, memory.carry, documents)
-    tail, size = memory.hidden_states, (documents.number, layer._conv_width - 1, layer.hidden_size)
-    if layer.q_conv is not None and tail is not None and tail.shape != size:
-        raise ValueError(f"`memory.hidden_states` must be {list(size)}, got {checks.shape(tail)}")
+    if memory.carry is None:
+        return memory
+    kind = DocumentsCarry if is_packed else Carry
+    if not isinstance(memory.carry, kind):
+        raise TypeError(f"`memory.carry` must be a {kind.__name__} for this layer, got {type(memory.carry).__name__}")
+    if layer.options.boundary != "carry":
+        raise ValueError(
+            f'`memory.carry` must be None for a layer with `boundary`="{layer.options.boundary}", whose segments leave '
+            f"nothing to be written, got a {kind.__name__}"
+        )
     return memory
-
-
-def _check_carry(layer: "FastWeightProductKeyMemory", carry: Carry | DocumentsCarry, documents: Documents) -> None:
-    """Refuse the carry of other documents; that of a batch is checked by the memory."""
-    kind: type = Carry if layer.scope == "batch" else DocumentsCarry
-    if not isinstance(carry, kind):
-        raise TypeError(f"`memory.carry` must be a {kind.__name__} for this layer, got {type(carry).__name__}")
-    if isinstance(carry, Carry):
-        return
-    o, count = layer.options, documents.number
-    window = (count, o.chunk_size - 1 + o.lookahead)
-    sizes = {"queries": (layer.heads, layer.key_dim), "targets": (layer.value_dim,), "gates": ()}
-    for name, size in sizes.items():
-        x, wanted = getattr(carry, name), (*window, *size)
-        if x is None and name == "gates":
-            continue
-        checks.check_tensor(f"memory.carry.{name}", x)
-        if x.shape != wanted:
-            raise ValueError(f"`memory.carry.{name}` must be {list(wanted)}, got {checks.shape(x)}")
-    checks.check_tensor("memory.carry.position", carry.position, 1, "[S]")
-    if carry.position.shape[0] != count:
-        raise ValueError(f"`memory.carry.position` must be [{count}], got {checks.shape(carry.position)}")

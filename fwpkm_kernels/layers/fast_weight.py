@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from .. import _checks as checks
 from .._autograd import in_backward
 from ..documents import Documents, make_documents, mean_gate
-from ..memory import fast_weight_memory
+from ..memory import run_memory
 from ..options import Options, why_no_rows
 from ..pool import MemoryPool
-from ..records import Rows
+from ..records import Inputs, Rows
 from ..state import MemoryState
 from .arguments import check_options, one_of
 from .continuation import DROPS, LayerMemory, find_memory
@@ -423,21 +423,19 @@ class FastWeightProductKeyMemory(nn.Module):
         leaves_carry = return_memory and self.options.boundary == "carry"
 
         def run(weight: Tensor) -> Any:
-            how: dict[str, Any] = {"gates": gates, "carry": before}
             if self.scope == "sequence":
-                how |= {"return_memory": return_memory, "options": self.options}
+                how: dict[str, Any] = {"gates": gates, "carry": before, "return_memory": return_memory}
                 keys, values = self._in_memory_dtype(self.keys if memory is None else memory.keys, weight)
                 if memory is not None:
                     how["rows"] = memory.values._replace(value=memory.values.value.to(values.dtype))
-                return memory_of_documents(queries, targets, keys, values, documents, **how)
+                return memory_of_documents(queries, targets, keys, values, documents, options=self.options, **how)
             keys, values = self._in_memory_dtype(*((self.keys, weight) if memory is None else memory[:2]))
-            how["mask"], how["return_carry"] = documents.pair_mask(self.options.lookahead, queries.device), leaves_carry
+            mask = documents.pair_mask(self.options.lookahead, queries.device)
             # Of a table that is not returned the rows that are read will do, unless decay or segments before move more.
             moved_before = memory is not None and self.initial_memory == "persistent"
             needs_table = return_memory or moved_before or why_no_rows(self.options)
-            how["final"] = "table" if needs_table else "rows"
-            result = fast_weight_memory(queries, targets, keys, values, **how, **self.options._asdict())
-            return result if leaves_carry else (result, None)
+            inputs, final = Inputs(queries, targets, keys, values, gates, mask), "table" if needs_table else "rows"
+            return run_memory(inputs, before, leaves_carry, final, False, self.options, carry_name="memory.carry")
 
         result, carry = self.table(run)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.

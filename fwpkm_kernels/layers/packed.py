@@ -60,6 +60,7 @@ def memory_of_documents(
         may_end_before=documents.mask is not None,
         with_rows=return_memory,
         rows_name="memory.values",
+        carry_name="memory.carry",
     )
     fills = ((result.output, 0), (result.slots, -1), (result.weights, 0))
     output, slots, weights = (put_back(x, fill) for x, fill in fills)
