@@ -50,6 +50,12 @@ def check_tensor(name: str, x: object, rank: int | None = None, layout: str = ""
         raise ValueError(f"`{name}` must have {rank} dimensions {layout}, got shape {shape(x)}")
 
 
+def check_data(name: str, x: Tensor) -> None:
+    """`x`, which the host reads, is not on the meta device, whose tensors operators would read as anything."""
+    if x.is_meta:
+        raise ValueError(f"`{name}` must have data, got a tensor on meta")
+
+
 def check_float(name: str, x: Tensor) -> None:
     """`x` holds float32, float64, float16 or bfloat16."""
     if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -317,8 +323,7 @@ def check_indices(indices: Tensor | Sequence[int], batch: int) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device="cpu")
     check_tensor("indices", indices, 1, "[new B]")
     check_slots("indices", indices)
-    if indices.is_meta:
-        raise ValueError("`indices` must have data, got a tensor on meta")
+    check_data("indices", indices)
     if not torch.compiler.is_compiling():  # indices in a trace have no values
         check_slot_range("indices", indices, batch)
     return indices.long()

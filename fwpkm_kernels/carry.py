@@ -132,6 +132,7 @@ def check_documents_carry(
         raise ValueError(f"`{carry_name}.position` must be [{documents}], got {checks.shape(carry.position)}")
     if carry.position.dtype != torch.int64:
         raise TypeError(f"`{carry_name}.position` must be int64, got {carry.position.dtype}")
+    checks.check_data(f"{carry_name}.position", carry.position)
     if carry.position.is_cpu and not torch.compiler.is_compiling():
         _check_position(f"{carry_name}.position", carry.position)
 

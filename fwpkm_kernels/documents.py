@@ -99,8 +99,9 @@ def make_documents(
     """Validate the arguments that say which of the tokens [B, T, ...] belong to which document.
 
     Args:
-        are_cut: whether the caller cuts documents apart, for which the host must know cu_seqlens. It is then copied
-            here, once, and validated before anything is computed. Otherwise it is validated only if it is on the CPU.
+        are_cut: whether the caller cuts documents apart, for which the host must know mask and cu_seqlens. The latter
+            is then copied here, once, and validated before anything is computed. Otherwise it is validated only if it
+            is on the CPU.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -112,6 +113,8 @@ def make_documents(
         rule = "`attention_mask` must be [B, T] like `hidden_states` [B, T, d]"
         checks.check_shapes(attention_mask.shape == tokens.shape[:2], rule, attention_mask, tokens)
         checks.check_device("attention_mask", attention_mask, "hidden_states", tokens)
+        if are_cut:
+            checks.check_data("attention_mask", attention_mask)
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         cu_seqlens = cu_seqlens_cpu
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
@@ -128,6 +131,8 @@ def make_documents(
             raise ValueError(f"`cu_seqlens_cpu` must be on the CPU, got {cu_seqlens_cpu.device}")
         rule = "`cu_seqlens_cpu` must be `cu_seqlens` on the CPU"
         checks.check_shapes(cu_seqlens_cpu.shape == cu_seqlens.shape, rule, cu_seqlens_cpu, cu_seqlens)
+    if cu_seqlens is not None and (not tokens.is_meta or (are_cut and cu_seqlens_cpu is None)):
+        checks.check_data("cu_seqlens", cu_seqlens)
     if are_cut and cu_seqlens is not None and cu_seqlens_cpu is None and not torch.compiler.is_compiling():
         cu_seqlens_cpu = cu_seqlens.cpu()
     documents = Documents(batch, length, attention_mask, cu_seqlens, cu_seqlens_cpu)

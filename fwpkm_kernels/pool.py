@@ -426,6 +426,7 @@ class MemoryPool:
         if isinstance(sessions, Tensor):
             checks.check_tensor("sessions", sessions, 1, "[S]")
             checks.check_slots("sessions", sessions)
+            checks.check_data("sessions", sessions)
         ids = sessions.tolist() if isinstance(sessions, Tensor) else list(sessions)
         ones = [self._present(session, "sessions") for session in ids]
         if len(ones) != count:

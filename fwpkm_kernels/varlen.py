@@ -61,8 +61,7 @@ def _check_varlen(
     queries, keys, values = inputs.queries, inputs.keys, inputs.values
     checks.check_tensor("cu_seqlens", cu_seqlens, 1, "[S + 1]")
     checks.check_slots("cu_seqlens", cu_seqlens)
-    if cu_seqlens.is_meta:
-        raise ValueError("`cu_seqlens` must have data, on the cpu, got a tensor on meta")
+    checks.check_data("cu_seqlens", cu_seqlens)
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"`cu_seqlens` [S + 1] must hold the bounds of at least one document, got shape {checks.shape(cu_seqlens)}"

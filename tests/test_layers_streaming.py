@@ -202,7 +202,10 @@ def test_options_of_the_layer_as_they_are_now():
         layer(x, memory=memory)
 
 
-@pytest.mark.parametrize("indices", [[1.7], torch.tensor([0.5]), torch.tensor([[0]]), 3, [True], [-1]])
+META = torch.zeros(3, dtype=torch.int64, device="meta")
+
+
+@pytest.mark.parametrize("indices", [[1.7], torch.tensor([0.5]), torch.tensor([[0]]), 3, [True], [-1], META])
 def test_bad_rows(indices):
     with pytest.raises((TypeError, ValueError), match="`indices`"):
         make_layer("sequence").new_memory(3).reorder(indices)

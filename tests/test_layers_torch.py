@@ -276,6 +276,12 @@ BOUNDS = torch.tensor([0, 4, 10])
         ({"cu_seqlens": BOUNDS[:1]}, ValueError, "`cu_seqlens`.* at least one document"),
         ({"cu_seqlens": BOUNDS, "cu_seqlens_cpu": BOUNDS[:2]}, ValueError, "`cu_seqlens_cpu` must be `cu_seqlens`"),
         ({"cu_seqlens_cpu": BOUNDS.to("meta")}, ValueError, "`cu_seqlens_cpu` must be on the CPU, got meta"),
+        ({"hidden_states": X[:1], "cu_seqlens": BOUNDS.to("meta")}, ValueError, "`cu_seqlens` must have data"),
+        (
+            {"hidden_states": X.to("meta"), "attention_mask": torch.ones(2, 10, device="meta")},
+            ValueError,
+            "`attention_mask` must have data",
+        ),
         (
             {"cu_seqlens": BOUNDS, "cu_seqlens_cpu": torch.tensor([0, 5, 10])},
             ValueError,

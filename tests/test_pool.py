@@ -455,6 +455,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "twice": (lambda p: step(p, sessions=[0, 0]), ValueError, r"`sessions` must name each session once, got \[0, 0\]"),
     "too few": (lambda p: step(p, sessions=[0]), ValueError, "`sessions` must name one for each row .* 2, got 1"),
     "lengths": (lambda p: step(p, sessions=[0, 1], lengths=[1, 3]), ValueError, r"from 0 to 2 .* got \[1, 3\]"),
+    "ids on meta": (lambda p: step(p, sessions=torch.ones(2, device="meta").long()), ValueError, "`sessions` must"),
     "float lengths": (lambda p: step(p, sessions=[0, 1], lengths=torch.ones(2)), TypeError, "`lengths` must be int64"),
     "evicted": (lambda p: evicted_step(p), ValueError, "`sessions` must not be evicted, got 0: restore it first"),
     "bound": (lambda p: step(p, sessions=[0, 1], top_k=3), ValueError, "`top_k` must stay as in .*, 2, got 3"),

@@ -294,6 +294,11 @@ BAD = {
     "a number of tokens": (bad(position=3), TypeError, "`carry.position` must be a torch.Tensor"),
     "too many positions": (bad(position=torch.zeros(3, dtype=torch.int64)), ValueError, "`carry.position` must be"),
     "narrow positions": (bad(position=torch.zeros(2, dtype=torch.int32)), TypeError, "must be int64"),
+    "positions on meta": (
+        lambda c: c._replace(position=c.position.to("meta")),
+        ValueError,
+        "`carry.position` must have",
+    ),
     "negative positions": (bad(position=torch.tensor([0, -1])), ValueError, r"must be at least 0, got \[0, -1\]"),
 }
 

@@ -211,7 +211,7 @@ class StreamedMemory:
             TypeError, ValueError: for other indices. Under scope="batch" sequences share one memory, so indices must
                 increase: rows can only be left out.
         """
-        on_cpu = indices.cpu() if isinstance(indices, Tensor) else indices
+        on_cpu = indices.cpu() if isinstance(indices, Tensor) and not indices.is_meta else indices
         rows = checks.check_indices(on_cpu, self.batch).tolist()
         if self.scope == "batch" and any(after <= before for before, after in pairwise(rows)):
             raise ValueError(f'`scope`="batch" has one memory, of which no sequence can be repeated, got rows {rows}')
