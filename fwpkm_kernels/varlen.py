@@ -34,8 +34,10 @@ def _check_rows_given(name: str, rows: Rows, documents: int, values: Tensor) -> 
     checks.check_tensor(f"{name}.slot", rows.slot, 1, "[R]")
     checks.check_tensor(f"{name}.value", rows.value, 2, "[R, D]")
     checks.check_like(f"{name}.document", rows.document, f"{name}.slot", rows.slot)
-    rule = f"`{name}.value` [R, D] must have a row for each of `{name}.slot` [R], as wide as `values`"
-    checks.check_shapes(rows.value.shape == (*rows.slot.shape, values.shape[1]), rule, rows.value, values)
+    rule = f"`{name}.value` [R, D] must have a row for each of `{name}.slot` [R]"
+    checks.check_shapes(rows.value.shape[0] == rows.slot.shape[0], rule, rows.value, rows.slot)
+    rule = f"`{name}.value` [R, D] must be as wide as `values` [N, D]"
+    checks.check_shapes(rows.value.shape[1] == values.shape[1], rule, rows.value, values)
     for field, x in ((f"{name}.document", rows.document), (f"{name}.slot", rows.slot)):
         if x.dtype != torch.int64:
             raise TypeError(f"`{field}` must be int64, got {x.dtype}")

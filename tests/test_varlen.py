@@ -314,7 +314,16 @@ BAD = {
     "no such document": (rows_of(((5, 1),)), ValueError, r"`rows.document` must lie in \[0, 5\)"),
     "no such slot": (rows_of(((0, 36),)), ValueError, r"`rows.slot` must lie in \[-1, 36\)"),
     "twice": (rows_of(((0, 3), (1, 3), (0, 3))), ValueError, "document 0, slot 3 more than once"),
-    "of other widths": (rows_of(((0, 3),), value=torch.zeros(1, 2)), ValueError, "as wide as `values`"),
+    "of other widths": (
+        rows_of(((0, 3),), value=torch.zeros(1, 2)),
+        ValueError,
+        r"as wide as `values` \[N, D\], got \[1, 2\] against \[36, 3\]",
+    ),
+    "of too few values": (
+        rows_of(((0, 3), (1, 2)), value=torch.zeros(1, 3)),
+        ValueError,
+        r"a row for each of `rows.slot` \[R\], got \[1, 3\] against \[2\]",
+    ),
     "of another dtype": (rows_of(((0, 3),), torch.float32), TypeError, "`rows.value` must have the dtype of `values`"),
     "decays of too few": (
         rows_of(((0, 3),), decay=torch.ones(2, dtype=f64)),
