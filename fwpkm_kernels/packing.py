@@ -221,8 +221,9 @@ def final_decay(
     cu_seqlens: Tensor, carried: Tensor | None, decay: Tensor | None, like: Tensor, o: Options
 ) -> Tensor | None:
     """What rows that a document has not addressed have been multiplied by after its last write, [S], in the compute
-    dtype of `like`, where `decay` is that before its first; None is 1. Nothing waits for the device."""
-    factor = 1.0 - o.lr * o.weight_decay
+    dtype of `like`, where `decay` is that before its first; None is 1. A constant for gradients. Nothing waits
+    for the device."""
+    factor, decay = 1.0 - o.lr * o.weight_decay, None if decay is None else decay.detach()
     if factor == 1.0:
         return decay
     lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried

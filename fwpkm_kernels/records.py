@@ -203,7 +203,7 @@ class Rows(NamedTuple):
 
     def detach(self) -> "Rows":
         """The same without autograd."""
-        return self._replace(value=self.value.detach())
+        return Rows._make(each(Tensor.detach, *self))
 
 
 class Writes(NamedTuple):

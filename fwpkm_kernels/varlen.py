@@ -113,7 +113,7 @@ def _by_document(
         places = (rows.document[used], rows.slot[used])
         start = values.expand(count, *values.shape)
         if rows.decay is not None:
-            start = (start * rows.decay.view(-1, 1, 1)).to(values.dtype)
+            start = (start * rows.decay.detach().view(-1, 1, 1)).to(values.dtype)
         tables = start.index_put(places, rows.value[used]).unbind()
     results = []
     for *of_document, k, v, c in zip(*tokens, of_each, tables, carries_of(carry, count, o), strict=True):

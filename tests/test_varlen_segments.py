@@ -319,3 +319,19 @@ def test_segments_need_the_boundary(name):
     given = {"carry": carry} if name == "carry" else {"return_carry": True}
     with pytest.raises(ValueError, match='`boundary` must be "carry"'):
         fast_weight_memory_varlen(**inputs, **given, boundary="drop", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"key_gradient": "all"}], ids=str)
+def test_decay_is_a_constant(options):
+    """Also one that requires a gradient, which otherwise would come of the rows that a loop makes tables from, or go on
+    through every segment."""
+    inputs, o = make_packed((5, 2)), {"chunk_size": CHUNK, "top_k": 2} | options
+    decay = torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
+    rows = make_rows(inputs, ((0, 3), (1, 2)))._replace(decay=decay)
+    assert not rows.detach().decay.requires_grad
+    result = fast_weight_memory_varlen(**inputs, rows=rows, **o)
+    tensors = [x for x in (result.output, *result.rows) if x is not None]
+    assert not any(x.requires_grad for x in tensors)
+    constant = fast_weight_memory_varlen(**inputs, rows=rows.detach(), **o)
+    for one, other in zip(tensors, [x for x in (constant.output, *constant.rows) if x is not None], strict=True):
+        testing.assert_bitwise_equal(one, other)
