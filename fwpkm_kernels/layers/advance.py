@@ -18,7 +18,8 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     Of a call without weight_decay these are the rows that it has read; all others are not written.
 
     Call it once a step, after backward: an activation checkpoint computes with the old memory until then. Layers that
-    have made no training call since the last advance stay as they are; evaluation changes nothing.
+    have made no training call since the last advance stay as they are; evaluation changes nothing. A load or a draw of
+    the layer, or of its table alone, drops what a call before it has left behind.
 
     Args:
         model: a module that contains such layers.
@@ -34,14 +35,14 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     checks.check_choice("reduce", reduce, ("mean", "none"))
-    layers = [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory) and x._pending is not None]
+    layers = [x for x in model.modules() if isinstance(x, FastWeightProductKeyMemory) and _is_pending(x)]
     if len({id(layer.table) for layer in layers}) < len(layers):
         raise ValueError("`model` has layers that share a table, and each would advance it: give each its own")
     is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     ranks = torch.distributed.get_world_size(group) if reduce == "mean" and is_parallel else 1
     for layer in layers:
         assert layer._pending is not None
-        for memory, new in zip((layer.keys, layer.table.weight), layer._pending, strict=True):
+        for memory, new in zip((layer.keys, layer.table.weight), layer._pending[:2], strict=True):
             with torch.no_grad():
                 if ranks > 1:
                     _advance_by_mean(memory, new, group, ranks)
@@ -50,6 +51,11 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
                 else:
                     memory.copy_(new)
         layer._pending = None
+
+
+def _is_pending(layer: FastWeightProductKeyMemory) -> bool:
+    """Whether a training call has left a memory behind, and the table that it was made from is still there."""
+    return layer._pending is not None and layer._pending[2] is layer.table.contents
 
 
 def _advance_by_mean(memory: Tensor, new: Tensor | Rows, group: Any, ranks: int) -> None:

@@ -203,7 +203,8 @@ class FastWeightProductKeyMemory(nn.Module):
             check_table(table, num_keys, value_dim)
             check_table_kind(table, initial_memory, memory_dtype)
         self.table = table
-        self._pending: tuple[Tensor, Tensor | Rows] | None = None  #: the memory that `advance_memory` will commit
+        #: The memory that `advance_memory` will commit, and the `contents` of the table that it was made from.
+        self._pending: tuple[Tensor, Tensor | Rows, object] | None = None
         self.reset_parameters(table=False)
 
     @classmethod
@@ -234,10 +235,6 @@ class FastWeightProductKeyMemory(nn.Module):
         self._pending = None
         if table:
             self.table.reset_parameters()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pending = None  # it belongs to the memory that the load replaces
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FastWeightProductKeyMemory":
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
@@ -441,5 +438,5 @@ class FastWeightProductKeyMemory(nn.Module):
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.
         is_again = not torch.compiler.is_compiling() and in_backward()
         if self.initial_memory == "persistent" and self.training and not is_again:
-            self._pending = (result.keys.detach(), result.values.detach())
+            self._pending = (result.keys.detach(), result.values.detach(), self.table.contents)
         return result, carry

@@ -12,6 +12,13 @@ _Result = TypeVar("_Result")
 TABLE_INITS = ("normal", "zeros")
 
 
+class Contents:
+    """What one draw or load has put into a table: what was made from the one before has no place in it any more.
+
+    An object for each, and no count of them, which compiled code would take for a constant.
+    """
+
+
 class ValueTable(nn.Module):
     """A table of value rows, `weight` [num_slots, width]: the large part of a memory layer, in a module of its own.
 
@@ -47,6 +54,7 @@ class ValueTable(nn.Module):
         checks.check_flag("trainable", trainable)
         check_memory_dtype("dtype", dtype)
         self.init, self.memory_dtype = init, dtype
+        self.contents = Contents()  #: a new one with each draw and each load
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
         self.reset_parameters()
@@ -57,6 +65,11 @@ class ValueTable(nn.Module):
             nn.init.zeros_(self.weight)
         else:
             nn.init.normal_(self.weight, std=self.width**-0.5)
+        self.contents = Contents()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.contents = Contents()  # a load of a layer comes here too
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """``function(weight, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
