@@ -236,7 +236,8 @@ def sparse_value_gather(
             GPU, where a check would synchronise, by the kernel under TRITON_DEBUG=1 only, set before the import.
         weights: [..., J], any float dtype (float64 exactly if the table is).
         sparse_grad: give the table's gradient as an uncoalesced sparse COO tensor with one entry per access, as
-            torch.nn.Embedding(sparse=True) does: no dense [N, D] gradient. Not with torch.compile, which has no sparse
+            torch.nn.Embedding(sparse=True) does: no dense [N, D] gradient. PyTorch takes it through no cast and no
+            view: with values=parameter.bfloat16() backward raises. Not with torch.compile, which has no sparse
             gradients. DistributedDataParallel takes them only for the weight of a torch.nn.EmbeddingBag or Embedding
             with sparse=True; for other parameters it fails with "Cannot access storage of SparseTensorImpl".
         backend: "auto" (Triton for GPU tensors, PyTorch for CPU tensors), "torch" or "triton".

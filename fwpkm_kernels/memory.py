@@ -373,7 +373,8 @@ def fast_weight_memory(
         sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that the call has read;
             needs final="rows". It is coalesced on CPUs. On a GPU, where the number of rows would have to be waited
             for, it has R entries, and those of unused places are 0 at the first slot. torch.optim.SGD and SparseAdam
-            take it. Not with torch.compile, which has no sparse gradients.
+            take it. PyTorch takes it through no cast and no view: with values=parameter.bfloat16() backward raises. Not
+            with torch.compile, which has no sparse gradients.
 
     Returns:
         output [B, T, D] in the targets' dtype; keys and values after the last write; slots (int64) and weights

@@ -260,8 +260,9 @@ def fast_weight_memory_varlen(
         return_carry: whether to return what these segments leave, likewise.
         sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
             those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
-            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
-            with key_gradient="all", nor with torch.compile, which has no sparse gradients.
+            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used.
+            PyTorch takes it through no cast and no view: with values=parameter.bfloat16() backward raises. Not with
+            key_gradient="all", nor with torch.compile, which has no sparse gradients.
         others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each; so
             does a call of more documents, times heads, than a launch can number (16 384).
 

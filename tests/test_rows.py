@@ -149,6 +149,19 @@ def test_a_sparse_gradient_trains(optimizer, place):
     testing.assert_untouched_rows_equal(inputs["values"], tables[1], outputs.values.slot.clamp(min=0))
 
 
+def test_a_sparse_gradient_passes_no_cast():
+    """As the docs say: a Parameter in half precision has a sparse gradient, one that is cast to it has none."""
+    inputs = make_inputs(2, 7, dtype=torch.float32)
+    options = {"chunk_size": 3, "top_k": 2, "final": "rows", "sparse_grad": True}
+    half = inputs["values"].bfloat16().requires_grad_()
+    fast_weight_memory(**inputs | {"values": half}, **options).output.sum().backward()
+    assert half.grad.is_sparse
+    wide = inputs["values"].clone().requires_grad_()
+    output = fast_weight_memory(**inputs | {"values": wide.bfloat16()}, **options).output
+    with pytest.raises(RuntimeError, match="converting to a different layout"):
+        output.sum().backward()
+
+
 N = 200 * 200
 WIDTH = 16
 
