@@ -53,7 +53,7 @@ def check_tensor(name: str, x: object, rank: int | None = None, layout: str = ""
 def check_data(name: str, x: Tensor) -> None:
     """`x`, which the host reads, is not on the meta device, whose tensors operators would read as anything."""
     if x.is_meta:
-        raise ValueError(f"`{name}` must have data, got a tensor on meta")
+        raise ValueError(f"`{name}` must have data, on the cpu or a GPU, got a tensor on meta")
 
 
 def check_float(name: str, x: Tensor) -> None:

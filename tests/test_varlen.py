@@ -300,7 +300,7 @@ BAD = {
     "not to T": (bad(cu_seqlens=torch.tensor([0, 25])), ValueError, "`cu_seqlens` must go from 0 to T"),
     "decreasing": (bad(cu_seqlens=torch.tensor([0, 9, 8, 26])), ValueError, "must not decrease"),
     "of no documents": (bad(cu_seqlens=torch.tensor([0])), ValueError, "at least one document"),
-    "on meta": (bad(cu_seqlens=torch.tensor([0, 26], device="meta")), ValueError, "`cu_seqlens` must have data, got"),
+    "on meta": (bad(cu_seqlens=torch.tensor([0, 26], device="meta")), ValueError, "`cu_seqlens` must have data"),
     "of floats": (bad(cu_seqlens=torch.tensor([0.0, 26.0])), TypeError, "`cu_seqlens` must be int64 or int32"),
     "a list": (bad(cu_seqlens=[0, 26]), TypeError, "`cu_seqlens` must be a torch.Tensor"),
     "a batch": (lambda x: {**x, "queries": x["queries"].unsqueeze(0)}, ValueError, r"\[T, H, Dk\]"),
