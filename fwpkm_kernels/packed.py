@@ -299,7 +299,7 @@ def run_packed(
     """
     queries, targets, keys, values, gates, mask = inputs
     documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, carried, o, keys.dim() == 4)
+    packing = pack(bounds, carried, keys, o)
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
@@ -381,7 +381,7 @@ def run_packed_grad(
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
     dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, carried, o, keys.dim() == 4)
+    packing = pack(bounds, carried, keys, o)
     packed = number_packed_reads(packing, o, queries.device)
     reads, earlier = packed.reads, kept.earlier
     kept = kept.cut(packing.num_reads, packing.num_reads * picks)

@@ -12,6 +12,7 @@ from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
 from .compact import sparse_sums
 from .kernels import compute_dtype
+from .memory import count_most_accesses
 from .options import Options, schema_of
 from .packed import (
     PackedKept,
@@ -57,6 +58,8 @@ def _forward_op(  # type: ignore[no-untyped-def]
     the last of `cu_seqlens` too, which then may be less than T.
     """
     o, rows = Options(*options), None if value is None else Rows(document, slot, value, decay)
+    # Here the tokens of a carry, which are read again, count too.
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     bounds, before = _cuts(cu_seqlens, carried, len(queries), o)
     check_rows(rows, len(bounds) - 1, values)
     inputs = Inputs(queries, targets, keys, values, gates, mask)

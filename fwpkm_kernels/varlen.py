@@ -159,12 +159,9 @@ def run_varlen(
     documents = cu_seqlens.shape[0] - 1
     if carry is not None or return_carry:
         check_documents_carry(carry, inputs, documents, o)
-    loops = o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS
+    loops = o.key_gradient == "all"
     if sparse_grad and loops:
-        raise ValueError(
-            f'`sparse_grad`=True needs `key_gradient`="addressing" and at most {checks.MOST_HEADS} documents (times '
-            f"heads), got {o.key_gradient!r} and {documents} documents"
-        )
+        raise ValueError(f'`sparse_grad`=True needs `key_gradient`="addressing", got {o.key_gradient!r}')
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     before = empty_carry(inputs, documents, o) if carry is None else carry
@@ -260,8 +257,7 @@ def fast_weight_memory_varlen(
             those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
             would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
             with key_gradient="all", nor with torch.compile, which has no sparse gradients.
-        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each; so
-            does a call of more documents, times heads, than a launch can number (16 384).
+        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
 
     Returns:
         VarlenOutput(output, keys, rows, slots, weights): output [T, D] in the targets' dtype; final keys

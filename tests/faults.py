@@ -669,6 +669,15 @@ FAULTS = [
         "what_a_carry_holds or documents_in_segments",
     ),
     Fault(
+        "documents-of-several-heads-in-one-launch",
+        "_checks.py",
+        "min(MOST_HEADS // heads, NARROW_ROWS",
+        "min(MOST_HEADS, NARROW_ROWS",
+        "documents of several heads are more heads than one launch takes",
+        "varlen",
+        "no_launch",
+    ),
+    Fault(
         "surplus-tokens-of-the-last-document",
         "compact.py",
         "at = tokens.new_full((length,), -1)",
