@@ -254,9 +254,9 @@ def fast_weight_memory_varlen(
             CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
         return_carry: whether to return what these segments leave, likewise.
         sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
-            those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
-            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used. Not
-            with key_gradient="all", nor with torch.compile, which has no sparse gradients.
+            those of documents that share a slot summed, and rounded once. On CPUs it is coalesced. On a GPU, where the
+            number of slots would have to be waited for, it has min(R, N) entries: one for each slot, and others of 0 at
+            a slot that has one. Not with key_gradient="all", nor with torch.compile, which has no sparse gradients.
         others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
 
     Returns:

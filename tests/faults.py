@@ -617,11 +617,20 @@ FAULTS = [
     Fault(
         "sparse-gradient-of-given-rows",
         "packed_function.py",
-        'own = slots_of_values(inputs[8], kept[PackedKept._fields.index("earlier")])',
-        "own = inputs[8]",
+        "own = slots_of_values(slot, kept.earlier)",
+        "own = slot",
         "rows that were given count in a sparse gradient of values",
         "varlen",
         "sparse_gradient_sums",
+    ),
+    Fault(
+        "sparse-gradient-of-rounded-rows",
+        "packed.py",
+        "grad_values = table_grad\n",
+        "grad_values = table_grad.to(table_dtype)\n",
+        "a sparse gradient in half precision sums rows that have been rounded",
+        "varlen",
+        "rounded_once",
     ),
     Fault(
         "tails-looked-up-out-of-order",

@@ -451,6 +451,31 @@ def test_a_sparse_gradient_sums_over_documents(place):
     assert sparse.is_cuda or (sparse.is_coalesced() and len(sparse.values()) == len(read))
 
 
+def test_a_sparse_gradient_in_half_precision_is_rounded_once(place):
+    """However many documents share a slot: it has the bits of the dense one."""
+    documents = 400 if place.backend == "torch" else 5
+    inputs = make_packed((4,) * documents, heads=1, num_keys=4, dtype=torch.bfloat16, device=place.device)
+    options, gradients = {"chunk_size": CHUNK, "top_k": 2, "backend": place.backend}, []
+    for sparse_grad in (False, True):
+        values = inputs["values"].clone().requires_grad_()
+        result = fast_weight_memory_varlen(**inputs | {"values": values}, sparse_grad=sparse_grad, **options)
+        cotangents = [testing.random_cotangent(x) for x in (result.output, result.rows.value)]
+        gradients += torch.autograd.grad((result.output, result.rows.value), values, cotangents)
+    dense, sparse = gradients
+    assert sparse.dtype == torch.bfloat16
+    testing.assert_bitwise_equal(sparse.to_dense(), dense)
+
+
+def test_a_sparse_gradient_is_not_differentiated_again(place):
+    inputs = make_packed((2, 3), heads=1, num_keys=4, device=place.device)
+    leaves = [inputs[name].requires_grad_() for name in ("values", "targets")]
+    options = {"chunk_size": 2, "top_k": 2, "backend": place.backend}
+    result = fast_weight_memory_varlen(**inputs, sparse_grad=True, **options)
+    sparse, _ = torch.autograd.grad(result.output.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(torch.sparse.sum(sparse), leaves[1])
+
+
 @pytest.mark.parametrize("lengths", [(0,), (1, 0)], ids=str)
 def test_a_sparse_gradient_of_few_tokens(lengths):
     inputs = make_packed(lengths)
