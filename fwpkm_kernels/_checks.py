@@ -293,6 +293,12 @@ def check_num_keys(keys: Tensor) -> None:
         )
 
 
+def most_memories(keys: Tensor) -> int:
+    """Of how many memories, each with keys [H, 2, n, Dk/2] as these, one launch takes the heads and sub-keys."""
+    heads, _, num_keys, _ = keys.shape[-4:]
+    return max(1, min(MOST_HEADS // heads, NARROW_ROWS // (2 * heads * num_keys)))
+
+
 def check_num_accesses(queries: Tensor, num_accesses: int) -> None:
     """No more accesses than the kernels of a sequence number in 32 bits."""
     if exceeds(num_accesses, MOST_ACCESSES):

@@ -162,36 +162,31 @@ def sparse_rows(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     """
     size = (num_slots, grads.shape[1])
     if grads.is_cuda:
-        return _sparse_with_zeros(grads, slot, slot[:1], size)
+        unused, place = slot < 0, slot[:1].clamp(min=0)  # which is a slot even where none is used
+        indices, rows = torch.where(unused, place, slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
+        return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
     used = int((slot >= 0).sum())
     entries = (slot[:used].unsqueeze(0), grads[:used])
     return torch.sparse_coo_tensor(*entries, size, check_invariants=False, is_coalesced=True)
 
 
-def sparse_sums(grads: Tensor, slot: Tensor, num_slots: int) -> Tensor:
-    """`sum_rows` as a sparse COO tensor [N, D].
+def sparse_sums(grads: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """`sum_rows` as a sparse COO tensor [N, D] in this dtype, to which the sum of a slot is rounded once.
 
-    On CPUs it is coalesced, with an entry for each slot that is used. On a GPU every row is an entry, those without a
-    slot are 0 at the last slot that is used.
+    On CPUs it is coalesced, with an entry for each slot that is used. On a GPU it has min(R, N) entries, of which each
+    slot that is used has one; the others are 0, as in `sparse_rows`.
     """
-    size = (num_slots, grads.shape[1])
-    if len(slot) == 0:
-        return torch.sparse_coo_tensor(slot.unsqueeze(0), grads, size, check_invariants=False, is_coalesced=True)
-    if grads.is_cuda:
-        return _sparse_with_zeros(grads, slot, slot.max().clamp(min=0), size)
+    if grads.is_cuda or checks.use_triton(backend, grads):  # whose sums need no number of slots that are used
+        at = compact(slot.new_empty(0), num_slots, earlier=Rows(torch.zeros_like(slot), slot, grads))
+        assert at.earlier is not None
+        return sparse_rows(sum_rows(grads, at.earlier, len(at.slot), dtype, backend), at.slot, num_slots)
     used = (slot >= 0).nonzero().flatten()
     ordered, order = slot.index_select(0, used).sort(stable=True)
     named, counts = ordered.unique_consecutive(return_counts=True)
     # Sums straight from the rows: to take those that are used and to coalesce them would copy them twice.
-    sums = F.embedding_bag(used[order], grads, counts.cumsum(0) - counts, mode="sum")
-    return torch.sparse_coo_tensor(named.unsqueeze(0), sums, size, check_invariants=False, is_coalesced=True)
-
-
-def _sparse_with_zeros(grads: Tensor, slot: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
-    """An entry for each row, of 0 at `place` where it has no slot; not coalesced."""
-    unused = slot < 0
-    indices, rows = torch.where(unused, place, slot), grads.masked_fill(unused.unsqueeze(1), 0.0)
-    return torch.sparse_coo_tensor(indices.unsqueeze(0), rows, size, check_invariants=False)
+    sums = F.embedding_bag(used[order], grads, counts.cumsum(0) - counts, mode="sum").to(dtype)
+    entries, size = (named.unsqueeze(0), sums), (num_slots, grads.shape[1])
+    return torch.sparse_coo_tensor(*entries, size, check_invariants=False, is_coalesced=True)
 
 
 @operator(

@@ -13,7 +13,7 @@ from .lanes import Lanes
 from .options import Options
 from .pool import MemoryPool
 from .records import Tokens, each
-from .serving import Readers, read_tokens
+from .serving import Readers, finish, read_tokens
 from .state import MemoryState, check_step
 from .streaming import Memory, close_chunk, fast_weight_memory_step, read_and_close_chunk, read_piece
 
@@ -388,5 +388,5 @@ class PoolGraph:
                 static.copy_(x)
             self._graph.replay()
             output = self._output.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            pool._finish([(one, length) for one in ones], o)
+            finish(pool._store, [(one, length) for one in ones], pool.keep_past, o)
         return output

@@ -299,7 +299,7 @@ def run_packed(
     """
     queries, targets, keys, values, gates, mask = inputs
     documents, dtype, picks = len(bounds) - 1, compute_dtype(values.dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, carried, o, keys.dim() == 4)
+    packing = pack(bounds, carried, keys, o)
     packed = number_packed_reads(packing, o, queries.device)
     reads = packed.reads
     num_earlier = 0 if earlier is None else len(earlier.slot)
@@ -376,12 +376,13 @@ def run_packed_grad(
 
     `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are; `decay`
     is that of the given rows. The gradients of queries and keys are empty unless `with_addresses`, and that of values
-    is, unless `with_values`: it is [num_slots, D], or with `spread` False that of the rows that were read, [R, D].
+    is, unless `with_values`: it is [num_slots, D], or with `spread` False that of the rows that were read, [R, D], in
+    the compute dtype, since those of documents that share a slot are still to be summed.
     """
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
     dtype, picks = compute_dtype(table_dtype), queries.shape[1] * o.top_k
-    packing = pack(bounds, carried, o, keys.dim() == 4)
+    packing = pack(bounds, carried, keys, o)
     packed = number_packed_reads(packing, o, queries.device)
     reads, earlier = packed.reads, kept.earlier
     kept = kept.cut(packing.num_reads, packing.num_reads * picks)
@@ -437,8 +438,7 @@ def run_packed_grad(
     if with_values:
         if decay is not None:
             table_grad.mul_(decay[document].unsqueeze(1))
+        grad_values = table_grad
         if spread:
             grad_values = sum_rows(table_grad, slots_of_values(slot, earlier), num_slots, table_dtype, o.backend)
-        else:
-            grad_values = table_grad.to(table_dtype)
     return grad_queries, grad_targets, grad_initial, grad_values, grad_gates, grad_earlier

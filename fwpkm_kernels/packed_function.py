@@ -12,6 +12,7 @@ from ._autograd import is_exporting, refuse_transforms
 from ._operators import operator
 from .compact import sparse_sums
 from .kernels import compute_dtype
+from .memory import count_most_accesses
 from .options import Options, schema_of
 from .packed import (
     PackedKept,
@@ -57,6 +58,8 @@ def _forward_op(  # type: ignore[no-untyped-def]
     the last of `cu_seqlens` too, which then may be less than T.
     """
     o, rows = Options(*options), None if value is None else Rows(document, slot, value, decay)
+    # Here the tokens of a carry, which are read again, count too.
+    checks.check_num_accesses(queries, count_most_accesses(queries, o.chunk_size, o.lookahead, o.top_k))
     bounds, before = _cuts(cu_seqlens, carried, len(queries), o)
     check_rows(rows, len(bounds) - 1, values)
     inputs = Inputs(queries, targets, keys, values, gates, mask)
@@ -112,11 +115,12 @@ def _(  # type: ignore[no-untyped-def]
     slot, decay, with_addresses, with_values, spread, *rest,
 ):  # fmt: skip
     kept = PackedKept(*rest[: len(PackedKept._fields)])
+    num_rows, dtype = (num_slots, kept.log.dtype) if spread else (slot.shape[0], compute_dtype(kept.log.dtype))
     results = [
         queries.new_empty(queries.shape if with_addresses else 0),
         targets.new_empty(targets.shape),
         keys.new_empty(keys.shape if with_addresses else 0),
-        kept.log.new_empty((num_slots if spread else slot.shape[0], targets.shape[1]) if with_values else 0),
+        targets.new_empty((num_rows, targets.shape[1]), dtype=dtype) if with_values else kept.log.new_empty(0),
         *(() if gates is None else (gates.new_empty(gates.shape),)),
         kept.log.new_empty(kept.earlier.shape[0], targets.shape[1]),
     ]
@@ -124,11 +128,17 @@ def _(  # type: ignore[no-untyped-def]
 
 
 class _VarlenBackward(Function):
-    """First derivatives; differentiating them again raises."""
+    """First derivatives, that of the values dense or sparse; differentiating them again raises."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        return tuple(_backward_op(*args))
+        results = _backward_op(*args)
+        num_slots, slot, with_values, spread = args[6], args[12], *args[15:17]
+        if with_values and not spread:
+            kept, o = PackedKept(*args[17 : -len(Options._fields)]), Options(*args[-len(Options._fields) :])
+            own = slots_of_values(slot, kept.earlier)
+            results[3] = sparse_sums(results[3], own, num_slots, kept.log.dtype, o.backend)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -163,9 +173,6 @@ class _Varlen(Function):
         grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
             *grads, *inputs[:3], ctx.num_slots, *inputs[3:], *flags, *kept, *ctx.options
         )
-        if needs[3] and ctx.sparse_grad:
-            own = slots_of_values(inputs[8], kept[PackedKept._fields.index("earlier")])
-            grad_values = sparse_sums(grad_values, own, ctx.num_slots)
         of_tokens = (grad_queries, grad_targets, grad_keys, grad_values, None, None, *(grad_gates or (None,)), None)
         found = (*of_tokens, None, None, grad_value)
         wanted = (x if is_needed else None for x, is_needed in zip(found, needs, strict=False))

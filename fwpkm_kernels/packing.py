@@ -3,7 +3,8 @@
 Step s is chunk s of every document that has a full one. Its reads are numbered as those of a chunk of a batch whose
 items are these documents: position by position, document by document, those that step longer first, so that the
 documents of a step are the first ones of the step before. What is left of the documents, their tails, comes last; in it
-reads that are written come first, and otherwise all of a document before those of the next.
+reads that are written come first, and otherwise all of a document before those of the next. Where one launch cannot
+take all documents, they go in groups, one behind the other, each with a span of its own in a step.
 
 A document may begin with carried tokens: they belong to its chunk before, are read again and written with its first
 chunk, and have no output. Such documents take part from step 1 on, which is the first that reads tokens again.
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from .chunks import Reads, Span
 from .kernels import compute_dtype
 from .options import Options
@@ -58,7 +60,7 @@ class Packing(NamedTuple):
     parts: list[Part]
     spans: list[Span]  #: of the values, whose targets and outputs are in the order of the reads; without `decays`
     span_documents: list[list[int]]  #: of each span: its documents
-    span_steps: list[int | None]  #: of each span: its step; None of tails
+    span_steps: list[int | None]  #: of each span: its step, which may have several; None of tails
 
     @property
     def num_reads(self) -> int:
@@ -86,14 +88,15 @@ class PackedReads(NamedTuple):
         return x if self.lookups is None else torch.empty_like(x).index_copy_(0, self.lookups, x)
 
 
-def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: bool) -> Packing:
+def pack(bounds: list[int], carried: list[int] | None, keys: Tensor, o: Options) -> Packing:
     """Cut documents into chunks.
 
     Args:
         bounds: [S + 1]; tokens behind the last one belong to no document.
         carried: [S]: how many of its first tokens each document has read before, 0 or `lookahead`; None is 0.
-        shares_keys: whether all of them begin with the same keys.
+        keys: with which they begin, [H, 2, n, Dk/2] of all or [S, H, 2, n, Dk/2] of each.
     """
+    shares_keys, most = keys.dim() == 4, checks.most_memories(keys)
     carried = [0] * (len(bounds) - 1) if carried is None else carried
     lengths = [stop - start - before for (start, stop), before in zip(pairwise(bounds), carried, strict=True)]
     is_carried = o.boundary == "carry"
@@ -125,12 +128,12 @@ def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: 
         while last_step[stepping[-1]] <= step:  # those that step longer stand first
             stepping.pop()
         documents = [document for document in stepping if first_step[document] <= step]
-        if not documents:  # all begin with carried tokens
-            continue
-        count, rereads = len(documents), o.lookahead if is_carried and step > 0 else 0
-        written = count * (rereads + o.chunk_size - o.lookahead)
-        reads = add_span(documents, count * rereads, written, count * o.chunk_size, step)
-        parts.append(Part(reads, [number[document] for document in documents] if moving else [], rereads, True))
+        rereads = o.lookahead if is_carried and step > 0 else 0
+        for begin in range(0, len(documents), most):
+            group = documents[begin : begin + most]
+            written = len(group) * (rereads + o.chunk_size - o.lookahead)
+            reads = add_span(group, len(group) * rereads, written, len(group) * o.chunk_size, step)
+            parts.append(Part(reads, [number[document] for document in group] if moving else [], rereads, True))
     tails = [document for document, length in enumerate(lengths) if length % o.chunk_size > 0]
     # Those that read the keys that all begin with come first, and are looked up together; the others with those that
     # are filled up to as many rows. That depends on a document alone, as bits of sums over the rows do on their number.
@@ -149,7 +152,7 @@ def pack(bounds: list[int], carried: list[int] | None, o: Options, shares_keys: 
         rows = rows_of_tail(document)
         if not is_carried and o.keys_move:  # a key step is one of as many rows as it has
             parts.append(Part(reads, [number[document]] if rows > 0 else [], 0, True))
-        elif parts and parts[-1].lengths is not None and parts[-1].rows == rows:
+        elif parts and parts[-1].lengths is not None and parts[-1].rows == rows and len(parts[-1].memories) < most:
             parts[-1] = parts[-1]._replace(reads=slice(parts[-1].reads.start, reads.stop))
             parts[-1].memories.extend([number[document]] if rows > 0 else [])
             parts[-1].lengths.append(left)

@@ -15,8 +15,8 @@ from .options import Options
 from .pages import count_rows
 from .reading import read_options
 from .records import Inputs, Tokens
-from .serving import Readers, check_lengths, read_tokens, write_chunks
-from .sessions import Session, SessionStore
+from .serving import Readers, check_lengths, read_all, read_tokens
+from .sessions import PoolFullError, Session, SessionStore
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -81,8 +81,8 @@ class MemoryPool:
         raise TypeError("a MemoryPool cannot be copied or pickled: move its sessions by state_dict and load_state_dict")
 
     def __repr__(self) -> str:
-        free, capacity = self.num_free_rows, self.capacity
-        return f"MemoryPool(sessions={len(self._sessions)}, capacity={capacity}, free={free}, device={self.device})"
+        sessions, capacity, free = len(self.sessions), self.capacity, self.num_free_rows
+        return f"MemoryPool(sessions={sessions}, capacity={capacity}, free={free}, device={self.device})"
 
     @property
     def keys(self) -> Tensor:
@@ -107,6 +107,7 @@ class MemoryPool:
     @property
     def sessions(self) -> list[int]:
         """The ids of all open sessions, in the order in which they were opened."""
+        self._close_ended()
         return list(self._sessions)
 
     @property
@@ -122,6 +123,7 @@ class MemoryPool:
     @property
     def num_free_rows(self) -> int:
         """How many of them no session holds."""
+        self._close_ended()
         return self._store.pages.num_free
 
     def num_rows(self, session: int) -> int:
@@ -172,7 +174,6 @@ class MemoryPool:
         """End a session; what it alone has held is free."""
         self._store.drop(self._get(session))
         del self._sessions[session]
-        self._close_ended()
 
     @_alone
     def reset(self, session: int) -> None:
@@ -221,7 +222,10 @@ class MemoryPool:
 
     @_alone
     def evict(self, session: int) -> None:
-        """Move a session to the host: what it alone has held is free. `restore` brings it back."""
+        """Move a session to the host: what it alone has held is free for others; the pool's tensors keep their size.
+
+        `restore` brings it back.
+        """
         one = self._present(session, "session")
         stored = {name: x.to("cpu") for name, x in self._store.save(one).items()}
         self._store.drop(one)
@@ -322,26 +326,17 @@ class MemoryPool:
             raise RuntimeError("a CUDA graph of fast_weight_memory_step would freeze the positions; use PoolGraph")
         o = self._check(queries, targets, gates, mask, o)
         ones = self._named(sessions, len(queries))
-        self._close_ended()
-        length = queries.shape[1]
-        counts = check_lengths(lengths, len(ones), length)
+        counts = check_lengths(lengths, len(ones), queries.shape[1])
+        was_bound = self._store.binding is not None
         self._bind(queries, targets, o)
         tokens = Tokens(queries, targets, gates, mask).map(Tensor.detach)
         output = torch.zeros(targets.shape, dtype=targets.dtype, device=self.device)
-        begins = [length - count for count in counts]
-        while any(begin < length for begin in begins):
-            parts: dict[int, list[int]] = {}  # the rows that read so many tokens
-            for row, begin in enumerate(begins):
-                count = min(length - begin, o.chunk_size - ones[row].position % o.chunk_size)
-                if count > 0:
-                    parts.setdefault(count, []).append(row)
-            for count, rows in parts.items():
-                where = [(row, slice(begins[row], begins[row] + count)) for row in rows]
-                self._read_part(tokens, output, [ones[row] for row in rows], where, o)
-            read = sorted((row, count) for count, rows in parts.items() for row in rows)
-            self._finish([(ones[row], count) for row, count in read], o)
-            for row, count in read:
-                begins[row] += count
+        try:
+            read_all(self._store, ones, counts, tokens, output, self.keep_past, o)
+        except PoolFullError:
+            if not was_bound:
+                self._store.unbind()
+            raise
         return output
 
     def _check(
@@ -363,51 +358,17 @@ class MemoryPool:
         else:
             check_binding(self._store.binding, binding)
 
-    def _finish(self, read: list[tuple[Session, int]], o: Options) -> None:
-        """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
-
-        Raises:
-            PoolFullError: there are too few free rows. No position has moved then, and nothing has been written.
-        """
-        full = [one for one, count in read if (one.position + count) % o.chunk_size == 0]
-        if full:
-            write_chunks(self._store, full, self.keep_past, o)
-        for one, count in read:
-            one.position += count
-
-    def _read_part(
-        self, tokens: Tokens, output: Tensor, ones: list[Session], where: list[tuple[int, slice]], o: Options
-    ) -> None:
-        """Read tokens of some rows, equally many of each."""
-        readers, (_, first) = Readers.of(ones, self._store), where[0]
-        if len(where) == len(output) and all(part == first for _, part in where):  # no copies are needed
-            part = tokens.map(lambda x: x[:, first].transpose(0, 1))
-            read_tokens(self._store, readers, part.queries, output[:, first].transpose(0, 1), part, o)
-            return
-        part = tokens.map(lambda x: torch.stack([x[place] for place in where], dim=1))
-        read = torch.empty_like(part.targets)
-        read_tokens(self._store, readers, part.queries, read, part, o)
-        for i, place in enumerate(where):
-            output[place] = read[:, i]
-
-    @_alone
-    def _most_missing(self, sessions: Sequence[int], chunks: Sequence[int], accesses: int) -> int:
-        """How many free rows there must be more, at most, for sessions to write so many chunks, at least one of each,
-        of so many accesses, whatever they address. This waits for a GPU."""
-        self._close_ended()
-        pairs = zip(map(self._get, sessions), chunks, strict=True)
-        wanted = sum(self._store.most_wanted(one, count, accesses, self.keep_past) for one, count in pairs)
-        return max(0, wanted - self.num_free_rows)
-
     def _close_ended(self) -> None:
-        while self._ended:
-            one = self._sessions.pop(self._ended.pop(), None)
-            if one is not None:  # somebody may have closed it by its number
-                self._store.drop(one)
+        with torch.inference_mode(False), torch.no_grad():
+            while self._ended:
+                one = self._sessions.pop(self._ended.pop(), None)
+                if one is not None:  # somebody may have closed it by its number
+                    self._store.drop(one)
 
     def _get(self, session: int, name: str = "session") -> Session:
         """The session with an id."""
         number = checks.check_int(name, session, minimum=0)
+        self._close_ended()
         if number not in self._sessions:
             raise ValueError(f"`{name}` must be open, among {self.sessions}, got {number}")
         return self._sessions[number]

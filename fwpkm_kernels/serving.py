@@ -6,6 +6,7 @@ are written.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .lanes import Lanes
 from .options import Options
 from .pages import Missing, rows_of
 from .records import Addresses, Picks, Tokens
-from .sessions import Session, SessionStore
+from .sessions import PoolFullError, Session, SessionStore
 from .streaming import ChunkWrites, Memory, apply_chunk_writes, look_up, plan_chunk_writes
 
 
@@ -122,6 +123,115 @@ def read_tokens(
         queue[name][seats, where] = x.reshape(*where.shape, *queue[name].shape[2:])
 
 
+def read_all(
+    store: SessionStore,
+    ones: list[Session],
+    counts: list[int],
+    tokens: Tokens,
+    output: Tensor,
+    keep_past: bool,
+    o: Options,
+) -> None:
+    """Read the last tokens of the rows [S, t, ...], so many of each session, and write every chunk that they fill.
+
+    A round is written as a whole or not at all, but the next one may find no room. Where that may be, copies of the
+    sessions that write go through the rounds, and are taken over at the end; the rows that they share count twice.
+
+    Raises:
+        PoolFullError: there are too few free rows. No session has read anything then, and nothing has been written.
+    """
+    chunks = [(one.position % o.chunk_size + count) // o.chunk_size for one, count in zip(ones, counts, strict=True)]
+    wanted, free = 0, store.pages.num_free
+    if max(chunks, default=0) > 1 and not store.grows:
+        accesses = o.chunk_size * tokens.queries.shape[2] * o.top_k
+        wanted = sum(
+            store.most_wanted(one, count, accesses, keep_past) for one, count in zip(ones, chunks, strict=True) if count
+        )
+    if wanted <= free:
+        _read_rounds(store, ones, counts, tokens, output, keep_past, o)
+        return
+    drafts, positions = list(ones), [one.position for one in ones]
+    try:
+        for row, count in enumerate(chunks):
+            if count > 0:
+                drafts[row] = store.copy(ones[row])
+        _read_rounds(store, drafts, counts, tokens, output, keep_past, o)
+    except BaseException as error:
+        for one, draft, position in zip(ones, drafts, positions, strict=True):
+            one.position = position
+            if draft is not one:
+                store.drop(draft)
+        if isinstance(error, PoolFullError):
+            what = f"the {max(chunks)} chunks that a session reads, with those of others, at most"
+            raise PoolFullError(wanted, free, len(store.pages.buffer), what) from None
+        raise
+    for one, draft in zip(ones, drafts, strict=True):
+        if draft is not one:
+            store.drop(one)
+            vars(one).update(vars(draft))
+
+
+def _read_rounds(
+    store: SessionStore,
+    ones: list[Session],
+    counts: list[int],
+    tokens: Tokens,
+    output: Tensor,
+    keep_past: bool,
+    o: Options,
+) -> None:
+    """`read_all` without looking ahead: a PoolFullError leaves what the rounds before have read and written."""
+    length = output.shape[1]
+    begins = [length - count for count in counts]
+    while any(begin < length for begin in begins):
+        parts: dict[int, list[int]] = {}  # the rows that read so many tokens
+        for row, begin in enumerate(begins):
+            count = min(length - begin, o.chunk_size - ones[row].position % o.chunk_size)
+            if count > 0:
+                parts.setdefault(count, []).append(row)
+        for count, rows in parts.items():
+            where = [(row, slice(begins[row], begins[row] + count)) for row in rows]
+            _read_part(store, tokens, output, [ones[row] for row in rows], where, o)
+        read = sorted((row, count) for count, rows in parts.items() for row in rows)
+        finish(store, [(ones[row], count) for row, count in read], keep_past, o)
+        for row, count in read:
+            begins[row] += count
+
+
+def _read_part(
+    store: SessionStore,
+    tokens: Tokens,
+    output: Tensor,
+    ones: list[Session],
+    where: list[tuple[int, slice]],
+    o: Options,
+) -> None:
+    """Read tokens of some rows, equally many of each."""
+    readers, (_, first) = Readers.of(ones, store), where[0]
+    if len(where) == len(output) and all(part == first for _, part in where):  # no copies are needed
+        part = tokens.map(lambda x: x[:, first].transpose(0, 1))
+        read_tokens(store, readers, part.queries, output[:, first].transpose(0, 1), part, o)
+        return
+    part = tokens.map(lambda x: torch.stack([x[place] for place in where], dim=1))
+    read = torch.empty_like(part.targets)
+    read_tokens(store, readers, part.queries, read, part, o)
+    for i, place in enumerate(where):
+        output[place] = read[:, i]
+
+
+def finish(store: SessionStore, read: list[tuple[Session, int]], keep_past: bool, o: Options) -> None:
+    """Write the chunks of sessions whose last tokens, so many, have been read, and move all positions.
+
+    Raises:
+        PoolFullError: there are too few free rows. No position has moved then, and nothing has been written.
+    """
+    full = [one for one, count in read if (one.position + count) % o.chunk_size == 0]
+    if full:
+        write_chunks(store, full, keep_past, o)
+    for one, count in read:
+        one.position += count
+
+
 class Closing(NamedTuple):
     """A chunk that is full, as its session will write it."""
 
@@ -149,11 +259,21 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
         store.drop(past)
     for one in ones:
         one.past = None
+    moves = o.keys_move or o.key_gradient == "all"
+    taken: list[tuple[Session | None, int]] = []  # the past and the seat of the keys of each
+    with ExitStack() as undo:  # where memory ends, it ends before anything is written
+        for one in ones:
+            new_past, keys = store.copy(one) if keep_past else None, one.keys
+            if new_past is not None:
+                undo.callback(store.drop, new_past)
+            if keys == 0 and moves:
+                keys = store.keys.copy(0)
+                undo.callback(store.keys.give, keys)
+            taken.append((new_past, keys))
+        undo.pop_all()
+    for one, (new_past, keys) in zip(ones, taken, strict=True):
+        one.past, one.keys = new_past, keys
     for one, closing, (missing, shared) in zip(ones, closings, counts, strict=True):
-        if keep_past:
-            one.past = store.copy(one)
-        if one.keys == 0 and (o.keys_move or o.key_gradient == "all"):
-            one.keys = store.keys.copy(0)
         _write(store, one, closing, missing, shared, o)
 
 

@@ -1,6 +1,7 @@
 """The sessions of a pool: what each holds on the device, copies of it, and how it is saved and loaded."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,11 @@ class SessionStore:
         self.shelf.add([x.transpose(0, 1) for x in queue])
         self.binding = binding
 
+    def unbind(self) -> None:
+        """Undo `bind`; no session has read anything since."""
+        del self.shelf.tensors[1:]
+        self.binding = None
+
     def new(self) -> Session:
         """A session at the beginning, with the initial memory as it is now."""
         keys, values, own = self._initial_keys, self._initial_values, self.keys.tensors[0]
@@ -101,9 +107,15 @@ class SessionStore:
 
     def copy(self, one: Session) -> Session:
         """A session that shares the rows of another, and has the rest for itself, but no past."""
-        seat = self.shelf.copy(one.seat)
-        self.pages.share(self.indices[seat])
-        return Session(seat, self.keys.copy(one.keys) if one.keys else 0, one.position)
+        with ExitStack() as undo:
+            seat, keys = self.shelf.copy(one.seat), 0
+            undo.callback(self.shelf.give, seat)
+            if one.keys:
+                keys = self.keys.copy(one.keys)
+                undo.callback(self.keys.give, keys)
+            self.pages.share(self.indices[seat])
+            undo.pop_all()
+        return Session(seat, keys, one.position)
 
     def drop(self, one: Session) -> None:
         """Free what a session and its past hold on the device."""

@@ -403,14 +403,14 @@ def fast_weight_memory_step(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The state is unchanged then. After
-            any other error, one of the device say, the state must be reset or loaded into.
+            any other error, one of the device say, the state (or sessions) must be reset or loaded into.
         RuntimeError: in a CUDA graph capture; `MemoryGraph` is there for that. In a backward pass, where an activation
             checkpoint would apply the step again: step outside of it, or let a policy save the step's output
             (torch.utils.checkpoint.create_selective_checkpoint_contexts). Under a transform of torch.func. The state is
             unchanged then. Where torch.export or make_fx traces a state that is not bound, or make_fx one of real
             tensors with fake tokens.
-        PoolFullError: a pool has too few free rows for the chunks that are full. None of them is written then, and no
-            session has read anything. Only where some read more tokens than a chunk has, those before stay read.
+        PoolFullError: a pool has too few free rows for the chunks that would be full. No session has read or written
+            anything then.
     """
     o = Options(
         chunk_size, top_k, lookahead, score, eps, weighting, temperature, lr, weight_decay, clip,

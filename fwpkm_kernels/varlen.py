@@ -161,12 +161,9 @@ def run_varlen(
     documents = cu_seqlens.shape[0] - 1
     if carry is not None or return_carry:
         check_documents_carry(carry, inputs, documents, o, carry_name)
-    loops = o.key_gradient == "all" or documents * inputs.keys.shape[-4] > checks.MOST_HEADS
+    loops = o.key_gradient == "all"
     if sparse_grad and loops:
-        raise ValueError(
-            f'`sparse_grad`=True needs `key_gradient`="addressing" and at most {checks.MOST_HEADS} documents (times '
-            f"heads), got {o.key_gradient!r} and {documents} documents"
-        )
+        raise ValueError(f'`sparse_grad`=True needs `key_gradient`="addressing", got {o.key_gradient!r}')
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
     before = empty_carry(inputs, documents, o) if carry is None else carry
@@ -259,12 +256,11 @@ def fast_weight_memory_varlen(
             CPU, as `cu_seqlens`. It needs boundary="carry", and the same options in all segments.
         return_carry: whether to return what these segments leave, likewise.
         sparse_grad: give the gradient of `values` as a sparse COO tensor [N, D] of the rows that were read from them,
-            those of documents that share a slot summed. On CPUs it is coalesced. On a GPU, where the number of rows
-            would have to be waited for, it has R entries, and those of unused places are 0 at a slot that is used.
-            PyTorch takes it through no cast and no view: with values=parameter.bfloat16() backward raises. Not with
-            key_gradient="all", nor with torch.compile, which has no sparse gradients.
-        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each; so
-            does a call of more documents, times heads, than a launch can number (16 384).
+            those of documents that share a slot summed, and rounded once. On CPUs it is coalesced. On a GPU, where the
+            number of slots would have to be waited for, it has min(R, N) entries: one for each slot, and others of 0 at
+            a slot that has one. PyTorch takes it through no cast and no view: with values=parameter.bfloat16() backward
+            raises. Not with key_gradient="all", nor with torch.compile, which has no sparse gradients.
+        others: as in `fast_weight_memory`. key_gradient="all" loops over the documents, with a table for each.
 
     Returns:
         VarlenOutput(output, keys, rows, slots, weights): output [T, D] in the targets' dtype; final keys

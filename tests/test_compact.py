@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fwpkm_kernels import compact, testing
+from fwpkm_kernels.kernels import compute_dtype
 from fwpkm_kernels.records import Rows
 
 # reads, picks, slots, documents, rows of an earlier call
@@ -129,23 +130,33 @@ def test_gradients_come_back(name, place):
             torch._validate_sparse_coo_tensor_args(sparse.indices(), sparse.values(), sparse.shape, True)
             assert torch.equal(sparse.indices()[0], found.slot[found.slot >= 0])
         testing.assert_bitwise_equal(compact.spread_rows(*given, place.backend), expected)
-    torch.testing.assert_close(compact.sparse_sums(*given).to_dense(), expected, rtol=1e-14, atol=1e-14)
+    sparse = compact.sparse_sums(*given, torch.float64, place.backend)
+    torch.testing.assert_close(sparse.to_dense(), expected, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sparse_sums(dtype, place):
     """Rows of a slot are summed, and rounded once; those without a slot, anywhere among them, may hold anything."""
     slot = torch.tensor([3, -1, 0, 3, -1, 7, 0, 3] * 100)
-    grads = 1.0 + torch.randint(4, (800, WIDTH), generator=torch.Generator().manual_seed(0)) / 128.0
+    # Rows that bfloat16 rounds, and whose sums float32 does not.
+    grads = 1.0 + torch.randint(4, (800, WIDTH), generator=torch.Generator().manual_seed(0)) / 1024.0
     expected = torch.zeros(9, WIDTH, dtype=torch.float64).index_add_(0, slot[slot >= 0], grads[slot >= 0].double())
-    grads = torch.where(slot.unsqueeze(1) < 0, torch.nan, grads).to(place.device, dtype)
-    sparse = compact.sparse_sums(grads, slot.to(place.device), 9)
+    grads = torch.where(slot.unsqueeze(1) < 0, torch.nan, grads).to(place.device, compute_dtype(dtype))
+    sparse = compact.sparse_sums(grads, slot.to(place.device), 9, dtype, place.backend)
+    testing.assert_bitwise_equal(sparse.to_dense().cpu(), expected.to(dtype))
     if place.device == "cpu":
         assert sparse.is_coalesced()
         assert sparse.indices().tolist() == [[0, 3, 7]]
-        testing.assert_bitwise_equal(sparse.to_dense(), expected.to(dtype))
-    else:  # what sums its entries is PyTorch
-        torch.testing.assert_close(sparse.double().to_dense().cpu(), expected)
+    else:  # of an entry for each slot at most, all but three are 0
+        assert sparse._nnz() == 9
+
+
+def test_sparse_sums_of_unused_rows(place):
+    """Where a call has been given all rows that it reads."""
+    grads = torch.full((4, WIDTH), torch.nan, device=place.device)
+    unused = torch.full((4,), -1, device=place.device)
+    sparse = compact.sparse_sums(grads, unused, 9, torch.bfloat16, place.backend)
+    assert sparse.to_dense().count_nonzero() == 0
 
 
 @pytest.mark.gpu
@@ -157,4 +168,5 @@ def test_nothing_waits_for_a_gpu(errors_on_synchronisation):
     table = compact.gather_compact(values, found, earlier, "auto")
     compact.sum_rows(table, found.slot, num_slots, values.dtype, "auto")
     compact.sparse_rows(table, found.slot, num_slots)
+    compact.sparse_sums(table, found.slot, num_slots, values.dtype, "auto")
     compact.put_rows(values, found.slot, table, "auto")

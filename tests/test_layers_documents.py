@@ -231,8 +231,8 @@ def test_layer_memory_holds_what_the_next_segment_needs():
     assert memory.carry.queries.requires_grad
 
 
-def test_more_documents_than_kernels_number_are_read_one_by_one(monkeypatch):
-    """With the results that they have together; no argument that the user has not given is named."""
+def test_more_documents_than_one_launch_takes(monkeypatch):
+    """Have the results that they have together."""
     layer = make_layer()
     x = torch.cat(make_documents_of((3, 5, 1, 6)), dim=1)
     where = {"cu_seqlens": torch.tensor([0, 3, 8, 9, 15])}

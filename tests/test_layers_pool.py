@@ -264,9 +264,47 @@ def test_memories_that_are_gone_hold_nothing_in_ones_own_pool():
     pool.close(pool.sessions[0])
     del memory
     gc.collect()
-    layer.new_memory(2, pool=pool)
+    memory = layer.new_memory(2, pool=pool)
     assert len(pool.sessions) == 2
     assert pool.num_free_rows == 108
+    layer(x[:2], memory=memory)
+    assert pool.num_free_rows < 108
+    del memory
+    gc.collect()
+    assert pool.sessions == []
+    assert pool.num_free_rows == 108
+
+
+def test_there_is_room_to_restore_where_memories_are_gone():
+    layer, x = make_layer("sequence"), make_input(1)
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=30)
+    memory = layer.new_memory(1, pool=pool)
+    layer(x[:, :13], memory=memory)
+    (session,) = pool.sessions
+    pool.evict(session)
+    other = layer.new_memory(1, pool=pool)
+    layer(x[:, 3:16], memory=other)
+    assert pool.num_free_rows < len(pool.state_dict(session)["slots"])
+    del other
+    gc.collect()
+    pool.restore(session)
+    assert_close(layer(x[:, 13:], memory=memory), layer(x)[:, 13:])
+
+
+def test_an_evicted_row_cannot_be_forked_and_all_stays():
+    layer, x = make_layer("sequence", query_conv=3), make_input(2)
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=None)
+    memory, whole = layer.new_memory(2, pool=pool), layer(x)
+    layer(x[:, :6], memory=memory)
+    sessions = pool.sessions
+    for evicted, refused in ((0, lambda: memory.reorder([0, 0])), (1, memory.clone)):
+        pool.evict(sessions[evicted])
+        with pytest.raises(ValueError, match="`session` must not be evicted"):
+            refused()
+        gc.collect()
+        assert pool.sessions == sessions
+        pool.restore(sessions[evicted])
+    assert_close(layer(x[:, 6:], memory=memory), whole[:, 6:])
 
 
 def test_copies_elsewhere_have_room_for_rows_that_were_shared():

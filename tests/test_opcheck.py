@@ -249,7 +249,8 @@ def varlen_samples(place: Place) -> Samples:
         for boundary in ("carry", "drop"):
             yield f"{boundary}, keeping {keep}", (*tensors, *rows, keep, *o._replace(boundary=boundary))
         yield f"no gates and rows, keeping {keep}", (*tensors[:5], *(None,) * 7, keep, *o._replace(clip=0.1))
-        yield f"own keys, keeping {keep}", (*tensors[:2], own, *tensors[3:], *rows, keep, *o)
+        half = (tensors[3].bfloat16(), *tensors[4:], *rows._replace(value=rows.value.bfloat16()))
+        yield f"own keys and half values, keeping {keep}", (*tensors[:2], own, *half, keep, *o)
         # The second document goes on behind a chunk, and three tokens are surplus.
         cuts = (torch.tensor([0, 4, 9, 9, 10]), torch.tensor([0, 1, 0, 0]))
         yield f"carried, keeping {keep}", (*tensors[:4], *cuts, *tensors[6:], *rows, keep, *o)

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import reference
 from benchmarks.measure import allocations_cpu, peak_cpu
 from fwpkm_kernels import Rows, fast_weight_memory_varlen, testing
+from fwpkm_kernels import _checks as checks
 from fwpkm_kernels.compact import count_compact_rows
 from fwpkm_kernels.options import Options
 from fwpkm_kernels.packing import MOST_LENGTHS, number_packed_reads, pack
@@ -20,6 +21,8 @@ from tests.helpers.memory import PLACES_SLOW, assert_close, assert_same_bits
 from tests.helpers.varlen import CHUNK, LENGTHS, bounds, make_packed, make_rows, run, tables_of
 
 f64 = torch.float64
+#: What is asked of them are their sizes.
+KEYS = torch.empty(2, 2, 4, 1)
 #: A place is unused, a row is not read, and documents 0 and 4 have rows of their own.
 PLACES_OF_ROWS = ((0, 3), (4, -1), (4, 7), (0, 0), (1, 2))
 
@@ -75,7 +78,7 @@ def test_tails_are_read_and_written_together(boundary):
     """However many documents there are; under "drop" the tokens that are written come first."""
     o = Options(chunk_size=CHUNK, lookahead=2, boundary=boundary)
     cu_seqlens = bounds((CHUNK + 3, 2, 0, 3, CHUNK)).tolist()
-    packing = pack(cu_seqlens, None, o, shares_keys=True)
+    packing = pack(cu_seqlens, None, KEYS, o)
     step, tails = packing.spans
     assert (step.reads, tails.reads) == (2 * CHUNK, 8)
     reads = number_packed_reads(packing, o, torch.device("cpu"))
@@ -84,6 +87,34 @@ def test_tails_are_read_and_written_together(boundary):
     assert reads.reads.written[-8:].tolist() == [boundary == "drop"] * 2 + [False] * 6
     by_lookup = reads.in_order_of_lookups(reads.document)[-8:].tolist()
     assert by_lookup == ([1, 1, 3, 3, 3, 0, 0, 0] if boundary == "carry" else [1, 1, 0, 0, 0, 3, 3, 3])
+
+
+def test_no_launch_takes_too_many_documents(monkeypatch):
+    """Of several heads each: those of a step, and tails that are filled up to one length, are several groups."""
+    monkeypatch.setattr(checks, "MOST_HEADS", 4)
+    cu_seqlens = bounds((CHUNK + 1,) * 3 + (1, 2 * CHUNK)).tolist()
+    packing = pack(cu_seqlens, None, KEYS, Options(chunk_size=CHUNK))
+    assert [part.memories for part in packing.parts] == [[0, 1], [2, 3], [0], [], [1, 2], [3]]
+    assert packing.span_steps == [0, 0, 1, None]
+    monkeypatch.setattr(checks, "NARROW_ROWS", 2 * 2 * 4)  # the sub-keys of one document
+    packing = pack(cu_seqlens, None, KEYS, Options(chunk_size=CHUNK))
+    assert max(len(part.memories) for part in packing.parts) == 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("boundary", ["carry", "drop"])
+def test_documents_in_groups(own, boundary, monkeypatch):
+    """Have the bits that they have together, and as many rows; in compiled code too."""
+    inputs = make_packed((CHUNK + 1, CHUNK, 2, CHUNK + 1), own_keys=own, num_keys=4, dtype=torch.float32)
+    rows = make_rows(inputs, ((0, 3), (3, -1), (3, 7), (1, 2)))
+    options = {"chunk_size": CHUNK, "top_k": 2, "boundary": boundary, "weight_decay": 0.1, "backend": "torch"}
+    compiled = torch.compile(fast_weight_memory_varlen, backend="aot_eager")
+    results, gradients, left = run(fast_weight_memory_varlen, inputs, rows, **options)
+    expected = results | gradients | left._asdict()
+    monkeypatch.setattr(checks, "MOST_HEADS", 4)
+    for function in (fast_weight_memory_varlen, compiled):
+        results, gradients, left = run(function, inputs, rows, **options)
+        assert_same_bits(results | gradients | left._asdict(), expected)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
@@ -428,6 +459,31 @@ def test_a_sparse_gradient_sums_over_documents(place):
     read = {one for number, one in zip(document, slot, strict=True) if (number, one) not in given}
     assert set(sparse._indices()[0].tolist()) == read
     assert sparse.is_cuda or (sparse.is_coalesced() and len(sparse.values()) == len(read))
+
+
+def test_a_sparse_gradient_in_half_precision_is_rounded_once(place):
+    """However many documents share a slot: it has the bits of the dense one."""
+    documents = 400 if place.backend == "torch" else 5
+    inputs = make_packed((4,) * documents, heads=1, num_keys=4, dtype=torch.bfloat16, device=place.device)
+    options, gradients = {"chunk_size": CHUNK, "top_k": 2, "backend": place.backend}, []
+    for sparse_grad in (False, True):
+        values = inputs["values"].clone().requires_grad_()
+        result = fast_weight_memory_varlen(**inputs | {"values": values}, sparse_grad=sparse_grad, **options)
+        cotangents = [testing.random_cotangent(x) for x in (result.output, result.rows.value)]
+        gradients += torch.autograd.grad((result.output, result.rows.value), values, cotangents)
+    dense, sparse = gradients
+    assert sparse.dtype == torch.bfloat16
+    testing.assert_bitwise_equal(sparse.to_dense(), dense)
+
+
+def test_a_sparse_gradient_is_not_differentiated_again(place):
+    inputs = make_packed((2, 3), heads=1, num_keys=4, device=place.device)
+    leaves = [inputs[name].requires_grad_() for name in ("values", "targets")]
+    options = {"chunk_size": 2, "top_k": 2, "backend": place.backend}
+    result = fast_weight_memory_varlen(**inputs, sparse_grad=True, **options)
+    sparse, _ = torch.autograd.grad(result.output.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(torch.sparse.sum(sparse), leaves[1])
 
 
 @pytest.mark.parametrize("lengths", [(0,), (1, 0)], ids=str)

@@ -1,5 +1,6 @@
 """Segments of packed documents, cut anywhere: they chain as one sequence, in values and gradients."""
 
+import functools
 from itertools import pairwise
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reference
+from fwpkm_kernels import _checks as checks
 from fwpkm_kernels import fast_weight_memory_varlen, testing
 from fwpkm_kernels.options import Options
 from tests.conftest import PLACES, slow_in_interpreter
-from tests.helpers.memory import assert_close
+from tests.helpers.memory import assert_close, assert_same_bits
 from tests.helpers.varlen import CHUNK, bounds, in_segments, make_packed, make_rows, run, tables_of
 
 OPS = torch.ops.fwpkm_kernels
@@ -62,6 +64,34 @@ def test_segments_are_one_sequence(options):
 def test_segments_in_triton():
     """A document that goes on behind its first chunk, beside one that begins; other rows than are read decay too."""
     check(((CHUNK + 1, 0), (CHUNK, CHUNK)), PLACES[1], heads=1, num_keys=4, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.backend)
+def test_segments_in_groups(place, monkeypatch):
+    """Of more documents than one launch takes: the same bits, in what they leave too."""
+    cuts = CUTS if place.backend == "torch" else ((CHUNK, 0), (1, CHUNK))
+    totals = [sum(lengths) for lengths in zip(*cuts, strict=True)]
+    inputs = make_packed(totals, heads=1, num_keys=4, dtype=torch.float32, device=place.device)
+    rows = make_rows(inputs, ((0, 3), (1, -1), (1, 7)))
+    options = {"chunk_size": CHUNK, "top_k": 2, "weight_decay": 0.1, "sparse_grad": True, "backend": place.backend}
+    found = []
+    for most in (checks.MOST_HEADS, 1):
+        monkeypatch.setattr(checks, "MOST_HEADS", most)
+        carries = []
+        results, gradients, left = run(in_segments(cuts, carries), inputs, rows, **options)
+        tokens = {f"{name} of carry {i}": x for i, carry in enumerate(carries) for name, x in carry._asdict().items()}
+        found.append(results | gradients | left._asdict() | tokens)
+    assert_same_bits(*found)
+
+
+def test_tokens_of_a_carry_count_as_accesses(monkeypatch):
+    """Since they are read again: a call of few tokens of many documents may read more than kernels number."""
+    inputs = make_packed((CHUNK - 1, CHUNK - 1))
+    call = functools.partial(fast_weight_memory_varlen, chunk_size=CHUNK, top_k=2, return_carry=True)
+    monkeypatch.setattr(checks, "MOST_ACCESSES", 2 * (CHUNK + 1) * 2 * 2)
+    result, carry = call(**inputs)
+    with pytest.raises(ValueError, match="accesses in one call"):
+        call(**inputs | {"keys": result.keys, "rows": result.rows, "carry": carry})
 
 
 @pytest.mark.parametrize("boundary", ["carry", "drop"])

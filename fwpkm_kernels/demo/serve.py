@@ -97,7 +97,7 @@ def serve(model: Model, requests: list[Request], most: int, every: int) -> Repor
         steps += 1
         if not active:
             continue
-        # No more than a chunk, so that a step of a full pool has read nothing and can be made again.
+        # No more than a chunk, so that a long prompt does not hold up the others.
         coming = [request.coming(model.chunk_size) for request in active]
         try:
             said = model.step([request.session for request in active], coming)

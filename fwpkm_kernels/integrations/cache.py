@@ -101,11 +101,18 @@ class MemoryCacheLayer(CacheLayerMixin):
 
         Raises:
             ValueError: some come before the present chunk of a row, whose memory has been written since, and no past
-                was recorded that reaches so far.
+                was recorded that reaches so far. A cache that was cropped as a whole cannot go on then, since its
+                other layers have been cropped before.
         """
         if self.memory is not None:
             kept = tokens_to_remove if tokens_to_remove > 0 else self.memory.columns + tokens_to_remove
-            self.memory.rollback(max(self.memory.columns - kept, 0))
+            try:
+                self.memory.rollback(max(self.memory.columns - kept, 0))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. The cache's layers before this one have been cropped by now, so it cannot go on: read "
+                    "the tokens anew, and call activate_past_recording() of the cache before what is to be taken back"
+                ) from error
 
     # fla's own Cache calls these to reorder and crop what its layers hold.
 

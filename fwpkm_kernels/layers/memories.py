@@ -11,7 +11,6 @@ from torch._compile import _disable_dynamo
 from ..options import Options
 from ..pool import MemoryPool
 from ..records import Tokens
-from ..sessions import PoolFullError
 from ..state import MemoryState
 from ..streaming import fast_weight_memory_step
 
@@ -61,37 +60,12 @@ class Pooled:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
         pool, (queries, targets, gates, _) = self.pool, tokens
         self._check_unwritten()
-        positions, counts = self.positions, lengths or [targets.shape[1]] * len(self.sessions)
-        keep_past, pool.keep_past, stepped = pool.keep_past, pool.keep_past or record, self.sessions
+        keep_past, pool.keep_past = pool.keep_past, pool.keep_past or record
         try:
-            stepped = self._safe_to_step(counts, queries.shape[2] * o.top_k, o.chunk_size)
-            how: dict[str, Any] = {"sessions": stepped, "lengths": lengths, **o._asdict()}
-            output = fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
-            self.sessions, stepped = stepped, self.sessions
-        except PoolFullError:
-            for session, position in zip(self.sessions, positions, strict=True):
-                pool.rollback(session, pool.position(session) - position)
-            raise
+            how: dict[str, Any] = {"sessions": self.sessions, "lengths": lengths, **o._asdict()}
+            return fast_weight_memory_step(pool, queries, targets, gates=gates, **how)
         finally:
             pool.keep_past = keep_past
-            for session in stepped:
-                if session not in self.sessions:
-                    pool.close(session)
-        return output
-
-    def _safe_to_step(self, lengths: list[int], picks: int, chunk_size: int) -> list[int]:
-        """The sessions; where the pool may be full when some chunks of a call are written, forks of those that write.
-
-        Where there is room for whatever the call may write no fork is made, since the rows that it shares count.
-        """
-        pool, pairs = self.pool, zip(self.positions, lengths, strict=True)
-        chunks = [(position % chunk_size + length) // chunk_size for position, length in pairs]
-        if pool.grows or max(chunks) < 2:  # one chunk of each is written at once or not at all
-            return self.sessions
-        writing = {session: count for session, count in zip(self.sessions, chunks, strict=True) if count > 0}
-        if pool._most_missing([*writing], [*writing.values()], chunk_size * picks) == 0:
-            return self.sessions
-        return [pool.fork(session) if session in writing else session for session in self.sessions]
 
     def _check_unwritten(self) -> None:
         if _versions_of(self.pool) != self._versions:
@@ -106,6 +80,9 @@ class Pooled:
 
     def select(self, rows: list[int]) -> None:
         """Let these sequences go on; of one that comes twice the second is a fork."""
+        for row in rows:
+            if rows.count(row) > 1:  # a fork must not be refused once others are closed
+                self.pool._present(self.sessions[row], "session")
         for row in {*range(len(self.sessions))} - {*rows}:
             self.pool.close(self.sessions[row])
         self.sessions = [
@@ -126,8 +103,10 @@ class Pooled:
     def copy(self, device: torch.device | None = None) -> "Pooled":
         """Forks in the same pool, or the same sessions in a pool on another device."""
         if device is None or device == self.pool.device:
-            other = Pooled(self.pool, [self.pool.fork(session) for session in self.sessions])
+            other = Pooled(self.pool, [])  # which frees what it has where a fork is refused
             other._versions = self._versions
+            for session in self.sessions:
+                other.sessions.append(self.pool.fork(session))
             return other
         keys, values = (x.detach().to(device) for x in (self.keys, self.values))
         return _load(keys, values, *self._saved())
