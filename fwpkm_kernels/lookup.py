@@ -100,9 +100,7 @@ def _lookup_torch(queries: Tensor, keys: Tensor, o: Lookup) -> Addresses:
         torch.add(found.permute(2, 0, 1, 3), first_rows, out=sub_keys[block])
         sums = best[:, 0].index_select(-1, first) + best[:, 1].index_select(-1, second)  # [H, rows, pairs]
         best_sums, pair, _ = best_columns(sums, top_k)
-        found_slots = (
-            found[:, 1].gather(-1, second.take(pair)).add_(found[:, 0].gather(-1, first.take(pair)), alpha=num_keys)
-        )
+        found_slots = found[:, 1].gather(-1, second[pair]).add_(found[:, 0].gather(-1, first[pair]), alpha=num_keys)
         scores[block], slots[block] = best_sums.transpose(0, 1), found_slots.transpose(0, 1)
     return result
 

@@ -1,5 +1,7 @@
 """Packed documents with autograd: the operators, and the Function that runs them."""
 
+import functools
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -131,13 +133,10 @@ class _VarlenBackward(Function):
     """First derivatives, that of the values dense or sparse; differentiating them again raises."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, sum_values: Callable[[Tensor], Tensor] | None, *args: Any) -> Any:
         results = _backward_op(*args)
-        num_slots, slot, with_values, spread = args[6], args[12], *args[15:17]
-        if with_values and not spread:
-            kept, o = PackedKept(*args[17 : -len(Options._fields)]), Options(*args[-len(Options._fields) :])
-            own = slots_of_values(slot, kept.earlier)
-            results[3] = sparse_sums(results[3], own, num_slots, kept.log.dtype, o.backend)
+        if sum_values is not None:
+            results[3] = sum_values(results[3])
         return tuple(results)
 
     @staticmethod
@@ -167,11 +166,16 @@ class _Varlen(Function):
         if all(grad is None for grad in grads):
             return (None,) * len(needs)
         saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
-        inputs, kept = saved[:10], saved[10:]
+        inputs, kept = saved[:10], PackedKept(*saved[10:])
         refuse_transforms("fast_weight_memory_varlen", (*grads, *inputs))
         flags = (needs[0] or needs[2], needs[3], not ctx.sparse_grad)
+        sum_values = None
+        if needs[3] and ctx.sparse_grad:
+            slot, backend = slots_of_values(inputs[8], kept.earlier), Options(*ctx.options).backend
+            of_table = {"num_slots": ctx.num_slots, "dtype": kept.log.dtype}
+            sum_values = functools.partial(sparse_sums, slot=slot, **of_table, backend=backend)
         grad_queries, grad_targets, grad_keys, grad_values, *grad_gates, grad_value = _VarlenBackward.apply(
-            *grads, *inputs[:3], ctx.num_slots, *inputs[3:], *flags, *kept, *ctx.options
+            sum_values, *grads, *inputs[:3], ctx.num_slots, *inputs[3:], *flags, *kept, *ctx.options
         )
         of_tokens = (grad_queries, grad_targets, grad_keys, grad_values, None, None, *(grad_gates or (None,)), None)
         found = (*of_tokens, None, None, grad_value)

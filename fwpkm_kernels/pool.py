@@ -330,14 +330,12 @@ class MemoryPool:
         was_bound = self._store.binding is not None
         self._bind(queries, targets, o)
         tokens = Tokens(queries, targets, gates, mask).map(Tensor.detach)
-        output = torch.zeros(targets.shape, dtype=targets.dtype, device=self.device)
         try:
-            read_all(self._store, ones, counts, tokens, output, self.keep_past, o)
+            return read_all(self._store, ones, counts, tokens, self.keep_past, o)
         except PoolFullError:
             if not was_bound:
                 self._store.unbind()
             raise
-        return output
 
     def _check(
         self, queries: Tensor, targets: Tensor, gates: Tensor | None, mask: Tensor | None, o: Options
@@ -359,8 +357,9 @@ class MemoryPool:
             check_binding(self._store.binding, binding)
 
     def _close_ended(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            while self._ended:
+        """Close the sessions of memories that are gone, so that their rows are free."""
+        while self._ended:
+            with torch.inference_mode(False), torch.no_grad():
                 one = self._sessions.pop(self._ended.pop(), None)
                 if one is not None:  # somebody may have closed it by its number
                     self._store.drop(one)

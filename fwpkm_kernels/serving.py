@@ -124,15 +124,11 @@ def read_tokens(
 
 
 def read_all(
-    store: SessionStore,
-    ones: list[Session],
-    counts: list[int],
-    tokens: Tokens,
-    output: Tensor,
-    keep_past: bool,
-    o: Options,
-) -> None:
+    store: SessionStore, ones: list[Session], counts: list[int], tokens: Tokens, keep_past: bool, o: Options
+) -> Tensor:
     """Read the last tokens of the rows [S, t, ...], so many of each session, and write every chunk that they fill.
+
+    The output is [S, t, D], and 0 at tokens that are not read.
 
     A round is written as a whole or not at all, but the next one may find no room. Where that may be, copies of the
     sessions that write go through the rounds, and are taken over at the end; the rows that they share count twice.
@@ -148,14 +144,13 @@ def read_all(
             store.most_wanted(one, count, accesses, keep_past) for one, count in zip(ones, chunks, strict=True) if count
         )
     if wanted <= free:
-        _read_rounds(store, ones, counts, tokens, output, keep_past, o)
-        return
+        return _read_rounds(store, ones, counts, tokens, keep_past, o)
     drafts, positions = list(ones), [one.position for one in ones]
     try:
         for row, count in enumerate(chunks):
             if count > 0:
                 drafts[row] = store.copy(ones[row])
-        _read_rounds(store, drafts, counts, tokens, output, keep_past, o)
+        output = _read_rounds(store, drafts, counts, tokens, keep_past, o)
     except BaseException as error:
         for one, draft, position in zip(ones, drafts, positions, strict=True):
             one.position = position
@@ -169,19 +164,14 @@ def read_all(
         if draft is not one:
             store.drop(one)
             vars(one).update(vars(draft))
+    return output
 
 
 def _read_rounds(
-    store: SessionStore,
-    ones: list[Session],
-    counts: list[int],
-    tokens: Tokens,
-    output: Tensor,
-    keep_past: bool,
-    o: Options,
-) -> None:
+    store: SessionStore, ones: list[Session], counts: list[int], tokens: Tokens, keep_past: bool, o: Options
+) -> Tensor:
     """`read_all` without looking ahead: a PoolFullError leaves what the rounds before have read and written."""
-    length = output.shape[1]
+    output, length = tokens.targets.new_zeros(tokens.targets.shape), tokens.targets.shape[1]
     begins = [length - count for count in counts]
     while any(begin < length for begin in begins):
         parts: dict[int, list[int]] = {}  # the rows that read so many tokens
@@ -196,15 +186,11 @@ def _read_rounds(
         finish(store, [(ones[row], count) for row, count in read], keep_past, o)
         for row, count in read:
             begins[row] += count
+    return output
 
 
 def _read_part(
-    store: SessionStore,
-    tokens: Tokens,
-    output: Tensor,
-    ones: list[Session],
-    where: list[tuple[int, slice]],
-    o: Options,
+    store: SessionStore, tokens: Tokens, output: Tensor, ones: list[Session], where: list[tuple[int, slice]], o: Options
 ) -> None:
     """Read tokens of some rows, equally many of each."""
     readers, (_, first) = Readers.of(ones, store), where[0]

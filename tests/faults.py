@@ -617,8 +617,8 @@ FAULTS = [
     Fault(
         "sparse-gradient-of-given-rows",
         "packed_function.py",
-        "own = slots_of_values(slot, kept.earlier)",
-        "own = slot",
+        "slot, backend = slots_of_values(inputs[8], kept.earlier), ",
+        "slot, backend = inputs[8], ",
         "rows that were given count in a sparse gradient of values",
         "varlen",
         "sparse_gradient_sums",
