@@ -276,7 +276,11 @@ def check_device(name: str) -> None:
 
 @contextlib.contextmanager
 def on_device(name: str) -> Iterator[str]:
-    """The device of this process; under torchrun, which sets up the ranks, a GPU of its own."""
+    """The device of this process; under torchrun, which sets up the ranks, a GPU of its own.
+
+    No DistributedDataParallel may be left when it ends. As the last holder of the ranks' process group it would wait
+    for gloo's threads without releasing the interpreter's lock, for which one of them may wait: neither goes on then.
+    """
     is_parallel = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     has_own = is_parallel and name.startswith("cuda")
     if has_own:
@@ -321,28 +325,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with on_device(arguments.device) as device:
-        try:
-            options = changed(default_options(arguments.model, arguments.size, arguments.seed), arguments.set)
-            size = size_of(options)
-            if arguments.dry_run:
-                options, size = shrunk(options, arguments.dry_run)
-            corpus = corpus_of(arguments.text)
-            corpus.check_length(1 + max(phase.length for phase in options.plan))
-            trainer = Trainer(options, corpus, device, size=size)
-        except (TypeError, ValueError) as error:
-            raise CommandError(str(error)) from error
-        if (folder / CHECKPOINT).exists() and not (arguments.fresh or arguments.dry_run):
-            resume(trainer, folder)
-        try:
-            end = train(trainer, None if arguments.dry_run else folder, arguments.save_every)
-        except FloatingPointError as error:
-            raise CommandError(str(error)) from error
-        if trainer.rank == 0:
-            if not arguments.dry_run:
-                title = f"{options.model}, {options.size}, seed {options.seed}"
-                plots.plot_losses({title: trainer.log}, folder / PLOT)
-            print(summary(trainer))
+        end = train_there(arguments, device)
     return 128 + end if end else 0
+
+
+def train_there(arguments: argparse.Namespace, device: str) -> int:
+    """What the command line asks for, on a device. Returns the signal that ended it, or 0."""
+    folder = arguments.folder
+    try:
+        options = changed(default_options(arguments.model, arguments.size, arguments.seed), arguments.set)
+        size = size_of(options)
+        if arguments.dry_run:
+            options, size = shrunk(options, arguments.dry_run)
+        corpus = corpus_of(arguments.text)
+        corpus.check_length(1 + max(phase.length for phase in options.plan))
+        trainer = Trainer(options, corpus, device, size=size)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if (folder / CHECKPOINT).exists() and not (arguments.fresh or arguments.dry_run):
+        resume(trainer, folder)
+    try:
+        end = train(trainer, None if arguments.dry_run else folder, arguments.save_every)
+    except FloatingPointError as error:
+        raise CommandError(str(error)) from error
+    if trainer.rank == 0:
+        if not arguments.dry_run:
+            title = f"{options.model}, {options.size}, seed {options.seed}"
+            plots.plot_losses({title: trainer.log}, folder / PLOT)
+        print(summary(trainer))
+    return end
 
 
 def check_counts(**given: int | None) -> None:
