@@ -23,32 +23,11 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def hasten_the_interpreter() -> None:
-    """Leave out what Triton's interpreter does in vain, which took three quarters of the time of a kernel.
-
-    Whenever a kernel calls another function it replaces in `triton.language` what it has replaced already: here at the
-    first call of the function alone. And without debug it forms sums and products of integers twice, to assert nothing.
-    """
-    from triton.runtime import interpreter
-
-    replace_and_call, called = interpreter.InterpretedFunction.__call__, set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in called:
-            called.add(self)
-            return replace_and_call(self, *args, **kwargs)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-
-
 def pytest_configure() -> None:
     if not HAS_GPU and find_spec("triton"):
-        hasten_the_interpreter()
+        from tests.helpers import interpreter
+
+        interpreter.hasten()
 
 
 #: Marks of a test that only the interpreter makes slow: a GPU runs it with the others.
