@@ -94,7 +94,8 @@ def leave(inputs: Inputs, position: int, o: Options) -> Carry:
     """The carry at this position of a sequence whose last tokens are those of `inputs`."""
     first = inputs.queries.shape[1] - count_carried(position, o) - position % o.chunk_size
     tokens = (inputs.queries, inputs.targets, inputs.gates, inputs.mask)
-    return Carry._make((*each(lambda x: x[:, first:], *tokens), position))
+    # Copies, since views would keep the whole sequence, and be guarded by where they begin in it under torch.compile.
+    return Carry._make((*each(lambda x: x[:, first:].clone(), *tokens), position))
 
 
 def count_window(o: Options) -> int:

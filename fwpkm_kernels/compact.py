@@ -4,9 +4,9 @@ Addresses never depend on values, so the rows that a call will touch are known b
 stable sort of document·N + slot numbers them. Gathered once, they are a small table, on which reads and writes run as
 on a large one, with these numbers for slots.
 
-How many rows there are depends on the data. So a compact table has as many as there can be, min(accesses, S·N) for S
-documents; those that are not used stand last, and have slot -1 and the value 0. Triton's path never waits for a GPU;
-PyTorch's, which is there to compare with on one, does.
+How many rows there are depends on the data. So a compact table has as many as there can be: for S documents
+min(accesses + rows given, S·N). Those that are not used stand last, and have slot -1 and the value 0. Triton's path
+never waits for a GPU; PyTorch's, which is there to compare with on one, does.
 """
 
 from typing import NamedTuple

@@ -397,8 +397,8 @@ def product_key_lookup(
     halves of width Dk/2. Each half keeps its K best; the K best of their K×K sums win, and slot = j1·n + j2. Source:
     FwPKM, arXiv 2601.00671; product keys, arXiv 1907.05242.
 
-    Under "idw" the K best of a half are found by |q|² - 2 q·k + |k|², and then scored and put in order by the
-    difference q - k itself: so scores are exact to rounding even where the distance has cancelled.
+    Under "idw" the K best of a half are found by 2 q·k - |k|², and scored and put in order by the difference q - k
+    itself, on CPUs where the distance |q|² less that has cancelled: so scores are exact to rounding everywhere.
 
     Ties: in each half the lower sub-key wins, then among equal sums the lower flat position i·K + j. NaN scores count
     as the largest: a half of a query with NaN picks the sub-keys 0 to K - 1 with scores of NaN, and leaves its other

@@ -1,8 +1,9 @@
 """Options as records: of the whole memory, and of its parts, in the order in which users and operators give them.
 
-A new option of the memory is a field of `Options` here with a check in `check_options`, an argument of the two public
-functions, `fast_weight_memory` and `fast_weight_memory_step`, each of which names it once more for `Options`, and the
-code that it changes. Operators, the autograd Function, documents, states and graphs pass the record on.
+A new option of the memory is a field of `Options` here with a check in `check_options`, an argument of the three public
+functions, `fast_weight_memory`, `fast_weight_memory_varlen` and `fast_weight_memory_step`, each of which names it once
+more for `Options`, and the code that it changes. Operators, the autograd Function, documents, states and graphs pass
+the record on.
 """
 
 from collections.abc import Mapping, Sequence

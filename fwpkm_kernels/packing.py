@@ -229,7 +229,9 @@ def final_decay(
     factor, decay = 1.0 - o.lr * o.weight_decay, None if decay is None else decay.detach()
     if factor == 1.0:
         return decay
-    lengths = cu_seqlens.diff() if carried is None else cu_seqlens.diff() - carried
+    lengths = cu_seqlens.long().diff()  # which a chunk is added to
+    if carried is not None:
+        lengths = lengths - carried
     writes = lengths // o.chunk_size if o.boundary == "carry" else (lengths + o.chunk_size - 1) // o.chunk_size
     powers = torch.pow(factor, writes.double()).to(like.device, compute_dtype(like.dtype), non_blocking=True)
     return powers if decay is None else decay * powers

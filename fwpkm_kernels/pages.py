@@ -2,8 +2,8 @@
 
 A page is one row of the buffer. Larger pages would need fewer numbers for the same rows, but the rows that a chunk
 writes are scattered over a table: pages of them would be partly empty, and a fork would copy whole pages for single
-rows. At the paper's size, with 4 096 random tokens read, the next chunk of a fork writes 550 of the 30 000 rows that it
-shares, and copies these; in pages of 16 it would copy 7 600.
+rows. At the paper's size, with 4 096 random tokens read by keys as a layer draws them, the next chunk of a fork writes
+550 of the 30 000 rows that it shares, and copies these; in pages of 16 it would copy 7 600.
 
 So a session's index says for each slot which row of the buffer holds its value, or that the session still reads the
 initial table, and a count for each row says how many indices name it.
@@ -150,7 +150,7 @@ class Pages:
         self.num_free += rows
 
     def share(self, index: Tensor) -> None:
-        """Count another index that names the same rows as this one."""
+        """Count another index that names the same rows as this one. This waits for a GPU."""
         rows = index[index != INITIAL].long()
         self.references[rows] += 1
 

@@ -46,17 +46,18 @@ class MemoryPool:
     At the paper's size, a table of 512² rows of 512 floats (512 MiB), with the default options, a session that has read
     4 096 tokens takes at most 69.1 MiB: 64 of rows, if no two accesses are to the same slot, and 5.1 besides. So 16
     such sessions take no more than two tables where at least 8 % of their accesses repeat a slot, as those of random
-    tokens do (62.6 MiB each), and at most 1 106 MiB in any case.
+    tokens do with keys as a layer draws them (62.6 MiB each), and at most 1 106 MiB in any case.
 
-    A session is known by the int that `open` or `fork` has returned, until it is closed. A pool
-    cannot be copied or pickled; `state_dict` moves sessions to other pools and processes.
+    A session is known by the int that `open` or `fork` has returned, until it is closed. A pool cannot be copied or
+    pickled; `state_dict` moves sessions to other pools and processes. It is for one thread at a time.
 
     Args:
         keys: the initial sub-keys [H, 2, n, Dk/2], of any strides, float32, float64, float16 or bfloat16.
         values: the initial table [N, D], N = n², likewise and on the same device.
         capacity: how many rows [D] the buffer holds for all sessions together; or its bytes, as "2 GiB". A session
             needs a row for every slot that it has written, at most J for each token that it has read, and N in all.
-            None: the buffer begins empty and grows by itself where rows are missing, as `grow` does, by at least half.
+            None: the buffer begins empty and grows by itself where rows are missing, as `grow` does, by half, or less
+            where all sessions can hold no more.
         keep_past: whether `rollback` reaches through the last written chunk. A session then holds index, queue, keys
             and the rows that this chunk has changed twice. It may be set at any time, as an attribute, for chunks that
             are written after that.

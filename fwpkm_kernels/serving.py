@@ -237,7 +237,7 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     pasts = [one.past for one in ones if one.past is not None]
     references, freed = store.pages.without([store.indices[past.seat] for past in pasts])
     closings = [_plan(store, one, references, keep_past, o) for one in ones]
-    # The host waits for a GPU here, and below for each past that is dropped; nowhere else.
+    # The host waits for a GPU here, and below for each past that is dropped or kept.
     freed_rows, *numbers = torch.cat((freed.view(1), *(closing.missing.counts for closing in closings))).tolist()
     counts = list(zip(numbers[::2], numbers[1::2], strict=True))
     store.make_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")

@@ -166,9 +166,9 @@ def run_varlen(
         raise ValueError(f'`sparse_grad`=True needs `key_gradient`="addressing", got {o.key_gradient!r}')
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens.cpu()  # once, and not in each operator
-    before = empty_carry(inputs, documents, o) if carry is None else carry
     places, left, packed = None, None, inputs
     if carry is not None or return_carry:
+        before = empty_carry(inputs, documents, o) if carry is None else carry
         places = continue_documents(before, cu_seqlens, inputs.targets.shape[0], may_end_before, o)
         joined = prepend_windows(before, inputs)
         if return_carry:

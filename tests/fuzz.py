@@ -36,8 +36,6 @@ except ImportError:  # a machine with a GPU may lack it: then there is no bar
 FAILURES = Path("fuzz-failures")
 #: Cases of an operation before it is another one's turn; and where kernels have to be compiled for most of them.
 ROUND, QUICK_ROUND = 50, 3
-#: Tensors that a case may do without.
-OPTIONAL = {"gates", "mask", "scale", "count_slots", "row_values"}
 #: Seconds after which a case of a quick run hangs.
 HANGS = 60.0
 #: Seconds that a failure is shrunk for at most.

@@ -2,7 +2,7 @@
 
 Requests come and go: each has a prompt, and wants so many bytes after it. All that are there go on together, step by
 step, in one call of a `MemoryPool`: those that still read their prompts by pieces, the others by the byte that they got
-last. When the pool is full, the request that came last is moved to the host, and goes on when there is room again. The
+last. When the pool is full, the request that was let in or taken back last goes to the host until there is room. The
 model is random and untrained, a memory between an embedding of bytes and its transpose; what it says is nonsense, but
 each request gets the same bytes as if it were alone.
 """

@@ -39,7 +39,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     ``output_init="zeros"`` the model computes at first what it did before. Weights are named ``….layers.2.memory.…``.
     They have the device and dtype of their decoder layer, but keys and table have ``memory_dtype``. The model is used
     as before: `generate` keeps a memory for each row of the batch in the cache, and gradient checkpointing includes the
-    memories. Assisted decoding takes drafts back, which costs a copy of the tables for each chunk.
+    memories. Assisted decoding takes drafts back: each chunk then keeps twice the rows that it has changed, or a copy
+    of the table where one memory is for the whole batch or the table decays.
 
     Padding on the left, on the right or between tokens is not remembered, if a mask [batch, columns] marks it. A call
     whose `attention_mask` has four dimensions, or is a dict of such masks, gives that mask as ``memory_mask=``.

@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers. The modules here import torch and triton only, and are imported on first use."""
+"""Triton kernels and their launchers. The modules here are imported on first use, since Triton may be missing."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The chunk steps of the value scan: the read with its errors, its backward together with the write's, and a reset.
+"""The chunk steps of the value scan: the read with its errors, and its backward together with the write's.
 
 The rows of a chunk are time-major: of its positions·B rows, row i is position i // B of batch item i % B. The first
 WRITTEN rows are written, and the rows from FIRST_OUTPUT on go to the output: re-reads do not, and the last positions

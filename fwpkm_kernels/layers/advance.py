@@ -15,7 +15,8 @@ from .fast_weight import FastWeightProductKeyMemory
 def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") -> None:
     """Set the memory of each layer with initial_memory="persistent" to what its last training call left behind.
 
-    Of a call without weight_decay these are the rows that it has read; all others are not written.
+    Where the call made no table these are the rows that it has read, and all others are not written. It makes one,
+    which replaces all rows, with weight_decay, return_memory=True, key_gradient="all" or ``memory=``.
 
     Call it once a step, after backward: an activation checkpoint computes with the old memory until then. Layers that
     have made no training call since the last advance stay as they are; evaluation changes nothing. A load or a draw of
@@ -30,6 +31,7 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
             every forward.
 
     Raises:
+        TypeError: `model` is no module, or `reduce` no string.
         ValueError: for another `reduce`, or where layers with something pending share a table.
     """
     if not isinstance(model, nn.Module):

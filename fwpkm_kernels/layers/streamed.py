@@ -20,14 +20,14 @@ from .memories import Pooled, States, joined
 from .window import Window
 
 
-class Layout(NamedTuple):
+class Alignment(NamedTuple):
     """Where the tokens of S sequences, each at the end of a row [t], lie among the B·T."""
 
     lengths: list[int] | None  #: how many tokens each row has; None means t
     places: Tensor | None  #: int64 [S, t], on the CPU: which token is where; None where rows are those of the batch
 
     @classmethod
-    def of(cls, documents: Documents) -> "Layout":
+    def of(cls, documents: Documents) -> "Alignment":
         """Rows of the batch stay where they are if all padding is on the left. A mask on a GPU is waited for."""
         if documents.are_rows:
             return cls(None, None)
@@ -153,8 +153,8 @@ class StreamedMemory:
         tables and queues; and what the convolution needs. Pasts do not count. This waits for a GPU."""
         return self._memories.num_bytes + self.window.num_bytes
 
-    def _layout(self, documents: Documents) -> Layout:
-        return Layout.of(documents) if self.scope == "sequence" else Layout(None, None)
+    def _alignment(self, documents: Documents) -> Alignment:
+        return Alignment.of(documents) if self.scope == "sequence" else Alignment(None, None)
 
     @torch.no_grad()
     def convolve(self, x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
@@ -163,25 +163,25 @@ class StreamedMemory:
             x = torch.where((documents.mask > 0).unsqueeze(-1), x, 0.0)
         if self.batch == 0:
             return x
-        layout = self._layout(documents)
-        self._coming = layout.take(x)
-        rows = slide(self.window.join(self._coming, layout.lengths), weight.to(x.dtype))
-        return layout.put_back(rows, x)
+        alignment = self._alignment(documents)
+        self._coming = alignment.take(x)
+        rows = slide(self.window.join(self._coming, alignment.lengths), weight.to(x.dtype))
+        return alignment.put_back(rows, x)
 
     @torch.no_grad()
     def step(self, queries: Tensor, targets: Tensor, gates: Tensor | None, documents: Documents) -> Tensor:
         """Read the next tokens, [B, T, H, Dk] and [B, T, D]; return the output [B, T, D], 0 at padding."""
-        layout, coming = self._layout(documents), self._coming
+        alignment, coming = self._alignment(documents), self._coming
         self._coming = None
         if self.batch == 0:
             return torch.zeros_like(targets)
         mask = documents.mask if self.scope == "batch" else None
-        tokens = Tokens(queries, targets, gates, mask).map(layout.take)
-        read = self._memories.step(tokens, layout.lengths, self._options, self.records_past)
+        tokens = Tokens(queries, targets, gates, mask).map(alignment.take)
+        read = self._memories.step(tokens, alignment.lengths, self._options, self.records_past)
         if coming is not None:  # only now, so that a step that raises has changed nothing
-            self._keep(coming, layout.lengths)
+            self._keep(coming, alignment.lengths)
         self.columns += documents.length
-        return layout.put_back(read, targets)
+        return alignment.put_back(read, targets)
 
     @_disable_dynamo
     def _keep(self, coming: Tensor, lengths: list[int] | None) -> None:
