@@ -357,6 +357,18 @@ class MemoryPool:
         else:
             check_binding(self._store.binding, binding)
 
+    @_alone
+    def _rebind(self, keys: Tensor, values: Tensor) -> None:
+        """Go over to another initial memory.
+
+        That is as if somebody had written the one before: sessions that are open must be reset before they go on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `open`. Nothing has changed then.
+        """
+        self._store.rebind(keys, values)
+        self._keys, self._values = keys, values
+
     def _close_ended(self) -> None:
         """Close the sessions of memories that are gone, so that their rows are free."""
         while self._ended:

@@ -88,17 +88,26 @@ class SessionStore:
 
     def new(self) -> Session:
         """A session at the beginning, with the initial memory as it is now."""
-        keys, values, own = self._initial_keys, self._initial_values, self.keys.tensors[0]
+        keys, values = self._initial_keys, self._initial_values
+        self._check_as_before(keys, values)
+        self.keys.tensors[0][0] = keys
+        self.initial = values.detach()
+        return self._new(0)
+
+    def rebind(self, keys: Tensor, values: Tensor) -> None:
+        """Let sessions begin with another initial memory from now on; see `MemoryPool._rebind`."""
+        self._check_as_before(keys, values)
+        self._initial_keys, self._initial_values = keys, values
+
+    def _check_as_before(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse an initial memory that is none, or unlike the one for which the tensors were made."""
         check_initial_memory(keys, values)
-        for name, x, like in (("keys", keys, own[0]), ("values", values, self.initial)):
+        for name, x, like in (("keys", keys, self.keys.tensors[0][0]), ("values", values, self.initial)):
             if (x.dtype, x.device, x.shape) != (like.dtype, like.device, like.shape):
                 raise RuntimeError(
                     f"`{name}` of the pool must stay {checks.shape(like)} of {like.dtype} on {like.device}, got "
                     f"{checks.shape(x)} of {x.dtype} on {x.device}: make a new pool"
                 )
-        own[0] = keys
-        self.initial = values.detach()
-        return self._new(0)
 
     def _new(self, position: int) -> Session:
         seat = self.shelf.take()

@@ -295,12 +295,7 @@ class MemoryState:
         Raises:
             TypeError, ValueError: for what is no device.
         """
-        try:
-            device = torch.device(device)
-        except (TypeError, RuntimeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"`device` must be a device, got {device!r}: {str(error).splitlines()[0]}") from None
-        other = self._copy(device)
+        other = self._copy(checks.as_device("device", device))
         other._device = other._values.device  # unlike `device`, this one always has its index
         return other
 

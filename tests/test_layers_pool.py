@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fwpkm_kernels import MemoryPool, MemoryState, PoolFullError, testing
-from fwpkm_kernels.layers import StreamedMemory
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
 from fwpkm_kernels.layers.memories import States
 from tests.helpers.layer_streams import CHUNK, LENGTH, WIDTH, assert_close, make_input, make_layer
 
@@ -318,7 +318,7 @@ def test_copies_elsewhere_have_room_for_rows_that_were_shared():
     assert_close(layer(x[:, 9:].expand(3, -1, -1), memory=other), whole[:, 9:].expand(3, -1, -1))
     with torch.no_grad():
         layer.table.weight.mul_(0.5)
-    with pytest.raises(RuntimeError, match="these have been written since"):
+    with pytest.raises(RuntimeError, match="these have been written or replaced since"):
         pickle.dumps(memory)
 
 
@@ -345,6 +345,66 @@ def test_a_memory_that_is_written_in_the_meantime_is_noticed(written):
             layer(x[:, 6:], memory=one)
         one.reset()
         assert_close(layer(x, memory=one), layer(x))
+
+
+@pytest.mark.parametrize("assigned", ["keys", "table.weight"])
+@pytest.mark.parametrize("initial_memory", ["learned", "frozen"])
+def test_a_memory_that_is_replaced_in_the_meantime_is_noticed(initial_memory, assigned):
+    """Unlike one in place, a load with assign=True leaves the tensors that the pool reads as they were."""
+    layer, x = make_layer("sequence", initial_memory=initial_memory), make_input()
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=400)
+    memory = layer.new_memory(3, pool=pool)
+    layer(x[:, :6], memory=memory)
+    other, began = memory.clone(), layer.new_memory(1, pool=pool)
+    loaded = {name: 0.5 * p if name == assigned else p for name, p in layer.state_dict(keep_vars=True).items()}
+    layer.load_state_dict(loaded, assign=True)
+    layer.requires_grad_(False)
+    closed = layer.new_memory(0)
+    for one in (memory, StreamedMemory.joined([began, other])):
+        with pytest.raises(RuntimeError, match=r"`memory` goes on from .* written or replaced since: .* by reset\(\)"):
+            layer(x[:, 6:] if one is memory else x[[0, 0, 1, 2]], memory=one)
+        with pytest.raises(RuntimeError, match="written or replaced since"):
+            pickle.dumps(one)
+        rows = x if one is memory else x[[0, 0, 1, 2]]
+        closed.reset()
+        one.reset()
+        assert one.pool is pool
+        assert_close(layer(rows, memory=one), layer(rows))
+    assert_close(layer(x[:, :3], memory=memory), layer(torch.cat((x, x[:, :3]), dim=1))[:, LENGTH:])
+
+
+def test_another_layer_goes_on_with_a_memory_of_an_equal_one():
+    """What it reads is the table of the layer that has made it, also once that layer is gone."""
+    layer, x = make_layer("sequence"), make_input()
+    memory, twin, whole = layer.new_memory(3), copy.deepcopy(layer), layer(x)
+    assert_close(twin(x[:, :6], memory=memory), whole[:, :6])
+    del layer
+    gc.collect()
+    assert_close(twin(x[:, 6:], memory=memory), whole[:, 6:])
+    memory.reset()
+    assert_close(twin(x, memory=memory), whole)
+
+
+@pytest.mark.parametrize("initial_memory", ["learned", "frozen"])
+def test_a_pool_does_not_follow_a_layer_to_another_dtype(initial_memory):
+    layer = FastWeightProductKeyMemory(
+        WIDTH, num_keys=6, top_k=3, key_dim=6, value_dim=5, initial_memory=initial_memory
+    ).requires_grad_(False)
+    memory, x = layer.new_memory(3), make_input()
+    before = layer(x[:, :6].float(), memory=memory)
+    layer.double()
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match="`keys` of the pool must stay .* of torch.float32 on cpu, got .*float64"
+        ):
+            memory.reset()
+    assert memory.positions == [6] * 3
+    with pytest.raises((RuntimeError, ValueError), match="replaced since|must keep the dtype"):
+        layer(x, memory=memory)
+    if initial_memory == "learned":
+        layer.float()
+        memory.reset()
+        assert torch.equal(layer(x[:, :6].float(), memory=memory), before)
 
 
 def test_a_layer_that_casts_reads_a_copy():

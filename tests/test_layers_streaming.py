@@ -247,9 +247,16 @@ def test_reset_and_copies(scope):
     memory = layer.new_memory(3)
     before = layer(x[:, :6], memory=memory)
     assert repr(memory).startswith("StreamedMemory(batch=3, scope=")
-    copies = [memory.clone(), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), memory.to("cpu")]
+    copies = [
+        memory.clone(),
+        copy.copy(memory),
+        copy.deepcopy(memory),
+        pickle.loads(pickle.dumps(memory)),
+        memory.to("cpu"),
+    ]
     after = layer(x[:, 6:], memory=memory)
     for other in copies:
+        assert (other.positions, other.columns) == ([6] * 3, 6)
         assert torch.equal(layer(x[:, 6:], memory=other), after)
     memory.reset()
     assert memory.positions == [0, 0, 0]
@@ -264,6 +271,60 @@ def test_reset_returns_to_the_parameters_as_they_are():
         layer.table.weight.mul_(0.5)
     memory.reset()
     assert_close(layer(x, memory=memory), layer(x))
+
+
+@pytest.mark.parametrize(
+    "scope, decay, initial_memory",
+    [
+        ("sequence", 0.0, "learned"),
+        ("sequence", 0.1, "learned"),
+        ("sequence", 0.1, "frozen"),
+        ("batch", 0.0, "learned"),
+        ("batch", 0.0, "persistent"),
+    ],
+)
+def test_reset_returns_to_the_tensors_that_the_layer_has(scope, decay, initial_memory):
+    """A load with assign=True has put them in the place of those with which the memory began."""
+    layer, x = make_layer(scope, weight_decay=decay, initial_memory=initial_memory), make_input()
+    memory = layer.new_memory(3)
+    layer(x, memory=memory)
+    copies = [memory, memory.clone(), copy.copy(memory)]
+    layer.load_state_dict({name: p * 0.5 for name, p in layer.state_dict().items()}, assign=True)
+    layer.requires_grad_(False)
+    expected = layer(x)
+    for one in copies:
+        if memory.pool is None:  # a table of its own is only left at a reset, as after a write in place
+            layer(x, memory=one)
+        one.reset()
+        assert_close(layer(x, memory=one), expected)
+
+
+@pytest.mark.parametrize("scope, decay", [("sequence", 0.0), ("sequence", 0.1), ("batch", 0.0)])
+def test_what_is_no_device(scope, decay):
+    memory = make_layer(scope, weight_decay=decay).new_memory(3)
+    with pytest.raises(ValueError, match="`device` must be a device, got 'foo': Expected one of cpu, "):
+        memory.to("foo")
+    with pytest.raises(TypeError, match="`device` must be a device, got None"):
+        memory.to(None)
+    if memory.pool is not None:
+        with pytest.raises(ValueError, match="`device` must be one on which tensors have data, got meta"):
+            memory.to("meta")
+
+
+def test_dtype_and_device_of_no_sequences():
+    closed = make_layer("batch").new_memory(3)
+    closed.close()
+    left, none = (make_layer("sequence", weight_decay=0.1).new_memory(count) for count in (3, 0))
+    left.reorder([])
+    for memory in (closed, left, none):
+        for name in ("dtype", "device"):
+            with pytest.raises(
+                ValueError, match="`memory` must be for one sequence at least to have a dtype and a dev"
+            ):
+                getattr(memory, name)
+        assert memory.clone().batch == 0
+    pooled = make_layer("sequence").new_memory(0)
+    assert (pooled.dtype, pooled.device) == (torch.float64, torch.device("cpu"))
 
 
 def test_a_state_of_ones_own():

@@ -1,8 +1,9 @@
 """What a memory that streams holds for its sequences: sessions of a pool, or states with a table each."""
 
 import operator
+import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,40 @@ from ..records import Tokens
 from ..state import MemoryState
 from ..streaming import fast_weight_memory_step
 
+if TYPE_CHECKING:
+    from .fast_weight import FastWeightProductKeyMemory
+
+
+class Origin:
+    """The layer with whose own keys and table sequences have begun; it may have others now, as a load can assign them.
+
+    There is none, or none any more, for a memory that was pickled, and where the layer is gone.
+    """
+
+    def __init__(self, layer: "FastWeightProductKeyMemory | None" = None) -> None:
+        self._layer = None if layer is None else weakref.ref(layer)
+
+    @classmethod
+    def of(cls, layer: "FastWeightProductKeyMemory", keys: Tensor, values: Tensor) -> "Origin":
+        """None where keys and values are not the layer's own: it casts them, or computes them anew for each use."""
+        return cls(layer if layer.keys is keys and layer.table.weight is values else None)
+
+    def __reduce__(self) -> Any:
+        return Origin, ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """The layer's keys and table as they are now."""
+        layer = None if self._layer is None else self._layer()
+        return None if layer is None else (layer.keys, layer.table.weight)
+
 
 class Pooled:
     """Sessions of one `MemoryPool`, which one call steps: each costs its index and the rows that it has written."""
 
-    def __init__(self, pool: MemoryPool, sessions: list[int]) -> None:
-        self.pool, self.sessions = pool, sessions
-        self._versions = _versions_of(pool)
+    def __init__(self, pool: MemoryPool, sessions: list[int], origin: Origin | None = None) -> None:
+        self.pool, self.sessions, self._origin = pool, sessions, origin or Origin()
+        self._begin()
 
     def __del__(self) -> None:
         self.pool._ended.extend(self.sessions)  # a device may be busy now
@@ -59,7 +87,7 @@ class Pooled:
     def step(self, tokens: Tokens, lengths: list[int] | None, o: Options, record: bool) -> Tensor:
         """Read the next tokens [S, t, ...], the last `lengths` of each row; with `record`, keep pasts."""
         pool, (queries, targets, gates, _) = self.pool, tokens
-        self._check_unwritten()
+        self._check_contents()
         keep_past, pool.keep_past = pool.keep_past, pool.keep_past or record
         try:
             how: dict[str, Any] = {"sessions": self.sessions, "lengths": lengths, **o._asdict()}
@@ -67,11 +95,25 @@ class Pooled:
         finally:
             pool.keep_past = keep_past
 
-    def _check_unwritten(self) -> None:
-        if _versions_of(self.pool) != self._versions:
+    def _begin(self) -> None:
+        """Note with which keys and values the sessions begin."""
+        self._begun = (self.pool.keys, self.pool.values), _versions_of(self.pool)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether these have been written since, or the pool or the layer has others in their place."""
+        begun, versions = self._begun
+        of_pool = (self.pool.keys, self.pool.values)
+        for present in (of_pool, self._origin.tensors or of_pool):
+            if any(x is not y for x, y in zip(begun, present, strict=True)):
+                return True
+        return _versions_of(self.pool) != versions
+
+    def _check_contents(self) -> None:
+        if self.is_stale:
             raise RuntimeError(
-                "`memory` goes on from the layer's keys and table where they lie, and these have been written since: "
-                "let the sequences begin anew by reset(), or make another memory"
+                "`memory` goes on from the layer's keys and table where they lie, and these have been written or "
+                "replaced since: let the sequences begin anew by reset(), or make another memory"
             )
 
     def rollback(self, tokens: int) -> None:
@@ -91,9 +133,12 @@ class Pooled:
         ]
 
     def reset(self) -> None:
+        tensors = self._origin.tensors
+        if tensors is not None and self.sessions:  # without sessions the pool is for others to change
+            self.pool._rebind(*tensors)
         for session in self.sessions:
             self.pool.reset(session)
-        self._versions = _versions_of(self.pool)
+        self._begin()
 
     def close(self) -> None:
         """Free what the sequences hold."""
@@ -101,10 +146,10 @@ class Pooled:
             self.pool.close(self.sessions.pop())
 
     def copy(self, device: torch.device | None = None) -> "Pooled":
-        """Forks in the same pool, or the same sessions in a pool on another device."""
+        """Forks in the same pool, or the same sessions in a pool on another device, with a copy of keys and table."""
         if device is None or device == self.pool.device:
-            other = Pooled(self.pool, [])  # which frees what it has where a fork is refused
-            other._versions = self._versions
+            other = Pooled(self.pool, [], self._origin)  # which frees what it has where a fork is refused
+            other._begun = self._begun
             for session in self.sessions:
                 other.sessions.append(self.pool.fork(session))
             return other
@@ -112,7 +157,7 @@ class Pooled:
         return _load(keys, values, *self._saved())
 
     def _saved(self) -> tuple[int | None, list[dict[str, Tensor]]]:
-        self._check_unwritten()
+        self._check_contents()
         capacity = None if self.pool.grows else self.pool.capacity
         return capacity, [self.pool.state_dict(session) for session in self.sessions]
 
@@ -150,17 +195,25 @@ def _cut(tokens: Tokens, part: slice) -> Tokens:
 class States:
     """A `MemoryState` for each sequence, or one for all of a batch; steps go from one to the next."""
 
-    def __init__(self, states: list[MemoryState], options: Options) -> None:
-        self.states, self._options = states, options
+    def __init__(self, states: list[MemoryState], options: Options, origin: Origin | None = None) -> None:
+        self.states, self._options, self._origin = states, options, origin or Origin()
         self._pasts: list[Past | None] = [None] * len(states)
 
     @property
     def keys(self) -> Tensor:
-        return self.states[0].keys
+        return self._first.keys
 
     @property
     def values(self) -> Tensor:
-        return self.states[0].values
+        return self._first.values
+
+    @property
+    def _first(self) -> MemoryState:
+        if not self.states:
+            raise ValueError(
+                "`memory` must be for one sequence at least to have a dtype and a device, got one for none"
+            )
+        return self.states[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,7 +299,10 @@ class States:
         self._pasts = [None]
 
     def reset(self) -> None:
+        tensors = self._origin.tensors
         for state in self.states:
+            if tensors is not None:
+                state.rebind(*tensors)
             state.reset()
         self._pasts = [None] * len(self.states)
 
@@ -258,25 +314,26 @@ class States:
     def copy(self, device: torch.device | None = None) -> "States":
         """Independent copies, which share the initial memory and have no past."""
         states = [state.clone() if device is None else state.to(device) for state in self.states]
-        return States(states, self._options)
+        return States(states, self._options, self._origin)
 
 
 Memories = Pooled | States
 
 
-def make_memories(
-    keys: Tensor, values: Tensor, count: int, scope: str, o: Options, capacity: int | str | None, pool: Any
-) -> Memories:
+def make_memories(layer: "FastWeightProductKeyMemory", count: int, capacity: int | str | None, pool: Any) -> Memories:
     """Memories for so many sequences of a layer, or under scope="batch" one for all of them.
 
     Raises:
         TypeError, ValueError: as `new_memory` of the layer.
     """
+    keys, values = layer._in_memory_dtype(layer.keys, layer.table.weight)
+    scope, o = layer.scope, layer.options
     if scope == "batch" or o.weight_decay != 0.0:
         for name, x in (("capacity", capacity), ("pool", pool)):
             if x is not None:
                 raise ValueError(f'`{name}` must be None with `scope`="batch" and with `weight_decay`, got {x!r}')
-        return States([MemoryState(keys, values) for _ in range(1 if scope == "batch" else count)], o)
+        states = [MemoryState(keys, values) for _ in range(1 if scope == "batch" else count)]
+        return States(states, o, Origin.of(layer, keys, values))
     if pool is None:
         pool = MemoryPool(keys, values, capacity=capacity)
     elif not isinstance(pool, MemoryPool):
@@ -288,7 +345,7 @@ def make_memories(
             "`pool` must be MemoryPool(layer.keys, layer.table.weight, ...) of this layer, whose Parameters must be of "
             f"its memory's dtype {values.dtype}, got {pool!r} over other tensors"
         )
-    return Pooled(pool, [pool.open() for _ in range(count)])
+    return Pooled(pool, [pool.open() for _ in range(count)], Origin.of(layer, pool.keys, pool.values))
 
 
 def joined(memories: Sequence[Memories]) -> Pooled:
@@ -300,8 +357,9 @@ def joined(memories: Sequence[Memories]) -> Pooled:
     pooled = [one for one in memories if isinstance(one, Pooled)]
     if len(pooled) < len(memories) or len({id(one.pool) for one in pooled}) != 1:
         raise ValueError("`memories` must all be in one MemoryPool")
-    together = Pooled(pooled[0].pool, [])
-    together._versions = min(one._versions for one in pooled)  # others than the pool's now, if those of any are
+    first = next((one for one in pooled if one.is_stale), pooled[0])  # if any is, so are all together
+    together = Pooled(first.pool, [], first._origin)
+    together._begun = first._begun
     for one in pooled:
         together.sessions += one.sessions
         one.sessions = []

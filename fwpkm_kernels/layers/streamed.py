@@ -1,6 +1,5 @@
 """The memory of a layer that streams: one for each sequence, or one for the whole batch."""
 
-import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -101,7 +100,7 @@ class StreamedMemory:
             raise ValueError(f"`memories` must be of one layer, got {list(memories)}")
         if len({id(one) for one in memories}) < len(memories):
             raise ValueError(f"`memories` must name each memory once, got {list(memories)}")
-        self = copy.copy(memories[0])
+        self = memories[0]._alias()
         self.window = Window.joined([one.window for one in memories], [one.batch for one in memories])
         self.batch, self.columns = sum(one.batch for one in memories), max(one.columns for one in memories)
         self._memories = joined([one._memories for one in memories])
@@ -140,11 +139,12 @@ class StreamedMemory:
 
     @property
     def device(self) -> torch.device:
+        """Where the memory is. That of no sequences has none without a pool, and raises a ValueError."""
         return self._memories.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the memory."""
+        """That of the memory. That of no sequences has none without a pool, and raises a ValueError."""
         return self._memories.dtype
 
     @property
@@ -191,11 +191,17 @@ class StreamedMemory:
     def reset(self) -> None:
         """Let every sequence begin anew, from the initial memory as it is now.
 
-        A layer whose memory runs in another dtype than its Parameters has copied them when it made this object: there
-        the sequences begin with that copy.
+        That is what the layer has that made this object, or the one of which this is a clone, also where
+        load_state_dict(assign=True) or a cast of buffers has given it other tensors. A pool goes over to these, and its
+        other memories raise until they are reset too.
+
+        Two kinds begin with a copy: those of a layer whose memory ran in another dtype than its Parameters when it made
+        this object, and what `to` has made in a pool on another device. One out of a file begins with the tensors that
+        were pickled with it, and does not see a layer get others.
 
         Raises:
-            RuntimeError: the layer has moved to another dtype or device; make another memory then.
+            RuntimeError: the sequences are in a pool, and the layer has moved to another dtype or device; make another
+                memory then. Nothing has changed.
         """
         self._memories.reset()
         self.window = self.window.emptied()
@@ -262,15 +268,30 @@ class StreamedMemory:
         """An independent copy, which shares the initial memory, and in a pool all rows that neither writes."""
         return self._copy(None)
 
+    __copy__ = clone
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamedMemory":
         return self.clone()
 
     def to(self, device: torch.device | str | int) -> "StreamedMemory":
-        """An independent copy on another device, in a pool of its own there."""
+        """An independent copy on another device, in a pool of its own there.
+
+        Raises:
+            TypeError, ValueError: for what is no device, or for a pool the meta device, where nothing has data.
+        """
+        device = checks.as_device("device", device)
+        if device.type == "meta" and self.pool is not None:
+            raise ValueError("`device` must be one on which tensors have data, got meta")
         return self._copy(torch.empty(0, device=device).device)
 
+    def _alias(self) -> "StreamedMemory":
+        """Another object with the same attributes."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     def _copy(self, device: torch.device | None) -> "StreamedMemory":
-        other = copy.copy(self)
+        other = self._alias()
         other._memories = self._memories.copy(device)
         other.window = self.window.select(list(range(self.batch)), device)
         return other
