@@ -68,9 +68,8 @@ class MemoryPool:
 
     def __init__(self, keys: Tensor, values: Tensor, *, capacity: int | str | None, keep_past: bool = False) -> None:
         check_initial_memory(keys, values)
-        checks.check_flag("keep_past", keep_past)
-        rows = 0 if capacity is None else count_rows(capacity, values.shape[1] * values.itemsize)
         self.keep_past = keep_past
+        rows = 0 if capacity is None else count_rows(capacity, values.shape[1] * values.itemsize)
         self._keys, self._values = keys, values
         self._sessions: dict[int, Session] = {}
         self._ended: list[int] = []  # sessions that are closed as soon as room is wanted: finalizers name them
@@ -84,6 +83,16 @@ class MemoryPool:
     def __repr__(self) -> str:
         sessions, capacity, free = len(self.sessions), self.capacity, self.num_free_rows
         return f"MemoryPool(sessions={sessions}, capacity={capacity}, free={free}, device={self.device})"
+
+    @property
+    def keep_past(self) -> bool:
+        """Whether `rollback` reaches through the last chunk that is written from now on."""
+        return self._keep_past
+
+    @keep_past.setter
+    def keep_past(self, keep_past: bool) -> None:
+        checks.check_flag("keep_past", keep_past)
+        self._keep_past = keep_past
 
     @property
     def keys(self) -> Tensor:

@@ -580,3 +580,14 @@ def test_strides_of_the_initial_memory(layout, place):
     for one in (pair, plain):
         one.open()
     testing.assert_bitwise_equal(pair.step([0], 11), plain.step([0], 11))
+
+
+def test_keep_past_must_be_a_bool():
+    """In the constructor and as an attribute."""
+    pair = Pair(CPU, keep_past=True)
+    for wrong in ("no", 1, None):
+        with pytest.raises(TypeError, match="`keep_past` must be a bool, got"):
+            pair.pool.keep_past = wrong
+    assert pair.pool.keep_past is True
+    with pytest.raises(TypeError, match="`keep_past` must be a bool, got int"):
+        Pair(CPU, keep_past=0)
