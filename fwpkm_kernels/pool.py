@@ -51,6 +51,9 @@ class MemoryPool:
     A session is known by the int that `open` or `fork` has returned, until it is closed. A pool cannot be copied or
     pickled; `state_dict` moves sessions to other pools and processes. It is for one thread at a time.
 
+    Where memory ends, an OutOfMemoryError leaves all sessions and rows as they were, but for a step that has begun to
+    write chunks: its sessions may have read a part of the tokens or written a part of a chunk, and are to be reset.
+
     Args:
         keys: the initial sub-keys [H, 2, n, Dk/2], of any strides, float32, float64, float16 or bfloat16.
         values: the initial table [N, D], N = n², likewise and on the same device.
@@ -177,6 +180,7 @@ class MemoryPool:
             TypeError, ValueError: if the initial memory is none any more.
             RuntimeError: it has another shape, dtype or device than when the pool was made.
         """
+        self._close_ended()
         return self._add(self._store.new())
 
     @_alone
@@ -192,9 +196,7 @@ class MemoryPool:
         Raises:
             TypeError, ValueError, RuntimeError: as `open`, and for an id that is not open.
         """
-        one = self._get(session)
-        self._sessions[session] = self._store.new()
-        self._store.drop(one)
+        self._sessions[session] = self._store.replace(self._get(session))
 
     @_alone
     def fork(self, session: int) -> int:
@@ -224,11 +226,13 @@ class MemoryPool:
             raise ValueError(
                 f"`tokens` must be at most {most}, as many as the session has read in {what}, got {tokens}"
             )
-        self._store.move(one, one.position - tokens)
-        if past is not None and tokens > place:
-            past.position, one.past = one.position, None
-            self._store.drop(one)
-            self._sessions[session] = past
+        position = one.position - tokens
+        if past is None or tokens <= place:
+            self._store.move(one, position)
+            return
+        self._store.release([one])
+        past.position = position
+        self._sessions[session] = past
 
     @_alone
     def evict(self, session: int) -> None:
@@ -369,10 +373,12 @@ class MemoryPool:
     def _close_ended(self) -> None:
         """Close the sessions of memories that are gone, so that their rows are free."""
         while self._ended:
-            with torch.inference_mode(False), torch.no_grad():
-                one = self._sessions.pop(self._ended.pop(), None)
-                if one is not None:  # somebody may have closed it by its number
-                    self._store.drop(one)
+            number = self._ended[0]  # finalizers add more at the end, at any time
+            if number in self._sessions:  # somebody may have closed it by its number
+                with torch.inference_mode(False), torch.no_grad():
+                    self._store.drop(self._sessions[number])
+                del self._sessions[number]
+            del self._ended[0]
 
     def _get(self, session: int, name: str = "session") -> Session:
         """The session with an id."""
@@ -407,7 +413,6 @@ class MemoryPool:
 
     def _add(self, one: Session) -> int:
         """Give a session an id."""
-        self._close_ended()
         self._sessions[self._next] = one
         self._next += 1
         return self._next - 1

@@ -349,8 +349,8 @@ def test_a_pool_of_any_capacity_is_full_or_right(turned):
 def test_rows_that_are_not_free_are_not_taken():
     pages = Pair(CPU, capacity=3).pool._store.pages
     with pytest.raises(RuntimeError, match="`count` must be at most the 3 rows that are free, got 4"):
-        pages.take(4)
-    assert len(pages.take(3).unique()) == 3
+        pages.find(4)
+    assert len(pages.find(3).unique()) == 3
 
 
 def test_a_load_has_the_room_of_what_it_replaces():
