@@ -385,11 +385,17 @@ def test_bad_data_in_the_loop_of_compiled_code(name):
         compiled(**change(make_packed()))
 
 
-def test_cu_seqlens_may_be_int32():
+@pytest.mark.parametrize("chunk_size", [CHUNK, 2**31 - 1])
+def test_cu_seqlens_may_be_int32(chunk_size):
+    """A chunk may be longer than all documents: a call that is given no carry, and asked for none, makes none."""
     inputs = make_packed()
     narrow = {**inputs, "cu_seqlens": bounds(LENGTHS, torch.int32)}
-    found, expected = (fast_weight_memory_varlen(**x, chunk_size=CHUNK, top_k=2) for x in (narrow, inputs))
+    options = {"chunk_size": chunk_size, "top_k": 2, "weight_decay": 0.1, "boundary": "drop"}
+    found, expected = (fast_weight_memory_varlen(**x, **options) for x in (narrow, inputs))
     testing.assert_bitwise_equal(found.output, expected.output)
+    writes = torch.tensor([-(-length // chunk_size) for length in LENGTHS], dtype=torch.float64)
+    for result in (found, expected):
+        torch.testing.assert_close(result.rows.decay, 0.9**writes)
 
 
 @st.composite
