@@ -9,10 +9,19 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("accelerate", reason="needs accelerate, as transformers' Trainer does")
 
-from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, StaticCache, set_seed
+from transformers import (
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    StaticCache,
+    set_seed,
+)
+from transformers.generation import ContinuousMixin
+from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
-from fwpkm_kernels.integrations.transformers import MemoryCacheLayer, add_memory
+from fwpkm_kernels.integrations.transformers import FwPKMForCausalLM, MemoryCacheLayer, add_memory
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, StreamedMemory
 from tests.helpers.transformers import (
     CACHE,
@@ -321,6 +330,77 @@ def test_an_assistant_with_a_memory_of_its_own():
     model, assistant = with_memory(), add_memory(qwen(), [1], **MEMORY)
     prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 24}
     assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), model.generate(prompt, **options))
+
+
+def drafting() -> FwPKMForCausalLM:
+    return own(layer_types=["full_attention", "sliding_attention"] * 2, pkm_layers=[])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [with_memory, drafting], ids=["added", "own"])
+def test_an_early_exit_drafts_with_the_first_layers_and_their_memories(make, monkeypatch):
+    model, drafts = make(), []
+    prompt, options = prompts()[0][:1], {**GREEDY, "max_new_tokens": 12}
+    layers, expected = model.config.num_hidden_layers, model.generate(prompt, **options)
+    draw = EarlyExitCandidateGenerator.get_candidates
+
+    def note(*args, **kwargs):
+        drafts.append((args[1], draw(*args, **kwargs)[0]))
+        return drafts[-1][1], None
+
+    monkeypatch.setattr(EarlyExitCandidateGenerator, "get_candidates", note)
+    assert torch.equal(model.generate(prompt, assistant_early_exit=2, **options), expected)
+    assert model.config.num_hidden_layers == layers
+    assert len(drafts) > 1  # the second goes on from the cache of the first
+    model.config.num_hidden_layers = 2
+    for tokens, draft in drafts:
+        for column in range(tokens.shape[1], draft.shape[1]):
+            logits = model(draft[:, :column], use_cache=False).logits
+            assert logits[0, -1].argmax() == draft[0, column]
+
+
+@torch.no_grad()
+def test_what_is_no_cache_is_refused(model):
+    """As continuous batching's is none, and tuples of states were once."""
+    ids, _ = prompts()
+    for other in (object(), ((ids, ids),)):
+        with pytest.raises(TypeError, match=f"`{CACHE}` must be a Cache of .*, got {type(other).__name__}"):
+            model(ids, **{CACHE: other})
+    with pytest.raises(TypeError, match=f"`{CACHE}` must be a Cache of .*, got Attributes"):
+        model.generate(ids, **{CACHE: Attributes()}, **GREEDY)
+
+
+class Attributes:
+    """What generation marks as a cache of the user's."""
+
+
+def test_continuous_batching_is_refused_before_it_begins(model, monkeypatch):
+    message = f"`model` must have no memory for continuous batching.* got {type(model).__name__}"
+    ids = prompts()[0]
+    options = GenerationConfig(**GREEDY)
+    for call in (
+        model.init_continuous_batching,
+        lambda: model.continuous_batching_context_manager().__enter__(),
+        lambda: model.generate_batch(ids.tolist(), generation_config=options),
+        lambda: model.generate(ids, cache_implementation="paged", **GREEDY),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    monkeypatch.setattr(ContinuousMixin, "init_continuous_batching", lambda *args: args)
+    plain = own(memory_layers=[])
+    assert plain.init_continuous_batching(options) == (plain, options)
+
+
+@torch.no_grad()
+def test_without_memories_any_object_may_be_the_cache():
+    class Paged:
+        """As transformers' PagedAttentionCache, which is none of its caches."""
+
+        def update(self, key_states, value_states, layer_idx, **kwargs):
+            return key_states, value_states
+
+    plain, ids = own(memory_layers=[], layer_types=["full_attention"] * 4), prompts()[0]
+    assert torch.equal(plain.model(ids, **{CACHE: Paged()}, use_cache=False)[0], plain.model(ids)[0])
 
 
 def test_one_memory_for_the_batch_has_no_beams():

@@ -124,9 +124,21 @@ class MemoryCacheLayer(CacheLayerMixin):
         return max_length
 
 
-def cache_among(*arguments: Any) -> Cache | None:
-    """The cache among a call's arguments: models have several names for it, and some pass it by position."""
-    return next((x for x in arguments if isinstance(x, Cache)), None)
+_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  #: what models and their blocks call a cache
+
+
+def cache_among(*args: Any, **kwargs: Any) -> Cache | None:
+    """The cache among a call's arguments: models have several names for it, and some pass it by position.
+
+    Raises:
+        TypeError: what has a cache's name is none, so that a memory would take each call for a new document.
+    """
+    for name in _NAMES:
+        if (cache := kwargs.get(name)) is not None:
+            if not isinstance(cache, Cache):
+                raise TypeError(f"`{name}` must be a Cache of transformers or fla, got {type(cache).__name__}")
+            return cache
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
 
 
 def find(cache: Cache, layer: nn.Module) -> MemoryCacheLayer | None:

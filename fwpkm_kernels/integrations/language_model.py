@@ -9,6 +9,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, __version__
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3DecoderLayer,
@@ -21,7 +22,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
-from .cache import cache_among
 from .mixins import MemoryBlock, MemoryDecoder, MemoryHead, defaults, make_memory, plain, with_signature
 
 _INSTALLED = Version(__version__)  #: of transformers
@@ -197,7 +197,7 @@ class FwPKMModel(MemoryDecoder, FwPKMPreTrainedModel, Qwen3Model):
             raise ValueError("`input_ids` or `inputs_embeds` must be given, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache = cache_among(*kwargs.values())
+        cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)
         if position_ids is None:
             # A new cache of linear attention alone cannot say how many tokens it has seen.
             seen = 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()

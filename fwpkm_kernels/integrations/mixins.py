@@ -32,7 +32,7 @@ class MemoryBlock:
             output = self.memory(
                 hidden_states,
                 mask,
-                cache=cache_among(*args, *kwargs.values()),
+                cache=cache_among(*args, **kwargs),
                 use_cache=bool(kwargs.get("use_cache")),
                 return_gate_mean=gate_means is not None,
                 cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
@@ -48,7 +48,13 @@ class MemoryBlock:
 class MemoryDecoder:
     """A stack of decoder layers that hands the mask of the call's own tokens to those with memories."""
 
+    config: Any
     layers: nn.ModuleList
+
+    def _memory_blocks(self) -> list[Any]:
+        """The decoder layers with memories that run: an early exit drafts with the first layers alone."""
+        blocks: Any = self.layers[: self.config.num_hidden_layers]
+        return [block for block in blocks if getattr(block, "memory", None) is not None]
 
     def _cache_layers(self, cache: Cache) -> list[MemoryCacheLayer]:
         """The layers that a cache keeps for the memories, made where they are missing.
@@ -60,11 +66,9 @@ class MemoryDecoder:
         """
         tokens = next((x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin)), 0)
         found = []
-        for block in self.layers:
-            if (memory := getattr(block, "memory", None)) is None:
-                continue
+        for block in self._memory_blocks():
             # A wrapper such as PEFT's holds several memories, of which one is active.
-            memories = [x for x in memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
+            memories = [x for x in block.memory.modules() if isinstance(x, FastWeightProductKeyMemory)]
             known = [x for x in (find(cache, x) for x in memories) if x is not None]
             columns = max([0, *(x.get_seq_length() for x in known)])
             if not known:
@@ -83,7 +87,8 @@ class MemoryDecoder:
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         if "output_gate_means" in kwargs:
             raise TypeError(f"`output_gate_means` needs a model with a head around this {type(self).__name__}")
-        cache = cache_among(*kwargs.values())
+        # Without memories any object may be the cache, such as that of continuous batching.
+        cache = cache_among(**kwargs) if self._memory_blocks() else None
         entries = [] if cache is None else self._cache_layers(cache)
         mask = kwargs.pop("memory_mask", attention_mask)
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -143,10 +148,24 @@ class MemoryHead:
         inputs["memory_mask"] = None if is_decoding else kwargs.get("attention_mask")
         return inputs
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As inherited, without memories: through it come `generate_batch` and all else of continuous batching.
+
+        Raises:
+            TypeError: the model has memories. Errors of `forward` would come too late: `generate_batch` logs them.
+        """
+        if self.get_decoder()._memory_blocks():
+            raise TypeError(
+                "`model` must have no memory for continuous batching, whose cache can hold none, got "
+                f"{type(self).__name__} with memories: call `generate`, or serve sessions of a MemoryPool, as "
+                "fwpkm_kernels.demo.serve does"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         """As inherited, and make the memories' layers, which must be there before the past begins to be recorded."""
         result = super()._prepare_cache_for_generation(config, model_kwargs, *args)  # type: ignore[misc]
-        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        cache = cache_among(**model_kwargs)
         if cache is not None:
             self.get_decoder()._cache_layers(cache)
             if config.is_assistant:

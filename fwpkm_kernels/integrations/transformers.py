@@ -40,7 +40,8 @@ def add_memory(model: PreTrainedModel, layers: Sequence[int], **options: Any) ->
     They have the device and dtype of their decoder layer, but keys and table have ``memory_dtype``. The model is used
     as before: `generate` keeps a memory for each row of the batch in the cache, and gradient checkpointing includes the
     memories. Assisted decoding takes drafts back: each chunk then keeps twice the rows that it has changed, or a copy
-    of the table where one memory is for the whole batch or the table decays.
+    of the table where one memory is for the whole batch or the table decays. Continuous batching (`generate_batch`)
+    raises, as its cache can hold no memory.
 
     Padding on the left, on the right or between tokens is not remembered, if a mask [batch, columns] marks it. A call
     whose `attention_mask` has four dimensions, or is a dict of such masks, gives that mask as ``memory_mask=``.
