@@ -129,14 +129,11 @@ class Pages:
         self._free = torch.arange(capacity - 1, -1, -1, dtype=torch.int32, device=device)  # the first `num_free` ones
         self.num_free = capacity
 
-    def take(self, count: int) -> Tensor:
-        """Rows that were free, int32 [count], each with one reference; the caller has seen that there are as many."""
+    def find(self, count: int) -> Tensor:
+        """Rows that are free, int32 [count]; the caller has seen that there are as many."""
         if count > self.num_free:
             raise RuntimeError(f"`count` must be at most the {self.num_free} rows that are free, got {count}")
-        self.num_free -= count
-        taken = self._free[self.num_free : self.num_free + count].clone()
-        self.references[taken.long()] = 1
-        return taken
+        return self._free[self.num_free - count : self.num_free].clone()
 
     def grow(self, rows: int) -> None:
         """Add free rows, which are taken after those that are free already; the buffer is another tensor then."""
@@ -155,43 +152,60 @@ class Pages:
         self.references[rows] += 1
 
     def without(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """How many indices name each row when these [N] no longer do, int32, and how many rows are free by that, [].
+        """How many indices name each row when these [N] no longer do, int32, and whether it is free by that, bool.
 
         Both are known without waiting for a GPU.
         """
         references = self.references.clone()
         for index in indices:
             references.index_add_(0, index.clamp(min=0).long(), (index != INITIAL).to(references.dtype), alpha=-1)
-        return references, ((self.references > 0) & (references == 0)).sum()
+        return references, (self.references > 0) & (references == 0)
 
-    def release_all(self, index: Tensor) -> None:
-        """Let an index [N] name no rows any more; those that none names are free then. This waits for a GPU."""
-        rows = index[index != INITIAL].long()
-        self.references[rows] -= 1
-        freed = rows[self.references[rows] == 0]
-        self._free[self.num_free : self.num_free + len(freed)] = freed.to(torch.int32)
-        self.num_free += len(freed)
-        index.fill_(INITIAL)
+    def release_all(self, indices: Sequence[Tensor]) -> None:
+        """Let indices [N] name no rows any more; those that none names are free then. This waits for a GPU."""
+        nowhere = self._free[:0]
+        self.exchange(indices, nowhere, nowhere.long(), self.buffer[:0])
+
+    def exchange(self, indices: Sequence[Tensor], index: Tensor, slots: Tensor, values: Tensor) -> None:
+        """Release all rows of some indices, and give another one, which has none there, rows of these values at slots.
+
+        The caller has seen that there are as many. This waits for a GPU. Where memory ends, nothing has changed.
+        """
+        references, is_freed = self.without(indices)
+        free = torch.cat((self._free[: self.num_free], is_freed.nonzero().flatten().to(torch.int32)))
+        left = len(free) - len(slots)
+        taken = free[left:].long()
+        references.index_fill_(0, taken, 1)
+        # From here on nothing is allocated.
+        self.buffer.index_copy_(0, taken, values)
+        index.index_copy_(0, slots, free[left:])
+        for one in indices:
+            one.fill_(INITIAL)
+        self._free[:left] = free[:left]
+        self.references, self.num_free = references, left
 
     def own(self, index: Tensor, slots: Tensor, num_shared: int, initial: Tensor, backend: str) -> None:
         """Give an index rows of its own at these slots, with the values that it reads there now.
 
         `num_shared` is how many of them it shares by now. It is known, and no shared row can be free afterwards, since
-        others name it: so nothing here waits for a GPU.
+        others name it: so nothing here waits for a GPU. Where memory ends, no row has been given.
         """
         if len(slots) == 0:
             return
-        old, taken = index[slots].long(), self.take(len(slots))
+        old, taken = index[slots].long(), self.find(len(slots))
+        rows_taken, shared, is_shared = taken.long(), old.clamp(min=0), (old != INITIAL).to(self.references.dtype)
         sources = [(initial, torch.where(old == INITIAL, slots, -1))]
         if num_shared > 0:
             sources.append((self.buffer, old))
         for source, rows in sources:
             copied = take_rows(source, rows, backend)
-            put_rows(self.buffer, torch.where(rows < 0, -1, taken.long()), copied, backend)
-        index[slots] = taken
+            put_rows(self.buffer, torch.where(rows < 0, -1, rows_taken), copied, backend)
+        # The rows are still free, whatever is in them, until all that takes memory is done.
+        self.num_free -= len(slots)
+        self.references.index_fill_(0, rows_taken, 1)
         if num_shared > 0:
-            is_shared = (old != INITIAL).to(self.references.dtype)
-            self.references.index_add_(0, old.clamp(min=0), is_shared, alpha=-1)
+            self.references.index_add_(0, shared, is_shared, alpha=-1)
+        index.index_copy_(0, slots, taken)
 
     def look_up(self, slots: Tensor, rows: Tensor, initial: Tensor) -> Tensor:
         """The values [A, D] of slots [A] whose index says `rows` [A]: of the buffer, or of the initial table."""

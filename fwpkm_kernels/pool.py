@@ -51,6 +51,9 @@ class MemoryPool:
     A session is known by the int that `open` or `fork` has returned, until it is closed. A pool cannot be copied or
     pickled; `state_dict` moves sessions to other pools and processes. It is for one thread at a time.
 
+    Where memory ends, an OutOfMemoryError leaves all sessions and rows as they were, but for a step that has begun to
+    write chunks: its sessions may have read a part of the tokens or written a part of a chunk, and are to be reset.
+
     Args:
         keys: the initial sub-keys [H, 2, n, Dk/2], of any strides, float32, float64, float16 or bfloat16.
         values: the initial table [N, D], N = n², likewise and on the same device.
@@ -68,9 +71,8 @@ class MemoryPool:
 
     def __init__(self, keys: Tensor, values: Tensor, *, capacity: int | str | None, keep_past: bool = False) -> None:
         check_initial_memory(keys, values)
-        checks.check_flag("keep_past", keep_past)
-        rows = 0 if capacity is None else count_rows(capacity, values.shape[1] * values.itemsize)
         self.keep_past = keep_past
+        rows = 0 if capacity is None else count_rows(capacity, values.shape[1] * values.itemsize)
         self._keys, self._values = keys, values
         self._sessions: dict[int, Session] = {}
         self._ended: list[int] = []  # sessions that are closed as soon as room is wanted: finalizers name them
@@ -84,6 +86,16 @@ class MemoryPool:
     def __repr__(self) -> str:
         sessions, capacity, free = len(self.sessions), self.capacity, self.num_free_rows
         return f"MemoryPool(sessions={sessions}, capacity={capacity}, free={free}, device={self.device})"
+
+    @property
+    def keep_past(self) -> bool:
+        """Whether `rollback` reaches through the last chunk that is written from now on."""
+        return self._keep_past
+
+    @keep_past.setter
+    def keep_past(self, keep_past: bool) -> None:
+        checks.check_flag("keep_past", keep_past)
+        self._keep_past = keep_past
 
     @property
     def keys(self) -> Tensor:
@@ -168,6 +180,7 @@ class MemoryPool:
             TypeError, ValueError: if the initial memory is none any more.
             RuntimeError: it has another shape, dtype or device than when the pool was made.
         """
+        self._close_ended()
         return self._add(self._store.new())
 
     @_alone
@@ -183,9 +196,7 @@ class MemoryPool:
         Raises:
             TypeError, ValueError, RuntimeError: as `open`, and for an id that is not open.
         """
-        one = self._get(session)
-        self._sessions[session] = self._store.new()
-        self._store.drop(one)
+        self._sessions[session] = self._store.replace(self._get(session))
 
     @_alone
     def fork(self, session: int) -> int:
@@ -215,11 +226,13 @@ class MemoryPool:
             raise ValueError(
                 f"`tokens` must be at most {most}, as many as the session has read in {what}, got {tokens}"
             )
-        self._store.move(one, one.position - tokens)
-        if past is not None and tokens > place:
-            past.position, one.past = one.position, None
-            self._store.drop(one)
-            self._sessions[session] = past
+        position = one.position - tokens
+        if past is None or tokens <= place:
+            self._store.move(one, position)
+            return
+        self._store.release([one])
+        past.position = position
+        self._sessions[session] = past
 
     @_alone
     def evict(self, session: int) -> None:
@@ -372,10 +385,12 @@ class MemoryPool:
     def _close_ended(self) -> None:
         """Close the sessions of memories that are gone, so that their rows are free."""
         while self._ended:
-            with torch.inference_mode(False), torch.no_grad():
-                one = self._sessions.pop(self._ended.pop(), None)
-                if one is not None:  # somebody may have closed it by its number
-                    self._store.drop(one)
+            number = self._ended[0]  # finalizers add more at the end, at any time
+            if number in self._sessions:  # somebody may have closed it by its number
+                with torch.inference_mode(False), torch.no_grad():
+                    self._store.drop(self._sessions[number])
+                del self._sessions[number]
+            del self._ended[0]
 
     def _get(self, session: int, name: str = "session") -> Session:
         """The session with an id."""
@@ -410,7 +425,6 @@ class MemoryPool:
 
     def _add(self, one: Session) -> int:
         """Give a session an id."""
-        self._close_ended()
         self._sessions[self._next] = one
         self._next += 1
         return self._next - 1

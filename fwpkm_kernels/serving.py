@@ -151,18 +151,17 @@ def read_all(
             if count > 0:
                 drafts[row] = store.copy(ones[row])
         output = _read_rounds(store, drafts, counts, tokens, keep_past, o)
+        store.drop(*(one for one, draft in zip(ones, drafts, strict=True) if draft is not one))
     except BaseException as error:
-        for one, draft, position in zip(ones, drafts, positions, strict=True):
+        for one, position in zip(ones, positions, strict=True):
             one.position = position
-            if draft is not one:
-                store.drop(draft)
+        store.drop(*(draft for one, draft in zip(ones, drafts, strict=True) if draft is not one))
         if isinstance(error, PoolFullError):
             what = f"the {max(chunks)} chunks that a session reads, with those of others, at most"
             raise PoolFullError(wanted, free, len(store.pages.buffer), what) from None
         raise
     for one, draft in zip(ones, drafts, strict=True):
         if draft is not one:
-            store.drop(one)
             vars(one).update(vars(draft))
     return output
 
@@ -237,12 +236,11 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
     pasts = [one.past for one in ones if one.past is not None]
     references, freed = store.pages.without([store.indices[past.seat] for past in pasts])
     closings = [_plan(store, one, references, keep_past, o) for one in ones]
-    # The host waits for a GPU here, and below for each past that is dropped or kept.
-    freed_rows, *numbers = torch.cat((freed.view(1), *(closing.missing.counts for closing in closings))).tolist()
+    # The host waits for a GPU here, and below for the pasts that are dropped and each that is kept.
+    freed_rows, *numbers = torch.cat((freed.sum().view(1), *(closing.missing.counts for closing in closings))).tolist()
     counts = list(zip(numbers[::2], numbers[1::2], strict=True))
     store.make_room(sum(missing for missing, _ in counts) - freed_rows, f"writing {len(ones)} full chunks")
-    for past in pasts:  # before any row is taken, since their rows were counted as free
-        store.drop(past)
+    store.drop(*pasts)  # before any row is taken, since their rows were counted as free
     for one in ones:
         one.past = None
     moves = o.keys_move or o.key_gradient == "all"
@@ -256,11 +254,14 @@ def write_chunks(store: SessionStore, ones: list[Session], keep_past: bool, o: O
                 keys = store.keys.copy(0)
                 undo.callback(store.keys.give, keys)
             taken.append((new_past, keys))
+        for one, closing, (missing, shared) in zip(ones, closings, counts, strict=True):
+            index, slots = store.indices[one.seat], closing.missing.slots(missing)
+            store.pages.own(index, slots, shared, store.initial, o.backend)
         undo.pop_all()
     for one, (new_past, keys) in zip(ones, taken, strict=True):
         one.past, one.keys = new_past, keys
-    for one, closing, (missing, shared) in zip(ones, closings, counts, strict=True):
-        _write(store, one, closing, missing, shared, o)
+    for one, closing in zip(ones, closings, strict=True):
+        _write(store, one, closing, o)
 
 
 def _plan(store: SessionStore, one: Session, references: Tensor, keep_past: bool, o: Options) -> Closing:
@@ -278,11 +279,10 @@ def _plan(store: SessionStore, one: Session, references: Tensor, keep_past: bool
     return Closing(writes, Missing(references, store.indices[one.seat], writes.plan, keep_past), again)
 
 
-def _write(store: SessionStore, one: Session, closing: Closing, missing: int, shared: int, o: Options) -> None:
-    """Get the rows that are missing, of which some were shared, and write the chunk: values and keys."""
+def _write(store: SessionStore, one: Session, closing: Closing, o: Options) -> None:
+    """Write the chunk of a session that has all its rows: values and keys."""
     writes, again = closing.writes, closing.again
     index, queue = store.indices[one.seat], store.queue_of(one.seat)
-    store.pages.own(index, closing.missing.slots(missing), shared, store.initial, o.backend)
     memory = Memory(store.keys.tensors[0][one.keys], store.pages.buffer, store.touched, queue)
     predictions = queue.predictions.flatten(0, 1)
     if again is not None:

@@ -1,6 +1,6 @@
 """The sessions of a pool: what each holds on the device, copies of it, and how it is saved and loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -34,6 +34,11 @@ class Session:
     position: int = 0
     past: "Session | None" = None  #: as it was before its last chunk was written, its tokens still waiting
     stored: dict[str, Tensor] | None = None  #: all that it was, on the host, while it is evicted
+
+
+def _held(one: Session) -> list[Session]:
+    """A session and its past, as far as they are there and on the device."""
+    return [x for x in (one, one.past) if x is not None and x.stored is None]
 
 
 class SessionStore:
@@ -126,24 +131,38 @@ class SessionStore:
             undo.pop_all()
         return Session(seat, keys, one.position)
 
-    def drop(self, one: Session) -> None:
-        """Free what a session and its past hold on the device."""
-        if one.past is not None:
-            self.drop(one.past)
-        if one.stored is None:
-            self.pages.release_all(self.indices[one.seat])
+    def replace(self, one: Session) -> Session:
+        """A session at the beginning in place of another, which is dropped."""
+        new = self.new()
+        with ExitStack() as undo:
+            undo.callback(self.shelf.give, new.seat)
+            self.drop(one)
+            undo.pop_all()
+        return new
+
+    def drop(self, *ones: Session) -> None:
+        """Free what sessions and their pasts hold on the device: of all, or where memory ends of none."""
+        self.release([held for one in ones for held in _held(one)])
+
+    def release(self, ones: Sequence[Session]) -> None:
+        """Free what sessions hold on the device, without their pasts: of all, or where memory ends of none."""
+        self.pages.release_all([self.indices[one.seat] for one in ones])
+        self._give_seats(ones)
+
+    def _give_seats(self, ones: Sequence[Session]) -> None:
+        for one in ones:
             self.shelf.give(one.seat)
             if one.keys:
                 self.keys.give(one.keys)
 
     def move(self, one: Session, position: int) -> None:
         """Take a session back to a position in its present chunk; an evicted one is saved again as it is there."""
-        one.position = position
         if one.stored is not None and self.binding is not None and "binding" in one.stored:
             queue = Queue(*(one.stored[f"queue.{name}"] for name in Queue._fields))
             tensors = {name: one.stored[name] for name in ("slots", "rows", "keys")}
             tensors["position"] = torch.tensor(position, dtype=torch.int64, device="cpu")
             one.stored = saved_memory(tensors, self.binding, queue)
+        one.position = position
 
     def reach(self, one: Session) -> int:
         """How many of its last tokens a session can take back."""
@@ -155,8 +174,7 @@ class SessionStore:
 
     def _count_own(self, one: Session) -> int:
         """How many rows are free when a session and its past are dropped. This waits for a GPU."""
-        held = [x for x in (one, one.past) if x is not None and x.stored is None]
-        return int(self.pages.without([self.indices[x.seat] for x in held])[1])
+        return int(self.pages.without([self.indices[x.seat] for x in _held(one)])[1].sum())
 
     def most_wanted(self, one: Session, chunks: int, accesses: int, keep_past: bool) -> int:
         """How many free rows a session needs at most to write so many chunks of so many accesses. Waits for a GPU."""
@@ -191,7 +209,10 @@ class SessionStore:
         return saved_memory(tensors, self.binding, None if self.binding is None else self.queue_of(one.seat))
 
     def load(self, state_dict: Mapping[str, Tensor], replaced: Session) -> Session:
-        """The session that was saved, in place of another, which is dropped; all errors come before that."""
+        """The session that was saved, in place of another, which is dropped.
+
+        An error leaves both sessions and rows as they were, also where memory ends; a pool that grows may have grown.
+        """
         buffer, own_keys = self.pages.buffer, self.keys.tensors[0][0]
         slots = state_dict.get("slots") if isinstance(state_dict, Mapping) else None
         count = slots.numel() if isinstance(slots, Tensor) else 0
@@ -209,17 +230,22 @@ class SessionStore:
         if len(on_host.unique()) < count:
             raise ValueError("`state_dict` must name each slot once in 'slots'")
         self.make_room(count - self._count_own(replaced), "the saved session")
-        self.drop(replaced)
-        if binding is not None and self.binding is None:
-            self.bind(binding)
-        one = self._new(int(state_dict["position"]))
-        taken = self.pages.take(count)
-        self.indices[one.seat][on_host.to(self.device)] = taken
-        self.pages.buffer[taken.long()] = state_dict["rows"].to(self.device)
-        if not torch.equal(state_dict["keys"].to(self.device), own_keys):
-            one.keys = self.keys.take()
-            self.keys.tensors[0][one.keys] = state_dict["keys"].to(self.device)
-        if binding is not None:
-            for name, x in self.queue_of(one.seat)._asdict().items():
-                x.copy_(state_dict[f"queue.{name}"])
+        slots, rows, keys = (state_dict[name].to(self.device) for name in ("slots", "rows", "keys"))
+        with ExitStack() as undo:
+            if binding is not None and self.binding is None:
+                self.bind(binding)
+                undo.callback(self.unbind)
+            one = self._new(int(state_dict["position"]))
+            undo.callback(self.shelf.give, one.seat)
+            if not torch.equal(keys, own_keys):
+                one.keys = self.keys.take()
+                undo.callback(self.keys.give, one.keys)
+                self.keys.tensors[0][one.keys] = keys
+            if binding is not None:
+                for name, x in self.queue_of(one.seat)._asdict().items():
+                    x.copy_(state_dict[f"queue.{name}"])
+            held = _held(replaced)
+            self.pages.exchange([self.indices[x.seat] for x in held], self.indices[one.seat], slots, rows)
+            undo.pop_all()
+        self._give_seats(held)
         return one

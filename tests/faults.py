@@ -1962,8 +1962,8 @@ FAULTS = [
     Fault(
         "rows-freed-too-soon",
         "pages.py",
-        "self.references[rows] == 0",
-        "self.references[rows] <= 1",
+        "& (references == 0)",
+        "& (references <= 1)",
         "a row that a fork still reads is free for others",
         "pool",
         "takes_rows",
@@ -2005,13 +2005,48 @@ FAULTS = [
         "exact or stay_so",
     ),
     Fault(
-        "loaded-beside-the-buffer",
+        "bound-by-a-failed-load",
         "sessions.py",
-        "self.pages.buffer[taken.long()] = state",
-        "buffer[taken.long()] = state",
-        "a session that is loaded into a pool that grows for it has no rows",
-        "pool_grow",
-        "load",
+        "                undo.callback(self.unbind)\n",
+        "",
+        "a load for which memory ends fixes the options of later steps",
+        "pool_room",
+        "binds_nothing",
+    ),
+    Fault(
+        "seat-lost-in-a-failed-load",
+        "sessions.py",
+        "            undo.callback(self.shelf.give, one.seat)\n",
+        "",
+        "each load for which memory ends takes a seat for ever",
+        "pool_room",
+        "wherever or binds_nothing",
+    ),
+    Fault(
+        "rows-taken-before-they-are-copied",
+        "pages.py",
+        "        for source, rows in sources:\n"
+        "            copied = take_rows(source, rows, backend)\n"
+        "            put_rows(self.buffer, torch.where(rows < 0, -1, rows_taken), copied, backend)\n"
+        "        # The rows are still free, whatever is in them, until all that takes memory is done.\n"
+        "        self.num_free -= len(slots)\n",
+        "        self.num_free -= len(slots)\n"
+        "        for source, rows in sources:\n"
+        "            copied = take_rows(source, rows, backend)\n"
+        "            put_rows(self.buffer, torch.where(rows < 0, -1, rows_taken), copied, backend)\n",
+        "a chunk for which memory ends takes rows for ever",
+        "pool_room",
+        "while_rows",
+    ),
+    Fault(
+        "dropped-one-by-one",
+        "serving.py",
+        "        store.drop(*(one for one, draft in zip(ones, drafts, strict=True) if draft is not one))\n",
+        "        for one, draft in zip(ones, drafts, strict=True):\n"
+        "            store.drop(*([one] if draft is not one else []))\n",
+        "where memory ends as a call takes over its sessions, the first of them holds nothing",
+        "pool_room",
+        "several_chunks and memory_ends",
     ),
     Fault(
         "seats-taken-for-consecutive",

@@ -349,8 +349,8 @@ def test_a_pool_of_any_capacity_is_full_or_right(turned):
 def test_rows_that_are_not_free_are_not_taken():
     pages = Pair(CPU, capacity=3).pool._store.pages
     with pytest.raises(RuntimeError, match="`count` must be at most the 3 rows that are free, got 4"):
-        pages.take(4)
-    assert len(pages.take(3).unique()) == 3
+        pages.find(4)
+    assert len(pages.find(3).unique()) == 3
 
 
 def test_a_load_has_the_room_of_what_it_replaces():
@@ -580,3 +580,14 @@ def test_strides_of_the_initial_memory(layout, place):
     for one in (pair, plain):
         one.open()
     testing.assert_bitwise_equal(pair.step([0], 11), plain.step([0], 11))
+
+
+def test_keep_past_must_be_a_bool():
+    """In the constructor and as an attribute."""
+    pair = Pair(CPU, keep_past=True)
+    for wrong in ("no", 1, None):
+        with pytest.raises(TypeError, match="`keep_past` must be a bool, got"):
+            pair.pool.keep_past = wrong
+    assert pair.pool.keep_past is True
+    with pytest.raises(TypeError, match="`keep_past` must be a bool, got int"):
+        Pair(CPU, keep_past=0)
