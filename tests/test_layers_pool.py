@@ -272,6 +272,25 @@ def test_memories_that_are_gone_hold_nothing_in_ones_own_pool():
     del memory
     gc.collect()
     assert pool.sessions == []
+
+
+def test_a_memory_that_is_refused_leaves_no_session(monkeypatch):
+    layer = make_layer("sequence")
+    pool = MemoryPool(layer.keys, layer.table.weight, capacity=108)
+    opened = [pool.open(), pool.open()]
+
+    def open_session() -> int:
+        if not opened:
+            raise torch.OutOfMemoryError("no room")
+        return opened.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "open", open_session)
+        with pytest.raises(torch.OutOfMemoryError):
+            layer.new_memory(3, pool=pool)
+    gc.collect()
+    pool.open()
+    assert len(pool.sessions) == 1
     assert pool.num_free_rows == 108
 
 

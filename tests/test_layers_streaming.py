@@ -311,6 +311,13 @@ def test_what_is_no_device(scope, decay):
             memory.to("meta")
 
 
+def test_records_past_is_a_flag():
+    memory = make_layer("sequence").new_memory(3)
+    with pytest.raises(TypeError, match="`records_past` must be"):
+        memory.records_past = "no"
+    assert memory.records_past is False
+
+
 def test_dtype_and_device_of_no_sequences():
     closed = make_layer("batch").new_memory(3)
     closed.close()

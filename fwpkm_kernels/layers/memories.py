@@ -345,7 +345,10 @@ def make_memories(layer: "FastWeightProductKeyMemory", count: int, capacity: int
             "`pool` must be MemoryPool(layer.keys, layer.table.weight, ...) of this layer, whose Parameters must be of "
             f"its memory's dtype {values.dtype}, got {pool!r} over other tensors"
         )
-    return Pooled(pool, [pool.open() for _ in range(count)], Origin.of(layer, pool.keys, pool.values))
+    memories = Pooled(pool, [], Origin.of(layer, pool.keys, pool.values))  # which frees what it has if one is refused
+    for _ in range(count):
+        memories.sessions.append(pool.open())
+    return memories
 
 
 def joined(memories: Sequence[Memories]) -> Pooled:

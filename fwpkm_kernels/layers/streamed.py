@@ -74,7 +74,7 @@ class StreamedMemory:
         self, memories: Pooled | States, batch: int, scope: str, options: Options, conv_width: int, columns: int = 0
     ) -> None:
         self._memories, self.batch, self.scope, self.columns = memories, batch, scope, columns
-        self._options, self._conv_width, self.records_past = options, conv_width, False
+        self._options, self._conv_width, self._records_past = options, conv_width, False
         self.window = Window(conv_width, options.chunk_size)
         self._coming: Tensor | None = None  #: what `convolve` was given; `step` puts it into the window
 
@@ -136,6 +136,16 @@ class StreamedMemory:
         """How many tokens each sequence has read; under scope="batch" padding counts."""
         positions = self._memories.positions
         return positions if self.scope == "sequence" else positions * self.batch
+
+    @property
+    def records_past(self) -> bool:
+        """Whether `rollback` reaches through the last chunk that is written from now on."""
+        return self._records_past
+
+    @records_past.setter
+    def records_past(self, records_past: bool) -> None:
+        checks.check_flag("records_past", records_past)
+        self._records_past = records_past
 
     @property
     def device(self) -> torch.device:
