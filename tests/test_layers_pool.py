@@ -368,28 +368,63 @@ def test_a_memory_that_is_written_in_the_meantime_is_noticed(written):
 
 @pytest.mark.parametrize("assigned", ["keys", "table.weight"])
 @pytest.mark.parametrize("initial_memory", ["learned", "frozen"])
-def test_a_memory_that_is_replaced_in_the_meantime_is_noticed(initial_memory, assigned):
+def test_a_reset_takes_the_pool_to_the_tensors_that_replaced_others(initial_memory, assigned):
     """Unlike one in place, a load with assign=True leaves the tensors that the pool reads as they were."""
     layer, x = make_layer("sequence", initial_memory=initial_memory), make_input()
-    pool = MemoryPool(layer.keys, layer.table.weight, capacity=400)
+    new = {name: p.clone() for name, p in layer.state_dict().items()}
+    layer.load_state_dict(new, assign=True)  # tensors as often written as those that follow: never
+    pool, whole = MemoryPool(layer.keys, layer.table.weight, capacity=400), layer(x)
     memory = layer.new_memory(3, pool=pool)
     layer(x[:, :6], memory=memory)
     other, began = memory.clone(), layer.new_memory(1, pool=pool)
     loaded = {name: 0.5 * p if name == assigned else p for name, p in layer.state_dict(keep_vars=True).items()}
     layer.load_state_dict(loaded, assign=True)
     layer.requires_grad_(False)
+    assert (layer(x[:, 6:], memory=memory) - whole[:, 6:]).isfinite().all()
     closed = layer.new_memory(0)
-    for one in (memory, StreamedMemory.joined([began, other])):
-        with pytest.raises(RuntimeError, match=r"`memory` goes on from .* written or replaced since: .* by reset\(\)"):
-            layer(x[:, 6:] if one is memory else x[[0, 0, 1, 2]], memory=one)
-        with pytest.raises(RuntimeError, match="written or replaced since"):
-            pickle.dumps(one)
-        rows = x if one is memory else x[[0, 0, 1, 2]]
-        closed.reset()
-        one.reset()
-        assert one.pool is pool
-        assert_close(layer(rows, memory=one), layer(rows))
+    memory.reset()
+    assert_close(layer(x, memory=memory), layer(x))
+    four, joined = x[[0, 0, 1, 2]], StreamedMemory.joined([began, other])
+    with pytest.raises(RuntimeError, match=r"`memory` goes on from .* written or replaced since: .* by reset\(\)"):
+        layer(four, memory=joined)
+    with pytest.raises(RuntimeError, match="written or replaced since"):
+        pickle.dumps(joined)
+    closed.reset()
+    joined.reset()
+    assert joined.pool is pool
+    assert_close(layer(four, memory=joined), layer(four))
     assert_close(layer(x[:, :3], memory=memory), layer(torch.cat((x, x[:, :3]), dim=1))[:, LENGTH:])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_tensors_that_are_others_for_each_call(decay):
+    """As hooks that offload a layer give it equal ones, or a parametrization computes them: a memory keeps its own."""
+    layer, x = make_layer("sequence", weight_decay=decay).requires_grad_(False), make_input()
+    whole, memory = layer(x), layer.new_memory(3)
+    for _ in range(2):
+        for part in x.split(5, dim=1):
+            layer.keys = torch.nn.Parameter(layer.keys.clone(), requires_grad=False)
+            layer.table.weight = torch.nn.Parameter(layer.table.weight.clone(), requires_grad=False)
+            layer(part, memory=memory)
+        memory.reset()
+    kept = layer.table.weight
+    layer.table.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
+    memory.reset()
+    layer.table.weight = kept
+    torch.nn.utils.parametrize.register_parametrization(layer.table, "weight", torch.nn.Tanh())
+    memory.reset()
+    assert_close(layer(x, memory=memory), whole)
+
+
+def test_a_pool_over_detached_tensors_follows_the_layer():
+    layer, x = make_layer("sequence").requires_grad_(False), make_input()
+    pool = MemoryPool(layer.keys.detach(), layer.table.weight.detach(), capacity=400)
+    memory, other = layer.new_memory(3, pool=pool), layer.new_memory(3, pool=pool)
+    memory.reset()
+    layer(x, memory=other)  # the pool reads what it has read before
+    layer.load_state_dict({name: 0.5 * p for name, p in layer.state_dict().items()}, assign=True)
+    memory.reset()
+    assert_close(layer(x, memory=memory), layer(x))
 
 
 def test_another_layer_goes_on_with_a_memory_of_an_equal_one():
@@ -418,7 +453,7 @@ def test_a_pool_does_not_follow_a_layer_to_another_dtype(initial_memory):
         ):
             memory.reset()
     assert memory.positions == [6] * 3
-    with pytest.raises((RuntimeError, ValueError), match="replaced since|must keep the dtype"):
+    with pytest.raises((TypeError, ValueError), match="must both be float64 or neither|must keep the dtype"):
         layer(x, memory=memory)
     if initial_memory == "learned":
         layer.float()

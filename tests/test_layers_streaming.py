@@ -300,6 +300,18 @@ def test_reset_returns_to_the_tensors_that_the_layer_has(scope, decay, initial_m
 
 
 @pytest.mark.parametrize("scope, decay", [("sequence", 0.0), ("sequence", 0.1), ("batch", 0.0)])
+def test_reset_keeps_the_dtype_of_the_memory(scope, decay):
+    """Where the layer has other Parameters, in half precision."""
+    layer, x = make_layer(scope, weight_decay=decay).requires_grad_(False).float(), make_input().bfloat16()
+    layer.memory_dtype = torch.float32
+    memory = layer.new_memory(3)
+    layer.load_state_dict({name: p.bfloat16() for name, p in layer.state_dict().items()}, assign=True)
+    memory.reset()
+    assert memory.dtype == torch.float32
+    assert torch.equal(layer(x, memory=memory), layer(x, memory=layer.new_memory(3)))
+
+
+@pytest.mark.parametrize("scope, decay", [("sequence", 0.0), ("sequence", 0.1), ("batch", 0.0)])
 def test_what_is_no_device(scope, decay):
     memory = make_layer(scope, weight_decay=decay).new_memory(3)
     with pytest.raises(ValueError, match="`device` must be a device, got 'foo': Expected one of cpu, "):

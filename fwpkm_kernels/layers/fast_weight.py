@@ -275,7 +275,7 @@ class FastWeightProductKeyMemory(nn.Module):
         """A memory to stream with: pass it as `memory=` to calls whose batches have `batch` rows or documents.
 
         Under scope="sequence" each of them is a session of one `MemoryPool`, which reads the layer's table where it
-        lies: nobody may write or replace table or keys while the memory is in use, and a step that sees that raises.
+        lies: nobody may write table or keys while the memory is in use, and a step that sees that somebody has raises.
         With `weight_decay` each has a table of its own. Under scope="batch" all write one table.
 
         Args:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Origin:
     """The layer with whose own keys and table sequences have begun; it may have others now, as a load can assign them.
 
-    There is none, or none any more, for a memory that was pickled, and where the layer is gone.
+    There is none where the layer casts or computes them, none any more where it is gone, and none for what was pickled.
     """
 
     def __init__(self, layer: "FastWeightProductKeyMemory | None" = None) -> None:
@@ -30,17 +30,30 @@ class Origin:
 
     @classmethod
     def of(cls, layer: "FastWeightProductKeyMemory", keys: Tensor, values: Tensor) -> "Origin":
-        """None where keys and values are not the layer's own: it casts them, or computes them anew for each use."""
-        return cls(layer if layer.keys is keys and layer.table.weight is values else None)
+        return cls(layer if _are_same((keys, values), (layer.keys, layer.table.weight)) else None)
 
     def __reduce__(self) -> Any:
         return Origin, ()
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:
-        """The layer's keys and table as they are now."""
+        """The layer's keys and table as they are now; None where it computes them anew for each use, or they have no
+        data, as those of an offloaded layer between its calls."""
         layer = None if self._layer is None else self._layer()
-        return None if layer is None else (layer.keys, layer.table.weight)
+        if layer is None:
+            return None
+        keys, values = layer.keys, layer.table.weight
+        if keys is not layer.keys or values is not layer.table.weight or keys.is_meta or values.is_meta:
+            return None
+        keys, values = layer._in_memory_dtype(keys, values)
+        return keys, values
+
+
+def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors lie where others do."""
+    return all(
+        (x.data_ptr(), x.shape, x.dtype) == (y.data_ptr(), y.shape, y.dtype) for x, y in zip(some, others, strict=True)
+    )
 
 
 class Pooled:
@@ -51,7 +64,8 @@ class Pooled:
         self._begin()
 
     def __del__(self) -> None:
-        self.pool._ended.extend(self.sessions)  # a device may be busy now
+        if "pool" in vars(self):  # torch.compile makes objects without __init__
+            self.pool._ended.extend(self.sessions)  # a device may be busy now
 
     @property
     def keys(self) -> Tensor:
@@ -101,13 +115,9 @@ class Pooled:
 
     @property
     def is_stale(self) -> bool:
-        """Whether these have been written since, or the pool or the layer has others in their place."""
-        begun, versions = self._begun
-        of_pool = (self.pool.keys, self.pool.values)
-        for present in (of_pool, self._origin.tensors or of_pool):
-            if any(x is not y for x, y in zip(begun, present, strict=True)):
-                return True
-        return _versions_of(self.pool) != versions
+        """Whether these have been written since, or another memory's reset has given the pool others in their place."""
+        (keys, values), versions = self._begun
+        return self.pool.keys is not keys or self.pool.values is not values or _versions_of(self.pool) != versions
 
     def _check_contents(self) -> None:
         if self.is_stale:
@@ -133,8 +143,8 @@ class Pooled:
         ]
 
     def reset(self) -> None:
-        tensors = self._origin.tensors
-        if tensors is not None and self.sessions:  # without sessions the pool is for others to change
+        tensors = self._origin.tensors if self.sessions else None  # without sessions the pool is for others to change
+        if tensors is not None and not _are_same(tensors, (self.pool.keys, self.pool.values)):
             self.pool._rebind(*tensors)
         for session in self.sessions:
             self.pool.reset(session)
@@ -340,12 +350,12 @@ def make_memories(layer: "FastWeightProductKeyMemory", count: int, capacity: int
         raise TypeError(f"`pool` must be a MemoryPool, got {type(pool).__name__}")
     elif capacity is not None:
         raise ValueError(f"`capacity` must be None with `pool`, which has one, got {capacity!r}")
-    elif any(x.data_ptr() != y.data_ptr() or x.shape != y.shape for x, y in ((keys, pool.keys), (values, pool.values))):
+    elif not _are_same((keys, values), (pool.keys, pool.values)):
         raise ValueError(
             "`pool` must be MemoryPool(layer.keys, layer.table.weight, ...) of this layer, whose Parameters must be of "
             f"its memory's dtype {values.dtype}, got {pool!r} over other tensors"
         )
-    memories = Pooled(pool, [], Origin.of(layer, pool.keys, pool.values))  # which frees what it has if one is refused
+    memories = Pooled(pool, [], Origin.of(layer, keys, values))  # which frees what it has if one is refused
     for _ in range(count):
         memories.sessions.append(pool.open())
     return memories

@@ -202,12 +202,12 @@ class StreamedMemory:
         """Let every sequence begin anew, from the initial memory as it is now.
 
         That is what the layer has that made this object, or the one of which this is a clone, also where
-        load_state_dict(assign=True) or a cast of buffers has given it other tensors. A pool goes over to these, and its
-        other memories raise until they are reset too.
+        load_state_dict(assign=True) has given it other tensors. A pool goes over to these, and its other memories raise
+        until they are reset too.
 
-        Two kinds begin with a copy: those of a layer whose memory ran in another dtype than its Parameters when it made
-        this object, and what `to` has made in a pool on another device. One out of a file begins with the tensors that
-        were pickled with it, and does not see a layer get others.
+        These begin with what they had before: memories of a layer that casts or computes its keys or table, or whose
+        Parameters have no data now; what `to` has made in a pool on another device; and what comes out of a file, with
+        the tensors that were pickled with it.
 
         Raises:
             RuntimeError: the sequences are in a pool, and the layer has moved to another dtype or device; make another
