@@ -99,10 +99,10 @@ def check_table(values: Tensor, keys: Tensor) -> None:
     check_shapes(values.shape[0] == keys.shape[2] ** 2, rule, values, keys)
 
 
-def as_device(name: str, device: object) -> torch.device:
+def as_device(name: str, device: Any) -> torch.device:
     """`device` as a torch.device."""
     try:
-        return torch.device(device)  # type: ignore[call-overload]
+        return torch.device(device)
     except (TypeError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"`{name}` must be a device, got {device!r}: {str(error).splitlines()[0]}") from None

@@ -402,10 +402,10 @@ def test_tensors_that_are_others_for_each_call(decay):
     layer, x = make_layer("sequence", weight_decay=decay).requires_grad_(False), make_input()
     whole, memory = layer(x), layer.new_memory(3)
     for _ in range(2):
-        for part in x.split(5, dim=1):
+        for begin in range(0, LENGTH, 5):
             layer.keys = torch.nn.Parameter(layer.keys.clone(), requires_grad=False)
             layer.table.weight = torch.nn.Parameter(layer.table.weight.clone(), requires_grad=False)
-            layer(part, memory=memory)
+            assert_close(layer(x[:, begin : begin + 5], memory=memory), whole[:, begin : begin + 5])
         memory.reset()
     kept = layer.table.weight
     layer.table.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
@@ -414,6 +414,13 @@ def test_tensors_that_are_others_for_each_call(decay):
     torch.nn.utils.parametrize.register_parametrization(layer.table, "weight", torch.nn.Tanh())
     memory.reset()
     assert_close(layer(x, memory=memory), whole)
+
+
+def test_a_pool_over_transposed_keys_is_of_other_tensors():
+    """Although they begin where the layer's do, and as many sub-keys as columns have the same shape."""
+    layer = FastWeightProductKeyMemory(WIDTH, num_keys=4, top_k=2, key_dim=8, value_dim=3)
+    with pytest.raises(ValueError, match="`pool` must be MemoryPool.* over other tensors"):
+        layer.new_memory(1, pool=MemoryPool(layer.keys.mT, layer.table.weight, capacity=9))
 
 
 def test_a_pool_over_detached_tensors_follows_the_layer():

@@ -50,10 +50,12 @@ class Origin:
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether tensors lie where others do."""
-    return all(
-        (x.data_ptr(), x.shape, x.dtype) == (y.data_ptr(), y.shape, y.dtype) for x, y in zip(some, others, strict=True)
-    )
+    """Whether tensors are others, or lie where they do. What has no data of its own has no address, and is itself."""
+
+    def place(x: Tensor) -> tuple[Any, ...]:
+        return x.data_ptr(), x.device, x.shape, x.stride(), x.dtype
+
+    return all(x is y or (x.data_ptr() != 0 and place(x) == place(y)) for x, y in zip(some, others, strict=True))
 
 
 class Pooled:
@@ -311,7 +313,8 @@ class States:
     def reset(self) -> None:
         tensors = self._origin.tensors
         for state in self.states:
-            if tensors is not None:
+            # A state that is tied to other tensors would restore its whole table, and not the rows that it has written.
+            if tensors is not None and not _are_same(tensors, (state._initial_keys, state._initial_values)):
                 state.rebind(*tensors)
             state.reset()
         self._pasts = [None] * len(self.states)
