@@ -89,23 +89,23 @@ def _(queries, targets, keys, values, gates, mask, keep, carried, as_rows, *opti
 @operator(
     "fast_weight_memory_backward",
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_values, Tensor queries, Tensor targets, "
-    "Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, bool spread, int carried, Tensor[] kept, "
-    f"{schema_of(Options)}) -> Tensor[]",
+    "Tensor? gates, Tensor? mask, int num_keys, bool with_addresses, bool spread, int carried, str group, "
+    f"Tensor[] kept, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, carried, kept,
-    *options,
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, carried,
+    group, kept, *options,
 ) -> list[Tensor]:  # fmt: skip
     grads = (grad_output, grad_keys, grad_values)
     kept, o = Kept.of(kept), Options(*options)
     how = (num_keys, with_addresses, kept, o, carried)
-    return run_backward(queries, targets, gates, mask, grads, *how, spread=spread)
+    return run_backward(queries, targets, gates, mask, grads, *how, spread=spread, group=group)
 
 
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, carried, kept,
-    *options,
+    grad_output, grad_keys, grad_values, queries, targets, gates, mask, num_keys, with_addresses, spread, carried,
+    group, kept, *options,
 ):  # fmt: skip
     kept = Kept.of(kept)
     heads, width = queries.shape[2:]
@@ -136,7 +136,7 @@ class _FastWeightMemoryBackward(Function):
             results = _coupled_backward(Inputs(queries, targets, keys, values, gates, mask), grads, o, call.carried)
         else:
             inputs = (queries, targets, gates, mask)
-            how = (num_keys, with_addresses, with_values and not call.sparse_grad, call.carried)
+            how = (num_keys, with_addresses, with_values and not call.sparse_grad, call.carried, call.group)
             results = _backward_op(*grads, *inputs, *how, saved, *o)
             if with_values and call.sparse_grad:
                 results[3] = sparse_rows(results[3], saved[-1], num_keys**2)
@@ -163,9 +163,9 @@ def _coupled_backward(inputs: Inputs, grads: tuple[Tensor | None, ...], o: Optio
 class FastWeightMemory(Function):
     """`fast_weight_memory` as an autograd Function: apply(queries, targets, keys, values, chunk_size, top_k, lookahead,
     score, eps, weighting, temperature, gates, mask, lr, weight_decay, clip, addressing_weight, key_gradient, step,
-    boundary, precision, backend, carried, final, sparse_grad) gives output, keys, values, slots and weights; with
-    final="rows" the values are those of the rows, and their slots come last. Queries, gates and mask have `carried`
-    tokens, 0 or `lookahead`, before those of the targets: they are written only."""
+    boundary, precision, backend, carried, final, sparse_grad, group) gives output, keys, values, slots and weights;
+    with final="rows" the values are those of the rows, and their slots come last. Queries, gates and mask have
+    `carried` tokens, 0 or `lookahead`, before those of the targets: they are written only."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -403,9 +403,13 @@ def run_memory(
     sparse_grad: bool,
     o: Options,
     *,
+    group: str = "",
     carry_name: str = "carry",
 ) -> tuple[MemoryOutput, Carry | None]:
-    """`fast_weight_memory`, and the carry with `return_carry`. Errors name the carry by `carry_name`."""
+    """`fast_weight_memory`, and the carry with `return_carry`. Errors name the carry by `carry_name`.
+
+    With the name of a process `group`, targets, values and the carry's targets are this rank's columns of them.
+    """
     refuse_transforms("fast_weight_memory", (*inputs, *(carry if isinstance(carry, Carry) else ())))
     checks.check_flag("return_carry", return_carry)
     position, carried, waiting, targets = 0, 0, 0, inputs.targets
@@ -417,7 +421,7 @@ def run_memory(
         waiting = carry.queries.shape[1] - carried
         inputs = prepend(carry, inputs)
         targets = inputs.targets[:, carried:]
-    call = Call(carried, final, sparse_grad)
+    call = Call(carried, final, sparse_grad, group)
     result = _run(inputs._replace(targets=targets), o, call)
     if carry is not None:  # the waiting tokens' results were those of earlier segments
         output, slots, weights = (x[:, waiting:] for x in (result.output, result.slots, result.weights))

@@ -152,6 +152,7 @@ class Call(NamedTuple):
     carried: int = 0  #: how many tokens queries, gates and mask have before those of the targets
     final: str = "table"
     sparse_grad: bool = False
+    group: str = ""  #: the name of the process group over whose ranks the columns of values are spread; "" is none
 
     @property
     def is_rows(self) -> bool:
@@ -164,9 +165,19 @@ class Call(NamedTuple):
         checks.check_flag("sparse_grad", self.sparse_grad)
         if self.sparse_grad and not self.is_rows:
             raise ValueError(f'`sparse_grad`=True needs `final`="rows", got {self.final!r}')
+        check_group(self.group, o)
         reason = why_no_rows(o)
         if self.is_rows and reason is not None:
             raise ValueError(f'`final`="rows" needs {reason}')
+
+
+def check_group(group: str, o: Options) -> None:
+    """Refuse what a rank cannot compute with its columns of the values alone."""
+    if group and o.key_gradient == "all":
+        raise ValueError(
+            '`key_gradient` must be "addressing" where the columns of the table are spread over ranks, since under '
+            "\"all\" keys move by dots of whole rows, got 'all'"
+        )
 
 
 def why_no_rows(o: Options) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import Reads, Span, count_read_positions
+from .columns import sum_over_columns
 from .compact import compact, count_compact_rows, gather_compact, rows_at_tokens, sum_rows, take_rows
 from .kernels import compute_dtype
 from .key_step import address_grad, step_keys
@@ -370,6 +371,7 @@ def run_packed_grad(
     with_addresses: bool,
     with_values: bool,
     spread: bool,
+    group: str,
     o: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of queries, targets, keys, values, gates and of the given rows' values.
@@ -377,7 +379,8 @@ def run_packed_grad(
     `grads` are those of output, final keys and final rows, of which `document` and `slot` say which they are; `decay`
     is that of the given rows. The gradients of queries and keys are empty unless `with_addresses`, and that of values
     is, unless `with_values`: it is [num_slots, D], or with `spread` False that of the rows that were read, [R, D], in
-    the compute dtype, since those of documents that share a slot are still to be summed.
+    the compute dtype, since those of documents that share a slot are still to be summed. With a `group`, targets, log
+    and the gradients of output and rows are this rank's columns.
     """
     grad_output, grad_keys, grad_rows = grads
     table_dtype, width = kept.log.dtype, targets.shape[1]
@@ -404,6 +407,7 @@ def run_packed_grad(
         *(ids, writes, kept.log, log_rows, _spans(packing, document, o), o),
     )
     number = torch.arange(len(packed.pairs), device=queries.device)
+    grad_weights, grad_write_weights = sum_over_columns(group, grad_weights, grad_write_weights)
     grad_targets = rows_at_tokens(grad_pairs[0], number, packed.pairs, len(targets), o.backend)
     del grad_pairs
 

@@ -96,14 +96,14 @@ _KEPT = ", ".join(f"Tensor {name}" for name in PackedKept._fields)
     schema="(Tensor? grad_output, Tensor? grad_keys, Tensor? grad_rows, Tensor queries, Tensor targets, Tensor keys, "
     "SymInt num_slots, Tensor cu_seqlens, Tensor? carried, Tensor? gates, Tensor? mask, "
     "Tensor row_document, Tensor row_slot, Tensor? decay, bool with_addresses, bool with_values, bool spread, "
-    f"{_KEPT}, {schema_of(Options)}) -> Tensor[]",
+    f"str group, {_KEPT}, {schema_of(Options)}) -> Tensor[]",
 )
 def _backward_op(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, carried, gates, mask, document,
-    slot, decay, with_addresses, with_values, spread, *rest,
+    slot, decay, with_addresses, with_values, spread, group, *rest,
 ) -> list[Tensor]:  # fmt: skip
     kept, o = PackedKept(*rest[: len(PackedKept._fields)]), Options(*rest[len(PackedKept._fields) :])
-    grads, how = (grad_output, grad_keys, grad_rows), (decay, with_addresses, with_values, spread)
+    grads, how = (grad_output, grad_keys, grad_rows), (decay, with_addresses, with_values, spread, group)
     cuts = _cuts(cu_seqlens, carried, len(queries), o)
     results = run_packed_grad(
         queries, targets, keys, num_slots, gates, mask, *cuts, grads, document, slot, kept, *how, o
@@ -114,7 +114,7 @@ def _backward_op(  # type: ignore[no-untyped-def]
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_output, grad_keys, grad_rows, queries, targets, keys, num_slots, cu_seqlens, carried, gates, mask, document,
-    slot, decay, with_addresses, with_values, spread, *rest,
+    slot, decay, with_addresses, with_values, spread, group, *rest,
 ):  # fmt: skip
     kept = PackedKept(*rest[: len(PackedKept._fields)])
     num_rows, dtype = (num_slots, kept.log.dtype) if spread else (slot.shape[0], compute_dtype(kept.log.dtype))
@@ -146,18 +146,18 @@ class _VarlenBackward(Function):
 
 class _Varlen(Function):
     """apply(queries, targets, keys, values, cu_seqlens, carried, gates, mask, document, slot, value, decay,
-    sparse_grad, *options) gives output, keys, document, slot, value, slots and weights."""
+    sparse_grad, group, *options) gives output, keys, document, slot, value, slots and weights."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        tensors, sparse_grad, options = args[:12], args[12], args[13:]
+        tensors, sparse_grad, group, options = args[:12], args[12], args[13], args[14:]
         results = _forward_op(*tensors, True, *options)
         output, keys, document, slot, value, slots, weights, *kept = results
         # The table is not needed again.
         ctx.save_for_backward(*tensors[:3], *tensors[4:8], document, slot, tensors[11], *kept)
         ctx.mark_non_differentiable(document, slot, slots, weights)
-        ctx.options, ctx.num_slots, ctx.sparse_grad = options, tensors[3].shape[0], sparse_grad
+        ctx.options, ctx.num_slots, ctx.sparse_grad, ctx.group = options, tensors[3].shape[0], sparse_grad, group
         return output, keys, document, slot, value, slots, weights
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Varlen(Function):
         saved = ctx.saved_tensors  # once, since activation checkpoints give them out once
         inputs, kept = saved[:10], PackedKept(*saved[10:])
         refuse_transforms("fast_weight_memory_varlen", (*grads, *inputs))
-        flags = (needs[0] or needs[2], needs[3], not ctx.sparse_grad)
+        flags = (needs[0] or needs[2], needs[3], not ctx.sparse_grad, ctx.group)
         sum_values = None
         if needs[3] and ctx.sparse_grad:
             slot, backend = slots_of_values(inputs[8], kept.earlier), Options(*ctx.options).backend
@@ -184,7 +184,13 @@ class _Varlen(Function):
 
 
 def run_documents(
-    inputs: Inputs, cu_seqlens: Tensor, carried: Tensor | None, rows: Rows | None, sparse_grad: bool, o: Options
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    carried: Tensor | None,
+    rows: Rows | None,
+    sparse_grad: bool,
+    o: Options,
+    group: str = "",
 ) -> VarlenOutput:
     """The memories with or without gradients, by the operator, whose `carried` this is."""
     given = (None,) * 4 if rows is None else rows
@@ -192,7 +198,7 @@ def run_documents(
     # A program of torch.export has no gradients, so it keeps nothing for them.
     differentiable = torch.is_grad_enabled() and not is_exporting()
     if differentiable and any(x is not None and x.requires_grad for x in (*inputs[:-1], given[2])):
-        results = _Varlen.apply(*tensors, sparse_grad, *o)
+        results = _Varlen.apply(*tensors, sparse_grad, group, *o)
     else:
         results = _forward_op(*each(Tensor.detach, *tensors), False, *o)
     output, new_keys, document, slot, value, slots, weights = results

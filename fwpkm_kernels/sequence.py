@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _checks as checks
 from .chunks import rows_of
+from .columns import sum_over_columns
 from .compact import compact, spread_rows, take_rows
 from .kernels import compute_dtype
 from .options import Options
@@ -134,11 +135,13 @@ def run_backward(
     carried: int = 0,
     *,
     spread: bool = True,
+    group: str = "",
 ) -> list[Tensor]:
     """Gradients of queries, targets, keys, values, and of the gates if there are any.
 
     Those of queries and keys are empty unless `with_addresses`. That of values that were compacted is of the compact
-    table's rows, [P, D], unless it is `spread` to all N.
+    table's rows, [P, D], unless it is `spread` to all N. With a `group`, targets, log and the gradients of output and
+    values are this rank's columns.
     """
     batch, length = targets.shape[:2]
     dtype, device = kept.write_weights.dtype, queries.device
@@ -157,6 +160,7 @@ def run_backward(
     grad_targets, grad_weights, grad_write_weights = value_scan_grad(
         table_grad, grad_output, targets, slots, writes, kept.log, log_rows, [c.span(o.lookahead) for c in chunks], o
     )
+    grad_weights, grad_write_weights = sum_over_columns(group, grad_weights, grad_write_weights)
     grad_scores, grad_gates = plan_writes_grad(
         grad_weights, grad_write_weights, scores, writes, gates, mask, length, batch, carried, o
     )

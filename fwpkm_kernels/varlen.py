@@ -21,7 +21,7 @@ from .carry import (
 )
 from .kernels import compute_dtype
 from .memory import check_memory, fast_weight_memory
-from .options import Options
+from .options import Options, check_group
 from .packed_function import check_rows, run_documents
 from .records import DocumentsCarry, Inputs, Rows, VarlenOutput, each
 
@@ -143,14 +143,16 @@ def run_varlen(
     *,
     may_end_before: bool = False,
     with_rows: bool = True,
+    group: str = "",
     rows_name: str = "rows",
     carry_name: str = "carry",
 ) -> tuple[VarlenOutput, DocumentsCarry | None]:
     """`fast_weight_memory_varlen`, and the carry with `return_carry`.
 
     With `may_end_before` there may be tokens behind the last document, which belong to none: their output and weights
-    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out. Errors name rows and
-    carry by `rows_name` and `carry_name`.
+    are 0, their slots -1. Without `with_rows` the rows that are left need not be handed out. With the name of a process
+    `group`, targets, values, rows and the carry's targets are this rank's columns of them. Errors name rows and carry
+    by `rows_name` and `carry_name`.
     """
     value = rows.value if isinstance(rows, Rows) else None
     of_carry = carry if isinstance(carry, DocumentsCarry) else ()
@@ -161,6 +163,7 @@ def run_varlen(
     documents = cu_seqlens.shape[0] - 1
     if carry is not None or return_carry:
         check_documents_carry(carry, inputs, documents, o, carry_name)
+    check_group(group, o)
     loops = o.key_gradient == "all"
     if sparse_grad and loops:
         raise ValueError(f'`sparse_grad`=True needs `key_gradient`="addressing", got {o.key_gradient!r}')
@@ -183,9 +186,9 @@ def run_varlen(
         result = _by_document(inputs, cu_seqlens, rows, carry, o, may_end_before=may_end_before, with_rows=with_rows)
     elif carry is None or places is None:
         none = torch.zeros(documents, dtype=torch.int64, device="cpu") if may_end_before else None
-        result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o)
+        result = run_documents(inputs, cu_seqlens, none, rows, sparse_grad, o, group)
     else:
-        result = run_documents(packed, places.bounds, places.carried, rows, sparse_grad, o)
+        result = run_documents(packed, places.bounds, places.carried, rows, sparse_grad, o, group)
         index = places.outputs.to(inputs.targets.device, non_blocking=True)
         output, slots, weights = (x.index_select(0, index) for x in (result.output, result.slots, result.weights))
         result = result._replace(output=output, slots=slots, weights=weights)

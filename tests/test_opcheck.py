@@ -164,12 +164,15 @@ def memory_grad_samples(place: Place) -> Samples:
         if as_rows:
             slot, *kept = kept
             kept.append(slot)
-            yield f"{name}, not spread", (*incoming, *tensors, True, False, carried, kept, *options)
-        yield name, (*incoming, *tensors, True, True, carried, kept, *options)
+            yield f"{name}, not spread", (*incoming, *tensors, True, False, carried, "", kept, *options)
+        yield name, (*incoming, *tensors, True, True, carried, "", kept, *options)
         if not name.startswith("carry, {}"):
             continue
-        yield f"{name}, of the output alone", (incoming[0], None, None, *tensors, True, True, carried, kept, *options)
-        yield f"{name}, without addresses", (*incoming, *tensors, False, True, carried, kept, *options)
+        yield (
+            f"{name}, of the output alone",
+            (incoming[0], None, None, *tensors, True, True, carried, "", kept, *options),
+        )
+        yield f"{name}, without addresses", (*incoming, *tensors, False, True, carried, "", kept, *options)
 
 
 def step_samples(place: Place) -> Samples:
@@ -268,7 +271,7 @@ def varlen_grad_samples(place: Place) -> Samples:
             if name.startswith(("own keys", "drop")):
                 grads = [testing.with_layout(x, "transposed") for x in grads]
             for needed in (True, False):
-                flags, kept_options = (decay, needed, needed, not name.startswith("own")), arguments[13:]
+                flags, kept_options = (decay, needed, needed, not name.startswith("own"), ""), arguments[13:]
                 yield f"{name}, {needed}", (*grads, *inputs, document, slot, *flags, *kept, *kept_options)
 
 

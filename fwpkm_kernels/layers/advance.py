@@ -24,7 +24,9 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
 
     Args:
         model: a module that contains such layers.
-        group: of torch.distributed; None is the default group, if there is one.
+        group: of torch.distributed; None is the default group, if there is one. Where `shard_table_` has spread the
+            columns it is the group of ranks that have the same columns, and None that rank alone if all ranks have
+            different ones.
         reduce: "mean": every rank moves by the mean over ranks of (new - old), so that ranks stay equal; every rank
             must have made a training call. "none": each rank goes its own way, as the authors' do; under
             DistributedDataParallel that needs broadcast_buffers=False, else rank 0's memory replaces the others' before
@@ -32,7 +34,8 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
 
     Raises:
         TypeError: `model` is no module, or `reduce` no string.
-        ValueError: for another `reduce`, or where layers with something pending share a table.
+        ValueError: for another `reduce`, or where layers with something pending share a table; or for a `group` whose
+            ranks have different columns of one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -41,11 +44,11 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     if len({id(layer.table) for layer in layers}) < len(layers):
         raise ValueError("`model` has layers that share a table, and each would advance it: give each its own")
     is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    ranks = torch.distributed.get_world_size(group) if reduce == "mean" and is_parallel else 1
     for layer in layers:
         assert layer._pending is not None
-        for memory, new in zip((layer.keys, layer.table.weight), layer._pending[:2], strict=True):
-            with torch.no_grad():
+        ranks = _count_ranks(layer.table.mesh, group) if reduce == "mean" and is_parallel else 1
+        with torch.no_grad():
+            for memory, new in zip((layer.keys, layer.table.columns), layer._pending[:2], strict=True):
                 if ranks > 1:
                     _advance_by_mean(memory, new, group, ranks)
                 elif isinstance(new, Rows):
@@ -58,6 +61,21 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
 def _is_pending(layer: FastWeightProductKeyMemory) -> bool:
     """Whether a training call has left a memory behind, and the table that it was made from is still there."""
     return layer._pending is not None and layer._pending[2] is layer.table.contents
+
+
+def _count_ranks(mesh: Any, group: Any) -> int:
+    """How many ranks have the same columns of a table, which is spread over the ranks of `mesh`, if over any."""
+    ranks = torch.distributed.get_world_size(group)
+    if mesh is None:
+        return ranks
+    if group is None and mesh.size() == ranks:
+        return 1
+    if len({*mesh.mesh.tolist()} & {*torch.distributed.get_process_group_ranks(group)}) > 1:
+        raise ValueError(
+            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), since "
+            f"these are spread over the ranks {mesh.mesh.tolist()}; got a group with several of these"
+        )
+    return ranks
 
 
 def _advance_by_mean(memory: Tensor, new: Tensor | Rows, group: Any, ranks: int) -> None:

@@ -79,7 +79,10 @@ def find_memory(
             f"`{name}` is for {memory.batch} sequences, got {documents.number} in `hidden_states` "
             f"[B, T, d], {checks.shape(x)}"
         )
-    memory.take_over(layer.keys, layer.table.weight, layer.scope, layer.options, layer._conv_width)
+    table = layer.table
+    memory.take_over(
+        layer.keys.shape, (table.num_slots, table.num_columns), layer.scope, layer.options, layer._conv_width
+    )
     if layer.scope == "batch" and documents.cu_seqlens is not None:
         raise ValueError(_PACKED)
     return memory
@@ -112,7 +115,7 @@ def _check_segment(
     is_packed = layer.scope == "sequence"
     wanted: dict[str, tuple[int, ...]] = {"keys": (documents.number, *size) if is_packed else size}
     if not is_packed:
-        wanted["values"] = (layer.num_keys**2, layer.value_dim)
+        wanted["values"] = (layer.table.num_slots, layer.table.num_columns)
     tail = memory.hidden_states if layer.q_conv is not None else None
     if tail is not None:
         wanted["hidden_states"] = (documents.number, layer._conv_width - 1, layer.hidden_size)

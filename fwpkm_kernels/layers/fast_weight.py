@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import _checks as checks
 from .._autograd import in_backward
+from ..columns import cut_columns, group_name, join_columns
 from ..documents import Documents, make_documents, mean_gate
 from ..memory import run_memory
 from ..options import Options, why_no_rows
@@ -367,13 +368,15 @@ class FastWeightProductKeyMemory(nn.Module):
         gates = None
         if self.g_proj is not None:
             gates = torch.sigmoid(self.g_proj(x if self.g_norm is None else self.g_norm(x))).squeeze(-1)
-        write_gates = gates if self.write_gate else None
+        write_gates, mesh = gates if self.write_gate else None, self.table.mesh
         result: Any = None
+        given = (queries, cut_columns(targets, mesh), write_gates, documents)
         if isinstance(memory, StreamedMemory):
-            read = memory.step(queries, targets, write_gates, documents)
+            read = memory.step(*given)
         else:
-            result, carry = self._remember(queries, targets, write_gates, documents, memory, return_memory)
+            result, carry = self._remember(*given, memory, return_memory)
             read = result.output
+        read = join_columns(read, mesh)
         if self.gate and gates is not None:
             y = torch.lerp(targets, read, gates.unsqueeze(-1))  # g·p + (1 - g)·v
         else:
@@ -417,10 +420,11 @@ class FastWeightProductKeyMemory(nn.Module):
         """Run the memory, differentiably: a MemoryOutput or a VarlenOutput, and the carry for a next segment."""
         before: Any = None if memory is None else memory.carry  # of the kind that this scope has
         leaves_carry = return_memory and self.options.boundary == "carry"
+        group = group_name(self.table.mesh)
 
         def run(weight: Tensor) -> Any:
             if self.scope == "sequence":
-                how: dict[str, Any] = {"gates": gates, "carry": before, "return_memory": return_memory}
+                how: dict[str, Any] = {"gates": gates, "carry": before, "return_memory": return_memory, "group": group}
                 keys, values = self._in_memory_dtype(self.keys if memory is None else memory.keys, weight)
                 if memory is not None:
                     how["rows"] = memory.values._replace(value=memory.values.value.to(values.dtype))
@@ -431,7 +435,8 @@ class FastWeightProductKeyMemory(nn.Module):
             moved_before = memory is not None and self.initial_memory == "persistent"
             needs_table = return_memory or moved_before or why_no_rows(self.options)
             inputs, final = Inputs(queries, targets, keys, values, gates, mask), "table" if needs_table else "rows"
-            return run_memory(inputs, before, leaves_carry, final, False, self.options, carry_name="memory.carry")
+            of_call = (before, leaves_carry, final, False, self.options)
+            return run_memory(inputs, *of_call, group=group, carry_name="memory.carry")
 
         result, carry = self.table(run)
         # An activation checkpoint computes the forward again in backward: what it leaves behind is pending already.

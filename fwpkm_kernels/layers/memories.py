@@ -30,7 +30,7 @@ class Origin:
 
     @classmethod
     def of(cls, layer: "FastWeightProductKeyMemory", keys: Tensor, values: Tensor) -> "Origin":
-        return cls(layer if _are_same((keys, values), (layer.keys, layer.table.weight)) else None)
+        return cls(layer if _are_same((keys, values), (layer.keys, layer.table.columns)) else None)
 
     def __reduce__(self) -> Any:
         return Origin, ()
@@ -45,7 +45,7 @@ class Origin:
         keys, values = layer.keys, layer.table.weight
         if keys is not layer.keys or values is not layer.table.weight or keys.is_meta or values.is_meta:
             return None
-        keys, values = layer._in_memory_dtype(keys, values)
+        keys, values = layer._in_memory_dtype(keys, layer.table.columns)
         return keys, values
 
 
@@ -339,7 +339,7 @@ def make_memories(layer: "FastWeightProductKeyMemory", count: int, capacity: int
     Raises:
         TypeError, ValueError: as `new_memory` of the layer.
     """
-    keys, values = layer._in_memory_dtype(layer.keys, layer.table.weight)
+    keys, values = layer._in_memory_dtype(layer.keys, layer.table.columns)
     scope, o = layer.scope, layer.options
     if scope == "batch" or o.weight_decay != 0.0:
         for name, x in (("capacity", capacity), ("pool", pool)):

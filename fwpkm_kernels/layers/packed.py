@@ -21,6 +21,7 @@ def memory_of_documents(
     rows: Rows | None = None,
     carry: DocumentsCarry | None = None,
     return_memory: bool = False,
+    group: str = "",
     options: Options,
 ) -> tuple[VarlenOutput, DocumentsCarry | None]:
     """`fast_weight_memory_varlen` of the documents in a batch [B, T], without their padding.
@@ -31,6 +32,7 @@ def memory_of_documents(
         gates: [B, T] or None.
         keys, values, rows, carry: as `fast_weight_memory_varlen` takes them.
         return_memory: whether there is a next segment, which needs rows and, under boundary="carry", the carry.
+        group: of the ranks over which the columns of targets and values are spread; "" is none.
 
     Returns:
         VarlenOutput, whose output, slots and weights are [B, T, ...], at padding 0, -1 and 0; and the carry, or None.
@@ -59,6 +61,7 @@ def memory_of_documents(
         options,
         may_end_before=documents.mask is not None,
         with_rows=return_memory,
+        group=group,
         rows_name="memory.values",
         carry_name="memory.carry",
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as checks
+from ..columns import join_columns, same_on_all
 from ..gather import sparse_value_gather
 from ..kernels import compute_dtype
 from ..lookup import check_lookup, product_key_lookup
@@ -186,8 +187,9 @@ class ProductKeyMemory(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         slots, weights = self.address(hidden_states)
+        weights, mesh = same_on_all(weights, self.table.mesh), self.table.mesh
         read = self.table(sparse_value_gather, slots, weights, sparse_grad=self.sparse_grad, backend=self.backend)
-        read = self.dropout(read.to(hidden_states.dtype))
+        read = self.dropout(join_columns(read.to(hidden_states.dtype), mesh))
         if self.output == "swilu":
             read = read * F.silu(self.gate_proj(hidden_states))
         out = self.value_proj(read)

@@ -108,20 +108,23 @@ class StreamedMemory:
             one.close()
         return self
 
-    def take_over(self, keys: Tensor, values: Tensor, scope: str, options: Options, conv_width: int) -> None:
+    def take_over(
+        self, keys: tuple[int, ...], values: tuple[int, ...], scope: str, options: Options, conv_width: int
+    ) -> None:
         """Use the layer's present options from now on; refuse a layer unlike the one that has made this memory.
+
+        Of its keys and of its columns of the values these are the shapes.
 
         The memories themselves refuse a change of options that must be the same in all steps.
         """
         if self.batch > 0:
             names = ("scope", "query_conv", "keys", "values", "chunk_size")
-            came = (scope, conv_width, keys.shape, values.shape, options.chunk_size)
+            came = (scope, conv_width, list(keys), list(values), options.chunk_size)
             memories = self._memories
-            shapes = (memories.keys.shape, memories.values.shape)
+            shapes = (list(memories.keys.shape), list(memories.values.shape))
             own = (self.scope, self._conv_width, *shapes, self._options.chunk_size)
             for name, ours, theirs in zip(names, came, own, strict=True):
                 if ours != theirs:
-                    ours, theirs = (list(x) if isinstance(x, torch.Size) else x for x in (ours, theirs))
                     raise ValueError(
                         f"`memory` must have been made by this layer, whose {name} is {ours}, got {theirs}"
                     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as checks
+from ..columns import own_columns, own_random_numbers
 
 _Result = TypeVar("_Result")
 TABLE_INITS = ("normal", "zeros")
@@ -55,6 +56,8 @@ class ValueTable(nn.Module):
         check_memory_dtype("dtype", dtype)
         self.init, self.memory_dtype = init, dtype
         self.contents = Contents()  #: a new one with each draw and each load
+        #: The one-dimensional DeviceMesh over whose ranks `shard_table_` has spread the columns; None: all are here.
+        self.mesh: Any = None
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
         self.reset_parameters()
@@ -64,16 +67,31 @@ class ValueTable(nn.Module):
         if self.init == "zeros":
             nn.init.zeros_(self.weight)
         else:
-            nn.init.normal_(self.weight, std=self.width**-0.5)
+            with own_random_numbers(self.mesh, self.weight):
+                nn.init.normal_(self.weight, std=self.width**-0.5)
         self.contents = Contents()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.contents = Contents()  # a load of a layer comes here too
         super()._load_from_state_dict(*args, **kwargs)
 
+    @property
+    def columns(self) -> Tensor:
+        """The columns of the weight that this rank has, [N, num_columns], a plain tensor.
+
+        Raises:
+            RuntimeError: FSDP has rows of them elsewhere.
+        """
+        return own_columns("table.weight", self.weight, self.mesh)
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns this rank has: D, or its part of them under `shard_table_`."""
+        return self.width if self.mesh is None else self.width // self.mesh.size()
+
     def forward(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
-        """``function(weight, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
-        return function(self.weight, *args, **kwargs)
+        """``function(columns, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
+        return function(self.columns, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueTable":
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)

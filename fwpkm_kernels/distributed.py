@@ -1,0 +1,271 @@
+"""Layers on more than one rank: tables by columns, replicated tables beside FSDP, clipping, and checkpoints.
+
+All of it rests on torch.distributed: DTensor, `fully_shard`, DistributedDataParallel and torch.distributed.checkpoint.
+"""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from .columns import group_name
+from .layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
+from .layers.table import Contents, keep
+from .options import check_group
+
+__all__ = ["TrainingState", "clip_grad_norm_", "replicate_tables_", "shard_table_"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
+    """Spread the columns of all tables of a layer or model over the ranks of a mesh, in place.
+
+    Rank r of R keeps the columns from r·D/R to (r + 1)·D/R of each table, as a DTensor with the placement Shard(1), and
+    reads and writes these: reads and writes of a column depend on no other. All else stays on every rank. A forward
+    gathers the output of the memory, [B, T, D]; a backward gathers the gradient of its targets, likewise, and sums
+    those of its weights, 2·R·J numbers (tokens·J for a ProductKeyMemory). Outputs have the bits of the layer that is
+    not sharded, gradients agree to rounding, and those of what is on every rank are the same on every rank.
+
+    Call it on every rank of the mesh, before optimizers, DistributedDataParallel and `fully_shard` are made. What the
+    first rank has counts for all of them: its tables and the other tensors of its memory layers replace theirs. Other
+    modules of a model are left alone, so build or load these alike on every rank, and seed ranks alike: dropout must
+    draw the same on all. Ranks then run the same program on the same tokens, calls of `generate` too. Streaming,
+    segments and `advance_memory` work on own columns; a `LayerMemory` and a `MemoryPool` hold these.
+
+    Args:
+        module: a FastWeightProductKeyMemory, a ProductKeyMemory, a ValueTable, or a model with such layers.
+        mesh: of one dimension, on the type of device where the tables are; of a mesh with more, mesh["name"].
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: `module` or `mesh` is none.
+        ValueError: the mesh has another number of dimensions or another type of device, or is without this rank; the
+            module has no table; a table is a DTensor already; its width D is no multiple of the number of ranks; a
+            layer has key_gradient="all", whose keys move by whole rows, or sparse_grad=True, since no DTensor has a
+            sparse gradient; or ranks differ in sizes, dtypes or options.
+            It is raised on every rank, and nothing is changed then.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"`mesh` must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"`mesh` must have one dimension, such as mesh['mp'] of a larger one, got {mesh}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"`mesh` must contain this rank, {dist.get_rank()}, got {mesh}")
+    _agree(module, mesh)
+    layers = [x for x in module.modules() if isinstance(x, FastWeightProductKeyMemory | ProductKeyMemory)]
+    tables = [x for x in module.modules() if isinstance(x, ValueTable)]
+    weights = {table.weight for table in tables}
+    _copy_from_first((x for layer in layers for x in _tensors_of(layer) if x not in weights), mesh.get_group())
+    spread: dict[Tensor, Tensor] = {}  # tables may be tied
+    for table in tables:
+        weight = table.weight
+        is_new = weight not in spread
+        keep(
+            table,
+            "weight",
+            distribute_tensor(weight.detach(), mesh, [Shard(1)]) if is_new else spread[weight],
+            isinstance(weight, nn.Parameter),
+        )
+        spread.setdefault(weight, table.weight.requires_grad_(weight.requires_grad))
+        table.mesh, table.contents = mesh, Contents()
+    return module
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers that hold data as plain tensors."""
+    return [x for x in (*module.parameters(), *module.buffers()) if not (x.is_meta or isinstance(x, DTensor))]
+
+
+def _copy_from_first(tensors: Iterable[Tensor], group: Any) -> None:
+    """Give all ranks of a group what its first one has."""
+    for x in dict.fromkeys(tensors):
+        dist.broadcast(x.detach(), group=group, group_src=0)
+
+
+def _agree(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise on every rank of the mesh if the module of one cannot be spread, or differs from that of another."""
+    refused: Exception | None = None
+    try:
+        _check(module, mesh)
+    except ValueError as error:
+        refused = error
+    described = _describe(module)
+    of_ranks: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(of_ranks, (None if refused is None else str(refused), described), group=mesh.get_group())
+    if refused is not None:
+        raise refused
+    ranks = mesh.mesh.tolist()
+    for rank, (reason, its) in zip(ranks, of_ranks, strict=True):
+        if reason is not None:
+            raise ValueError(f"rank {rank} cannot spread its `module`: {reason}")
+        first = of_ranks[0][1]
+        for name in first | its:
+            if first.get(name) != its.get(name):
+                raise ValueError(
+                    f"`module` must be the same on every rank, got {name} = {first.get(name)!r} on rank {ranks[0]} and "
+                    f"{its.get(name)!r} on rank {rank}"
+                )
+
+
+def _check(module: nn.Module, mesh: DeviceMesh) -> None:
+    tables = {name: x for name, x in module.named_modules() if isinstance(x, ValueTable)}
+    if not tables:
+        raise ValueError(f"`module` must have a ValueTable, got a {type(module).__name__} without one")
+    for name, table in tables.items():
+        named, weight = f"`{name}.weight`" if name else "`weight`", table.weight
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"{named} must not be sharded yet, also not by fully_shard, which comes after shard_table_; got a "
+                f"DTensor with placements {weight.placements}"
+            )
+        if weight.device.type not in (mesh.device_type, "meta"):
+            raise ValueError(f"{named} must be on the devices of `mesh`, {mesh.device_type}, got {weight.device}")
+        if table.width % mesh.size():
+            raise ValueError(
+                f"`value_dim` must be a multiple of the {mesh.size()} ranks of `mesh`, got {table.width} in {named}"
+            )
+    for layer in module.modules():
+        if isinstance(layer, FastWeightProductKeyMemory):
+            check_group(group_name(mesh), layer.options)
+        elif isinstance(layer, ProductKeyMemory) and layer.sparse_grad:
+            raise ValueError("`sparse_grad` must be False where the columns of the table are spread, got True")
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    """What must be the same on every rank: of each memory layer and table its options and sizes, by name."""
+    described: dict[str, Any] = {}
+    for path, layer in module.named_modules():
+        if not isinstance(layer, FastWeightProductKeyMemory | ProductKeyMemory | ValueTable):
+            continue
+        prefix = f"{path}." if path else ""
+        own = {name: x for name, x in vars(layer).items() if not name.startswith("_")}
+        options = own.pop("options", None)
+        own |= {} if options is None else options._asdict()
+        for name, x in own.items():
+            if isinstance(x, int | float | str | torch.dtype | None):
+                described[prefix + name] = x
+        for name, x in (*layer.named_parameters(), *layer.named_buffers()):
+            described[prefix + name] = (list(x.shape), x.dtype, x.requires_grad)
+    return described
+
+
+def replicate_tables_(module: _Module, group: Any = None) -> _Module:
+    """Let the ranks of a group train tables of which each has all, while FSDP shards the rest, in place.
+
+    For ``fully_shard(module, ignored_params={...})`` with the weights of all tables: then none of a table crosses
+    between ranks but its gradient, whose mean over the ranks every backward leaves in `grad`, summed in float32 or
+    wider. With `shard_table_` the group is the ranks that have the same columns.
+
+    The tables of the group's first rank replace those of the others. Call it once, on every rank of the group, after
+    `shard_table_`, and not with DistributedDataParallel, which takes the mean itself.
+
+    Args:
+        module: with tables, which may be shared; those that are not trained are only made equal.
+        group: of torch.distributed; None is the default group.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: `module` is none.
+        ValueError: it has no table, or FSDP has sharded one.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
+    tables = [x for x in module.modules() if isinstance(x, ValueTable)]
+    if not tables:
+        raise ValueError(f"`module` must have a ValueTable, got a {type(module).__name__} without one")
+    for table in tables:
+        if isinstance(table.weight, DTensor) and table.weight.placements != (Shard(1),):
+            raise ValueError(
+                "`module` must have its tables whole, or by columns: name their weights in `ignored_params` of "
+                f"fully_shard; got placements {table.weight.placements}"
+            )
+    ranks = dist.get_world_size(group)
+
+    def take_mean(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32))  # sums in bfloat16 lose, or fail
+        dist.all_reduce(total, group=group)
+        grad.copy_(total / ranks)
+
+    _copy_from_first((table.columns for table in tables), group)
+    for weight in {table.weight for table in tables}:
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(take_mean)
+    return module
+
+
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, where some parameters are DTensors, on one mesh or on several.
+
+    That of PyTorch refuses plain tensors beside DTensors, and DTensors of different meshes, as `shard_table_` and
+    `fully_shard` leave them. Gradients must be those of the whole batch: on plain tensors the mean over ranks, as
+    DistributedDataParallel or `replicate_tables_` leaves it.
+
+    Args:
+        parameters: those with a `grad` are clipped, in place.
+        max_norm: of all of them together.
+        norm_type: as there.
+
+    Returns:
+        The norm before clipping, 0-d, a plain tensor, the same on every rank.
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for x in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if x.grad is not None:
+            lies = (x.grad.device_mesh, x.grad.placements) if isinstance(x.grad, DTensor) else None
+            kinds.setdefault(lies, []).append(x)
+    norms = []
+    for kind in kinds.values():
+        norm = nn.utils.get_total_norm([x.grad for x in kind if x.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = nn.utils.get_total_norm(norms, norm_type)
+    for kind in kinds.values():
+        nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    return total
+
+
+class TrainingState:
+    """A model and its optimizers for torch.distributed.checkpoint, which saves on one layout and loads on another.
+
+    ::
+
+        dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+        dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+
+    The layouts may differ in the number of ranks and in how each tensor lies on them: whole, by rows, by columns, by
+    both. Tensors go by the names of the model that no wrapper has changed, and a table that layers share is saved once.
+    What a training call has left for `advance_memory` is not saved: save after it.
+
+    Args:
+        model: the model, with or without wrappers.
+        optimizers: one or several, over its parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Any = ()) -> None:
+        self.model, self.optimizers = model, optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is to be saved, or the places that a load fills."""
+        of_model, of_optimizers = get_state_dict(self.model, self.optimizers)
+        return {"model": of_model, "optimizers": of_optimizers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a load has filled."""
+        of_model, of_optimizers = state_dict["model"], state_dict["optimizers"]
+        options = StateDictOptions(strict=False)  # a shared table is there under one of its names
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=of_model, optim_state_dict=of_optimizers, options=options
+        )
