@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -160,14 +160,19 @@ def _describe(module: nn.Module) -> dict[str, Any]:
 
 
 def replicate_tables_(module: _Module, group: Any = None) -> _Module:
-    """Let the ranks of a group train tables of which each has all, while FSDP shards the rest, in place.
+    """Let the ranks of a group train tables that each of them has, beside FSDP or DistributedDataParallel, in place.
 
-    For ``fully_shard(module, ignored_params={...})`` with the weights of all tables: then none of a table crosses
-    between ranks but its gradient, whose mean over the ranks every backward leaves in `grad`, summed in float32 or
-    wider. With `shard_table_` the group is the ranks that have the same columns.
+    Nothing of a table crosses between ranks then but its gradient, whose mean over the ranks every backward leaves in
+    `grad`, summed in float32 or wider. FSDP must be told which parameters to leave alone::
+
+        replicate_tables_(model, mesh.get_group())
+        fully_shard(model, mesh=mesh, ignored_params={x.weight for x in model.modules() if isinstance(x, ValueTable)})
+
+    DistributedDataParallel, if it is made afterwards of this very module, leaves the tables alone by itself; it needs
+    that for tables that `shard_table_` has spread, whose group is the ranks that have the same columns.
 
     The tables of the group's first rank replace those of the others. Call it once, on every rank of the group, after
-    `shard_table_`, and not with DistributedDataParallel, which takes the mean itself.
+    `shard_table_`, and before the wrappers are made.
 
     Args:
         module: with tables, which may be shared; those that are not trained are only made equal.
@@ -182,7 +187,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
-    tables = [x for x in module.modules() if isinstance(x, ValueTable)]
+    named = {name: x for name, x in module.named_modules(remove_duplicate=False) if isinstance(x, ValueTable)}
+    tables = list(dict.fromkeys(named.values()))
     if not tables:
         raise ValueError(f"`module` must have a ValueTable, got a {type(module).__name__} without one")
     for table in tables:
@@ -204,6 +210,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     for weight in {table.weight for table in tables}:
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(take_mean)
+    names = [f"{name}.weight" if name else "weight" for name in named]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     return module
 
 
@@ -260,12 +268,29 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """What is to be saved, or the places that a load fills."""
         of_model, of_optimizers = get_state_dict(self.model, self.optimizers)
-        return {"model": of_model, "optimizers": of_optimizers}
+        again = _names_of_shared(self.model)
+        return {"model": {name: x for name, x in of_model.items() if name not in again}, "optimizers": of_optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a load has filled."""
         of_model, of_optimizers = state_dict["model"], state_dict["optimizers"]
-        options = StateDictOptions(strict=False)  # a shared table is there under one of its names
-        set_state_dict(
-            self.model, self.optimizers, model_state_dict=of_model, optim_state_dict=of_optimizers, options=options
-        )
+        of_model |= {name: of_model[first] for name, first in _names_of_shared(self.model).items()}
+        set_state_dict(self.model, self.optimizers, model_state_dict=of_model, optim_state_dict=of_optimizers)
+
+
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+}  #: of DistributedDataParallel, compile and checkpoints
+
+
+def _names_of_shared(model: nn.Module) -> dict[str, str]:
+    """Each name of a tensor that has another name before it, and that name, without those of wrappers."""
+    first: dict[Tensor, str] = {}
+    again = {}
+    for path, x in model.state_dict(keep_vars=True).items():
+        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        if isinstance(x, Tensor) and first.setdefault(x, name) != name:
+            again[name] = first[x]
+    return again
