@@ -40,6 +40,38 @@ from fwpkm_kernels.layers import advance_memory, parameter_groups
 CHECKPOINT, PLOT = "checkpoint.pt", "loss.png"
 
 
+def draw_batch(o: Options, corpus: Corpus, step: int, rank: int, part: int = 0) -> tuple[Tensor, Tensor]:
+    """The data of a part of a rank's step: bytes [batch, length + 1], and which of them are asked for."""
+    phase, rng = o.phase(step), random.Random(f"{o.seed} {step} {rank} {part}")
+    needles = max(2, min(o.most_needles, o.needles * phase.length // 1024))
+    distance = min(o.distance, phase.length // 2)
+    return training_batch(corpus, phase.batch, phase.length, needles, o.questions, distance, rng)
+
+
+def loss_of(model: Any, o: Options, x: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, a scalar with its graph, and its figures for the log, [4], without a graph.
+
+    The figures are the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
+
+    Args:
+        x: bytes, int64 [batch, length + 1].
+        is_answer: which of them are digits that are asked for, bool [batch, length + 1].
+    """
+    targets, is_answer = x[:, 1:], is_answer[:, 1:]
+    dtype = getattr(torch, o.dtype)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        output = model(x[:, :-1], output_gate_means=True)
+    logits = output.logits.float()
+    losses = F.cross_entropy(logits.mT, targets, reduction="none")
+    asked = is_answer.sum().clamp(min=1)
+    answer_loss = torch.where(is_answer, losses, 0.0).sum() / asked
+    gate = torch.stack(output.gate_means).mean() if output.gate_means else losses.new_zeros(())
+    right = ((logits.argmax(-1) == targets) & is_answer).sum() / asked
+    loss = losses.mean() + o.answer_weight * answer_loss + o.gate_price * gate
+    figures = torch.stack((losses.mean() / math.log(2), answer_loss, right, gate)).detach()
+    return loss, figures
+
+
 class Trainer:
     """A model, its optimizer, and the step that they have reached."""
 
@@ -75,11 +107,7 @@ class Trainer:
 
     def batch(self, part: int) -> tuple[Tensor, Tensor]:
         """The data of a part of this step: bytes [batch, length + 1], and which of them are asked for."""
-        o, phase = self.options, self.options.phase(self.step)
-        rng = random.Random(f"{o.seed} {self.step} {self.rank} {part}")
-        needles = max(2, min(o.most_needles, o.needles * phase.length // 1024))
-        distance = min(o.distance, phase.length // 2)
-        x, is_answer = training_batch(self.corpus, phase.batch, phase.length, needles, o.questions, distance, rng)
+        x, is_answer = draw_batch(self.options, self.corpus, self.step, self.rank, part)
         return x.to(self.device), is_answer.to(self.device)
 
     def train_step(self) -> dict[str, float]:
@@ -126,27 +154,8 @@ class Trainer:
         return line
 
     def loss(self, x: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, a scalar with its graph, and its figures for the log, [4], without a graph.
-
-        The figures are the bits a byte, the loss and the accuracy of digits that are asked for, and the mean gate.
-
-        Args:
-            x: bytes, int64 [batch, length + 1].
-            is_answer: which of them are digits that are asked for, bool [batch, length + 1].
-        """
-        o, targets, is_answer = self.options, x[:, 1:], is_answer[:, 1:]
-        dtype = getattr(torch, o.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            output = self.called(x[:, :-1], output_gate_means=True)
-        logits = output.logits.float()
-        losses = F.cross_entropy(logits.mT, targets, reduction="none")
-        asked = is_answer.sum().clamp(min=1)
-        answer_loss = torch.where(is_answer, losses, 0.0).sum() / asked
-        gate = torch.stack(output.gate_means).mean() if output.gate_means else losses.new_zeros(())
-        right = ((logits.argmax(-1) == targets) & is_answer).sum() / asked
-        loss = losses.mean() + o.answer_weight * answer_loss + o.gate_price * gate
-        figures = torch.stack((losses.mean() / math.log(2), answer_loss, right, gate)).detach()
-        return loss, figures
+        """That of `loss_of`."""
+        return loss_of(self.called, self.options, x, is_answer)
 
     def state_dict(self) -> dict[str, Any]:
         return {
