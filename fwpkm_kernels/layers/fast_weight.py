@@ -64,8 +64,8 @@ class FastWeightProductKeyMemory(nn.Module):
     **torch.compile.** Training compiles with fullgraph=True, padded documents and segments too; only key_gradient="all"
     breaks the graph. Values of `cu_seqlens` are validated in eager code, and in compiled code under scope="sequence".
 
-    **Data parallelism.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch"
-    the memory is of the rank's batch, so they do.
+    **More ranks.** Under scope="sequence" results do not depend on how a batch is split over ranks; under "batch" the
+    memory is of the rank's batch, so they do. `fwpkm_kernels.distributed` spreads the table's columns over ranks.
 
     Args:
         hidden_size: d.
