@@ -73,7 +73,7 @@ def warp_instructions(launch: Launch) -> float:
     return executed * compiled.metadata.num_warps * math.prod(launch.grid)
 
 
-def _micros(instructions: float, traffic: Traffic) -> tuple[float, str]:
+def launch_micros(instructions: float, traffic: Traffic) -> tuple[float, str]:
     """µs of one launch, and what they are bound by."""
     moved = traffic.read + traffic.written
     times = {
@@ -104,7 +104,7 @@ def _of_work(work: str) -> list[Estimate]:
             alike = str((x.name, x.launch.grid, specialize(x.launch), x.launch.options))
             instructions = known[alike] = known.get(alike) or warp_instructions(x.launch)
         key = (x.stage, x.name)
-        micros, bounds[key] = _micros(instructions, x.traffic)
+        micros, bounds[key] = launch_micros(instructions, x.traffic)
         moved = x.traffic.read + x.traffic.written
         numbers = (1.0, instructions / 1e6, moved / 1e6, x.traffic.again / 1e6, micros)
         sums[key] = sums.get(key, 0.0) + sign * torch.tensor(numbers, dtype=torch.float64)
@@ -116,7 +116,7 @@ def lookup_micros(num_keys: int) -> float:
     queries, keys = meta(8 * CHUNK, 1, QUERY), meta(1, 2, num_keys, QUERY // 2)
     with on_meta():
         counts = count(lambda: product_key_lookup(queries, keys, PICKS))
-    return sum(_micros(warp_instructions(x.launch), x.traffic)[0] for x in counts if x.launch is not None)
+    return sum(launch_micros(warp_instructions(x.launch), x.traffic)[0] for x in counts if x.launch is not None)
 
 
 def of_the_whole(every: list[Estimate]) -> list[tuple[str, float, float]]:

@@ -105,6 +105,7 @@ WRITERS = [
     ("fwpkm_kernels.integrations.example", ["--out={}"], "default_text"),
     ("tests.fuzz", ["--cases=1", "--failures={}"], "Fuzzer"),
     ("benchmarks.compiled", ["--write"], "report_cases"),
+    ("benchmarks.scaling", ["--write"], "tables"),
     ("tests.mutations", ["--write"], "check_all"),
 ]
 
