@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
         """The layer, on the meta device unless `how` has another."""
         sizes = {"num_keys": self.num_keys, "heads": self.heads, "top_k": self.top_k, "key_dim": self.key_dim}
         sizes |= {"value_dim": self.value_dim, "chunk_size": self.chunk, "lookahead": self.lookahead}
-        return FastWeightProductKeyMemory(self.hidden, **{"device": "meta", **sizes, **how})  # type: ignore[arg-type]
+        return FastWeightProductKeyMemory(self.hidden, **{"device": "meta", **sizes, **how})
 
 
 class Call(NamedTuple):
