@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
+from . import parallel
 from .mixins import MemoryBlock, MemoryDecoder, MemoryHead, defaults, make_memory, plain, with_signature
 
 _INSTALLED = Version(__version__)  #: of transformers
@@ -62,6 +63,14 @@ class FwPKMConfig(Qwen3Config):
     pkm: dict[str, Any] = field(default_factory=dict)
     share_pkm_table: bool = False
     gate_price: float | int = 0.0
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        return parallel.tp_plan(self)
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        return parallel.fsdp_plan(self)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.use_sliding_window and self.layer_types is None:
