@@ -5,7 +5,7 @@ from typing import Any
 from packaging.version import Version
 from torch import nn
 from transformers import Qwen3Config, __version__
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from .._operators import NAMESPACE
 from ..layers import ProductKeyMemory, ValueTable
@@ -23,8 +23,10 @@ class _ValueColumns(TensorParallelLayer):
     def validate_param(self, module: Any, param: str, mesh: Any, parameter_name: str | None = None) -> None:
         width = module.weight.shape[1]
         if width % mesh.size():
-            raise ValueError(f"`value_dim` must be a multiple of the {mesh.size()} ranks of tensor parallelism, got "
-                             f"{width} in {parameter_name}")
+            raise ValueError(
+                f"`value_dim` must be a multiple of the {mesh.size()} ranks of tensor parallelism, got "
+                f"{width} in {parameter_name}"
+            )
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -54,27 +56,36 @@ class _MLPOrMemory(TensorParallelLayer):
         return module
 
 
-ALL_PARALLEL_STYLES.register(_TABLE, _ValueColumns())
-ALL_PARALLEL_STYLES.register(_MLP, _MLPOrMemory())
+ALL_PARALLEL_STYLES.register(_TABLE, _ValueColumns())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_MLP, _MLPOrMemory())  # type: ignore[arg-type]
 
 
 def _qwen3_plan(prefix: str) -> dict[str, str]:
-    plan: dict[str, str] = Qwen3Config.base_model_tp_plan  # type: ignore[assignment]
+    plan: dict[str, str] = Qwen3Config.base_model_tp_plan
     return {name: style for name, style in plan.items() if name.startswith(prefix)}
 
 
-def _tables(config: Any) -> list[str]:
-    """The tables that are Parameters. Others are buffers, which neither plan shards."""
-    is_learned = config.memory.get("initial_memory", "learned") == "learned"
-    names = {"layers.*.memory.table": config.memory_layers and is_learned, "layers.*.mlp.table": config.pkm_layers}
-    return [name for name, is_there in names.items() if is_there]
+def _tables(config: Any) -> dict[str, dict[str, Any]]:
+    """The tables that are Parameters, by their place, with the options of their layers. Others, which are buffers, stay
+    whole under both plans."""
+    tables = {}
+    if config.memory_layers and config.memory.get("initial_memory", "learned") == "learned":
+        tables["layers.*.memory.table"] = config.memory
+    if config.pkm_layers:
+        tables["layers.*.mlp.table"] = config.pkm
+    return tables
+
+
+def _computes_by_columns(options: dict[str, Any]) -> bool:
+    """Whether a layer can: not where keys move by whole rows, nor with sparse gradients, which no DTensor has."""
+    return options.get("key_gradient") != "all" and not options.get("sparse_grad")
 
 
 def tp_plan(config: Any) -> dict[str, str] | None:
     """The plan of tensor parallelism, of no rules but those for what is in the model: transformers warns of others."""
     if not _HAS_PLANS:
         return None
-    plan = {}
+    plan: dict[str, str] = {}
     kinds = set(config.layer_types)
     if kinds - {"linear_attention"}:
         plan |= _qwen3_plan("layers.*.self_attn.")
@@ -84,7 +95,7 @@ def tp_plan(config: Any) -> dict[str, str] | None:
         plan |= _qwen3_plan(_OF_MLP)
     elif len(config.pkm_layers) < config.num_hidden_layers:
         plan["layers.*.mlp"] = _MLP
-    return plan | dict.fromkeys(_tables(config), _TABLE)
+    return plan | {name: _TABLE for name, options in _tables(config).items() if _computes_by_columns(options)}
 
 
 def fsdp_plan(config: Any) -> dict[str, str] | None:

@@ -80,6 +80,7 @@ def find_memory(
             f"[B, T, d], {checks.shape(x)}"
         )
     table = layer.table
+    table.columns  # noqa: B018  raises under FSDP, which has freed the whole table that the memory began with
     memory.take_over(
         layer.keys.shape, (table.num_slots, table.num_columns), layer.scope, layer.options, layer._conv_width
     )
@@ -94,7 +95,13 @@ def _why_not_streamed(layer: "FastWeightProductKeyMemory", trains: bool, documen
         return DROPS
     if layer.scope == "batch" and documents.cu_seqlens is not None:
         return _PACKED
-    return _TRAINED if trains else None
+    if trains:
+        return _TRAINED
+    try:
+        layer.table.columns  # noqa: B018
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _as_streamed(layer: "FastWeightProductKeyMemory", memory: Any, batch: int) -> StreamedMemory:
