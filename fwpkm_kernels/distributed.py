@@ -23,6 +23,7 @@ __all__ = ["TrainingState", "clip_grad_norm_", "replicate_tables_", "shard_table
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # else no optimizer could step the new weights
 def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
     """Spread the columns of all tables of a layer or model over the ranks of a mesh, in place.
 
@@ -69,14 +70,13 @@ def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
     spread: dict[Tensor, Tensor] = {}  # tables may be tied
     for table in tables:
         weight = table.weight
-        is_new = weight not in spread
-        keep(
-            table,
-            "weight",
-            distribute_tensor(weight.detach(), mesh, [Shard(1)]) if is_new else spread[weight],
-            isinstance(weight, nn.Parameter),
-        )
-        spread.setdefault(weight, table.weight.requires_grad_(weight.requires_grad))
+        if weight in spread:
+            table.weight = spread[weight]
+        else:
+            keep(
+                table, "weight", distribute_tensor(weight.detach(), mesh, [Shard(1)]), isinstance(weight, nn.Parameter)
+            )
+            spread[weight] = table.weight.requires_grad_(weight.requires_grad)
         table.mesh, table.contents = mesh, Contents()
     return module
 
@@ -88,8 +88,11 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _copy_from_first(tensors: Iterable[Tensor], group: Any) -> None:
     """Give all ranks of a group what its first one has."""
-    for x in dict.fromkeys(tensors):
-        dist.broadcast(x.detach(), group=group, group_src=0)
+    for x in [one.detach() for one in dict.fromkeys(tensors)]:
+        sent = x.contiguous()  # a broadcast goes by memory, and ranks may have other strides
+        dist.broadcast(sent, group=group, group_src=0)
+        if sent is not x:
+            x.copy_(sent)
 
 
 def _agree(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -141,21 +144,24 @@ def _check(module: nn.Module, mesh: DeviceMesh) -> None:
             raise ValueError("`sparse_grad` must be False where the columns of the table are spread, got True")
 
 
+#: Types of attributes of modules that are options and sizes.
+_DESCRIBED = int | float | str | torch.dtype | None
+
+
 def _describe(module: nn.Module) -> dict[str, Any]:
     """What must be the same on every rank: of each memory layer and table its options and sizes, by name."""
     described: dict[str, Any] = {}
-    for path, layer in module.named_modules():
-        if not isinstance(layer, FastWeightProductKeyMemory | ProductKeyMemory | ValueTable):
-            continue
-        prefix = f"{path}." if path else ""
-        own = {name: x for name, x in vars(layer).items() if not name.startswith("_")}
-        options = own.pop("options", None)
-        own |= {} if options is None else options._asdict()
-        for name, x in own.items():
-            if isinstance(x, int | float | str | torch.dtype | None):
-                described[prefix + name] = x
-        for name, x in (*layer.named_parameters(), *layer.named_buffers()):
-            described[prefix + name] = (list(x.shape), x.dtype, x.requires_grad)
+    layers = FastWeightProductKeyMemory | ProductKeyMemory | ValueTable
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, layers):
+            for name, part in layer.named_modules(prefix=path):
+                prefix = f"{name}." if name else ""
+                own = {key: x for key, x in vars(part).items() if not key.startswith("_")}
+                options = own.pop("options", None)
+                own |= {} if options is None else options._asdict()
+                described |= {prefix + key: x for key, x in own.items() if isinstance(x, _DESCRIBED)}
+            for name, x in (*layer.named_parameters(prefix=path), *layer.named_buffers(prefix=path)):
+                described[name] = (list(x.shape), x.dtype, x.device.type, x.requires_grad)
     return described
 
 
@@ -225,13 +231,28 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     Args:
         parameters: those with a `grad` are clipped, in place.
         max_norm: of all of them together.
-        norm_type: as there.
+        norm_type: as there, > 0.
 
     Returns:
         The norm before clipping, 0-d, a plain tensor, the same on every rank.
+
+    Raises:
+        TypeError: `parameters` are no tensors, or a number is none.
+        ValueError: `max_norm` is negative or NaN, or `norm_type` not above 0.
     """
+    for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"`{name}` must be a number, got {type(number).__name__}")
+    if not max_norm >= 0:
+        raise ValueError(f"`max_norm` must be at least 0, got {max_norm}")
+    if not norm_type > 0:
+        raise ValueError(f"`norm_type` must be above 0, got {norm_type}")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"`parameters` must be tensors, got {type(parameters).__name__}")
     kinds: dict[Any, list[Tensor]] = {}
     for x in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`parameters` must be tensors, got one that is a {type(x).__name__}")
         if x.grad is not None:
             lies = (x.grad.device_mesh, x.grad.placements) if isinstance(x.grad, DTensor) else None
             kinds.setdefault(lies, []).append(x)

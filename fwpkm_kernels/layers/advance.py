@@ -44,9 +44,12 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     if len({id(layer.table) for layer in layers}) < len(layers):
         raise ValueError("`model` has layers that share a table, and each would advance it: give each its own")
     is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    for layer in layers:
+    is_mean = reduce == "mean" and is_parallel
+    ranks_of = [
+        _count_ranks(layer.table.mesh, group) if is_mean else 1 for layer in layers
+    ]  # may raise: before all else
+    for layer, ranks in zip(layers, ranks_of, strict=True):
         assert layer._pending is not None
-        ranks = _count_ranks(layer.table.mesh, group) if reduce == "mean" and is_parallel else 1
         with torch.no_grad():
             for memory, new in zip((layer.keys, layer.table.columns), layer._pending[:2], strict=True):
                 if ranks > 1:

@@ -244,6 +244,8 @@ class FastWeightProductKeyMemory(nn.Module):
     def resized(self, num_keys: int) -> "FastWeightProductKeyMemory":
         """An independent copy with a fresh memory of another number of sub-keys, to train small and test large.
 
+        The new table is whole, also where `shard_table_` has spread the old one: it can spread the copy's.
+
         Raises:
             TypeError, ValueError: for a bad `num_keys`; ValueError too for initial_memory="learned", whose keys and
                 values are Parameters that belong to their size.

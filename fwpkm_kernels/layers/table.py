@@ -80,9 +80,15 @@ class ValueTable(nn.Module):
         """The columns of the weight that this rank has, [N, num_columns], a plain tensor.
 
         Raises:
-            RuntimeError: FSDP has rows of them elsewhere.
+            RuntimeError: FSDP has rows of them elsewhere, or there are others than those that `shard_table_` has left.
         """
-        return own_columns("table.weight", self.weight, self.mesh)
+        columns = own_columns("table.weight", self.weight, self.mesh)
+        if columns.shape[1] != self.num_columns:
+            raise RuntimeError(
+                f"`table.weight` must have the {self.num_columns} columns that `shard_table_` has left this rank, got "
+                f"{columns.shape[1]}, as load_state_dict(assign=True) of a whole table gives"
+            )
+        return columns
 
     @property
     def num_columns(self) -> int:
