@@ -149,19 +149,22 @@ _DESCRIBED = int | float | str | torch.dtype | None
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
-    """What must be the same on every rank: of each memory layer and table its options and sizes, by name."""
+    """What must be the same on every rank: of each memory layer and table its options and sizes, by name,
+    and which of them share tensors."""
     described: dict[str, Any] = {}
+    first: dict[Tensor, str] = {}  # a tensor that layers share goes by its first name
     layers = FastWeightProductKeyMemory | ProductKeyMemory | ValueTable
     for path, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, layers):
             for name, part in layer.named_modules(prefix=path):
                 prefix = f"{name}." if name else ""
+                described[name or "its type"] = type(part).__name__
                 own = {key: x for key, x in vars(part).items() if not key.startswith("_")}
                 options = own.pop("options", None)
                 own |= {} if options is None else options._asdict()
                 described |= {prefix + key: x for key, x in own.items() if isinstance(x, _DESCRIBED)}
             for name, x in (*layer.named_parameters(prefix=path), *layer.named_buffers(prefix=path)):
-                described[name] = (list(x.shape), x.dtype, x.device.type, x.requires_grad)
+                described[name] = (list(x.shape), x.dtype, x.device.type, x.requires_grad, first.setdefault(x, name))
     return described
 
 

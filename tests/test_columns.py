@@ -46,8 +46,8 @@ def train_in_autocast(module: nn.Module) -> Results:
         return train(module)
 
 
-def train_compiled(module: nn.Module) -> Results:
-    return train(module, call=torch.compile(module, fullgraph=True, backend="aot_eager"))
+def train_compiled(module: nn.Module, **how: Any) -> Results:
+    return train(module, call=torch.compile(module, fullgraph=True, backend="aot_eager"), **how)
 
 
 def train_by_call(module: nn.Module) -> Results:
@@ -180,6 +180,7 @@ def static(run: Callable[..., Results] = train, tolerance: float = 1e-12, **opti
 MASK = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
 padded = functools.partial(train, attention_mask=MASK)
 packed = functools.partial(train, batch=1, cu_seqlens=torch.tensor([0, 3, 3, 8, 10]))
+compiled_padded = functools.partial(train_compiled, attention_mask=MASK)
 no_tokens, no_rows = functools.partial(train, length=0), functools.partial(train, batch=0)
 in_bfloat16 = {"memory_dtype": torch.bfloat16, "dtype": f32}
 
@@ -247,9 +248,9 @@ CASES["static"] = {
 }
 CASES["compiled"] = {
     "sequence": layer(train_compiled),
-    "batch": layer(train_compiled, scope="batch", query_conv=None),
     "static": static(train_compiled),
 }
+CASES["compiled, slowly"] = {"batch": layer(train_compiled, scope="batch"), "padded": layer(compiled_padded)}
 small = {"num_keys": 3, "heads": 1, "top_k": 2, "key_dim": 2, "value_dim": 2, "backend": "triton", "dtype": f32}
 in_kernels = functools.partial(train, batch=1, length=5)
 CASES["triton"] = {
@@ -287,15 +288,17 @@ def check_case(results: list[tuple[Results, Results]], case: str, tolerance: flo
                 assert error <= tolerance * most, f"{what}: error {error:.3g} of {most:.3g}"
 
 
-TRAINED = [name for name in CASES if name not in ("compiled", "triton")]
+BY_COMPILERS = ["compiled", pytest.param("compiled, slowly", marks=pytest.mark.slow)]
+BY_COMPILERS.append(pytest.param("triton", marks=SLOW_IN_INTERPRETER))
+OTHERS = [name for name in CASES if not name.startswith(("compiled", "triton"))]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", OTHERS)
 def test_outputs_are_equal_and_gradients_agree(name):
     check_spread(run_ranks(run_cases, 2, name), CASES[name])
 
 
-@pytest.mark.parametrize("name", ["compiled", pytest.param("triton", marks=SLOW_IN_INTERPRETER)])
+@pytest.mark.parametrize("name", BY_COMPILERS)
 def test_compiled_and_in_kernels(name):
     check_spread(run_ranks(run_cases, 2, name), CASES[name])
 

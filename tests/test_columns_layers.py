@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.collectives import Total, count_collectives
 from fwpkm_kernels.distributed import shard_table_
-from fwpkm_kernels.layers import ValueTable, parameter_groups
+from fwpkm_kernels.layers import ValueTable, advance_memory, parameter_groups
 from fwpkm_kernels.layers.convert import to_published
 from tests.helpers.columns import (
     BATCH,
@@ -210,6 +210,10 @@ def spread_others() -> dict[str, Any]:
     layer = shard_table_(make_layer(query_conv=None).to(device), mesh)
     published = to_published(layer.state_dict())["fwpkm.values"]
     results["published"] = torch.equal(published.full_tensor(), layer.table.weight.full_tensor())
+    layer = make_layer(scope="batch", initial_memory="persistent").to(device)
+    layer(x)
+    advance_memory(shard_table_(layer, mesh))
+    results["pending"] = torch.equal(layer.keys, make_layer().to(device).keys)
     layer = stepped(shard_table_(make_layer().to(device), mesh))
     results["step"] = torch.equal(
         local(layer.table.weight), own_part(stepped(make_layer().to(device)).table.weight, layer)
@@ -227,5 +231,6 @@ def test_other_layers():
             "inference": (False, False, True),
             "resized": (True, True, True, True),
             "published": True,
+            "pending": True,  # what a call has left behind before is forgotten, since it has all columns
             "step": True,
         }

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as checks
+from ..columns import group_name
 from ..documents import Documents
+from ..options import check_group
 from ..records import Carry, DocumentsCarry, Rows
 from ..state import MemoryState
 from .streamed import StreamedMemory
@@ -81,6 +83,7 @@ def find_memory(
         )
     table = layer.table
     table.columns  # noqa: B018  raises under FSDP, which has freed the whole table that the memory began with
+    check_group(group_name(table.mesh), layer.options)
     memory.take_over(
         layer.keys.shape, (table.num_slots, table.num_columns), layer.scope, layer.options, layer._conv_width
     )

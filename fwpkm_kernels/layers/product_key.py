@@ -139,6 +139,8 @@ class ProductKeyMemory(nn.Module):
             table = ValueTable(num_keys**2, value_dim, device=device, dtype=memory_dtype)
         else:
             check_table(table, num_keys, value_dim)
+            if sparse_grad and table.mesh is not None:
+                raise ValueError("`sparse_grad` must be False where the columns of `table` are spread, got True")
         self.table = table
         self.dropout = nn.Dropout(dropout)
         if output in ("swilu", "gated"):
