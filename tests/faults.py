@@ -1648,8 +1648,8 @@ FAULTS = [
     Fault(
         "write-gate-always",
         "layers/fast_weight.py",
-        "write_gates = gates if self.write_gate else None",
-        "write_gates = gates",
+        "write_gates, mesh = gates if self.write_gate else None, self.table.mesh",
+        "write_gates, mesh = gates, self.table.mesh",
         "write_gate=False scales writes all the same",
         "layers",
         "options",
