@@ -3,13 +3,14 @@
 All of it rests on torch.distributed: DTensor, `fully_shard`, DistributedDataParallel and torch.distributed.checkpoint.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -287,34 +288,79 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, optimizers: Any = ()) -> None:
-        self.model, self.optimizers = model, optimizers
+        self.model = model
+        self.optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to be saved, or the places that a load fills."""
-        of_model, of_optimizers = get_state_dict(self.model, self.optimizers)
-        again = _names_of_shared(self.model)
-        return {"model": {name: x for name, x in of_model.items() if name not in again}, "optimizers": of_optimizers}
+        """What is to be saved, or the places that a load fills.
+
+        Raises:
+            RuntimeError: DistributedDataParallel was made over columns without `replicate_tables_`, and hides that they
+                are some of all.
+        """
+        for name, x in self.model.named_modules():
+            if isinstance(x, ValueTable) and x.mesh is not None and not isinstance(x.weight, DTensor):
+                raise RuntimeError(
+                    f"`{name}.weight` must be a DTensor, as `shard_table_` has left it, got a {type(x.weight).__name__}:"
+                    " call replicate_tables_ before DistributedDataParallel is made"
+                )
+        tensors = self.model.state_dict()
+        of_model = {name: tensors[path] for path, name in _names_to_save(self.model).items()}
+        _make_states(self.model, self.optimizers)
+        of_optimizers = get_optimizer_state_dict(self.model, self.optimizers) if self.optimizers else {}
+        return {"model": of_model, "optimizers": of_optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a load has filled."""
-        of_model, of_optimizers = state_dict["model"], state_dict["optimizers"]
-        of_model |= {name: of_model[first] for name, first in _names_of_shared(self.model).items()}
-        set_state_dict(self.model, self.optimizers, model_state_dict=of_model, optim_state_dict=of_optimizers)
+        of_model = state_dict["model"]
+        self.model.load_state_dict({path: of_model[name] for path, name in _names_to_save(self.model).items()})
+        _make_states(self.model, self.optimizers)
+        if self.optimizers:
+            set_optimizer_state_dict(self.model, self.optimizers, state_dict["optimizers"])
 
 
-_WRAPPERS = {
-    "module",
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-}  #: of DistributedDataParallel, compile and checkpoints
+def _make_states(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+    """Make the state of optimizers that have made no step yet.
+
+    PyTorch makes it by a step with gradients of 0, which it leaves out where a parameter has a gradient, so that a load
+    would leave out the moments, without an error; and it counts that step, by which the next ones would differ.
+    """
+    fresh = [x for x in optimizers if not x.state]
+    if not fresh:
+        return
+    parameters = [x for optimizer in fresh for group in optimizer.param_groups for x in group["params"]]
+    gradients = [x.grad for x in parameters]
+    for x in parameters:
+        x.grad = None
+    try:
+        get_optimizer_state_dict(model, fresh)
+    finally:
+        for x, gradient in zip(parameters, gradients, strict=True):
+            x.grad = gradient
+    for optimizer in fresh:
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
-def _names_of_shared(model: nn.Module) -> dict[str, str]:
-    """Each name of a tensor that has another name before it, and that name, without those of wrappers."""
-    first: dict[Tensor, str] = {}
-    again = {}
-    for path, x in model.state_dict(keep_vars=True).items():
-        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-        if isinstance(x, Tensor) and first.setdefault(x, name) != name:
-            again[name] = first[x]
-    return again
+def _names_to_save(model: nn.Module) -> dict[str, str]:
+    """By each name in the model's state dict that by which it is saved: the first of a shared tensor's, without what
+    wrappers have put into it."""
+    first: dict[Any, str] = {}
+    named = model.state_dict(keep_vars=True)
+    return {
+        path: first.setdefault(x if isinstance(x, Tensor) else path, _own_name(model, path))
+        for path, x in named.items()
+    }
+
+
+def _own_name(model: nn.Module, path: str) -> str:
+    """A name in the model's state dict, without what DistributedDataParallel, compile and checkpoints put into it."""
+    at: Any = model
+    parts = []
+    for part in path.split("."):
+        is_ours = not (part == "module" and isinstance(at, nn.parallel.DistributedDataParallel))
+        if is_ours and part not in ("_orig_mod", "_checkpoint_wrapped_module"):
+            parts.append(part)
+        at = getattr(at, part, None)
+    return ".".join(parts)
