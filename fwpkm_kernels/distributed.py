@@ -3,8 +3,7 @@
 All of it rests on torch.distributed: DTensor, `fully_shard`, DistributedDataParallel and torch.distributed.checkpoint.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -217,6 +216,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
         grad.copy_(total / ranks)
 
     _copy_from_first((table.columns for table in tables), group)
+    for table in tables:
+        table.contents = Contents()
     for weight in {table.weight for table in tables}:
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(take_mean)
@@ -295,14 +296,14 @@ class TrainingState:
         """What is to be saved, or the places that a load fills.
 
         Raises:
-            RuntimeError: DistributedDataParallel was made over columns without `replicate_tables_`, and hides that they
-                are some of all.
+            RuntimeError: own columns are in the place of a DTensor, where something has prepared the model for
+                DistributedDataParallel, which `replicate_tables_` makes needless: they would be saved as all columns.
         """
         for name, x in self.model.named_modules():
             if isinstance(x, ValueTable) and x.mesh is not None and not isinstance(x.weight, DTensor):
                 raise RuntimeError(
-                    f"`{name}.weight` must be a DTensor, as `shard_table_` has left it, got a {type(x.weight).__name__}:"
-                    " call replicate_tables_ before DistributedDataParallel is made"
+                    f"`{name}.weight` must be the DTensor that `shard_table_` has made, got a plain tensor: call "
+                    "replicate_tables_, and make DistributedDataParallel of the model as it is"
                 )
         tensors = self.model.state_dict()
         of_model = {name: tensors[path] for path, name in _names_to_save(self.model).items()}

@@ -6,13 +6,14 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fwpkm_kernels import apply_rows_
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, advance_memory
+from tests.helpers.ranks import rank_device, run_ranks
 
 WIDTH = 7
 KINDS = [("learned", "sequence"), ("frozen", "sequence"), ("learned", "batch"), ("frozen", "batch")]
@@ -233,45 +234,36 @@ def test_advance_refuses_what_two_layers_would_write():
         advance_memory(one, reduce="sum")
 
 
-def _train_in_parallel(rank: int, folder: str) -> None:
-    """One rank of `test_two_ranks`."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    _train_every_kind(rank, folder)
-    # No DistributedDataParallel is left: as the last holder of the group it would wait for gloo's threads without
-    # releasing the interpreter's lock, for which one of them may wait.
-    dist.destroy_process_group()
-
-
-def _train_every_kind(rank: int, folder: str) -> None:
-    """A few steps of each kind; what is left is saved."""
+def train_every_kind() -> dict[str, dict[str, Tensor]]:
+    """What two steps of each kind leave, each with this rank's half of the batch."""
     left = {}
+    rank, device = dist.get_rank(), rank_device()
     for kind in EVERY_KIND:
-        layer = make_layer(*kind)
+        layer = make_layer(*kind).to(device)
         model = DistributedDataParallel(layer)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         for step in range(2):
-            x = make_input(batch=4, seed=step)[2 * rank : 2 * rank + 2]
+            x = make_input(batch=4, seed=step)[2 * rank : 2 * rank + 2].to(device)
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
             advance_memory(model)
-        left["-".join(kind)] = layer.state_dict()
-    layer = make_layer("persistent", "batch")
-    layer(make_input(batch=4)[2 * rank : 2 * rank + 2])
+        left["-".join(kind)] = dict(layer.state_dict())
+    layer = make_layer("persistent", "batch").to(device)
+    layer(make_input(batch=4)[2 * rank : 2 * rank + 2].to(device))
     advance_memory(layer, reduce="none")
-    left["none"] = layer.state_dict()
-    layer = make_layer("persistent", "batch")
-    layer(make_input(), return_memory=rank == 0)  # one rank has a whole table, the other one rows of it
+    left["none"] = dict(layer.state_dict())
+    layer = make_layer("persistent", "batch").to(device)
+    layer(make_input().to(device), return_memory=rank == 0)  # one rank has a whole table, the other one rows of it
     advance_memory(layer)
-    left["table and rows"] = layer.state_dict()
-    torch.save(left, f"{folder}/{rank}.pt")
+    left["table and rows"] = dict(layer.state_dict())
+    return left
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks():
     """DistributedDataParallel: ranks stay equal; a memory for each sequence trains as one process with the batch does;
     `persistent` moves by the mean of what the ranks' memories did."""
-    mp.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    one, two = run_ranks(train_every_kind, 2)
     for kind in EVERY_KIND:
         name = "-".join(kind)
         assert_equal(one[name].values(), two[name].values())

@@ -34,8 +34,8 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
 
     Raises:
         TypeError: `model` is no module, or `reduce` no string.
-        ValueError: for another `reduce`, or where layers with something pending share a table; or for a `group` whose
-            ranks have different columns of one.
+        ValueError: for another `reduce`; where layers with something pending share a table; or for a `group` without
+            this rank, or whose ranks have different columns of a table. Nothing has changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -53,7 +53,7 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
         with torch.no_grad():
             for memory, new in zip((layer.keys, layer.table.columns), layer._pending[:2], strict=True):
                 if ranks > 1:
-                    _advance_by_mean(memory, new, group, ranks)
+                    _advance_by_mean(memory, new, layer.table.mesh, group, ranks)
                 elif isinstance(new, Rows):
                     put_rows(memory, new.slot.to(memory.device), new.value.to(memory), "auto")
                 else:
@@ -69,29 +69,29 @@ def _is_pending(layer: FastWeightProductKeyMemory) -> bool:
 def _count_ranks(mesh: Any, group: Any) -> int:
     """How many ranks have the same columns of a table, which is spread over the ranks of `mesh`, if over any."""
     ranks = torch.distributed.get_world_size(group)
-    if mesh is None:
-        return ranks
-    if group is None and mesh.size() == ranks:
+    if ranks < 1:
+        raise ValueError("`group` must contain this rank, got a group of others")
+    if mesh is not None and group is None and mesh.size() == ranks:
         return 1
-    if len({*mesh.mesh.tolist()} & {*torch.distributed.get_process_group_ranks(group)}) > 1:
-        raise ValueError(
-            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), since "
-            f"these are spread over the ranks {mesh.mesh.tolist()}; got a group with several of these"
-        )
     return ranks
 
 
-def _advance_by_mean(memory: Tensor, new: Tensor | Rows, group: Any, ranks: int) -> None:
+def _advance_by_mean(memory: Tensor, new: Tensor | Rows, mesh: Any, group: Any, ranks: int) -> None:
     """Move the memory by the mean over ranks of what each has moved: rows, or all of it where one has no rows."""
-    count = torch.tensor([len(new.slot) if isinstance(new, Rows) else -1], device=memory.device)
-    counts = [torch.empty_like(count) for _ in range(ranks)]
-    torch.distributed.all_gather(counts, count, group=group)
-    least, most = torch.cat(counts).aminmax()
+    own = [len(new.slot) if isinstance(new, Rows) else -1, 0 if mesh is None else mesh.get_local_rank()]
+    counts = [torch.empty(2, dtype=torch.int64, device=memory.device) for _ in range(ranks)]
+    torch.distributed.all_gather(counts, torch.tensor(own, device=memory.device), group=group)
+    (least, first), (most, last) = (x.tolist() for x in torch.stack(counts).aminmax(dim=0))
+    if first != last:
+        raise ValueError(
+            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), got a "
+            f"group with the columns of ranks {first} to {last} of {mesh}"
+        )
     if isinstance(new, Rows):
         slot = new.slot.to(memory.device)
         moved = new.value.to(memory) - take_rows(memory, slot, "auto")
         if least >= 0:
-            _add_rows(memory, slot, moved, int(most), group, ranks)
+            _add_rows(memory, slot, moved, most, group, ranks)
             return
         moved = spread_rows(moved, slot, len(memory), "auto")
     else:

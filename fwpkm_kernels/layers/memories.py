@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from ..columns import own_columns
 from ..options import Options
 from ..pool import MemoryPool
 from ..records import Tokens
@@ -30,7 +31,7 @@ class Origin:
 
     @classmethod
     def of(cls, layer: "FastWeightProductKeyMemory", keys: Tensor, values: Tensor) -> "Origin":
-        return cls(layer if _are_same((keys, values), (layer.keys, layer.table.columns)) else None)
+        return cls(layer if _are_same((keys, values), _initial(layer)) else None)
 
     def __reduce__(self) -> Any:
         return Origin, ()
@@ -45,8 +46,17 @@ class Origin:
         keys, values = layer.keys, layer.table.weight
         if keys is not layer.keys or values is not layer.table.weight or keys.is_meta or values.is_meta:
             return None
-        keys, values = layer._in_memory_dtype(keys, layer.table.columns)
+        keys, values = layer._in_memory_dtype(*_initial(layer))
         return keys, values
+
+
+def _initial(layer: "FastWeightProductKeyMemory") -> tuple[Tensor, Tensor]:
+    """The layer's keys, and the columns of its table that this rank has.
+
+    Raises:
+        RuntimeError: FSDP has rows of them elsewhere.
+    """
+    return own_columns("keys", layer.keys, None), layer.table.columns
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -122,6 +132,7 @@ class Pooled:
         return self.pool.keys is not keys or self.pool.values is not values or _versions_of(self.pool) != versions
 
     def _check_contents(self) -> None:
+        _check_data(self.pool.keys, self.pool.values)
         if self.is_stale:
             raise RuntimeError(
                 "`memory` goes on from the layer's keys and table where they lie, and these have been written or "
@@ -148,6 +159,8 @@ class Pooled:
         tensors = self._origin.tensors if self.sessions else None  # without sessions the pool is for others to change
         if tensors is not None and not _are_same(tensors, (self.pool.keys, self.pool.values)):
             self.pool._rebind(*tensors)
+        if self.sessions:
+            _check_data(self.pool.keys, self.pool.values)
         for session in self.sessions:
             self.pool.reset(session)
         self._begin()
@@ -185,6 +198,16 @@ def _load(keys: Tensor, values: Tensor, capacity: int | None, saved: list[dict[s
     for session, state_dict in zip(sessions, saved, strict=True):
         pool.load_state_dict(session, state_dict)
     return Pooled(pool, sessions)
+
+
+def _check_data(keys: Tensor, values: Tensor) -> None:
+    """Refuse an initial memory whose data FSDP has freed: a kernel would read at no address, or what came after it."""
+    for name, x in (("keys", keys), ("table", values)):
+        if x.numel() > 0 and not x.is_meta and x.untyped_storage().size() == 0:
+            raise RuntimeError(
+                f"`memory` goes on from the layer's keys and table where they lie, and fully_shard has freed the {name}"
+                " by a reshard(): call unshard() of the module before, and reshard() once the memory is read"
+            )
 
 
 def _versions_of(pool: MemoryPool) -> list[int]:
@@ -316,6 +339,7 @@ class States:
             # A state that is tied to other tensors would restore its whole table, and not the rows that it has written.
             if tensors is not None and not _are_same(tensors, (state._initial_keys, state._initial_values)):
                 state.rebind(*tensors)
+            _check_data(state._initial_keys, state._initial_values)
             state.reset()
         self._pasts = [None] * len(self.states)
 
@@ -339,7 +363,7 @@ def make_memories(layer: "FastWeightProductKeyMemory", count: int, capacity: int
     Raises:
         TypeError, ValueError: as `new_memory` of the layer.
     """
-    keys, values = layer._in_memory_dtype(layer.keys, layer.table.columns)
+    keys, values = layer._in_memory_dtype(*_initial(layer))
     scope, o = layer.scope, layer.options
     if scope == "batch" or o.weight_decay != 0.0:
         for name, x in (("capacity", capacity), ("pool", pool)):

@@ -1,0 +1,389 @@
+"""More ranks than one train as one process with the whole batch: DistributedDataParallel, FSDP, tables by columns."""
+
+import pickle
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fwpkm_kernels import apply_rows_
+from fwpkm_kernels.distributed import clip_grad_norm_, replicate_tables_, shard_table_
+from fwpkm_kernels.layers import FastWeightProductKeyMemory, ValueTable, advance_memory
+from tests.helpers.parallel import (
+    FORMS,
+    MEMORY,
+    WIDTH,
+    batch_of,
+    lay_out,
+    loss_of,
+    make_mesh,
+    make_model,
+    make_optimizer,
+    mean_over,
+    train,
+    whole,
+    whole_gradients,
+    whole_parameters,
+)
+from tests.helpers.ranks import rank_device, run_ranks
+
+
+def trained(form: str, dp: DeviceMesh | None, mp: DeviceMesh | None = None, **options: Any) -> dict[str, Any]:
+    """Loss and gradients of a batch, and what three steps of AdamW make of them."""
+    model = make_model(shares=form != "plain", **options)
+    run = lay_out(model, form, dp, mp)
+    loss = loss_of(run, batch_of(0, dp))
+    loss.backward()
+    result = {"loss": mean_over(loss, dp), "gradients": whole_gradients(model)}
+    losses, norms = train(run, make_optimizer(model), range(3), dp)
+    return result | {"losses": losses, "norms": norms, "parameters": whole_parameters(model)}
+
+
+@cache
+def expected(form: str, dtype: torch.dtype = torch.float64, scope: str = "sequence") -> dict[str, Any]:
+    """Those of one process with the whole batch."""
+    return trained("plain" if form == "plain" else "", None, dtype=dtype, scope=scope)
+
+
+def assert_near(result: Any, wanted: Any, tolerance: float, path: str) -> None:
+    """Numbers and tensors, in dicts and lists: within `tolerance` of the largest element."""
+    if isinstance(wanted, dict):
+        assert result.keys() == wanted.keys(), path
+        for name in wanted:
+            assert_near(result[name], wanted[name], tolerance, f"{path}, {name}")
+        return
+    result, wanted = torch.as_tensor(result), torch.as_tensor(wanted)
+    error = float((result - wanted).abs().max() / wanted.abs().max())
+    assert error <= tolerance, f"{path}: {error:.1e}"
+
+
+def trained_on_two(forms: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    return {form: trained(form, make_mesh(2), dtype=dtype) for form in forms}
+
+
+def test_two_ranks():
+    for results in run_ranks(trained_on_two, 2, FORMS, torch.float64):
+        for form in FORMS:
+            assert_near(results[form], expected(form), 1e-10, form)
+
+
+def test_two_ranks_in_float32():
+    """To float32's rounding: gradients are sums of terms of both signs, and AdamW divides small ones by smaller."""
+    forms = ["ddp", "replicated"]
+    for results in run_ranks(trained_on_two, 2, forms, torch.float32):
+        for form in forms:
+            wanted = expected(form, torch.float32)
+            for name, tolerance in (("loss", 1e-6), ("losses", 1e-5), ("norms", 1e-4), ("gradients", 1e-4)):
+                assert_near(results[form][name], wanted[name], tolerance, f"{form}, {name}")
+
+
+def trained_on_four(forms: list[str]) -> dict[str, Any]:
+    mesh = make_mesh(2, 2)
+    results = {form: trained(form, mesh["dp"], mesh["mp"]) for form in forms}
+    model = make_model()
+    lay_out(model, "own unit", mesh["dp"], mesh["mp"])
+    assert model.blocks[0].pkm.table.weight.placements == (Shard(0), Shard(1))
+    return results | {"ddp of four": trained("ddp", make_mesh(4))}
+
+
+def check_four(forms: list[str]) -> None:
+    for results in run_ranks(trained_on_four, 4, forms):
+        for form, result in results.items():
+            assert_near(result, expected(form), 1e-10, form)
+            assert result["norms"] == results[form]["norms"]
+
+
+def test_columns_and_rows_on_four_ranks():
+    """Rows of columns, and four ranks with a sequence each."""
+    check_four(["own unit"])
+
+
+@pytest.mark.slow
+def test_every_form_with_columns_on_four_ranks():
+    check_four(FORMS)
+
+
+def trained_by_batch() -> dict[str, Tensor]:
+    model = make_model(scope="batch")
+    run = DistributedDataParallel(model)
+    loss_of(run, batch_of(0, make_mesh(2))).backward()
+    return whole_gradients(model)
+
+
+def test_a_memory_of_the_batch_is_of_the_batch_of_its_rank():
+    model = make_model(scope="batch")
+    tokens, targets = batch_of(0)
+    halves = list(zip(tokens.chunk(2), targets.chunk(2), strict=True))
+    for half in halves:
+        (loss_of(model, half) / 2).backward()
+    wanted = whole_gradients(model)
+    of_all = expected("", scope="batch")["gradients"]
+    for gradients in run_ranks(trained_by_batch, 2):
+        assert_near(gradients, wanted, 1e-10, "batch")
+        with pytest.raises(AssertionError):
+            assert_near(gradients, of_all, 1e-3, "batch")
+
+
+def replicated() -> dict[str, Any]:
+    """Gradients of two backward passes of replicated tables, by parts of a batch, and of one in bfloat16."""
+    group = dist.group.WORLD
+    model = replicate_tables_(make_model(), group)
+    tokens, targets = batch_of(0, make_mesh(2))
+    for part in zip(tokens, targets, strict=True):
+        (loss_of(model, tuple(x.unsqueeze(0) for x in part)) / 2).backward()
+    accumulated = {name: x.grad for name, x in model.named_parameters() if "table" in name}
+    torch.manual_seed(dist.get_rank())
+    low = ValueTable(3, 4, dtype=torch.bfloat16, device=rank_device())
+    before, contents = low.weight.detach().clone(), low.contents
+    replicate_tables_(low)
+    factor = [1.0, 2.0**-8][dist.get_rank()]
+    low(lambda weight: (weight * factor).sum()).backward()
+    frozen = ValueTable(3, 4, trainable=False, device=rank_device())
+    torch.nn.init.constant_(frozen.weight, dist.get_rank())
+    replicate_tables_(frozen)
+    return {
+        "accumulated": accumulated,
+        "before": before,
+        "weight": low.weight,
+        "grad": low.weight.grad,
+        "has other contents": low.contents is not contents,
+        "frozen": frozen.weight,
+    }
+
+
+def test_replicated_tables():
+    """Gradients accumulate, are summed in float32, and ranks begin with the tables of the first."""
+    one, two = run_ranks(replicated, 2)
+    assert not torch.equal(one["before"], two["before"])
+    for result in (one, two):
+        gradients = {name: x for name, x in expected("")["gradients"].items() if "table" in name}
+        assert_near(result["accumulated"], gradients, 1e-10, "accumulated")
+        assert torch.equal(result["weight"], one["before"])
+        # (1 + 2⁻⁸)/2 lies between two numbers of bfloat16; a sum in bfloat16 would round 1 + 2⁻⁸ to 1.
+        assert torch.equal(result["grad"], torch.full((3, 4), (1 + 2.0**-8) / 2).bfloat16())
+        assert result["has other contents"]
+        assert not result["frozen"].any()
+
+
+def replicated_badly() -> None:
+    table = ValueTable(4, 4, device=rank_device())
+    fully_shard(table, mesh=make_mesh(2))
+    replicate_tables_(table)
+
+
+def test_replicated_tables_are_refused():
+    for error in run_ranks(replicated_badly, 2, expects_errors=True):
+        assert "ignored_params" in str(error)
+    with pytest.raises(TypeError, match="`module` must be a torch.nn.Module"):
+        replicate_tables_(3)
+    with pytest.raises(ValueError, match="`module` must have a ValueTable"):
+        replicate_tables_(nn.Linear(2, 2))
+
+
+def make_persistent(**options: Any) -> FastWeightProductKeyMemory:
+    torch.manual_seed(0)
+    options |= {"scope": "batch", "initial_memory": "persistent", "dtype": torch.float64}
+    layer = FastWeightProductKeyMemory(WIDTH, chunk_size=4, **MEMORY, **options)
+    return layer.to(rank_device() if dist.is_initialized() else "cpu")
+
+
+def hidden_states(step: int) -> Tensor:
+    x = torch.randn(4, 13, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return x.to(rank_device() if dist.is_initialized() else "cpu")
+
+
+def advanced(form: str, dp: DeviceMesh | None, mp: DeviceMesh | None = None, **options: Any) -> dict[str, Tensor]:
+    """The memory, whole, after two calls, each with this rank's part of a batch."""
+    layer = make_persistent(**options)
+    if mp is not None:
+        shard_table_(layer, mp)
+    run: nn.Module = layer
+    if form == "ddp":
+        group = dp.get_group()
+        run = DistributedDataParallel(layer if mp is None else replicate_tables_(layer, group), process_group=group)
+    elif form == "fsdp":
+        run = fully_shard(layer, mesh=dp)
+        assert not isinstance(layer.keys, DTensor)
+    for step in range(2):
+        x = hidden_states(step)
+        run(x if dp is None else x.chunk(dp.size())[dp.get_local_rank()]).sum().backward()
+        advance_memory(layer, group=None if dp is None else dp.get_group())
+    assert isinstance(layer.table.weight, DTensor) == (mp is not None)
+    return {"keys": layer.keys, "table": whole(layer.table.weight)}
+
+
+def advanced_by_means(**options: Any) -> dict[str, Tensor]:
+    """The same of two ranks with half of the batch each, computed by one process."""
+    layer = make_persistent(**options)
+    for step in range(2):
+        ends = []
+        for half in hidden_states(step).chunk(2):
+            layer(half)
+            keys, rows, _ = layer._pending
+            ends.append((keys, layer.table.weight.clone()))
+            if isinstance(rows, Tensor):
+                ends[-1][1].copy_(rows)
+            else:
+                apply_rows_(ends[-1][1], rows)
+        for memory, *of_ranks in zip((layer.keys, layer.table.weight), *ends, strict=True):
+            memory.copy_(sum(of_ranks) / 2)
+    return {"keys": layer.keys, "table": layer.table.weight}
+
+
+def advanced_on_two() -> dict[str, Any]:
+    """By rows that calls have read, and by whole tables, which weight decay moves; or each rank with all tokens."""
+    results = {
+        f"{form} {decay}": advanced(form, make_mesh(2), weight_decay=decay)
+        for form in ("ddp", "fsdp")
+        for decay in (0.0, 0.1)
+    }
+    mesh = dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("mp",))
+    return results | {"columns alone": advanced("", None, mesh)}
+
+
+def check_same(results: list[Any]) -> None:
+    """Bit for bit on all ranks."""
+    for result in results:
+        for name in results[0]:
+            for key, x in results[0][name].items():
+                assert torch.equal(result[name][key], x), f"{name}, {key}"
+
+
+def test_persistent_memories_on_two_ranks():
+    results = run_ranks(advanced_on_two, 2)
+    check_same(results)
+    for decay in (0.0, 0.1):
+        wanted = advanced_by_means(weight_decay=decay)
+        for form in ("ddp", "fsdp"):
+            assert_near(results[0][f"{form} {decay}"], wanted, 1e-12, f"{form} {decay}")
+    assert_near(results[0]["columns alone"], advanced("", None), 1e-12, "columns alone")
+
+
+def advanced_on_four() -> dict[str, Any]:
+    mesh = make_mesh(2, 2)
+    return {form: advanced(form, mesh["dp"], mesh["mp"]) for form in ("ddp", "fsdp")}
+
+
+def advanced_in_other_groups() -> list[str]:
+    """What is said to groups whose ranks have different columns: all, those of a row, a diagonal; and of others."""
+    mesh = make_mesh(2, 2)
+    rank = dist.get_rank()
+    diagonals = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
+    others = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    layer = shard_table_(make_persistent(), mesh["mp"])
+    layer(hidden_states(0))
+    before, said = [layer.keys.clone(), layer.table.columns.clone()], []
+    for group in (None, mesh["mp"].get_group(), diagonals[rank in (1, 2)], others[rank < 2]):
+        with pytest.raises(ValueError, match="`group`") as raised:
+            advance_memory(layer, group)
+        said.append(str(raised.value))
+        assert torch.equal(layer.keys, before[0])
+        assert torch.equal(layer.table.columns, before[1])
+    return said
+
+
+def test_persistent_memories_by_columns_on_four_ranks():
+    results = run_ranks(advanced_on_four, 4)
+    check_same(results)
+    for form, result in results[0].items():
+        assert_near(result, advanced_by_means(), 1e-12, form)
+    for said in run_ranks(advanced_in_other_groups, 4):
+        assert all("the ranks that have the same columns" in text for text in said[:3])
+        assert "must contain this rank" in said[3]
+
+
+def clipped() -> dict[str, Any]:
+    """Norms of gradients that are plain, by rows, by columns and replicated, and the gradients that are left."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = make_mesh(2), dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("mp",))
+    places = [None, None, (rows, Shard(0)), (columns, Shard(1)), (columns, Replicate())]
+    results: dict[str, Any] = {}
+    for kind in (2.0, 1.0, float("inf")):
+        gradients = [torch.randn(4, 6, generator=generator).to(rank_device()) for _ in places]
+        gradients[3][3, 5] = 9.0  # the largest of all is on the second rank alone
+        one = [nn.Parameter(torch.zeros_like(x)) for x in gradients]
+        several = []
+        for parameter, x, place in zip(one, gradients, places, strict=True):
+            parameter.grad = x.clone()
+            x, zeros = (x.clone(), torch.zeros_like(x))
+            if place is not None:
+                x, zeros = (distribute_tensor(y, place[0], [place[1]]) for y in (x, zeros))
+            several.append(nn.Parameter(zeros))
+            several[-1].grad = x
+        without = [nn.Parameter(torch.zeros(2, device=rank_device()))]
+        expected = nn.utils.clip_grad_norm_(one, 1.5, kind)
+        norm = clip_grad_norm_(iter(several + without), 1.5, kind)
+        assert type(norm) is Tensor
+        results[f"{kind}"] = [norm, *(whole(x.grad) for x in several)]
+        results[f"{kind} of one"] = [expected, *(x.grad for x in one)]
+        for x in one:
+            x.grad.mul_(4)
+        again = [x.grad.clone() for x in one]
+        assert torch.equal(clip_grad_norm_(one, 1.5, kind), nn.utils.get_total_norm(again, kind))
+    assert float(clip_grad_norm_(without, 1.0)) == 0.0
+    one = nn.Parameter(torch.zeros(2))
+    one.grad = torch.tensor([3.0, 4.0])
+    assert float(clip_grad_norm_(one, 10.0)) == 5.0
+    assert one.grad.tolist() == [3.0, 4.0]
+    return results
+
+
+def test_clip_grad_norm():
+    """That of PyTorch for the whole gradients, to rounding, and the same bits on every rank."""
+    results = run_ranks(clipped, 2)
+    for result in results:
+        for kind in ("2.0", "1.0", "inf"):
+            for x, y, same in zip(result[kind], result[f"{kind} of one"], results[0][kind], strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+                assert torch.equal(x, same)
+
+
+def streamed(scope: str) -> dict[str, Any]:
+    """Pieces of sequences through a layer whose table fully_shard has spread by rows."""
+    torch.manual_seed(0)
+    layer = FastWeightProductKeyMemory(WIDTH, chunk_size=4, **MEMORY, scope=scope, dtype=torch.float64)
+    layer.to(rank_device())
+    x, said = hidden_states(0), []
+    with torch.no_grad():
+        memory = layer.new_memory(4)
+        wanted = [layer(part, memory=memory) for part in x.split(5, dim=1)]
+
+        def refuses(function: Any) -> None:
+            with pytest.raises(RuntimeError, match="unshard") as raised:
+                function()
+            said.append(str(raised.value))
+
+        fully_shard(layer.table, mesh=make_mesh(2))
+        refuses(lambda: layer.new_memory(4))
+        layer.table.unshard()
+        memory = layer.new_memory(4)
+        outputs = [layer(x[:, :5], memory=memory)]
+        layer.table.reshard()
+        refuses(memory.reset)
+        if scope == "sequence":  # it reads the layer's table where it lies
+            refuses(lambda: layer(x[:, 5:10], memory=memory))
+            refuses(lambda: pickle.dumps(memory))
+            layer.table.unshard()
+        outputs += [layer(part, memory=memory) for part in x[:, 5:].split(5, dim=1)]
+        layer.table.unshard()
+        fully_shard(layer, mesh=make_mesh(2))
+        refuses(lambda: layer.new_memory(4))
+    return {"wanted": wanted, "outputs": outputs, "said": said}
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_streams_over_rows(scope):
+    for result in run_ranks(streamed, 2, scope):
+        for x, y in zip(result["outputs"], result["wanted"], strict=True):
+            assert torch.equal(x, y)
+        assert result["said"][0].startswith("`table.weight` must be here")
+        assert result["said"][-1].startswith("`keys` must be here")
+        assert all("has freed the table" in text for text in result["said"][2:-1])
+        assert len(result["said"]) == (5 if scope == "sequence" else 3)
