@@ -71,8 +71,15 @@ def _count_ranks(mesh: Any, group: Any) -> int:
     ranks = torch.distributed.get_world_size(group)
     if ranks < 1:
         raise ValueError("`group` must contain this rank, got a group of others")
-    if mesh is not None and group is None and mesh.size() == ranks:
+    if mesh is None:
+        return ranks
+    if group is None and mesh.size() == ranks:
         return 1
+    if len({*mesh.mesh.tolist()} & {*torch.distributed.get_process_group_ranks(group)}) > 1:
+        raise ValueError(
+            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), since "
+            f"these are spread over the ranks {mesh.mesh.tolist()}; got a group with several of these"
+        )
     return ranks
 
 
@@ -82,7 +89,7 @@ def _advance_by_mean(memory: Tensor, new: Tensor | Rows, mesh: Any, group: Any, 
     counts = [torch.empty(2, dtype=torch.int64, device=memory.device) for _ in range(ranks)]
     torch.distributed.all_gather(counts, torch.tensor(own, device=memory.device), group=group)
     (least, first), (most, last) = (x.tolist() for x in torch.stack(counts).aminmax(dim=0))
-    if first != last:
+    if first != last:  # as on a diagonal of a mesh, of which a rank by itself sees nothing
         raise ValueError(
             "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), got a "
             f"group with the columns of ranks {first} to {last} of {mesh}"
