@@ -3,7 +3,7 @@
 All of it rests on torch.distributed: DTensor, `fully_shard`, DistributedDataParallel and torch.distributed.checkpoint.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from .columns import group_name
 from .layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
 from .layers.table import Contents, keep
 from .options import check_group
+from .replicas import Replicas
 
 __all__ = ["TrainingState", "clip_grad_norm_", "replicate_tables_", "shard_table_"]
 
@@ -62,7 +63,7 @@ def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
         raise ValueError(f"`mesh` must have one dimension, such as mesh['mp'] of a larger one, got {mesh}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"`mesh` must contain this rank, {dist.get_rank()}, got {mesh}")
-    _agree(module, mesh)
+    _agree(module, lambda: _check(module, mesh), mesh.get_group())
     layers = [x for x in module.modules() if isinstance(x, FastWeightProductKeyMemory | ProductKeyMemory)]
     tables = [x for x in module.modules() if isinstance(x, ValueTable)]
     weights = {table.weight for table in tables}
@@ -95,22 +96,22 @@ def _copy_from_first(tensors: Iterable[Tensor], group: Any) -> None:
             x.copy_(sent)
 
 
-def _agree(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Raise on every rank of the mesh if the module of one cannot be spread, or differs from that of another."""
+def _agree(module: nn.Module, check: Callable[[], None], group: Any) -> None:
+    """Raise on every rank of the group if `check` refuses the module of one, or it differs from that of another."""
     refused: Exception | None = None
     try:
-        _check(module, mesh)
+        check()
     except ValueError as error:
         refused = error
     described = _describe(module)
-    of_ranks: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(of_ranks, (None if refused is None else str(refused), described), group=mesh.get_group())
+    ranks = dist.get_process_group_ranks(group)
+    of_ranks: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(of_ranks, (None if refused is None else str(refused), described), group=group)
     if refused is not None:
         raise refused
-    ranks = mesh.mesh.tolist()
     for rank, (reason, its) in zip(ranks, of_ranks, strict=True):
         if reason is not None:
-            raise ValueError(f"rank {rank} cannot spread its `module`: {reason}")
+            raise ValueError(f"rank {rank} refuses its `module`: {reason}")
         first = of_ranks[0][1]
         for name in first | its:
             if first.get(name) != its.get(name):
@@ -163,6 +164,9 @@ def _describe(module: nn.Module) -> dict[str, Any]:
                 options = own.pop("options", None)
                 own |= {} if options is None else options._asdict()
                 described |= {prefix + key: x for key, x in own.items() if isinstance(x, _DESCRIBED)}
+                if isinstance(part, ValueTable) and part.mesh is not None:
+                    first_column = part.mesh.get_local_rank() * part.num_columns
+                    described[f"{prefix}columns"] = f"{first_column} to {first_column + part.num_columns}"
             for name, x in (*layer.named_parameters(prefix=path), *layer.named_buffers(prefix=path)):
                 described[name] = (list(x.shape), x.dtype, x.device.type, x.requires_grad, first.setdefault(x, name))
     return described
@@ -172,7 +176,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     """Let the ranks of a group train tables that each of them has, beside FSDP or DistributedDataParallel, in place.
 
     Nothing of a table crosses between ranks then but its gradient, whose mean over the ranks every backward leaves in
-    `grad`, summed in float32 or wider. FSDP must be told which parameters to leave alone::
+    `grad` at its end, summed in float32 or wider; a rank that has not used a table adds 0. In each backward every rank
+    of the group must use one table at least, or the others wait for it. FSDP must be told what to leave alone::
 
         replicate_tables_(model, mesh.get_group())
         fully_shard(model, mesh=mesh, ignored_params={x.weight for x in model.modules() if isinstance(x, ValueTable)})
@@ -180,8 +185,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     DistributedDataParallel, if it is made afterwards of this very module, leaves the tables alone by itself; it needs
     that for tables that `shard_table_` has spread, whose group is the ranks that have the same columns.
 
-    The tables of the group's first rank replace those of the others. Call it once, on every rank of the group, after
-    `shard_table_`, and before the wrappers are made.
+    The tables of the group's first rank replace those of the others. Call it once, on every rank of the group, when the
+    tables hold data, after `shard_table_`, and before the wrappers are made. Of a copy of the model call it again.
 
     Args:
         module: with tables, which may be shared; those that are not trained are only made equal.
@@ -192,12 +197,25 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
 
     Raises:
         TypeError: `module` is none.
-        ValueError: it has no table, or FSDP has sharded one.
+        ValueError: it has no table; FSDP has sharded one; one is on the meta device; or ranks differ, as for
+            `shard_table_`. It is raised on every rank, and nothing is changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
     named = {name: x for name, x in module.named_modules(remove_duplicate=False) if isinstance(x, ValueTable)}
     tables = list(dict.fromkeys(named.values()))
+    _agree(module, lambda: _check_replicas(module, tables), group)
+    _copy_from_first((table.columns for table in tables), group)
+    replicas = Replicas(tables, group)
+    for table in tables:
+        table.contents, table.replicas = Contents(), replicas
+    names = {f"{name}.weight" if name else "weight" for name in named}
+    names |= {*getattr(module, "_ddp_params_and_buffers_to_ignore", ())}
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return module
+
+
+def _check_replicas(module: nn.Module, tables: list[ValueTable]) -> None:
     if not tables:
         raise ValueError(f"`module` must have a ValueTable, got a {type(module).__name__} without one")
     for table in tables:
@@ -206,24 +224,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
                 "`module` must have its tables whole, or by columns: name their weights in `ignored_params` of "
                 f"fully_shard; got placements {table.weight.placements}"
             )
-    ranks = dist.get_world_size(group)
-
-    def take_mean(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32))  # sums in bfloat16 lose, or fail
-        dist.all_reduce(total, group=group)
-        grad.copy_(total / ranks)
-
-    _copy_from_first((table.columns for table in tables), group)
-    for table in tables:
-        table.contents = Contents()
-    for weight in {table.weight for table in tables}:
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(take_mean)
-    names = [f"{name}.weight" if name else "weight" for name in named]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-    return module
+        if table.weight.is_meta:
+            raise ValueError("`module` must have tables that hold data, got one on the meta device")
 
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -65,12 +65,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
         (
             "width of one",
             lambda: make_layer(value_dim=COLUMNS if is_first() else 5),
-            ("rank 1 cannot spread its `module`: `value_dim` must be a multiple", "`value_dim` must be a multiple of"),
+            ("rank 1 refuses its `module`: `value_dim` must be a multiple", "`value_dim` must be a multiple of"),
         ),
         (
             "a table of one",
             lambda: make_layer() if is_first() else nn.Linear(2, 2),
-            ("rank 1 cannot spread its `module`: `module` must have a Val", "`module` must have a ValueTable"),
+            ("rank 1 refuses its `module`: `module` must have a Val", "`module` must have a ValueTable"),
         ),
         (
             "chunk_size",

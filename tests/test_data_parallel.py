@@ -1,5 +1,6 @@
 """More ranks than one train as one process with the whole batch: DistributedDataParallel, FSDP, tables by columns."""
 
+import copy
 import pickle
 from functools import cache
 from typing import Any
@@ -182,8 +183,105 @@ def test_replicated_tables_are_refused():
         assert "ignored_params" in str(error)
     with pytest.raises(TypeError, match="`module` must be a torch.nn.Module"):
         replicate_tables_(3)
-    with pytest.raises(ValueError, match="`module` must have a ValueTable"):
-        replicate_tables_(nn.Linear(2, 2))
+
+
+def grad_of(table: ValueTable, factor: float) -> torch.Tensor | None:
+    """The gradient that a backward leaves, of a rank with this factor, in float64."""
+    table.weight.grad = None
+    table(lambda weight: (weight * factor).sum()).backward()
+    grad = table.weight.grad
+    return None if grad is None else (grad.to_local() if isinstance(grad, DTensor) else grad).double()
+
+
+def replicated_and_changed() -> dict[str, Any]:
+    """Gradients of tables that were replaced, frozen or copied behind `replicate_tables_`."""
+    rank, device = dist.get_rank(), rank_device()
+    mean: dict[str, Any] = {}
+    made = [ValueTable(3, 4, device=device) for _ in range(4)]
+    cast, loaded, thawed, copied = made
+    thawed.weight.requires_grad_(False)
+    for table in made:
+        replicate_tables_(table)
+    mean["cast"] = grad_of(cast.double(), 1.0 + rank)
+    other = ValueTable(3, 4, device=device)
+    loaded.load_state_dict(other.state_dict(), assign=True)
+    mean["loaded"] = grad_of(loaded, 1.0 + rank)
+    thawed.weight.requires_grad_(True)
+    mean["thawed"] = grad_of(thawed, 1.0 + rank)
+    mesh = make_mesh(2, 1)
+    columns = shard_table_(ValueTable(3, 4, device=device), mesh["mp"])
+    replicate_tables_(columns, mesh["dp"].get_group())
+    mean["columns"] = grad_of(columns.to(torch.bfloat16), 1.0 + rank)
+    refused = {}
+    for name, copy_of in {"deepcopy": copy.deepcopy(copied), "pickle": pickle.loads(pickle.dumps(copied))}.items():
+        try:
+            grad_of(copy_of, 1.0)
+        except RuntimeError as error:
+            refused[name] = str(error)
+        with torch.no_grad():
+            assert copy_of(torch.sum) == copied(torch.sum)
+        mean[name] = grad_of(replicate_tables_(copy_of), 1.0 + rank)
+    return {"mean": mean, "refused": refused}
+
+
+def test_replicated_tables_that_are_replaced_afterwards():
+    """What has taken the place of a Parameter is averaged, and a copy is not trained by one rank alone in silence."""
+    for result in run_ranks(replicated_and_changed, 2):
+        for name, grad in result["mean"].items():
+            assert torch.equal(grad, torch.full_like(grad, 1.5)), name
+        assert {*result["refused"]} == {"deepcopy", "pickle"}
+        assert all("is a copy of one" in text for text in result["refused"].values())
+
+
+def replicated_and_used_by_some() -> list[Any]:
+    """Gradients of four tables: one that both ranks use, one of each rank alone, one of neither; of two backwards.
+
+    They go through DistributedDataParallel too, which leaves them and a buffer of the user's alone.
+    """
+    rank = dist.get_rank()
+    tables = nn.ModuleList(ValueTable(2, 3, device=rank_device()) for _ in range(4))
+    tables.register_buffer("own", torch.full((2,), float(rank), device=rank_device()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(tables, ["own"])
+    replicate_tables_(tables)
+    tables.register_parameter("other", nn.Parameter(torch.ones(1, device=rank_device())))
+    tables.forward = lambda used: (
+        sum(tables[i](lambda weight: (weight * (1.0 + rank)).sum()) for i in used) * tables.other
+    )
+    model = DistributedDataParallel(tables)
+    for _ in range(2):
+        model([0, 1 + rank]).backward()
+    return [*(table.weight.grad for table in tables), tables.own]
+
+
+def test_replicated_tables_that_some_ranks_have_not_used():
+    for rank, (both, first, second, neither, own) in enumerate(run_ranks(replicated_and_used_by_some, 2)):
+        for grad, wanted in ((both, 3.0), (first, 1.0), (second, 2.0)):
+            assert torch.equal(grad, torch.full((2, 3), wanted))
+        assert neither is None
+        assert torch.equal(own, torch.full((2,), float(rank)))
+
+
+def replicated_unlike() -> None:
+    table = ValueTable(4, 4, device=rank_device())
+    table.weight.requires_grad_(dist.get_rank() == 0)
+    replicate_tables_(table)
+
+
+def replicated_on_meta() -> None:
+    replicate_tables_(ValueTable(4, 4, device="meta"))
+
+
+def replicated_over_columns() -> None:
+    replicate_tables_(shard_table_(ValueTable(4, 4, device=rank_device()), make_mesh(2)))
+
+
+def test_replicated_tables_that_differ_or_hold_nothing_are_refused():
+    for error in run_ranks(replicated_over_columns, 2, expects_errors=True):
+        assert "got columns = '0 to 2' on rank 0 and '2 to 4' on rank 1" in str(error)
+    for error in run_ranks(replicated_unlike, 2, expects_errors=True):
+        assert "`module` must be the same on every rank" in str(error)
+    for error in run_ranks(replicated_on_meta, 2, expects_errors=True):
+        assert "must have tables that hold data" in str(error)
 
 
 def make_persistent(**options: Any) -> FastWeightProductKeyMemory:

@@ -76,6 +76,8 @@ def formula(how: str, kind: str, ranks: int, parts: int) -> Totals:
         calls += payloads.rows(SMALL, module, ranks // parts, parts, again=how == "rows again")
     elif how != "columns":
         calls += payloads.data(SMALL, module, parts)
+        # Ranks tell each other which tables they have used: a number for each, of which the model of costs has none.
+        calls += [Call("data", "backward", "all_reduce", 8)] * (how == "replicated")
     return added_up(calls)
 
 

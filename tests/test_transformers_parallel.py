@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,13 +12,15 @@ pytest.importorskip("accelerate", reason="needs accelerate, with which transform
 import torch
 import torch.distributed as dist
 from packaging.version import Version
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from fwpkm_kernels.distributed import shard_table_
 from fwpkm_kernels.integrations import language_model, parallel
 from fwpkm_kernels.integrations.transformers import FwPKMConfig, FwPKMForCausalLM
 from fwpkm_kernels.layers import ProductKeyMemory, ValueTable
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import rank_device, run_ranks
 from tests.helpers.transformers import (
     CACHE,
     GREEDY,
@@ -34,6 +37,7 @@ needs_plans = pytest.mark.skipif(Version("5.24") > language_model._INSTALLED, re
 two_places = pytest.mark.skipif(
     torch.accelerator.device_count() == 1, reason="one accelerator is too few for two ranks"
 )
+ROOT = Path(__file__).parents[1]
 SHARED = {**OWN, "share_pkm_table": True}
 RATE = 0.01
 #: Relative to the largest element. Gated DeltaNets compute in float32, also in a model of float64: a difference in the
@@ -209,3 +213,22 @@ def test_there_are_no_plans_before_transformers_shards_tables_first(monkeypatch)
     config = FwPKMConfig(**OWN)
     assert config.base_model_tp_plan is None
     assert config.base_model_fsdp_plan is None
+
+
+def spread_and_save(path) -> torch.Tensor:
+    """Logits of a model whose tables `shard_table_` has spread, saved as docs/distributed.md says."""
+    put_gated_delta_nets_into_pytorch(pytest.MonkeyPatch())
+    torch.manual_seed(0)
+    model = FwPKMForCausalLM(FwPKMConfig(**SHARED)).to(rank_device())
+    shard_table_(model, init_device_mesh(rank_device().type, (2,)))
+    (block,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text("utf-8"), re.DOTALL)
+    exec(block, {"model": model, "folder": path, "dist": dist})
+    return model(rows(model)).logits
+
+
+def test_a_model_with_tables_by_columns_is_saved_whole(tmp_path):
+    one, two = run_ranks(spread_and_save, 2, tmp_path)
+    assert torch.equal(one, two)
+    model = FwPKMForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model(rows(model)).logits, one)
+    assert model.model.layers[1].mlp.table is model.model.layers[3].mlp.table

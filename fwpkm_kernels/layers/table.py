@@ -58,6 +58,7 @@ class ValueTable(nn.Module):
         self.contents = Contents()  #: a new one with each draw and each load
         #: The one-dimensional DeviceMesh over whose ranks `shard_table_` has spread the columns; None: all are here.
         self.mesh: Any = None
+        self.replicas: Any = None  #: what `replicate_tables_` leaves to see to the gradient of the weight
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
         self.reset_parameters()
@@ -97,6 +98,8 @@ class ValueTable(nn.Module):
 
     def forward(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """``function(columns, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
+        if self.replicas is not None and not torch.compiler.is_compiling():
+            self.replicas.watch(self)
         return function(self.columns, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueTable":
