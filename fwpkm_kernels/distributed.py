@@ -50,10 +50,10 @@ def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
     Raises:
         TypeError: `module` or `mesh` is none.
         ValueError: the mesh has another number of dimensions or another type of device, or is without this rank; the
-            module has no table; a table is a DTensor already; its width D is no multiple of the number of ranks; a
-            layer has key_gradient="all", whose keys move by whole rows, or sparse_grad=True, since no DTensor has a
-            sparse gradient; or ranks differ in sizes, dtypes or options.
-            It is raised on every rank, and nothing is changed then.
+            module has no table; a table is a DTensor already, or replicated; its width D is no multiple of the number
+            of ranks; a layer has key_gradient="all", whose keys move by whole rows, or sparse_grad=True, since no
+            DTensor has a sparse gradient; or ranks differ in sizes, dtypes or options. It is raised on every rank, and
+            nothing is changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
@@ -74,9 +74,8 @@ def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
         if weight in spread:
             table.weight = spread[weight]
         else:
-            keep(
-                table, "weight", distribute_tensor(weight.detach(), mesh, [Shard(1)]), isinstance(weight, nn.Parameter)
-            )
+            columns = distribute_tensor(weight.detach(), mesh, [Shard(1)])
+            keep(table, "weight", columns, isinstance(weight, nn.Parameter))
             spread[weight] = table.weight.requires_grad_(weight.requires_grad)
         table.mesh, table.contents = mesh, Contents()
     return module
@@ -132,6 +131,8 @@ def _check(module: nn.Module, mesh: DeviceMesh) -> None:
                 f"{named} must not be sharded yet, also not by fully_shard, which comes after shard_table_; got a "
                 f"DTensor with placements {weight.placements}"
             )
+        if table.replicas is not None:
+            raise ValueError(f"{named} must not be replicated yet: replicate_tables_ comes after shard_table_")
         if weight.device.type not in (mesh.device_type, "meta"):
             raise ValueError(f"{named} must be on the devices of `mesh`, {mesh.device_type}, got {weight.device}")
         if table.width % mesh.size():
@@ -150,8 +151,8 @@ _DESCRIBED = int | float | str | torch.dtype | None
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
-    """What must be the same on every rank: of each memory layer and table its options and sizes, by name,
-    and which of them share tensors."""
+    """What must be the same on every rank: of each memory layer and table its options and sizes, by name, and which of
+    them share tensors."""
     described: dict[str, Any] = {}
     first: dict[Tensor, str] = {}  # a tensor that layers share goes by its first name
     layers = FastWeightProductKeyMemory | ProductKeyMemory | ValueTable

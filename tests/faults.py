@@ -2187,7 +2187,7 @@ FAULTS = [
     Fault(
         "ranks-not-compared",
         "distributed.py",
-        "    _agree(module, mesh)\n",
+        "    _agree(module, lambda: _check(module, mesh), mesh.get_group())\n",
         "    _check(module, mesh)\n",
         "ranks whose layers differ compute something, or wait for one another",
         "columns_errors",

@@ -148,6 +148,7 @@ def on_a_mesh() -> tuple[Totals, Totals, Totals]:
     return counted.totals(rows), counted.totals(columns), counted.totals(dist.group.WORLD)
 
 
+@pytest.mark.slow
 def test_groups_of_a_mesh():
     for rows, columns, world in run_ranks(on_a_mesh, 4):
         assert (rows, columns, world) == ({"all_reduce": Total(1, 12)}, {"all_gather": Total(1, 96)}, {})
@@ -163,6 +164,7 @@ def compiled() -> tuple[Totals, Tensor]:
     return counted.totals(), y
 
 
+@pytest.mark.slow
 def test_compiled_code():
     for totals, y in run_ranks(compiled, 2):
         assert totals == {"all_reduce": Total(1, 16)}

@@ -328,6 +328,7 @@ def run_on_four() -> dict[str, Any]:
     return results | {"advanced": (layer.keys, layer.table.columns), "ends": ends}
 
 
+@pytest.mark.slow
 def test_four_ranks():
     results = run_ranks(run_on_four, 4)
     for name in results[0].keys() - {"advanced", "ends"}:

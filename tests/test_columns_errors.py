@@ -53,6 +53,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     for name, make, said in (
         ("no tables", lambda: nn.Linear(2, 2), "`module` must have a ValueTable, got a Linear without one"),
         ("spread", lambda: spread(make_layer()), "`table.weight` must not be sharded yet"),
+        (
+            "replicated",
+            lambda: replicate_tables_(make_layer().to(rank_device())),
+            "`table.weight` must not be replicated yet",
+        ),
         ("FSDP", under_fsdp, "`table.weight` must not be sharded yet, also not by fully_shard"),
         (
             "width",

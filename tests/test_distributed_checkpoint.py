@@ -117,6 +117,7 @@ def test_two_ranks_to_one_and_to_two(layout, tmp_path):
     check_loads(layout, 2, tmp_path, {2: [x for x in ("rows", "columns", "ddp") if x != layout]})
 
 
+@pytest.mark.slow
 def test_four_ranks_to_one_and_to_two(tmp_path):
     check_loads("both", 4, tmp_path, {2: ["rows"]})
 
@@ -193,6 +194,7 @@ def loaded_by_wrappers(folder: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_names_are_without_those_of_wrappers(tmp_path):
     results = run_ranks(loaded_by_wrappers, 1, str(tmp_path))[0]
     for name in WRAPPERS:
@@ -359,6 +361,7 @@ def check_resumed(folder: Path, size: int, pairs: list[tuple[str, str]]) -> None
             check_second_half(of_pair, expected[10:])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_losses_on_one_rank(tmp_path):
     check_resumed(tmp_path, 1, [("rows", "one"), ("columns", "one")])
 

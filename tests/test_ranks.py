@@ -79,6 +79,7 @@ def test_meshes_of_calls_that_follow_one_another():
         assert (float(total), group) == (1.0, [0, 1])
 
 
+@pytest.mark.slow
 def test_meshes_of_two_dimensions():
     x = torch.arange(24.0).view(4, 6)
     for _ in range(2):
@@ -175,6 +176,7 @@ def test_an_error_of_one_rank_is_raised_here(monkeypatch):
     assert 2 not in ranks._pools
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends():
     """The other one notices, and says so."""
     for expects_errors in (False, True):
@@ -190,6 +192,7 @@ def rank_device_type() -> str:
     return "cuda" if ranks._has_gpus(2) else "cpu"
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_answer():
     """A rank that sleeps, and one that waits for it as long as the group's limit."""
     run_ranks(settings, 2)

@@ -86,9 +86,9 @@ def formula(how: str, kind: str, ranks: int, parts: int) -> Totals:
     [
         (2, 2, ["columns"], ["sequence", "batch", "static"]),
         (2, 1, ["DDP", "replicated", "rows", "rows again"], ["sequence", "static"]),
-        (4, 4, ["columns"], ["sequence", "static"]),
-        (4, 1, ["replicated", "rows again"], ["sequence"]),
-        (4, 2, ["replicated", "rows", "rows again"], ["sequence", "static"]),
+        pytest.param(4, 4, ["columns"], ["sequence", "static"], marks=pytest.mark.slow),
+        pytest.param(4, 1, ["replicated", "rows again"], ["sequence"], marks=pytest.mark.slow),
+        pytest.param(4, 2, ["replicated", "rows", "rows again"], ["sequence", "static"], marks=pytest.mark.slow),
     ],
 )
 def test_payloads_are_those_that_are_counted(ranks, parts, ways, kinds):

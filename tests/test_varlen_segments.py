@@ -270,7 +270,7 @@ def test_surplus_tokens_of_the_operator(boundary):
             *tensors, *(None,) * 4, True, *o
         )
         incoming = (torch.cat((grads[0], torch.full_like(output[length:], torch.nan))), grads[1], None)
-        how = (document, slot, None, True, True, True)
+        how = (document, slot, None, True, True, True, "")
         found = OPS.fast_weight_memory_varlen_backward(
             *incoming, *tensors[:3], len(tensors[3]), *tensors[4:], *how, *kept, *o
         )
