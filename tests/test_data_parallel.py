@@ -101,7 +101,6 @@ def trained_on_four(forms: list[str]) -> dict[str, Any]:
     return results | {"ddp of four": trained("ddp", make_mesh(4))}
 
 
-@pytest.mark.slow
 def test_columns_and_rows_on_four_ranks():
     """Rows of columns, columns that several ranks have, and four ranks with a sequence each."""
     check(run_ranks(trained_on_four, 4, ["own unit", "ddp"]))
@@ -387,7 +386,6 @@ def advanced_in_other_groups() -> list[str]:
     return said
 
 
-@pytest.mark.slow
 def test_persistent_memories_by_columns_on_four_ranks():
     results = run_ranks(advanced_on_four, 4)
     check_same(results)

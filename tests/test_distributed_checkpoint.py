@@ -194,7 +194,6 @@ def loaded_by_wrappers(folder: str) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.slow
 def test_names_are_without_those_of_wrappers(tmp_path):
     results = run_ranks(loaded_by_wrappers, 1, str(tmp_path))[0]
     for name in WRAPPERS:
