@@ -19,7 +19,7 @@ class Replicas:
     def __init__(self, tables: Sequence[Any], group: Any) -> None:
         self._tables = [weakref.ref(table) for table in tables]
         self._group, self._ranks = group, torch.distributed.get_world_size(group)
-        self._has_callback = False
+        self._backward = -1  #: PyTorch's number of the last backward at whose end there is an average
         for table in tables:
             self.watch(table)
 
@@ -39,8 +39,10 @@ class Replicas:
             weight.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, weight: Tensor) -> None:
-        if not self._has_callback:
-            self._has_callback = True
+        # A number and no flag, which a backward that raises would leave set.
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
             Variable._execution_engine.queue_callback(self._average)
 
     @torch.no_grad()
@@ -49,7 +51,6 @@ class Replicas:
 
         Before, that holds the mean of backwards before, which is the same on every rank, and what is this rank's own.
         """
-        self._has_callback = False
         weights = list(dict.fromkeys(table.weight for table in (one() for one in self._tables) if table is not None))
         layouts = [0 if x.grad is None else 2 if x.grad.is_sparse else 1 for x in weights]
         of_any = torch.tensor(layouts, device=weights[0].device)

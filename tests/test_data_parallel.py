@@ -212,6 +212,12 @@ def replicated_and_changed() -> dict[str, Any]:
     columns = shard_table_(ValueTable(3, 4, device=device), mesh["mp"])
     replicate_tables_(columns, mesh["dp"].get_group())
     mean["columns"] = grad_of(columns.to(torch.bfloat16), 1.0 + rank)
+    once = replicate_tables_(ValueTable(3, 4, device=device))
+    hook = torch.ones(1, device=device, requires_grad=True)
+    hook.register_hook(lambda grad: {}["a backward that fails behind the table's part"])
+    with pytest.raises(KeyError):
+        once(lambda weight: (hook * 2).sum() * weight.sum()).backward()
+    mean["after a failure"] = grad_of(once, 1.0 + rank)
     refused = {}
     for name, copy_of in {"deepcopy": copy.deepcopy(copied), "pickle": pickle.loads(pickle.dumps(copied))}.items():
         try:
