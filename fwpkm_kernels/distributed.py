@@ -17,7 +17,7 @@ from .columns import group_name
 from .layers import FastWeightProductKeyMemory, ProductKeyMemory, ValueTable
 from .layers.table import Contents, keep
 from .options import check_group
-from .replicas import Replicas
+from .replicas import NoReplicas, Replicas
 
 __all__ = ["TrainingState", "clip_grad_norm_", "replicate_tables_", "shard_table_"]
 
@@ -28,11 +28,11 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
     """Spread the columns of all tables of a layer or model over the ranks of a mesh, in place.
 
-    Rank r of R keeps the columns from r·D/R to (r + 1)·D/R of each table, as a DTensor with the placement Shard(1), and
+    Rank r of G keeps the columns from r·D/G to (r + 1)·D/G of each table, as a DTensor with the placement Shard(1), and
     reads and writes these: reads and writes of a column depend on no other. All else stays on every rank. A forward
     gathers the output of the memory, [B, T, D]; a backward gathers the gradient of its targets, likewise, and sums
-    those of its weights, 2·R·J numbers (tokens·J for a ProductKeyMemory). Outputs have the bits of the layer that is
-    not sharded, gradients agree to rounding, and those of what is on every rank are the same on every rank.
+    those of its weights, 2·R·J numbers of R reads (B·T·J for a ProductKeyMemory). Outputs have the bits of the layer
+    that is not sharded, gradients agree to rounding, and those of what is on every rank are the same on every rank.
 
     Call it on every rank of the mesh, before optimizers, DistributedDataParallel and `fully_shard` are made. What the
     first rank has counts for all of them: its tables and the other tensors of its memory layers replace theirs. Other
@@ -52,15 +52,15 @@ def shard_table_(module: _Module, mesh: DeviceMesh) -> _Module:
         ValueError: the mesh has another number of dimensions or another type of device, or is without this rank; the
             module has no table; a table is a DTensor already, or replicated; its width D is no multiple of the number
             of ranks; a layer has key_gradient="all", whose keys move by whole rows, or sparse_grad=True, since no
-            DTensor has a sparse gradient; or ranks differ in sizes, dtypes or options. It is raised on every rank, and
-            nothing is changed then.
+            DTensor has a sparse gradient; or ranks differ in sizes, dtypes or options. It is raised on every rank,
+            that of a wrong mesh on those that have it, and nothing is changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"`mesh` must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
-        raise ValueError(f"`mesh` must have one dimension, such as mesh['mp'] of a larger one, got {mesh}")
+        raise ValueError(f"`mesh` must have one dimension, such as mesh['columns'] of a larger one, got {mesh}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"`mesh` must contain this rank, {dist.get_rank()}, got {mesh}")
     _agree(module, lambda: _check(module, mesh), mesh.get_group())
@@ -178,7 +178,9 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
 
     Nothing of a table crosses between ranks then but its gradient, whose mean over the ranks every backward leaves in
     `grad` at its end, summed in float32 or wider; a rank that has not used a table adds 0. In each backward every rank
-    of the group must use one table at least, or the others wait for it. FSDP must be told what to leave alone::
+    of the group must use one table at least, or the others wait for it. Every backward averages, also where a step
+    accumulates several of them, and under the `no_sync` of a wrapper. An optimizer that steps within a backward comes
+    too early: it would see the gradient of its rank alone. FSDP must be told what to leave alone::
 
         replicate_tables_(model, mesh.get_group())
         fully_shard(model, mesh=mesh, ignored_params={x.weight for x in model.modules() if isinstance(x, ValueTable)})
@@ -186,8 +188,9 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     DistributedDataParallel, if it is made afterwards of this very module, leaves the tables alone by itself; it needs
     that for tables that `shard_table_` has spread, whose group is the ranks that have the same columns.
 
-    The tables of the group's first rank replace those of the others. Call it once, on every rank of the group, when the
-    tables hold data, after `shard_table_`, and before the wrappers are made. Of a copy of the model call it again.
+    The tables of the group's first rank replace those of the others. Call it once, of the whole model, on every rank of
+    the group, when the tables hold data, after `shard_table_`, and before the wrappers are made. Tables of several
+    calls must come first in the same order on all ranks. Of a copy of the model call it again.
 
     Args:
         module: with tables, which may be shared; those that are not trained are only made equal.
@@ -198,8 +201,8 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
 
     Raises:
         TypeError: `module` is none.
-        ValueError: it has no table; FSDP has sharded one; one is on the meta device; or ranks differ, as for
-            `shard_table_`. It is raised on every rank, and nothing is changed then.
+        ValueError: it has no table; FSDP has sharded one; one is on the meta device, or replicated already; or ranks
+            differ, as for `shard_table_`. It is raised on every rank, and nothing is changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
@@ -207,7 +210,7 @@ def replicate_tables_(module: _Module, group: Any = None) -> _Module:
     tables = list(dict.fromkeys(named.values()))
     _agree(module, lambda: _check_replicas(module, tables), group)
     _copy_from_first((table.columns for table in tables), group)
-    replicas = Replicas(tables, group)
+    replicas = Replicas(tables, group) if dist.get_world_size(group) > 1 else None
     for table in tables:
         table.contents, table.replicas = Contents(), replicas
     names = {f"{name}.weight" if name else "weight" for name in named}
@@ -227,6 +230,8 @@ def _check_replicas(module: nn.Module, tables: list[ValueTable]) -> None:
             )
         if table.weight.is_meta:
             raise ValueError("`module` must have tables that hold data, got one on the meta device")
+        if table.replicas is not None and not isinstance(table.replicas, NoReplicas):
+            raise ValueError("`module` must have tables that are not replicated yet, got one that is")
 
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -310,8 +315,10 @@ class TrainingState:
                 )
         tensors = self.model.state_dict()
         of_model = {name: tensors[path] for path, name in _names_to_save(self.model).items()}
-        _make_states(self.model, self.optimizers)
+        fresh = _make_states(self.model, self.optimizers)
         of_optimizers = get_optimizer_state_dict(self.model, self.optimizers) if self.optimizers else {}
+        for optimizer in fresh:
+            optimizer.state.clear()
         return {"model": of_model, "optimizers": of_optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,15 +330,15 @@ class TrainingState:
             set_optimizer_state_dict(self.model, self.optimizers, state_dict["optimizers"])
 
 
-def _make_states(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
-    """Make the state of optimizers that have made no step yet.
+def _make_states(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]) -> list[torch.optim.Optimizer]:
+    """Make the state of optimizers that have made no step yet; these.
 
     PyTorch makes it by a step with gradients of 0, which it leaves out where a parameter has a gradient, so that a load
     would leave out the moments, without an error; and it counts that step, by which the next ones would differ.
     """
     fresh = [x for x in optimizers if not x.state]
     if not fresh:
-        return
+        return []
     parameters = [x for optimizer in fresh for group in optimizer.param_groups for x in group["params"]]
     gradients = [x.grad for x in parameters]
     for x in parameters:
@@ -345,6 +352,7 @@ def _make_states(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]
         for state in optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()
+    return fresh
 
 
 def _names_to_save(model: nn.Module) -> dict[str, str]:

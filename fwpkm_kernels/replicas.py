@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 
 
@@ -31,12 +32,19 @@ class Replicas:
 
     def watch(self, table: Any) -> None:
         """See to it that the gradient of the table's present weight is averaged."""
+        if not torch.compiler.is_compiling():
+            self._watch(table)
+        elif table.weight.requires_grad and not (table.watched and table.watched[0] is table.weight):
+            _watch_eagerly(self, table)
+
+    def _watch(self, table: Any) -> None:
         weight = table.weight
         hooks = weight._post_accumulate_grad_hooks or {}
         if self._note in hooks.values():
             weight._post_accumulate_grad_hooks = hooks  # a cast of a DTensor leaves them, but nothing that calls them
         elif weight.requires_grad:
             weight.register_post_accumulate_grad_hook(self._note)
+            table.watched = (weight,)
 
     def _note(self, weight: Tensor) -> None:
         # A number and no flag, which a backward that raises would leave set.
@@ -47,22 +55,38 @@ class Replicas:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Leave the mean over the ranks in `grad`.
+        """Leave the mean over the ranks in `grad`. The host waits for a GPU once, to know which tables were used.
 
         Before, that holds the mean of backwards before, which is the same on every rank, and what is this rank's own.
         """
         weights = list(dict.fromkeys(table.weight for table in (one() for one in self._tables) if table is not None))
-        layouts = [0 if x.grad is None else 2 if x.grad.is_sparse else 1 for x in weights]
-        of_any = torch.tensor(layouts, device=weights[0].device)
+        kinds = [[x.grad is not None and x.grad.is_sparse is is_sparse for x in weights] for is_sparse in (False, True)]
+        of_any = torch.tensor(kinds, dtype=torch.int32, device=weights[0].device)
         torch.distributed.all_reduce(of_any, torch.distributed.ReduceOp.MAX, group=self._group)
-        for weight, layout in zip(weights, of_any.tolist(), strict=True):
-            if layout > 0:
+        for weight, is_dense, is_sparse in zip(weights, *of_any.tolist(), strict=True):
+            if is_dense or is_sparse:
                 if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight, layout=torch.sparse_coo if layout == 2 else torch.strided)
+                    weight.grad = torch.zeros_like(weight) if is_dense else _no_rows(weight)
+                elif is_dense and weight.grad.is_sparse:
+                    weight.grad = weight.grad.to_dense()
                 grad = weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
                 total = grad.to(torch.promote_types(grad.dtype, torch.float32))  # sums in bfloat16 lose, or fail
                 torch.distributed.all_reduce(total, group=self._group)
-                grad.copy_(total / self._ranks)
+                total.div_(self._ranks)
+                if total is not grad:
+                    grad.copy_(total)
+
+
+@_disable_dynamo
+def _watch_eagerly(replicas: Replicas, table: Any) -> None:
+    """Compiled code breaks here where a Parameter has taken the place of the one that was watched."""
+    replicas._watch(table)
+
+
+def _no_rows(weight: Tensor) -> Tensor:
+    """A sparse gradient of 0, of rows as `sparse_value_gather` has them."""
+    indices = torch.empty(1, 0, dtype=torch.int64, device=weight.device)
+    return torch.sparse_coo_tensor(indices, weight[:0], weight.shape, check_invariants=False)
 
 
 class NoReplicas:

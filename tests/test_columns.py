@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fwpkm_kernels import MemoryPool
 from fwpkm_kernels.distributed import shard_table_
-from fwpkm_kernels.layers import ProductKeyMemory, advance_memory
+from fwpkm_kernels.layers import ProductKeyMemory, ValueTable, advance_memory
 from tests.conftest import SLOW_IN_INTERPRETER
 from tests.helpers.columns import (
     BATCH,
@@ -124,7 +124,7 @@ def stream(layer: Any, *, cuts: tuple[int, ...] = (3, 1, 6, 2, 5)) -> Results:
     memory.reset()
     results["loaded"] = layer(x[: memory.batch], memory=memory)
     results["new"] = layer(x, memory=layer.new_memory(3))
-    return results | {"bytes": torch.tensor(float(memory.num_bytes > 0))}
+    return results
 
 
 @torch.no_grad()
@@ -164,6 +164,8 @@ class Case(NamedTuple):
             module = self.make(seed).to(rank_device())
             if len(results) == 1:
                 module = shard_table_(module, mesh)
+                for table in (x for x in module.modules() if isinstance(x, ValueTable)):
+                    assert table.columns.shape[1] * mesh.size() == table.width  # else two whole layers are compared
             torch.manual_seed(3)
             results.append(self.run(module))
         return results[0], results[1]
@@ -313,12 +315,12 @@ def run_on_four() -> dict[str, Any]:
         ("sequence, streaming", "plain"),
     ):
         results[name] = run_cases(name, (case,))[case]
-    mesh = init_device_mesh(rank_device().type, (2, 2), mesh_dim_names=("dp", "mp"))
+    mesh = init_device_mesh(rank_device().type, (2, 2), mesh_dim_names=("data", "columns"))
     halves = draw(2, 1, LENGTH, WIDTH)
     make = functools.partial(make_layer, scope="batch", initial_memory="persistent")
-    layer = shard_table_(make(dist.get_rank() % 2).to(rank_device()), mesh["mp"])
-    layer(halves[mesh["dp"].get_local_rank()])
-    advance_memory(layer, mesh["dp"].get_group())
+    layer = shard_table_(make(dist.get_rank() % 2).to(rank_device()), mesh["columns"])
+    layer(halves[mesh["data"].get_local_rank()])
+    advance_memory(layer, mesh["data"].get_group())
     ends = []
     for half in halves:
         whole = make().to(rank_device())

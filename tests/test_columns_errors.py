@@ -159,7 +159,7 @@ def refuse_calls() -> list[str]:
     """Each says what was wrong; calls after them work."""
     mesh, device = make_mesh(), rank_device()
     layer, x = make_layer().to(device), draw(BATCH, LENGTH, WIDTH)
-    two = init_device_mesh(device.type, (1, 2), mesh_dim_names=("dp", "mp"))
+    two = init_device_mesh(device.type, (1, 2), mesh_dim_names=("data", "columns"))
     first = DeviceMesh(device.type, [0])
     persistent = shard_table_(make_layer(scope="batch", initial_memory="persistent").to(device), mesh)
     whole = make_layer(scope="batch", initial_memory="persistent").to(device)
@@ -179,7 +179,7 @@ def refuse_calls() -> list[str]:
         "TypeError: `mesh` must be a torch.distributed.device_mesh.DeviceMesh, got NoneType": lambda: shard_table_(
             layer, None
         ),
-        "ValueError: `mesh` must have one dimension, such as mesh['mp'] of a larger one": lambda: shard_table_(
+        "ValueError: `mesh` must have one dimension, such as mesh['columns'] of a larger one": lambda: shard_table_(
             layer, two
         ),
         "ValueError: `mesh` must contain this rank, 1": lambda: is_first() or shard_table_(layer, first),

@@ -189,7 +189,7 @@ def spread_others() -> dict[str, Any]:
     model = shard_table_(nn.Sequential(one, two), mesh)
     results["tied"] = one.table.weight is two.table.weight, torch.equal(model(x), whole)
 
-    alone = init_device_mesh(device.type, (2, 1), mesh_dim_names=("dp", "mp"))["mp"]
+    alone = init_device_mesh(device.type, (2, 1), mesh_dim_names=("data", "columns"))["columns"]
     layer = shard_table_(make_layer().to(device), alone)
     results["alone"] = torch.equal(layer(x), make_layer().to(device)(x)), layer.table.num_columns
 

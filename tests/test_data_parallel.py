@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fwpkm_kernels import apply_rows_
+from fwpkm_kernels import apply_rows_, sparse_value_gather
 from fwpkm_kernels.distributed import clip_grad_norm_, replicate_tables_, shard_table_
 from fwpkm_kernels.layers import FastWeightProductKeyMemory, ValueTable, advance_memory
 from fwpkm_kernels.records import Tokens
@@ -94,9 +94,9 @@ def test_two_ranks_in_float32():
 
 def trained_on_four(forms: list[str]) -> dict[str, Any]:
     mesh = make_mesh(2, 2)
-    results = {form: trained(form, mesh["dp"], mesh["mp"]) for form in forms}
+    results = {form: trained(form, mesh["data"], mesh["columns"]) for form in forms}
     model = make_model()
-    lay_out(model, "own unit", mesh["dp"], mesh["mp"])
+    lay_out(model, "own unit", mesh["data"], mesh["columns"])
     assert model.blocks[0].pkm.table.weight.placements == (Shard(0), Shard(1))
     return results | {"ddp of four": trained("ddp", make_mesh(4))}
 
@@ -209,8 +209,8 @@ def replicated_and_changed() -> dict[str, Any]:
     thawed.weight.requires_grad_(True)
     mean["thawed"] = grad_of(thawed, 1.0 + rank)
     mesh = make_mesh(2, 1)
-    columns = shard_table_(ValueTable(3, 4, device=device), mesh["mp"])
-    replicate_tables_(columns, mesh["dp"].get_group())
+    columns = shard_table_(ValueTable(3, 4, device=device), mesh["columns"])
+    replicate_tables_(columns, mesh["data"].get_group())
     mean["columns"] = grad_of(columns.to(torch.bfloat16), 1.0 + rank)
     once = replicate_tables_(ValueTable(3, 4, device=device))
     hook = torch.ones(1, device=device, requires_grad=True)
@@ -240,30 +240,40 @@ def test_replicated_tables_that_are_replaced_afterwards():
 
 
 def replicated_and_used_by_some() -> list[Any]:
-    """Gradients of four tables: one that both ranks use, one of each rank alone, one of neither; of two backwards.
+    """Gradients of six tables: one that both ranks use, one of each rank alone, one of neither, and two with sparse
+    gradients, one of both and one of the second rank; of two backwards.
 
     They go through DistributedDataParallel too, which leaves them and a buffer of the user's alone.
     """
     rank = dist.get_rank()
-    tables = nn.ModuleList(ValueTable(2, 3, device=rank_device()) for _ in range(4))
+    tables = nn.ModuleList(ValueTable(2, 3, device=rank_device()) for _ in range(6))
     tables.register_buffer("own", torch.full((2,), float(rank), device=rank_device()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(tables, ["own"])
     replicate_tables_(tables)
     tables.register_parameter("other", nn.Parameter(torch.ones(1, device=rank_device())))
-    tables.forward = lambda used: (
-        sum(tables[i](lambda weight: (weight * (1.0 + rank)).sum()) for i in used) * tables.other
-    )
+    slots, weights = torch.tensor([[1, 1]], device=rank_device()), torch.full((1, 2), 1.0 + rank, device=rank_device())
+
+    def use(used: list[int], sparse: list[int]) -> Tensor:
+        dense = sum(tables[i](lambda weight: (weight * (1.0 + rank)).sum()) for i in used)
+        rows = sum(tables[i](sparse_value_gather, slots, weights, sparse_grad=True).sum() for i in sparse)
+        return (dense + rows) * tables.other
+
+    tables.forward = use
     model = DistributedDataParallel(tables)
     for _ in range(2):
-        model([0, 1 + rank]).backward()
-    return [*(table.weight.grad for table in tables), tables.own]
+        model([0, 1 + rank], [4, 5] if rank else [4]).backward()
+    assert all(tables[i].weight.grad.is_sparse for i in (4, 5))
+    grads = [None if x.weight.grad is None else x.weight.grad.to_dense() for x in tables]
+    return [*grads, tables.own]
 
 
 def test_replicated_tables_that_some_ranks_have_not_used():
-    for rank, (both, first, second, neither, own) in enumerate(run_ranks(replicated_and_used_by_some, 2)):
+    for rank, (both, first, second, neither, *sparse, own) in enumerate(run_ranks(replicated_and_used_by_some, 2)):
         for grad, wanted in ((both, 3.0), (first, 1.0), (second, 2.0)):
             assert torch.equal(grad, torch.full((2, 3), wanted))
         assert neither is None
+        for grad, wanted in zip(sparse, (6.0, 4.0), strict=True):  # two accesses of row 1 in each of two backwards
+            assert torch.equal(grad, torch.tensor([[0.0] * 3, [wanted] * 3]))
         assert torch.equal(own, torch.full((2,), float(rank)))
 
 
@@ -271,6 +281,10 @@ def replicated_unlike() -> None:
     table = ValueTable(4, 4, device=rank_device())
     table.weight.requires_grad_(dist.get_rank() == 0)
     replicate_tables_(table)
+
+
+def replicated_twice() -> None:
+    replicate_tables_(replicate_tables_(ValueTable(4, 4, device=rank_device())))
 
 
 def replicated_on_meta() -> None:
@@ -286,6 +300,8 @@ def test_replicated_tables_that_differ_or_hold_nothing_are_refused():
         assert "got columns = '0 to 2' on rank 0 and '2 to 4' on rank 1" in str(error)
     for error in run_ranks(replicated_unlike, 2, expects_errors=True):
         assert "`module` must be the same on every rank" in str(error)
+    for error in run_ranks(replicated_twice, 2, expects_errors=True):
+        assert "not replicated yet, got one that is" in str(error)
     for error in run_ranks(replicated_on_meta, 2, expects_errors=True):
         assert "must have tables that hold data" in str(error)
 
@@ -347,7 +363,7 @@ def advanced_on_two() -> dict[str, Any]:
         for form in ("ddp", "fsdp")
         for decay in (0.0, 0.1)
     }
-    mesh = dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("mp",))
+    mesh = dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("columns",))
     return results | {"columns alone": advanced("", None, mesh)}
 
 
@@ -371,7 +387,7 @@ def test_persistent_memories_on_two_ranks():
 
 def advanced_on_four() -> dict[str, Any]:
     mesh = make_mesh(2, 2)
-    return {form: advanced(form, mesh["dp"], mesh["mp"]) for form in ("ddp", "fsdp")}
+    return {form: advanced(form, mesh["data"], mesh["columns"]) for form in ("ddp", "fsdp")}
 
 
 def advanced_in_other_groups() -> list[str]:
@@ -380,10 +396,10 @@ def advanced_in_other_groups() -> list[str]:
     rank = dist.get_rank()
     diagonals = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
     others = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
-    layer = shard_table_(make_persistent(), mesh["mp"])
+    layer = shard_table_(make_persistent(), mesh["columns"])
     layer(hidden_states(0))
     before, said = [layer.keys.clone(), layer.table.columns.clone()], []
-    for group in (None, mesh["mp"].get_group(), diagonals[rank in (1, 2)], others[rank < 2]):
+    for group in (None, mesh["columns"].get_group(), diagonals[rank in (1, 2)], others[rank < 2]):
         with pytest.raises(ValueError, match="`group`") as raised:
             advance_memory(layer, group)
         said.append(str(raised.value))
@@ -405,7 +421,10 @@ def test_persistent_memories_by_columns_on_four_ranks():
 def clipped() -> dict[str, Any]:
     """Norms of gradients that are plain, by rows, by columns and replicated, and the gradients that are left."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns = make_mesh(2), dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("mp",))
+    rows, columns = (
+        make_mesh(2),
+        dist.device_mesh.init_device_mesh(rank_device().type, (2,), mesh_dim_names=("columns",)),
+    )
     places = [None, None, (rows, Shard(0)), (columns, Shard(1)), (columns, Replicate())]
     results: dict[str, Any] = {}
     for kind in (2.0, 1.0, float("inf")):

@@ -62,6 +62,11 @@ def test_the_script_trains_and_says_what_crosses():
     assert "columns: error: --columns must divide the 2 ranks, got 3" in refused.stderr
 
 
+def test_the_script_fits_a_screen():
+    """It is an example to read."""
+    assert len((ROOT / "benchmarks" / "evaluation" / "columns.py").read_text("utf-8").splitlines()) <= 80
+
+
 def test_the_script_must_be_launched(capsys):
     columns = pytest.importorskip("benchmarks.evaluation.columns", exc_type=ImportError)
     assert not dist.is_initialized()

@@ -52,7 +52,7 @@ def train(options: Options, columns: int, steps: int, device: torch.device) -> N
     if dist.get_rank() == 0:
         print(f"{sorted(rates)[steps // 2]:.0f} tokens/s, the median of {steps} steps")
         print(f"peak memory of each rank: {', '.join(f'{peak / 2**20:.0f} MiB' for peak in peaks)}")
-        for name in ("data", "columns"):
+        for name in (name for name in ("data", "columns") if mesh[name].size() > 1):
             for kind, (calls, num_bytes) in counted.totals(mesh[name].get_group()).items():
                 print(f"last step, {name}: {kind} {calls} times, {num_bytes} bytes a rank")
 

@@ -11,6 +11,8 @@ from ..compact import put_rows, spread_rows, take_rows
 from ..records import Rows
 from .fast_weight import FastWeightProductKeyMemory
 
+_GROUP = "`group` must be the ranks that have the same columns of the table, such as mesh['data'].get_group()"
+
 
 def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") -> None:
     """Set the memory of each layer with initial_memory="persistent" to what its last training call left behind.
@@ -44,16 +46,17 @@ def advance_memory(model: nn.Module, group: Any = None, reduce: str = "mean") ->
     if len({id(layer.table) for layer in layers}) < len(layers):
         raise ValueError("`model` has layers that share a table, and each would advance it: give each its own")
     is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_mean = reduce == "mean" and is_parallel
-    ranks_of = [
-        _count_ranks(layer.table.mesh, group) if is_mean else 1 for layer in layers
-    ]  # may raise: before all else
-    for layer, ranks in zip(layers, ranks_of, strict=True):
+    ranks_of = [_count_ranks(layer.table.mesh, group) if reduce == "mean" and is_parallel else 1 for layer in layers]
+    rows_of = [(0, 0)] * len(layers)
+    if any(ranks > 1 for ranks in ranks_of):
+        rows_of = _compare_ranks(layers, ranks_of, group)  # of all layers, before the first one is moved
+    for layer, ranks, of_table in zip(layers, ranks_of, rows_of, strict=True):
         assert layer._pending is not None
+        tensors = ((layer.keys, (-1, -1)), (layer.table.columns, of_table))
         with torch.no_grad():
-            for memory, new in zip((layer.keys, layer.table.columns), layer._pending[:2], strict=True):
+            for (memory, num_rows), new in zip(tensors, layer._pending[:2], strict=True):
                 if ranks > 1:
-                    _advance_by_mean(memory, new, layer.table.mesh, group, ranks)
+                    _advance_by_mean(memory, new, *num_rows, group, ranks)
                 elif isinstance(new, Rows):
                     put_rows(memory, new.slot.to(memory.device), new.value.to(memory), "auto")
                 else:
@@ -76,24 +79,34 @@ def _count_ranks(mesh: Any, group: Any) -> int:
     if group is None and mesh.size() == ranks:
         return 1
     if len({*mesh.mesh.tolist()} & {*torch.distributed.get_process_group_ranks(group)}) > 1:
-        raise ValueError(
-            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), since "
-            f"these are spread over the ranks {mesh.mesh.tolist()}; got a group with several of these"
-        )
+        raise ValueError(f"{_GROUP}, got one with several of the ranks {mesh.mesh.tolist()}, which have different ones")
     return ranks
 
 
-def _advance_by_mean(memory: Tensor, new: Tensor | Rows, mesh: Any, group: Any, ranks: int) -> None:
+def _compare_ranks(layers: list[FastWeightProductKeyMemory], ranks_of: list[int], group: Any) -> list[tuple[int, int]]:
+    """Of each layer the least and the most rows that a rank has of the new table; -1 stands for all of them.
+
+    Raises:
+        ValueError: the ranks have different columns, as on a diagonal of a mesh, of which a rank alone sees nothing.
+    """
+    own = []
+    for layer in layers:
+        assert layer._pending is not None
+        new, mesh = layer._pending[1], layer.table.mesh
+        num_rows = len(new.slot) if isinstance(new, Rows) else -1
+        own.append([num_rows, 0 if mesh is None else mesh.get_local_rank()])
+    numbers = torch.tensor(own, device=layers[0].keys.device)
+    of_ranks = [torch.empty_like(numbers) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(of_ranks, numbers, group=group)
+    least, most = (x.tolist() for x in torch.stack(of_ranks).aminmax(dim=0))
+    for ranks, (_, first), (_, last) in zip(ranks_of, least, most, strict=True):
+        if ranks > 1 and first != last:
+            raise ValueError(f"{_GROUP}, got one with the {first + 1}th to the {last + 1}th part of them")
+    return [(low, high) for (low, _), (high, _) in zip(least, most, strict=True)]
+
+
+def _advance_by_mean(memory: Tensor, new: Tensor | Rows, least: int, most: int, group: Any, ranks: int) -> None:
     """Move the memory by the mean over ranks of what each has moved: rows, or all of it where one has no rows."""
-    own = [len(new.slot) if isinstance(new, Rows) else -1, 0 if mesh is None else mesh.get_local_rank()]
-    counts = [torch.empty(2, dtype=torch.int64, device=memory.device) for _ in range(ranks)]
-    torch.distributed.all_gather(counts, torch.tensor(own, device=memory.device), group=group)
-    (least, first), (most, last) = (x.tolist() for x in torch.stack(counts).aminmax(dim=0))
-    if first != last:  # as on a diagonal of a mesh, of which a rank by itself sees nothing
-        raise ValueError(
-            "`group` must be the ranks that have the same columns of the table, such as mesh['dp'].get_group(), got a "
-            f"group with the columns of ranks {first} to {last} of {mesh}"
-        )
     if isinstance(new, Rows):
         slot = new.slot.to(memory.device)
         moved = new.value.to(memory) - take_rows(memory, slot, "auto")

@@ -81,12 +81,9 @@ def find_memory(
             f"`{name}` is for {memory.batch} sequences, got {documents.number} in `hidden_states` "
             f"[B, T, d], {checks.shape(x)}"
         )
-    table = layer.table
-    table.columns  # noqa: B018  raises under FSDP, which has freed the whole table that the memory began with
-    check_group(group_name(table.mesh), layer.options)
-    memory.take_over(
-        layer.keys.shape, (table.num_slots, table.num_columns), layer.scope, layer.options, layer._conv_width
-    )
+    columns = layer.table.columns  # raises under FSDP, which has freed the table that the memory began with
+    check_group(group_name(layer.table.mesh), layer.options)
+    memory.take_over(layer.keys.shape, columns.shape, layer.scope, layer.options, layer._conv_width)
     if layer.scope == "batch" and documents.cu_seqlens is not None:
         raise ValueError(_PACKED)
     return memory

@@ -59,6 +59,7 @@ class ValueTable(nn.Module):
         #: The one-dimensional DeviceMesh over whose ranks `shard_table_` has spread the columns; None: all are here.
         self.mesh: Any = None
         self.replicas: Any = None  #: what `replicate_tables_` leaves to see to the gradient of the weight
+        self.watched: tuple[Tensor, ...] = ()  #: the weight whose gradient that has last seen to
         self.weight: Tensor
         keep(self, "weight", torch.empty(num_slots, width, device=device, dtype=dtype), trainable)
         self.reset_parameters()
@@ -98,11 +99,12 @@ class ValueTable(nn.Module):
 
     def forward(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """``function(columns, *args, **kwargs)``. What it returns must not be the weight, nor a view of it."""
-        if self.replicas is not None and not torch.compiler.is_compiling():
+        if self.replicas is not None:
             self.replicas.watch(self)
         return function(self.columns, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueTable":
+        self.watched = ()  # a DTensor is the same object afterwards, but without hooks
         return apply_but_round_no_buffer(self, super()._apply, fn, recurse)
 
     def extra_repr(self) -> str:

@@ -66,8 +66,8 @@ def tables_of(model: nn.Module) -> list[ValueTable]:
 
 
 def make_mesh(*shape: int) -> DeviceMesh:
-    """Of the dimensions "dp" and "mp", or "dp" alone."""
-    names = ("dp", "mp")[: len(shape)]
+    """Of the dimensions "data" and "columns", or "data" alone."""
+    names = ("data", "columns")[: len(shape)]
     return dist.device_mesh.init_device_mesh(rank_device().type, shape, mesh_dim_names=names)
 
 
