@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
         return FastWeightProductKeyMemory(self.hidden, **{"device": "meta", **sizes, **how})
 
 
-class Call(NamedTuple):
+class Payload(NamedTuple):
     """A collective of a step: which group of ranks, when, which kind, and bytes as `count_collectives` counts them."""
 
     over: str
@@ -61,25 +61,25 @@ class Call(NamedTuple):
     bytes: int
 
 
-def columns(s: Sizes, static: bool = False) -> list[Call]:
+def columns(s: Sizes, static: bool = False) -> list[Payload]:
     """Of tables by columns: outputs, gradients of targets, and sums of the gradients of weights, all in float32.
 
     A static memory has no targets, and one kind of weights; the others have those of reads and of writes.
     """
     outputs = s.tokens * s.value_dim * s.itemsize
     reads = s.tokens if static else 2 * s.batch * count_read_positions(s.length, s.chunk, s.lookahead, "carry")
-    sums = Call("columns", "backward", "all_reduce", reads * s.heads * s.top_k * s.itemsize)
-    gathers = [Call("columns", when, "all_gather", outputs) for when in ("forward", "backward")]
+    sums = Payload("columns", "backward", "all_reduce", reads * s.heads * s.top_k * s.itemsize)
+    gathers = [Payload("columns", when, "all_gather", outputs) for when in ("forward", "backward")]
     return [gathers[0], sums] if static else [*gathers, sums]
 
 
-def data(s: Sizes, module: nn.Module, parts: int = 1) -> list[Call]:
+def data(s: Sizes, module: nn.Module, parts: int = 1) -> list[Payload]:
     """Of data parallelism: all gradients, those of a table dense, of which each rank has one of `parts` by columns."""
     rest = sum(math.prod(shape) for shape in rest_of(module))
-    return [Call("data", "backward", "all_reduce", s.table // parts + rest * s.itemsize)]
+    return [Payload("data", "backward", "all_reduce", s.table // parts + rest * s.itemsize)]
 
 
-def rows(s: Sizes, module: nn.Module, ranks: int, parts: int = 1, again: bool = False) -> list[Call]:
+def rows(s: Sizes, module: nn.Module, ranks: int, parts: int = 1, again: bool = False) -> list[Payload]:
     """Of FSDP, the table in a unit of its own, gathered `again` in backward under reshard_after_forward=True.
 
     The root, which has the rest, never is. Each rank has as many rows of a tensor as the others, padding among them.
@@ -90,9 +90,9 @@ def rows(s: Sizes, module: nn.Module, ranks: int, parts: int = 1, again: bool = 
 
     table = padded(s.num_keys**2, s.value_dim // parts)
     rest = sum(padded(*shape) for shape in rest_of(module))
-    gathered = [Call("data", "forward", "all_gather", table + rest)]
-    gathered += [Call("data", "backward", "all_gather", table)] * again
-    return [*gathered, Call("data", "backward", "reduce_scatter", table + rest)]
+    gathered = [Payload("data", "forward", "all_gather", table + rest)]
+    gathered += [Payload("data", "backward", "all_gather", table)] * again
+    return [*gathered, Payload("data", "backward", "reduce_scatter", table + rest)]
 
 
 def rest_of(module: nn.Module) -> list[tuple[int, ...]]:
@@ -113,12 +113,12 @@ class Place(NamedTuple):
         return self.near * self.nodes
 
 
-def sent(call: Call, place: Place) -> float:
+def sent(call: Payload, place: Place) -> float:
     """Bytes that a rank sends in a ring, and receives."""
     return TIMES[call.kind] * call.bytes * (place.ranks - 1) / place.ranks
 
 
-def seconds(call: Call, place: Place) -> float:
+def seconds(call: Payload, place: Place) -> float:
     """Of a collective: a ring for each GPU that the group has in a node, so that all their InfiniBand ports are used.
 
     Of each ring only one GPU sends to the next node. To start, a tree takes the place of the ring between nodes.

@@ -19,7 +19,7 @@ from fwpkm_kernels._commands import check_outputs, command, reading, write_outpu
 from .estimates import MEMORY, launch_micros
 from .files import markdown_table
 from .launches import count
-from .payloads import INFINIBAND, NVLINK, Call, Place, Sizes, columns, data, rows, seconds, sent
+from .payloads import INFINIBAND, NVLINK, Payload, Place, Sizes, columns, data, rows, seconds, sent
 from .record import CHUNK, need_compiler, on_meta, training
 from .traffic import distinct
 
@@ -53,12 +53,12 @@ def work(width: int, batch: int = 8) -> Work:
     return Work(moved, sum(total[2] for total in sums.values() if total[0] > 0), bytes_of_two - 2 * moved)
 
 
-def layouts(s: Sizes, gpus: int) -> list[tuple[str, int, list[tuple[Call, Place]]]]:
+def layouts(s: Sizes, gpus: int) -> list[tuple[str, int, list[tuple[Payload, Place]]]]:
     """Ways to train on so many GPUs, in nodes of 8: a name, ranks by columns, and collectives with their places."""
     module, nodes = s.layer(), gpus // NODE
     every, node, far = Place(NODE, nodes), Place(NODE), Place(1, nodes)
 
-    def within(place: Place, calls: list[Call]) -> list[tuple[Call, Place]]:
+    def within(place: Place, calls: list[Payload]) -> list[tuple[Payload, Place]]:
         return [(call, place) for call in calls]
 
     of_columns, by_rows = within(node, columns(s)), rows(s, module, gpus)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks import payloads, scaling
 from benchmarks.collectives import count_collectives
-from benchmarks.payloads import Call, Place, Sizes
+from benchmarks.payloads import Payload, Place, Sizes
 from fwpkm_kernels.distributed import replicate_tables_, shard_table_
 from fwpkm_kernels.layers import ProductKeyMemory
 from tests.helpers.ranks import rank_device, run_ranks
@@ -53,7 +53,7 @@ def counted(how: str, kind: str, mesh: DeviceMesh) -> Totals:
         with count_collectives() as backward:
             y.square().sum().backward()
     every = [("forward", call) for call in forward.calls] + [("backward", call) for call in backward.calls]
-    return added_up([Call(groups[call.group], when, call.kind, call.bytes) for when, call in every])
+    return added_up([Payload(groups[call.group], when, call.kind, call.bytes) for when, call in every])
 
 
 def every_count(parts: int, cases: list[tuple[str, str]]) -> list[Totals]:
@@ -63,7 +63,7 @@ def every_count(parts: int, cases: list[tuple[str, str]]) -> list[Totals]:
     return [counted(how, kind, mesh) for how, kind in cases]
 
 
-def added_up(calls: list[Call]) -> Totals:
+def added_up(calls: list[Payload]) -> Totals:
     totals: Totals = {}
     for call in calls:
         totals[call[:3]] = totals.get(call[:3], 0) + call.bytes
@@ -77,7 +77,7 @@ def formula(how: str, kind: str, ranks: int, parts: int) -> Totals:
     elif how != "columns":
         calls += payloads.data(SMALL, module, parts)
         # Ranks tell each other which tables they have used: a number for each, of which the model of costs has none.
-        calls += [Call("data", "backward", "all_reduce", 8)] * (how == "replicated")
+        calls += [Payload("data", "backward", "all_reduce", 8)] * (how == "replicated")
     return added_up(calls)
 
 
@@ -100,7 +100,7 @@ def test_payloads_are_those_that_are_counted(ranks, parts, ways, kinds):
 
 def test_what_a_ring_sends():
     eight, far = Place(near=8), Place(nodes=8)
-    gather, total = Call("data", "forward", "all_gather", 800), Call("data", "backward", "all_reduce", 800)
+    gather, total = Payload("data", "forward", "all_gather", 800), Payload("data", "backward", "all_reduce", 800)
     assert (payloads.sent(gather, eight), payloads.sent(total, eight), payloads.sent(total, Place())) == (700, 1400, 0)
     assert payloads.seconds(gather, Place()) == 0
     assert payloads.seconds(gather, eight) == pytest.approx(8e-6 + 7e-6 + 700 / 450e9)
