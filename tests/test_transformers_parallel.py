@@ -180,6 +180,27 @@ def test_fsdp(folder):
     assert_saved(folder / "fsdp", expected["parameters"])
 
 
+def both(path) -> dict:
+    model = load(path, tp_size=2, fsdp_size=2)
+    assert all(x.weight.placements == (Shard(0), Shard(1)) for x in model.modules() if isinstance(x, ValueTable))
+    return train(model, rows(model).chunk(2)[dist.get_rank() // 2])
+
+
+@needs_plans
+@two_places
+@pytest.mark.slow
+def test_both_plans_at_once(folder):
+    """Two halves of the rows, each on two ranks with half of the columns."""
+    results = run_ranks(both, 4, folder)
+    model = FwPKMForCausalLM.from_pretrained(folder)
+    expected = train(model, rows(model))
+    logits = expected.pop("logits")
+    assert_near(sum(result.pop("loss") for result in results) / 4, expected.pop("loss"))
+    for rank, result in enumerate(results):
+        assert_near(result.pop("logits"), logits.chunk(2)[rank // 2])
+        assert_near(result, expected)
+
+
 MLP, GATE = "model.layers.*.mlp", "model.layers.*.mlp.gate_proj"
 MEMORY_TABLE, PKM_TABLE = "model.layers.*.memory.table", "model.layers.*.mlp.table"
 
