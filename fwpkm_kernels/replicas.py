@@ -44,7 +44,7 @@ class Replicas:
             weight._post_accumulate_grad_hooks = hooks  # a cast of a DTensor leaves them, but nothing that calls them
         elif weight.requires_grad:
             weight.register_post_accumulate_grad_hook(self._note)
-            table.watched = (weight,)
+        table.watched = (weight,) if weight.requires_grad else ()
 
     def _note(self, weight: Tensor) -> None:
         # A number and no flag, which a backward that raises would leave set.

@@ -2347,6 +2347,15 @@ FAULTS = [
         "differ_or_hold",
     ),
     Fault(
+        "replicated-in-eager-code-alone",
+        "replicas.py",
+        "elif table.weight.requires_grad and not (table.watched and table.watched[0] is table.weight):",
+        "elif False:",
+        "compiled code trains a Parameter that has taken the place of another by each rank alone",
+        "data_parallel",
+        "replaced_afterwards",
+    ),
+    Fault(
         "replicated-alone-in-ddp",
         "distributed.py",
         '    names |= {*getattr(module, "_ddp_params_and_buffers_to_ignore", ())}\n',

@@ -206,6 +206,11 @@ def replicated_and_changed() -> dict[str, Any]:
     other = ValueTable(3, 4, device=device)
     loaded.load_state_dict(other.state_dict(), assign=True)
     mean["loaded"] = grad_of(loaded, 1.0 + rank)
+    compiled = replicate_tables_(ValueTable(3, 4, device=device))
+    compiled.load_state_dict(other.state_dict(), assign=True)
+    loss = torch.compile(lambda: compiled(lambda weight: (weight * (1.0 + rank)).sum()), backend="aot_eager")
+    loss().backward()
+    mean["compiled"] = compiled.weight.grad
     thawed.weight.requires_grad_(True)
     mean["thawed"] = grad_of(thawed, 1.0 + rank)
     mesh = make_mesh(2, 1)

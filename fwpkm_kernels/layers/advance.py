@@ -101,7 +101,7 @@ def _compare_ranks(layers: list[FastWeightProductKeyMemory], ranks_of: list[int]
     least, most = (x.tolist() for x in torch.stack(of_ranks).aminmax(dim=0))
     for ranks, (_, first), (_, last) in zip(ranks_of, least, most, strict=True):
         if ranks > 1 and first != last:
-            raise ValueError(f"{_GROUP}, got one with the {first + 1}th to the {last + 1}th part of them")
+            raise ValueError(f"{_GROUP}, got one with parts {first} to {last} of them")
     return [(low, high) for (low, _), (high, _) in zip(least, most, strict=True)]
 
 
