@@ -252,7 +252,7 @@ CASES["compiled"] = {
     "sequence": layer(train_compiled),
     "static": static(train_compiled),
 }
-CASES["compiled, slowly"] = {"batch": layer(train_compiled, scope="batch"), "padded": layer(compiled_padded)}
+CASES["compiled, other ways"] = {"batch": layer(train_compiled, scope="batch"), "padded": layer(compiled_padded)}
 small = {"num_keys": 3, "heads": 1, "top_k": 2, "key_dim": 2, "value_dim": 2, "backend": "triton", "dtype": f32}
 in_kernels = functools.partial(train, batch=1, length=5)
 CASES["triton"] = {
@@ -290,7 +290,7 @@ def check_case(results: list[tuple[Results, Results]], case: str, tolerance: flo
                 assert error <= tolerance * most, f"{what}: error {error:.3g} of {most:.3g}"
 
 
-BY_COMPILERS = ["compiled", pytest.param("compiled, slowly", marks=pytest.mark.slow)]
+BY_COMPILERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("compiled", "compiled, other ways")]
 BY_COMPILERS.append(pytest.param("triton", marks=SLOW_IN_INTERPRETER))
 OTHERS = [name for name in CASES if not name.startswith(("compiled", "triton"))]
 

@@ -285,7 +285,7 @@ def wait_for_the_other(how: str, where: str) -> None:
         assert time.monotonic() - begin < 60
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come(where):
     """The other one ends with torch's own time-out."""
     error, nothing = run_ranks(wait_for_the_other, 2, "sleeps", where, group_timeout=2, expects_errors=True)
@@ -293,7 +293,7 @@ def test_a_rank_that_does_not_come(where):
     assert re.search("Timed out waiting 2000ms|timeout", str(error), re.IGNORECASE), error
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_rank_that_dies(where):
     """The other one ends with torch's own error."""
     with pytest.raises(RankError, match="rank 1 died with exit code 3") as caught:
