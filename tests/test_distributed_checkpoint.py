@@ -361,25 +361,22 @@ def check_second_half(losses: list[float], expected: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-9, atol=0)
 
 
-def check_resumed(folder: Path, size: int, pairs: list[tuple[str, str]]) -> None:
-    before = sorted({x for x, _ in pairs})
+def check_resumed(folder: Path, pairs_of: dict[int, list[tuple[str, str]]]) -> None:
+    """Runs on two ranks, and what becomes of them on other numbers of ranks, in one layout from another."""
+    before = sorted({x for pairs in pairs_of.values() for x, _ in pairs})
     expected = Run("one").train(range(20))
     assert expected[-1] < 0.9 * expected[0]
     for losses in run_ranks(first_half, 2, before, str(folder)):
         for of_layout in losses:
             check_second_half(of_layout, expected)
-    results = run_ranks(second_half, size, pairs, str(folder)) if size > 1 else [second_half(pairs, str(folder))]
-    for losses in results:
-        for of_pair in losses:
-            check_second_half(of_pair, expected[10:])
+    for size, pairs in pairs_of.items():
+        results = run_ranks(second_half, size, pairs, str(folder)) if size > 1 else [second_half(pairs, str(folder))]
+        for losses in results:
+            for of_pair in losses:
+                check_second_half(of_pair, expected[10:])
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_same_losses_on_one_rank(tmp_path):
-    check_resumed(tmp_path, 1, [("rows", "one"), ("columns", "one")])
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_the_same_losses_on_two_and_four_ranks(tmp_path):
-    check_resumed(tmp_path / "two", 2, [("columns", "rows"), ("rows", "columns")])
-    check_resumed(tmp_path / "four", 4, [("columns", "rows"), ("rows", "both"), ("rows", "rows")])
+def test_a_run_goes_on_with_the_same_losses_on_other_ranks(tmp_path):
+    one, two = [("rows", "one"), ("columns", "one")], [("columns", "rows"), ("rows", "columns")]
+    check_resumed(tmp_path, {1: one, 2: two, 4: [("columns", "rows"), ("rows", "both")]})
